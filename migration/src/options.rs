@@ -1,0 +1,126 @@
+//! What a user can ask of a migration. Serialisable: it travels through control sockets and files.
+
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// Durations as whole milliseconds in JSON.
+mod millis {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use std::time::Duration;
+
+    pub fn serialize<S: Serializer>(d: &Duration, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_u64(u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+        u64::deserialize(d).map(Duration::from_millis)
+    }
+}
+
+/// Which family decides what is sent when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicyKind {
+    /// Iterative pre-copy (Clark 2005).
+    #[default]
+    Precopy,
+}
+
+impl PolicyKind {
+    /// The name that the command line and the report use.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Precopy => "precopy",
+        }
+    }
+}
+
+/// What to do when the time is up, or the rounds, or pending pages stop shrinking.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnTimeout {
+    /// Give up: the guest stays where it is. The default, because it is the only answer that
+    /// cannot break the downtime target.
+    #[default]
+    Cancel,
+    /// Stop and copy whatever is pending, however long that takes.
+    Stop,
+}
+
+/// The options of one migration; [`Default`] is what `ferry migrate` does without flags.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// The policy.
+    pub policy: PolicyKind,
+    /// The longest acceptable pause, counting device state.
+    #[serde(rename = "downtime_ms", with = "millis")]
+    pub downtime: Duration,
+    /// The longest acceptable live phase.
+    #[serde(rename = "timeout_ms", with = "millis")]
+    pub timeout: Duration,
+    /// What happens after it.
+    pub on_timeout: OnTimeout,
+    /// The most rounds of the live phase.
+    pub max_rounds: u32,
+    /// The sender's cap in bytes per second; `None` is as fast as the link takes.
+    pub bandwidth: Option<u64>,
+    /// Data channels beside the control channel; 1 means that pages share the control channel.
+    pub channels: u16,
+    /// Hash all memory on both sides in the pause and fail on a difference.
+    pub verify: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            policy: PolicyKind::Precopy,
+            downtime: Duration::from_millis(300),
+            timeout: Duration::from_secs(600),
+            on_timeout: OnTimeout::Cancel,
+            max_rounds: 1000,
+            bandwidth: None,
+            channels: 1,
+            verify: false,
+        }
+    }
+}
+
+/// Options that cannot be meant.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OptionsError {
+    /// Not between 1 and [`Options::MAX_CHANNELS`].
+    #[error("{0} channels asked for; give 1 to {max}", max = Options::MAX_CHANNELS)]
+    Channels(u16),
+    /// A cap of less than a page per second.
+    #[error("a bandwidth cap of {0} bytes per second sends nothing; give at least 4096")]
+    Bandwidth(u64),
+    /// No round may be sent.
+    #[error("max_rounds is 0; give at least 1")]
+    Rounds,
+}
+
+impl Options {
+    /// The most data channels of a migration.
+    pub const MAX_CHANNELS: u16 = 64;
+
+    /// Checks what a type cannot.
+    ///
+    /// # Errors
+    /// [`OptionsError`], in a sentence for the user.
+    pub fn check(&self) -> Result<(), OptionsError> {
+        if self.channels == 0 || self.channels > Self::MAX_CHANNELS {
+            return Err(OptionsError::Channels(self.channels));
+        }
+        if let Some(rate) = self.bandwidth
+            && rate < 4096
+        {
+            return Err(OptionsError::Bandwidth(rate));
+        }
+        if self.max_rounds == 0 {
+            return Err(OptionsError::Rounds);
+        }
+        Ok(())
+    }
+}

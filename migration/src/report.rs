@@ -1,0 +1,184 @@
+//! What is measured: live progress and the final report, as serialisable types.
+//!
+//! The JSON names are an interface (`ferry migrate --json`): fields are added, never renamed.
+
+use serde::{Deserialize, Serialize};
+
+/// How a migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Status {
+    /// The guest runs at the destination.
+    Completed,
+    /// It did not work; the source's guest runs on.
+    Failed,
+    /// The user (or a limit) stopped it; the source's guest runs on.
+    Cancelled,
+    /// The commit was sent and not confirmed: neither side runs the guest by itself.
+    InDoubt,
+}
+
+/// One round: one pass over a set of pages.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Counts from 1; the stop-and-copy is the last.
+    pub n: u32,
+    /// Pages sent in it, zero pages included.
+    pub pages: u64,
+    /// Bytes on the wire, headers included.
+    pub bytes: u64,
+    /// How long it took until the destination had placed it, in milliseconds.
+    pub ms: f64,
+    /// Pages that the guest dirtied meanwhile.
+    pub dirtied: u64,
+}
+
+/// Where the downtime went. All in milliseconds; their sum is `downtime_ms`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Downtime {
+    /// Stopping the vCPUs and reading the last dirty log.
+    pub quiesce_ms: f64,
+    /// Sending the last pages (and hashing memory, with `--verify`).
+    pub last_pages_ms: f64,
+    /// Saving, sending and restoring CPU and device state, up to the destination's "ready".
+    pub state_ms: f64,
+    /// From "ready" over the commit to the first guest instruction.
+    pub start_ms: f64,
+}
+
+/// Pages by what happened to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// Pages of RAM that the guest has.
+    pub total: u64,
+    /// Sent with their contents, re-sends included.
+    pub sent: u64,
+    /// Of those and of the zero pages, how many crossed more than once.
+    pub resent: u64,
+    /// Announced as zero.
+    pub zero: u64,
+    /// Neither sent nor announced (known free).
+    pub skipped: u64,
+}
+
+/// Post-copy's page faults.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Faults {
+    /// Faults that crossed the network.
+    pub count: u64,
+    /// Median latency in microseconds.
+    pub p50_us: f64,
+    /// 99th percentile in microseconds.
+    pub p99_us: f64,
+    /// The worst in microseconds.
+    pub max_us: f64,
+    /// Sum over the vCPUs of the time they waited, in milliseconds.
+    pub stalled_ms: f64,
+}
+
+/// What a migration did: the object that `ferry migrate --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Version of this object; grows when a field is added.
+    pub schema: u32,
+    /// The session that both sides logged.
+    pub session: String,
+    /// The policy's name.
+    pub policy: String,
+    /// How it ended.
+    pub status: Status,
+    /// Why it did not complete, in one sentence.
+    pub error: Option<String>,
+    /// From the request until the source may be discarded, in milliseconds.
+    pub total_ms: f64,
+    /// From the last guest instruction at the source to the first at the destination, in
+    /// milliseconds. When the guest resumed at the source instead: how long it stood still.
+    pub downtime_ms: f64,
+    /// Where it went.
+    pub downtime: Downtime,
+    /// The rounds, the stop-and-copy last.
+    pub rounds: Vec<Round>,
+    /// Pages by fate.
+    pub pages: Pages,
+    /// All bytes that the source wrote to its channels.
+    pub bytes_wire: u64,
+    /// `bytes_wire` over `total_ms`, in 10⁶ bytes per second.
+    pub mbps: f64,
+    /// Post-copy's faults; zero for the pre-copy family.
+    pub faults: Faults,
+    /// Whether memory was compared and equal; `null` when it was not compared.
+    pub verified: Option<bool>,
+    /// Why the live phase ended, or why `auto` chose as it did, in one sentence.
+    pub why: Option<String>,
+}
+
+impl Report {
+    /// The current value of [`Report::schema`].
+    pub const SCHEMA: u32 = 1;
+}
+
+/// Where a migration stands, at the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Connecting and shaking hands.
+    #[default]
+    Connecting,
+    /// The guest runs and its memory is being sent.
+    Live,
+    /// The guest runs; waiting until the link is empty, before the pause.
+    Draining,
+    /// The guest stands still.
+    Stopped,
+    /// The commit was written down and sent.
+    Committed,
+    /// The destination confirmed.
+    Completed,
+    /// It failed or was cancelled; the guest runs at the source.
+    Aborted,
+    /// Committed, unconfirmed.
+    InDoubt,
+}
+
+/// A snapshot of a running migration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Where it stands.
+    pub phase: Phase,
+    /// The session.
+    pub session: String,
+    /// The policy's name.
+    pub policy: String,
+    /// The current round, from 1.
+    pub round: u32,
+    /// Since the request, in milliseconds.
+    pub elapsed_ms: f64,
+    /// Pages of RAM.
+    pub pages_total: u64,
+    /// Pages of this round.
+    pub round_pages: u64,
+    /// Of those, sent already.
+    pub round_sent: u64,
+    /// Pages that the destination lacks or has stale, as last known.
+    pub pending_pages: u64,
+    /// Pages found dirty in the last collection.
+    pub dirtied_pages: u64,
+    /// Bytes written to the channels so far.
+    pub bytes_wire: u64,
+    /// Measured bandwidth in 10⁶ bytes per second; 0 while unknown.
+    pub mbps: f64,
+    /// The pause that a stop right now would cost, in milliseconds; `null` while unknown.
+    pub predicted_downtime_ms: Option<f64>,
+}
+
+/// One line of a migration's event stream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// Several times a second while it moves.
+    Progress(Progress),
+    /// The destination has placed a whole round.
+    Round(Round),
+    /// The end; nothing follows.
+    Report(Box<Report>),
+}
