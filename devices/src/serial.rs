@@ -126,8 +126,8 @@ impl Serial {
     /// drivers expect that; one too few hangs them.
     ///
     /// # Errors
-    /// [`SerialError`] when the state is impossible or the interrupt cannot be raised. The UART is
-    /// then as after reset.
+    /// [`SerialError`] when the state is impossible (nothing changed), or when the interrupt cannot be
+    /// raised (the UART keeps its old registers and has lost its output: drop it).
     pub fn restore(
         &mut self,
         state: &SerialState,
