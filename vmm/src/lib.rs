@@ -7,4 +7,5 @@
 
 pub mod boot;
 pub mod kvm;
+pub mod machine;
 pub mod memory;

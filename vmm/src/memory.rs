@@ -31,6 +31,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMma
 pub use bitmap::DirtyBitmap;
 pub use error::{RamError, RangeError};
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
+pub(crate) use memfd::check_available;
 
 /// Size of a guest page as the dirty log, the wire and this crate count them, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -72,7 +73,7 @@ impl GuestRam {
         if !hugepages {
             // A pool's shortage is found by mmap; ordinary memory is overcommitted silently, and the
             // OOM killer would find it in the middle of a run.
-            memfd::check_available(bytes)?;
+            check_available(bytes)?;
         }
         let file = Arc::new(memfd::create(bytes, hugepages)?);
         let mut mapped = Vec::new();

@@ -239,7 +239,7 @@ fn truncated_and_flipped_kernels_never_panic() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kernel");
-        let mut try_one = |bytes: &[u8]| {
+        let try_one = |bytes: &[u8]| {
             std::fs::write(&path, bytes).unwrap();
             if let Ok(image) = load(&kernel(&path), &ram) {
                 check(&image, &ram);

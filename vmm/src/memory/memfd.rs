@@ -62,7 +62,7 @@ pub(super) fn exclude_from_core_dumps(base: NonNull<u8>, size: usize) {
 }
 
 /// Whether the host has `bytes` of memory to give. A host that does not tell is believed to.
-pub(super) fn check_available(bytes: u64) -> Result<(), RamError> {
+pub(crate) fn check_available(bytes: u64) -> Result<(), RamError> {
     let Ok(meminfo) = std::fs::read_to_string("/proc/meminfo") else {
         return Ok(());
     };
