@@ -44,6 +44,7 @@ fn run_from(seed: u64, problem: Problem, team: &impl Team, hooks: &impl Hooks) -
     let Parameters { log_pairs, sums } = parameters(problem.class);
     let batches = 1u64 << log_pairs.saturating_sub(BATCH.trailing_zeros());
     let ranks = ranks_for(team, index(batches), 1);
+    hooks.ready();
     let start = hooks.nanos();
 
     let mut parts = Parts::new((0..ranks).map(|_| Tally::default()));

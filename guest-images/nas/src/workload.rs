@@ -10,6 +10,15 @@ use crate::dirty::{Dirty, Fill, PAGE_BYTES, Pattern};
 use crate::problem::{Class, Kernel, Problem};
 use core::fmt;
 
+/// What each processor of a bare guest but the first takes of its memory, for its stacks.
+pub const BYTES_PER_CPU: usize = 128 * 1024;
+
+/// What a bare guest keeps for itself below the memory it works in: image and tables.
+const RESERVED_BYTES: u64 = 4 << 20;
+
+/// The guest maps its memory in pages of this size.
+const LARGE_PAGE_BYTES: u64 = 2 << 20;
+
 /// A guest's task.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Workload {
@@ -144,6 +153,13 @@ impl Workload {
             kernel: Kernel::parse(kernel).ok_or(SpecError::Kernel(kernel))?,
             class: Class::parse(class).ok_or(SpecError::Class(class))?,
         }))
+    }
+
+    /// The memory that a bare guest with `cpus` processors must have to run this, in bytes: whole large pages.
+    pub fn memory_needed(&self, cpus: usize) -> u64 {
+        let stacks = cpus.saturating_sub(1) as u64 * BYTES_PER_CPU as u64;
+        // Memory beyond 4 GiB begins behind a hole, whose edges may cost a page more.
+        RESERVED_BYTES + (self.arena_needed(cpus) + stacks).next_multiple_of(LARGE_PAGE_BYTES) + LARGE_PAGE_BYTES
     }
 
     /// The memory the workload works in, in bytes, on `ranks` processors. The writer takes all that it is given;
