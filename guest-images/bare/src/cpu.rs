@@ -150,16 +150,24 @@ pub fn start_others(count: usize, memory: &'static mut [u8], tsc_khz: u64, ready
     service(1, X2APIC_ICR, INIT);
     wait_us(10_000, tsc_khz);
     service(1, X2APIC_ICR, START_AT_0X8000);
-    // A second start is customary and ignored by processors that run.
-    wait_us(200_000, tsc_khz);
-    if ready.load(Ordering::Acquire) < count as u64 {
+    // A second start is customary for those that missed the first, and ignored by processors that run.
+    if !arrived(count, 200_000, tsc_khz, ready) {
         service(1, X2APIC_ICR, START_AT_0X8000);
-    }
-    let start = tsc();
-    while ready.load(Ordering::Acquire) < count as u64 && tsc().wrapping_sub(start) < tsc_khz * 3000 {
-        core::hint::spin_loop();
+        arrived(count, 3_000_000, tsc_khz, ready);
     }
     usize::try_from(ready.load(Ordering::Acquire)).unwrap_or(0)
+}
+
+/// Waits until `count` processors are here, `us` microseconds at most; returns whether they are.
+fn arrived(count: usize, us: u64, tsc_khz: u64, ready: &AtomicU64) -> bool {
+    let start = tsc();
+    while ready.load(Ordering::Acquire) < count as u64 {
+        if tsc().wrapping_sub(start) > us * tsc_khz / 1000 {
+            return false;
+        }
+        core::hint::spin_loop();
+    }
+    true
 }
 
 /// Ends the machine: by the keyboard controller's reset line where there is one, else by a triple fault.
