@@ -17,24 +17,40 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let target = env::var("TARGET")?;
     if target != "x86_64-unknown-linux-gnu" && target != "x86_64-unknown-linux-musl" {
-        return Err(format!("the guest images are for x86-64 and built on Linux, not for {target}").into());
+        return Err(format!(
+            "the guest images are for x86-64 and built on Linux, not for {target}"
+        )
+        .into());
     }
 
     let nas = out.join("libferry_nas.rlib");
     let mut command = rustc(&target)?;
-    command.args(["--crate-name", "ferry_nas", "--crate-type", "rlib"]).arg(here.join("nas/src/lib.rs"));
+    command
+        .args(["--crate-name", "ferry_nas", "--crate-type", "rlib"])
+        .arg(here.join("nas/src/lib.rs"));
     run(command.arg("-o").arg(&nas))?;
 
     let image = out.join("bare.elf");
     let mut command = rustc(&target)?;
-    command.args(["--crate-name", "ferry_bare", "--crate-type", "bin"]).arg(here.join("bare/src/main.rs"));
+    command
+        .args(["--crate-name", "ferry_bare", "--crate-type", "bin"])
+        .arg(here.join("bare/src/main.rs"));
     command.arg("--extern").arg(joined("ferry_nas=", &nas));
     command.args(["-C", "lto=fat", "-C", "codegen-units=1"]);
     // Through gcc, with nothing of the C library: only the linker script says what goes where.
-    for argument in ["-nostartfiles", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,--gc-sections"] {
+    for argument in [
+        "-nostartfiles",
+        "-nostdlib",
+        "-static",
+        "-no-pie",
+        "-Wl,--build-id=none",
+        "-Wl,--gc-sections",
+    ] {
         command.arg("-C").arg(format!("link-arg={argument}"));
     }
-    command.arg("-C").arg(joined("link-arg=-Wl,-T,", &here.join("bare/link.ld")));
+    command
+        .arg("-C")
+        .arg(joined("link-arg=-Wl,-T,", &here.join("bare/link.ld")));
     run(command.arg("-o").arg(&image))?;
     println!("cargo::rustc-env=FERRY_BARE_IMAGE={}", image.display());
     Ok(())
@@ -53,12 +69,31 @@ fn joined(prefix: &str, path: &Path) -> OsString {
 /// The compiler with what both crates have in common. The image is always optimised, whatever the profile.
 fn rustc(target: &str) -> Result<Command, String> {
     let mut command = Command::new(variable("RUSTC")?);
-    command.args(["--edition", "2024", "--target", target, "--cap-lints", "warn"]);
-    for option in ["opt-level=3", "panic=abort", "relocation-model=static", "debuginfo=0", "overflow-checks=off"] {
+    command.args([
+        "--edition",
+        "2024",
+        "--target",
+        target,
+        "--cap-lints",
+        "warn",
+    ]);
+    for option in [
+        "opt-level=3",
+        "panic=abort",
+        "relocation-model=static",
+        "debuginfo=0",
+        "overflow-checks=off",
+    ] {
         command.arg("-C").arg(option);
     }
     // What cargo says to the outer compiler is not meant for this one.
-    for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "CLIPPY_ARGS"] {
+    for name in [
+        "RUSTFLAGS",
+        "CARGO_ENCODED_RUSTFLAGS",
+        "RUSTC_WRAPPER",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "CLIPPY_ARGS",
+    ] {
         command.env_remove(name);
     }
     Ok(command)
@@ -69,5 +104,11 @@ fn run(command: &mut Command) -> Result<(), String> {
     let status = command.status().map_err(|error| {
         format!("{program} could not be started to build the guest image: {error}; is the toolchain complete?")
     })?;
-    if status.success() { Ok(()) } else { Err(format!("{program} could not build the guest image ({status}); see above")) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!(
+            "{program} could not build the guest image ({status}); see above"
+        ))
+    }
 }

@@ -72,7 +72,10 @@ pub struct Text {
 impl Text {
     /// Formats `text`.
     pub fn new(text: fmt::Arguments<'_>) -> Self {
-        let mut new = Self { bytes: [0; 400], len: 0 };
+        let mut new = Self {
+            bytes: [0; 400],
+            len: 0,
+        };
         let _ = new.write_fmt(text);
         new
     }
@@ -81,7 +84,10 @@ impl Text {
 impl core::ops::Deref for Text {
     type Target = str;
     fn deref(&self) -> &str {
-        self.bytes.get(..self.len).and_then(|bytes| str::from_utf8(bytes).ok()).unwrap_or("")
+        self.bytes
+            .get(..self.len)
+            .and_then(|bytes| str::from_utf8(bytes).ok())
+            .unwrap_or("")
     }
 }
 
@@ -91,7 +97,9 @@ impl Write for Text {
             // One line per message, whatever a message contains.
             let c = if c.is_control() { ' ' } else { c };
             let end = self.len + c.len_utf8();
-            let Some(room) = self.bytes.get_mut(self.len..end) else { return Ok(()) };
+            let Some(room) = self.bytes.get_mut(self.len..end) else {
+                return Ok(());
+            };
             c.encode_utf8(room);
             self.len = end;
         }

@@ -14,7 +14,9 @@ pub const MAX_CPUS: usize = 64;
 pub fn inb(port: u16) -> u8 {
     let value;
     // SAFETY: IOPL is 3; reading a port touches no memory of this program.
-    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags))
+    };
     value
 }
 
@@ -22,7 +24,9 @@ pub fn inb(port: u16) -> u8 {
 #[inline]
 pub fn outb(port: u16, value: u8) {
     // SAFETY: IOPL is 3; the ports used here (COM1, PIT, keyboard controller) do not write to memory.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+    };
 }
 
 /// The time-stamp counter.
@@ -79,7 +83,12 @@ pub fn install_exception_gates() {
         // Present, ring 0, interrupt gate, ring 0 code.
         let low = stub & 0xffff | 0x08 << 16 | 0x8e00 << 32 | (stub & 0xffff_0000) << 32;
         // SAFETY: within the table, which only this function writes, before any other processor runs.
-        unsafe { (&raw mut idt).cast::<Descriptor>().add(vector as usize).write_volatile(Descriptor(low, stub >> 32)) };
+        unsafe {
+            (&raw mut idt)
+                .cast::<Descriptor>()
+                .add(vector as usize)
+                .write_volatile(Descriptor(low, stub >> 32))
+        };
     }
 }
 
@@ -107,14 +116,23 @@ const TSS_LIMIT: u64 = 104 + 0x400 / 8;
 /// Starts `count` further processors; each runs `team::serve`. Returns how many came up within three seconds.
 ///
 /// `memory` is what they live in from now on, [`BYTES_PER_CPU`] each: its TSS, its ring 0 stack, its own stack.
-pub fn start_others(count: usize, memory: &'static mut [u8], tsc_khz: u64, ready: &AtomicU64) -> usize {
+pub fn start_others(
+    count: usize,
+    memory: &'static mut [u8],
+    tsc_khz: u64,
+    ready: &AtomicU64,
+) -> usize {
     const INIT: u32 = 0xc_4500;
     const START_AT_0X8000: u32 = 0xc_4608;
     const APIC_BASE: u32 = 0x1b;
     const X2APIC_ENABLE: u32 = 0xc00;
     const X2APIC_ICR: u32 = 0x830;
     let count = count.min(MAX_CPUS - 1).min(memory.len() / BYTES_PER_CPU);
-    for (i, memory) in memory.chunks_exact_mut(BYTES_PER_CPU).take(count).enumerate() {
+    for (i, memory) in memory
+        .chunks_exact_mut(BYTES_PER_CPU)
+        .take(count)
+        .enumerate()
+    {
         let bottom = memory.as_mut_ptr().addr() as u64;
         // A TSS that says two things: the stack for ring 0, and that ports below 0x400 are free to use.
         memory.fill(0);
@@ -133,7 +151,10 @@ pub fn start_others(count: usize, memory: &'static mut [u8], tsc_khz: u64, ready
             let entry = (&raw mut gdt).cast::<u64>().add(7 + 2 * (i + 1));
             entry.write_volatile(low);
             entry.add(1).write_volatile(bottom >> 32);
-            (&raw mut ap_stacks).cast::<u64>().add(i).write_volatile(bottom + BYTES_PER_CPU as u64);
+            (&raw mut ap_stacks)
+                .cast::<u64>()
+                .add(i)
+                .write_volatile(bottom + BYTES_PER_CPU as u64);
         }
     }
     // SAFETY: a plain atomic of `boot.s`.

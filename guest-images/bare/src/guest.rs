@@ -2,7 +2,6 @@
 
 use crate::console::{self, Text};
 use crate::cpu::{self, MAX_CPUS};
-use ferry_nas::workload::{BYTES_PER_CPU};
 use crate::memory;
 use crate::monitor::Monitor;
 use crate::start_info::{self, StartInfo};
@@ -10,6 +9,7 @@ use crate::team::{ARRIVED, Processors};
 use core::fmt;
 use ferry_nas::dirty::{self, Dirty, PAGE_BYTES};
 use ferry_nas::line::{KernelResult, Line};
+use ferry_nas::workload::BYTES_PER_CPU;
 use ferry_nas::workload::{SpecError, Workload};
 use ferry_nas::{Hooks, Problem, RunError, Workspace};
 
@@ -19,8 +19,15 @@ pub enum Error {
     NoRun,
     Token(Text),
     Spec(Text),
-    Memory { run: Text, needed_mib: u64, given_mib: u64 },
-    Processors { wanted: usize, came: usize },
+    Memory {
+        run: Text,
+        needed_mib: u64,
+        given_mib: u64,
+    },
+    Processors {
+        wanted: usize,
+        came: usize,
+    },
     Clock,
     Run(RunError),
     TooSmall(dirty::TooSmall),
@@ -62,7 +69,9 @@ impl Options {
     fn parse(command_line: &str) -> Result<Self, Error> {
         let (mut run, mut cpus, mut tsc_khz, mut repeat) = (None, 1, None, 1);
         for token in command_line.split_ascii_whitespace() {
-            let Some(option) = token.strip_prefix("ferry.") else { continue };
+            let Some(option) = token.strip_prefix("ferry.") else {
+                continue;
+            };
             let bad = || Error::Token(Text::new(format_args!("{token}")));
             let (key, value) = option.split_once('=').ok_or_else(bad)?;
             let number = value.parse::<u64>().ok();
@@ -70,17 +79,28 @@ impl Options {
                 "run" => run = Some(value),
                 "cpus" => {
                     let number = number.and_then(|number| usize::try_from(number).ok());
-                    cpus = number.filter(|number| (1..=MAX_CPUS).contains(number)).ok_or_else(bad)?;
+                    cpus = number
+                        .filter(|number| (1..=MAX_CPUS).contains(number))
+                        .ok_or_else(bad)?;
                 }
                 "tsc_khz" => {
-                    tsc_khz = Some(number.filter(|khz| (1000..=100_000_000).contains(khz)).ok_or_else(bad)?);
+                    tsc_khz = Some(
+                        number
+                            .filter(|khz| (1000..=100_000_000).contains(khz))
+                            .ok_or_else(bad)?,
+                    );
                 }
                 "repeat" => repeat = number.ok_or_else(bad)?,
                 _ => return Err(bad()),
             }
         }
         let spec = |error: SpecError<'_>| Error::Spec(Text::new(format_args!("{error}")));
-        Ok(Self { workload: Workload::parse(run.ok_or(Error::NoRun)?).map_err(spec)?, cpus, tsc_khz, repeat })
+        Ok(Self {
+            workload: Workload::parse(run.ok_or(Error::NoRun)?).map_err(spec)?,
+            cpus,
+            tsc_khz,
+            repeat,
+        })
     }
 }
 
@@ -88,19 +108,37 @@ impl Options {
 pub fn run(start_info: u64) -> Result<(), Error> {
     let info = StartInfo::read(start_info).map_err(Error::Boot)?;
     let options = Options::parse(info.command_line().map_err(Error::Boot)?)?;
-    let khz = options.tsc_khz.or_else(cpu::measure_tsc_khz).ok_or(Error::Clock)?;
-    let memory: u64 = info.regions().iter().map(|region| region.end - region.start).sum();
+    let khz = options
+        .tsc_khz
+        .or_else(cpu::measure_tsc_khz)
+        .ok_or(Error::Clock)?;
+    let memory: u64 = info
+        .regions()
+        .iter()
+        .map(|region| region.end - region.start)
+        .sum();
     // What firmware keeps for itself below 1 MiB rounds away.
     let memory_mib = (memory + (1 << 20) - 1) >> 20;
     let run = Text::new(format_args!("{}", options.workload));
     let monitor = Monitor::new(khz, matches!(options.workload, Workload::Dirty(_)));
-    console::print(&Line::Start { run: &run, cpus: options.cpus as u64, memory_mib, tsc_khz: khz });
+    console::print(&Line::Start {
+        run: &run,
+        cpus: options.cpus as u64,
+        memory_mib,
+        tsc_khz: khz,
+    });
 
     let needed_mib = options.workload.memory_needed(options.cpus) >> 20;
-    let too_small = || Error::Memory { run: Text::new(format_args!("{}", &*run)), needed_mib, given_mib: memory_mib };
+    let too_small = || Error::Memory {
+        run: Text::new(format_args!("{}", &*run)),
+        needed_mib,
+        given_mib: memory_mib,
+    };
     let mut arena = memory::map(info.regions()).ok_or_else(too_small)?;
     let others = options.cpus - 1;
-    if (arena.len() as u64) < options.workload.arena_needed(options.cpus) + (others * BYTES_PER_CPU) as u64 {
+    if (arena.len() as u64)
+        < options.workload.arena_needed(options.cpus) + (others * BYTES_PER_CPU) as u64
+    {
         return Err(too_small());
     }
     let (stacks, rest) = arena.split_at_mut(others * BYTES_PER_CPU);
@@ -109,13 +147,18 @@ pub fn run(start_info: u64) -> Result<(), Error> {
         let at = stacks.as_ptr().addr();
         let came = cpu::start_others(others, stacks, khz, &ARRIVED);
         if came < others {
-            return Err(Error::Processors { wanted: options.cpus, came: came + 1 });
+            return Err(Error::Processors {
+                wanted: options.cpus,
+                came: came + 1,
+            });
         }
         monitor.processors(options.cpus, at);
     }
     let team = Processors::new(others);
     match options.workload {
-        Workload::Nas(problem) => run_kernel(problem, options.repeat, arena, &team, &monitor, too_small),
+        Workload::Nas(problem) => {
+            run_kernel(problem, options.repeat, arena, &team, &monitor, too_small)
+        }
         Workload::Dirty(dirty) => run_writer(&dirty, arena, &team, &monitor, too_small),
     }
 }
@@ -135,7 +178,10 @@ fn run_kernel(
     let mut run = 1;
     loop {
         monitor.run(run);
-        let workspace = Workspace { floats: &mut *floats, words: &mut *words };
+        let workspace = Workspace {
+            floats: &mut *floats,
+            words: &mut *words,
+        };
         let outcome = ferry_nas::run(problem, workspace, team, monitor).map_err(Error::Run)?;
         console::print(&Line::Result(KernelResult {
             kernel: &name,
@@ -164,10 +210,17 @@ fn run_writer(
 ) -> Result<(), Error> {
     let working_set = usize::try_from(dirty.working_set_pages).map_err(|_| too_small())?;
     let generations: &mut [u32] = memory::take(&mut arena, working_set).ok_or_else(&too_small)?;
-    let left = arena.as_ptr().align_offset(PAGE_BYTES as usize).min(arena.len());
+    let left = arena
+        .as_ptr()
+        .align_offset(PAGE_BYTES as usize)
+        .min(arena.len());
     let count = (arena.len() - left) / PAGE_BYTES as usize;
     let pages = memory::take(&mut arena, count).ok_or_else(&too_small)?;
-    let verdict = dirty::run(dirty, dirty::Memory { pages, generations }, team, monitor).map_err(Error::TooSmall)?;
-    console::print(&Line::Verdict { verdict, gaps: monitor.gaps(false) });
+    let verdict = dirty::run(dirty, dirty::Memory { pages, generations }, team, monitor)
+        .map_err(Error::TooSmall)?;
+    console::print(&Line::Verdict {
+        verdict,
+        gaps: monitor.gaps(false),
+    });
     Ok(())
 }

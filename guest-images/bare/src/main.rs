@@ -40,12 +40,19 @@ extern "C" fn rust_ap(rank: usize) -> ! {
 /// An exception that nothing handles, reported from ring 3.
 #[unsafe(no_mangle)]
 extern "C" fn rust_fault(vector: u64, rip: u64, code: u64, address: u64) -> ! {
-    console::print(&Line::Fault { vector, rip, code, address });
+    console::print(&Line::Fault {
+        vector,
+        rip,
+        code,
+        address,
+    });
     cpu::shut_down()
 }
 
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
-    console::print(&Line::Error(&console::Text::new(format_args!("the guest found a mistake of its own: {info}"))));
+    console::print(&Line::Error(&console::Text::new(format_args!(
+        "the guest found a mistake of its own: {info}"
+    ))));
     cpu::shut_down()
 }

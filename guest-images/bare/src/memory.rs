@@ -27,7 +27,9 @@ fn table(number: usize, entry: usize) -> *mut u64 {
 /// Maps the arena. `None` if the machine has no memory for it. Must be called once.
 pub fn map(regions: &[Region]) -> Option<&'static mut [u8]> {
     // The tables need their two megabytes to be memory.
-    regions.iter().find(|region| region.start <= TABLES && region.end >= FIRST)?;
+    regions
+        .iter()
+        .find(|region| region.start <= TABLES && region.end >= FIRST)?;
     let mut leaves = 0;
     for region in regions {
         let mut at = region.start.max(FIRST).next_multiple_of(LARGE);
@@ -48,16 +50,27 @@ pub fn map(regions: &[Region]) -> Option<&'static mut [u8]> {
         unsafe { table(1 + entry / 512, entry % 512).write_volatile(0) };
     }
     for entry in 0..512 {
-        let link = if entry < tables { table(1 + entry, 0).addr() as u64 | LINK } else { 0 };
+        let link = if entry < tables {
+            table(1 + entry, 0).addr() as u64 | LINK
+        } else {
+            0
+        };
         // SAFETY: as above, table 0.
         unsafe { table(0, entry).write_volatile(link) };
     }
     // SAFETY: the second entry was not present, so no stale translation can exist; the tables below it are complete.
-    unsafe { (&raw mut pml4).cast::<u64>().add(1).write_volatile(TABLES | LINK) };
+    unsafe {
+        (&raw mut pml4)
+            .cast::<u64>()
+            .add(1)
+            .write_volatile(TABLES | LINK)
+    };
     let bytes = leaves * LARGE as usize;
     // SAFETY: `bytes` bytes from the window on are now mapped to usable memory, each page once, above the image and
     // the tables; nobody else has a reference to it, as this function is called once.
-    Some(unsafe { core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(WINDOW), bytes) })
+    Some(unsafe {
+        core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(WINDOW), bytes)
+    })
 }
 
 /// A type for which any bytes are a value.
@@ -76,7 +89,11 @@ unsafe impl Plain for ferry_nas::dirty::Page {}
 pub fn take<T: Plain>(arena: &mut &'static mut [u8], count: usize) -> Option<&'static mut [T]> {
     let all = core::mem::take(arena);
     // Pages begin at page boundaries, so that a page here is a page of the machine.
-    let align = if size_of::<T>() == 4096 { 4096 } else { align_of::<T>() };
+    let align = if size_of::<T>() == 4096 {
+        4096
+    } else {
+        align_of::<T>()
+    };
     let padding = all.as_ptr().align_offset(align);
     let bytes = count.checked_mul(size_of::<T>())?;
     let (_, rest) = all.split_at_mut_checked(padding)?;

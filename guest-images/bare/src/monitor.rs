@@ -54,7 +54,9 @@ fn note(rank: usize) -> u64 {
 pub fn tick_here() {
     let here = 0u8;
     let stack = (&raw const here).addr();
-    let rank = stack.checked_sub(STACKS.load(Relaxed)).map_or(0, |offset| offset / BYTES_PER_CPU + 1);
+    let rank = stack
+        .checked_sub(STACKS.load(Relaxed))
+        .map_or(0, |offset| offset / BYTES_PER_CPU + 1);
     note(if rank < MAX_CPUS { rank } else { 0 });
 }
 
@@ -138,7 +140,11 @@ impl Monitor {
     pub fn gaps(&self, restart: bool) -> Gaps {
         let mut gaps = Gaps::default();
         for processor in self.processors_seen() {
-            let last = if restart { processor.gap.swap(0, Relaxed) } else { processor.gap.load(Relaxed) };
+            let last = if restart {
+                processor.gap.swap(0, Relaxed)
+            } else {
+                processor.gap.load(Relaxed)
+            };
             gaps.last_us = gaps.last_us.max(self.us(last));
             let max = self.us(processor.max.load(Relaxed));
             if max > gaps.max_us {
@@ -161,10 +167,20 @@ impl Monitor {
         }
         // After a pause the rhythm starts anew; missed lines are not printed in a burst.
         let next = self.next_stat.load(Relaxed) + self.khz * 1000;
-        self.next_stat.store(if next > now { next } else { now + self.khz * 1000 }, Relaxed);
+        self.next_stat.store(
+            if next > now {
+                next
+            } else {
+                now + self.khz * 1000
+            },
+            Relaxed,
+        );
         let work = if self.writer {
             Work::Writes {
-                writes: self.processors_seen().map(|processor| processor.writes.load(Relaxed)).sum(),
+                writes: self
+                    .processors_seen()
+                    .map(|processor| processor.writes.load(Relaxed))
+                    .sum(),
                 corrupt: self.corrupt.load(Relaxed),
             }
         } else {
@@ -174,7 +190,11 @@ impl Monitor {
                 total: self.total.load(Relaxed),
             }
         };
-        console::print(&Line::Stat { t_ms: self.ms(now), work, gaps: self.gaps(true) });
+        console::print(&Line::Stat {
+            t_ms: self.ms(now),
+            work,
+            gaps: self.gaps(true),
+        });
     }
 }
 
@@ -183,7 +203,9 @@ impl Hooks for Monitor {
     fn nanos(&self) -> u64 {
         let ticks = tsc().wrapping_sub(self.start);
         // The product has 96 bits for centuries; what is kept fits 64.
-        ((u128::from(ticks) * u128::from(self.scale)) >> 32).try_into().unwrap_or(u64::MAX)
+        ((u128::from(ticks) * u128::from(self.scale)) >> 32)
+            .try_into()
+            .unwrap_or(u64::MAX)
     }
 
     #[inline(always)]
@@ -203,7 +225,9 @@ impl Hooks for Monitor {
         if self.ready.swap(true, Relaxed) {
             return;
         }
-        console::print(&Line::Ready { t_ms: self.ms(tsc()) });
+        console::print(&Line::Ready {
+            t_ms: self.ms(tsc()),
+        });
         for processor in self.processors_seen() {
             processor.gap.store(0, Relaxed);
             processor.max.store(0, Relaxed);

@@ -35,10 +35,21 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Magic(at) => write!(f, "there is no hvm_start_info at {at:#x}; boot this image by the PVH entry"),
-            Self::Address(what, at) => write!(f, "{what} lies at {at:#x}, out of the 4 GiB that are mapped; the VMM must put it lower"),
-            Self::NoMap => f.write_str("the VMM gave no memory map; it must speak version 1 of hvm_start_info"),
-            Self::CommandLine => write!(f, "the command line is not text of at most {MAX_COMMAND_LINE} bytes; shorten it"),
+            Self::Magic(at) => write!(
+                f,
+                "there is no hvm_start_info at {at:#x}; boot this image by the PVH entry"
+            ),
+            Self::Address(what, at) => write!(
+                f,
+                "{what} lies at {at:#x}, out of the 4 GiB that are mapped; the VMM must put it lower"
+            ),
+            Self::NoMap => {
+                f.write_str("the VMM gave no memory map; it must speak version 1 of hvm_start_info")
+            }
+            Self::CommandLine => write!(
+                f,
+                "the command line is not text of at most {MAX_COMMAND_LINE} bytes; shorten it"
+            ),
         }
     }
 }
@@ -49,7 +60,9 @@ fn physical(what: &'static str, address: u64, len: u64) -> Result<*const u8, Err
     if address == 0 || address.checked_add(len).is_none_or(|end| end > 1 << 32) {
         return Err(out);
     }
-    Ok(core::ptr::with_exposed_provenance(usize::try_from(address).map_err(|_| out)?))
+    Ok(core::ptr::with_exposed_provenance(
+        usize::try_from(address).map_err(|_| out)?,
+    ))
 }
 
 fn read<T: Copy>(what: &'static str, address: u64) -> Result<T, Error> {
@@ -67,19 +80,28 @@ impl StartInfo {
         if magic != MAGIC {
             return Err(Error::Magic(address));
         }
-        let (map, entries) = (read::<u64>(WHAT, address + 40)?, read::<u32>(WHAT, address + 48)?);
+        let (map, entries) = (
+            read::<u64>(WHAT, address + 40)?,
+            read::<u32>(WHAT, address + 48)?,
+        );
         if version < 1 || map == 0 || entries == 0 {
             return Err(Error::NoMap);
         }
-        let mut info =
-            Self { regions: [Region::default(); MAX_REGIONS], count: 0, command_line: [0; MAX_COMMAND_LINE], length: 0 };
+        let mut info = Self {
+            regions: [Region::default(); MAX_REGIONS],
+            count: 0,
+            command_line: [0; MAX_COMMAND_LINE],
+            length: 0,
+        };
         for entry in 0..u64::from(entries).min(1024) {
             let at = map.wrapping_add(entry * 24);
             let [start, size] = read::<[u64; 2]>("the memory map", at)?;
             if read::<u32>("the memory map", at.wrapping_add(16))? != RAM {
                 continue;
             }
-            if let (Some(region), Some(end)) = (info.regions.get_mut(info.count), start.checked_add(size)) {
+            if let (Some(region), Some(end)) =
+                (info.regions.get_mut(info.count), start.checked_add(size))
+            {
                 *region = Region { start, end };
                 info.count += 1;
             }
@@ -91,7 +113,10 @@ impl StartInfo {
                 if byte == 0 {
                     break;
                 }
-                *info.command_line.get_mut(info.length).ok_or(Error::CommandLine)? = byte;
+                *info
+                    .command_line
+                    .get_mut(info.length)
+                    .ok_or(Error::CommandLine)? = byte;
                 info.length += 1;
             }
         }

@@ -27,8 +27,11 @@ struct Pool {
 // `pending` with release ordering, which rank 0 awaits with acquire ordering before it writes again.
 unsafe impl Sync for Pool {}
 
-static POOL: Pool =
-    Pool { job: UnsafeCell::new(None), number: AtomicU64::new(0), pending: AtomicUsize::new(0) };
+static POOL: Pool = Pool {
+    job: UnsafeCell::new(None),
+    number: AtomicU64::new(0),
+    pending: AtomicUsize::new(0),
+};
 
 /// How many further processors are here.
 pub static ARRIVED: AtomicU64 = AtomicU64::new(0);
@@ -64,7 +67,9 @@ pub struct Processors {
 impl Processors {
     /// The team of the boot processor and the `others` that arrived.
     pub fn new(others: usize) -> Self {
-        Self { size: (others + 1).min(MAX_CPUS) }
+        Self {
+            size: (others + 1).min(MAX_CPUS),
+        }
     }
 }
 
@@ -96,8 +101,15 @@ impl Team for Processors {
             return;
         }
         let count = parts.len().min(self.size);
-        let context = Context { parts: parts.as_mut_ptr(), work: &work };
-        let job = Job { call: call::<T, F>, context: (&raw const context).cast(), parts: count };
+        let context = Context {
+            parts: parts.as_mut_ptr(),
+            work: &work,
+        };
+        let job = Job {
+            call: call::<T, F>,
+            context: (&raw const context).cast(),
+            parts: count,
+        };
         // SAFETY: only rank 0 calls `each`, and no other rank works now; see the `Sync` implementation.
         unsafe { *POOL.job.get() = Some(job) };
         POOL.pending.store(self.size - 1, Ordering::Relaxed);

@@ -251,8 +251,15 @@ mod tests {
         let mut grids = Multigrid::new(problem.class, &mut floats, &team, &clock);
         grids.set_up();
         // An interior one: the copies in the border are never read.
-        let interior = |i: usize| [i, i / 34, i / 34 / 34].iter().all(|at| (1..32).contains(&(at % 34)));
-        let charge = (0..).zip(grids.v.iter()).position(|(i, &v)| v == 1.0 && interior(i)).unwrap();
+        let interior = |i: usize| {
+            [i, i / 34, i / 34 / 34]
+                .iter()
+                .all(|at| (1..32).contains(&(at % 34)))
+        };
+        let charge = (0..)
+            .zip(grids.v.iter())
+            .position(|(i, &v)| v == 1.0 && interior(i))
+            .unwrap();
         grids.v.swap(charge, charge + 1);
         assert!(!grids.measure(problem).verified);
     }

@@ -159,7 +159,9 @@ impl Workload {
     pub fn memory_needed(&self, cpus: usize) -> u64 {
         let stacks = cpus.saturating_sub(1) as u64 * BYTES_PER_CPU as u64;
         // Memory beyond 4 GiB begins behind a hole, whose edges may cost a page more.
-        RESERVED_BYTES + (self.arena_needed(cpus) + stacks).next_multiple_of(LARGE_PAGE_BYTES) + LARGE_PAGE_BYTES
+        RESERVED_BYTES
+            + (self.arena_needed(cpus) + stacks).next_multiple_of(LARGE_PAGE_BYTES)
+            + LARGE_PAGE_BYTES
     }
 
     /// The memory the workload works in, in bytes, on `ranks` processors. The writer takes all that it is given;
