@@ -9,3 +9,4 @@ pub mod boot;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod migrate;

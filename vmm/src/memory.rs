@@ -19,6 +19,7 @@ mod bitmap;
 mod error;
 mod layout;
 mod memfd;
+mod transfer;
 
 use std::fs::File;
 use std::ptr::NonNull;
@@ -30,6 +31,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMma
 
 pub use bitmap::DirtyBitmap;
 pub use error::{RamError, RangeError};
+pub use transfer::PageRun;
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
 pub(crate) use memfd::check_available;
 
