@@ -15,8 +15,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     for _ in 0..runs {
         let outcome = run_on_threads(problem, threads)?;
-        let verified = if outcome.verified { "verified" } else { "NOT VERIFIED" };
-        println!("{problem} on {threads}: {verified}, {:.2} Mop/s, {:.3} s", outcome.mops, outcome.seconds);
+        let verified = if outcome.verified {
+            "verified"
+        } else {
+            "NOT VERIFIED"
+        };
+        println!(
+            "{problem} on {threads}: {verified}, {:.2} Mop/s, {:.3} s",
+            outcome.mops, outcome.seconds
+        );
     }
     Ok(())
 }
