@@ -218,7 +218,11 @@ impl Sender {
                     hole = guest.unpopulated(Run::new(gfn, run.end() - gfn));
                     continue;
                 }
-                let list = if guest.is_zero(gfn) { &mut self.zero } else { &mut self.data };
+                let list = if guest.is_zero(gfn) {
+                    &mut self.zero
+                } else {
+                    &mut self.data
+                };
                 append(list, Run::new(gfn, 1), run.first);
                 gfn += 1;
             }

@@ -81,7 +81,12 @@ pub fn migrate(
 ) -> Report {
     let session = match new_session() {
         Ok(session) => session,
-        Err(error) => return broken_report(handle, &format!("no random session id could be made: {error}")),
+        Err(error) => {
+            return broken_report(
+                handle,
+                &format!("no random session id could be made: {error}"),
+            );
+        }
     };
     let mut dial = Dial::new(uri.clone(), Some(handle.clone()));
     let mut guest = MachineGuest::new(machine, handle);
@@ -90,7 +95,9 @@ pub fn migrate(
         if let Event::Progress(progress) = &event {
             let mut shared = lock(&handle.inner.progress);
             // The commit's record is never taken back by an older snapshot.
-            if shared.phase != Phase::Committed || matches!(progress.phase, Phase::Completed | Phase::InDoubt) {
+            if shared.phase != Phase::Committed
+                || matches!(progress.phase, Phase::Completed | Phase::InDoubt)
+            {
                 *shared = progress.clone();
             }
         }
@@ -113,7 +120,10 @@ pub fn migrate(
             if handle.progress().phase == Phase::Committed {
                 guest.keep();
             }
-            broken_report(handle, "the migration engine failed inside; the VMM's output says where")
+            broken_report(
+                handle,
+                "the migration engine failed inside; the VMM's output says where",
+            )
         }
     }
 }
@@ -160,10 +170,17 @@ fn parse_session(text: &str) -> Option<SessionId> {
 
 fn broken_report(handle: &Handle, why: &str) -> Report {
     let progress = handle.progress();
-    let committed = matches!(progress.phase, Phase::Committed | Phase::Completed | Phase::InDoubt);
+    let committed = matches!(
+        progress.phase,
+        Phase::Committed | Phase::Completed | Phase::InDoubt
+    );
     Report {
         schema: Report::SCHEMA,
-        status: if committed { Status::InDoubt } else { Status::Failed },
+        status: if committed {
+            Status::InDoubt
+        } else {
+            Status::Failed
+        },
         error: Some(why.to_owned()),
         total_ms: progress.elapsed_ms,
         bytes_wire: progress.bytes_wire,
@@ -204,8 +221,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The engine's view of where RAM is.
-fn engine_layout(ram: &crate::memory::GuestRam) -> Result<ferry_migration::page::RamLayout, ferry_migration::page::LayoutError> {
-    let runs = ram.regions().iter().map(|r| ferry_migration::page::Run::new(r.first_gfn, r.pages)).collect();
+fn engine_layout(
+    ram: &crate::memory::GuestRam,
+) -> Result<ferry_migration::page::RamLayout, ferry_migration::page::LayoutError> {
+    let runs = ram
+        .regions()
+        .iter()
+        .map(|r| ferry_migration::page::Run::new(r.first_gfn, r.pages))
+        .collect();
     ferry_migration::page::RamLayout::new(runs)
 }
 
@@ -214,7 +237,9 @@ fn page_runs<'a>(
     runs: &[ferry_migration::page::Run],
     buffer: &'a mut [crate::memory::PageRun; ferry_migration::wire::MAX_RUNS as usize],
 ) -> std::io::Result<&'a [crate::memory::PageRun]> {
-    let room = buffer.get_mut(..runs.len()).ok_or(std::io::ErrorKind::InvalidInput)?;
+    let room = buffer
+        .get_mut(..runs.len())
+        .ok_or(std::io::ErrorKind::InvalidInput)?;
     for (to, run) in room.iter_mut().zip(runs) {
         *to = (run.first, run.count);
     }

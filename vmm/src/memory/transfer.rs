@@ -24,15 +24,25 @@ struct Segments {
 
 impl Segments {
     fn new() -> Self {
-        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        Self { vec: [none; SEGMENTS], len: 0, done: 0 }
+        let none = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        Self {
+            vec: [none; SEGMENTS],
+            len: 0,
+            done: 0,
+        }
     }
 
     fn push(&mut self, base: *mut u8, len: usize) -> bool {
         if self.len == SEGMENTS {
             return false;
         }
-        self.vec[self.len] = libc::iovec { iov_base: base.cast(), iov_len: len };
+        self.vec[self.len] = libc::iovec {
+            iov_base: base.cast(),
+            iov_len: len,
+        };
         self.len += 1;
         true
     }
@@ -67,7 +77,10 @@ impl GuestRam {
             let base = self.host_address(first, count).map_err(bad_range)?;
             let len = usize::try_from(count * PAGE_SIZE).unwrap_or(usize::MAX);
             if !segments.push(base.as_ptr(), len) {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many runs for one transfer"));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "too many runs for one transfer",
+                ));
             }
         }
         Ok(())
@@ -184,7 +197,9 @@ impl GuestRam {
 
     /// Lets the host find memory for the pages now, so that no page fault is left for later. Best effort.
     pub fn populate(&self, first_gfn: u64, count: u64) {
-        let Ok(base) = self.host_address(first_gfn, count) else { return };
+        let Ok(base) = self.host_address(first_gfn, count) else {
+            return;
+        };
         let len = usize::try_from(count * PAGE_SIZE).unwrap_or(usize::MAX);
         // SAFETY: the range is mapped (checked by `host_address`); populating changes no contents.
         let _ = unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_POPULATE_WRITE) };
@@ -236,9 +251,17 @@ mod tests {
 
     #[test]
     fn pages_cross_a_socket_and_holes_stay_holes() {
-        let (a, b) = (GuestRam::new(4 << 20, false).unwrap(), GuestRam::new(4 << 20, false).unwrap());
+        let (a, b) = (
+            GuestRam::new(4 << 20, false).unwrap(),
+            GuestRam::new(4 << 20, false).unwrap(),
+        );
         for gfn in [3_u64, 4, 700] {
-            a.memory().write_slice(&[u8::try_from(gfn % 251).unwrap(); 4096], GuestAddress(gfn * 4096)).unwrap();
+            a.memory()
+                .write_slice(
+                    &[u8::try_from(gfn % 251).unwrap(); 4096],
+                    GuestAddress(gfn * 4096),
+                )
+                .unwrap();
         }
         assert_eq!(a.unpopulated(0, 1024), Some((0, 3)));
         assert_eq!(a.unpopulated(3, 1021), Some((5, 695)));
@@ -248,7 +271,8 @@ mod tests {
         let (from, to) = UnixStream::pair().unwrap();
         let runs = [(3, 2), (700, 1)];
         let writer = std::thread::spawn(move || {
-            a.write_pages(from.as_fd(), b"head", &runs, |_| Ok(())).unwrap();
+            a.write_pages(from.as_fd(), b"head", &runs, |_| Ok(()))
+                .unwrap();
             (a, from)
         });
         let mut head = [0; 4];

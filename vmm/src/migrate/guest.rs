@@ -20,7 +20,11 @@ pub(super) struct MachineGuest<'a> {
 
 impl<'a> MachineGuest<'a> {
     pub(super) const fn new(machine: &'a Arc<Machine>, handle: &'a Handle) -> Self {
-        Self { machine, handle, paused: None }
+        Self {
+            machine,
+            handle,
+            paused: None,
+        }
     }
 
     /// Never lets the guest run again through this guard.
@@ -36,7 +40,9 @@ impl PageSource<StreamLink> for MachineGuest<'_> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let runs = page_runs(runs, &mut buffer)?;
         let (fd, mut patience) = link.parts();
-        self.machine.ram().write_pages(fd, head, runs, |progress| patience.tick(progress))
+        self.machine
+            .ram()
+            .write_pages(fd, head, runs, |progress| patience.tick(progress))
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
@@ -48,14 +54,18 @@ impl PageSource<StreamLink> for MachineGuest<'_> {
     }
 
     fn unpopulated(&self, run: Run) -> Option<Run> {
-        self.machine.ram().unpopulated(run.first, run.count).map(|(first, count)| Run::new(first, count))
+        self.machine
+            .ram()
+            .unpopulated(run.first, run.count)
+            .map(|(first, count)| Run::new(first, count))
     }
 }
 
 impl Guest<StreamLink> for MachineGuest<'_> {
     fn layout(&self) -> RamLayout {
         // The machine's own layout is sorted and disjoint, which is all that is asked.
-        engine_layout(self.machine.ram()).unwrap_or_else(|error| unreachable!("a machine's RAM layout: {error}"))
+        engine_layout(self.machine.ram())
+            .unwrap_or_else(|error| unreachable!("a machine's RAM layout: {error}"))
     }
 
     fn description(&self) -> Result<Vec<u8>, PortError> {
@@ -79,7 +89,10 @@ impl Guest<StreamLink> for MachineGuest<'_> {
     }
 
     fn collect_dirty(&self, into: &mut PageSet) -> Result<(), PortError> {
-        Ok(self.machine.dirty_log().collect(|first, words| into.insert_words(first, words))?)
+        Ok(self
+            .machine
+            .dirty_log()
+            .collect(|first, words| into.insert_words(first, words))?)
     }
 
     /// KVM clears by 64-page words and a bitmap: runs that share a word, or lie in neighbouring
@@ -118,10 +131,16 @@ impl Guest<StreamLink> for MachineGuest<'_> {
     fn pause(&mut self) -> Result<Duration, PortError> {
         let asked = Instant::now();
         let paused = self.machine.pause()?;
-        let last = if paused.was_running() { self.machine.last_paused_at() } else { None };
+        let last = if paused.was_running() {
+            self.machine.last_paused_at()
+        } else {
+            None
+        };
         self.paused = Some(paused);
         // Each vCPU stops when its kick arrives; the first may have stopped when they were sent.
-        Ok(asked.elapsed().max(last.map_or(Duration::ZERO, |at| at.elapsed())))
+        Ok(asked
+            .elapsed()
+            .max(last.map_or(Duration::ZERO, |at| at.elapsed())))
     }
 
     fn save(&mut self) -> Result<Vec<u8>, PortError> {

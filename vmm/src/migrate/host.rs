@@ -25,7 +25,8 @@ impl PageSink<StreamLink> for RamSink {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let runs = page_runs(runs, &mut buffer)?;
         let (fd, mut patience) = link.parts();
-        self.ram.read_pages(fd, runs, |progress| patience.tick(progress))
+        self.ram
+            .read_pages(fd, runs, |progress| patience.tick(progress))
     }
 
     fn zero(&self, run: Run) -> Result<(), PortError> {
@@ -68,7 +69,12 @@ pub struct MachineHost {
 
 impl MachineHost {
     pub(super) fn new(serial: SerialFactory) -> Self {
-        Self { serial, machine: None, run_after: true, started: false }
+        Self {
+            serial,
+            machine: None,
+            run_after: true,
+            started: false,
+        }
     }
 
     /// The machine, once it is built.
@@ -84,10 +90,16 @@ impl Host<StreamLink> for MachineHost {
         let description: MachineDescription = serde_json::from_slice(machine)
             .map_err(|e| format!("the machine's description cannot be understood: {e}"))?;
         description.check_host()?;
-        let serial = (self.serial)().map_err(|e| format!("the serial console cannot be opened here: {e}"))?;
-        let machine = Machine::builder().from_description(&description).serial(serial).build()?;
+        let serial = (self.serial)()
+            .map_err(|e| format!("the serial console cannot be opened here: {e}"))?;
+        let machine = Machine::builder()
+            .from_description(&description)
+            .serial(serial)
+            .build()?;
         if engine_layout(machine.ram())? != *layout {
-            return Err("the source's memory layout is not that of its machine's description".into());
+            return Err(
+                "the source's memory layout is not that of its machine's description".into(),
+            );
         }
         let ram = Arc::clone(machine.ram());
         self.machine = Some(Arc::new(machine));

@@ -49,7 +49,10 @@ impl Patience<'_> {
             return Ok(());
         }
         if self.cancel.is_some_and(Handle::is_cancelled) {
-            return Err(io::Error::new(io::ErrorKind::Other, "cancelled while waiting for the peer"));
+            return Err(io::Error::new(
+                io::ErrorKind::Other,
+                "cancelled while waiting for the peer",
+            ));
         }
         let since = *self.since.get_or_insert_with(|| Instant::now() - SLICE);
         match self.timeout {
@@ -73,7 +76,11 @@ impl StreamLink {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(SLICE))?;
         stream.set_write_timeout(Some(SLICE))?;
-        Ok(Self { stream: Stream::Tcp(stream), timeout: None, cancel: None })
+        Ok(Self {
+            stream: Stream::Tcp(stream),
+            timeout: None,
+            cancel: None,
+        })
     }
 
     /// Takes a Unix connection.
@@ -84,7 +91,11 @@ impl StreamLink {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(SLICE))?;
         stream.set_write_timeout(Some(SLICE))?;
-        Ok(Self { stream: Stream::Unix(stream), timeout: None, cancel: None })
+        Ok(Self {
+            stream: Stream::Unix(stream),
+            timeout: None,
+            cancel: None,
+        })
     }
 
     /// Connects to a receiver.
@@ -95,7 +106,8 @@ impl StreamLink {
         match uri {
             Uri::Unix(path) => Self::unix(UnixStream::connect(path)?),
             Uri::Tcp { host, port } => {
-                let mut last = io::Error::new(io::ErrorKind::NotFound, format!("'{host}' has no address"));
+                let mut last =
+                    io::Error::new(io::ErrorKind::NotFound, format!("'{host}' has no address"));
                 for address in (host.as_str(), *port).to_socket_addrs()? {
                     match TcpStream::connect_timeout(&address, CONNECT) {
                         Ok(stream) => return Self::tcp(stream),
@@ -118,7 +130,14 @@ impl StreamLink {
             Stream::Tcp(s) => s.as_fd(),
             Stream::Unix(s) => s.as_fd(),
         };
-        (fd, Patience { timeout: self.timeout, cancel: self.cancel.as_ref(), since: None })
+        (
+            fd,
+            Patience {
+                timeout: self.timeout,
+                cancel: self.cancel.as_ref(),
+                since: None,
+            },
+        )
     }
 
     fn write_vectored(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
@@ -170,7 +189,10 @@ impl Link for StreamLink {
         while done < buf.len() {
             match self.read(&mut buf[done..]) {
                 Ok(0) => {
-                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the peer closed the connection",
+                    ));
                 }
                 Ok(n) => {
                     done += n;
@@ -184,7 +206,10 @@ impl Link for StreamLink {
 
     fn readable(&mut self) -> io::Result<bool> {
         let (fd, _) = self.parts();
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
         let ready = poll(&mut fds, Some(&now))?;
         Ok(ready > 0)
