@@ -1,1 +1,4 @@
 //! ferry-vmm
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
+
+pub mod api;
