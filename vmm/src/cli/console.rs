@@ -1,0 +1,1 @@
+//! The user's terminal as the guest's console.

@@ -1,0 +1,2 @@
+//! Everything that speaks KVM.
+pub mod probe;
