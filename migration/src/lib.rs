@@ -1,6 +1,31 @@
+//! Live migration of virtual machines: the algorithms, the protocol and the engines.
+//!
+//! This crate knows no hypervisor, no device, no clock and no socket. A virtual machine monitor
+//! implements the traits of [`port`] and calls [`source::migrate`] on one host and drives a
+//! [`destination::Destination`] on the other.
+//!
+//! Data flows one way. Source: `Guest::collect_dirty → PageSet → Policy → batch → Link`.
+//! Destination: `Link → decode → PageSink`.
 #![forbid(unsafe_code)]
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic, missing_docs))]
-//! ferry-migration
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::panic,
+        clippy::cast_possible_truncation,
+        missing_docs
+    )
+)]
+
+mod bandwidth;
+pub mod destination;
 pub mod options;
 pub mod page;
+pub mod policy;
+pub mod port;
 pub mod report;
+mod sender;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
+pub mod source;
+pub mod wire;

@@ -62,8 +62,8 @@ pub struct Options {
     pub timeout: Duration,
     /// What happens after it.
     pub on_timeout: OnTimeout,
-    /// The most rounds of the live phase.
-    pub max_rounds: u32,
+    /// The most rounds of the live phase; `None` leaves it to the time limit.
+    pub max_rounds: Option<u32>,
     /// The sender's cap in bytes per second; `None` is as fast as the link takes.
     pub bandwidth: Option<u64>,
     /// Data channels beside the control channel; 1 means that pages share the control channel.
@@ -79,7 +79,7 @@ impl Default for Options {
             downtime: Duration::from_millis(300),
             timeout: Duration::from_secs(600),
             on_timeout: OnTimeout::Cancel,
-            max_rounds: 1000,
+            max_rounds: None,
             bandwidth: None,
             channels: 1,
             verify: false,
@@ -118,7 +118,7 @@ impl Options {
         {
             return Err(OptionsError::Bandwidth(rate));
         }
-        if self.max_rounds == 0 {
+        if self.max_rounds == Some(0) {
             return Err(OptionsError::Rounds);
         }
         Ok(())

@@ -1,0 +1,540 @@
+//! The destination engine.
+//!
+//! ```text
+//!            HELLO, machine built     STATE, last pages, checked      COMMIT          guest runs
+//!  Waiting ─────────────────▶ Filling ────────────────▶ Ready ────────────▶ Running ─────────▶ Complete
+//!                                │                        │  │                │
+//!                 any failure    │      ABORT from source │  │ connection     │ the guest cannot
+//!                                ▼            ◀───────────┘  ▼ lost           ▼ be started
+//!                            Discarded                     InDoubt ◀──────────┘
+//!                                ▲          recover: ABORT   │ recover: COMMIT ──▶ Running
+//!                                └───────────────────────────┘
+//! ```
+//!
+//! The guest runs only after a commit was read. Between Ready and the commit nothing but the
+//! source's word (or an operator's) ends the doubt: the machine is kept.
+//!
+//! The engine handles one frame per [`Destination::step`], so that a simulator can drive it; a
+//! real destination calls [`Destination::run`].
+
+mod lanes;
+mod pages;
+
+pub use lanes::{Lane, LaneSet};
+
+use crate::page::{PAGE_SIZE, RamLayout};
+use crate::port::{Host, Link, PageSink, PortError};
+use crate::source::page_hash;
+use crate::wire::{
+    Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Ready, Role, Running,
+    SessionId, WireError,
+};
+use pages::PageReceiver;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Where the destination stands; see the module's figure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Connected; no greeting yet.
+    Waiting,
+    /// The machine stands, memory arrives.
+    Filling,
+    /// The guest is complete and checked; the source owns it until its commit is read.
+    Ready,
+    /// The guest runs; the source may not know yet.
+    Running,
+    /// The source was told.
+    Complete,
+    /// Nothing was kept; the source owns the guest.
+    Discarded,
+    /// Ready, and the source is silent: the machine is kept and does not run.
+    InDoubt,
+}
+
+/// Why a migration ended here other than by completing.
+#[derive(Debug, thiserror::Error)]
+pub enum DestinationError {
+    /// The connection or the peer.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// This host cannot take the guest.
+    #[error("this host cannot take the guest: {0}")]
+    Unfit(PortError),
+    /// The options need something that this build lacks.
+    #[error("the source needs features {missing:#x} that this ferry lacks; upgrade it")]
+    Features {
+        /// The missing ones.
+        missing: u64,
+    },
+    /// A page that is not the guest's RAM.
+    #[error("the source sent page {gfn:#x} (+{count}), which is not the guest's memory")]
+    NotRam {
+        /// The first page.
+        gfn: u64,
+        /// How many.
+        count: u64,
+    },
+    /// Memory cannot be written or read here.
+    #[error("writing guest memory failed: {0}")]
+    Memory(PortError),
+    /// The hashes differ.
+    #[error("guest memory differs from the source's in {pages} pages, the first is {first:#x}")]
+    Differs {
+        /// How many pages.
+        pages: u64,
+        /// The first of them.
+        first: u64,
+    },
+    /// The state does not fit the machine.
+    #[error("the machine's state cannot be restored: {0}")]
+    State(PortError),
+    /// Committed, but the guest cannot run here.
+    #[error("the guest was handed over but cannot be started here: {0}")]
+    Start(PortError),
+    /// A data channel failed.
+    #[error("data channel {index} failed: {reason}")]
+    Lane {
+        /// Which.
+        index: u16,
+        /// Why.
+        reason: String,
+    },
+    /// A data channel never came or stands still.
+    #[error("round {round} did not end on {missing} of the data channels in time")]
+    LaneSilent {
+        /// The round.
+        round: u32,
+        /// How many are missing.
+        missing: usize,
+    },
+}
+
+/// How long the destination waits for the source.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// For the greeting.
+    pub handshake: Duration,
+    /// For the next frame while memory arrives; the source is then taken for dead.
+    pub transfer: Duration,
+    /// For the commit; then the migration is in doubt.
+    pub commit: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            transfer: Duration::from_secs(60),
+            commit: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What happened in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// More frames are expected.
+    Continue,
+    /// The guest runs and the source was told.
+    Complete,
+}
+
+/// Answers a new connection's preamble and says what the connection is for.
+///
+/// # Errors
+/// When the peer does not speak the protocol or is of another version; it was told ours.
+pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Preamble), WireError> {
+    link.set_timeout(Some(timeout));
+    let mut channel = Channel::new(link);
+    let theirs = channel.recv_preamble();
+    let (role, index, session) = theirs
+        .as_ref()
+        .map_or((Role::Control, 0, SessionId([0; 16])), |p| {
+            (p.role, p.channel, p.session)
+        });
+    // Also a peer of another version gets ours, so that it can say both.
+    channel.send_preamble(&Preamble::new(role, index, session))?;
+    Ok((channel, theirs?))
+}
+
+/// One migration, as it arrives.
+pub struct Destination<L: Link, H: Host<L>> {
+    channel: Channel<L>,
+    session: SessionId,
+    host: H,
+    state: State,
+    timeouts: Timeouts,
+    layout: Option<RamLayout>,
+    sink: Option<Arc<H::Sink>>,
+    lanes: Option<Arc<LaneSet<L, H::Sink>>>,
+    receiver: PageReceiver,
+    round: u32,
+    restored: bool,
+    restore_us: u64,
+    hashes: HashCheck,
+    verify: bool,
+    policy: String,
+    buffer: Vec<u8>,
+}
+
+/// What comparing hashes has found.
+#[derive(Debug, Default)]
+struct HashCheck {
+    compared: u64,
+    different: u64,
+    first: Option<u64>,
+}
+
+impl<L: Link, H: Host<L>> Destination<L, H> {
+    /// Takes a control channel whose preamble was answered by [`greet`].
+    pub fn new(mut channel: Channel<L>, preamble: &Preamble, host: H, timeouts: Timeouts) -> Self {
+        channel.link().set_timeout(Some(timeouts.handshake));
+        Self {
+            channel,
+            session: preamble.session,
+            host,
+            state: State::Waiting,
+            timeouts,
+            layout: None,
+            sink: None,
+            lanes: None,
+            receiver: PageReceiver::default(),
+            round: 0,
+            restored: false,
+            restore_us: 0,
+            hashes: HashCheck::default(),
+            verify: false,
+            policy: String::new(),
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub const fn state(&self) -> State {
+        self.state
+    }
+
+    /// The migration.
+    #[must_use]
+    pub const fn session(&self) -> SessionId {
+        self.session
+    }
+
+    /// The policy that the source named.
+    #[must_use]
+    pub fn policy(&self) -> &str {
+        &self.policy
+    }
+
+    /// The data channels' meeting point, once the greeting was taken and announced some.
+    #[must_use]
+    pub const fn lanes(&self) -> Option<&Arc<LaneSet<L, H::Sink>>> {
+        self.lanes.as_ref()
+    }
+
+    /// The host.
+    pub const fn host(&mut self) -> &mut H {
+        &mut self.host
+    }
+
+    /// The host, for good: with it goes the machine.
+    pub fn into_host(self) -> H {
+        self.host
+    }
+
+    fn enter(&mut self, state: State) {
+        tracing::debug!(session = %self.session, from = ?self.state, to = ?state, "destination");
+        self.state = state;
+    }
+
+    /// Handles frames until the guest runs.
+    ///
+    /// # Errors
+    /// [`DestinationError`]; the state then says what that means: `Discarded` (the source owns
+    /// the guest) or `InDoubt` (the machine is kept and does not run).
+    pub fn run(&mut self) -> Result<(), DestinationError> {
+        while self.step()? == Step::Continue {}
+        Ok(())
+    }
+
+    /// Handles one frame.
+    ///
+    /// # Errors
+    /// As [`Destination::run`].
+    pub fn step(&mut self) -> Result<Step, DestinationError> {
+        let result = self.handle();
+        if let Err(error) = &result {
+            self.fail(error);
+        }
+        result
+    }
+
+    /// What an error means for who owns the guest.
+    fn fail(&mut self, error: &DestinationError) {
+        let aborted = matches!(error, DestinationError::Wire(WireError::PeerAborted(_)));
+        match self.state {
+            State::Waiting | State::Filling => {
+                if !aborted {
+                    self.channel.send_abort(&error.to_string());
+                }
+                self.discard();
+            }
+            State::Ready | State::InDoubt => {
+                if aborted {
+                    self.discard();
+                } else {
+                    self.enter(State::InDoubt);
+                }
+            }
+            // Handed over: whatever is wrong with the connection, the guest is here.
+            State::Running | State::Complete | State::Discarded => {}
+        }
+    }
+
+    fn discard(&mut self) {
+        if let Some(lanes) = &self.lanes {
+            lanes.close();
+        }
+        self.sink = None;
+        self.host.discard();
+        self.enter(State::Discarded);
+    }
+
+    fn handle(&mut self) -> Result<Step, DestinationError> {
+        let header = self.channel.recv_header()?;
+        match (self.state, header.kind) {
+            (State::Waiting, FrameType::Hello) => self.hello(&header)?,
+            (State::Filling, FrameType::Pages | FrameType::Zero) if !self.restored => {
+                self.pages(&header)?
+            }
+            (State::Filling, FrameType::RoundEnd) if !self.restored => self.round_end(&header)?,
+            (State::Filling, FrameType::Verify) if self.verify && !self.restored => {
+                self.compare(&header)?
+            }
+            (State::Filling, FrameType::State) => self.restore(&header)?,
+            (State::Ready | State::InDoubt | State::Running, FrameType::Commit) => {
+                self.commit()?;
+                return Ok(Step::Complete);
+            }
+            (state, _) => return Err(self.channel.refuse(&header, expected_in(state)).into()),
+        }
+        Ok(Step::Continue)
+    }
+
+    fn hello(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let mut bytes = std::mem::take(&mut self.buffer);
+        self.channel.recv_payload(header, &mut bytes)?;
+        let hello = Hello::decode(&bytes).map_err(WireError::from)?;
+        let missing = hello.required.0 & !Features::SUPPORTED.0;
+        if missing != 0 {
+            return Err(DestinationError::Features { missing });
+        }
+        if hello.channels > crate::options::Options::MAX_CHANNELS {
+            return Err(DestinationError::Features {
+                missing: Features::CHANNELS.0,
+            });
+        }
+        self.policy = hello
+            .policy
+            .chars()
+            .filter(|c| c.is_ascii_graphic())
+            .take(32)
+            .collect();
+        self.verify = hello.required.has(Features::VERIFY);
+        let sink = self
+            .host
+            .prepare(&hello.layout, &hello.machine)
+            .map_err(DestinationError::Unfit)?;
+        self.channel.set_end(hello.layout.end());
+        if hello.channels > 0 {
+            let set = LaneSet::new(
+                Arc::clone(&sink),
+                hello.layout.clone(),
+                hello.channels,
+                self.timeouts.transfer,
+            );
+            self.lanes = Some(Arc::new(set));
+        }
+        self.layout = Some(hello.layout);
+        self.sink = Some(sink);
+        self.buffer = bytes;
+        self.enter(State::Filling);
+        let ack = HelloAck {
+            features: hello.offered.and(Features::SUPPORTED),
+        };
+        self.channel.send_json(FrameType::HelloAck, &ack)?;
+        self.channel
+            .link()
+            .set_timeout(Some(self.timeouts.transfer));
+        Ok(())
+    }
+
+    fn pages(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let (Some(sink), Some(layout)) = (&self.sink, &self.layout) else {
+            return Err(self.channel.refuse(header, "a greeting").into());
+        };
+        self.receiver
+            .receive(&mut self.channel, header, sink.as_ref(), layout)
+    }
+
+    /// All pages of a round are in place once every data channel has ended it too.
+    fn round_end(&mut self, header: &Header) -> Result<(), DestinationError> {
+        if header.round != self.round + 1 {
+            return Err(self
+                .channel
+                .refuse(header, "the end of the next round")
+                .into());
+        }
+        if let Some(lanes) = &self.lanes {
+            lanes.wait(header.round)?;
+        }
+        self.round = header.round;
+        self.channel
+            .send(Header::bare(FrameType::RoundAck, header.round), &[])?;
+        Ok(())
+    }
+
+    /// Compares hashes of the source's pages with the pages here.
+    fn compare(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let Some(sink) = self.sink.clone() else {
+            return Err(self.channel.refuse(header, "a greeting").into());
+        };
+        let mut bytes = std::mem::take(&mut self.buffer);
+        self.channel.recv_payload(header, &mut bytes)?;
+        let mut page = [0; PAGE_SIZE];
+        for (gfn, hash) in (header.gfn..).zip(bytes.chunks_exact(8)) {
+            sink.copy_page(gfn, &mut page)
+                .map_err(DestinationError::Memory)?;
+            if page_hash(gfn, &page).to_le_bytes() != *hash {
+                self.hashes.different += 1;
+                self.hashes.first.get_or_insert(gfn);
+            }
+            self.hashes.compared += 1;
+        }
+        self.buffer = bytes;
+        Ok(())
+    }
+
+    /// The state is the last thing before "ready": with it the guest must be complete.
+    fn restore(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let mut bytes = std::mem::take(&mut self.buffer);
+        self.channel.recv_payload(header, &mut bytes)?;
+        if header.round != self.round {
+            return Err(self
+                .channel
+                .refuse(header, "the end of the last round")
+                .into());
+        }
+        if let Some(first) = self.hashes.first {
+            return Err(DestinationError::Differs {
+                pages: self.hashes.different,
+                first,
+            });
+        }
+        let total = self.layout.as_ref().map_or(0, RamLayout::pages);
+        if self.verify && self.hashes.compared != total {
+            return Err(self
+                .channel
+                .refuse(header, "the hashes of all pages")
+                .into());
+        }
+        let began = Instant::now();
+        self.host.restore(&bytes).map_err(DestinationError::State)?;
+        self.restore_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.restored = true;
+        let ready = Ready {
+            verified: self.verify,
+            restore_us: self.restore_us,
+        };
+        self.channel.link().set_timeout(Some(self.timeouts.commit));
+        // From the first byte of this answer on the source may commit: an error now is a doubt.
+        self.enter(State::Ready);
+        self.channel.send_json(FrameType::Ready, &ready)?;
+        Ok(())
+    }
+
+    /// The source's word: the guest is ours. Saying it twice changes nothing.
+    fn commit(&mut self) -> Result<(), DestinationError> {
+        let read = Instant::now();
+        let mut since = Duration::ZERO;
+        if self.state != State::Running {
+            match self.host.run() {
+                Ok(first_instruction) => since = first_instruction,
+                Err(error) => {
+                    // Not ours to give back: the source has written the commit down.
+                    self.channel
+                        .send_abort(&format!("the guest could not be started: {error}"));
+                    return Err(DestinationError::Start(error));
+                }
+            }
+            self.enter(State::Running);
+        }
+        let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        let running = Running {
+            start_us: micros(read.elapsed().saturating_sub(since)),
+            since_us: micros(since),
+        };
+        self.channel.send_json(FrameType::Running, &running)?;
+        self.enter(State::Complete);
+        Ok(())
+    }
+
+    /// Goes on with a new connection that a source opened to end the doubt
+    /// ([`Role::Recover`], preamble answered): its word is the next frame.
+    pub fn reattach(&mut self, mut channel: Channel<L>, preamble: &Preamble) {
+        if let Err(error) = preamble.expect_session(self.session) {
+            channel.send_abort(&error.to_string());
+            return;
+        }
+        channel.set_end(self.layout.as_ref().map_or(0, RamLayout::end));
+        self.channel = channel;
+        match self.state {
+            // The first confirmation may have been lost on its way: it is said again.
+            State::Complete => self.enter(State::Running),
+            State::Ready => self.enter(State::InDoubt),
+            _ => {}
+        }
+    }
+
+    /// An operator's word in place of the source's: runs the guest here. Only right when the
+    /// source is certain not to run it.
+    ///
+    /// # Errors
+    /// When the guest is not complete here, or cannot be started.
+    pub fn take_over(&mut self) -> Result<(), DestinationError> {
+        match self.state {
+            State::Ready | State::InDoubt => {
+                self.host.run().map_err(DestinationError::Start)?;
+                self.enter(State::Running);
+                Ok(())
+            }
+            State::Running | State::Complete => Ok(()),
+            state @ (State::Waiting | State::Filling | State::Discarded) => {
+                Err(DestinationError::State(
+                    format!("the guest is not complete here ({state:?})").into(),
+                ))
+            }
+        }
+    }
+
+    /// Throws a doubtful guest away: an operator's word that the source has it.
+    pub fn abandon(&mut self) {
+        if matches!(
+            self.state,
+            State::Ready | State::InDoubt | State::Filling | State::Waiting
+        ) {
+            self.discard();
+        }
+    }
+}
+
+const fn expected_in(state: State) -> &'static str {
+    match state {
+        State::Waiting => "a greeting",
+        State::Filling => "pages, the end of the next round, hashes or the state",
+        State::Ready | State::InDoubt => "the commit",
+        State::Running | State::Complete | State::Discarded => "nothing more",
+    }
+}

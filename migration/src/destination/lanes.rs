@@ -1,0 +1,175 @@
+//! Data channels at the destination: each in a thread of its own, meeting at the end of a round.
+
+use super::DestinationError;
+use super::pages::PageReceiver;
+use crate::page::RamLayout;
+use crate::port::{Link, PageSink};
+use crate::wire::{Channel, FrameType, WireError};
+use std::marker::PhantomData;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What the lanes have told.
+#[derive(Debug, Default)]
+struct Told {
+    /// The last round that each lane has ended.
+    rounds: Vec<u32>,
+    attached: Vec<bool>,
+    failed: Option<(u16, String)>,
+    closed: bool,
+}
+
+/// The meeting point of a migration's data channels.
+pub struct LaneSet<L, S> {
+    sink: Arc<S>,
+    layout: RamLayout,
+    timeout: Duration,
+    told: Mutex<Told>,
+    change: Condvar,
+    link: PhantomData<fn(L)>,
+}
+
+/// One data channel.
+pub struct Lane<L, S> {
+    channel: Channel<L>,
+    index: u16,
+    set: Arc<LaneSet<L, S>>,
+    receiver: PageReceiver,
+}
+
+impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
+    pub(super) fn new(sink: Arc<S>, layout: RamLayout, count: u16, timeout: Duration) -> Self {
+        let told = Told {
+            rounds: vec![0; usize::from(count)],
+            attached: vec![false; usize::from(count)],
+            ..Told::default()
+        };
+        Self {
+            sink,
+            layout,
+            timeout,
+            told: Mutex::new(told),
+            change: Condvar::new(),
+            link: PhantomData,
+        }
+    }
+
+    fn told(&self) -> std::sync::MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a data channel whose preamble was answered; `index` is the preamble's.
+    ///
+    /// # Errors
+    /// When there is no such channel or it is attached already.
+    pub fn attach(
+        self: &Arc<Self>,
+        mut channel: Channel<L>,
+        index: u16,
+    ) -> Result<Lane<L, S>, DestinationError> {
+        {
+            let mut told = self.told();
+            match told.attached.get_mut(usize::from(index)) {
+                Some(attached) if !*attached => *attached = true,
+                _ => {
+                    return Err(DestinationError::Lane {
+                        index,
+                        reason: "no such data channel was announced, or it is connected already"
+                            .into(),
+                    });
+                }
+            }
+        }
+        channel.set_end(self.layout.end());
+        channel.link().set_timeout(Some(self.timeout));
+        Ok(Lane {
+            channel,
+            index,
+            set: Arc::clone(self),
+            receiver: PageReceiver::default(),
+        })
+    }
+
+    /// Waits until every lane has ended `round`.
+    pub(super) fn wait(&self, round: u32) -> Result<(), DestinationError> {
+        let until = Instant::now() + self.timeout;
+        let mut told = self.told();
+        loop {
+            if let Some((index, reason)) = &told.failed {
+                return Err(DestinationError::Lane {
+                    index: *index,
+                    reason: reason.clone(),
+                });
+            }
+            let missing = told.rounds.iter().filter(|&&ended| ended < round).count();
+            if missing == 0 {
+                return Ok(());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(DestinationError::LaneSilent { round, missing });
+            }
+            told = self
+                .change
+                .wait_timeout(told, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// The migration is over: lanes that fail from now on do not matter.
+    pub(super) fn close(&self) {
+        self.told().closed = true;
+    }
+}
+
+impl<L: Link, S: PageSink<L>> Lane<L, S> {
+    /// Handles frames until the channel ends.
+    pub fn run(mut self) {
+        if let Err(error) = self.receive() {
+            let mut told = self.set.told();
+            if !told.closed {
+                told.failed.get_or_insert((self.index, error.to_string()));
+            }
+            drop(told);
+            self.set.change.notify_all();
+        }
+    }
+
+    fn receive(&mut self) -> Result<(), DestinationError> {
+        loop {
+            let header = self.channel.recv_header()?;
+            match header.kind {
+                FrameType::Pages | FrameType::Zero => {
+                    self.receiver.receive(
+                        &mut self.channel,
+                        &header,
+                        self.set.sink.as_ref(),
+                        &self.set.layout,
+                    )?;
+                }
+                FrameType::RoundEnd => {
+                    let mut told = self.set.told();
+                    let ended = &mut told.rounds[usize::from(self.index)];
+                    if header.round != *ended + 1 {
+                        return Err(WireError::Unexpected {
+                            kind: header.kind,
+                            round: header.round,
+                            expected: "the end of the next round",
+                        }
+                        .into());
+                    }
+                    *ended = header.round;
+                    drop(told);
+                    self.set.change.notify_all();
+                }
+                _ => {
+                    return Err(self
+                        .channel
+                        .refuse(&header, "pages or the end of a round")
+                        .into());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Policies: pure decisions about what to send next and when to stop.
+//!
+//! A policy sees a read-only [`View`] and returns a [`Decision`]. It does no I/O and reads no
+//! clock; the engine alone reads memory, sends, pauses and marks. So a policy can be slow, but
+//! it cannot be wrong: whatever it decides, no write is lost and one side runs the guest.
+
+mod pre_copy;
+
+pub use pre_copy::PreCopy;
+
+use crate::options::{Options, PolicyKind};
+use crate::page::{Heat, PAGE_BYTES, PageSet};
+use std::time::Duration;
+
+/// What a policy may look at.
+#[derive(Debug)]
+pub struct View<'a> {
+    /// Rounds sent so far; 0 before the first.
+    pub round: u32,
+    /// Pages of RAM.
+    pub total_pages: u64,
+    /// Pages that the destination lacks or has stale.
+    pub pending: &'a PageSet,
+    /// How many those are.
+    pub pending_pages: u64,
+    /// Pages that were sent at least once.
+    pub sent: &'a PageSet,
+    /// How often pages were dirtied.
+    pub heat: &'a Heat,
+    /// Pages found newly dirty by the last collection …
+    pub dirtied_pages: u64,
+    /// … and the time between it and the one before.
+    pub dirtied_over: Duration,
+    /// Measured bandwidth in bytes per second; `None` until something was measured.
+    pub bandwidth: Option<f64>,
+    /// Bytes of CPU and device state that the pause will have to send.
+    pub state_bytes: u64,
+    /// What a pause costs beside sending: a few round trips, stopping and starting.
+    pub pause_overhead: Duration,
+    /// Since the migration began.
+    pub elapsed: Duration,
+}
+
+impl View<'_> {
+    /// The pause that stopping now would cost: pending pages and the machine's state over the
+    /// measured bandwidth, and the fixed costs.
+    #[must_use]
+    pub fn predicted_downtime(&self) -> Option<Duration> {
+        let bytes = self.pending_pages * PAGE_BYTES + self.state_bytes;
+        self.bandwidth
+            .map(|rate| seconds(bytes as f64 / rate.max(1.0)) + self.pause_overhead)
+    }
+
+    /// Pages per second that the guest dirties, by the last collection.
+    #[must_use]
+    pub fn dirty_rate(&self) -> f64 {
+        self.dirtied_pages as f64 / self.dirtied_over.as_secs_f64().max(1e-6)
+    }
+}
+
+/// A duration from seconds that came out of a division: huge and odd values become a year.
+pub(crate) fn seconds(s: f64) -> Duration {
+    const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+    Duration::try_from_secs_f64(s).map_or(YEAR, |d| d.min(YEAR))
+}
+
+/// In which order a set of pages is sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SendOrder {
+    /// By address: the longest runs.
+    #[default]
+    Address,
+}
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Send these pages (those of them that are pending) as one round.
+    Send {
+        /// Which.
+        pages: PageSet,
+        /// In which order.
+        order: SendOrder,
+    },
+    /// Stop the guest and copy what is pending.
+    Stop {
+        /// Why, for the report.
+        why: String,
+    },
+    /// Leave the guest where it is.
+    GiveUp {
+        /// Why, for the user.
+        why: String,
+    },
+}
+
+/// A migration algorithm's decisions.
+pub trait Policy: Send {
+    /// Its name, as the command line and the report use it.
+    fn name(&self) -> &'static str;
+    /// What to do next. Called after each collection of the dirty log while the guest runs; a
+    /// `Stop` may be asked for again after the link was drained, with newer numbers.
+    fn next(&mut self, view: &View<'_>) -> Decision;
+}
+
+/// The policy that the options name.
+#[must_use]
+pub fn from_options(options: &Options) -> Box<dyn Policy> {
+    match options.policy {
+        PolicyKind::Precopy => Box::new(PreCopy::new(options)),
+    }
+}

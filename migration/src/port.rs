@@ -1,0 +1,174 @@
+//! What the engines need from a virtual machine monitor: the traits to implement in order to
+//! migrate a guest of your own.
+//!
+//! ```text
+//! source:       Guest::collect_dirty → PageSet → Policy → batch → PageSource::transmit → Link
+//! destination:  Link → PageSink::receive → memory;   STATE → Host::restore;   COMMIT → Host::run
+//! ```
+//!
+//! The engines never hold a reference into guest memory, because a running guest writes to it:
+//! pages go from [`PageSource`] to [`Link`] and from [`Link`] to [`PageSink`] behind these traits.
+
+use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use crate::wire::SessionId;
+use std::io;
+use std::time::Duration;
+
+/// Why something behind a port failed: the message goes to the user as it is.
+pub type PortError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A reliable, ordered stream of bytes in both directions.
+pub trait Link: Send {
+    /// Sends `head`, then `body`, in one write where possible.
+    ///
+    /// # Errors
+    /// When the connection is gone, the peer takes nothing for too long (`TimedOut`), or the
+    /// user interrupted a wait (`Interrupted`).
+    fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()>;
+
+    /// Receives exactly `buf.len()` bytes.
+    ///
+    /// # Errors
+    /// As [`Link::send`]; the end of the stream is `UnexpectedEof`.
+    fn recv(&mut self, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Whether bytes can be received without waiting (also when the peer has hung up).
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    fn readable(&mut self) -> io::Result<bool>;
+
+    /// How long a send or receive may wait; `None` is for ever.
+    fn set_timeout(&mut self, timeout: Option<Duration>);
+}
+
+/// Time, as the engines see it.
+pub trait Clock: Sync {
+    /// Monotonic time since some start.
+    fn now(&self) -> Duration;
+    /// Waits.
+    fn sleep(&self, duration: Duration);
+}
+
+/// Guest memory that can be read while the guest runs.
+pub trait PageSource<L: Link>: Sync {
+    /// Sends `head` and then the pages of `runs`, straight from guest memory, without a copy.
+    /// The runs are RAM (the engine took them from the layout).
+    ///
+    /// # Errors
+    /// As [`Link::send`].
+    fn transmit(&self, link: &mut L, head: &[u8], runs: &[Run]) -> io::Result<()>;
+
+    /// Copies one page out.
+    ///
+    /// # Errors
+    /// When the page is not RAM.
+    fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError>;
+
+    /// Whether the page holds only zeros. Must look at memory anew each time.
+    fn is_zero(&self, gfn: Gfn) -> bool;
+}
+
+/// A guest at the source.
+///
+/// Dirty pages: [`collect_dirty`](Guest::collect_dirty) only *reads* the log; a page stays in it
+/// until [`clear_dirty`](Guest::clear_dirty), which the engine calls right before it reads the
+/// page for sending. So what was not sent is still dirty, whatever fails in between.
+pub trait Guest<L: Link>: PageSource<L> {
+    /// Where the guest has RAM.
+    fn layout(&self) -> RamLayout;
+    /// The machine's configuration, for [`Host::prepare`].
+    ///
+    /// # Errors
+    /// When it cannot be described.
+    fn description(&self) -> Result<Vec<u8>, PortError>;
+    /// About how many bytes [`Guest::save`] will return: part of the downtime's estimate.
+    fn state_bytes(&self) -> u64;
+    /// Starts the dirty log with every page dirty (or: every page that must be sent).
+    ///
+    /// # Errors
+    /// When the host cannot log.
+    fn start_tracking(&mut self) -> Result<(), PortError>;
+    /// Stops the dirty log; the guest may run or not.
+    fn stop_tracking(&mut self);
+    /// Adds all pages of the log to `into`, those that the VMM itself wrote included.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    fn collect_dirty(&self, into: &mut PageSet) -> Result<(), PortError>;
+    /// Takes the pages off the log. `scratch` is for the implementation, so that it need not
+    /// allocate: it belongs to the calling sender and keeps its size.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    fn clear_dirty(&self, runs: &[Run], scratch: &mut Vec<u64>) -> Result<(), PortError>;
+    /// Stops all vCPUs and devices. Returns how long ago the last guest instruction was.
+    ///
+    /// # Errors
+    /// When it cannot be stopped; it then runs on.
+    fn pause(&mut self) -> Result<Duration, PortError>;
+    /// The paused machine's state.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    fn save(&mut self) -> Result<Vec<u8>, PortError>;
+    /// Lets the guest run again at the source, after a failure before the commit.
+    fn resume(&mut self);
+    /// Writes down that the guest belongs to the destination: from now on this side never runs
+    /// it by itself. Called before the commit is sent.
+    ///
+    /// # Errors
+    /// When it cannot be written down; nothing was sent then, and the guest stays.
+    fn commit(&mut self, session: SessionId) -> Result<(), PortError>;
+    /// The destination runs the guest: what is left here may be discarded.
+    fn release(&mut self);
+}
+
+/// Guest memory at the destination. Lanes fill it in parallel: pages of one round are disjoint.
+pub trait PageSink<L: Link>: Send + Sync {
+    /// Receives the pages of `runs` from the link straight into guest memory. The engine has
+    /// checked that the runs are RAM.
+    ///
+    /// # Errors
+    /// As [`Link::recv`].
+    fn receive(&self, link: &mut L, runs: &[Run]) -> io::Result<()>;
+    /// Makes the pages zero.
+    ///
+    /// # Errors
+    /// When memory cannot be written.
+    fn zero(&self, run: Run) -> Result<(), PortError>;
+    /// Copies one page out.
+    ///
+    /// # Errors
+    /// When the page is not RAM.
+    fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError>;
+}
+
+/// The destination host.
+pub trait Host<L: Link> {
+    /// The guest's memory here.
+    type Sink: PageSink<L> + 'static;
+
+    /// Builds the machine, paused, with empty memory, or refuses in one sentence: everything
+    /// that can be checked before a page is sent is checked here (CPU features, memory).
+    ///
+    /// # Errors
+    /// Why this host cannot take the guest.
+    fn prepare(
+        &mut self,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<std::sync::Arc<Self::Sink>, PortError>;
+    /// Puts the state into the machine and checks it.
+    ///
+    /// # Errors
+    /// Why it does not fit.
+    fn restore(&mut self, state: &[u8]) -> Result<(), PortError>;
+    /// The source has committed: runs the guest. Returns how long ago its first instruction was.
+    ///
+    /// # Errors
+    /// Why it does not run.
+    fn run(&mut self) -> Result<Duration, PortError>;
+    /// Throws the machine away; the source still owns the guest.
+    fn discard(&mut self);
+}

@@ -1,0 +1,258 @@
+//! Sending sets of pages: batches, zero pages, pacing. One [`Sender`] per lane; nothing is
+//! allocated or copied per page.
+
+use crate::page::{Gfn, PAGE_SIZE, PageSet, Run};
+use crate::policy::{SendOrder, seconds};
+use crate::port::{Clock, Guest, Link, PortError};
+use crate::wire::{
+    Channel, FLAG_CRC, FrameType, HEADER_BYTES, Header, MAX_RUNS, RUN_BYTES, WireError, encode_runs,
+};
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// Pages in a batch: 1 MiB keeps system calls rare and cancelling quick. With every second page
+/// zero a batch has half as many runs, which is within [`MAX_RUNS`].
+pub(crate) const BATCH_PAGES: u64 = 256;
+const _: () = assert!(BATCH_PAGES <= MAX_RUNS as u64);
+
+/// Why a batch was not sent.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SendError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("{0}")]
+    Guest(PortError),
+}
+
+/// What a batch amounted to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sent {
+    pub data_pages: u64,
+    pub zero_pages: u64,
+    pub bytes: u64,
+}
+
+impl Sent {
+    pub(crate) const fn add(&mut self, other: Self) {
+        self.data_pages += other.data_pages;
+        self.zero_pages += other.zero_pages;
+        self.bytes += other.bytes;
+    }
+
+    pub(crate) const fn pages(&self) -> u64 {
+        self.data_pages + self.zero_pages
+    }
+}
+
+/// Cuts a set into batches in the wanted order.
+#[derive(Debug)]
+pub(crate) struct Batches {
+    pages: PageSet,
+    at: Gfn,
+}
+
+impl Batches {
+    pub(crate) fn new(pages: PageSet, order: SendOrder) -> Self {
+        match order {
+            SendOrder::Address => Self { pages, at: 0 },
+        }
+    }
+
+    /// The next batch; `false` when there is none.
+    pub(crate) fn next(&mut self, runs: &mut Vec<Run>) -> bool {
+        runs.clear();
+        let mut room = BATCH_PAGES;
+        while room > 0 {
+            let Some(run) = self.pages.next_run(self.at, room) else {
+                break;
+            };
+            self.at = run.end();
+            room -= run.count;
+            runs.push(run);
+        }
+        !runs.is_empty()
+    }
+}
+
+/// The user's bandwidth cap: a token bucket over virtual time. Shared by the lanes.
+#[derive(Debug)]
+pub(crate) struct Pacer {
+    /// Bytes per second; `None` is no cap.
+    rate: Option<f64>,
+    /// When the bytes granted so far will have been paid for.
+    paid_until: Mutex<Duration>,
+}
+
+impl Pacer {
+    /// Idle time is credited up to this much, so that short waits elsewhere do not cost rate.
+    const BURST: Duration = Duration::from_millis(20);
+
+    pub(crate) fn new(rate: Option<u64>) -> Self {
+        Self {
+            rate: rate.map(|r| r as f64),
+            paid_until: Mutex::new(Duration::ZERO),
+        }
+    }
+
+    /// Waits until `bytes` more may be sent.
+    pub(crate) fn wait(&self, bytes: u64, clock: &dyn Clock) {
+        let Some(rate) = self.rate else { return };
+        let now = clock.now();
+        let until = {
+            let mut paid = self
+                .paid_until
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            let from = (*paid).max(now.saturating_sub(Self::BURST));
+            *paid = from + seconds(bytes as f64 / rate);
+            from
+        };
+        if until > now {
+            clock.sleep(until - now);
+        }
+    }
+}
+
+/// Reusable buffers of one lane.
+#[derive(Debug, Default)]
+pub(crate) struct Sender {
+    head: Vec<u8>,
+    data: Vec<Run>,
+    zero: Vec<Run>,
+    scratch: Vec<u64>,
+}
+
+/// How the pages of a batch are to be sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BatchMode {
+    pub round: u32,
+    /// The guest stands still: nothing needs to be cleared, and checksums can cover the pages.
+    pub paused: bool,
+}
+
+impl Sender {
+    /// Sends the pages of `runs` (at most [`BATCH_PAGES`]) in one write: a frame for the zero
+    /// pages, then one for the others.
+    pub(crate) fn send<L: Link, G: Guest<L> + ?Sized>(
+        &mut self,
+        channel: &mut Channel<L>,
+        guest: &G,
+        runs: &[Run],
+        mode: BatchMode,
+    ) -> Result<Sent, SendError> {
+        if !mode.paused {
+            // Cleared first, read after: what is written from here on is dirty again.
+            guest
+                .clear_dirty(runs, &mut self.scratch)
+                .map_err(SendError::Guest)?;
+        }
+        self.split(guest, runs);
+        let zero_pages = self.zero.iter().map(|run| run.count).sum();
+        let data_pages = self.data.iter().map(|run| run.count).sum::<u64>();
+        self.head.clear();
+        if let Some(first) = self.zero.first().copied() {
+            let at = self.reserve_header();
+            encode_runs(&self.zero, &mut self.head);
+            let crc = crc32c::crc32c(&self.head[at + HEADER_BYTES..]);
+            self.put_header(
+                at,
+                Header {
+                    flags: FLAG_CRC,
+                    payload_crc: crc,
+                    ..table_header(FrameType::Zero, first.first, self.zero.len(), 0, mode.round)
+                },
+            );
+        }
+        if let Some(first) = self.data.first().copied() {
+            let at = self.reserve_header();
+            encode_runs(&self.data, &mut self.head);
+            let mut crc = crc32c::crc32c(&self.head[at + HEADER_BYTES..]);
+            let mut flags = 0;
+            if mode.paused {
+                flags = FLAG_CRC;
+                crc = self.crc_of_pages(guest, crc)?;
+            }
+            let header = Header {
+                flags,
+                payload_crc: crc,
+                ..table_header(
+                    FrameType::Pages,
+                    first.first,
+                    self.data.len(),
+                    data_pages,
+                    mode.round,
+                )
+            };
+            self.put_header(at, header);
+            guest
+                .transmit(channel.link(), &self.head, &self.data)
+                .map_err(WireError::Io)?;
+        } else {
+            channel
+                .link()
+                .send(&self.head, &[])
+                .map_err(WireError::Io)?;
+        }
+        let bytes = self.head.len() as u64 + data_pages * PAGE_SIZE as u64;
+        channel.count(bytes);
+        Ok(Sent {
+            data_pages,
+            zero_pages,
+            bytes,
+        })
+    }
+
+    /// Sorts the pages into zero and data runs.
+    fn split<L: Link, G: Guest<L> + ?Sized>(&mut self, guest: &G, runs: &[Run]) {
+        self.zero.clear();
+        self.data.clear();
+        for run in runs {
+            for gfn in run.first..run.end() {
+                let list = if guest.is_zero(gfn) {
+                    &mut self.zero
+                } else {
+                    &mut self.data
+                };
+                match list.last_mut() {
+                    // Only within one run of the batch: runs that touch may lie in two regions.
+                    Some(last) if last.end() == gfn && gfn != run.first => last.count += 1,
+                    _ => list.push(Run::new(gfn, 1)),
+                }
+            }
+        }
+    }
+
+    fn crc_of_pages<L: Link, G: Guest<L> + ?Sized>(
+        &self,
+        guest: &G,
+        mut crc: u32,
+    ) -> Result<u32, SendError> {
+        let mut page = [0; PAGE_SIZE];
+        for gfn in self.data.iter().flat_map(|run| run.first..run.end()) {
+            guest.copy_page(gfn, &mut page).map_err(SendError::Guest)?;
+            crc = crc32c::crc32c_append(crc, &page);
+        }
+        Ok(crc)
+    }
+
+    fn reserve_header(&mut self) -> usize {
+        let at = self.head.len();
+        self.head.resize(at + HEADER_BYTES, 0);
+        at
+    }
+
+    fn put_header(&mut self, at: usize, header: Header) {
+        self.head[at..at + HEADER_BYTES].copy_from_slice(&header.encode());
+    }
+}
+
+/// A page frame's header. A batch is at most 1 MiB, so nothing here can exceed its field.
+fn table_header(kind: FrameType, gfn: Gfn, runs: usize, pages: u64, round: u32) -> Header {
+    let length = runs as u64 * RUN_BYTES as u64 + pages * PAGE_SIZE as u64;
+    Header {
+        gfn,
+        count: u32::try_from(runs).unwrap_or(u32::MAX),
+        length: u32::try_from(length).unwrap_or(u32::MAX),
+        ..Header::bare(kind, round)
+    }
+}

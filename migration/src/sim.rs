@@ -1,0 +1,246 @@
+//! A simulated guest, link, clock and destination: the real engines and policies run over them,
+//! in one thread, with faults injected at any message and a seed that replays.
+//!
+//! Memory is simulated by *versions*: a page is a number that grows with every write, so that a
+//! lost write is seen exactly, and a guest of gigabytes costs megabytes. Bytes on the link are
+//! counted, and take time, as if pages were 4 KiB; the guest writes while that time passes.
+//!
+//! ```
+//! let scenario = ferry_migration::sim::Scenario::random(42);
+//! let outcome = ferry_migration::sim::run(&scenario);
+//! assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+//! ```
+
+mod guest;
+mod host;
+mod link;
+mod rng;
+mod world;
+
+use crate::destination;
+use crate::options::{OnTimeout, Options};
+use crate::report::{Event, Report, Status};
+use crate::source::{self, CancelSwitch, Setup};
+use crate::wire::SessionId;
+use guest::SimGuest;
+use link::{Peer, SimClock, SimLink};
+pub use rng::Rng;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use world::World;
+pub use world::{Fault, FaultKind, PortFault};
+
+/// Everything that a simulated migration depends on.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Of the random numbers: same scenario, same run.
+    pub seed: u64,
+    /// Pages of RAM, in two regions with a hole between.
+    pub pages: u64,
+    /// Pages that the guest writes per second.
+    pub write_rate: f64,
+    /// Writes go to this many pages (the working set).
+    pub working_set: u64,
+    /// Share of pages that are zero at the start.
+    pub zero_share: f64,
+    /// Bytes per second.
+    pub bandwidth: f64,
+    /// The user's options.
+    pub options: Options,
+    /// What goes wrong.
+    pub faults: Vec<Fault>,
+    /// What goes wrong behind the ports.
+    pub port_fault: Option<PortFault>,
+    /// Makes the simulated guest's dirty log forget a page: only to show that the simulator
+    /// notices.
+    pub forgetful_log: bool,
+}
+
+/// Where a process of the simulation ended up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Its guest runs.
+    Runs,
+    /// It holds a guest that does not run.
+    Holds,
+    /// It has no guest.
+    Empty,
+    /// Killed.
+    Dead,
+}
+
+/// What came of it.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The source's report.
+    pub report: Report,
+    /// The source process.
+    pub source: Fate,
+    /// The destination process.
+    pub destination: Fate,
+    /// Broken promises: empty, or the engine is wrong.
+    pub violations: Vec<String>,
+    /// Messages that crossed, in both directions.
+    pub messages: u64,
+}
+
+impl Scenario {
+    /// A quiet migration.
+    #[must_use]
+    pub fn calm(seed: u64) -> Self {
+        Self {
+            seed,
+            pages: 512,
+            write_rate: 2_000.0,
+            working_set: 64,
+            zero_share: 0.3,
+            bandwidth: 100e6,
+            options: Options {
+                downtime: Duration::from_millis(5),
+                ..Options::default()
+            },
+            faults: Vec::new(),
+            port_fault: None,
+            forgetful_log: false,
+        }
+    }
+
+    /// A random guest, link, options and faults.
+    #[must_use]
+    pub fn random(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let pages = 16 + rng.below(600);
+        let mut scenario = Self {
+            pages,
+            write_rate: rng.unit() * 60_000.0,
+            working_set: 1 + rng.below(pages),
+            zero_share: rng.unit(),
+            bandwidth: 10e6 + rng.unit() * 200e6,
+            ..Self::calm(seed)
+        };
+        scenario.options = Options {
+            downtime: Duration::from_millis(rng.below(20)),
+            timeout: Duration::from_millis(200 + rng.below(2000)),
+            on_timeout: if rng.chance(0.5) {
+                OnTimeout::Stop
+            } else {
+                OnTimeout::Cancel
+            },
+            max_rounds: rng
+                .chance(0.3)
+                .then(|| 1 + u32::try_from(rng.below(20)).unwrap_or(1)),
+            bandwidth: rng.chance(0.2).then(|| 5_000_000 + rng.below(50_000_000)),
+            verify: rng.chance(0.5),
+            ..Options::default()
+        };
+        // Most faults early, where all messages of short migrations are; some anywhere.
+        while rng.chance(if scenario.faults.is_empty() {
+            0.85
+        } else {
+            0.25
+        }) {
+            let at = if rng.chance(0.7) {
+                rng.below(24)
+            } else {
+                rng.below(160)
+            };
+            let kind = FaultKind::random(&mut rng, scenario.options.verify);
+            scenario.faults.push(Fault { at, kind });
+        }
+        if rng.chance(0.25) {
+            scenario.port_fault = Some(PortFault::random(&mut rng));
+        }
+        scenario
+    }
+}
+
+/// Runs a scenario to its end, recovery included, and checks every promise.
+#[must_use]
+pub fn run(scenario: &Scenario) -> Outcome {
+    let world = Arc::new(Mutex::new(World::new(scenario)));
+    let peer = Arc::new(Mutex::new(Peer::new(Arc::clone(&world))));
+    let cancel = Arc::new(CancelSwitch::default());
+    lock(&world).cancel = Some(Arc::clone(&cancel));
+    let session = SessionId(*b"simulated-moving");
+    let clock = SimClock::new(Arc::clone(&world));
+    let mut guest = SimGuest::new(Arc::clone(&world));
+    let mut connect = |_, _| SimLink::connect(&world, &peer);
+    let mut events = |_: Event| {};
+    let report = source::migrate(
+        &mut guest,
+        Setup {
+            connect: &mut connect,
+            clock: &clock,
+            options: &scenario.options,
+            session,
+            cancel: &cancel,
+            events: &mut events,
+            timeouts: source::Timeouts::default(),
+        },
+    );
+    // Whatever is still on its way arrives; a broken connection is noticed.
+    Peer::drive_all(&peer);
+    let mut violations = lock(&world).check(&report, &lock(&peer));
+    lock(&world).faults.clear();
+    if report.status == Status::InDoubt && !lock(&world).source_dead {
+        recover(&world, &peer, session, &mut violations);
+    }
+    operator(&world, &peer, &mut violations);
+    let world = lock(&world);
+    violations.extend(world.violations.iter().cloned());
+    Outcome {
+        source: world.source_fate(),
+        destination: world.destination_fate(&lock(&peer)),
+        messages: world.messages,
+        report,
+        violations,
+    }
+}
+
+/// A source in doubt reconnects; the destination must end up running the guest.
+fn recover(
+    world: &Arc<Mutex<World>>,
+    peer: &Arc<Mutex<Peer>>,
+    session: SessionId,
+    violations: &mut Vec<String>,
+) {
+    let kept = {
+        let world = lock(world);
+        !world.destination_dead && !world.start_fails()
+    };
+    let result = source::recover_commit(&mut |_, _| SimLink::connect(world, peer), session);
+    let runs = lock(world).destination_runs;
+    match result {
+        Ok(_) if !runs => violations.push("recover succeeded, yet the guest does not run".into()),
+        Err(error) if kept => {
+            violations.push(format!("recover failed although both sides live: {error}"))
+        }
+        _ => {}
+    }
+}
+
+/// The last resort: the source is dead and the destination was ready: an operator takes over.
+fn operator(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>, violations: &mut Vec<String>) {
+    if !lock(world).source_dead || lock(world).destination_dead || lock(world).destination_runs {
+        return;
+    }
+    let mut peer = lock(peer);
+    let Some(engine) = peer.engine() else { return };
+    if matches!(
+        engine.state(),
+        destination::State::Ready | destination::State::InDoubt
+    ) {
+        let result = engine.take_over();
+        let world = lock(world);
+        if !world.start_fails() && (result.is_err() || !world.destination_runs) {
+            violations.push("an operator could not take over a complete guest".into());
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

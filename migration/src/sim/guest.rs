@@ -1,0 +1,136 @@
+//! The simulated guest at the source.
+
+use super::link::SimLink;
+use super::lock;
+use super::world::{PortFault, STATE, World, weight_of};
+use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use crate::port::{Guest, PageSource, PortError};
+use crate::wire::SessionId;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+pub(super) struct SimGuest {
+    world: Arc<Mutex<World>>,
+}
+
+impl SimGuest {
+    pub const fn new(world: Arc<Mutex<World>>) -> Self {
+        Self { world }
+    }
+}
+
+fn index(gfn: Gfn) -> usize {
+    usize::try_from(gfn).unwrap_or(usize::MAX)
+}
+
+/// What a page of this version looks like.
+pub(super) fn page_of(version: u64, into: &mut [u8; PAGE_SIZE]) {
+    into.fill(0);
+    into[..8].copy_from_slice(&version.to_le_bytes());
+}
+
+impl PageSource<SimLink> for SimGuest {
+    fn transmit(&self, link: &mut SimLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
+        let mut bytes = head.to_vec();
+        let mut pages = 0;
+        for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
+            let mut world = lock(&self.world);
+            bytes.extend_from_slice(&world.source_memory[index(gfn)].to_le_bytes());
+            // The guest runs on while its memory is being read.
+            world.sneak_a_write();
+            pages += 1;
+        }
+        link.send_weighed(&bytes, weight_of(head.len(), pages), head.len())
+    }
+
+    fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
+        page_of(lock(&self.world).source_memory[index(gfn)], into);
+        Ok(())
+    }
+
+    fn is_zero(&self, gfn: Gfn) -> bool {
+        let mut world = lock(&self.world);
+        let zero = world.source_memory[index(gfn)] == 0;
+        world.sneak_a_write();
+        zero
+    }
+}
+
+impl Guest<SimLink> for SimGuest {
+    fn layout(&self) -> RamLayout {
+        lock(&self.world).layout.clone()
+    }
+
+    fn description(&self) -> Result<Vec<u8>, PortError> {
+        Ok(b"a simulated machine".to_vec())
+    }
+
+    fn state_bytes(&self) -> u64 {
+        STATE.len() as u64
+    }
+
+    fn start_tracking(&mut self) -> Result<(), PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::StartTracking)?;
+        world.log = Some(world.layout.all());
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) {
+        lock(&self.world).log = None;
+    }
+
+    fn collect_dirty(&self, into: &mut PageSet) -> Result<(), PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::Collect(0))?;
+        world.pass(Duration::from_micros(10));
+        world.collect(into);
+        Ok(())
+    }
+
+    fn clear_dirty(&self, runs: &[Run], _: &mut Vec<u64>) -> Result<(), PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::Clear(0))?;
+        if let Some(log) = &mut world.log {
+            for run in runs {
+                log.remove_run(*run);
+            }
+        }
+        world.sneak_a_write();
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<Duration, PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::Pause)?;
+        world.pass(Duration::from_micros(50));
+        world.source_runs = false;
+        Ok(Duration::ZERO)
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, PortError> {
+        lock(&self.world).port_fails(PortFault::Save)?;
+        Ok(STATE.to_vec())
+    }
+
+    fn resume(&mut self) {
+        lock(&self.world).source_resumes();
+    }
+
+    fn commit(&mut self, _: SessionId) -> Result<(), PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::Commit)?;
+        world.committed = true;
+        Ok(())
+    }
+
+    fn release(&mut self) {
+        let mut world = lock(&self.world);
+        if !world.committed {
+            world
+                .violations
+                .push("released a guest that was not committed".into());
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! The simulated link, its clock, and the destination at its other end.
+//!
+//! One thread: when the source waits for an answer, the destination engine is stepped until it
+//! has given one or waits itself.
+
+use super::host::SimHost;
+use super::lock;
+use super::world::{Connection, Side, World};
+use crate::destination::{self, Destination, State, Step};
+use crate::port::{Clock, Link};
+use crate::wire::{HEADER_BYTES, PREAMBLE_BYTES, Role};
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Simulated time.
+pub(super) struct SimClock {
+    world: Arc<Mutex<World>>,
+}
+
+impl SimClock {
+    pub const fn new(world: Arc<Mutex<World>>) -> Self {
+        Self { world }
+    }
+}
+
+impl Clock for SimClock {
+    fn now(&self) -> Duration {
+        lock(&self.world).now
+    }
+
+    fn sleep(&self, duration: Duration) {
+        lock(&self.world).pass(duration);
+    }
+}
+
+/// One end of a simulated connection.
+pub(super) struct SimLink {
+    world: Arc<Mutex<World>>,
+    /// The destination, to be stepped while the source waits; `None` at the destination's end.
+    peer: Option<Arc<Mutex<Peer>>>,
+    side: Side,
+    connection: usize,
+    timeout: Duration,
+}
+
+impl SimLink {
+    /// Opens a connection to the destination.
+    pub fn connect(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>) -> io::Result<Self> {
+        let connection = {
+            let mut world = lock(world);
+            if world.destination_dead || world.source_dead {
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            }
+            world.connections.push(Connection::default());
+            world.connections.len() - 1
+        };
+        let end = |side, peer| Self {
+            world: Arc::clone(world),
+            peer,
+            side,
+            connection,
+            timeout: Duration::from_secs(1),
+        };
+        lock(peer)
+            .waiting
+            .push((connection, end(Side::Destination, None)));
+        Ok(end(Side::Source, Some(Arc::clone(peer))))
+    }
+
+    pub fn send_weighed(&mut self, bytes: &[u8], weight: u64, guarded: usize) -> io::Result<()> {
+        lock(&self.world).send(self.side, self.connection, bytes, weight, guarded)
+    }
+
+    /// Takes bytes if enough have arrived.
+    fn take(&self, buf: &mut [u8]) -> io::Result<bool> {
+        let mut world = lock(&self.world);
+        if self.side == Side::Source && world.source_dead
+            || self.side == Side::Destination && world.destination_dead
+        {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        let connection = &mut world.connections[self.connection];
+        let pipe = match self.side {
+            Side::Source => &mut connection.to_source,
+            Side::Destination => &mut connection.to_destination,
+        };
+        if pipe.len() < buf.len() {
+            if connection.broken {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            return Ok(false);
+        }
+        let length = buf.len();
+        for (to, from) in buf.iter_mut().zip(pipe.drain(..length)) {
+            *to = from;
+        }
+        Ok(true)
+    }
+
+    fn time_out(&self) -> io::Error {
+        lock(&self.world).pass(self.timeout);
+        io::ErrorKind::TimedOut.into()
+    }
+}
+
+impl Link for SimLink {
+    fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        let bytes = [head, body].concat();
+        let length = bytes.len();
+        self.send_weighed(&bytes, length as u64, length)
+    }
+
+    fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        loop {
+            if self.take(buf)? {
+                return Ok(());
+            }
+            match &self.peer {
+                Some(peer) if Peer::drive(peer, self.connection) => {}
+                _ => return Err(self.time_out()),
+            }
+        }
+    }
+
+    fn readable(&mut self) -> io::Result<bool> {
+        if let Some(peer) = &self.peer {
+            while Peer::drive(peer, self.connection) {}
+        }
+        let world = lock(&self.world);
+        let connection = &world.connections[self.connection];
+        Ok(!connection.to_source.is_empty() || connection.broken)
+    }
+
+    fn set_timeout(&mut self, timeout: Option<Duration>) {
+        self.timeout = timeout.unwrap_or(Duration::from_secs(3600));
+    }
+}
+
+/// The destination's process: accepts connections and runs the engine.
+pub(super) struct Peer {
+    world: Arc<Mutex<World>>,
+    waiting: Vec<(usize, SimLink)>,
+    engine: Option<Destination<SimLink, SimHost>>,
+    /// The connection that the engine listens to; `None` after it ended.
+    listening: Option<usize>,
+}
+
+impl Peer {
+    pub const fn new(world: Arc<Mutex<World>>) -> Self {
+        Self {
+            world,
+            waiting: Vec::new(),
+            engine: None,
+            listening: None,
+        }
+    }
+
+    pub const fn engine(&mut self) -> Option<&mut Destination<SimLink, SimHost>> {
+        self.engine.as_mut()
+    }
+
+    pub fn state(&self) -> Option<State> {
+        self.engine.as_ref().map(Destination::state)
+    }
+
+    /// Lets the destination do one thing on a connection; `false` when it waits.
+    fn drive(peer: &Mutex<Self>, connection: usize) -> bool {
+        let mut this = lock(peer);
+        let (arrived, broken) = {
+            let world = lock(&this.world);
+            if world.destination_dead {
+                return false;
+            }
+            let c = &world.connections[connection];
+            (c.to_destination.len(), c.broken)
+        };
+        if let Some(at) = this
+            .waiting
+            .iter()
+            .position(|(waiting, _)| *waiting == connection)
+        {
+            if arrived < PREAMBLE_BYTES && !broken {
+                return false;
+            }
+            let (_, link) = this.waiting.remove(at);
+            this.accept(link, connection);
+            return true;
+        }
+        if this.listening != Some(connection) || (arrived < HEADER_BYTES && !broken) {
+            return false;
+        }
+        let step = this.engine.as_mut().map(Destination::step);
+        if !matches!(step, Some(Ok(Step::Continue))) {
+            this.listening = None;
+        }
+        true
+    }
+
+    fn accept(&mut self, link: SimLink, connection: usize) {
+        let Ok((channel, preamble)) = destination::greet(link, Duration::from_secs(1)) else {
+            return;
+        };
+        match preamble.role {
+            Role::Recover => {
+                if let Some(engine) = &mut self.engine {
+                    // Its one word must have arrived with the preamble or soon after.
+                    self.listening = None;
+                    engine.reattach(channel, &preamble);
+                    self.listening = Some(connection);
+                }
+            }
+            _ if self.engine.is_none() => {
+                let host = SimHost::new(Arc::clone(&self.world));
+                self.engine = Some(Destination::new(
+                    channel,
+                    &preamble,
+                    host,
+                    destination::Timeouts::default(),
+                ));
+                self.listening = Some(connection);
+            }
+            _ => {}
+        }
+    }
+
+    /// Everything that has arrived is handled; silence becomes a time-out, as it would.
+    pub fn drive_all(peer: &Mutex<Self>) {
+        let count = lock(&lock(peer).world).connections.len();
+        for connection in 0..count {
+            while Self::drive(peer, connection) {}
+        }
+        let mut this = lock(peer);
+        let dead = lock(&this.world).destination_dead;
+        if this.listening.take().is_some()
+            && !dead
+            && let Some(engine) = &mut this.engine
+        {
+            // The engine's next receive meets silence.
+            let _ = engine.step();
+        }
+    }
+}

@@ -1,0 +1,524 @@
+//! The state of the simulated world: memories, pipes, time, who runs, and what goes wrong.
+
+use super::link::Peer;
+use super::{Fate, Rng, Scenario};
+use crate::destination::State as DestinationState;
+use crate::page::{Gfn, PAGE_BYTES, PageSet, RamLayout, Run};
+use crate::report::{Report, Status};
+use crate::source::CancelSwitch;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A fault of the link or of a process, at a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The index of the message that it hits, counted over both directions.
+    pub at: u64,
+    /// What happens.
+    pub kind: FaultKind,
+}
+
+/// What can go wrong at a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// The connection breaks and the message is lost; the sender is told.
+    CutBefore,
+    /// The message arrives, then the connection breaks.
+    CutAfter,
+    /// A part of the message arrives, then the connection breaks.
+    CutWithin,
+    /// The sender believes that it was sent, but the connection is broken and it is lost.
+    LostSilently,
+    /// A bit flips (in what a checksum guards; anywhere when memory is verified).
+    Flip(u32),
+    /// Nothing arrives any more, and nobody is told.
+    Stall,
+    /// The source's process is killed.
+    SourceDies,
+    /// The destination's process is killed.
+    DestinationDies,
+    /// The user cancels.
+    Cancel,
+}
+
+impl FaultKind {
+    pub(super) fn random(rng: &mut Rng, _verified: bool) -> Self {
+        match rng.below(9) {
+            0 => Self::CutBefore,
+            1 => Self::CutAfter,
+            2 => Self::CutWithin,
+            3 => Self::LostSilently,
+            4 => Self::Flip(u32::try_from(rng.below(1 << 20)).unwrap_or(0)),
+            5 => Self::Stall,
+            6 => Self::SourceDies,
+            7 => Self::DestinationDies,
+            _ => Self::Cancel,
+        }
+    }
+}
+
+/// A fault behind a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortFault {
+    /// The dirty log cannot be started.
+    StartTracking,
+    /// The n-th reading of the dirty log fails.
+    Collect(u64),
+    /// The n-th clearing of the dirty log fails.
+    Clear(u64),
+    /// The guest cannot be paused.
+    Pause,
+    /// Its state cannot be saved.
+    Save,
+    /// The commit cannot be written down.
+    Commit,
+    /// The destination refuses the guest.
+    Prepare,
+    /// The state does not fit.
+    Restore,
+    /// The guest does not start at the destination.
+    Run,
+}
+
+impl PortFault {
+    pub(super) fn random(rng: &mut Rng) -> Self {
+        match rng.below(9) {
+            0 => Self::StartTracking,
+            1 => Self::Collect(rng.below(6)),
+            2 => Self::Clear(rng.below(12)),
+            3 => Self::Pause,
+            4 => Self::Save,
+            5 => Self::Commit,
+            6 => Self::Prepare,
+            7 => Self::Restore,
+            _ => Self::Run,
+        }
+    }
+}
+
+/// A connection: bytes on their way, and whether more will come.
+#[derive(Debug, Default)]
+pub(super) struct Connection {
+    pub to_destination: VecDeque<u8>,
+    pub to_source: VecDeque<u8>,
+    pub broken: bool,
+    pub stalled: bool,
+}
+
+/// Which end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    Source,
+    Destination,
+}
+
+/// The machine's state: what must arrive unharmed.
+pub(super) const STATE: &[u8] = b"registers and devices of the simulated machine";
+
+#[derive(Debug)]
+pub(super) struct World {
+    pub now: Duration,
+    rng: Rng,
+    write_rate: f64,
+    owed_writes: f64,
+    hot: Vec<Gfn>,
+    bandwidth: f64,
+    verified: bool,
+    forgetful: bool,
+    pub layout: RamLayout,
+    pub source_memory: Vec<u64>,
+    pub destination_memory: Vec<u64>,
+    next_version: u64,
+    pub log: Option<PageSet>,
+    pub source_runs: bool,
+    pub destination_runs: bool,
+    pub destination_has: bool,
+    pub committed: bool,
+    pub source_dead: bool,
+    pub destination_dead: bool,
+    pub connections: Vec<Connection>,
+    pub messages: u64,
+    pub faults: Vec<super::Fault>,
+    port_fault: Option<PortFault>,
+    port_calls: [u64; 2],
+    pub cancel: Option<Arc<CancelSwitch>>,
+    pub violations: Vec<String>,
+}
+
+fn index(gfn: Gfn) -> usize {
+    usize::try_from(gfn).unwrap_or(usize::MAX)
+}
+
+impl World {
+    pub fn new(scenario: &Scenario) -> Self {
+        let mut rng = Rng::new(scenario.seed ^ 0x5eed);
+        let low = scenario.pages.div_ceil(2);
+        let runs = if scenario.pages > low {
+            vec![Run::new(0, low), Run::new(low + 70, scenario.pages - low)]
+        } else {
+            vec![Run::new(0, low)]
+        };
+        let layout = RamLayout::new(runs).unwrap_or_else(|error| unreachable_layout(&error));
+        let ram: Vec<Gfn> = layout.all().iter().collect();
+        let mut source_memory = vec![0; index(layout.end())];
+        let mut next_version = 1;
+        for &gfn in &ram {
+            if !rng.chance(scenario.zero_share) {
+                source_memory[index(gfn)] = next_version;
+                next_version += 1;
+            }
+        }
+        let hot = (0..scenario.working_set.max(1))
+            .map(|_| ram[index(rng.below(ram.len() as u64))])
+            .collect();
+        Self {
+            now: Duration::ZERO,
+            rng,
+            write_rate: scenario.write_rate,
+            owed_writes: 0.0,
+            hot,
+            bandwidth: scenario.bandwidth,
+            verified: scenario.options.verify,
+            forgetful: scenario.forgetful_log,
+            layout,
+            source_memory,
+            destination_memory: Vec::new(),
+            next_version,
+            log: None,
+            source_runs: true,
+            destination_runs: false,
+            destination_has: false,
+            committed: false,
+            source_dead: false,
+            destination_dead: false,
+            connections: Vec::new(),
+            messages: 0,
+            faults: scenario.faults.clone(),
+            port_fault: scenario.port_fault,
+            port_calls: [0; 2],
+            cancel: None,
+            violations: Vec::new(),
+        }
+    }
+
+    /// Lets time pass; the guest writes meanwhile.
+    pub fn pass(&mut self, time: Duration) {
+        self.now += time;
+        if !(self.source_runs || self.destination_runs) {
+            return;
+        }
+        self.owed_writes += time.as_secs_f64().min(10.0) * self.write_rate;
+        // Rewriting the same pages more often than this changes nothing that a migration can see.
+        let writes = self.owed_writes.floor().min(20_000.0);
+        self.owed_writes = if self.owed_writes > 20_000.0 {
+            0.0
+        } else {
+            self.owed_writes - writes
+        };
+        let mut left = writes;
+        while left >= 1.0 {
+            left -= 1.0;
+            let gfn = self.hot[index(self.rng.below(self.hot.len() as u64))];
+            self.write(gfn);
+        }
+    }
+
+    /// One write of the guest, wherever it runs; sometimes it clears the page.
+    pub fn write(&mut self, gfn: Gfn) {
+        let version = if self.rng.chance(0.1) {
+            0
+        } else {
+            self.next_version += 1;
+            self.next_version
+        };
+        if self.source_runs {
+            self.source_memory[index(gfn)] = version;
+            if let Some(log) = &mut self.log {
+                log.insert(gfn);
+            }
+        } else if self.destination_runs {
+            self.destination_memory[index(gfn)] = version;
+        }
+    }
+
+    /// The guest gets to write something in the middle of whatever the engine is doing.
+    pub fn sneak_a_write(&mut self) {
+        if self.write_rate > 0.0 && self.rng.chance(0.2) {
+            let gfn = self.hot[index(self.rng.below(self.hot.len() as u64))];
+            self.write(gfn);
+        }
+    }
+
+    pub fn collect(&mut self, into: &mut PageSet) {
+        if let Some(log) = &mut self.log {
+            if self.forgetful
+                && let Some(gfn) = log.iter().last()
+            {
+                log.remove(gfn);
+            }
+            into.union_with(log);
+        }
+    }
+
+    /// Whether this port call is to fail.
+    pub fn port_fails(&mut self, port: PortFault) -> Result<(), crate::port::PortError> {
+        let hit = match (self.port_fault, port) {
+            (Some(PortFault::Collect(n)), PortFault::Collect(_)) => {
+                self.port_calls[0] += 1;
+                self.port_calls[0] == n + 1
+            }
+            (Some(PortFault::Clear(n)), PortFault::Clear(_)) => {
+                self.port_calls[1] += 1;
+                self.port_calls[1] == n + 1
+            }
+            (Some(fault), port) => fault == port,
+            (None, _) => false,
+        };
+        if hit {
+            Err(format!("injected fault: {port:?}").into())
+        } else {
+            Ok(())
+        }
+    }
+
+    pub fn start_fails(&self) -> bool {
+        self.port_fault == Some(PortFault::Run)
+    }
+
+    /// Sends bytes; `weight` is how many bytes they stand for.
+    pub fn send(
+        &mut self,
+        side: Side,
+        connection: usize,
+        bytes: &[u8],
+        weight: u64,
+        guarded: usize,
+    ) -> io::Result<()> {
+        self.pass(
+            Duration::from_secs_f64(weight as f64 / self.bandwidth) + Duration::from_micros(20),
+        );
+        let dead = self.source_dead && side == Side::Source
+            || self.destination_dead && side == Side::Destination;
+        if dead || self.connections[connection].broken {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        let at = self.messages;
+        self.messages += 1;
+        let fault = self
+            .faults
+            .iter()
+            .find(|fault| fault.at == at)
+            .map(|fault| fault.kind);
+        let mut bytes = bytes.to_vec();
+        match fault {
+            Some(FaultKind::CutBefore) => self.break_all(),
+            Some(FaultKind::LostSilently) => {
+                self.break_all();
+                return Ok(());
+            }
+            Some(FaultKind::CutWithin) => {
+                let keep = index(self.rng.below(bytes.len() as u64));
+                self.deliver(side, connection, &bytes[..keep]);
+                self.break_all();
+            }
+            Some(FaultKind::SourceDies) => {
+                self.source_dead = true;
+                self.source_runs = false;
+                self.break_all();
+            }
+            Some(FaultKind::DestinationDies) => {
+                self.destination_dead = true;
+                self.destination_runs = false;
+                self.break_all();
+            }
+            Some(FaultKind::Flip(bit)) => {
+                let range = if self.verified { bytes.len() } else { guarded };
+                let bit = bit as usize % (range * 8).max(1);
+                if let Some(byte) = bytes.get_mut(bit / 8) {
+                    *byte ^= 1 << (bit % 8);
+                }
+            }
+            Some(FaultKind::Stall) => {
+                for connection in &mut self.connections {
+                    connection.stalled = true;
+                }
+            }
+            Some(FaultKind::Cancel) => {
+                if let Some(cancel) = &self.cancel {
+                    cancel.cancel();
+                }
+            }
+            Some(FaultKind::CutAfter) => {
+                self.deliver(side, connection, &bytes);
+                self.break_all();
+                return Ok(());
+            }
+            None => {}
+        }
+        if self.connections[connection].broken {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        self.deliver(side, connection, &bytes);
+        Ok(())
+    }
+
+    fn deliver(&mut self, from: Side, connection: usize, bytes: &[u8]) {
+        let connection = &mut self.connections[connection];
+        if connection.stalled {
+            return;
+        }
+        match from {
+            Side::Source => connection.to_destination.extend(bytes),
+            Side::Destination => connection.to_source.extend(bytes),
+        }
+    }
+
+    /// Breaks every connection; what was on its way in both directions still arrives.
+    fn break_all(&mut self) {
+        for connection in &mut self.connections {
+            connection.broken = true;
+        }
+    }
+
+    pub fn source_resumes(&mut self) {
+        if self.source_dead {
+            return;
+        }
+        if self.committed {
+            self.violations
+                .push("the source resumed a guest that it had committed".into());
+        }
+        if self.destination_runs {
+            self.violations
+                .push("two owners: the source resumed while the destination runs".into());
+        }
+        self.source_runs = true;
+    }
+
+    pub fn destination_starts(&mut self) {
+        if self.source_runs {
+            self.violations
+                .push("two owners: the destination started while the source runs".into());
+        }
+        let layout = self.layout.clone();
+        for gfn in layout.all().iter() {
+            let (sent, here) = (
+                self.source_memory[index(gfn)],
+                self.destination_memory[index(gfn)],
+            );
+            if sent != here {
+                self.violations.push(format!(
+                    "lost write: page {gfn} is {here}, should be {sent}"
+                ));
+            }
+        }
+        self.destination_runs = true;
+    }
+
+    /// What the report says against what is so, before any recovery.
+    pub fn check(&self, report: &Report, peer: &Peer) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut must = |truth: bool, what: &str| {
+            if !truth {
+                wrong.push(format!(
+                    "{what} (status {:?}, error {:?})",
+                    report.status, report.error
+                ));
+            }
+        };
+        must(
+            !(self.source_runs && self.destination_runs),
+            "two owners at the end",
+        );
+        if self.source_dead {
+            return wrong;
+        }
+        match report.status {
+            Status::Completed => {
+                must(
+                    self.destination_runs || self.destination_dead,
+                    "completed, but the destination does not run",
+                );
+                must(!self.source_runs, "completed, but the source runs");
+                must(report.error.is_none(), "completed with an error");
+            }
+            Status::Failed | Status::Cancelled => {
+                must(
+                    self.source_runs,
+                    "not completed, but the source does not run",
+                );
+                must(
+                    !self.destination_runs,
+                    "not completed, but the destination runs",
+                );
+                must(
+                    !self.committed || self.port_fault == Some(PortFault::Commit),
+                    "aborted after the commit",
+                );
+                must(report.error.is_some(), "not completed without a reason");
+            }
+            Status::InDoubt => {
+                must(
+                    self.committed && !self.source_runs,
+                    "in doubt, but the source was not committed",
+                );
+                if !self.destination_dead {
+                    let kept = matches!(
+                        peer.state(),
+                        Some(
+                            DestinationState::Ready
+                                | DestinationState::InDoubt
+                                | DestinationState::Running
+                                | DestinationState::Complete
+                        )
+                    );
+                    must(
+                        kept,
+                        "in doubt, and the destination has thrown the guest away",
+                    );
+                }
+            }
+        }
+        if !self.destination_dead && peer.state() == Some(DestinationState::Discarded) {
+            must(
+                !self.destination_has,
+                "the destination says discarded but keeps the machine",
+            );
+        }
+        wrong
+    }
+
+    pub const fn source_fate(&self) -> Fate {
+        if self.source_dead {
+            Fate::Dead
+        } else if self.source_runs {
+            Fate::Runs
+        } else {
+            Fate::Holds
+        }
+    }
+
+    pub const fn destination_fate(&self, _: &Peer) -> Fate {
+        if self.destination_dead {
+            Fate::Dead
+        } else if self.destination_runs {
+            Fate::Runs
+        } else if self.destination_has {
+            Fate::Holds
+        } else {
+            Fate::Empty
+        }
+    }
+}
+
+/// What pages weigh on the link.
+pub(super) const fn weight_of(head: usize, pages: u64) -> u64 {
+    head as u64 + pages * PAGE_BYTES
+}
+
+/// The simulated layout is made above; a wrong one is a mistake in this file.
+fn unreachable_layout(error: &crate::page::LayoutError) -> RamLayout {
+    unreachable!("the simulated layout is wrong: {error}")
+}

@@ -1,0 +1,486 @@
+//! The source engine.
+//!
+//! ```text
+//!              HELLO-ACK        policy: stop      drained        READY, written down   RUNNING
+//!  Connecting ──────────▶ Running ──────▶ Draining ──────▶ Stopped ──────▶ Committed ──────▶ Discardable
+//!      │                   │  ▲             │ │               │               │
+//!      │                   │  └─────────────┘ │ (pending      │               │ no answer
+//!      │   any failure, cancel, give up       │  grew again)  │ resumes       ▼
+//!      └──────────┬────────┴──────────────────┴───────────────┘            InDoubt ── recover ──▶ Discardable
+//!                 ▼
+//!              Aborted (the guest runs here)
+//! ```
+//!
+//! Up to and including Stopped, every failure ends in Aborted with the guest running at the
+//! source. From Committed on the source never runs the guest by itself.
+
+mod error;
+mod live;
+mod recover;
+mod stop;
+
+pub use error::SourceError;
+pub use recover::recover_commit;
+pub(crate) use stop::page_hash;
+
+use crate::bandwidth::Bandwidth;
+use crate::options::Options;
+use crate::page::{Heat, PageSet, RamLayout};
+use crate::policy::{self, Policy, View};
+use crate::port::{Clock, Guest, Link};
+use crate::report::{Downtime, Event, Pages, Phase, Progress, Report, Round, Status};
+use crate::sender::{Pacer, Sender, Sent};
+use crate::wire::{
+    Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Role, SessionId, WireError,
+};
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+/// Where the source stands; see the module's figure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Shaking hands.
+    Connecting,
+    /// The guest runs, pages go out.
+    Running,
+    /// The guest runs; the link is being emptied before the pause.
+    Draining,
+    /// The guest stands still; the source still owns it.
+    Stopped,
+    /// Written down and (perhaps) sent.
+    Committed,
+    /// The destination runs the guest.
+    Discardable,
+    /// The guest runs here.
+    Aborted,
+    /// Committed and unanswered.
+    InDoubt,
+}
+
+impl State {
+    const fn phase(self) -> Phase {
+        match self {
+            Self::Connecting => Phase::Connecting,
+            Self::Running => Phase::Live,
+            Self::Draining => Phase::Draining,
+            Self::Stopped => Phase::Stopped,
+            Self::Committed => Phase::Committed,
+            Self::Discardable => Phase::Completed,
+            Self::Aborted => Phase::Aborted,
+            Self::InDoubt => Phase::InDoubt,
+        }
+    }
+}
+
+/// The switch between cancelling and committing: exactly one of the two can win.
+#[derive(Debug, Default)]
+pub struct CancelSwitch(AtomicU8);
+
+const OPEN: u8 = 0;
+const CANCELLED: u8 = 1;
+const COMMITTED: u8 = 2;
+
+impl CancelSwitch {
+    /// Asks for the migration to end. `false` when it is too late: the guest was committed.
+    pub fn cancel(&self) -> bool {
+        match self
+            .0
+            .compare_exchange(OPEN, CANCELLED, Ordering::SeqCst, Ordering::SeqCst)
+        {
+            Ok(_) => true,
+            Err(current) => current == CANCELLED,
+        }
+    }
+
+    /// Whether it was asked for in time.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == CANCELLED
+    }
+
+    /// Closes the switch for cancelling; `false` when it was cancelled before.
+    fn commit(&self) -> bool {
+        self.0
+            .compare_exchange(OPEN, COMMITTED, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
+}
+
+/// How long the engine waits for a peer.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// For the answer to the greeting: the destination builds the machine meanwhile.
+    pub handshake: Duration,
+    /// For any progress of the link while the guest runs.
+    pub transfer: Duration,
+    /// For "ready" in the pause; the guest then resumes at the source.
+    pub ready: Duration,
+    /// For the confirmation of the commit; then the migration is in doubt.
+    pub commit: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(20),
+            transfer: Duration::from_secs(30),
+            ready: Duration::from_secs(30),
+            commit: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What the engine works with.
+pub struct Setup<'a, L: Link> {
+    /// Opens a channel: the role and its index.
+    pub connect: &'a mut dyn FnMut(Role, u16) -> io::Result<L>,
+    /// Time.
+    pub clock: &'a dyn Clock,
+    /// What the user asked for.
+    pub options: &'a Options,
+    /// Names the migration; random.
+    pub session: SessionId,
+    /// The user's way to end it.
+    pub cancel: &'a CancelSwitch,
+    /// Takes progress and the finished rounds; the report is returned.
+    pub events: &'a mut dyn FnMut(Event),
+    /// How long to wait for the peer.
+    pub timeouts: Timeouts,
+}
+
+/// A round that was sent and not yet acknowledged.
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    round: u32,
+    sent: Sent,
+    started: Duration,
+}
+
+/// The source engine: owns everything about one migration but the guest.
+pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
+    setup: Setup<'a, L>,
+    guest: &'g mut G,
+    control: Channel<L>,
+    lanes: Vec<(Channel<L>, Sender)>,
+    sender: Sender,
+    pacer: Pacer,
+    policy: &'static str,
+    state: State,
+    layout: RamLayout,
+    pending: PageSet,
+    sent_once: PageSet,
+    heat: Heat,
+    fresh: PageSet,
+    began: Duration,
+    rtt: Duration,
+    collected_at: Duration,
+    dirtied: (u64, Duration),
+    round: u32,
+    in_flight: VecDeque<InFlight>,
+    bandwidth: Bandwidth,
+    rounds: Vec<Round>,
+    pages: Pages,
+    why: Option<String>,
+    verified: Option<bool>,
+    downtime: Downtime,
+    paused_at: Option<Duration>,
+    last_event: Duration,
+    progress: Progress,
+}
+
+/// Moves a guest; blocks until the end. The guest runs on here unless the report's status is
+/// `Completed` (it runs at the destination) or `InDoubt` (it runs nowhere).
+pub fn migrate<L: Link, G: Guest<L>>(guest: &mut G, setup: Setup<'_, L>) -> Report {
+    let began = setup.clock.now();
+    let session = setup.session;
+    let mut policy = policy::from_options(setup.options);
+    let name = policy.name();
+    let refused = |error: SourceError| failed_report(session, name, &error);
+    if let Err(error) = setup.options.check() {
+        return refused(error.into());
+    }
+    let layout = guest.layout();
+    let link = match (setup.connect)(Role::Control, 0) {
+        Ok(link) => link,
+        Err(error) => return refused(SourceError::Connect(error)),
+    };
+    let end = layout.end();
+    let mut source = Source {
+        pacer: Pacer::new(setup.options.bandwidth),
+        guest,
+        control: Channel::new(link),
+        lanes: Vec::new(),
+        sender: Sender::default(),
+        policy: name,
+        state: State::Connecting,
+        pending: layout.all(),
+        sent_once: PageSet::new(end),
+        heat: Heat::new(end),
+        fresh: PageSet::new(end),
+        began,
+        rtt: Duration::ZERO,
+        collected_at: began,
+        dirtied: (0, Duration::ZERO),
+        round: 0,
+        in_flight: VecDeque::new(),
+        bandwidth: Bandwidth::default(),
+        rounds: Vec::new(),
+        pages: Pages {
+            total: layout.pages(),
+            ..Pages::default()
+        },
+        why: None,
+        verified: None,
+        downtime: Downtime::default(),
+        paused_at: None,
+        last_event: began,
+        progress: Progress {
+            session: session.to_string(),
+            policy: name.to_owned(),
+            pages_total: layout.pages(),
+            ..Progress::default()
+        },
+        layout,
+        setup,
+    };
+    source.run(policy.as_mut())
+}
+
+/// The report of a migration that did not even begin.
+fn failed_report(session: SessionId, policy: &str, error: &SourceError) -> Report {
+    Report {
+        schema: Report::SCHEMA,
+        session: session.to_string(),
+        policy: policy.to_owned(),
+        status: error.status(),
+        error: Some(error.to_string()),
+        total_ms: 0.0,
+        downtime_ms: 0.0,
+        downtime: Downtime::default(),
+        rounds: Vec::new(),
+        pages: Pages::default(),
+        bytes_wire: 0,
+        mbps: 0.0,
+        faults: crate::report::Faults::default(),
+        verified: None,
+        why: None,
+    }
+}
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+    fn now(&self) -> Duration {
+        self.setup.clock.now()
+    }
+
+    fn enter(&mut self, state: State) {
+        tracing::debug!(session = %self.setup.session, from = ?self.state, to = ?state, "source");
+        self.state = state;
+        self.progress.phase = state.phase();
+        self.emit_progress();
+    }
+
+    fn run(&mut self, policy: &mut dyn Policy) -> Report {
+        let result = self
+            .handshake()
+            .and_then(|()| self.live(policy))
+            .and_then(|()| self.stop_and_copy());
+        let error = result.err();
+        let status = match (&error, self.state) {
+            (None, _) => Status::Completed,
+            (Some(_), State::Committed) => {
+                self.enter(State::InDoubt);
+                Status::InDoubt
+            }
+            (Some(error), _) => {
+                let status = error.status();
+                self.abort(error);
+                status
+            }
+        };
+        if self.state == State::Discardable {
+            // After the guest runs elsewhere there is time for what was kept out of the pause.
+            self.guest.stop_tracking();
+            self.guest.release();
+        }
+        self.report(status, error.map(|error| error.to_string()))
+    }
+
+    /// Ends a migration that was not committed: the guest runs here, the peer is told.
+    fn abort(&mut self, error: &SourceError) {
+        let was = self.state;
+        if was == State::Stopped {
+            self.guest.resume();
+            if let Some(at) = self.paused_at {
+                self.downtime.start_ms = ms(self.now().saturating_sub(at));
+            }
+        }
+        if was != State::Connecting {
+            self.guest.stop_tracking();
+        }
+        if !matches!(error, SourceError::Wire(WireError::PeerAborted(_))) {
+            self.control.send_abort(&error.for_peer());
+        }
+        self.enter(State::Aborted);
+        if was == State::Stopped && matches!(error, SourceError::Wire(WireError::Io(_))) {
+            // The destination may be ready and wait for a commit that will never come.
+            recover::tell_abort(&mut self.setup, &error.for_peer());
+        }
+    }
+
+    fn handshake(&mut self) -> Result<(), SourceError> {
+        self.progress.phase = Phase::Connecting;
+        let timeouts = self.setup.timeouts;
+        self.control.link().set_timeout(Some(timeouts.handshake));
+        let session = self.setup.session;
+        let sent = self.now();
+        self.control
+            .send_preamble(&Preamble::new(Role::Control, 0, session))?;
+        self.control
+            .recv_preamble()?
+            .expect_session(session)
+            .map_err(WireError::from)?;
+        self.rtt = self.now().saturating_sub(sent);
+        let options = self.setup.options;
+        let channels = if options.channels > 1 {
+            options.channels
+        } else {
+            0
+        };
+        let mut required = Features::default();
+        if options.verify {
+            required = required.or(Features::VERIFY);
+        }
+        if channels > 0 {
+            required = required.or(Features::CHANNELS);
+        }
+        let hello = Hello {
+            offered: Features::SUPPORTED,
+            required,
+            layout: self.layout.clone(),
+            channels,
+            policy: self.policy.to_owned(),
+            machine: self
+                .guest
+                .description()
+                .map_err(|e| SourceError::guest("describing the machine", e))?,
+        };
+        self.control
+            .send(Header::bare(FrameType::Hello, 0), &hello.encode())?;
+        let header = self.control.recv_header()?;
+        if header.kind != FrameType::HelloAck {
+            return Err(self
+                .control
+                .refuse(&header, "the answer to the greeting")
+                .into());
+        }
+        let ack: HelloAck = self.control.recv_json(&header)?;
+        if !ack.features.has(required) {
+            return Err(SourceError::Features {
+                missing: required.0 & !ack.features.0,
+            });
+        }
+        self.control.set_end(self.layout.end());
+        for index in 0..channels {
+            let link = (self.setup.connect)(Role::Data, index).map_err(SourceError::Connect)?;
+            let mut channel = Channel::new(link);
+            channel.link().set_timeout(Some(timeouts.handshake));
+            channel.send_preamble(&Preamble::new(Role::Data, index, session))?;
+            channel
+                .recv_preamble()?
+                .expect_session(session)
+                .map_err(WireError::from)?;
+            channel.link().set_timeout(Some(timeouts.transfer));
+            self.lanes.push((channel, Sender::default()));
+        }
+        self.control.link().set_timeout(Some(timeouts.transfer));
+        self.guest
+            .start_tracking()
+            .map_err(|e| SourceError::guest("starting the dirty log", e))?;
+        self.collected_at = self.now();
+        self.enter(State::Running);
+        Ok(())
+    }
+
+    fn check_cancel(&self) -> Result<(), SourceError> {
+        if self.setup.cancel.is_cancelled() {
+            Err(SourceError::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// What the policy may look at.
+    fn view(&self) -> View<'_> {
+        View {
+            round: self.round,
+            total_pages: self.pages.total,
+            pending: &self.pending,
+            pending_pages: self.pending.len(),
+            sent: &self.sent_once,
+            heat: &self.heat,
+            dirtied_pages: self.dirtied.0,
+            dirtied_over: self.dirtied.1,
+            bandwidth: self.bandwidth.estimate(),
+            state_bytes: self.guest.state_bytes(),
+            pause_overhead: 2 * self.rtt + Self::STOP_AND_START,
+            elapsed: self.now().saturating_sub(self.began),
+        }
+    }
+
+    /// What stopping, saving, restoring and starting takes beside the round trips, before this
+    /// migration has measured it: a prior for the estimate, not a claim.
+    const STOP_AND_START: Duration = Duration::from_micros(1500);
+
+    fn bytes_wire(&self) -> u64 {
+        self.control.sent()
+            + self
+                .lanes
+                .iter()
+                .map(|(channel, _)| channel.sent())
+                .sum::<u64>()
+    }
+
+    fn emit_progress(&mut self) {
+        let view = self.view();
+        let (predicted, pending) = (view.predicted_downtime(), view.pending_pages);
+        self.progress.predicted_downtime_ms = predicted.map(ms);
+        self.progress.pending_pages = pending;
+        self.progress.round = self.round + 1;
+        self.progress.elapsed_ms = ms(self.now().saturating_sub(self.began));
+        self.progress.dirtied_pages = self.dirtied.0;
+        self.progress.bytes_wire = self.bytes_wire();
+        self.progress.mbps = self.bandwidth.estimate().unwrap_or(0.0) / 1e6;
+        self.last_event = self.now();
+        (self.setup.events)(Event::Progress(self.progress.clone()));
+    }
+
+    fn report(&mut self, status: Status, error: Option<String>) -> Report {
+        self.drop_unacknowledged();
+        let total = self.now().saturating_sub(self.began);
+        let bytes_wire = self.bytes_wire();
+        let d = &self.downtime;
+        Report {
+            schema: Report::SCHEMA,
+            session: self.setup.session.to_string(),
+            policy: self.policy.to_owned(),
+            status,
+            error,
+            total_ms: ms(total),
+            downtime_ms: d.quiesce_ms + d.last_pages_ms + d.state_ms + d.start_ms,
+            downtime: self.downtime.clone(),
+            rounds: std::mem::take(&mut self.rounds),
+            pages: self.pages.clone(),
+            bytes_wire,
+            mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
+            faults: crate::report::Faults::default(),
+            verified: self.verified,
+            why: self.why.take(),
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Why a migration did not complete, from the source's view.
+
+use crate::options::OptionsError;
+use crate::port::PortError;
+use crate::report::Status;
+use crate::sender::SendError;
+use crate::wire::WireError;
+use std::io;
+
+/// Why a migration did not complete.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The options cannot be meant.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// No connection.
+    #[error("cannot connect to the destination: {0}")]
+    Connect(io::Error),
+    /// The connection or the peer.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The peer cannot do what the options need.
+    #[error(
+        "the destination's ferry lacks what this migration needs (feature bits {missing:#x}); upgrade it"
+    )]
+    Features {
+        /// The missing ones.
+        missing: u64,
+    },
+    /// The guest or this host.
+    #[error("{what} failed: {error}")]
+    Guest {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        error: PortError,
+    },
+    /// The user.
+    #[error("the migration was cancelled")]
+    Cancelled,
+    /// The policy.
+    #[error("the migration does not converge: {0}")]
+    GaveUp(String),
+    /// No answer in time to something the guest had to wait for.
+    #[error("the destination did not say {0} in time")]
+    Silent(&'static str),
+}
+
+impl SourceError {
+    pub(super) const fn guest(what: &'static str, error: PortError) -> Self {
+        Self::Guest { what, error }
+    }
+
+    pub(super) const fn status(&self) -> Status {
+        match self {
+            Self::Cancelled | Self::GaveUp(_) => Status::Cancelled,
+            _ => Status::Failed,
+        }
+    }
+
+    /// What the peer is told.
+    pub(super) fn for_peer(&self) -> String {
+        format!("the source keeps the guest: {self}")
+    }
+}
+
+impl From<SendError> for SourceError {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Wire(error) => Self::Wire(error),
+            SendError::Guest(error) => Self::guest("reading guest memory", error),
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! The wire: what crosses between two hosts, byte by byte. All integers are little-endian.
+//!
+//! Every channel opens with a fixed [`Preamble`] in each direction (the source speaks first), so
+//! that any two versions can at least say both versions. Then frames follow: a 32-byte
+//! [`Header`], guarded by a CRC32C, and a payload.
+//!
+//! ```text
+//!  source                                    destination
+//!    │ preamble (role control) ───────────────▶ │
+//!    │ ◀──────────────────────────── preamble   │
+//!    │ HELLO layout, machine, features ───────▶ │  builds the machine, paused
+//!    │ ◀─────────────────────────── HELLO-ACK   │  or ABORT with the reason
+//!    │ PAGES… ZERO… ROUND-END n ──────────────▶ │  on the control or on data channels
+//!    │ ◀───────────────────────── ROUND-ACK n   │  placed
+//!    │            (rounds; then the guest is paused)
+//!    │ PAGES… ROUND-END, STATE, [VERIFY…] ────▶ │  restores, checks
+//!    │ ◀─────────────────────────────── READY   │
+//!    │ (written down) COMMIT ─────────────────▶ │  runs the guest
+//!    │ ◀───────────────────────────── RUNNING   │
+//! ```
+//!
+//! Either side may send ABORT with a reason at any time before the commit.
+
+mod channel;
+mod frame;
+mod hello;
+mod preamble;
+
+pub use channel::{Channel, WireError, check_crc};
+pub use frame::{
+    FLAG_CRC, FrameType, HEADER_BYTES, Header, HeaderError, Limits, MAX_BATCH_PAGES, MAX_RUNS,
+    RUN_BYTES, decode_runs, encode_runs,
+};
+pub use hello::{Features, Hello, HelloAck, HelloError, Ready, Running};
+pub use preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId, VERSION};

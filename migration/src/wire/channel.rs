@@ -1,0 +1,275 @@
+//! A link with frames on it.
+
+use super::{
+    FLAG_CRC, FrameType, HEADER_BYTES, Header, HeaderError, HelloError, Limits, PREAMBLE_BYTES,
+    Preamble, PreambleError,
+};
+use crate::page::Gfn;
+use crate::port::Link;
+use std::io;
+
+/// What can go wrong on a channel.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The connection.
+    #[error("the connection to the peer failed: {0}")]
+    Io(#[from] io::Error),
+    /// Its first bytes.
+    #[error(transparent)]
+    Preamble(#[from] PreambleError),
+    /// A header.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// A greeting.
+    #[error(transparent)]
+    Hello(#[from] HelloError),
+    /// JSON after the greeting.
+    #[error("the peer's {kind:?} message cannot be understood: {error}")]
+    Json {
+        /// Which.
+        kind: FrameType,
+        /// Why.
+        error: serde_json::Error,
+    },
+    /// A payload that does not match its checksum.
+    #[error(
+        "a {kind:?} frame is damaged (payload checksum {found:#010x}, computed {computed:#010x})"
+    )]
+    Payload {
+        /// Its type.
+        kind: FrameType,
+        /// As sent.
+        found: u32,
+        /// As it should be.
+        computed: u32,
+    },
+    /// A frame that has no place at this point.
+    #[error("the peer sent a {kind:?} frame (round {round}) while {expected} was expected")]
+    Unexpected {
+        /// Its type.
+        kind: FrameType,
+        /// Its round.
+        round: u32,
+        /// What would have been right.
+        expected: &'static str,
+    },
+    /// The peer gave up and said why.
+    #[error("the peer gave up: {0}")]
+    PeerAborted(String),
+}
+
+/// A link with frames on it, counting its bytes.
+#[derive(Debug)]
+pub struct Channel<L> {
+    link: L,
+    limits: Limits,
+    sent: u64,
+}
+
+/// Payloads grow by steps of this size while they arrive, so that a length that was lied about
+/// costs no more memory than what the liar really sends.
+const READ_STEP: usize = 256 << 10;
+
+impl<L: Link> Channel<L> {
+    /// Puts frames on a link.
+    pub const fn new(link: L) -> Self {
+        Self {
+            link,
+            limits: Limits { end: 0 },
+            sent: 0,
+        }
+    }
+
+    /// Allows frames about pages below `end`, once the handshake has settled it.
+    pub const fn set_end(&mut self, end: Gfn) {
+        self.limits = Limits { end };
+    }
+
+    /// Bytes written so far.
+    pub const fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// The link, for pages; bytes that go through it are counted by [`Channel::count`].
+    pub const fn link(&mut self) -> &mut L {
+        &mut self.link
+    }
+
+    /// The link, for good.
+    pub fn into_link(self) -> L {
+        self.link
+    }
+
+    /// Counts bytes that were written to the link directly.
+    pub const fn count(&mut self, bytes: u64) {
+        self.sent += bytes;
+    }
+
+    /// Sends the preamble.
+    ///
+    /// # Errors
+    /// [`WireError::Io`].
+    pub fn send_preamble(&mut self, preamble: &Preamble) -> Result<(), WireError> {
+        self.link.send(&preamble.encode(), &[])?;
+        self.sent += PREAMBLE_BYTES as u64;
+        Ok(())
+    }
+
+    /// Receives and checks the peer's preamble.
+    ///
+    /// # Errors
+    /// [`WireError::Io`], [`WireError::Preamble`].
+    pub fn recv_preamble(&mut self) -> Result<Preamble, WireError> {
+        let mut bytes = [0; PREAMBLE_BYTES];
+        self.link.recv(&mut bytes)?;
+        Ok(Preamble::decode(&bytes)?)
+    }
+
+    /// Sends a frame with a checked payload; length and checksum are filled in.
+    ///
+    /// # Errors
+    /// [`WireError::Io`].
+    pub fn send(&mut self, mut header: Header, payload: &[u8]) -> Result<(), WireError> {
+        let length = u32::try_from(payload.len())
+            .ok()
+            .filter(|&n| n <= header.kind.max_payload());
+        let Some(length) = length else {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "{} bytes do not fit into a {:?} frame",
+                    payload.len(),
+                    header.kind
+                ),
+            )
+            .into());
+        };
+        header.length = length;
+        if length > 0 {
+            header.flags |= FLAG_CRC;
+            header.payload_crc = crc32c::crc32c(payload);
+        }
+        self.link.send(&header.encode(), payload)?;
+        self.sent += (HEADER_BYTES + payload.len()) as u64;
+        Ok(())
+    }
+
+    /// Sends a message as JSON.
+    ///
+    /// # Errors
+    /// [`WireError::Io`].
+    pub fn send_json<T: serde::Serialize>(
+        &mut self,
+        kind: FrameType,
+        message: &T,
+    ) -> Result<(), WireError> {
+        let json = serde_json::to_vec(message).map_err(|error| WireError::Json { kind, error })?;
+        self.send(Header::bare(kind, 0), &json)
+    }
+
+    /// Tells the peer that it is over, as well as that still works.
+    pub fn send_abort(&mut self, reason: &str) {
+        let mut end = reason.len().min(1024);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        if let Err(error) = self.send(Header::bare(FrameType::Abort, 0), &reason.as_bytes()[..end])
+        {
+            tracing::debug!(%error, "the peer could not be told that the migration ends");
+        }
+    }
+
+    /// Receives and checks the next header.
+    ///
+    /// # Errors
+    /// [`WireError::Io`], [`WireError::Header`].
+    pub fn recv_header(&mut self) -> Result<Header, WireError> {
+        let mut bytes = [0; HEADER_BYTES];
+        self.link.recv(&mut bytes)?;
+        Ok(Header::decode(&bytes, self.limits)?)
+    }
+
+    /// Receives and checks a payload (of any frame but `Pages`).
+    ///
+    /// # Errors
+    /// [`WireError::Io`], [`WireError::Payload`].
+    pub fn recv_payload(&mut self, header: &Header, into: &mut Vec<u8>) -> Result<(), WireError> {
+        into.clear();
+        self.recv_part(header.length as usize, into)?;
+        if header.flags & FLAG_CRC != 0 {
+            check_crc(header, crc32c::crc32c(into))?;
+        }
+        Ok(())
+    }
+
+    /// Receives `length` more bytes of a payload.
+    ///
+    /// # Errors
+    /// [`WireError::Io`].
+    pub fn recv_part(&mut self, length: usize, into: &mut Vec<u8>) -> Result<(), WireError> {
+        let end = into.len() + length;
+        while into.len() < end {
+            let at = into.len();
+            into.resize(end.min(at + READ_STEP), 0);
+            self.link.recv(&mut into[at..])?;
+        }
+        Ok(())
+    }
+
+    /// Receives a JSON message whose header was read.
+    ///
+    /// # Errors
+    /// [`WireError`].
+    pub fn recv_json<T: serde::de::DeserializeOwned>(
+        &mut self,
+        header: &Header,
+    ) -> Result<T, WireError> {
+        let mut bytes = Vec::new();
+        self.recv_payload(header, &mut bytes)?;
+        serde_json::from_slice(&bytes).map_err(|error| WireError::Json {
+            kind: header.kind,
+            error,
+        })
+    }
+
+    /// The error for a frame that has no place here: the peer's own reason where it is an ABORT.
+    pub fn refuse(&mut self, header: &Header, expected: &'static str) -> WireError {
+        if header.kind != FrameType::Abort {
+            return WireError::Unexpected {
+                kind: header.kind,
+                round: header.round,
+                expected,
+            };
+        }
+        let mut bytes = Vec::new();
+        match self.recv_payload(header, &mut bytes) {
+            Ok(()) => WireError::PeerAborted(printable(&bytes)),
+            Err(error) => error,
+        }
+    }
+}
+
+/// Compares a computed checksum with the header's.
+///
+/// # Errors
+/// [`WireError::Payload`].
+pub fn check_crc(header: &Header, computed: u32) -> Result<(), WireError> {
+    if computed == header.payload_crc {
+        Ok(())
+    } else {
+        Err(WireError::Payload {
+            kind: header.kind,
+            found: header.payload_crc,
+            computed,
+        })
+    }
+}
+
+/// A peer's text, fit for a terminal and a log: no control characters, bounded.
+fn printable(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes)
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(1024)
+        .collect()
+}

@@ -1,0 +1,483 @@
+//! Frames: the 32-byte header and the run table of the page frames.
+
+use crate::page::{Gfn, PAGE_SIZE, Run};
+
+/// Bytes in a header.
+pub const HEADER_BYTES: usize = 32;
+/// Bytes of one run in a table.
+pub const RUN_BYTES: usize = 8;
+/// Most runs in one frame: with the header and the table they stay under the 1,024 segments that
+/// one vectored write takes (`IOV_MAX`).
+pub const MAX_RUNS: u32 = 512;
+/// Most pages in one frame: 16 MiB.
+pub const MAX_BATCH_PAGES: u64 = 4096;
+/// Flag: the header's `payload_crc` guards the whole payload.
+pub const FLAG_CRC: u8 = 1;
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum FrameType {
+    /// Source: what is coming. JSON and the machine's description.
+    Hello = 1,
+    /// Destination: accepted. JSON.
+    HelloAck = 2,
+    /// A run table, then the pages.
+    Pages = 3,
+    /// A run table of pages that are zero.
+    Zero = 4,
+    /// Source: all pages of round `round` were sent on this channel.
+    RoundEnd = 5,
+    /// Destination: all pages of round `round` are in place.
+    RoundAck = 6,
+    /// The machine's state.
+    State = 7,
+    /// Destination: the machine is built and checked. JSON.
+    Ready = 8,
+    /// Source: the guest is yours.
+    Commit = 9,
+    /// Destination: the guest runs. JSON.
+    Running = 10,
+    /// Either: it is over; the payload says why.
+    Abort = 11,
+    /// Source: hashes of pages `gfn..gfn + count`.
+    Verify = 12,
+    /// Destination: pages `gfn..gfn + count` are needed now (post-copy).
+    PageRequest = 13,
+}
+
+impl FrameType {
+    const fn from_byte(byte: u8) -> Option<Self> {
+        Some(match byte {
+            1 => Self::Hello,
+            2 => Self::HelloAck,
+            3 => Self::Pages,
+            4 => Self::Zero,
+            5 => Self::RoundEnd,
+            6 => Self::RoundAck,
+            7 => Self::State,
+            8 => Self::Ready,
+            9 => Self::Commit,
+            10 => Self::Running,
+            11 => Self::Abort,
+            12 => Self::Verify,
+            13 => Self::PageRequest,
+            _ => return None,
+        })
+    }
+
+    /// The most bytes that a payload of this type may have.
+    #[must_use]
+    pub const fn max_payload(self) -> u32 {
+        match self {
+            Self::Hello => 1 << 20,
+            Self::HelloAck | Self::Ready | Self::Running => 64 << 10,
+            Self::Pages => MAX_RUNS * 8 + (16 << 20),
+            Self::Zero => MAX_RUNS * 8,
+            Self::State => 64 << 20,
+            Self::Abort => 4 << 10,
+            Self::Verify => 1 << 20,
+            Self::RoundEnd | Self::RoundAck | Self::Commit | Self::PageRequest => 0,
+        }
+    }
+
+    /// Whether a payload of this type always carries a checksum. Live pages are the exception:
+    /// they may change under it.
+    const fn always_checked(self) -> bool {
+        !matches!(self, Self::Pages)
+    }
+}
+
+/// What a header is checked against.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The frame after the guest's last; 0 before the handshake, when no frame may carry pages.
+    pub end: Gfn,
+}
+
+/// A frame's header.
+///
+/// ```text
+///  0 type  1 flags  2 encoding  3 zero  4 length  8 gfn  16 count  20 round  24 payload crc  28 header crc
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// What follows.
+    pub kind: FrameType,
+    /// [`FLAG_CRC`].
+    pub flags: u8,
+    /// How pages are coded; 0 is raw.
+    pub encoding: u8,
+    /// Bytes of payload.
+    pub length: u32,
+    /// The first page, where the frame is about pages.
+    pub gfn: Gfn,
+    /// Runs in the table, hashes, or pages asked for.
+    pub count: u32,
+    /// The round that it belongs to.
+    pub round: u32,
+    /// CRC32C of the payload, where [`FLAG_CRC`] is set.
+    pub payload_crc: u32,
+}
+
+/// Why a header was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// Damaged in transit.
+    #[error("a frame header is damaged (checksum {found:#010x}, computed {computed:#010x})")]
+    Checksum {
+        /// As sent.
+        found: u32,
+        /// As it should be.
+        computed: u32,
+    },
+    /// Not known to this version.
+    #[error("the peer sent a frame of unknown type {0}")]
+    Type(u8),
+    /// Not known to this version, or not negotiated.
+    #[error("the peer sent a {kind:?} frame with unknown flags {flags:#x} or encoding {encoding}")]
+    Flags {
+        /// Its type.
+        kind: FrameType,
+        /// Its flags.
+        flags: u8,
+        /// Its encoding.
+        encoding: u8,
+    },
+    /// Longer than such a frame can be, or not what its count implies.
+    #[error("the peer sent a {kind:?} frame of {length} bytes for {count} entries; that cannot be")]
+    Length {
+        /// Its type.
+        kind: FrameType,
+        /// Its length.
+        length: u32,
+        /// Its count.
+        count: u32,
+    },
+    /// About pages that the guest does not have.
+    #[error(
+        "the peer sent a {kind:?} frame about page {gfn:#x} (+{count}), outside the guest's memory"
+    )]
+    Range {
+        /// Its type.
+        kind: FrameType,
+        /// Its first page.
+        gfn: Gfn,
+        /// How many.
+        count: u64,
+    },
+    /// A page frame whose table and length disagree.
+    #[error(
+        "the peer sent a page frame whose table lists {listed} pages and whose length holds {held}"
+    )]
+    Table {
+        /// By the table.
+        listed: u64,
+        /// By the length.
+        held: u64,
+    },
+}
+
+impl Header {
+    /// A header without payload.
+    #[must_use]
+    pub const fn bare(kind: FrameType, round: u32) -> Self {
+        Self {
+            kind,
+            flags: 0,
+            encoding: 0,
+            length: 0,
+            gfn: 0,
+            count: 0,
+            round,
+            payload_crc: 0,
+        }
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[0] = self.kind as u8;
+        bytes[1] = self.flags;
+        bytes[2] = self.encoding;
+        bytes[4..8].copy_from_slice(&self.length.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.gfn.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.count.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.round.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.payload_crc.to_le_bytes());
+        let crc = crc32c::crc32c(&bytes[..28]);
+        bytes[28..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Checks and reads a header: after this, `length` is what such a frame can have and may be
+    /// used to size a read.
+    ///
+    /// # Errors
+    /// [`HeaderError`].
+    pub fn decode(bytes: &[u8; HEADER_BYTES], limits: Limits) -> Result<Self, HeaderError> {
+        let word = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
+        let (found, computed) = (word(28), crc32c::crc32c(&bytes[..28]));
+        if found != computed {
+            return Err(HeaderError::Checksum { found, computed });
+        }
+        let kind = FrameType::from_byte(bytes[0]).ok_or(HeaderError::Type(bytes[0]))?;
+        let mut gfn = [0; 8];
+        gfn.copy_from_slice(&bytes[8..16]);
+        let header = Self {
+            kind,
+            flags: bytes[1],
+            encoding: bytes[2],
+            length: word(4),
+            gfn: u64::from_le_bytes(gfn),
+            count: word(16),
+            round: word(20),
+            payload_crc: word(24),
+        };
+        if header.flags & !FLAG_CRC != 0
+            || header.encoding != 0
+            || (kind.always_checked() && header.length > 0 && header.flags & FLAG_CRC == 0)
+        {
+            return Err(HeaderError::Flags {
+                kind,
+                flags: header.flags,
+                encoding: header.encoding,
+            });
+        }
+        header.check_length()?;
+        header.check_range(limits)?;
+        Ok(header)
+    }
+
+    fn check_length(&self) -> Result<(), HeaderError> {
+        let count = u64::from(self.count);
+        let length = u64::from(self.length);
+        let fits = match self.kind {
+            FrameType::Pages => {
+                let data = length.checked_sub(count * RUN_BYTES as u64);
+                self.count >= 1
+                    && self.count <= MAX_RUNS
+                    && data.is_some_and(|data| {
+                        data % PAGE_SIZE as u64 == 0
+                            && data / PAGE_SIZE as u64 >= count
+                            && data / PAGE_SIZE as u64 <= MAX_BATCH_PAGES
+                    })
+            }
+            FrameType::Zero => {
+                self.count >= 1 && self.count <= MAX_RUNS && length == count * RUN_BYTES as u64
+            }
+            FrameType::Verify => self.count >= 1 && length == count * 8,
+            FrameType::PageRequest => self.count >= 1,
+            _ => true,
+        };
+        if fits && self.length <= self.kind.max_payload() {
+            Ok(())
+        } else {
+            Err(HeaderError::Length {
+                kind: self.kind,
+                length: self.length,
+                count: self.count,
+            })
+        }
+    }
+
+    fn check_range(&self, limits: Limits) -> Result<(), HeaderError> {
+        let count = match self.kind {
+            FrameType::Pages | FrameType::Zero => 1,
+            FrameType::Verify | FrameType::PageRequest => u64::from(self.count),
+            _ => return Ok(()),
+        };
+        match self.gfn.checked_add(count) {
+            Some(end) if end <= limits.end => Ok(()),
+            _ => Err(HeaderError::Range {
+                kind: self.kind,
+                gfn: self.gfn,
+                count,
+            }),
+        }
+    }
+
+    /// Bytes of the run table of a page frame.
+    #[must_use]
+    pub const fn table_bytes(&self) -> usize {
+        self.count as usize * RUN_BYTES
+    }
+
+    /// Pages in the body of a `Pages` frame.
+    #[must_use]
+    pub const fn body_pages(&self) -> u64 {
+        (self.length as u64).saturating_sub(self.table_bytes() as u64) / PAGE_SIZE as u64
+    }
+}
+
+/// Appends the table for `runs`: the first frame in the upper 48 bits, the count minus one below.
+///
+/// Runs have 1 to 65,536 pages; the sender splits longer ones.
+pub fn encode_runs(runs: &[Run], into: &mut Vec<u8>) {
+    for run in runs {
+        debug_assert!(run.count >= 1 && run.count <= 1 << 16 && run.first < 1 << 48);
+        into.extend_from_slice(&((run.first << 16) | (run.count - 1)).to_le_bytes());
+    }
+}
+
+/// Reads a run table into `into`; says how many pages it lists. Whether they are RAM is for the
+/// caller, who knows the layout.
+pub fn decode_runs(table: &[u8], into: &mut Vec<Run>) -> u64 {
+    into.clear();
+    let mut pages = 0;
+    for entry in table.chunks_exact(RUN_BYTES) {
+        let mut word = [0; 8];
+        word.copy_from_slice(entry);
+        let word = u64::from_le_bytes(word);
+        let run = Run::new(word >> 16, (word & 0xffff) + 1);
+        pages += run.count;
+        into.push(run);
+    }
+    pages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const LIMITS: Limits = Limits { end: 1000 };
+
+    fn pages_header(count: u32, pages: u64) -> Header {
+        Header {
+            length: count * 8 + u32::try_from(pages * 4096).unwrap(),
+            count,
+            gfn: 5,
+            ..Header::bare(FrameType::Pages, 3)
+        }
+    }
+
+    #[test]
+    fn round_trips() {
+        let header = pages_header(2, 9);
+        assert_eq!(Header::decode(&header.encode(), LIMITS), Ok(header));
+        assert_eq!((header.table_bytes(), header.body_pages()), (16, 9));
+    }
+
+    #[test]
+    fn every_flipped_bit_is_refused() {
+        let good = pages_header(2, 9).encode();
+        for bit in 0..HEADER_BYTES * 8 {
+            let mut bad = good;
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(Header::decode(&bad, LIMITS).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn lies_are_refused_even_with_a_good_checksum() {
+        let bare = |kind| Header::bare(kind, 0);
+        let lies = [
+            Header {
+                length: u32::MAX,
+                flags: FLAG_CRC,
+                ..bare(FrameType::State)
+            },
+            Header {
+                length: u32::MAX,
+                ..pages_header(1, 1)
+            },
+            Header {
+                length: 8 + 4095,
+                ..pages_header(1, 1)
+            },
+            Header {
+                count: 0,
+                length: 4096,
+                ..pages_header(1, 1)
+            },
+            Header {
+                count: MAX_RUNS + 1,
+                ..pages_header(1, 1)
+            },
+            Header {
+                count: u32::MAX,
+                ..pages_header(1, 1)
+            },
+            pages_header(3, 2),
+            Header {
+                gfn: 1000,
+                ..pages_header(1, 1)
+            },
+            Header {
+                gfn: u64::MAX,
+                ..pages_header(1, 1)
+            },
+            Header {
+                length: 1,
+                ..bare(FrameType::Commit)
+            },
+            Header {
+                length: 4 << 20,
+                flags: FLAG_CRC,
+                ..bare(FrameType::Hello)
+            },
+            Header {
+                length: 10,
+                ..bare(FrameType::Abort)
+            },
+            Header {
+                flags: 2,
+                ..bare(FrameType::RoundEnd)
+            },
+            Header {
+                encoding: 9,
+                ..pages_header(1, 1)
+            },
+            Header {
+                gfn: 999,
+                count: 2,
+                ..bare(FrameType::PageRequest)
+            },
+            Header {
+                gfn: 990,
+                count: 20,
+                length: 160,
+                flags: FLAG_CRC,
+                ..bare(FrameType::Verify)
+            },
+        ];
+        for lie in lies {
+            assert!(Header::decode(&lie.encode(), LIMITS).is_err(), "{lie:?}");
+        }
+        // Before the handshake no frame may be about pages.
+        assert!(Header::decode(&pages_header(1, 1).encode(), Limits { end: 0 }).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn run_tables_round_trip(list in proptest::collection::vec((0..1u64 << 32, 1..=1u64 << 16), 0..50)) {
+            let runs: Vec<Run> = list.into_iter().map(|(f, c)| Run::new(f, c)).collect();
+            let mut bytes = Vec::new();
+            encode_runs(&runs, &mut bytes);
+            let mut back = Vec::new();
+            let pages = decode_runs(&bytes, &mut back);
+            prop_assert_eq!(pages, runs.iter().map(|r| r.count).sum::<u64>());
+            prop_assert_eq!(back, runs);
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(mut bytes in proptest::array::uniform32(any::<u8>()), fix in any::<bool>()) {
+            if fix {
+                let crc = crc32c::crc32c(&bytes[..28]);
+                bytes[28..].copy_from_slice(&crc.to_le_bytes());
+            }
+            if let Ok(header) = Header::decode(&bytes, LIMITS) {
+                prop_assert!(header.length <= header.kind.max_payload());
+                prop_assert_eq!(header.encode()[..28].to_vec(), {
+                    let mut same = bytes[..28].to_vec();
+                    same[3] = 0;
+                    same
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! What is said in the handshake and around the commit, as JSON: fields can be added without a
+//! new protocol version, and a capture can be read by eye.
+
+use crate::page::RamLayout;
+use serde::{Deserialize, Serialize};
+
+/// What both sides can do, as bits; what both offer is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Features(pub u64);
+
+impl Features {
+    /// Memory is hashed and compared in the pause.
+    pub const VERIFY: Self = Self(1);
+    /// Pages travel on data channels of their own.
+    pub const CHANNELS: Self = Self(1 << 1);
+    /// A lost control channel can be replaced after the commit.
+    pub const RECOVER: Self = Self(1 << 2);
+
+    /// All that this build can do.
+    pub const SUPPORTED: Self = Self(Self::VERIFY.0 | Self::CHANNELS.0 | Self::RECOVER.0);
+
+    /// Those of both.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Those of either.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether all of `other` are here.
+    #[must_use]
+    pub const fn has(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// The source's opening: what is coming.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// What the source can do.
+    pub offered: Features,
+    /// What this migration cannot do without.
+    pub required: Features,
+    /// Where the guest has RAM.
+    pub layout: RamLayout,
+    /// Data channels that the source will open.
+    pub channels: u16,
+    /// The policy's name, for the destination's log.
+    pub policy: String,
+    /// The machine's configuration, opaque here.
+    #[serde(skip)]
+    pub machine: Vec<u8>,
+}
+
+/// The destination's answer: the machine stands, paused.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HelloAck {
+    /// What will be used.
+    pub features: Features,
+}
+
+/// The destination has the whole guest and has checked it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// Whether memory was compared with the source's hashes, and equal.
+    pub verified: bool,
+    /// Microseconds that restoring the machine's state took.
+    pub restore_us: u64,
+}
+
+/// The destination runs the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// Microseconds from reading the commit to the first guest instruction.
+    pub start_us: u64,
+    /// Microseconds from the first guest instruction to the sending of this message.
+    pub since_us: u64,
+}
+
+/// Why a greeting could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HelloError {
+    /// Too short for its own length field.
+    #[error("the peer's greeting is truncated")]
+    Truncated,
+    /// Not the JSON that it should be.
+    #[error("the peer's greeting cannot be understood: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+impl Hello {
+    /// `u32` length of the JSON, the JSON, the machine.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        // A struct of plain fields always has a JSON form.
+        let json = serde_json::to_vec(self).unwrap_or_default();
+        let length = u32::try_from(json.len()).unwrap_or(u32::MAX);
+        [&length.to_le_bytes()[..], &json, &self.machine].concat()
+    }
+
+    /// Reads it back.
+    ///
+    /// # Errors
+    /// [`HelloError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, HelloError> {
+        let (length, rest) = bytes
+            .split_first_chunk::<4>()
+            .ok_or(HelloError::Truncated)?;
+        let length = u32::from_le_bytes(*length) as usize;
+        let (json, machine) = rest.split_at_checked(length).ok_or(HelloError::Truncated)?;
+        let mut hello: Self = serde_json::from_slice(json)?;
+        hello.machine = machine.to_vec();
+        Ok(hello)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::Run;
+
+    #[test]
+    fn round_trips_and_survives_cuts() {
+        let hello = Hello {
+            offered: Features::SUPPORTED,
+            required: Features::VERIFY,
+            layout: RamLayout::new(vec![Run::new(0, 100), Run::new(200, 7)]).unwrap(),
+            channels: 3,
+            policy: "precopy".into(),
+            machine: vec![1, 2, 3],
+        };
+        let bytes = hello.encode();
+        assert_eq!(Hello::decode(&bytes).unwrap(), hello);
+        for cut in 0..bytes.len() - 3 {
+            assert!(Hello::decode(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_hostile_layout_is_refused() {
+        let json = br#"{"offered":1,"required":0,"layout":[{"first":0,"count":18446744073709551615}],"channels":1,"policy":"x"}"#;
+        let bytes = [&u32::try_from(json.len()).unwrap().to_le_bytes()[..], json].concat();
+        assert!(matches!(Hello::decode(&bytes), Err(HelloError::Json(_))));
+    }
+
+    #[test]
+    fn unknown_fields_of_a_newer_peer_are_ignored() {
+        let json = br#"{"offered":255,"required":0,"layout":[{"first":0,"count":1}],"channels":1,"policy":"x","colour":"red"}"#;
+        let bytes = [&u32::try_from(json.len()).unwrap().to_le_bytes()[..], json].concat();
+        assert_eq!(
+            Hello::decode(&bytes)
+                .unwrap()
+                .offered
+                .and(Features::SUPPORTED),
+            Features::SUPPORTED
+        );
+    }
+}
