@@ -1,0 +1,267 @@
+//! What can be run: kernel, class, the memory it takes, and what comes out.
+
+use crate::team::{Hooks, MAX_RANKS, Team};
+use crate::{ep, is, mg};
+use core::fmt;
+
+/// A kernel of the NAS Parallel Benchmarks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kernel {
+    /// Embarrassingly parallel: pairs of Gaussian deviates. Processor-bound, writes almost no memory.
+    Ep,
+    /// Integer sort: ranks keys by counting. Scattered writes.
+    Is,
+    /// Multigrid: V-cycles on a 3-D Poisson problem. Sweeps over large arrays.
+    Mg,
+}
+
+impl Kernel {
+    /// All kernels there are.
+    pub const ALL: [Self; 3] = [Self::Ep, Self::Is, Self::Mg];
+
+    /// The published short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ep => "ep",
+            Self::Is => "is",
+            Self::Mg => "mg",
+        }
+    }
+
+    /// The kernel of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kernel| kernel.name() == name)
+    }
+}
+
+/// A published problem size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Class {
+    /// Sample: a fraction of a second.
+    S,
+    /// Workstation.
+    W,
+    /// The smallest of the large ones.
+    A,
+    /// About four times A.
+    B,
+    /// About four times B.
+    C,
+}
+
+impl Class {
+    /// All classes there are, from small to large.
+    pub const ALL: [Self; 5] = [Self::S, Self::W, Self::A, Self::B, Self::C];
+
+    /// The published letter.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::S => "S",
+            Self::W => "W",
+            Self::A => "A",
+            Self::B => "B",
+            Self::C => "C",
+        }
+    }
+
+    /// The class of that letter.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|class| class.name() == name)
+    }
+}
+
+/// A kernel at a problem size, written `mg.A`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// What to compute.
+    pub kernel: Kernel,
+    /// How much of it.
+    pub class: Class,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.kernel.name(), self.class.name())
+    }
+}
+
+/// The memory a run takes, in elements.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Elements of [`Workspace::floats`].
+    pub floats: usize,
+    /// Elements of [`Workspace::words`].
+    pub words: usize,
+}
+
+impl Needs {
+    /// The sum, in bytes.
+    pub fn bytes(self) -> u64 {
+        self.floats as u64 * 8 + self.words as u64 * 4
+    }
+}
+
+/// The memory a run works in. Its old contents do not matter.
+#[derive(Debug)]
+pub struct Workspace<'a> {
+    /// At least [`Needs::floats`] elements.
+    pub floats: &'a mut [f64],
+    /// At least [`Needs::words`] elements.
+    pub words: &'a mut [u32],
+}
+
+impl Problem {
+    /// The memory that a team of `ranks` needs for it.
+    pub fn needs(self, ranks: usize) -> Needs {
+        let ranks = ranks.clamp(1, MAX_RANKS);
+        match self.kernel {
+            Kernel::Ep => Needs::default(),
+            Kernel::Is => is::needs(self.class, ranks),
+            Kernel::Mg => mg::needs(self.class),
+        }
+    }
+}
+
+/// A computed value beside its published reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Check {
+    /// What it is.
+    pub name: &'static str,
+    /// What came out.
+    pub value: f64,
+    /// What NPB publishes.
+    pub reference: f64,
+}
+
+impl Check {
+    /// The published epsilon of verification.
+    pub const EPSILON: f64 = 1e-8;
+
+    /// The relative deviation from the reference.
+    pub fn error(&self) -> f64 {
+        let error = (self.value - self.reference) / self.reference;
+        if error < 0.0 { -error } else { error }
+    }
+
+    /// Whether the deviation is within the published epsilon. Not a number is not.
+    pub fn passed(&self) -> bool {
+        self.error() <= Self::EPSILON
+    }
+}
+
+/// What a run gave.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// What was run.
+    pub problem: Problem,
+    /// Whether every check passed.
+    pub verified: bool,
+    /// The first check, the one to show.
+    pub check: Check,
+    /// The second, where the kernel has two.
+    pub second: Option<Check>,
+    /// Time of the part that NPB times, in seconds.
+    pub seconds: f64,
+    /// Millions of operations a second, counted as NPB counts them.
+    pub mops: f64,
+}
+
+impl Outcome {
+    /// An outcome of `operations` operations in `nanos` nanoseconds.
+    pub(crate) fn new(
+        problem: Problem,
+        check: Check,
+        second: Option<Check>,
+        operations: f64,
+        nanos: u64,
+    ) -> Self {
+        let seconds = nanos as f64 * 1e-9;
+        Self {
+            problem,
+            verified: check.passed() && second.is_none_or(|check| check.passed()),
+            check,
+            second,
+            seconds,
+            mops: if nanos == 0 {
+                0.0
+            } else {
+                operations * 1e-6 / seconds
+            },
+        }
+    }
+
+    /// The largest relative deviation of its checks.
+    pub fn error(&self) -> f64 {
+        let first = self.check.error();
+        match self.second.map(|check| check.error()) {
+            Some(second) if second > first || second.is_nan() => second,
+            _ => first,
+        }
+    }
+}
+
+/// Why a run did not begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunError {
+    /// The workspace is too small.
+    Memory {
+        /// What was to be run.
+        problem: Problem,
+        /// What it needs.
+        needs: Needs,
+        /// What it was given.
+        given: Needs,
+    },
+}
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Memory {
+            problem,
+            needs,
+            given,
+        } = self;
+        write!(
+            f,
+            "{problem} needs {} bytes of memory and was given {}; give it more or choose a smaller class",
+            needs.bytes(),
+            given.bytes()
+        )
+    }
+}
+
+impl core::error::Error for RunError {}
+
+/// Runs `problem` once on `team`.
+///
+/// # Errors
+/// [`RunError::Memory`] if the workspace is smaller than [`Problem::needs`] says.
+pub fn run(
+    problem: Problem,
+    workspace: Workspace<'_>,
+    team: &impl Team,
+    hooks: &impl Hooks,
+) -> Result<Outcome, RunError> {
+    let needs = problem.needs(team.size());
+    let given = Needs {
+        floats: workspace.floats.len(),
+        words: workspace.words.len(),
+    };
+    let short = RunError::Memory {
+        problem,
+        needs,
+        given,
+    };
+    let Some(floats) = workspace.floats.get_mut(..needs.floats) else {
+        return Err(short);
+    };
+    let Some(words) = workspace.words.get_mut(..needs.words) else {
+        return Err(short);
+    };
+    Ok(match problem.kernel {
+        Kernel::Ep => ep::run(problem, team, hooks),
+        Kernel::Is => is::run(problem, words, team, hooks),
+        Kernel::Mg => mg::run(problem, floats, team, hooks),
+    })
+}

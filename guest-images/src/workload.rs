@@ -1,0 +1,127 @@
+//! What a bare guest is told to do, checked before it is booted.
+
+use ferry_nas::{team, workload};
+use std::fmt;
+use std::str::FromStr;
+
+/// The most processors a bare guest can have.
+pub const MAX_CPUS: usize = team::MAX_RANKS;
+
+/// The text of a workload does not do. The message names the part and says what would.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Error(String);
+
+/// A workload of the bare guest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Workload(workload::Workload);
+
+impl Workload {
+    /// Reads `mg.A`, `dirty:…` or `idle:…`; the guest's README lists the options.
+    ///
+    /// # Errors
+    /// One sentence that names the part that does not do.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        workload::Workload::parse(text)
+            .map(Self)
+            .map_err(|error| Error(error.to_string()))
+    }
+
+    /// What it is, to look into.
+    pub fn kind(&self) -> &workload::Workload {
+        &self.0
+    }
+
+    /// The guest memory it needs on `cpus` processors, in bytes. The writer fills whatever more it is given.
+    pub fn memory_needed(&self, cpus: usize) -> u64 {
+        self.0.memory_needed(cpus)
+    }
+
+    /// The guest's command line. `tsc_khz` is the rate of the host's time-stamp counter; without it the guest measures
+    /// it, for which the machine must have an interval timer.
+    pub fn command_line(&self, cpus: usize, tsc_khz: Option<u64>) -> String {
+        let mut text = format!("ferry.run={} ferry.cpus={cpus}", self.0);
+        if let Some(khz) = tsc_khz {
+            text.push_str(&format!(" ferry.tsc_khz={khz}"));
+        }
+        text
+    }
+
+    /// As [`Workload::command_line`], and has a kernel run `times` times, 0 for until told to stop.
+    pub fn command_line_repeated(&self, cpus: usize, tsc_khz: Option<u64>, times: u64) -> String {
+        format!("{} ferry.repeat={times}", self.command_line(cpus, tsc_khz))
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for Workload {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        Self::parse(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn memory_is_what_the_kernels_take_and_little_more() {
+        for (text, mib) in [
+            ("ep.A", 4..8),
+            ("is.A", 66..76),
+            ("mg.S", 4..10),
+            ("mg.A", 430..445),
+            ("mg.C", 3300..3500),
+        ] {
+            let needed = Workload::parse(text).unwrap().memory_needed(1) >> 20;
+            assert!(mib.contains(&needed), "{text} {needed}");
+        }
+        let writer = Workload::parse("dirty:wss=100M").unwrap();
+        assert!(writer.memory_needed(2) >= 100 << 20);
+    }
+
+    #[test]
+    fn the_command_line_holds_the_workload() {
+        let workload = Workload::parse("dirty:rate=0").unwrap();
+        let line = workload.command_line_repeated(2, Some(1), 3);
+        let run = line
+            .split(' ')
+            .find_map(|token| token.strip_prefix("ferry.run="))
+            .unwrap();
+        assert_eq!(Workload::parse(run), Ok(workload));
+        assert!(
+            line.ends_with(" ferry.cpus=2 ferry.tsc_khz=1 ferry.repeat=3"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn errors_are_one_sentence_about_the_part() {
+        let error = Workload::parse("dirty:wss=16M,rate=fast")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("`rate=fast`") && !error.contains('\n'),
+            "{error}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_taken_or_refused(text in "(dirty:|idle:|)[a-z0-9=,.KMG]{0,40}", cpus in 0usize..100) {
+            if let Ok(workload) = Workload::parse(&text) {
+                prop_assert!(workload.memory_needed(cpus) > 0);
+                let line = workload.command_line(cpus, None);
+                prop_assert!(line.len() < 300 && line.split(' ').count() == 2);
+            }
+        }
+    }
+}
