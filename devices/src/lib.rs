@@ -1,1 +1,13 @@
-//! ferry-devices
+//! Emulated devices of ferry, each with a serialisable `State`, and the bus they sit on.
+//!
+//! Nothing here speaks KVM: a device is driven by [`bus::BusDevice`] accesses and speaks back through
+//! [`Trigger`]. What a trigger does (an irqfd, a flag, a counter in a test) is the machine's affair.
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
+
+pub mod bus;
+pub mod i8042;
+pub mod serial;
+mod trigger;
+
+pub use trigger::Trigger;

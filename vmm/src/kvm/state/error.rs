@@ -1,0 +1,36 @@
+use crate::kvm::IoctlError;
+
+/// Why a saved state could not be put into KVM.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// KVM refused a part of a vCPU's state.
+    #[error(
+        "the state of vCPU {vcpu} could not be restored: {source}; the hosts may differ in what their CPUs can do"
+    )]
+    Vcpu {
+        /// Number of the vCPU.
+        vcpu: u32,
+        /// What was refused.
+        source: IoctlError,
+    },
+    /// KVM refused a part of the VM's state.
+    #[error("the state of the virtual machine could not be restored: {0}")]
+    Vm(#[from] IoctlError),
+    /// The vector state does not fit this host's.
+    #[error(
+        "vCPU {vcpu} uses vector registers that this host's KVM has no room for ({saved} bytes saved, {room} here): restore it on a host with the same vector extensions"
+    )]
+    Xsave {
+        /// Number of the vCPU.
+        vcpu: u32,
+        /// Bytes saved.
+        saved: usize,
+        /// Bytes that this host's KVM takes.
+        room: usize,
+    },
+    /// The state has a part that this KVM cannot take, and it matters.
+    #[error(
+        "the saved state has {0}, which this host's KVM cannot take: restore it on a newer kernel"
+    )]
+    Lacks(&'static str),
+}

@@ -1,0 +1,139 @@
+//! Model-specific registers.
+//!
+//! KVM tells which it keeps (KVM_GET_MSR_INDEX_LIST), but the list is of the host, not of the guest's
+//! CPU: some of it cannot be read for this guest, and more of it reads but cannot be written. Both
+//! KVM_GET_MSRS and KVM_SET_MSRS stop at the first they do not like and return how far they came, so
+//! the rest is tried after skipping that one.
+
+use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+
+use crate::kvm::error::{IoctlError, Named};
+use crate::kvm::vcpu::Vcpu;
+
+/// The most MSRs a saved vCPU may have; KVM's list has about a hundred.
+pub const MAX_MSRS: usize = 512;
+
+const IA32_TSC: u32 = 0x10;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// The MSRs that this vCPU lets itself be read; found out once, so that saving, which happens in the
+/// guest's pause, is one ioctl for each 256 of them.
+#[derive(Debug, Default)]
+pub struct MsrList(Vec<u32>);
+
+/// An MSR whose saved value KVM would not take, and which has another value now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SkippedMsr {
+    /// Number of the vCPU.
+    pub vcpu: u32,
+    /// Index of the MSR.
+    pub index: u32,
+    /// The value that was saved.
+    pub saved: u64,
+    /// The value it has instead, if it can be read at all.
+    pub present: Option<u64>,
+}
+
+impl Vcpu {
+    /// Finds out which MSRs of `candidates` can be read.
+    pub(in crate::kvm) fn probe_msrs(&mut self, candidates: &[u32]) -> Result<(), IoctlError> {
+        let readable = self.read_msrs(candidates)?;
+        self.msrs = MsrList(readable.into_iter().map(|(index, _)| index).collect());
+        Ok(())
+    }
+
+    pub(super) fn save_msrs(&self) -> Result<Vec<(u32, u64)>, IoctlError> {
+        self.read_msrs(&self.msrs.0)
+    }
+
+    /// Reads those that can be read, in the order given.
+    fn read_msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, IoctlError> {
+        let mut values = Vec::with_capacity(indices.len());
+        let mut rest = indices;
+        while !rest.is_empty() {
+            let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+            let mut msrs = request(batch)?;
+            let n = self
+                .fd()
+                .get_msrs(&mut msrs)
+                .named("KVM_GET_MSRS")?
+                .min(batch.len());
+            values.extend(msrs.as_slice()[..n].iter().map(|e| (e.index, e.data)));
+            // The one that stopped it is skipped.
+            let done = if n < batch.len() { n + 1 } else { n };
+            rest = &rest[done..];
+        }
+        Ok(values)
+    }
+
+    /// Writes the MSRs, TSC_DEADLINE last: arming the deadline compares it with the guest's TSC, so
+    /// the TSC must be right by then (and the local APIC's timer in deadline mode, which the caller
+    /// sees to). Returns what could not be written and matters.
+    pub(super) fn restore_msrs(&self, saved: &[(u32, u64)]) -> Result<Vec<SkippedMsr>, IoctlError> {
+        let entry = |&(index, data): &(u32, u64)| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        let rank = |index| match index {
+            IA32_TSC => 1,
+            IA32_TSC_DEADLINE => 2,
+            _ => 0,
+        };
+        let mut entries: Vec<kvm_msr_entry> = saved.iter().map(entry).collect();
+        // Stable: all else stays in KVM's order. The TSC comes late, close to the moment it counts.
+        entries.sort_by_key(|e| rank(e.index));
+        let mut refused = Vec::new();
+        let mut rest = entries.as_slice();
+        while !rest.is_empty() {
+            let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+            let msrs = Msrs::from_entries(batch).map_err(|_| too_many())?;
+            let n = self
+                .fd()
+                .set_msrs(&msrs)
+                .named("KVM_SET_MSRS")?
+                .min(batch.len());
+            let mut done = n;
+            if n < batch.len() {
+                refused.push(batch[n]);
+                done += 1;
+            }
+            rest = &rest[done..];
+        }
+        self.differing(&refused)
+    }
+
+    /// Read-only MSRs are in KVM's list too; those that hold the saved value anyway are not missed.
+    fn differing(&self, refused: &[kvm_msr_entry]) -> Result<Vec<SkippedMsr>, IoctlError> {
+        let indices: Vec<u32> = refused.iter().map(|e| e.index).collect();
+        let present = self.read_msrs(&indices)?;
+        Ok(refused
+            .iter()
+            .map(|wanted| SkippedMsr {
+                vcpu: self.id(),
+                index: wanted.index,
+                saved: wanted.data,
+                present: present
+                    .iter()
+                    .find(|(i, _)| *i == wanted.index)
+                    .map(|(_, v)| *v),
+            })
+            .filter(|s| s.present != Some(s.saved))
+            .collect())
+    }
+}
+
+fn request(indices: &[u32]) -> Result<Msrs, IoctlError> {
+    let entries: Vec<kvm_msr_entry> = indices
+        .iter()
+        .map(|&index| kvm_msr_entry {
+            index,
+            ..Default::default()
+        })
+        .collect();
+    Msrs::from_entries(&entries).map_err(|_| too_many())
+}
+
+fn too_many() -> IoctlError {
+    IoctlError::errno("a list of MSRs", libc::E2BIG)
+}

@@ -1,0 +1,105 @@
+//! What KVM keeps for the VM as a whole: interrupt controllers, timer, clock.
+
+use kvm_bindings::{
+    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+};
+use serde::{Deserialize, Serialize};
+
+use super::RestoreError;
+use crate::kvm::error::{IoctlError, Named};
+use crate::kvm::vm::Vm;
+
+/// State of the interrupt controllers, of the timer and of the paravirtual clock.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct VmState {
+    pic_master: kvm_irqchip,
+    pic_slave: kvm_irqchip,
+    ioapic: kvm_irqchip,
+    pit: Option<kvm_pit_state2>,
+    clock: Option<kvm_clock_data>,
+}
+
+impl std::fmt::Debug for VmState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmState")
+            .field("clock", &self.clock)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// Reads the state; all vCPUs must be stopped.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn save(&self) -> Result<VmState, IoctlError> {
+        let caps = self.capabilities();
+        // The clock first: where it carries the wall-clock time, the destination adds what passed
+        // since, and where it does not, every microsecond here is one that the guest's clock has seen.
+        let clock = (caps.adjust_clock != 0)
+            .then(|| self.fd().get_clock())
+            .transpose()
+            .named("KVM_GET_CLOCK")?;
+        // The timer before the controllers it interrupts, so that an edge on its way is seen in one.
+        let pit = caps
+            .pit2
+            .then(|| self.fd().get_pit2())
+            .transpose()
+            .named("KVM_GET_PIT2")?;
+        Ok(VmState {
+            pic_master: self.irqchip(KVM_IRQCHIP_PIC_MASTER)?,
+            pic_slave: self.irqchip(KVM_IRQCHIP_PIC_SLAVE)?,
+            ioapic: self.irqchip(KVM_IRQCHIP_IOAPIC)?,
+            pit,
+            clock,
+        })
+    }
+
+    /// Writes a state that was saved elsewhere; the vCPUs' states must be in already.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; the machine must then not run.
+    pub fn restore(&self, state: &VmState) -> Result<(), RestoreError> {
+        let caps = self.capabilities();
+        for (which, chip) in [
+            (KVM_IRQCHIP_PIC_MASTER, &state.pic_master),
+            (KVM_IRQCHIP_PIC_SLAVE, &state.pic_slave),
+            (KVM_IRQCHIP_IOAPIC, &state.ioapic),
+        ] {
+            // The field says which chip the bytes are of: ours, not the sender's, decides.
+            let chip = kvm_irqchip {
+                chip_id: which,
+                ..*chip
+            };
+            self.fd().set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
+        }
+        match &state.pit {
+            Some(pit) if caps.pit2 => self.fd().set_pit2(pit).named("KVM_SET_PIT2")?,
+            Some(_) => return Err(RestoreError::Lacks("a timer in the kernel (PIT)")),
+            None => {}
+        }
+        if let (Some(saved), true) = (&state.clock, caps.adjust_clock != 0) {
+            // With KVM_CLOCK_REALTIME on both sides, KVM adds the time that passed between the two.
+            // All other flags are output only, and older kernels refuse any they do not know.
+            let flags = saved.flags & KVM_CLOCK_REALTIME & caps.adjust_clock;
+            let clock = kvm_clock_data {
+                clock: saved.clock,
+                realtime: if flags == 0 { 0 } else { saved.realtime },
+                flags,
+                ..Default::default()
+            };
+            self.fd().set_clock(&clock).named("KVM_SET_CLOCK")?;
+        }
+        Ok(())
+    }
+
+    fn irqchip(&self, chip_id: u32) -> Result<kvm_irqchip, IoctlError> {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        self.fd().get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
+        Ok(chip)
+    }
+}

@@ -1,0 +1,239 @@
+//! A virtual machine: built paused, loaded or restored, run, paused, saved.
+//!
+//! ```text
+//!            build                resume
+//!  builder ────────▶ Paused ◀──────────────▶ Running
+//!                      │          pause         │
+//!                      │                        │ guest shuts down, resets, or KVM fails
+//!                      └────────▶ Ended ◀───────┘
+//!                         stop
+//! ```
+//!
+//! Each vCPU has a thread that is parked unless the machine runs. [`Machine::pause`] returns a guard,
+//! [`PausedMachine`], and only through it can the state be [saved](PausedMachine::save) or
+//! [replaced](PausedMachine::restore): dropping it resumes what ran before.
+//!
+//! A `Machine` is shared by threads (`Arc<Machine>`): its methods take `&self`, and a control socket may
+//! ask for the state while a migration pauses.
+//!
+//! # Lock order
+//!
+//! 1. the run control's state ([`control`]): held for moments, and while waiting on its condition
+//!    variable. Never taken by a thread that holds one of the others.
+//! 2. a vCPU: held by its thread all the while it runs, by savers while it is parked.
+//! 3. a device: held during one access.
+//!
+//! The dirty log's lock stands alone: no other is taken under it.
+
+mod builder;
+mod control;
+mod description;
+mod features;
+mod load;
+mod paused;
+mod state;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ferry_devices::i8042::I8042;
+use ferry_devices::serial::Serial;
+use vmm_sys_util::eventfd::EventFd;
+
+pub use builder::{BuildError, Builder};
+pub use control::{Exit, PauseError, ResumeError, RunState};
+pub use description::{DescriptionError, MachineDescription, UnfitHost};
+pub use load::ApplyError;
+pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};
+pub use state::{DevicesState, MachineState, StateError};
+
+use crate::kvm::{DirtyLog, IrqLine, Vcpu, Vm};
+use crate::memory::GuestRam;
+use control::Control;
+
+/// A virtual machine. See the [module](self) for its life.
+#[derive(Debug)]
+pub struct Machine {
+    control: Arc<Control>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    vcpus: Vec<Arc<Mutex<Vcpu>>>,
+    devices: Devices,
+    dirty_log: DirtyLog,
+    vm: Arc<Vm>,
+    description: MachineDescription,
+}
+
+/// The devices of the machine's own, beside those that sit in the kernel.
+struct Devices {
+    serial: Arc<Mutex<Serial>>,
+    serial_irq: IrqLine,
+    i8042: Arc<Mutex<I8042>>,
+}
+
+impl std::fmt::Debug for Devices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Devices")
+    }
+}
+
+impl Machine {
+    /// Starts to describe a machine.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// What has to be known to build the same machine elsewhere.
+    #[must_use]
+    pub fn description(&self) -> &MachineDescription {
+        &self.description
+    }
+
+    /// The guest's RAM.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        self.vm.ram()
+    }
+
+    /// The log of pages that the guest and the VMM dirty.
+    #[must_use]
+    pub fn dirty_log(&self) -> &DirtyLog {
+        &self.dirty_log
+    }
+
+    /// The VM underneath.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// Frequency of the guest's TSC in kHz, where the host tells.
+    #[must_use]
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.description.tsc_khz
+    }
+
+    /// What the machine is doing.
+    #[must_use]
+    pub fn run_state(&self) -> RunState {
+        self.control.run_state()
+    }
+
+    /// Lets the vCPUs run. No effect when they do. Waits for a [`PausedMachine`] that somebody else
+    /// holds.
+    ///
+    /// # Errors
+    /// [`ResumeError::Ended`].
+    pub fn resume(&self) -> Result<(), ResumeError> {
+        self.control.resume()
+    }
+
+    /// Stops all vCPUs, in parallel, each at the end of an instruction with no device access pending.
+    /// When this returns, no guest code runs and none will until the guard is dropped or used up.
+    ///
+    /// One guard exists at a time: a second caller waits for the first (so a thread that holds one must
+    /// not ask for another).
+    ///
+    /// # Errors
+    /// [`PauseError`]; what ran goes on running.
+    pub fn pause(&self) -> Result<PausedMachine<'_>, PauseError> {
+        let was_running = self.control.pause()?;
+        Ok(PausedMachine::new(self, was_running))
+    }
+
+    /// Ends the machine for good. Its memory and its state stay until it is dropped.
+    pub fn stop(&self) {
+        self.control.end(Exit::Stopped);
+    }
+
+    /// Why the machine ended, if it has.
+    #[must_use]
+    pub fn exit_reason(&self) -> Option<Exit> {
+        self.control.exit_reason()
+    }
+
+    /// Waits until the machine has ended.
+    #[must_use]
+    pub fn wait(&self) -> Exit {
+        self.control.wait()
+    }
+
+    /// Waits for at most `timeout` until the machine has ended.
+    #[must_use]
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<Exit> {
+        self.control.wait_timeout(timeout)
+    }
+
+    /// Becomes readable when the machine ends: for an event loop.
+    #[must_use]
+    pub fn exit_event(&self) -> &EventFd {
+        self.control.exit_event()
+    }
+
+    /// When the last of the vCPUs had left guest code in the latest pause: from then on the guest stood
+    /// still. `None` before the first.
+    #[must_use]
+    pub fn last_paused_at(&self) -> Option<Instant> {
+        self.control.last_paused_at()
+    }
+
+    /// When the first of the vCPUs entered KVM_RUN after the latest resume; `None` while none has.
+    #[must_use]
+    pub fn first_entry_at(&self) -> Option<Instant> {
+        self.control.entries().into_iter().flatten().min()
+    }
+
+    /// When each vCPU entered KVM_RUN for the first time after the latest resume.
+    #[must_use]
+    pub fn entries(&self) -> Vec<Option<Instant>> {
+        self.control.entries()
+    }
+
+    /// [`first_entry_at`](Self::first_entry_at), waiting for at most `timeout`: a thread that was woken
+    /// needs some microseconds to get there.
+    #[must_use]
+    pub fn wait_first_entry(&self, timeout: Duration) -> Option<Instant> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(at) = self.first_entry_at() {
+                return Some(at);
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    /// Gives the guest's serial port bytes to receive; returns how many it took. While the machine is
+    /// paused it takes none: they would be missing from a state that is being saved.
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        if self.run_state() != RunState::Running {
+            return 0;
+        }
+        lock(&self.devices.serial).input(bytes)
+    }
+
+    /// Bytes that the guest sent to the serial port and its writer refused.
+    #[must_use]
+    pub fn serial_output_lost(&self) -> u64 {
+        lock(&self.devices.serial).lost_output()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.control.end(Exit::Stopped);
+        for thread in lock(&self.threads).drain(..) {
+            // A vCPU thread that panicked has already said so on stderr.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Locks, also after a panic of another holder: what the locks here protect is valid between any two
+/// statements, and a paused guest must stay reachable.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,226 @@
+//! Building a machine.
+
+use std::io::{self, Write};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use ferry_devices::bus::{Bus, BusError};
+use ferry_devices::i8042::{I8042, I8042_BASE, I8042_LEN};
+use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN, Serial};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::control::{Control, ResetLine};
+use super::description::{DescriptionError, FORMAT, MachineDescription};
+use super::{Devices, Machine, lock};
+use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
+use crate::memory::{GuestRam, RamError};
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The host's KVM cannot be used.
+    #[error(transparent)]
+    Host(#[from] OpenError),
+    /// The guest's memory cannot be had.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// KVM refused the VM or a vCPU.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// KVM did not tell what CPU it can offer.
+    #[error("the host's CPU features could not be read: {0}")]
+    Cpuid(#[source] IoctlError),
+    /// Too many vCPUs, or none.
+    #[error("a machine with {asked} vCPUs was asked for, but 1 to {max} are possible on this host")]
+    Cpus {
+        /// Number asked for.
+        asked: u32,
+        /// The most there can be.
+        max: u32,
+    },
+    /// A description that cannot be true.
+    #[error(transparent)]
+    Description(#[from] DescriptionError),
+    /// Two devices in one place.
+    #[error("the machine's devices do not fit together: {0}")]
+    Bus(#[from] BusError),
+    /// Out of file descriptors or threads.
+    #[error("the machine could not be built: {what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+}
+
+/// A machine to be built.
+pub struct Builder {
+    memory: u64,
+    cpus: u32,
+    hugepages: bool,
+    name: String,
+    serial: Box<dyn Write + Send>,
+    /// Of a machine that exists already.
+    description: Option<MachineDescription>,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self {
+            memory: 0,
+            cpus: 1,
+            hugepages: false,
+            name: "ferry".to_owned(),
+            serial: Box::new(io::sink()),
+            description: None,
+        }
+    }
+}
+
+impl std::fmt::Debug for Builder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Builder")
+            .field("memory", &self.memory)
+            .field("cpus", &self.cpus)
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Builder {
+    /// RAM in bytes; a multiple of 4 KiB, of 2 MiB with huge pages. There is no default.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.memory = bytes;
+        self
+    }
+
+    /// Number of vCPUs; 1 by default.
+    #[must_use]
+    pub fn cpus(mut self, n: u32) -> Self {
+        self.cpus = n;
+        self
+    }
+
+    /// RAM from the host's pool of 2 MiB pages; off by default.
+    #[must_use]
+    pub fn hugepages(mut self, on: bool) -> Self {
+        self.hugepages = on;
+        self
+    }
+
+    /// The machine's name, for people.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Where the serial port's output goes; nowhere by default. The writer should not block for long:
+    /// the vCPU waits for it, and so does a pause.
+    #[must_use]
+    pub fn serial(mut self, output: Box<dyn Write + Send>) -> Self {
+        self.serial = output;
+        self
+    }
+
+    /// The same machine as another one, which may be on another host: memory, vCPUs, huge pages, name
+    /// and CPU features are taken from its description.
+    #[must_use]
+    pub fn from_description(mut self, description: &MachineDescription) -> Self {
+        self.memory = description.memory;
+        self.cpus = description.cpus;
+        self.hugepages = description.hugepages;
+        self.name.clone_from(&description.name);
+        self.description = Some(description.clone());
+        self
+    }
+
+    /// Builds the machine: paused, its vCPUs as after reset, its memory zero.
+    ///
+    /// # Errors
+    /// [`BuildError`].
+    pub fn build(self) -> Result<Machine, BuildError> {
+        if let Some(description) = &self.description {
+            description.validate()?;
+        }
+        let host = Host::open()?;
+        let max = host.capabilities().max_vcpus.min(MAX_CPUS);
+        if self.cpus == 0 || self.cpus > max {
+            return Err(BuildError::Cpus {
+                asked: self.cpus,
+                max,
+            });
+        }
+        let cpuid = match &self.description {
+            Some(d) => d.cpuid.clone(),
+            None => host.guest_cpuid().map_err(BuildError::Cpuid)?,
+        };
+        let ram = Arc::new(GuestRam::new(self.memory, self.hugepages)?);
+        let vm = Arc::new(Vm::new(&host, ram)?);
+
+        let reset = Arc::new(AtomicBool::new(false));
+        let serial_irq = vm.irq_line(COM1_IRQ)?;
+        let line = serial_irq
+            .try_clone()
+            .map_err(io_error("the serial port's interrupt"))?;
+        let serial = Arc::new(Mutex::new(Serial::new(Box::new(line), self.serial)));
+        let i8042 = Arc::new(Mutex::new(I8042::new(Box::new(ResetLine(reset.clone())))));
+        let mut pio = Bus::new();
+        pio.insert(COM1_BASE, COM1_LEN, serial.clone())?;
+        pio.insert(I8042_BASE, I8042_LEN, i8042.clone())?;
+        let buses = Arc::new((pio, Bus::new()));
+
+        let vcpus: Vec<Vcpu> = (0..self.cpus)
+            .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
+            .collect::<Result<_, _>>()?;
+        let tsc_khz = match &self.description {
+            Some(d) => d.tsc_khz,
+            None => vcpus.first().and_then(Vcpu::tsc_khz),
+        };
+        let description = MachineDescription {
+            format: FORMAT,
+            name: self.name,
+            memory: self.memory,
+            cpus: self.cpus,
+            hugepages: self.hugepages,
+            cpuid,
+            tsc_khz,
+        };
+        // A name that is too long is found here for a new machine.
+        description.validate()?;
+
+        let kickers = vcpus.iter().map(Vcpu::kicker).collect();
+        let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(io_error("the event of its end"))?;
+        let control = Arc::new(Control::new(kickers, reset, exit_event));
+        let machine = Machine {
+            control: control.clone(),
+            threads: Mutex::new(Vec::new()),
+            vcpus: vcpus.into_iter().map(|v| Arc::new(Mutex::new(v))).collect(),
+            devices: Devices {
+                serial,
+                serial_irq,
+                i8042,
+            },
+            dirty_log: DirtyLog::new(vm.clone()),
+            vm,
+            description,
+        };
+        // From here on dropping `machine` stops and joins the threads there are.
+        for (index, vcpu) in machine.vcpus.iter().enumerate() {
+            let (control, vcpu, buses) = (control.clone(), vcpu.clone(), buses.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || control.vcpu_thread(index, &vcpu, &buses.0, &buses.1))
+                .map_err(io_error("a thread for a vCPU"))?;
+            lock(&machine.threads).push(thread);
+        }
+        Ok(machine)
+    }
+}
+
+fn io_error(what: &'static str) -> impl Fn(io::Error) -> BuildError {
+    move |source| BuildError::Io { what, source }
+}

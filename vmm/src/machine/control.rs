@@ -1,0 +1,362 @@
+//! Running and stopping the vCPU threads.
+//!
+//! A pause is: say that vCPUs shall stop, kick them all, wait until all are parked. A vCPU parks only
+//! after KVM_RUN has said EINTR, by which time KVM has completed any device access
+//! ([`Vcpu::run`](crate::kvm::Vcpu::run)). All kicks are out before the first wait, so the vCPUs stop
+//! in parallel.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_devices::Trigger;
+use ferry_devices::bus::Bus;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::lock;
+use crate::kvm::{Kicker, Vcpu, VmExit};
+
+/// How long a pause waits for a vCPU. It takes microseconds; the only thing that can take long is a
+/// device whose output blocks.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest shut down: it triple-faulted or asked KVM for it.
+    Shutdown,
+    /// The guest asked for a reset.
+    Reset,
+    /// [`Machine::stop`](super::Machine::stop), or the machine was dropped.
+    Stopped,
+    /// KVM could not go on; a sentence that says where and why.
+    Failure(String),
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Shutdown => f.write_str("the guest shut down"),
+            Self::Reset => f.write_str("the guest asked for a reset"),
+            Self::Stopped => f.write_str("the machine was stopped"),
+            Self::Failure(why) => f.write_str(why),
+        }
+    }
+}
+
+/// What a machine is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RunState {
+    /// No guest code runs.
+    Paused,
+    /// The vCPUs run.
+    Running,
+    /// No guest code will run again.
+    Ended(Exit),
+}
+
+/// Why a machine could not be paused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PauseError {
+    /// It has ended.
+    #[error("the machine cannot be paused since it has ended: {0}")]
+    Ended(Exit),
+    /// A vCPU did not stop.
+    #[error(
+        "{0} of the machine's vCPUs did not stop within {PATIENCE:?}: a device seems to block, perhaps a serial output that nobody reads; the machine runs on"
+    )]
+    Stuck(usize),
+}
+
+/// Why a machine could not be resumed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ResumeError {
+    /// It has ended.
+    #[error("the machine cannot be resumed since it has ended: {0}")]
+    Ended(Exit),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Paused,
+    Running,
+    Ended,
+}
+
+#[derive(Debug)]
+struct Inner {
+    mode: Mode,
+    exit: Option<Exit>,
+    /// Somebody holds a guard: nobody else may pause or resume.
+    guarded: bool,
+    /// vCPUs that are outside of KVM_RUN and will stay there while the mode is Paused.
+    parked: Vec<bool>,
+    paused_at: Option<Instant>,
+}
+
+/// Shared by the machine and its vCPU threads.
+#[derive(Debug)]
+pub(super) struct Control {
+    inner: Mutex<Inner>,
+    /// Something in `inner` changed.
+    changed: Condvar,
+    kickers: Vec<Kicker>,
+    /// vCPUs shall leave at the next EINTR. Beside `inner`, so that running vCPUs need no lock.
+    leave: AtomicBool,
+    /// The guest has asked for a reset, during the access that its vCPU is just making.
+    reset: Arc<AtomicBool>,
+    exit_event: EventFd,
+    /// Entry times are nanoseconds after this, plus one; 0 is none. Stored without a lock as the last
+    /// thing before KVM_RUN.
+    origin: Instant,
+    entered: Vec<AtomicU64>,
+}
+
+impl Control {
+    pub(super) fn new(kickers: Vec<Kicker>, reset: Arc<AtomicBool>, exit_event: EventFd) -> Self {
+        let inner = Inner {
+            mode: Mode::Paused,
+            exit: None,
+            guarded: false,
+            // Threads that are not started yet are not running either.
+            parked: vec![true; kickers.len()],
+            paused_at: None,
+        };
+        Self {
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+            leave: AtomicBool::new(true),
+            reset,
+            exit_event,
+            origin: Instant::now(),
+            entered: kickers.iter().map(|_| AtomicU64::new(0)).collect(),
+            kickers,
+        }
+    }
+
+    pub(super) fn run_state(&self) -> RunState {
+        let inner = self.lock();
+        match (&inner.exit, inner.mode) {
+            (Some(exit), _) => RunState::Ended(exit.clone()),
+            (None, Mode::Running) => RunState::Running,
+            (None, _) => RunState::Paused,
+        }
+    }
+
+    /// Stops all vCPUs and takes the guard. Returns whether they ran.
+    pub(super) fn pause(&self) -> Result<bool, PauseError> {
+        let mut inner = self.wait_while(self.lock(), |i| i.guarded);
+        if let Some(exit) = &inner.exit {
+            return Err(PauseError::Ended(exit.clone()));
+        }
+        if inner.mode == Mode::Paused {
+            inner.guarded = true;
+            return Ok(false);
+        }
+        inner.guarded = true;
+        inner.mode = Mode::Paused;
+        self.leave.store(true, Ordering::SeqCst);
+        for kicker in &self.kickers {
+            kicker.kick();
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while inner.exit.is_none() && inner.parked.contains(&false) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let stuck = inner.parked.iter().filter(|p| !**p).count();
+                self.run(&mut inner);
+                inner.guarded = false;
+                return Err(PauseError::Stuck(stuck));
+            }
+            inner = self
+                .changed
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        if let Some(exit) = inner.exit.clone() {
+            inner.guarded = false;
+            self.changed.notify_all();
+            return Err(PauseError::Ended(exit));
+        }
+        Ok(true)
+    }
+
+    /// Gives the guard back; with `run`, the vCPUs run again.
+    pub(super) fn release(&self, run: bool) -> Result<(), ResumeError> {
+        let mut inner = self.lock();
+        inner.guarded = false;
+        self.changed.notify_all();
+        if !run {
+            return Ok(());
+        }
+        if let Some(exit) = &inner.exit {
+            return Err(ResumeError::Ended(exit.clone()));
+        }
+        self.run(&mut inner);
+        Ok(())
+    }
+
+    pub(super) fn resume(&self) -> Result<(), ResumeError> {
+        let mut inner = self.wait_while(self.lock(), |i| i.guarded);
+        if let Some(exit) = &inner.exit {
+            return Err(ResumeError::Ended(exit.clone()));
+        }
+        if inner.mode == Mode::Paused {
+            self.run(&mut inner);
+        }
+        Ok(())
+    }
+
+    /// Sets the vCPUs going. Kicks and releases happen under the lock, so that they cannot cross.
+    fn run(&self, inner: &mut Inner) {
+        for (kicker, entered) in self.kickers.iter().zip(&self.entered) {
+            kicker.release();
+            entered.store(0, Ordering::Relaxed);
+        }
+        self.leave.store(false, Ordering::SeqCst);
+        inner.mode = Mode::Running;
+        self.changed.notify_all();
+    }
+
+    /// Ends the machine; the first reason counts.
+    pub(super) fn end(&self, exit: Exit) {
+        let mut inner = self.lock();
+        if inner.exit.is_some() {
+            return;
+        }
+        inner.exit = Some(exit);
+        inner.mode = Mode::Ended;
+        self.leave.store(true, Ordering::SeqCst);
+        for kicker in &self.kickers {
+            kicker.kick();
+        }
+        self.changed.notify_all();
+        drop(inner);
+        // The counter of an eventfd that is written once cannot overflow.
+        let _ = self.exit_event.write(1);
+    }
+
+    pub(super) fn exit_reason(&self) -> Option<Exit> {
+        self.lock().exit.clone()
+    }
+
+    pub(super) fn exit_event(&self) -> &EventFd {
+        &self.exit_event
+    }
+
+    pub(super) fn wait(&self) -> Exit {
+        loop {
+            if let Some(exit) = self.wait_timeout(Duration::from_secs(3600)) {
+                return exit;
+            }
+        }
+    }
+
+    pub(super) fn wait_timeout(&self, timeout: Duration) -> Option<Exit> {
+        self.changed
+            .wait_timeout_while(self.lock(), timeout, |i| i.exit.is_none())
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .exit
+            .clone()
+    }
+
+    pub(super) fn last_paused_at(&self) -> Option<Instant> {
+        self.lock().paused_at
+    }
+
+    pub(super) fn entries(&self) -> Vec<Option<Instant>> {
+        self.entered
+            .iter()
+            .map(|e| match e.load(Ordering::Acquire) {
+                0 => None,
+                n => Some(self.origin + Duration::from_nanos(n - 1)),
+            })
+            .collect()
+    }
+
+    /// The life of vCPU number `index`.
+    pub(super) fn vcpu_thread(&self, index: usize, vcpu: &Mutex<Vcpu>, pio: &Bus, mmio: &Bus) {
+        if let Err(error) = self.kickers[index].adopt_this_thread() {
+            self.end(Exit::Failure(format!(
+                "vCPU {index} cannot be made to stop: {error}"
+            )));
+            return;
+        }
+        while self.wait_for_run(index) {
+            let (left_at, exit) = self.run_vcpu(index, &mut lock(vcpu), pio, mmio);
+            if let Some(exit) = exit {
+                self.end(exit);
+            }
+            let mut inner = self.lock();
+            inner.parked[index] = true;
+            inner.paused_at = inner.paused_at.max(Some(left_at));
+            if !inner.parked.contains(&false) {
+                self.changed.notify_all();
+            }
+        }
+    }
+
+    /// Parks until the machine runs; false when it has ended.
+    fn wait_for_run(&self, index: usize) -> bool {
+        let mut inner = self.wait_while(self.lock(), |i| i.mode == Mode::Paused);
+        inner.parked[index] = inner.mode == Mode::Ended;
+        inner.mode == Mode::Running
+    }
+
+    /// Runs guest code until the vCPU shall leave or cannot go on. Returns when it left guest code.
+    fn run_vcpu(
+        &self,
+        index: usize,
+        vcpu: &mut Vcpu,
+        pio: &Bus,
+        mmio: &Bus,
+    ) -> (Instant, Option<Exit>) {
+        let since = self.origin.elapsed().as_nanos();
+        let since = u64::try_from(since).unwrap_or(u64::MAX - 1);
+        self.entered[index].store(since + 1, Ordering::Release);
+        loop {
+            let exit = match vcpu.run(pio, mmio) {
+                VmExit::Handled if self.reset.load(Ordering::Relaxed) => Exit::Reset,
+                VmExit::Handled => continue,
+                VmExit::Interrupted if self.leave.load(Ordering::SeqCst) => {
+                    let left_at = Instant::now();
+                    vcpu.clock_was_paused();
+                    return (left_at, None);
+                }
+                // A signal that was for somebody else, or a kick that the last pause did not need.
+                VmExit::Interrupted => continue,
+                VmExit::Shutdown => Exit::Shutdown,
+                VmExit::Reset => Exit::Reset,
+                VmExit::Failure(why) => Exit::Failure(why),
+            };
+            return (Instant::now(), Some(exit));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+
+    fn wait_while<'a>(
+        &self,
+        inner: MutexGuard<'a, Inner>,
+        condition: impl Fn(&Inner) -> bool,
+    ) -> MutexGuard<'a, Inner> {
+        self.changed
+            .wait_while(inner, |i| condition(i))
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The reset line of the keyboard controller. It is pulled in the middle of an access, with the vCPU
+/// and the device locked, so it only leaves word: the vCPU's thread looks right after the access.
+pub(super) struct ResetLine(pub(super) Arc<AtomicBool>);
+
+impl Trigger for ResetLine {
+    fn trigger(&self) -> std::io::Result<()> {
+        self.0.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
