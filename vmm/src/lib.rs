@@ -12,4 +12,5 @@ pub mod doctor;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod migrate;
 pub mod vmm;
