@@ -6,8 +6,13 @@ mod console;
 mod doctor;
 mod manage;
 mod migrate;
+mod nas;
 mod output;
 mod progress;
+mod receive;
+mod run;
+mod serial;
+mod serve;
 mod summary;
 mod units;
 
@@ -43,6 +48,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(run::Args),
+    Receive(receive::Args),
     Migrate(migrate::Args),
     Cancel(manage::Cancel),
     Status(manage::Status),
@@ -51,6 +58,7 @@ enum Command {
     Stop(manage::Stop),
     Recover(manage::Recover),
     Doctor(doctor::Args),
+    Nas(nas::Args),
 }
 
 /// Everything.
@@ -61,6 +69,8 @@ pub fn main() -> ExitCode {
     };
     log(cli.verbose);
     let result = match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Receive(args) => receive::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Cancel(args) => args.run(),
         Command::Status(args) => args.run(),
@@ -69,6 +79,7 @@ pub fn main() -> ExitCode {
         Command::Stop(args) => args.run(),
         Command::Recover(args) => args.run(),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Nas(args) => nas::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -28,11 +28,18 @@ pub enum Uri {
 impl FromStr for Uri {
     type Err = io::Error;
     fn from_str(text: &str) -> io::Result<Self> {
-        let odd = || io::Error::other(format!("{text} is no URI; write tcp:HOST:PORT, unix:PATH or file:PATH"));
+        let odd = || {
+            io::Error::other(format!(
+                "{text} is no URI; write tcp:HOST:PORT, unix:PATH or file:PATH"
+            ))
+        };
         match text.split_once(':') {
             Some(("tcp", rest)) => {
                 let (host, port) = rest.rsplit_once(':').ok_or_else(odd)?;
-                Ok(Self::Tcp { host: host.into(), port: port.parse().map_err(|_| odd())? })
+                Ok(Self::Tcp {
+                    host: host.into(),
+                    port: port.parse().map_err(|_| odd())?,
+                })
             }
             Some(("unix", path)) => Ok(Self::Unix(path.into())),
             Some(("file", path)) => Ok(Self::File(path.into())),
@@ -71,7 +78,13 @@ impl Handle {
 }
 
 /// Fails.
-pub fn migrate(_: &Arc<Machine>, _: &Uri, o: &Options, _: &Handle, _: &mut dyn FnMut(Event)) -> Report {
+pub fn migrate(
+    _: &Arc<Machine>,
+    _: &Uri,
+    o: &Options,
+    _: &Handle,
+    _: &mut dyn FnMut(Event),
+) -> Report {
     Report {
         schema: Report::SCHEMA,
         session: String::new(),
@@ -124,7 +137,11 @@ impl Receiver {
     ///
     /// # Errors
     /// Always.
-    pub fn wait(&self, _: &ReceiveState, _: &mut dyn FnMut(&str)) -> Result<Arc<Machine>, ReceiveError> {
+    pub fn wait(
+        &self,
+        _: &ReceiveState,
+        _: &mut dyn FnMut(&str),
+    ) -> Result<Arc<Machine>, ReceiveError> {
         Err(ReceiveError)
     }
 }

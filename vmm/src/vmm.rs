@@ -16,10 +16,14 @@
 //! `Moved` and `InDoubt` have no way back by `resume`: there may be a second copy of the guest that runs. Only an
 //! operator who says so (`take_over`) lets a guest in doubt run here.
 //!
-//! One lock (`Core::inner`) guards the state. It is held while a machine is paused or resumed, which takes microseconds;
-//! never while a migration runs. A listener's queue is locked inside it, never the other way round.
+//! One lock (`Core::inner`) guards the state. It is held while a machine is paused or resumed, which takes microseconds
+//! unless a device blocks; never while a migration runs. A listener's queue is locked inside it, never the other way round.
 
 #![forbid(unsafe_code)]
+
+mod machine;
+
+pub use machine::MachineGuest;
 
 use crate::api::events::{Publisher, Subscription};
 use crate::api::types::{
@@ -54,8 +58,8 @@ pub trait Guest: Send + Sync + 'static {
     /// Ends the guest for good.
     fn stop(&self);
 
-    /// Bytes typed at the guest's console.
-    fn input(&self, bytes: &[u8]);
+    /// Bytes typed at the guest's console; returns how many of them it took.
+    fn input(&self, bytes: &[u8]) -> usize;
 
     /// Prepares a migration to `uri`; nothing has happened yet when this returns.
     ///
@@ -269,12 +273,10 @@ impl Vmm {
         }
     }
 
-    /// Bytes typed at the guest's console; dropped where no guest is.
-    pub fn input(&self, bytes: &[u8]) {
+    /// Bytes typed at the guest's console; returns how many were taken. Where no guest is they are dropped.
+    pub fn input(&self, bytes: &[u8]) -> usize {
         let guest = self.core.lock().guest.clone();
-        if let Some(guest) = guest {
-            guest.input(bytes);
-        }
+        guest.map_or(bytes.len(), |guest| guest.input(bytes))
     }
 
     /// A request to end from outside (a signal, the console's quit key). Ends the guest, except that a guest in doubt is

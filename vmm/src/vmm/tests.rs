@@ -56,8 +56,9 @@ impl Guest for FakeGuest {
     fn stop(&self) {
         self.journal.note("stop");
     }
-    fn input(&self, _: &[u8]) {
+    fn input(&self, bytes: &[u8]) -> usize {
         self.journal.note("input");
+        bytes.len()
     }
     fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String> {
         if uri == "bad" {
@@ -410,7 +411,7 @@ fn receives_one_guest() {
     ] {
         assert!(is_conflict(result).contains("waits on tcp:0.0.0.0:7"));
     }
-    vmm.input(b"nobody reads this");
+    assert_eq!(vmm.input(b"dropped"), 7);
     let journal = Arc::new(Journal::default());
     let guest = || FakeGuest {
         journal: Arc::clone(&journal),
@@ -418,7 +419,7 @@ fn receives_one_guest() {
     };
     vmm.arrived(Arc::new(guest()));
     assert_eq!(vmm.status().state, StateName::Running);
-    vmm.input(b"x");
+    assert_eq!(vmm.input(b"x"), 1);
     assert_eq!(journal.calls(), ["input"]);
     vmm.never_arrives("too late".into());
     assert_eq!(vmm.status().state, StateName::Running);
