@@ -14,6 +14,7 @@ mod error;
 mod host;
 mod irq;
 mod kick;
+pub mod probe;
 mod run_page;
 mod state;
 mod vcpu;

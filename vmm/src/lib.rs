@@ -2,11 +2,15 @@
 //!
 //! [`machine::Machine`] is where to start: it is built paused, loaded with a kernel ([`boot`]) or with
 //! a state saved elsewhere, and run. Below it lie guest RAM ([`memory`]) and everything that speaks to
-//! the kernel's KVM ([`kvm`]).
+//! the kernel's KVM ([`kvm`]). Above it, [`vmm::Vmm`] keeps the rules of who may run the guest, and
+//! [`api`] lets others ask for it over a socket.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+pub mod api;
 pub mod boot;
+pub mod doctor;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod vmm;

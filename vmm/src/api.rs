@@ -1,0 +1,92 @@
+//! The control socket: HTTP/1.1 and JSON over a Unix socket.
+//!
+//! `curl --unix-socket S http://localhost/v1/status` works, as users of other VMMs expect.
+//!
+//! | request | body | answer |
+//! |---|---|---|
+//! | `GET /v1/status` | | 200, [`types::Status`] |
+//! | `PUT /v1/pause`, `/v1/resume`, `/v1/stop`, `/v1/cancel` | none or `{}` | 204 |
+//! | `PUT /v1/migrate` | [`types::MigrateRequest`] | 200, a chunked stream of `application/x-ndjson`: one [`Event`] a line, the report last; with `"detach": true` 202 at once |
+//! | `GET /v1/migration` | | 200, [`types::MigrationStatus`]: progress now, and the last report |
+//! | `PUT /v1/recover` | [`types::RecoverRequest`] | 204 |
+//!
+//! Every failure is `{"error": "one sentence"}` with 400, 404, 405, 409 or 500 (and 408, 411, 413, 417, 431, 503 where
+//! HTTP asks for them). `HEAD` works wherever `GET` does.
+//!
+//! Limits: [`http::MAX_HEAD`] bytes of header, [`http::MAX_BODY`] of body, [`server::Limits`] for connections and times.
+//! A connection has a thread of its own; nothing here waits for a migration except the stream that reports it, and a
+//! stream that nobody reads loses progress lines, never the report.
+//!
+//! [`Event`]: ferry_migration::report::Event
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod events;
+pub mod http;
+mod routes;
+pub mod server;
+pub mod socket;
+pub mod types;
+
+use events::Subscription;
+use types::{MigrateRequest, MigrationStatus, RecoverRequest, Status};
+
+/// Why a request was refused. The text is one sentence for the user.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The request cannot be meant (HTTP 400).
+    #[error("{0}")]
+    Invalid(String),
+    /// The guest is in a state that does not allow it (HTTP 409).
+    #[error("{0}")]
+    Conflict(String),
+    /// It was allowed and did not work (HTTP 500).
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// What the control socket controls. Every method returns at once: a migration runs elsewhere.
+pub trait Control: Send + Sync + 'static {
+    /// What there is to know about the guest and its VMM.
+    fn status(&self) -> Status;
+
+    /// Stops the guest's processors.
+    ///
+    /// # Errors
+    /// [`Refusal`] when there is no guest here to pause.
+    fn pause(&self) -> Result<(), Refusal>;
+
+    /// Lets a paused guest run on.
+    ///
+    /// # Errors
+    /// [`Refusal`] when the guest is not paused, or is no longer this VMM's.
+    fn resume(&self) -> Result<(), Refusal>;
+
+    /// Ends the guest and the VMM. Always works; a migration before its commit is cancelled first.
+    ///
+    /// # Errors
+    /// [`Refusal`] when the end cannot even be asked for.
+    fn stop(&self) -> Result<(), Refusal>;
+
+    /// Asks the running migration to give up.
+    ///
+    /// # Errors
+    /// [`Refusal`] when none runs.
+    fn cancel(&self) -> Result<(), Refusal>;
+
+    /// Begins a migration; its events arrive in the subscription.
+    ///
+    /// # Errors
+    /// [`Refusal`] when it cannot begin. What goes wrong later is in the report.
+    fn migrate(&self, request: &MigrateRequest) -> Result<Subscription, Refusal>;
+
+    /// The running migration's progress and the last one's report.
+    fn migration(&self) -> MigrationStatus;
+
+    /// Resolves a migration in doubt.
+    ///
+    /// # Errors
+    /// [`Refusal`] when nothing is in doubt or it cannot be resolved so.
+    fn recover(&self, request: &RecoverRequest) -> Result<(), Refusal>;
+}

@@ -1,0 +1,523 @@
+//! The control socket's client: what `ferry status` and its siblings speak.
+
+use super::socket::dial;
+use super::types::{ErrorBody, MigrateRequest, MigrationStatus, RecoverRequest, Status};
+use ferry_migration::report::{Event, Report};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The most bytes of a reply's header, of one line of a stream, or of a whole body. A VMM is trusted no more than
+/// anybody else who may listen on that path.
+const MAX_HEAD: usize = 16 << 10;
+const MAX_BODY: usize = 8 << 20;
+
+/// How long a VMM may take to answer anything but a migration.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a request has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// There is no such file.
+    #[error("there is no socket {}; is the guest's VMM running, and was it started with this --api?", .0.display())]
+    NoSocket(PathBuf),
+    /// There is a file and nobody behind it.
+    #[error("no ferry answers on {} ({cause}): is the guest's VMM running?", path.display())]
+    NoAnswer {
+        /// The socket.
+        path: PathBuf,
+        /// The cause.
+        cause: io::Error,
+    },
+    /// It ended in the middle.
+    #[error("the VMM on {} went away before it had answered ({cause}); `ferry status` or its own output says more", path.display())]
+    Lost {
+        /// The socket.
+        path: PathBuf,
+        /// The cause.
+        cause: io::Error,
+    },
+    /// It is no ferry.
+    #[error("what answers on {} is no ferry ({what}); check the path given to --api", path.display())]
+    Foreign {
+        /// The socket.
+        path: PathBuf,
+        /// What is odd about it.
+        what: String,
+    },
+    /// It said no.
+    #[error("{sentence}")]
+    Refused {
+        /// The HTTP status.
+        status: u16,
+        /// The VMM's sentence.
+        sentence: String,
+    },
+}
+
+/// Requests that take no body and give none back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Stop the processors.
+    Pause,
+    /// Run on.
+    Resume,
+    /// End guest and VMM.
+    Stop,
+    /// Give the migration up.
+    Cancel,
+}
+
+impl Action {
+    const fn path(self) -> &'static str {
+        match self {
+            Self::Pause => "/v1/pause",
+            Self::Resume => "/v1/resume",
+            Self::Stop => "/v1/stop",
+            Self::Cancel => "/v1/cancel",
+        }
+    }
+}
+
+/// Speaks to one VMM; a connection for each request.
+#[derive(Clone, Debug)]
+pub struct Client {
+    path: PathBuf,
+}
+
+struct Reply {
+    status: u16,
+    body: Body,
+}
+
+enum Body {
+    Plain(io::Take<BufReader<UnixStream>>),
+    Chunked(Chunked),
+}
+
+impl Client {
+    /// For the VMM on `path`; connects later.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+        }
+    }
+
+    /// `GET /v1/status`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn status(&self) -> Result<Status, ClientError> {
+        self.read_json(self.request("GET", "/v1/status", None, Some(PATIENCE))?)
+    }
+
+    /// `GET /v1/migration`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn migration(&self) -> Result<MigrationStatus, ClientError> {
+        self.read_json(self.request("GET", "/v1/migration", None, Some(PATIENCE))?)
+    }
+
+    /// Pause, resume, stop or cancel.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn act(&self, action: Action) -> Result<(), ClientError> {
+        self.request("PUT", action.path(), Some(b"{}".to_vec()), Some(PATIENCE))
+            .map(drop)
+    }
+
+    /// `PUT /v1/recover`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn recover(&self, request: &RecoverRequest) -> Result<(), ClientError> {
+        let body = self.to_json(request)?;
+        self.request("PUT", "/v1/recover", Some(body), Some(PATIENCE))
+            .map(drop)
+    }
+
+    /// `PUT /v1/migrate`: blocks until the migration has ended, and tells `on_event` what happens meanwhile. The
+    /// request's `detach` is not looked at.
+    ///
+    /// # Errors
+    /// [`ClientError`]. A migration that failed is no error here: its report says so.
+    pub fn migrate(
+        &self,
+        request: &MigrateRequest,
+        on_event: &mut dyn FnMut(&Event),
+    ) -> Result<Report, ClientError> {
+        let body = self.to_json(&MigrateRequest {
+            detach: false,
+            ..request.clone()
+        })?;
+        // No timeout: nothing need be said while a large memory is hashed, and Ctrl-C works.
+        let reply = self.request("PUT", "/v1/migrate", Some(body), None)?;
+        let mut lines = match reply.body {
+            Body::Plain(b) => Lines::new(Box::new(b.into_inner())),
+            Body::Chunked(b) => Lines::new(Box::new(b)),
+        };
+        loop {
+            let line = match lines.next() {
+                Ok(Some(line)) => line,
+                Ok(None) => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                    return Err(self.foreign(e.to_string()));
+                }
+                Err(e) => return Err(self.lost(e)),
+            };
+            match serde_json::from_slice::<Event>(&line) {
+                Ok(Event::Report(report)) => {
+                    on_event(&Event::Report(report.clone()));
+                    return Ok(*report);
+                }
+                Ok(event) => on_event(&event),
+                Err(e) => return Err(self.foreign(format!("an event does not fit: {e}"))),
+            }
+        }
+    }
+
+    fn to_json<T: Serialize>(&self, value: &T) -> Result<Vec<u8>, ClientError> {
+        serde_json::to_vec(value)
+            .map_err(|e| self.foreign(format!("the request cannot be written: {e}")))
+    }
+
+    fn foreign(&self, what: String) -> ClientError {
+        ClientError::Foreign {
+            path: self.path.clone(),
+            what,
+        }
+    }
+
+    fn lost(&self, cause: io::Error) -> ClientError {
+        ClientError::Lost {
+            path: self.path.clone(),
+            cause,
+        }
+    }
+
+    fn read_json<T: DeserializeOwned>(&self, reply: Reply) -> Result<T, ClientError> {
+        let bytes = self.read_all(reply.body)?;
+        serde_json::from_slice(&bytes)
+            .map_err(|e| self.foreign(format!("its answer does not fit: {e}")))
+    }
+
+    fn read_all(&self, body: Body) -> Result<Vec<u8>, ClientError> {
+        let mut bytes = Vec::new();
+        let limit = u64::try_from(MAX_BODY).unwrap_or(u64::MAX);
+        match body {
+            Body::Plain(b) => b.take(limit).read_to_end(&mut bytes),
+            Body::Chunked(b) => b.take(limit).read_to_end(&mut bytes),
+        }
+        .map_err(|e| self.lost(e))?;
+        Ok(bytes)
+    }
+
+    fn connect(&self) -> Result<UnixStream, ClientError> {
+        dial(&self.path, PATIENCE).map_err(|cause| match cause.kind() {
+            io::ErrorKind::NotFound => ClientError::NoSocket(self.path.clone()),
+            _ => ClientError::NoAnswer {
+                path: self.path.clone(),
+                cause,
+            },
+        })
+    }
+
+    fn request(
+        &self,
+        method: &str,
+        target: &str,
+        body: Option<Vec<u8>>,
+        patience: Option<Duration>,
+    ) -> Result<Reply, ClientError> {
+        let stream = self.connect()?;
+        let body = body.unwrap_or_default();
+        let mut bytes = format!(
+            "{method} {target} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: ferry/{}\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            env!("CARGO_PKG_VERSION"),
+            body.len()
+        )
+        .into_bytes();
+        bytes.extend_from_slice(&body);
+        let prepare = || {
+            stream.set_read_timeout(patience)?;
+            stream.set_write_timeout(Some(PATIENCE))
+        };
+        prepare().map_err(|e| self.lost(e))?;
+        // A server that refuses early may not read all; its answer counts, if there is one.
+        let sent = (&stream).write_all(&bytes);
+        let mut reader = BufReader::new(stream);
+        let head = match (read_head(&mut reader), sent) {
+            (Ok(head), _) => head,
+            (Err(_), Err(e)) => return Err(self.lost(e)),
+            (Err(e), Ok(())) if e.kind() == io::ErrorKind::InvalidData => {
+                return Err(self.foreign(e.to_string()));
+            }
+            (Err(e), Ok(())) => return Err(self.lost(e)),
+        };
+        let limit = head.length.unwrap_or(u64::MAX);
+        let body = if head.chunked {
+            Body::Chunked(Chunked {
+                inner: reader,
+                left: 0,
+                begun: false,
+                ended: false,
+            })
+        } else {
+            Body::Plain(reader.take(limit))
+        };
+        let reply = Reply {
+            status: head.status,
+            body,
+        };
+        if (200..300).contains(&reply.status) {
+            return Ok(reply);
+        }
+        let status = reply.status;
+        let text = self.read_all(reply.body)?;
+        match serde_json::from_slice::<ErrorBody>(&text) {
+            Ok(body) => Err(ClientError::Refused {
+                status,
+                sentence: one_line(&body.error),
+            }),
+            Err(_) => {
+                Err(self.foreign(format!("it answers {status} without a ferry's explanation")))
+            }
+        }
+    }
+}
+
+/// What a terminal may be given of another process's words.
+fn one_line(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(2000)
+        .collect()
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct ReplyHead {
+    status: u16,
+    length: Option<u64>,
+    chunked: bool,
+}
+
+fn odd(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
+}
+
+/// Reads a reply's head, skipping "100 Continue".
+fn read_head(reader: &mut impl BufRead) -> io::Result<ReplyHead> {
+    loop {
+        let mut bytes = Vec::new();
+        while !bytes.ends_with(b"\r\n\r\n") {
+            let before = bytes.len();
+            let room = u64::try_from(MAX_HEAD.saturating_sub(before)).unwrap_or(0);
+            reader.by_ref().take(room).read_until(b'\n', &mut bytes)?;
+            if bytes.len() == before {
+                return Err(match before {
+                    0 => io::ErrorKind::UnexpectedEof.into(),
+                    _ => odd("its answer is no HTTP reply"),
+                });
+            }
+        }
+        let mut fields = [httparse::EMPTY_HEADER; 64];
+        let mut reply = httparse::Response::new(&mut fields);
+        match reply.parse(&bytes) {
+            Ok(httparse::Status::Complete(_)) => {}
+            _ => return Err(odd("its answer is no HTTP reply")),
+        }
+        let status = reply.code.unwrap_or(0);
+        if status == 100 {
+            continue;
+        }
+        let mut head = ReplyHead {
+            status,
+            length: None,
+            chunked: false,
+        };
+        for field in reply.headers.iter() {
+            let value = std::str::from_utf8(field.value).unwrap_or_default().trim();
+            if field.name.eq_ignore_ascii_case("content-length") {
+                head.length = Some(
+                    value
+                        .parse()
+                        .map_err(|_| odd("its Content-Length is no number"))?,
+                );
+            } else if field.name.eq_ignore_ascii_case("transfer-encoding") {
+                head.chunked = value.eq_ignore_ascii_case("chunked");
+            }
+        }
+        if status == 204 {
+            head.length = Some(0);
+        }
+        return Ok(head);
+    }
+}
+
+/// The body inside a chunked transfer.
+struct Chunked {
+    inner: BufReader<UnixStream>,
+    /// Of the current chunk.
+    left: u64,
+    begun: bool,
+    ended: bool,
+}
+
+impl Chunked {
+    fn line(&mut self) -> io::Result<String> {
+        let mut line = Vec::new();
+        self.inner.by_ref().take(128).read_until(b'\n', &mut line)?;
+        if !line.ends_with(b"\n") {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(String::from_utf8_lossy(&line).trim().to_owned())
+    }
+}
+
+impl Read for Chunked {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.ended || buffer.is_empty() {
+            return Ok(0);
+        }
+        if self.left == 0 {
+            if self.begun && !self.line()?.is_empty() {
+                return Err(odd("a chunk is longer than it said"));
+            }
+            self.begun = true;
+            let line = self.line()?;
+            let size = line.split(';').next().unwrap_or_default().trim();
+            self.left = u64::from_str_radix(size, 16).map_err(|_| odd("a chunk has no length"))?;
+            if self.left == 0 {
+                self.ended = true;
+                return Ok(0);
+            }
+        }
+        let room = usize::try_from(self.left)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        let n = self.inner.read(&mut buffer[..room])?;
+        if n == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left = self
+            .left
+            .saturating_sub(u64::try_from(n).unwrap_or(u64::MAX));
+        Ok(n)
+    }
+}
+
+/// Lines of bounded length.
+struct Lines {
+    inner: BufReader<Box<dyn Read>>,
+}
+
+impl Lines {
+    fn new(inner: Box<dyn Read>) -> Self {
+        Self {
+            inner: BufReader::new(inner),
+        }
+    }
+
+    fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut line = Vec::new();
+        let limit = u64::try_from(MAX_BODY).unwrap_or(u64::MAX);
+        self.inner
+            .by_ref()
+            .take(limit)
+            .read_until(b'\n', &mut line)?;
+        match line.last() {
+            None => Ok(None),
+            Some(b'\n') => Ok(Some(line)),
+            Some(_) if line.len() >= MAX_BODY => Err(odd("a line of its stream has no end")),
+            Some(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::net::UnixListener;
+
+    /// A client's view of somebody who answers with these bytes.
+    fn against(bytes: &'static [u8]) -> (ClientError, Option<ClientError>) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            for _ in 0..2 {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request).unwrap();
+                let _ = stream.write_all(bytes);
+            }
+        });
+        let client = Client::new(&path);
+        let a = client.status().unwrap_err();
+        let request = MigrateRequest {
+            uri: "tcp:x:1".into(),
+            options: Default::default(),
+            detach: false,
+        };
+        let b = client.migrate(&request, &mut |_| {}).err();
+        server.join().unwrap();
+        (a, b)
+    }
+
+    #[test]
+    fn says_what_is_wrong_with_the_other_side() {
+        let foreign = |bytes| {
+            let (a, b) = against(bytes);
+            assert!(matches!(a, ClientError::Foreign { .. }), "{a}");
+            b
+        };
+        foreign(b"SSH-2.0-OpenSSH_9\r\n\r\n\r\n");
+        foreign(b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnope");
+        foreign(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}");
+        let b =
+            foreign(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{}\n\r\n0\r\n\r\n");
+        assert!(matches!(b, Some(ClientError::Foreign { .. })), "{b:?}");
+        let (a, b) = against(b"");
+        assert!(matches!(a, ClientError::Lost { .. }), "{a}");
+        assert!(matches!(b, Some(ClientError::Lost { .. })), "{b:?}");
+        let (a, _) =
+            against(b"HTTP/1.1 409 Conflict\r\nContent-Length: 19\r\n\r\n{\"error\":\"a\\u001b\"}");
+        assert_eq!(
+            a.to_string(),
+            "a ",
+            "control characters do not reach the terminal"
+        );
+    }
+
+    #[test]
+    fn says_when_nobody_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let text = Client::new(&path).status().unwrap_err().to_string();
+        assert!(text.starts_with("there is no socket "), "{text}");
+        drop(UnixListener::bind(&path).unwrap());
+        let text = Client::new(&path).status().unwrap_err().to_string();
+        assert!(text.starts_with("no ferry answers on "), "{text}");
+        assert!(text.ends_with("is the guest's VMM running?"), "{text}");
+        let text = Client::new(&dir.path().join("x".repeat(200)))
+            .status()
+            .unwrap_err()
+            .to_string();
+        assert!(text.contains("longer than 107 bytes"), "{text}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_head_is_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _ = read_head(&mut &bytes[..]);
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! Connections: a thread for each, at most [`Limits::connections`] of them.
+
+use super::Control;
+use super::events::{Next, Subscription};
+use super::http::{Connection, Head, ReadError, chunk, reply, stream_head};
+use super::routes::{Answer, Route, error_body, find, serve};
+use super::socket::{BindError, Socket};
+use std::collections::HashMap;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How many and how long.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections at a time; further ones are answered 503.
+    pub connections: usize,
+    /// How long a connection may be silent between requests.
+    pub idle: Duration,
+    /// From a request's first byte to the end of its header, and again to the end of its body.
+    pub request: Duration,
+    /// For a client to read a reply, or one piece of a stream.
+    pub reply: Duration,
+    /// How long input is thrown away after a refusal.
+    pub linger: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 64,
+            idle: Duration::from_secs(60),
+            request: Duration::from_secs(10),
+            reply: Duration::from_secs(10),
+            linger: Duration::from_secs(1),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Open {
+    next: u64,
+    /// A second handle of each connection, to end its waiting; whether it is busy with a request.
+    streams: HashMap<u64, (UnixStream, bool)>,
+    closing: bool,
+}
+
+struct Shared {
+    control: Arc<dyn Control>,
+    limits: Limits,
+    open: Mutex<Open>,
+    left: Condvar,
+}
+
+impl Shared {
+    fn open(&self) -> MutexGuard<'_, Open> {
+        // Inserts and removals only: consistent even if a holder panicked.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The control socket's server. Dropping it removes the socket file; see [`Server::shutdown`] for the orderly end.
+pub struct Server {
+    socket: Socket,
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server")
+            .field("path", &self.socket.path())
+            .finish_non_exhaustive()
+    }
+}
+
+impl AsRawFd for Server {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.listener().as_raw_fd()
+    }
+}
+
+impl Server {
+    /// Makes the socket. Nothing is answered before [`Server::accept`] is called.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind(path: &Path, control: Arc<dyn Control>, limits: Limits) -> Result<Self, BindError> {
+        let socket = Socket::bind(path)?;
+        let open = Mutex::new(Open::default());
+        Ok(Self {
+            socket,
+            shared: Arc::new(Shared {
+                control,
+                limits,
+                open,
+                left: Condvar::new(),
+            }),
+        })
+    }
+
+    /// The socket's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.socket.path()
+    }
+
+    /// Accepts whoever waits; call it when the listener (this server's descriptor) is readable. Does not block.
+    pub fn accept(&self) {
+        loop {
+            match self.socket.listener().accept() {
+                Ok((stream, _)) => self.begin(stream),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) => {
+                    // Out of descriptors, most likely. A pause, or the event loop would spin on the same connection.
+                    tracing::warn!("cannot accept a connection on the control socket: {e}");
+                    std::thread::sleep(Duration::from_millis(50));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn begin(&self, stream: UnixStream) {
+        let mut open = self.shared.open();
+        let second = stream.try_clone();
+        let (Ok(second), false) = (
+            second,
+            open.closing || open.streams.len() >= self.shared.limits.connections,
+        ) else {
+            drop(open);
+            let body =
+                error_body("too many connections to this VMM; try again when others are done");
+            // One attempt: a fresh socket's buffer holds this, and the event loop waits for nobody.
+            let _ = stream.set_nonblocking(true);
+            let _ = io::Write::write(&mut &stream, &reply(503, None, Some(&body), false, false));
+            return;
+        };
+        let id = open.next;
+        open.next += 1;
+        open.streams.insert(id, (second, false));
+        drop(open);
+        let shared = Arc::clone(&self.shared);
+        let work = move || {
+            // Also on a panic, or a slot would be lost for ever.
+            let _slot = Slot {
+                shared: &shared,
+                id,
+            };
+            converse(&shared, id, Connection::new(stream));
+        };
+        let thread = std::thread::Builder::new()
+            .name("ferry-api".into())
+            .spawn(work);
+        if let Err(e) = thread {
+            tracing::warn!("cannot start a thread for a connection on the control socket: {e}");
+            self.shared.open().streams.remove(&id);
+        }
+    }
+
+    /// Ends: idle connections are closed, busy ones get `patience` to finish (a migration's stream to deliver its
+    /// report); the socket file is removed.
+    pub fn shutdown(self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        let mut open = self.shared.open();
+        open.closing = true;
+        for (stream, busy) in open.streams.values() {
+            if !busy {
+                let _ = stream.shutdown(Shutdown::Read);
+            }
+        }
+        while !open.streams.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            open = self
+                .shared
+                .left
+                .wait_timeout(open, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+struct Slot<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        self.shared.open().streams.remove(&self.id);
+        self.shared.left.notify_all();
+    }
+}
+
+impl Shared {
+    /// Marks a connection busy or idle; false when the server is closing and no further request is to be read.
+    fn mark(&self, id: u64, busy: bool) -> bool {
+        let mut open = self.open();
+        if let Some(entry) = open.streams.get_mut(&id) {
+            entry.1 = busy;
+        }
+        !open.closing
+    }
+}
+
+fn converse(shared: &Shared, id: u64, mut connection: Connection) {
+    let limits = &shared.limits;
+    loop {
+        if !shared.mark(id, false) {
+            return connection.close(Duration::ZERO);
+        }
+        let head = match connection.read_head(limits.idle, limits.request) {
+            Ok(head) => head,
+            Err(e) => return refuse(connection, e, limits),
+        };
+        shared.mark(id, true);
+        let route = match find(&head) {
+            Ok(route) => route,
+            Err(answer) => {
+                // The body was not read; the next request cannot be told from it.
+                let keep = head.keep_alive && head.length.unwrap_or(0) == 0;
+                if !send(&mut connection, &head, answer, keep, limits) || !keep {
+                    return connection.close(limits.linger);
+                }
+                continue;
+            }
+        };
+        let length = head.length.unwrap_or(0);
+        if head.expects_continue
+            && length > 0
+            && connection
+                .write(b"HTTP/1.1 100 Continue\r\n\r\n", limits.reply)
+                .is_err()
+        {
+            return;
+        }
+        let body = match connection.read_body(length, limits.request) {
+            Ok(body) => body,
+            Err(e) => return refuse(connection, e, limits),
+        };
+        let answer = answer(shared, route, &body);
+        let keep = head.keep_alive && !matches!(answer, Answer::Stream(_));
+        if !send(&mut connection, &head, answer, keep, limits) || !keep {
+            return connection.close(Duration::ZERO);
+        }
+    }
+}
+
+/// A defect in the VMM's own answer costs this request, not the guest.
+fn answer(shared: &Shared, route: Route, body: &[u8]) -> Answer {
+    let attempt = std::panic::AssertUnwindSafe(|| serve(&*shared.control, route, body));
+    std::panic::catch_unwind(attempt).unwrap_or_else(|_| {
+        Answer::Error(
+            500,
+            None,
+            "the VMM failed to answer this request; its log on stderr says why".into(),
+        )
+    })
+}
+
+fn refuse(mut connection: Connection, error: ReadError, limits: &Limits) {
+    let ReadError::Refused { status, sentence } = error else {
+        return;
+    };
+    let body = error_body(&sentence);
+    if connection
+        .write(
+            &reply(status, None, Some(&body), false, false),
+            limits.reply,
+        )
+        .is_ok()
+    {
+        connection.close(limits.linger);
+    }
+}
+
+/// Whether all of it was sent.
+fn send(
+    connection: &mut Connection,
+    head: &Head,
+    answer: Answer,
+    keep: bool,
+    limits: &Limits,
+) -> bool {
+    let head_only = head.method == "HEAD";
+    let bytes = match answer {
+        Answer::Json(status, body) => reply(status, None, Some(&body), head_only, keep),
+        Answer::Done => reply(204, None, None, head_only, keep),
+        Answer::Error(status, allow, sentence) => {
+            reply(status, allow, Some(&error_body(&sentence)), head_only, keep)
+        }
+        Answer::Stream(events) => return stream(connection, head.chunked_ok, &events, limits),
+    };
+    connection.write(&bytes, limits.reply).is_ok()
+}
+
+/// Whoever hangs up or stops reading loses the stream; the migration goes on.
+fn stream(
+    connection: &mut Connection,
+    chunked: bool,
+    events: &Subscription,
+    limits: &Limits,
+) -> bool {
+    if connection
+        .write(&stream_head(chunked), limits.reply)
+        .is_err()
+    {
+        return false;
+    }
+    loop {
+        match events.next(Duration::from_secs(60)) {
+            Next::Idle => {}
+            Next::Closed => {
+                return !chunked || connection.write(b"0\r\n\r\n", limits.reply).is_ok();
+            }
+            Next::Event(event) => {
+                let Ok(mut line) = serde_json::to_vec(&event) else {
+                    return false;
+                };
+                line.push(b'\n');
+                if connection
+                    .write(&chunk(&line, chunked), limits.reply)
+                    .is_err()
+                {
+                    return false;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,120 @@
+//! The JSON of the control socket. Names are an interface: fields are added, never renamed.
+
+use ferry_migration::options::Options;
+use ferry_migration::report::{Progress, Report};
+use serde::{Deserialize, Serialize};
+
+/// Where the guest is, as far as this VMM is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StateName {
+    /// No guest yet: waiting for a migration to arrive.
+    Receiving,
+    /// The guest runs here.
+    Running,
+    /// The guest is here and stands still.
+    Paused,
+    /// The guest is here and is being migrated away.
+    Migrating,
+    /// The guest was migrated away and never runs here again.
+    Moved,
+    /// The guest was handed over and the destination did not confirm: it runs at most there.
+    InDoubt,
+    /// The guest has ended.
+    Ended,
+}
+
+impl StateName {
+    /// The name in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Receiving => "receiving",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Migrating => "migrating",
+            Self::Moved => "moved",
+            Self::InDoubt => "in-doubt",
+            Self::Ended => "ended",
+        }
+    }
+}
+
+/// The guest's size and name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInfo {
+    /// The name that `--name` gave, if any.
+    pub name: Option<String>,
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// Virtual processors.
+    pub cpus: u32,
+}
+
+/// The answer to `GET /v1/status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of this object; grows when a field is added.
+    pub schema: u32,
+    /// ferry's version.
+    pub version: String,
+    /// The VMM's process.
+    pub pid: u32,
+    /// Where the guest is.
+    pub state: StateName,
+    /// The state in one sentence, with what can be done about it.
+    pub explanation: String,
+    /// The guest; `null` while none has arrived.
+    pub guest: Option<GuestInfo>,
+    /// How long this VMM has been up, in milliseconds.
+    pub uptime_ms: u64,
+    /// The running migration; `null` when none runs.
+    pub migration: Option<Progress>,
+    /// Where a receiving VMM listens.
+    pub listening: Option<String>,
+}
+
+impl Status {
+    /// The current value of [`Status::schema`].
+    pub const SCHEMA: u32 = 1;
+}
+
+/// The body of `PUT /v1/migrate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    /// Where to: `tcp:HOST:PORT`, `unix:PATH` or `file:PATH`.
+    pub uri: String,
+    /// How; what is left out has its default.
+    #[serde(default)]
+    pub options: Options,
+    /// Answer at once instead of streaming events; see `GET /v1/migration` for the outcome.
+    #[serde(default)]
+    pub detach: bool,
+}
+
+/// The answer to `GET /v1/migration`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MigrationStatus {
+    /// The running migration; `null` when none runs.
+    pub progress: Option<Progress>,
+    /// The last one that ended; `null` when none has.
+    pub report: Option<Report>,
+}
+
+/// The body of `PUT /v1/recover`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RecoverRequest {
+    /// Where the other side listens now, if it moved.
+    pub uri: Option<String>,
+    /// Run the guest here, on the operator's word that it does not run on the other side.
+    pub take_over: bool,
+}
+
+/// Every failure's body.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// One sentence.
+    pub error: String,
+}

@@ -1,0 +1,168 @@
+//! The user's terminal as the guest's console: raw while the guest runs, with QEMU's keys to get out of it.
+//!
+//! Ctrl-A x ends the guest, Ctrl-A h shows the keys, Ctrl-A Ctrl-A sends one Ctrl-A to the guest. All other keys, Ctrl-C
+//! too, are the guest's.
+
+use ferry_vmm::vmm::Vmm;
+use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use nix::unistd::{getpgrp, tcgetpgrp};
+use std::io::{self, Read, Stdin};
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
+
+/// Keys typed while the guest takes none; more are dropped, as a serial line's receiver would.
+const MAX_PENDING: usize = 4096;
+
+/// What the keys are, for people.
+pub const KEYS: &str =
+    "keys: Ctrl-A x ends the guest, Ctrl-A h shows this, Ctrl-A Ctrl-A sends Ctrl-A";
+
+/// What a key sequence asks of us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// End the guest.
+    Quit,
+    /// Show the keys.
+    Help,
+}
+
+/// Finds our own keys among the guest's.
+#[derive(Debug, Default)]
+struct Escape {
+    armed: bool,
+}
+
+impl Escape {
+    /// Appends the guest's bytes to `guest` and returns our keys.
+    fn feed(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> Vec<Key> {
+        let mut keys = Vec::new();
+        for &byte in typed {
+            match (std::mem::take(&mut self.armed), byte) {
+                (false, 0x01) => self.armed = true,
+                (false, byte) | (true, byte @ 0x01) => guest.push(byte),
+                (true, b'x' | b'X') => keys.push(Key::Quit),
+                (true, b'h' | b'H' | b'?') => keys.push(Key::Help),
+                // As in QEMU: nothing.
+                (true, _) => {}
+            }
+        }
+        keys
+    }
+}
+
+/// A terminal in raw mode. Dropping it restores what was, also when a panic unwinds.
+pub struct Terminal {
+    stdin: Stdin,
+    before: Termios,
+    escape: Escape,
+    pending: Vec<u8>,
+}
+
+impl Terminal {
+    /// Takes the terminal on stdin; `None` where stdin is none, or is one that others are using (we are in the
+    /// background).
+    pub fn take() -> Option<Self> {
+        let stdin = io::stdin();
+        if tcgetpgrp(&stdin).ok()? != getpgrp() {
+            return None;
+        }
+        let before = tcgetattr(&stdin).ok()?;
+        let mut raw = before.clone();
+        cfmakeraw(&mut raw);
+        // Our own messages, and guests that end lines with a bare newline, need the carriage return.
+        raw.output_flags = before.output_flags | OutputFlags::OPOST;
+        tcsetattr(&stdin, SetArg::TCSANOW, &raw).ok()?;
+        Some(Self {
+            stdin,
+            before,
+            escape: Escape::default(),
+            pending: Vec::new(),
+        })
+    }
+
+    /// Reads what was typed, when the descriptor is readable. `None` at its end.
+    pub fn read(&mut self) -> Option<Vec<Key>> {
+        let mut typed = [0; 1024];
+        // `Stdin` buffers, but never more than one read brings, and all of that is taken here.
+        let n = match self.stdin.lock().read(&mut typed) {
+            Ok(0) => return None,
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Some(Vec::new()),
+            Err(_) => return None,
+        };
+        let keys = self.escape.feed(&typed[..n], &mut self.pending);
+        self.pending.truncate(MAX_PENDING);
+        Some(keys)
+    }
+
+    /// Hands pending keys to the guest; whether some are left.
+    pub fn flush(&mut self, vmm: &Vmm) -> bool {
+        let taken = vmm.input(&self.pending).min(self.pending.len());
+        self.pending.drain(..taken);
+        !self.pending.is_empty()
+    }
+}
+
+impl AsRawFd for Terminal {
+    fn as_raw_fd(&self) -> RawFd {
+        self.stdin.as_raw_fd()
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // A terminal that is gone needs no restoring.
+        let _ = tcsetattr(&self.stdin, SetArg::TCSANOW, &self.before);
+    }
+}
+
+/// stdin that is no terminal: a file or a pipe, given to the guest as fast as it takes it.
+pub fn feed_from_pipe(vmm: Vmm) -> io::Result<()> {
+    let feed = move || {
+        let mut bytes = [0; 1024];
+        let mut stdin = io::stdin().lock();
+        loop {
+            let n = match stdin.read(&mut bytes) {
+                Ok(0) => return,
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => return,
+            };
+            let mut left = &bytes[..n];
+            while !left.is_empty() && vmm.outcome().is_none() {
+                let taken = vmm.input(left).min(left.len());
+                left = &left[taken..];
+                if taken == 0 {
+                    // The port's queue is short and the guest empties it in its own time.
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("ferry-stdin".into())
+        .spawn(feed)
+        .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn feed(pieces: &[&[u8]]) -> (Vec<u8>, Vec<Key>) {
+        let (mut escape, mut guest, mut keys) = (Escape::default(), Vec::new(), Vec::new());
+        for piece in pieces {
+            keys.extend(escape.feed(piece, &mut guest));
+        }
+        (guest, keys)
+    }
+
+    #[test]
+    fn our_keys_are_found_and_the_rest_is_the_guests() {
+        assert_eq!(feed(&[b"ls\r\x03"]), (b"ls\r\x03".to_vec(), vec![]));
+        assert_eq!(feed(&[b"a\x01xb"]), (b"ab".to_vec(), vec![Key::Quit]));
+        assert_eq!(feed(&[b"\x01", b"h"]), (vec![], vec![Key::Help]));
+        assert_eq!(feed(&[b"\x01\x01x"]), (b"\x01x".to_vec(), vec![]));
+        assert_eq!(feed(&[b"\x01qx"]), (b"x".to_vec(), vec![]));
+    }
+}

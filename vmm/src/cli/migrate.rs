@@ -1,0 +1,210 @@
+//! `ferry migrate`.
+
+use super::output::{Failure, put, put_json, say};
+use super::progress::Display;
+use super::summary::{sentence, table};
+use super::units::{duration, rate};
+use ferry_migration::options::{OnTimeout, Options, PolicyKind};
+use ferry_migration::report::Status;
+use ferry_vmm::api::client::{Action, Client};
+use ferry_vmm::api::types::MigrateRequest;
+use nix::sys::signal::{SigSet, Signal};
+use serde::de::DeserializeOwned;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Move a running guest to another host.
+///
+/// The guest runs on here until the destination is ready to run it; if anything fails before that, or Ctrl-C cancels it, it
+/// stays here as if nothing had happened.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  ferry migrate --api /tmp/a.sock tcp:otherhost:7000 --downtime 100ms --bandwidth 2.5Gbit --verify")]
+pub struct Args {
+    /// The control socket of the guest's VMM.
+    #[arg(long, value_name = "SOCKET")]
+    api: PathBuf,
+    /// Where `ferry receive` waits: tcp:HOST:PORT, unix:PATH or file:PATH.
+    #[arg(value_name = "URI")]
+    uri: String,
+    /// Which algorithm decides what is sent when.
+    #[arg(long, value_parser = named::<PolicyKind>)]
+    policy: Option<PolicyKind>,
+    /// The longest acceptable pause.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    downtime: Option<Duration>,
+    /// The longest acceptable time before the pause.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    timeout: Option<Duration>,
+    /// What to do after it: cancel, or stop (pause for as long as it takes).
+    #[arg(long, value_name = "ACTION", value_parser = named::<OnTimeout>)]
+    on_timeout: Option<OnTimeout>,
+    /// The most to send per second, for example 2.5Gbit, or 100M in bytes.
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    bandwidth: Option<u64>,
+    /// Connections that carry pages.
+    #[arg(long, value_name = "N")]
+    channels: Option<u16>,
+    /// Compare all memory of both sides in the pause, and fail on a difference.
+    #[arg(long)]
+    verify: bool,
+    /// Print the report as one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Show progress even where stderr is no terminal.
+    #[arg(long, conflicts_with = "quiet")]
+    progress: bool,
+    /// Print nothing but errors (and the report, with --json).
+    #[arg(long)]
+    quiet: bool,
+}
+
+/// A value by its name in the options' own JSON, so that there is one list of names.
+fn named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(serde_json::Value::String(text.to_owned()))
+        .map_err(|e| e.to_string().replace('`', "'"))
+}
+
+impl Args {
+    fn options(&self) -> Options {
+        let default = Options::default();
+        Options {
+            policy: self.policy.unwrap_or(default.policy),
+            downtime: self.downtime.unwrap_or(default.downtime),
+            timeout: self.timeout.unwrap_or(default.timeout),
+            on_timeout: self.on_timeout.unwrap_or(default.on_timeout),
+            bandwidth: self.bandwidth,
+            channels: self.channels.unwrap_or(default.channels),
+            verify: self.verify,
+            ..default
+        }
+    }
+}
+
+pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    let request = MigrateRequest {
+        uri: args.uri.clone(),
+        options: args.options(),
+        detach: false,
+    };
+    request.options.check()?;
+    let client = Client::new(&args.api);
+    // Before the first connection, so that Ctrl-C never leaves a migration behind that nobody watches.
+    cancel_on_signal(client.clone())?;
+    let mut display = Display::new(args.progress, args.quiet);
+    let result = client.migrate(&request, &mut |event| display.show(event));
+    display.clear();
+    let report = result?;
+    if args.json {
+        put_json(&report)?;
+    } else if !args.quiet {
+        let rest = if report.rounds.is_empty() {
+            String::new()
+        } else {
+            format!("\n{}", table(&report))
+        };
+        match report.status {
+            Status::Completed => put(&format!("{}\n{rest}", sentence(&report, &args.uri)))?,
+            _ => put(rest.trim_start())?,
+        }
+    }
+    if report.status == Status::Completed {
+        return Ok(ExitCode::SUCCESS);
+    }
+    display.say(&sentence(&report, &args.uri));
+    Ok(ExitCode::FAILURE)
+}
+
+/// SIGINT and SIGTERM cancel the migration; its report then says what became of it. A second one gives up waiting.
+fn cancel_on_signal(client: Client) -> Result<(), Failure> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    let failed = |e: io::Error| Failure(format!("cannot watch for Ctrl-C ({e})"));
+    // Blocked here before any other thread starts, so that only the thread below gets them.
+    signals.thread_block().map_err(|e| failed(e.into()))?;
+    let watch = move || {
+        if signals.wait().is_err() {
+            return;
+        }
+        say("cancelling; the guest stays where it is");
+        // Not begun yet, or over: then there is nothing to cancel, and the report says so.
+        if let Err(e) = client.act(Action::Cancel) {
+            say(&e.to_string());
+        }
+        if signals.wait().is_ok() {
+            say("not waiting any longer; `ferry status` shows what became of the guest");
+            std::process::exit(130);
+        }
+    };
+    std::thread::Builder::new()
+        .name("ferry-signals".into())
+        .spawn(watch)
+        .map_err(failed)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(rest: &[&str]) -> Result<Options, String> {
+        let fixed = ["ferry", "--api", "s", "tcp:x:1"];
+        let cli = Cli::try_parse_from(fixed.iter().chain(rest)).map_err(|e| e.to_string())?;
+        Ok(cli.args.options())
+    }
+
+    #[test]
+    fn without_flags_it_is_the_default() {
+        assert_eq!(parse(&[]).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn flags_arrive() {
+        let options = parse(&[
+            "--policy",
+            "precopy",
+            "--downtime",
+            "50ms",
+            "--timeout",
+            "2m",
+            "--on-timeout",
+            "stop",
+            "--bandwidth",
+            "1Gbit",
+            "--channels",
+            "4",
+            "--verify",
+        ])
+        .unwrap();
+        let expected = Options {
+            downtime: Duration::from_millis(50),
+            timeout: Duration::from_secs(120),
+            on_timeout: OnTimeout::Stop,
+            bandwidth: Some(125_000_000),
+            channels: 4,
+            verify: true,
+            ..Options::default()
+        };
+        assert_eq!(options, expected);
+    }
+
+    #[test]
+    fn unknown_names_are_refused_with_the_known_ones() {
+        let error = parse(&["--policy", "magic"]).unwrap_err();
+        assert!(
+            error.contains("magic") && error.contains("'precopy'"),
+            "{error}"
+        );
+        assert!(parse(&["--progress", "--quiet"]).is_err());
+    }
+}

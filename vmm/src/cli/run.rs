@@ -1,0 +1,147 @@
+//! `ferry run`.
+
+use super::output::Failure;
+use super::serial::Serial;
+use super::serve::{Signals, bind, serve};
+use super::units::{memory, size};
+use ferry_guest_images::{BARE, MAX_CPUS, Workload};
+use ferry_vmm::boot::Kernel;
+use ferry_vmm::machine::Machine;
+use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Boot a guest and be its VMM until it ends or moves away.
+///
+/// With a terminal as its console: Ctrl-A x ends the guest, Ctrl-A h shows the keys. SIGINT and SIGTERM end the guest too; a
+/// migration that is under way is cancelled first.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  ferry run --nas dirty:wss=64M,rate=2000 --api /tmp/a.sock
+  ferry run --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0 --memory 512M --cpus 2 --api /tmp/a.sock")]
+#[command(group = clap::ArgGroup::new("guest").required(true))]
+pub struct Args {
+    /// The kernel: an ELF file (PVH or vmlinux) or a bzImage.
+    #[arg(long, value_name = "PATH", group = "guest", requires = "memory")]
+    kernel: Option<PathBuf>,
+    /// The built-in bare guest's work: KERNEL.CLASS such as mg.A, dirty:… or idle:….
+    #[arg(long, value_name = "WORK", group = "guest", value_parser = Workload::parse)]
+    nas: Option<Workload>,
+    /// An initial RAM disk.
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    cmdline: Option<String>,
+    /// How often --nas runs its kernel; 0 is until it is told to stop.
+    #[arg(long, value_name = "TIMES", requires = "nas")]
+    repeat: Option<u64>,
+    /// RAM, such as 512M; what the work needs, with --nas.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    memory: Option<u64>,
+    /// Virtual processors.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
+    #[arg(long, value_name = "SOCKET")]
+    api: Option<PathBuf>,
+    /// Where the serial port goes: stdio, file:PATH or null.
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: Serial,
+    /// RAM from the host's pool of huge pages.
+    #[arg(long)]
+    hugepages: bool,
+    /// The guest's name, for people.
+    #[arg(long)]
+    name: Option<String>,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    let signals = Signals::take()?;
+    let memory = ram(args)?;
+    let spool = args.serial.open()?;
+    let mut builder = Machine::builder()
+        .memory(memory)
+        .cpus(args.cpus)
+        .hugepages(args.hugepages)
+        .serial(Box::new(spool.clone()));
+    if let Some(name) = &args.name {
+        builder = builder.name(name);
+    }
+    let machine = Arc::new(builder.build()?);
+    load(args, &machine)?;
+    let guest = MachineGuest::new(machine);
+    let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
+    guest.watch(&vmm)?;
+    let server = bind(args.api.as_deref(), args.name.as_deref(), &vmm)?;
+    // Through the VMM, which keeps the state: the last thing that can fail is behind us.
+    ferry_vmm::api::Control::resume(&vmm)?;
+    tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
+    serve(&vmm, server, signals, &args.serial, &spool)
+}
+
+/// The RAM that was asked for, or what the bare guest's work needs.
+fn ram(args: &Args) -> Result<u64, Failure> {
+    let Some(workload) = &args.nas else {
+        return args
+            .memory
+            .ok_or_else(|| Failure("--kernel needs --memory, such as --memory 512M".into()));
+    };
+    let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
+    if cpus > MAX_CPUS {
+        return Err(Failure(format!(
+            "the bare guest has at most {MAX_CPUS} processors; give --cpus {MAX_CPUS} or less"
+        )));
+    }
+    // Huge pages are of 2 MiB; what the workload needs is whole ones.
+    let needed = workload.memory_needed(cpus);
+    match args.memory {
+        Some(given) if given < needed => Err(Failure(format!(
+            "{workload} needs {} of memory on {cpus} processors, --memory gives {}; give it more or leave it out",
+            memory(needed),
+            memory(given)
+        ))),
+        Some(given) => Ok(given),
+        None => Ok(needed),
+    }
+}
+
+fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
+    if let Some(path) = &args.kernel {
+        let cmdline = args.cmdline.clone().unwrap_or_default();
+        machine.load(&Kernel {
+            path: path.clone(),
+            initrd: args.initrd.clone(),
+            cmdline,
+        })?;
+        return Ok(());
+    }
+    let Some(workload) = &args.nas else {
+        return Ok(());
+    };
+    let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
+    let tsc_khz = machine.tsc_khz().map(u64::from);
+    let cmdline = match args.repeat {
+        Some(times) => workload.command_line_repeated(cpus, tsc_khz, times),
+        None => workload.command_line(cpus, tsc_khz),
+    };
+    // The loader takes files. This one is in memory, and its name is that of our own descriptor.
+    let failed =
+        |e: std::io::Error| Failure(format!("the built-in guest cannot be unpacked ({e})"));
+    let mut image = File::from(
+        memfd_create("ferry-bare", MFdFlags::MFD_CLOEXEC).map_err(|e| failed(e.into()))?,
+    );
+    image.write_all(BARE).map_err(failed)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", image.as_raw_fd()));
+    machine.load(&Kernel {
+        path,
+        initrd: None,
+        cmdline,
+    })?;
+    Ok(())
+}

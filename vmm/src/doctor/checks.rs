@@ -1,0 +1,325 @@
+//! The single checks.
+
+use super::{Check, Files, Kind, Need, on_path};
+use crate::kvm::probe::{self, KvmFacts, ProbeError, UserfaultBy};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::io;
+
+/// A check that succeeded.
+fn good(name: &str, need: Need, found: impl Into<String>) -> Check {
+    Check {
+        name: name.into(),
+        ok: true,
+        need,
+        found: found.into(),
+        advice: None,
+    }
+}
+
+/// A check that failed, and what to do.
+fn bad(name: &str, need: Need, found: impl Into<String>, advice: impl Into<String>) -> Check {
+    Check {
+        name: name.into(),
+        ok: false,
+        need,
+        found: found.into(),
+        advice: Some(advice.into()),
+    }
+}
+
+/// All checks, the important ones first.
+pub fn all(files: &Files) -> Vec<Check> {
+    let mut checks = vec![processor(files)];
+    match probe::kvm() {
+        Ok(facts) => {
+            checks.push(good("kvm", Need::Required, "/dev/kvm opens for this user"));
+            checks.push(capabilities(&facts));
+            checks.push(guest());
+            checks.extend(features(&facts));
+        }
+        Err(e) => checks.push(no_kvm(files, &e)),
+    }
+    checks.extend([
+        memfd(),
+        userfaultfd(files),
+        memory(files),
+        hugepages(files),
+        clocksource(files),
+    ]);
+    checks.extend(tools());
+    checks
+}
+
+fn processor(files: &Files) -> Check {
+    let name = "processor";
+    match (files.virtualisation(), files.kind()) {
+        (Some(flag), Kind::Software) => good(
+            name,
+            Need::Useful,
+            format!("has {flag}, which the loaded KVM does not use"),
+        ),
+        (Some(flag), _) => good(
+            name,
+            Need::Useful,
+            format!("has {flag}: guests run at full speed"),
+        ),
+        (None, Kind::Software) => bad(
+            name,
+            Need::Useful,
+            "has neither VT-x nor AMD-V to offer: guests' kernels are emulated",
+            "for Linux guests use a machine with VT-x or AMD-V, or let the outer hypervisor offer it (nested virtualisation)",
+        ),
+        (None, _) => bad(
+            name,
+            Need::Useful,
+            "has neither VT-x nor AMD-V to offer",
+            "turn virtualisation on in the firmware, or nested virtualisation in the outer hypervisor",
+        ),
+    }
+}
+
+fn no_kvm(files: &Files, error: &ProbeError) -> Check {
+    let kind = match error {
+        ProbeError::Open(e) => e.kind(),
+        _ => io::ErrorKind::Other,
+    };
+    let advice = match kind {
+        io::ErrorKind::PermissionDenied => {
+            "add the user to the group that owns /dev/kvm (`sudo usermod -aG kvm $USER`, then log in again)"
+        }
+        io::ErrorKind::NotFound if files.virtualisation() == Some("vmx") => {
+            "load the module: `sudo modprobe kvm_intel`"
+        }
+        io::ErrorKind::NotFound if files.virtualisation() == Some("svm") => {
+            "load the module: `sudo modprobe kvm_amd`"
+        }
+        io::ErrorKind::NotFound => {
+            "turn virtualisation on in the firmware (or nested virtualisation in the outer hypervisor) and load kvm_intel or \
+             kvm_amd; in a container, pass --device /dev/kvm"
+        }
+        _ => "the kernel's log (`dmesg`) may say more",
+    };
+    bad("kvm", Need::Required, error.to_string(), advice)
+}
+
+fn capabilities(facts: &KvmFacts) -> Check {
+    let name = "kvm-api";
+    if facts.api_version != 12 {
+        let found = format!("speaks KVM API version {}, not 12", facts.api_version);
+        return bad(name, Need::Required, found, "use a current Linux kernel");
+    }
+    if facts.lacks.is_empty() {
+        let found = format!(
+            "has all that guests need; up to {} processors a guest",
+            facts.max_vcpus
+        );
+        return good(name, Need::Required, found);
+    }
+    bad(
+        name,
+        Need::Required,
+        format!("lacks {}", facts.lacks.join(", ")),
+        "use a newer Linux kernel",
+    )
+}
+
+fn guest() -> Check {
+    match probe::run_instructions() {
+        Ok(()) => good("guest", Need::Required, "a guest of two instructions ran"),
+        Err(e) => bad(
+            "guest",
+            Need::Required,
+            format!("no guest runs: {e}"),
+            "another hypervisor may hold the processor; the kernel's log (`dmesg`) may say more",
+        ),
+    }
+}
+
+fn features(facts: &KvmFacts) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let mut check = |name: &str, ok: bool, yes: String, no: &str, advice: &str| {
+        checks.push(if ok {
+            good(name, Need::Useful, yes)
+        } else {
+            bad(name, Need::Useful, no, advice)
+        });
+    };
+    let initially = if facts.dirty_log_initially_set {
+        ", and enabling it is cheap (INITIALLY_SET)"
+    } else {
+        ""
+    };
+    check(
+        "dirty-log",
+        facts.manual_dirty_log,
+        format!(
+            "pages are marked clean just before they are sent (MANUAL_DIRTY_LOG_PROTECT2){initially}"
+        ),
+        "reading the dirty log also clears it: a migration sends some pages twice",
+        "nothing need be done; Linux 5.2 and later have MANUAL_DIRTY_LOG_PROTECT2",
+    );
+    check(
+        "dirty-ring",
+        facts.dirty_ring_entries > 0,
+        format!(
+            "dirty pages can be reported by a ring of up to {} entries",
+            facts.dirty_ring_entries
+        ),
+        "no dirty ring: the dirty log is used",
+        "nothing need be done; Linux 5.11 and later have the dirty ring",
+    );
+    let khz = facts
+        .tsc_khz
+        .map(|k| format!(" ({}.{:03} MHz here)", k / 1000, k % 1000))
+        .unwrap_or_default();
+    check(
+        "tsc-control",
+        facts.tsc_control,
+        format!("guests keep their TSC frequency when they arrive from another processor{khz}"),
+        &format!(
+            "the TSC cannot be scaled{khz}: time runs differently in guests from hosts of another frequency"
+        ),
+        "migrate between hosts of one TSC frequency",
+    );
+    check(
+        "xsave2",
+        facts.xsave_bytes > 0,
+        format!(
+            "all of the processors' extended state is carried ({} bytes)",
+            facts.xsave_bytes
+        ),
+        "extended processor state beyond 4 KiB (AMX) cannot be carried",
+        "nothing need be done unless guests use AMX; Linux 5.17 and later have it",
+    );
+    check(
+        "nested-state",
+        facts.nested_state_bytes > 0,
+        "a guest that is itself a hypervisor can be migrated".into(),
+        "a guest that is itself a hypervisor cannot be migrated",
+        "nothing need be done unless guests run guests; `modprobe kvm_intel nested=1` (or kvm_amd) offers it",
+    );
+    checks
+}
+
+fn memfd() -> Check {
+    match memfd_create("ferry-doctor", MFdFlags::MFD_CLOEXEC) {
+        Ok(_) => good(
+            "memfd",
+            Need::Required,
+            "guest memory can be made (memfd_create)",
+        ),
+        Err(e) => bad(
+            "memfd",
+            Need::Required,
+            format!("guest memory cannot be made: memfd_create failed ({e})"),
+            "a sandbox may forbid it; allow the system call memfd_create",
+        ),
+    }
+}
+
+fn userfaultfd(files: &Files) -> Check {
+    let sysctl = files.read("proc/sys/vm/unprivileged_userfaultfd");
+    match probe::userfaultfd() {
+        Ok(by) => {
+            let by = match by {
+                UserfaultBy::Device => "/dev/userfaultfd",
+                UserfaultBy::Syscall => "the system call",
+            };
+            let note = if sysctl == "0" && by == "the system call" {
+                ", as a privileged user only"
+            } else {
+                ""
+            };
+            good(
+                "userfaultfd",
+                Need::Useful,
+                format!("post-copy can receive here, by {by}{note}"),
+            )
+        }
+        Err(e) => bad(
+            "userfaultfd",
+            Need::Useful,
+            format!("post-copy cannot receive here: userfaultfd failed ({e})"),
+            "give the user access to /dev/userfaultfd, or `sudo sysctl vm.unprivileged_userfaultfd=1`",
+        ),
+    }
+}
+
+fn memory(files: &Files) -> Check {
+    let free = files.meminfo("MemAvailable") / 1024;
+    if free >= 256 {
+        good("memory", Need::Useful, format!("{free} MiB available"))
+    } else {
+        let found = format!("{free} MiB available: too little for most guests");
+        bad(
+            "memory",
+            Need::Useful,
+            found,
+            "end other programs or add memory",
+        )
+    }
+}
+
+fn hugepages(files: &Files) -> Check {
+    let (free, size) = (
+        files.meminfo("HugePages_Free"),
+        files.meminfo("Hugepagesize"),
+    );
+    if free > 0 {
+        let found = format!("{free} free pages of {size} KiB for --hugepages");
+        good("hugepages", Need::Useful, found)
+    } else {
+        bad(
+            "hugepages",
+            Need::Useful,
+            "the pool of huge pages is empty: --hugepages will not work",
+            "nothing need be done without --hugepages; `sudo sysctl vm.nr_hugepages=1024` reserves 2 GiB where pages are 2 MiB",
+        )
+    }
+}
+
+fn clocksource(files: &Files) -> Check {
+    let name = "clocksource";
+    let current = files.read("sys/devices/system/clocksource/clocksource0/current_clocksource");
+    match current.as_str() {
+        "tsc" => good(name, Need::Useful, "the host trusts its TSC, so guests may"),
+        "" => bad(
+            name,
+            Need::Useful,
+            "the host's clock source is unknown",
+            "mount /sys to see it",
+        ),
+        other => bad(
+            name,
+            Need::Useful,
+            format!("the host uses {other}, not its TSC: guests' clocks may be slow or jump"),
+            "the kernel's log says why the TSC was rejected (`dmesg | grep -i tsc`)",
+        ),
+    }
+}
+
+fn tools() -> Vec<Check> {
+    let tool = |name: &str, program: &str, what: &str, package: &str| {
+        if on_path(program) {
+            good(name, Need::Tests, format!("{program} is here ({what})"))
+        } else {
+            let found = format!("no {program} ({what})");
+            bad(
+                name,
+                Need::Tests,
+                found,
+                format!("only for tests and benchmarks: `sudo apt install {package}`"),
+            )
+        }
+    };
+    vec![
+        tool("tc", "tc", "shapes links in benchmarks", "iproute2"),
+        tool("ip", "ip", "makes networks for tests", "iproute2"),
+        tool(
+            "qemu",
+            "qemu-system-x86_64",
+            "emulates whole hosts in tests",
+            "qemu-system-x86",
+        ),
+    ]
+}

@@ -1,0 +1,485 @@
+//! Every state against every request, with a guest and a migration that do as the test says.
+
+use super::*;
+use crate::api::events::Next;
+use std::sync::mpsc;
+use std::time::Duration;
+
+/// What the scripted migration does next.
+enum Step {
+    Event(Event),
+    End(report::Status),
+    Panic(Phase),
+}
+
+#[derive(Default)]
+struct Journal {
+    calls: Mutex<Vec<&'static str>>,
+    progress: Mutex<Progress>,
+}
+
+impl Journal {
+    fn note(&self, call: &'static str) {
+        self.calls.lock().unwrap().push(call);
+    }
+    fn calls(&self) -> Vec<&'static str> {
+        std::mem::take(&mut *self.calls.lock().unwrap())
+    }
+}
+
+struct FakeGuest {
+    journal: Arc<Journal>,
+    steps: Mutex<Option<mpsc::Receiver<Step>>>,
+}
+
+struct FakeMigration {
+    journal: Arc<Journal>,
+    steps: mpsc::Receiver<Step>,
+}
+
+impl Guest for FakeGuest {
+    fn info(&self) -> GuestInfo {
+        GuestInfo {
+            name: None,
+            memory_bytes: 4096,
+            cpus: 1,
+        }
+    }
+    fn pause(&self) -> Result<(), String> {
+        self.journal.note("pause");
+        Ok(())
+    }
+    fn resume(&self) -> Result<(), String> {
+        self.journal.note("resume");
+        Ok(())
+    }
+    fn stop(&self) {
+        self.journal.note("stop");
+    }
+    fn input(&self, bytes: &[u8]) -> usize {
+        self.journal.note("input");
+        bytes.len()
+    }
+    fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String> {
+        if uri == "bad" {
+            return Err("bad is no URI".into());
+        }
+        let steps = self.steps.lock().unwrap().take().unwrap();
+        Ok(Box::new(FakeMigration {
+            journal: Arc::clone(&self.journal),
+            steps,
+        }))
+    }
+    fn confirm(&self, uri: &str, _: &str) -> Result<(), String> {
+        self.journal.note("confirm");
+        if uri == "tcp:there:1" {
+            Ok(())
+        } else {
+            Err(format!("nobody answers on {uri}"))
+        }
+    }
+}
+
+impl Incoming for Journal {
+    fn take_over(&self) -> Result<(), String> {
+        self.note("take-over");
+        Ok(())
+    }
+}
+
+impl MigrationHandle for Journal {
+    fn cancel(&self) {
+        self.note("cancel");
+    }
+    fn progress(&self) -> Progress {
+        self.progress.lock().unwrap().clone()
+    }
+}
+
+impl Migration for FakeMigration {
+    fn handle(&self) -> Arc<dyn MigrationHandle> {
+        Arc::clone(&self.journal) as _
+    }
+    fn run(self: Box<Self>, _: &Options, events: &mut dyn FnMut(Event)) -> Report {
+        loop {
+            match self.steps.recv().unwrap() {
+                Step::Event(event) => events(event),
+                Step::End(status) => {
+                    let report = Report {
+                        status,
+                        downtime_ms: 12.34,
+                        ..broken(&Progress::default())
+                    };
+                    // Engines may or may not say it themselves: it must arrive once.
+                    events(Event::Report(Box::new(report.clone())));
+                    return report;
+                }
+                Step::Panic(phase) => {
+                    self.journal.progress.lock().unwrap().phase = phase;
+                    panic!("the test's own");
+                }
+            }
+        }
+    }
+}
+
+struct Rig {
+    vmm: Vmm,
+    journal: Arc<Journal>,
+    steps: mpsc::Sender<Step>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let journal = Arc::new(Journal::default());
+        let (steps, receiver) = mpsc::channel();
+        let guest = FakeGuest {
+            journal: Arc::clone(&journal),
+            steps: Mutex::new(Some(receiver)),
+        };
+        Self {
+            vmm: Vmm::new(Arc::new(guest), true).unwrap(),
+            journal,
+            steps,
+        }
+    }
+
+    fn begin(&self) -> Subscription {
+        self.vmm.migrate(&request("tcp:there:1")).unwrap()
+    }
+
+    /// Ends the migration; what its listener heard.
+    fn end(&self, events: &Subscription, step: Step) -> Vec<Event> {
+        self.steps.send(step).unwrap();
+        let heard = drain(events);
+        // The report comes with the state changed, or about to be under the lock we take next.
+        assert_ne!(self.vmm.status().state, StateName::Migrating);
+        heard
+    }
+
+    fn migrated(status: report::Status) -> Self {
+        let rig = Self::new();
+        let events = rig.begin();
+        rig.end(&events, Step::End(status));
+        rig.journal.calls();
+        rig
+    }
+
+    fn state(&self) -> StateName {
+        self.vmm.status().state
+    }
+}
+
+fn drain(events: &Subscription) -> Vec<Event> {
+    let mut heard = Vec::new();
+    loop {
+        match events.next(Duration::from_secs(60)) {
+            Next::Event(e) => heard.push(*e),
+            Next::Closed => return heard,
+            Next::Idle => panic!("the migration's end was not told"),
+        }
+    }
+}
+
+fn request(uri: &str) -> MigrateRequest {
+    MigrateRequest {
+        uri: uri.into(),
+        options: Options::default(),
+        detach: false,
+    }
+}
+
+fn is_conflict<T>(result: Result<T, Refusal>) -> String {
+    match result {
+        Err(Refusal::Conflict(sentence)) => sentence,
+        Err(e) => panic!("{e:?} is no conflict"),
+        Ok(_) => panic!("it was allowed"),
+    }
+}
+
+#[test]
+fn pauses_and_resumes_once() {
+    let rig = Rig::new();
+    rig.vmm.pause().unwrap();
+    rig.vmm.pause().unwrap();
+    assert_eq!(rig.state(), StateName::Paused);
+    rig.vmm.resume().unwrap();
+    rig.vmm.resume().unwrap();
+    assert_eq!(rig.journal.calls(), ["pause", "resume"]);
+    is_conflict(rig.vmm.cancel());
+    is_conflict(rig.vmm.recover(&RecoverRequest {
+        take_over: true,
+        uri: None,
+    }));
+}
+
+#[test]
+fn a_migrating_guest_is_left_alone() {
+    let rig = Rig::new();
+    let events = rig.begin();
+    rig.steps
+        .send(Step::Event(Event::Progress(Progress {
+            round: 3,
+            ..Progress::default()
+        })))
+        .unwrap();
+    assert_eq!(rig.state(), StateName::Migrating);
+    assert!(rig.vmm.status().migration.is_some() && rig.vmm.migration().progress.is_some());
+    is_conflict(rig.vmm.pause());
+    is_conflict(rig.vmm.resume());
+    is_conflict(rig.vmm.recover(&RecoverRequest {
+        take_over: true,
+        uri: None,
+    }));
+    let sentence = is_conflict(rig.vmm.migrate(&request("tcp:elsewhere:1")));
+    assert!(
+        sentence.contains("tcp:there:1") && sentence.contains("ferry cancel"),
+        "{sentence}"
+    );
+    assert_eq!(rig.journal.calls(), [""; 0]);
+    rig.vmm.cancel().unwrap();
+    assert_eq!(rig.journal.calls(), ["cancel"]);
+    let heard = rig.end(&events, Step::End(report::Status::Cancelled));
+    assert_eq!(heard.len(), 2, "progress and one report: {heard:?}");
+    assert_eq!(rig.state(), StateName::Running);
+    assert!(rig.vmm.outcome().is_none());
+    assert_eq!(
+        rig.vmm.migration().report.unwrap().status,
+        report::Status::Cancelled
+    );
+}
+
+#[test]
+fn bad_requests_change_nothing() {
+    let rig = Rig::new();
+    let result = rig.vmm.migrate(&request("bad")).map(drop);
+    assert_eq!(result, Err(Refusal::Invalid("bad is no URI".into())));
+    let options = Options {
+        channels: 0,
+        ..Options::default()
+    };
+    let result = rig.vmm.migrate(&MigrateRequest {
+        options,
+        ..request("tcp:there:1")
+    });
+    assert!(matches!(result, Err(Refusal::Invalid(_))));
+    assert_eq!(rig.state(), StateName::Running);
+}
+
+#[test]
+fn a_moved_guest_never_runs_here_again() {
+    let rig = Rig::migrated(report::Status::Completed);
+    assert_eq!(rig.state(), StateName::Moved);
+    is_conflict(rig.vmm.resume());
+    is_conflict(rig.vmm.pause());
+    is_conflict(rig.vmm.migrate(&request("tcp:there:1")));
+    is_conflict(rig.vmm.recover(&RecoverRequest {
+        take_over: true,
+        uri: None,
+    }));
+    rig.vmm.stop().unwrap();
+    rig.vmm.guest_ended(Ending::Shutdown);
+    assert_eq!(rig.journal.calls(), [""; 0]);
+    let outcome = rig.vmm.outcome().unwrap();
+    assert!(outcome.success);
+    assert_eq!(
+        outcome.sentence,
+        "the guest has moved to tcp:there:1 (downtime 12.3 ms)"
+    );
+    assert_eq!(rig.vmm.finished_event().read().unwrap(), 1);
+}
+
+#[test]
+fn a_guest_in_doubt_runs_only_on_the_operators_word() {
+    let rig = Rig::migrated(report::Status::InDoubt);
+    assert_eq!(rig.state(), StateName::InDoubt);
+    assert!(
+        rig.vmm.outcome().is_none(),
+        "the VMM stays and keeps everything"
+    );
+    let sentence = is_conflict(rig.vmm.resume());
+    assert!(sentence.contains("--take-over"), "{sentence}");
+    is_conflict(rig.vmm.pause());
+    is_conflict(rig.vmm.migrate(&request("tcp:there:1")));
+    let elsewhere = RecoverRequest {
+        uri: Some("tcp:dead:1".into()),
+        take_over: false,
+    };
+    let refused = rig.vmm.recover(&elsewhere);
+    assert_eq!(
+        refused,
+        Err(Refusal::Failed("nobody answers on tcp:dead:1".into()))
+    );
+    assert_eq!(rig.state(), StateName::InDoubt);
+    rig.vmm.guest_ended(Ending::Shutdown);
+    assert_eq!(rig.journal.calls(), ["confirm"]);
+    rig.vmm
+        .recover(&RecoverRequest {
+            take_over: true,
+            uri: None,
+        })
+        .unwrap();
+    assert_eq!(
+        (rig.state(), rig.journal.calls()),
+        (StateName::Running, vec!["resume"])
+    );
+}
+
+#[test]
+fn a_guest_in_doubt_is_discarded_only_when_asked_twice_or_by_stop() {
+    let rig = Rig::migrated(report::Status::InDoubt);
+    let told = rig.vmm.interrupt("on SIGTERM").unwrap();
+    assert!(told.contains("only copy"), "{told}");
+    assert_eq!(rig.state(), StateName::InDoubt);
+    assert_eq!(rig.vmm.interrupt("on SIGTERM"), None);
+    assert_eq!(
+        (rig.state(), rig.journal.calls()),
+        (StateName::Ended, vec!["stop"])
+    );
+
+    let rig = Rig::migrated(report::Status::InDoubt);
+    rig.vmm.stop().unwrap();
+    assert_eq!(
+        (rig.state(), rig.journal.calls()),
+        (StateName::Ended, vec!["stop"])
+    );
+}
+
+#[test]
+fn stop_waits_for_the_migration_it_cancels() {
+    for (status, state, stopped) in [
+        (report::Status::Cancelled, StateName::Ended, vec!["stop"]),
+        (report::Status::Failed, StateName::Ended, vec!["stop"]),
+        // Too late: it is over there, or may be.
+        (report::Status::Completed, StateName::Moved, vec![]),
+        (report::Status::InDoubt, StateName::InDoubt, vec![]),
+    ] {
+        let rig = Rig::new();
+        let events = rig.begin();
+        rig.vmm.stop().unwrap();
+        assert_eq!(
+            (rig.state(), rig.journal.calls()),
+            (StateName::Migrating, vec!["cancel"])
+        );
+        rig.end(&events, Step::End(status));
+        assert_eq!(
+            (rig.state(), rig.journal.calls()),
+            (state, stopped),
+            "{status:?}"
+        );
+    }
+}
+
+#[test]
+fn a_guest_that_ends_while_it_migrates_has_ended() {
+    let rig = Rig::new();
+    let events = rig.begin();
+    rig.vmm.guest_ended(Ending::Shutdown);
+    rig.vmm.stop().unwrap();
+    rig.end(&events, Step::End(report::Status::Cancelled));
+    assert_eq!(
+        rig.vmm.outcome().unwrap().sentence,
+        "the guest has shut down"
+    );
+}
+
+#[test]
+fn a_paused_guest_is_paused_again_after_a_failure() {
+    let rig = Rig::new();
+    rig.vmm.pause().unwrap();
+    let events = rig.begin();
+    rig.end(&events, Step::End(report::Status::Failed));
+    assert_eq!(rig.state(), StateName::Paused);
+}
+
+#[test]
+fn an_engine_that_panics_leaves_doubt_only_after_the_commit() {
+    for (phase, state) in [
+        (Phase::Live, StateName::Running),
+        (Phase::Committed, StateName::InDoubt),
+    ] {
+        let rig = Rig::new();
+        let events = rig.begin();
+        let heard = rig.end(&events, Step::Panic(phase));
+        assert!(matches!(heard.last(), Some(Event::Report(_))), "{heard:?}");
+        assert_eq!(rig.state(), state);
+    }
+}
+
+#[test]
+fn endings_are_told() {
+    let rig = Rig::new();
+    rig.vmm
+        .guest_ended(Ending::Failed("the CPU gave up".into()));
+    rig.vmm.guest_ended(Ending::Shutdown);
+    let outcome = rig.vmm.outcome().unwrap();
+    assert_eq!(
+        (outcome.success, outcome.sentence.as_str()),
+        (false, "the guest cannot go on: the CPU gave up")
+    );
+    is_conflict(rig.vmm.resume());
+    is_conflict(rig.vmm.pause());
+    is_conflict(rig.vmm.migrate(&request("tcp:there:1")));
+}
+
+#[test]
+fn a_doubt_ends_when_the_destination_confirms() {
+    let rig = Rig::migrated(report::Status::InDoubt);
+    rig.vmm.recover(&RecoverRequest::default()).unwrap();
+    assert_eq!(rig.state(), StateName::Moved);
+    assert_eq!(rig.journal.calls(), ["confirm", "stop"]);
+    is_conflict(rig.vmm.recover(&RecoverRequest {
+        take_over: true,
+        uri: None,
+    }));
+}
+
+#[test]
+fn receives_one_guest() {
+    let journal = Arc::new(Journal::default());
+    let receiving = || Vmm::receiving("tcp:0.0.0.0:7".into(), Arc::clone(&journal) as _).unwrap();
+    let vmm = receiving();
+    assert_eq!(vmm.status().listening.as_deref(), Some("tcp:0.0.0.0:7"));
+    assert!(vmm.status().guest.is_none());
+    for result in [
+        vmm.pause(),
+        vmm.resume(),
+        vmm.cancel(),
+        vmm.migrate(&request("x")).map(drop),
+    ] {
+        assert!(is_conflict(result).contains("waits on tcp:0.0.0.0:7"));
+    }
+    assert_eq!(vmm.input(b"dropped"), 7);
+    let refused = RecoverRequest {
+        uri: None,
+        take_over: true,
+    };
+    is_conflict(vmm.recover(&refused));
+    // In doubt: the operator's word is passed on, and a failed arrival ends the doubt.
+    vmm.arrival_in_doubt();
+    assert_eq!(vmm.status().state, StateName::InDoubt);
+    is_conflict(vmm.resume());
+    is_conflict(vmm.recover(&RecoverRequest::default()));
+    vmm.recover(&refused).unwrap();
+    assert_eq!(journal.calls(), ["take-over"]);
+    vmm.arrival_failed();
+    assert_eq!(vmm.status().state, StateName::Receiving);
+    let guest = || FakeGuest {
+        journal: Arc::clone(&journal),
+        steps: Mutex::new(None),
+    };
+    vmm.arrived(Arc::new(guest()), true);
+    assert_eq!(vmm.status().state, StateName::Running);
+    assert_eq!(vmm.input(b"x"), 1);
+    assert_eq!(journal.calls(), ["input"]);
+
+    let vmm = receiving();
+    vmm.arrived(Arc::new(guest()), false);
+    assert_eq!(vmm.status().state, StateName::Paused);
+
+    let vmm = receiving();
+    vmm.stop().unwrap();
+    vmm.arrived(Arc::new(guest()), true);
+    assert_eq!(vmm.status().state, StateName::Ended);
+    assert_eq!(journal.calls(), ["stop"]);
+}
