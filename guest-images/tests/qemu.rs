@@ -1,9 +1,10 @@
 //! The embedded image under QEMU with KVM, where both are there.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use ferry_guest_images::{BARE, Line, STOP, Workload};
+use ferry_guest_images::{BARE, Line, STOP, Work, Workload};
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -31,19 +32,25 @@ fn possible(test: &str) -> bool {
 struct Guest {
     qemu: Child,
     lines: Receiver<String>,
-    _image: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Guest {
+    /// Boots the image; the guest's memory is the file `memory` in the directory.
     fn boot(memory: &str, cpus: usize, command_line: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("memory");
+        let object = format!(
+            "memory-backend-file,id=ram,size={memory},share=on,mem-path={}",
+            file.display()
+        );
         let image = directory.path().join("bare.elf");
         std::fs::write(&image, BARE).unwrap();
         // Without arch-capabilities: software KVM offers the MSR and then refuses to set it.
         let mut qemu = Command::new(QEMU)
             .args([
                 "-M",
-                "microvm,acpi=off",
+                "microvm,acpi=off,memory-backend=ram",
                 "-enable-kvm",
                 "-cpu",
                 "host,arch-capabilities=off",
@@ -67,6 +74,7 @@ impl Guest {
                 "-kernel",
             ])
             .arg(&image)
+            .args(["-object", &object])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -82,7 +90,7 @@ impl Guest {
         Self {
             qemu,
             lines,
-            _image: directory,
+            directory,
         }
     }
 
@@ -189,6 +197,42 @@ fn the_writer_verifies_all_of_its_memory_when_told_to_stop() {
         assert!(verdict.pages > 42 << 8, "{verdict:?}");
         guest.end();
     }
+}
+
+#[test]
+fn the_writer_finds_a_page_that_was_changed_behind_its_back() {
+    if !possible("the_writer_finds_a_page_that_was_changed_behind_its_back") {
+        return;
+    }
+    let mut guest = Guest::run("32M", 1, "dirty:wss=1M,rate=100");
+    guest.wait(|line| {
+        matches!(
+            line,
+            Line::Stat {
+                work: Work::Writes { writes: 1.., .. },
+                ..
+            }
+        )
+        .then_some(())
+    });
+    // One word in the middle of a page far beyond the working set.
+    let memory = OpenOptions::new()
+        .write(true)
+        .open(guest.directory.path().join("memory"))
+        .unwrap();
+    memory.write_all_at(&[0xff; 8], (24 << 20) + 2048).unwrap();
+    guest.qemu.stdin.take().unwrap().write_all(&[STOP]).unwrap();
+    let corruption = guest.wait(|line| match line {
+        Line::Corrupt(corruption) => Some(corruption),
+        _ => None,
+    });
+    assert_eq!((corruption.word, corruption.found), (256, u64::MAX));
+    let verdict = guest.wait(|line| match line {
+        Line::Verdict { verdict, .. } => Some(verdict),
+        _ => None,
+    });
+    assert!(!verdict.verified && verdict.corrupt == 1, "{verdict:?}");
+    guest.end();
 }
 
 #[test]

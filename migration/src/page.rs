@@ -290,7 +290,7 @@ impl PageSet {
 
     /// Clears the bits beyond the end in the last word.
     fn trim(&mut self) {
-        if self.end % 64 != 0
+        if !self.end.is_multiple_of(64)
             && let Some(last) = self.words.last_mut()
         {
             *last &= mask(0, self.end % 64);

@@ -67,6 +67,13 @@ pub trait PageSource<L: Link>: Sync {
 
     /// Whether the page holds only zeros. Must look at memory anew each time.
     fn is_zero(&self, gfn: Gfn) -> bool;
+
+    /// The first part of the run that was never written, if that is known without reading it:
+    /// reading would make the host populate it. Must be true at the time of the call.
+    fn unpopulated(&self, run: Run) -> Option<Run> {
+        let _ = run;
+        None
+    }
 }
 
 /// A guest at the source.

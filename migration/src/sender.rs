@@ -207,17 +207,24 @@ impl Sender {
         self.zero.clear();
         self.data.clear();
         for run in runs {
-            for gfn in run.first..run.end() {
+            let mut gfn = run.first;
+            let mut hole = guest.unpopulated(*run);
+            while gfn < run.end() {
+                if let Some(empty) = hole
+                    && gfn >= empty.first
+                {
+                    append(&mut self.zero, Run::new(gfn, empty.end() - gfn), run.first);
+                    gfn = empty.end();
+                    hole = guest.unpopulated(Run::new(gfn, run.end() - gfn));
+                    continue;
+                }
                 let list = if guest.is_zero(gfn) {
                     &mut self.zero
                 } else {
                     &mut self.data
                 };
-                match list.last_mut() {
-                    // Only within one run of the batch: runs that touch may lie in two regions.
-                    Some(last) if last.end() == gfn && gfn != run.first => last.count += 1,
-                    _ => list.push(Run::new(gfn, 1)),
-                }
+                append(list, Run::new(gfn, 1), run.first);
+                gfn += 1;
             }
         }
     }
@@ -243,6 +250,16 @@ impl Sender {
 
     fn put_header(&mut self, at: usize, header: Header) {
         self.head[at..at + HEADER_BYTES].copy_from_slice(&header.encode());
+    }
+}
+
+/// Appends pages to a list of runs, joining them to the last where they touch; but only within
+/// the run of the batch that begins at `from`: runs that touch may lie in two regions.
+fn append(list: &mut Vec<Run>, more: Run, from: Gfn) {
+    match list.last_mut() {
+        Some(last) if last.end() == more.first && last.first >= from => last.count += more.count,
+        _ if more.count > 0 => list.push(more),
+        _ => {}
     }
 }
 

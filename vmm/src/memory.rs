@@ -19,6 +19,7 @@ mod bitmap;
 mod error;
 mod layout;
 mod memfd;
+mod transfer;
 
 use std::fs::File;
 use std::ptr::NonNull;
@@ -32,6 +33,7 @@ pub use bitmap::DirtyBitmap;
 pub use error::{RamError, RangeError};
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
 pub(crate) use memfd::check_available;
+pub use transfer::PageRun;
 
 /// Size of a guest page as the dirty log, the wire and this crate count them, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

@@ -1,147 +1,247 @@
-//! Stand-in for the migration of machines, until the engine is joined to the machine.
+//! Moving a machine's guest to another process or host: the ports of `ferry-migration`, implemented
+//! over a [`Machine`].
+//!
+//! The source side is [`migrate`]; the destination side is a [`Receiver`].
+
+mod guest;
+mod host;
+mod link;
+mod receive;
+mod uri;
+
+pub use link::StreamLink;
+pub use receive::{Arrival, ReceiveError, ReceiveState, Receiver, SerialFactory};
+pub use uri::{Uri, UriError};
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_migration::options::Options;
+use ferry_migration::port::Clock;
+use ferry_migration::report::{Event, Phase, Progress, Report, Status};
+use ferry_migration::source::{self, CancelSwitch, Setup, SourceError};
+use ferry_migration::wire::SessionId;
 
 use crate::machine::Machine;
-use ferry_migration::options::Options;
-use ferry_migration::report::{self, Event, Progress, Report};
-use std::fmt;
-use std::io::{self, Write};
-use std::path::PathBuf;
-use std::str::FromStr;
-use std::sync::Arc;
+use guest::MachineGuest;
+use link::Dial;
 
-/// Where to.
-#[derive(Clone, Debug)]
-pub enum Uri {
-    /// tcp:HOST:PORT
-    Tcp {
-        /// host
-        host: String,
-        /// port
-        port: u16,
-    },
-    /// unix:PATH
-    Unix(PathBuf),
-    /// file:PATH
-    File(PathBuf),
-}
-
-impl FromStr for Uri {
-    type Err = io::Error;
-    fn from_str(text: &str) -> io::Result<Self> {
-        let odd = || {
-            io::Error::other(format!(
-                "{text} is no URI; write tcp:HOST:PORT, unix:PATH or file:PATH"
-            ))
-        };
-        match text.split_once(':') {
-            Some(("tcp", rest)) => {
-                let (host, port) = rest.rsplit_once(':').ok_or_else(odd)?;
-                Ok(Self::Tcp {
-                    host: host.into(),
-                    port: port.parse().map_err(|_| odd())?,
-                })
-            }
-            Some(("unix", path)) => Ok(Self::Unix(path.into())),
-            Some(("file", path)) => Ok(Self::File(path.into())),
-            _ => Err(odd()),
-        }
-    }
-}
-
-impl fmt::Display for Uri {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
-            Self::Unix(p) => write!(f, "unix:{}", p.display()),
-            Self::File(p) => write!(f, "file:{}", p.display()),
-        }
-    }
-}
-
-/// Cancel and look on.
+/// Shared with the thread that migrates: others look on and cancel.
 #[derive(Clone, Debug, Default)]
-pub struct Handle;
+pub struct Handle {
+    inner: Arc<HandleInner>,
+}
+
+#[derive(Debug, Default)]
+struct HandleInner {
+    cancel: CancelSwitch,
+    progress: Mutex<Progress>,
+}
 
 impl Handle {
-    /// New.
+    /// For a migration that has not begun.
     #[must_use]
     pub fn new() -> Self {
-        Self
+        Self::default()
     }
-    /// Cancels.
-    pub fn cancel(&self) {}
-    /// Progress.
+
+    /// Asks the migration to end; `false` when the guest was committed already.
+    pub fn cancel(&self) -> bool {
+        self.inner.cancel.cancel()
+    }
+
+    /// Where it stands.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        Progress::default()
+        lock(&self.inner.progress).clone()
+    }
+
+    /// Called at the commit, before anything is sent: the record that decides who owns the guest.
+    /// It lives in this process, like the guest's memory: neither survives without the other.
+    fn committed(&self) {
+        lock(&self.inner.progress).phase = Phase::Committed;
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.inner.cancel.is_cancelled()
     }
 }
 
-/// Fails.
+/// Moves the machine's guest to `uri`; blocks until the end.
+///
+/// The guest runs on here as before unless the report's status is `Completed` (it runs at the
+/// destination, and must never run here again) or `InDoubt` (it runs nowhere; see [`recover`]).
 pub fn migrate(
-    _: &Arc<Machine>,
-    _: &Uri,
-    o: &Options,
-    _: &Handle,
-    _: &mut dyn FnMut(Event),
+    machine: &Arc<Machine>,
+    uri: &Uri,
+    options: &Options,
+    handle: &Handle,
+    events: &mut dyn FnMut(Event),
 ) -> Report {
+    let session = match new_session() {
+        Ok(session) => session,
+        Err(error) => {
+            return broken_report(
+                handle,
+                &format!("no random session id could be made: {error}"),
+            );
+        }
+    };
+    let mut dial = Dial::new(uri.clone(), Some(handle.clone()));
+    let mut guest = MachineGuest::new(machine, handle);
+    let clock = MonotonicClock::new();
+    let mut forward = |event: Event| {
+        if let Event::Progress(progress) = &event {
+            let mut shared = lock(&handle.inner.progress);
+            // The commit's record is never taken back by an older snapshot.
+            if shared.phase != Phase::Committed
+                || matches!(progress.phase, Phase::Completed | Phase::InDoubt)
+            {
+                *shared = progress.clone();
+            }
+        }
+        events(event);
+    };
+    let setup = Setup {
+        connect: &mut |role, index| dial.connect(role, index),
+        clock: &clock,
+        options,
+        session,
+        cancel: &handle.inner.cancel,
+        events: &mut forward,
+        timeouts: source::Timeouts::default(),
+    };
+    let run = AssertUnwindSafe(|| source::migrate(&mut guest, setup));
+    match catch_unwind(run) {
+        Ok(report) => report,
+        Err(_) => {
+            // A defect in the engine must not lose the guest, nor run it twice.
+            if handle.progress().phase == Phase::Committed {
+                guest.keep();
+            }
+            broken_report(
+                handle,
+                "the migration engine failed inside; the VMM's output says where",
+            )
+        }
+    }
+}
+
+/// For a guest that is in doubt after [`migrate`]: says the commit again. The destination runs the
+/// guest if it does not do so yet.
+///
+/// # Errors
+/// Why the destination could not confirm; the guest stays in doubt.
+pub fn recover(uri: &Uri, session: &str) -> Result<(), RecoverError> {
+    let session = parse_session(session).ok_or(RecoverError::Session)?;
+    let mut dial = Dial::new(uri.clone(), None);
+    source::recover_commit(&mut |role, index| dial.connect(role, index), session)?;
+    Ok(())
+}
+
+/// Why the doubt could not be ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// Not a session id.
+    #[error("the migration's session id is not one")]
+    Session,
+    /// The destination did not confirm.
+    #[error("the destination did not confirm that it runs the guest: {0}")]
+    Source(#[from] SourceError),
+}
+
+fn new_session() -> Result<SessionId, getrandom::Error> {
+    let mut id = [0; 16];
+    getrandom::fill(&mut id)?;
+    Ok(SessionId(id))
+}
+
+fn parse_session(text: &str) -> Option<SessionId> {
+    let mut id = [0; 16];
+    if text.len() != 32 || !text.is_ascii() {
+        return None;
+    }
+    for (byte, at) in id.iter_mut().zip((0..32).step_by(2)) {
+        *byte = u8::from_str_radix(text.get(at..at + 2)?, 16).ok()?;
+    }
+    Some(SessionId(id))
+}
+
+fn broken_report(handle: &Handle, why: &str) -> Report {
+    let progress = handle.progress();
+    let committed = matches!(
+        progress.phase,
+        Phase::Committed | Phase::Completed | Phase::InDoubt
+    );
     Report {
         schema: Report::SCHEMA,
-        session: String::new(),
-        policy: o.policy.name().into(),
-        status: report::Status::Failed,
-        error: Some("this build does not migrate yet".into()),
-        total_ms: 0.0,
+        status: if committed {
+            Status::InDoubt
+        } else {
+            Status::Failed
+        },
+        error: Some(why.to_owned()),
+        total_ms: progress.elapsed_ms,
+        bytes_wire: progress.bytes_wire,
+        mbps: progress.mbps,
+        session: progress.session,
+        policy: progress.policy,
         downtime_ms: 0.0,
-        downtime: report::Downtime::default(),
+        downtime: ferry_migration::report::Downtime::default(),
         rounds: Vec::new(),
-        pages: report::Pages::default(),
-        bytes_wire: 0,
-        mbps: 0.0,
-        faults: report::Faults::default(),
+        pages: ferry_migration::report::Pages::default(),
+        faults: ferry_migration::report::Faults::default(),
         verified: None,
         why: None,
     }
 }
 
-/// Why nothing arrives.
-#[derive(Debug, thiserror::Error)]
-#[error("this build does not receive yet")]
-pub struct ReceiveError;
-
-/// What the receiver shows to others.
-#[derive(Debug, Default)]
-pub struct ReceiveState;
-
-/// Receives.
+/// The host's monotonic clock.
 #[derive(Debug)]
-pub struct Receiver(Uri);
+struct MonotonicClock(Instant);
 
-impl Receiver {
-    /// Binds.
-    ///
-    /// # Errors
-    /// None.
-    pub fn bind(
-        uri: &Uri,
-        _: impl Fn() -> Result<Box<dyn Write + Send>, io::Error> + Send + Sync + 'static,
-    ) -> Result<Self, ReceiveError> {
-        Ok(Self(uri.clone()))
+impl MonotonicClock {
+    fn new() -> Self {
+        Self(Instant::now())
     }
-    /// Where.
-    #[must_use]
-    pub fn local_uri(&self) -> Uri {
-        self.0.clone()
+}
+
+impl Clock for MonotonicClock {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
     }
-    /// Fails.
-    ///
-    /// # Errors
-    /// Always.
-    pub fn wait(
-        &self,
-        _: &ReceiveState,
-        _: &mut dyn FnMut(&str),
-    ) -> Result<Arc<Machine>, ReceiveError> {
-        Err(ReceiveError)
+    fn sleep(&self, duration: Duration) {
+        std::thread::sleep(duration);
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The engine's view of where RAM is.
+fn engine_layout(
+    ram: &crate::memory::GuestRam,
+) -> Result<ferry_migration::page::RamLayout, ferry_migration::page::LayoutError> {
+    let runs = ram
+        .regions()
+        .iter()
+        .map(|r| ferry_migration::page::Run::new(r.first_gfn, r.pages))
+        .collect();
+    ferry_migration::page::RamLayout::new(runs)
+}
+
+/// The engine's runs as memory knows them: at most as many as a frame has.
+fn page_runs<'a>(
+    runs: &[ferry_migration::page::Run],
+    buffer: &'a mut [crate::memory::PageRun; ferry_migration::wire::MAX_RUNS as usize],
+) -> std::io::Result<&'a [crate::memory::PageRun]> {
+    let room = buffer
+        .get_mut(..runs.len())
+        .ok_or(std::io::ErrorKind::InvalidInput)?;
+    for (to, run) in room.iter_mut().zip(runs) {
+        *to = (run.first, run.count);
+    }
+    Ok(room)
 }

@@ -7,7 +7,7 @@ use crate::monitor::Monitor;
 use crate::start_info::{self, StartInfo};
 use crate::team::{ARRIVED, Processors};
 use core::fmt;
-use ferry_nas::dirty::{self, Dirty, PAGE_BYTES};
+use ferry_nas::dirty::{self, Dirty};
 use ferry_nas::line::{KernelResult, Line};
 use ferry_nas::workload::BYTES_PER_CPU;
 use ferry_nas::workload::{SpecError, Workload};
@@ -212,9 +212,9 @@ fn run_writer(
     let generations: &mut [u32] = memory::take(&mut arena, working_set).ok_or_else(&too_small)?;
     let left = arena
         .as_ptr()
-        .align_offset(PAGE_BYTES as usize)
+        .align_offset(size_of::<dirty::Page>())
         .min(arena.len());
-    let count = (arena.len() - left) / PAGE_BYTES as usize;
+    let count = (arena.len() - left) / size_of::<dirty::Page>();
     let pages = memory::take(&mut arena, count).ok_or_else(&too_small)?;
     let verdict = dirty::run(dirty, dirty::Memory { pages, generations }, team, monitor)
         .map_err(Error::TooSmall)?;

@@ -7,9 +7,11 @@ use crate::start_info::Region;
 
 /// Where the arena begins: the second entry of the top table, 512 GiB.
 const WINDOW: usize = 1 << 39;
-const LARGE: u64 = 1 << 21;
+const LARGE_BYTES: usize = 1 << 21;
+const LARGE: u64 = LARGE_BYTES as u64;
 /// The tables lie at 2 MiB, behind the image; the arena's memory begins behind them.
-const TABLES: u64 = 2 << 20;
+const TABLES_AT: usize = 2 << 20;
+const TABLES: u64 = TABLES_AT as u64;
 const FIRST: u64 = 4 << 20;
 const LINK: u64 = 0x27;
 const LEAF: u64 = 0xe7;
@@ -21,7 +23,7 @@ unsafe extern "C" {
 
 /// An entry of a table in the identity-mapped memory behind the image.
 fn table(number: usize, entry: usize) -> *mut u64 {
-    core::ptr::with_exposed_provenance_mut(TABLES as usize + number * 4096 + entry * 8)
+    core::ptr::with_exposed_provenance_mut(TABLES_AT + number * 4096 + entry * 8)
 }
 
 /// Maps the arena. `None` if the machine has no memory for it. Must be called once.
@@ -65,7 +67,7 @@ pub fn map(regions: &[Region]) -> Option<&'static mut [u8]> {
             .add(1)
             .write_volatile(TABLES | LINK)
     };
-    let bytes = leaves * LARGE as usize;
+    let bytes = leaves * LARGE_BYTES;
     // SAFETY: `bytes` bytes from the window on are now mapped to usable memory, each page once, above the image and
     // the tables; nobody else has a reference to it, as this function is called once.
     Some(unsafe {

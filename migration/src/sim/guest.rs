@@ -106,6 +106,7 @@ impl Guest<SimLink> for SimGuest {
         world.port_fails(PortFault::Pause)?;
         world.pass(Duration::from_micros(50));
         world.source_runs = false;
+        world.paused_memory = world.source_memory.clone();
         Ok(Duration::ZERO)
     }
 

@@ -129,6 +129,9 @@ pub(super) struct World {
     forgetful: bool,
     pub layout: RamLayout,
     pub source_memory: Vec<u64>,
+    /// Memory as it was when the guest was last paused: what a destination must run with. (A
+    /// source that resumed and later died has moved on; an operator who takes over goes back.)
+    pub paused_memory: Vec<u64>,
     pub destination_memory: Vec<u64>,
     next_version: u64,
     pub log: Option<PageSet>,
@@ -184,6 +187,7 @@ impl World {
             forgetful: scenario.forgetful_log,
             layout,
             source_memory,
+            paused_memory: Vec::new(),
             destination_memory: Vec::new(),
             next_version,
             log: None,
@@ -405,7 +409,7 @@ impl World {
         let layout = self.layout.clone();
         for gfn in layout.all().iter() {
             let (sent, here) = (
-                self.source_memory[index(gfn)],
+                self.paused_memory[index(gfn)],
                 self.destination_memory[index(gfn)],
             );
             if sent != here {

@@ -48,11 +48,9 @@ impl Display {
                 bar.set_position(p.round_sent.min(p.round_pages));
                 bar.set_message(line(p));
             }
-            (Self::Lines { last }, Event::Progress(p)) => {
-                if last.is_none_or(|l| l.elapsed() >= Duration::from_secs(1)) {
-                    *last = Some(Instant::now());
-                    tell(&format!("{:>8}  {}", span(p.elapsed_ms), line(p)));
-                }
+            (Self::Lines { last }, Event::Progress(p)) if due(*last) => {
+                *last = Some(Instant::now());
+                tell(&format!("{:>8}  {}", span(p.elapsed_ms), line(p)));
             }
             (Self::Lines { .. }, Event::Round(r)) => tell(&round_line(r)),
             _ => {}
@@ -73,6 +71,10 @@ impl Display {
             bar.finish_and_clear();
         }
     }
+}
+
+fn due(last: Option<Instant>) -> bool {
+    last.is_none_or(|l| l.elapsed() >= Duration::from_secs(1))
 }
 
 fn tell(text: &str) {

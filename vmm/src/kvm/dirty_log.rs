@@ -289,3 +289,6 @@ impl AsRawFd for VmRef<'_> {
         self.0.raw_fd()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -208,6 +208,12 @@ impl Host {
         ))
     }
 
+    /// Pretends that the KVM has not got these flags of its dirty log.
+    #[cfg(test)]
+    pub(super) fn hide_dirty_log_flags(&mut self, flags: u32) {
+        self.caps.manual_dirty_log_protect &= !flags;
+    }
+
     pub(super) fn kvm(&self) -> &Kvm {
         &self.kvm
     }

@@ -1,9 +1,9 @@
 //! A [`Machine`] as a [`Guest`].
 
-use super::{Ending, Guest, Migration, MigrationHandle, Vmm};
+use super::{Ending, Guest, Migration, MigrationHandle, Unconfirmed, Vmm};
 use crate::api::types::GuestInfo;
 use crate::machine::{Exit, Machine};
-use crate::migrate::{Handle, Uri, migrate};
+use crate::migrate::{Handle, Receiver, Uri, migrate, recover};
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use std::io;
@@ -80,6 +80,11 @@ impl Guest for MachineGuest {
             handle: Handle::new(),
         }))
     }
+
+    fn confirm(&self, uri: &str, session: &str) -> Result<(), String> {
+        let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;
+        recover(&uri, session).map_err(|e| e.to_string())
+    }
 }
 
 struct MachineMigration {
@@ -99,11 +104,17 @@ impl Migration for MachineMigration {
 }
 
 impl MigrationHandle for Handle {
-    fn cancel(&self) {
-        Handle::cancel(self);
+    fn cancel(&self) -> bool {
+        Handle::cancel(self)
     }
 
     fn progress(&self) -> Progress {
         Handle::progress(self)
+    }
+}
+
+impl Unconfirmed for Receiver {
+    fn take_over(&self) -> Result<(), String> {
+        Receiver::take_over(self)
     }
 }

@@ -1,0 +1,295 @@
+//! Moving pages between guest memory and sockets without a copy in between, and looking at pages
+//! that a running guest may be writing to.
+//!
+//! Guest memory is never borrowed as a slice: the guest (and the kernel on its behalf) changes it
+//! at any time. It is handed to the kernel by address, or read word by word.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::{GuestRam, PAGE_SIZE, RangeError};
+
+/// Segments of one vectored system call; Linux takes 1,024 (`IOV_MAX`).
+const SEGMENTS: usize = 640;
+
+/// Pages in address order: the first frame and how many.
+pub type PageRun = (u64, u64);
+
+/// Segments in a fixed array, so that a transfer allocates nothing.
+struct Segments {
+    vec: [libc::iovec; SEGMENTS],
+    len: usize,
+    done: usize,
+}
+
+impl Segments {
+    fn new() -> Self {
+        let none = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        Self {
+            vec: [none; SEGMENTS],
+            len: 0,
+            done: 0,
+        }
+    }
+
+    fn push(&mut self, base: *mut u8, len: usize) -> bool {
+        if self.len == SEGMENTS {
+            return false;
+        }
+        self.vec[self.len] = libc::iovec {
+            iov_base: base.cast(),
+            iov_len: len,
+        };
+        self.len += 1;
+        true
+    }
+
+    fn rest(&mut self) -> &mut [libc::iovec] {
+        &mut self.vec[self.done..self.len]
+    }
+
+    /// Takes `n` transferred bytes off the front.
+    fn advance(&mut self, mut n: usize) {
+        while n > 0 && self.done < self.len {
+            let segment = &mut self.vec[self.done];
+            let step = n.min(segment.iov_len);
+            // Stays within the segment: step ≤ iov_len.
+            segment.iov_base = segment.iov_base.cast::<u8>().wrapping_add(step).cast();
+            segment.iov_len -= step;
+            n -= step;
+            if segment.iov_len == 0 {
+                self.done += 1;
+            }
+        }
+    }
+}
+
+fn bad_range(error: RangeError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, error)
+}
+
+impl GuestRam {
+    fn segments_of(&self, segments: &mut Segments, runs: &[PageRun]) -> io::Result<()> {
+        for &(first, count) in runs {
+            let base = self.host_address(first, count).map_err(bad_range)?;
+            let len = usize::try_from(count * PAGE_SIZE).unwrap_or(usize::MAX);
+            if !segments.push(base.as_ptr(), len) {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "too many runs for one transfer",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `head` and then the pages of `runs` to a socket. When the socket takes nothing within
+    /// its time slice, `stalled` decides whether to go on waiting.
+    ///
+    /// # Errors
+    /// The socket's, `stalled`'s, or `InvalidInput` when a run is not RAM.
+    pub fn write_pages(
+        &self,
+        socket: BorrowedFd<'_>,
+        head: &[u8],
+        runs: &[PageRun],
+        mut stalled: impl FnMut(bool) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut segments = Segments::new();
+        // Only read by the kernel.
+        segments.push(head.as_ptr().cast_mut(), head.len());
+        self.segments_of(&mut segments, runs)?;
+        loop {
+            let rest = segments.rest();
+            if rest.is_empty() {
+                return Ok(());
+            }
+            // SAFETY: an all-zero msghdr is a valid one without address, control data and segments.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = rest.as_mut_ptr();
+            message.msg_iovlen = rest.len();
+            // SAFETY: each segment is `head`, which outlives the call, or a range of guest memory that
+            // `host_address` has bounds-checked within a mapping that `self` keeps alive. The kernel only
+            // reads it; that the guest may write meanwhile concerns the contents, not the validity.
+            let n = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
+            match usize::try_from(n) {
+                Ok(n) => {
+                    segments.advance(n);
+                    stalled(true)?;
+                }
+                Err(_) => retry(&mut stalled)?,
+            }
+        }
+    }
+
+    /// Reads the pages of `runs` from a socket straight into guest memory.
+    ///
+    /// # Errors
+    /// As [`write_pages`](Self::write_pages); the end of the stream is `UnexpectedEof`.
+    pub fn read_pages(
+        &self,
+        socket: BorrowedFd<'_>,
+        runs: &[PageRun],
+        mut stalled: impl FnMut(bool) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut segments = Segments::new();
+        self.segments_of(&mut segments, runs)?;
+        loop {
+            let rest = segments.rest();
+            if rest.is_empty() {
+                return Ok(());
+            }
+            // SAFETY: as in `write_pages`.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = rest.as_mut_ptr();
+            message.msg_iovlen = rest.len();
+            // SAFETY: each segment is a range of guest memory that `host_address` has bounds-checked
+            // within a mapping that `self` keeps alive; nobody holds a reference into it.
+            let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_WAITALL) };
+            match usize::try_from(n) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    segments.advance(n);
+                    stalled(true)?;
+                }
+                Err(_) => retry(&mut stalled)?,
+            }
+        }
+    }
+
+    /// Whether a page holds only zeros, as seen now.
+    ///
+    /// # Errors
+    /// [`RangeError`] when it is not RAM.
+    pub fn page_is_zero(&self, gfn: u64) -> Result<bool, RangeError> {
+        const STEP: usize = 8;
+        let words = self.host_address(gfn, 1)?.cast::<u64>();
+        for group in 0..PAGE_SIZE_USIZE / 8 / STEP {
+            let mut or = 0;
+            for word in 0..STEP {
+                // SAFETY: the index stays below 512, so the word lies within the page, which
+                // `host_address` has checked to be mapped; page starts are aligned. Volatile, since the
+                // guest may write at the same time: any value is then as good as another (the page is
+                // in the dirty log again).
+                or |= unsafe { words.add(group * STEP + word).read_volatile() };
+            }
+            if or != 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Copies a page out.
+    ///
+    /// # Errors
+    /// [`RangeError`] when it is not RAM.
+    pub fn copy_page(&self, gfn: u64, into: &mut [u8; PAGE_SIZE_USIZE]) -> Result<(), RangeError> {
+        let from = self.host_address(gfn, 1)?;
+        // SAFETY: a whole page is mapped at `from`, and `into` is a page long and elsewhere. A running guest
+        // may write meanwhile: then the copy is a mixture of old and new bytes, as it would be on a wire.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), PAGE_SIZE_USIZE) };
+        Ok(())
+    }
+
+    /// Lets the host find memory for the pages now, so that no page fault is left for later. Best effort.
+    pub fn populate(&self, first_gfn: u64, count: u64) {
+        let Ok(base) = self.host_address(first_gfn, count) else {
+            return;
+        };
+        let len = usize::try_from(count * PAGE_SIZE).unwrap_or(usize::MAX);
+        // SAFETY: the range is mapped (checked by `host_address`); populating changes no contents.
+        let _ = unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_POPULATE_WRITE) };
+    }
+
+    /// The first part of the pages for which the memory file holds nothing: zeros without reading.
+    /// Exact at the time of the call, also for memory that was swapped out (`SEEK_DATA` sees that).
+    #[must_use]
+    pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
+        let (region, page) = self.layout.find(first_gfn, count).ok()?;
+        let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
+        let end = start + count * PAGE_SIZE;
+        let seek = |from: u64, whence| {
+            let from = libc::off_t::try_from(from).ok()?;
+            // SAFETY: lseek takes no pointers. The file's position, which it moves, is used by nobody: all
+            // access is by mapping and by offset.
+            u64::try_from(unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) }).ok()
+        };
+        let hole = seek(start, libc::SEEK_HOLE)?;
+        if hole >= end {
+            return None;
+        }
+        // No data after the hole: ENXIO.
+        let data = seek(hole, libc::SEEK_DATA).unwrap_or(end).min(end);
+        let first = first_gfn + hole.div_ceil(PAGE_SIZE) - start / PAGE_SIZE;
+        let until = first_gfn + data / PAGE_SIZE - start / PAGE_SIZE;
+        (until > first).then_some((first, until - first))
+    }
+}
+
+const PAGE_SIZE_USIZE: usize = 4096;
+
+/// After a failed system call: goes on after signals and time slices, else returns the error.
+fn retry(stalled: &mut impl FnMut(bool) -> io::Result<()>) -> io::Result<()> {
+    let error = io::Error::last_os_error();
+    match error.kind() {
+        io::ErrorKind::Interrupted => Ok(()),
+        io::ErrorKind::WouldBlock => stalled(false),
+        _ => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn pages_cross_a_socket_and_holes_stay_holes() {
+        let (a, b) = (
+            GuestRam::new(4 << 20, false).unwrap(),
+            GuestRam::new(4 << 20, false).unwrap(),
+        );
+        for gfn in [3_u64, 4, 700] {
+            a.memory()
+                .write_slice(
+                    &[u8::try_from(gfn % 251).unwrap(); 4096],
+                    GuestAddress(gfn * 4096),
+                )
+                .unwrap();
+        }
+        assert_eq!(a.unpopulated(0, 1024), Some((0, 3)));
+        assert_eq!(a.unpopulated(3, 1021), Some((5, 695)));
+        assert_eq!(a.unpopulated(3, 2), None);
+        assert_eq!(a.unpopulated(701, 323), Some((701, 323)));
+        assert!(a.page_is_zero(2).unwrap() && !a.page_is_zero(3).unwrap());
+        let (from, to) = UnixStream::pair().unwrap();
+        let runs = [(3, 2), (700, 1)];
+        let writer = std::thread::spawn(move || {
+            a.write_pages(from.as_fd(), b"head", &runs, |_| Ok(()))
+                .unwrap();
+            (a, from)
+        });
+        let mut head = [0; 4];
+        io::Read::read_exact(&mut &to, &mut head).unwrap();
+        assert_eq!(&head, b"head");
+        b.read_pages(to.as_fd(), &runs, |_| Ok(())).unwrap();
+        let (a, from) = writer.join().unwrap();
+        let (mut x, mut y) = ([0; 4096], [0; 4096]);
+        for gfn in 0..1024 {
+            a.copy_page(gfn, &mut x).unwrap();
+            b.copy_page(gfn, &mut y).unwrap();
+            assert_eq!(x, y, "page {gfn}");
+        }
+        drop(from);
+        let error = b.read_pages(to.as_fd(), &[(1, 1)], |_| Ok(())).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert!(b.read_pages(to.as_fd(), &[(1023, 2)], |_| Ok(())).is_err());
+        assert!(a.page_is_zero(1024).is_err());
+    }
+}

@@ -1,0 +1,168 @@
+//! A machine at the source: the engine's [`Guest`].
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use ferry_migration::port::{Guest, PageSource, PortError};
+use ferry_migration::wire::{MAX_RUNS, SessionId};
+
+use super::{Handle, StreamLink, engine_layout, page_runs};
+use crate::machine::{Machine, PausedMachine};
+
+/// The guest of a machine while it is migrated away.
+pub(super) struct MachineGuest<'a> {
+    machine: &'a Arc<Machine>,
+    handle: &'a Handle,
+    paused: Option<PausedMachine<'a>>,
+}
+
+impl<'a> MachineGuest<'a> {
+    pub(super) const fn new(machine: &'a Arc<Machine>, handle: &'a Handle) -> Self {
+        Self {
+            machine,
+            handle,
+            paused: None,
+        }
+    }
+
+    /// Never lets the guest run again through this guard.
+    pub(super) fn keep(&mut self) {
+        if let Some(paused) = self.paused.take() {
+            paused.keep_paused();
+        }
+    }
+}
+
+impl PageSource<StreamLink> for MachineGuest<'_> {
+    fn transmit(&self, link: &mut StreamLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
+        let mut buffer = [(0, 0); MAX_RUNS as usize];
+        let runs = page_runs(runs, &mut buffer)?;
+        let (fd, mut patience) = link.parts();
+        self.machine
+            .ram()
+            .write_pages(fd, head, runs, |progress| patience.tick(progress))
+    }
+
+    fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
+        Ok(self.machine.ram().copy_page(gfn, into)?)
+    }
+
+    fn is_zero(&self, gfn: Gfn) -> bool {
+        self.machine.ram().page_is_zero(gfn).unwrap_or(false)
+    }
+
+    fn unpopulated(&self, run: Run) -> Option<Run> {
+        self.machine
+            .ram()
+            .unpopulated(run.first, run.count)
+            .map(|(first, count)| Run::new(first, count))
+    }
+}
+
+impl Guest<StreamLink> for MachineGuest<'_> {
+    fn layout(&self) -> RamLayout {
+        // The machine's own layout is sorted and disjoint, which is all that is asked.
+        engine_layout(self.machine.ram())
+            .unwrap_or_else(|error| unreachable!("a machine's RAM layout: {error}"))
+    }
+
+    fn description(&self) -> Result<Vec<u8>, PortError> {
+        Ok(serde_json::to_vec(self.machine.description())?)
+    }
+
+    /// What the state of a machine came to when it was measured: about 6 KiB for the VM and its
+    /// devices and 8 KiB for each vCPU.
+    fn state_bytes(&self) -> u64 {
+        (6 << 10) + u64::from(self.machine.description().cpus) * (8 << 10)
+    }
+
+    fn start_tracking(&mut self) -> Result<(), PortError> {
+        Ok(self.machine.dirty_log().start()?)
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Err(error) = self.machine.dirty_log().stop() {
+            tracing::warn!(%error, "the guest may be slower than before");
+        }
+    }
+
+    fn collect_dirty(&self, into: &mut PageSet) -> Result<(), PortError> {
+        Ok(self
+            .machine
+            .dirty_log()
+            .collect(|first, words| into.insert_words(first, words))?)
+    }
+
+    /// KVM clears by 64-page words and a bitmap: runs that share a word, or lie in neighbouring
+    /// ones, go together.
+    fn clear_dirty(&self, runs: &[Run], words: &mut Vec<u64>) -> Result<(), PortError> {
+        /// A stretch of untouched words longer than this is worth a call of its own.
+        const GAP: u64 = 64;
+        let log = self.machine.dirty_log();
+        words.clear();
+        let (mut start, mut region_end) = (0, 0);
+        for run in runs {
+            let first_word = run.first / 64 * 64;
+            let reach = start + words.len() as u64 * 64;
+            if !words.is_empty() && (run.first >= region_end || first_word > reach + GAP * 64) {
+                log.clear(start, words)?;
+                words.clear();
+            }
+            if words.is_empty() {
+                start = first_word;
+                let regions = self.machine.ram().regions();
+                let region = regions.iter().find(|r| run.first < r.first_gfn + r.pages);
+                region_end = region.map_or(u64::MAX, |r| r.first_gfn + r.pages);
+            }
+            let needed = (run.end() - start).div_ceil(64);
+            words.resize(words.len().max(usize::try_from(needed)?), 0);
+            for gfn in run.first..run.end() {
+                words[usize::try_from((gfn - start) / 64)?] |= 1 << (gfn % 64);
+            }
+        }
+        if !words.is_empty() {
+            log.clear(start, words)?;
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<Duration, PortError> {
+        let asked = Instant::now();
+        let paused = self.machine.pause()?;
+        let last = if paused.was_running() {
+            self.machine.last_paused_at()
+        } else {
+            None
+        };
+        self.paused = Some(paused);
+        // Each vCPU stops when its kick arrives; the first may have stopped when they were sent.
+        Ok(asked
+            .elapsed()
+            .max(last.map_or(Duration::ZERO, |at| at.elapsed())))
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, PortError> {
+        let paused = self.paused.as_ref().ok_or("the machine is not paused")?;
+        let mut bytes = vec![u8::from(paused.was_running())];
+        bytes.extend(paused.save()?.to_bytes()?);
+        Ok(bytes)
+    }
+
+    fn resume(&mut self) {
+        // Dropping the guard resumes what ran before.
+        self.paused = None;
+    }
+
+    fn commit(&mut self, session: SessionId) -> Result<(), PortError> {
+        tracing::info!(%session, "the guest is handed over");
+        self.handle.committed();
+        self.keep();
+        Ok(())
+    }
+
+    fn release(&mut self) {
+        self.machine.stop();
+    }
+}

@@ -1,0 +1,243 @@
+//! A TCP or Unix stream socket as a [`Link`].
+//!
+//! Sockets block for short time slices only (`SO_RCVTIMEO`, `SO_SNDTIMEO`), so that a wait can be
+//! cancelled and a peer that stands still is noticed, without a system call more on the fast path.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use ferry_migration::port::Link;
+use ferry_migration::wire::Role;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{Handle, Uri};
+
+/// How long one system call may block.
+const SLICE: Duration = Duration::from_millis(200);
+/// How long connecting may take.
+const CONNECT: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// A stream socket that carries a migration's channel.
+#[derive(Debug)]
+pub struct StreamLink {
+    stream: Stream,
+    timeout: Option<Duration>,
+    cancel: Option<Handle>,
+}
+
+/// Decides whether a wait goes on.
+pub(super) struct Patience<'a> {
+    timeout: Option<Duration>,
+    cancel: Option<&'a Handle>,
+    since: Option<Instant>,
+}
+
+impl Patience<'_> {
+    /// Called after progress (`true`) and after a time slice without (`false`).
+    pub(super) fn tick(&mut self, progress: bool) -> io::Result<()> {
+        if progress {
+            self.since = None;
+            return Ok(());
+        }
+        if self.cancel.is_some_and(Handle::is_cancelled) {
+            return Err(io::Error::new(
+                io::ErrorKind::Other,
+                "cancelled while waiting for the peer",
+            ));
+        }
+        let since = *self.since.get_or_insert_with(|| Instant::now() - SLICE);
+        match self.timeout {
+            Some(timeout) if since.elapsed() >= timeout => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("the peer has been silent for {} s", timeout.as_secs()),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl StreamLink {
+    /// Takes a TCP connection.
+    ///
+    /// # Errors
+    /// When its options cannot be set.
+    pub fn tcp(stream: TcpStream) -> io::Result<Self> {
+        // Small messages (a commit) must not wait for Nagle's algorithm.
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(SLICE))?;
+        stream.set_write_timeout(Some(SLICE))?;
+        Ok(Self {
+            stream: Stream::Tcp(stream),
+            timeout: None,
+            cancel: None,
+        })
+    }
+
+    /// Takes a Unix connection.
+    ///
+    /// # Errors
+    /// When its options cannot be set.
+    pub fn unix(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(SLICE))?;
+        stream.set_write_timeout(Some(SLICE))?;
+        Ok(Self {
+            stream: Stream::Unix(stream),
+            timeout: None,
+            cancel: None,
+        })
+    }
+
+    /// Connects to a receiver.
+    ///
+    /// # Errors
+    /// Nobody there, or not in time.
+    pub fn connect(uri: &Uri) -> io::Result<Self> {
+        match uri {
+            Uri::Unix(path) => Self::unix(UnixStream::connect(path)?),
+            Uri::Tcp { host, port } => {
+                let mut last =
+                    io::Error::new(io::ErrorKind::NotFound, format!("'{host}' has no address"));
+                for address in (host.as_str(), *port).to_socket_addrs()? {
+                    match TcpStream::connect_timeout(&address, CONNECT) {
+                        Ok(stream) => return Self::tcp(stream),
+                        Err(error) => last = error,
+                    }
+                }
+                Err(last)
+            }
+        }
+    }
+
+    /// Lets a handle end this link's waits.
+    pub(super) fn cancelled_by(&mut self, handle: Handle) {
+        self.cancel = Some(handle);
+    }
+
+    /// The socket and how long to wait on it.
+    pub(super) fn parts(&self) -> (BorrowedFd<'_>, Patience<'_>) {
+        let fd = match &self.stream {
+            Stream::Tcp(s) => s.as_fd(),
+            Stream::Unix(s) => s.as_fd(),
+        };
+        (
+            fd,
+            Patience {
+                timeout: self.timeout,
+                cancel: self.cancel.as_ref(),
+                since: None,
+            },
+        )
+    }
+
+    fn write_vectored(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        match &self.stream {
+            Stream::Tcp(s) => (&mut &*s).write_vectored(parts),
+            Stream::Unix(s) => (&mut &*s).write_vectored(parts),
+        }
+    }
+
+    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        match &self.stream {
+            Stream::Tcp(s) => (&mut &*s).read(buf),
+            Stream::Unix(s) => (&mut &*s).read(buf),
+        }
+    }
+}
+
+/// Whether to go on after an error of a system call.
+fn retry(error: io::Error, patience: &mut Patience<'_>) -> io::Result<()> {
+    match error.kind() {
+        io::ErrorKind::Interrupted => Ok(()),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => patience.tick(false),
+        _ => Err(error),
+    }
+}
+
+impl Link for StreamLink {
+    fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        let mut slices = [IoSlice::new(head), IoSlice::new(body)];
+        let mut left = &mut slices[..];
+        IoSlice::advance_slices(&mut left, 0);
+        let (_, mut patience) = self.parts();
+        while !left.is_empty() {
+            match self.write_vectored(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    IoSlice::advance_slices(&mut left, n);
+                    patience.tick(true)?;
+                }
+                Err(error) => retry(error, &mut patience)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        let (_, mut patience) = self.parts();
+        let mut done = 0;
+        while done < buf.len() {
+            match self.read(&mut buf[done..]) {
+                Ok(0) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the peer closed the connection",
+                    ));
+                }
+                Ok(n) => {
+                    done += n;
+                    patience.tick(true)?;
+                }
+                Err(error) => retry(error, &mut patience)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn readable(&mut self) -> io::Result<bool> {
+        let (fd, _) = self.parts();
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        let ready = poll(&mut fds, Some(&now))?;
+        Ok(ready > 0)
+    }
+
+    fn set_timeout(&mut self, timeout: Option<Duration>) {
+        self.timeout = timeout;
+    }
+}
+
+/// Opens the channels of one migration.
+pub(super) struct Dial {
+    uri: Uri,
+    cancel: Option<Handle>,
+}
+
+impl Dial {
+    pub(super) const fn new(uri: Uri, cancel: Option<Handle>) -> Self {
+        Self { uri, cancel }
+    }
+
+    pub(super) fn connect(&mut self, role: Role, _: u16) -> io::Result<StreamLink> {
+        let error = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", self.uri));
+        let mut link = StreamLink::connect(&self.uri).map_err(error)?;
+        // A word about a migration that has ended is not to be cut off by its cancelling.
+        if let (Some(handle), false) = (&self.cancel, role == Role::Recover) {
+            link.cancelled_by(handle.clone());
+        }
+        Ok(link)
+    }
+}

@@ -1,0 +1,497 @@
+//! Waiting for a guest: accepting a migration's channels and building its machine.
+//!
+//! ```text
+//!  accept thread ── each connection ──▶ greet ──▶ role control: runs the engine, in its own thread
+//!                                              ├▶ role data:    fills memory, in its own thread
+//!                                              └▶ role recover: handed to the engine that is in doubt
+//! ```
+//!
+//! One migration at a time: a second is told that the receiver is busy. After a failure that leaves
+//! the guest with the source, the next may come. After the guest runs here the receiver goes on
+//! answering sources of *that* session that ask whether it does.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_migration::destination::{self, Destination, DestinationError, LaneSet, State, Step};
+use ferry_migration::wire::{Channel, Preamble, Role, SessionId};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::host::{MachineHost, RamSink};
+use super::{StreamLink, Uri};
+use crate::machine::Machine;
+
+pub use super::host::SerialFactory;
+
+/// How long a new connection may take to say what it is.
+const GREETING: Duration = Duration::from_secs(10);
+/// Connections that may be open at once: all lanes of a migration, its other channels, and a few
+/// strangers.
+const MAX_CONNECTIONS: usize = 96;
+
+/// Why nothing can be received.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The place cannot be listened on.
+    #[error("cannot listen on {uri}: {error}; {hint}")]
+    Bind {
+        /// The place.
+        uri: String,
+        /// Why.
+        error: io::Error,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A thread cannot be started.
+    #[error("cannot start a thread for arriving migrations: {0}")]
+    Thread(io::Error),
+}
+
+/// What a receiver tells its owner.
+#[derive(Debug)]
+pub enum Arrival {
+    /// A migration failed or was cancelled; the source has its guest; waiting for the next. A sentence.
+    Failed(String),
+    /// The guest is complete here and does not run: the source has fallen silent before its commit
+    /// was read. A sentence. [`Receiver::take_over`] or the source's `recover` ends the doubt.
+    InDoubt(String),
+    /// The guest is here, and runs if it ran at the source.
+    Arrived(Arc<Machine>),
+}
+
+/// Where a receiver stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReceiveState {
+    /// For a migration.
+    Waiting,
+    /// One arrives.
+    Receiving,
+    /// A guest is complete here, and nobody knows whether it may run.
+    InDoubt,
+    /// A guest has arrived.
+    Done,
+}
+
+type Engine = Destination<StreamLink, MachineHost>;
+type Lanes = Arc<LaneSet<StreamLink, RamSink>>;
+
+/// The migration that arrives.
+struct Active {
+    session: SessionId,
+    lanes: Option<Lanes>,
+    state: ReceiveState,
+    /// The engine, when it has no connection: in doubt or complete.
+    parked: Option<Box<Engine>>,
+}
+
+struct Shared {
+    active: Mutex<Option<Active>>,
+    changed: Condvar,
+    serial: SerialFactory,
+    arrivals: Mutex<mpsc::Sender<Arrival>>,
+    stop: AtomicBool,
+    connections: AtomicUsize,
+}
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// Listens for migrations until it is dropped.
+pub struct Receiver {
+    shared: Arc<Shared>,
+    arrivals: Mutex<mpsc::Receiver<Arrival>>,
+    uri: Uri,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Receiver {
+    /// Listens on `uri`; `serial` makes the console of an arriving guest.
+    ///
+    /// # Errors
+    /// [`ReceiveError`].
+    pub fn bind(uri: &Uri, serial: SerialFactory) -> Result<Self, ReceiveError> {
+        let error = |error: io::Error| ReceiveError::Bind {
+            uri: uri.to_string(),
+            hint: match error.kind() {
+                io::ErrorKind::AddrInUse => {
+                    "something listens there already: stop it or choose another place"
+                }
+                io::ErrorKind::PermissionDenied => "choose a place that this user may use",
+                io::ErrorKind::NotFound => "the directory must exist",
+                _ => "give an address of this host, such as tcp:0.0.0.0:7000",
+            },
+            error,
+        };
+        let (listener, bound) = match uri {
+            Uri::Tcp { host, port } => {
+                let listener = TcpListener::bind((host.as_str(), *port)).map_err(error)?;
+                let port = listener.local_addr().map_err(error)?.port();
+                listener.set_nonblocking(true).map_err(error)?;
+                (
+                    Listener::Tcp(listener),
+                    Uri::Tcp {
+                        host: host.clone(),
+                        port,
+                    },
+                )
+            }
+            Uri::Unix(path) => {
+                if std::os::unix::net::UnixStream::connect(path)
+                    .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+                {
+                    // A dead receiver's leftover: nobody listens on it.
+                    let _ = std::fs::remove_file(path);
+                }
+                let listener = UnixListener::bind(path).map_err(error)?;
+                listener.set_nonblocking(true).map_err(error)?;
+                (Listener::Unix(listener, path.clone()), uri.clone())
+            }
+        };
+        let (sender, arrivals) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            active: Mutex::new(None),
+            changed: Condvar::new(),
+            serial,
+            arrivals: Mutex::new(sender),
+            stop: AtomicBool::new(false),
+            connections: AtomicUsize::new(0),
+        });
+        let worker = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("ferry-accept".into())
+            .spawn(move || accept(&worker, &listener))
+            .map_err(ReceiveError::Thread)?;
+        Ok(Self {
+            shared,
+            arrivals: Mutex::new(arrivals),
+            uri: bound,
+            thread: Some(thread),
+        })
+    }
+
+    /// Where it listens, with the port that was chosen.
+    #[must_use]
+    pub const fn local_uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// Waits for the next thing to happen; `None` when nothing did in time.
+    #[must_use]
+    pub fn wait(&self, timeout: Duration) -> Option<Arrival> {
+        self.arrivals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .recv_timeout(timeout)
+            .ok()
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn state(&self) -> ReceiveState {
+        self.shared
+            .active()
+            .as_ref()
+            .map_or(ReceiveState::Waiting, |active| active.state)
+    }
+
+    /// The session of the migration that arrives, is in doubt or has arrived.
+    #[must_use]
+    pub fn session(&self) -> Option<String> {
+        self.shared
+            .active()
+            .as_ref()
+            .map(|active| active.session.to_string())
+    }
+
+    /// An operator's word that the source does not run the guest and never will: runs it here. The
+    /// machine comes as [`Arrival::Arrived`].
+    ///
+    /// # Errors
+    /// When no guest is in doubt here, or it cannot be started; a sentence.
+    pub fn take_over(&self) -> Result<(), String> {
+        let mut active = self.shared.active();
+        let parked = active.as_mut().filter(|a| a.state == ReceiveState::InDoubt);
+        let Some((active, mut engine)) = parked.and_then(|a| a.parked.take().map(|e| (a, e)))
+        else {
+            return Err("no guest is in doubt here".into());
+        };
+        let result = engine.take_over().map_err(|e| e.to_string());
+        if result.is_ok() {
+            active.state = ReceiveState::Done;
+            self.shared.arrived(&mut engine);
+        }
+        active.parked = Some(engine);
+        result
+    }
+
+    /// An operator's word that the source has the guest: throws the copy here away and waits for
+    /// the next migration.
+    ///
+    /// # Errors
+    /// When no guest is in doubt here.
+    pub fn abandon(&self) -> Result<(), String> {
+        let mut active = self.shared.active();
+        match active
+            .as_mut()
+            .filter(|a| a.state == ReceiveState::InDoubt)
+            .and_then(|a| a.parked.take())
+        {
+            Some(mut engine) => {
+                engine.abandon();
+                *active = None;
+                Ok(())
+            }
+            None => Err("no guest is in doubt here".into()),
+        }
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn active(&self) -> MutexGuard<'_, Option<Active>> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, arrival: Arrival) {
+        // Nobody listens any more while the receiver is being dropped.
+        let _ = self
+            .arrivals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .send(arrival);
+    }
+
+    fn arrived(&self, engine: &mut Engine) {
+        if let Some(machine) = engine.host().machine() {
+            self.tell(Arrival::Arrived(Arc::clone(machine)));
+        }
+    }
+}
+
+fn accept(shared: &Arc<Shared>, listener: &Listener) {
+    let tick = Timespec {
+        tv_sec: 0,
+        tv_nsec: 100_000_000,
+    };
+    while !shared.stop.load(Ordering::SeqCst) {
+        let ready = match listener {
+            Listener::Tcp(l) => poll(&mut [PollFd::new(l, PollFlags::IN)], Some(&tick)),
+            Listener::Unix(l, _) => poll(&mut [PollFd::new(l, PollFlags::IN)], Some(&tick)),
+        };
+        if !matches!(ready, Ok(n) if n > 0) {
+            continue;
+        }
+        let link = match listener {
+            Listener::Tcp(l) => l.accept().and_then(|(stream, _)| StreamLink::tcp(stream)),
+            Listener::Unix(l, _) => l.accept().and_then(|(stream, _)| StreamLink::unix(stream)),
+        };
+        match link {
+            Ok(link) => spawn(shared, link),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+    }
+    if let Listener::Unix(_, path) = listener {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+fn spawn(shared: &Arc<Shared>, link: StreamLink) {
+    if shared.connections.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
+        shared.connections.fetch_sub(1, Ordering::SeqCst);
+        tracing::warn!("too many connections; one was closed");
+        return;
+    }
+    let worker = Arc::clone(shared);
+    let result = std::thread::Builder::new()
+        .name("ferry-receive".into())
+        .spawn(move || {
+            connection(&worker, link);
+            worker.connections.fetch_sub(1, Ordering::SeqCst);
+        });
+    if let Err(error) = result {
+        shared.connections.fetch_sub(1, Ordering::SeqCst);
+        tracing::warn!(%error, "a connection was closed");
+    }
+}
+
+fn connection(shared: &Shared, link: StreamLink) {
+    match destination::greet(link, GREETING) {
+        Ok((channel, preamble)) => match preamble.role {
+            Role::Control => control(shared, channel, &preamble),
+            Role::Data => data(shared, channel, &preamble),
+            Role::Recover => recover(shared, channel, &preamble),
+            Role::Fault => refuse(channel, "this receiver has no use for a fault channel"),
+        },
+        Err(error) => shared.tell(Arrival::Failed(format!(
+            "a connection was refused: {error}"
+        ))),
+    }
+}
+
+fn refuse(mut channel: Channel<StreamLink>, why: &str) {
+    channel.send_abort(why);
+}
+
+/// A migration's control channel: runs the engine until it ends.
+fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
+    let busy = {
+        let mut active = shared.active();
+        match active.as_ref().map(|a| a.state) {
+            None => {
+                *active = Some(Active {
+                    session: preamble.session,
+                    lanes: None,
+                    state: ReceiveState::Receiving,
+                    parked: None,
+                });
+                None
+            }
+            Some(ReceiveState::InDoubt) => {
+                Some("a guest is in doubt here; end that with ferry recover first")
+            }
+            Some(ReceiveState::Done) => Some("this receiver has its guest; start another"),
+            Some(_) => Some("another migration is arriving here"),
+        }
+    };
+    if let Some(why) = busy {
+        return refuse(channel, why);
+    }
+    let host = MachineHost::new(Arc::clone(&shared.serial));
+    let engine = Destination::new(channel, preamble, host, destination::Timeouts::default());
+    drive(shared, Box::new(engine));
+}
+
+/// Runs an engine that has a connection, and does what its end means.
+fn drive(shared: &Shared, mut engine: Box<Engine>) {
+    let result = loop {
+        match engine.step() {
+            Ok(Step::Continue) => {
+                if let (Some(lanes), Some(active)) = (engine.lanes(), shared.active().as_mut())
+                    && active.lanes.is_none()
+                {
+                    active.lanes = Some(Arc::clone(lanes));
+                    shared.changed.notify_all();
+                }
+            }
+            Ok(Step::Complete) => break None,
+            Err(error) => break Some(error),
+        }
+    };
+    settle(shared, engine, result);
+}
+
+fn settle(shared: &Shared, mut engine: Box<Engine>, error: Option<DestinationError>) {
+    let why = error.map_or_else(String::new, |e| e.to_string());
+    let mut active = shared.active();
+    match engine.state() {
+        State::Running | State::Complete => {
+            let known = active
+                .as_ref()
+                .is_some_and(|a| a.state == ReceiveState::Done);
+            if !known {
+                shared.arrived(&mut engine);
+            }
+            park(&mut active, engine, ReceiveState::Done);
+        }
+        State::InDoubt | State::Ready => {
+            shared.tell(Arrival::InDoubt(format!(
+                "the guest is complete here and does not run, for the source fell silent before it handed it over ({why})"
+            )));
+            park(&mut active, engine, ReceiveState::InDoubt);
+        }
+        State::Waiting | State::Filling | State::Discarded => {
+            *active = None;
+            drop(active);
+            // The memory of what had arrived goes first: the next migration needs it.
+            drop(engine);
+            shared.tell(Arrival::Failed(format!(
+                "a migration ended and the source keeps its guest: {why}"
+            )));
+        }
+    }
+}
+
+fn park(active: &mut Option<Active>, engine: Box<Engine>, state: ReceiveState) {
+    if let Some(active) = active {
+        active.parked = Some(engine);
+        active.lanes = None;
+        active.state = state;
+    }
+}
+
+/// A data channel: waits until its migration's greeting was taken, then fills memory.
+fn data(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
+    let until = Instant::now() + GREETING;
+    let mut active = shared.active();
+    let lanes = loop {
+        match active.as_ref().filter(|a| a.session == preamble.session) {
+            Some(Active {
+                lanes: Some(lanes), ..
+            }) => break Arc::clone(lanes),
+            Some(_) if Instant::now() < until => {}
+            _ => {
+                drop(active);
+                return refuse(channel, "no migration here has announced this data channel");
+            }
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        active = shared
+            .changed
+            .wait_timeout(active, left)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0;
+    };
+    drop(active);
+    match lanes.attach(channel, preamble.channel) {
+        Ok(lane) => lane.run(),
+        Err(error) => tracing::warn!(%error, "a data channel was closed"),
+    }
+}
+
+/// A source that asks, or tells, what became of a guest.
+fn recover(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
+    let engine = {
+        // The engine may be about to notice that its connection is gone.
+        let until = Instant::now() + GREETING;
+        let mut active = shared.active();
+        loop {
+            match active.as_mut().filter(|a| a.session == preamble.session) {
+                Some(a) if a.parked.is_some() => break a.parked.take(),
+                Some(_) if Instant::now() < until => {}
+                _ => break None,
+            }
+            active = shared
+                .changed
+                .wait_timeout(active, Duration::from_millis(50))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    };
+    match engine {
+        Some(mut engine) => {
+            engine.reattach(channel, preamble);
+            drive(shared, engine);
+        }
+        None => refuse(channel, "this receiver does not know that migration"),
+    }
+}

@@ -1,0 +1,106 @@
+//! Where a migration goes: `tcp:HOST:PORT` or `unix:PATH`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Where a migration goes to or comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Uri {
+    /// `tcp:HOST:PORT`; an IPv6 address stands in brackets.
+    Tcp {
+        /// Name or address.
+        host: String,
+        /// Port; 0 lets a receiver choose a free one.
+        port: u16,
+    },
+    /// `unix:PATH`: a socket on this host.
+    Unix(PathBuf),
+}
+
+/// Why a text is no such place.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UriError {
+    /// Not one of the forms.
+    #[error("'{0}' is no place to migrate to; write tcp:HOST:PORT or unix:PATH")]
+    Form(String),
+    /// The port is no number.
+    #[error(
+        "'{0}' has no port between 0 and 65535; write tcp:HOST:PORT, for instance tcp:10.0.0.2:7000"
+    )]
+    Port(String),
+    /// Longer than a socket's address can be.
+    #[error("the socket path '{0}' is longer than 107 bytes; choose a shorter one")]
+    Long(String),
+}
+
+impl FromStr for Uri {
+    type Err = UriError;
+
+    fn from_str(text: &str) -> Result<Self, UriError> {
+        if let Some(rest) = text.strip_prefix("tcp:") {
+            let (host, port) = rest
+                .rsplit_once(':')
+                .ok_or_else(|| UriError::Port(text.into()))?;
+            let host = host
+                .strip_prefix('[')
+                .and_then(|h| h.strip_suffix(']'))
+                .unwrap_or(host);
+            if host.is_empty() {
+                return Err(UriError::Form(text.into()));
+            }
+            let port = port.parse().map_err(|_| UriError::Port(text.into()))?;
+            return Ok(Self::Tcp {
+                host: host.into(),
+                port,
+            });
+        }
+        match text.strip_prefix("unix:") {
+            Some(path) if path.len() > 107 => Err(UriError::Long(path.into())),
+            Some(path) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            _ => Err(UriError::Form(text.into())),
+        }
+    }
+}
+
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms() {
+        for good in [
+            "tcp:127.0.0.1:7000",
+            "tcp:[::1]:0",
+            "tcp:host.example:65535",
+            "unix:/run/x.sock",
+        ] {
+            assert_eq!(good.parse::<Uri>().unwrap().to_string(), good);
+        }
+        for bad in [
+            "",
+            "tcp:",
+            "tcp:host",
+            "tcp::80",
+            "tcp:host:99999",
+            "tcp:host:x",
+            "unix:",
+            "http://x",
+            "/run/x",
+        ] {
+            let message = bad.parse::<Uri>().unwrap_err().to_string();
+            assert!(message.contains("tcp:HOST:PORT"), "{message}");
+        }
+        assert!(format!("unix:/{}", "x".repeat(107)).parse::<Uri>().is_err());
+    }
+}
