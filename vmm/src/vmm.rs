@@ -1,37 +1,44 @@
 //! A VMM: one guest, and who owns it.
 //!
 //! ```text
-//!                       arrived                    pause
-//!          Receiving ─────────────────▶ Running ◀────────▶ Paused
-//!              │                         │    ▲   resume
-//!              │                 migrate │    │ failed, cancelled
-//!              │                         ▼    │
-//!              │                       Migrating ──completed──▶ Moved      (the VMM ends)
-//!              │                         │
-//!              │                         └──in doubt──▶ InDoubt ──recover, take over──▶ Running
-//!              ▼
-//!            Ended ◀── stop (from anywhere), the guest's own end
+//!              arrived                    pause
+//!  Receiving ─────────────────▶ Running ◀────────▶ Paused
+//!    │    │                      │    ▲   resume
+//!    │    │ the source           │    │
+//!    │    │ fell silent          │    │ failed, cancelled
+//!    │    ▼              migrate │    │
+//!    │  Unconfirmed ──▶ Running  ▼    │
+//!    │    arrived,            Migrating ──completed──▶ Moved      (the VMM ends)
+//!    │    take over              │                       ▲
+//!    │                           │ in doubt              │ recover
+//!    ▼                           ▼                       │
+//!  Ended ◀── stop, its end    InDoubt ───────────────────┤
+//!            (from anywhere)                             │ take over
+//!                                                        ▼
+//!                                                     Running
 //! ```
 //!
-//! `Moved` and `InDoubt` have no way back by `resume`: there may be a second copy of the guest that runs. Only an
-//! operator who says so (`take_over`) lets a guest in doubt run here.
+//! `Moved` and `InDoubt` have no way back by `resume`: there may be a second copy of the guest that
+//! runs. Only an operator who says so (`take_over`) lets a guest in doubt run here; the same holds for
+//! `Unconfirmed`, which is what the destination has of the same doubt.
 //!
 //! One lock (`Core::inner`) guards the state. It is held while a machine is paused or resumed, which takes microseconds
 //! unless a device blocks; never while a migration runs. A listener's queue is locked inside it, never the other way round.
 
 #![forbid(unsafe_code)]
 
+mod control;
 mod machine;
+mod state;
 
 pub use machine::MachineGuest;
+pub use state::{Ending, Outcome};
 
-use crate::api::events::{Publisher, Subscription};
-use crate::api::types::{
-    GuestInfo, MigrateRequest, MigrationStatus, RecoverRequest, StateName, Status,
-};
-use crate::api::{Control, Refusal};
+use crate::api::events::Publisher;
+use crate::api::types::GuestInfo;
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Event, Phase, Progress, Report};
+use state::State;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -67,20 +74,20 @@ pub trait Guest: Send + Sync + 'static {
     /// A sentence about the URI.
     fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String>;
 
-    /// For a guest in doubt: says the commit of `session` again to whoever listens on `uri`. Blocks for some seconds
-    /// at most.
+    /// Tells the destination of a migration in doubt once more that the guest is its own. Blocks.
     ///
     /// # Errors
-    /// A sentence; the guest is then still in doubt.
+    /// A sentence; it is not known any better who has the guest.
     fn confirm(&self, uri: &str, session: &str) -> Result<(), String>;
 }
 
-/// Where guests arrive from.
-pub trait Incoming: Send + Sync + 'static {
-    /// Runs a guest that is complete here and was never handed over, on the operator's word.
+/// A guest that is complete here and was never handed over.
+pub trait Unconfirmed: Send + Sync {
+    /// Runs it, on the operator's word that it does not run at the source; it then
+    /// [arrives](Vmm::arrived).
     ///
     /// # Errors
-    /// A sentence; nothing has changed then.
+    /// A sentence.
     fn take_over(&self) -> Result<(), String>;
 }
 
@@ -96,109 +103,10 @@ pub trait Migration: Send {
 
 /// A running migration, for others.
 pub trait MigrationHandle: Send + Sync {
-    /// Asks it to give up; without effect after the commit.
-    fn cancel(&self);
+    /// Asks it to give up; false, and without effect, after the commit.
+    fn cancel(&self) -> bool;
     /// Where it stands.
     fn progress(&self) -> Progress;
-}
-
-/// How a guest ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// The guest switched itself off.
-    Shutdown,
-    /// The guest asked for a reset, which ends a VMM without firmware.
-    Reset,
-    /// Somebody asked for it, and how ("on SIGTERM").
-    Stopped(String),
-    /// It cannot go on; the text is a sentence.
-    Failed(String),
-}
-
-impl Ending {
-    fn sentence(&self) -> String {
-        match self {
-            Self::Shutdown => "the guest has shut down".into(),
-            Self::Reset => "the guest has asked for a reset and was ended".into(),
-            Self::Stopped(how) => format!("the guest was ended {how}"),
-            Self::Failed(why) => format!("the guest cannot go on: {why}"),
-        }
-    }
-}
-
-/// Why a VMM has nothing more to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// One sentence for the user.
-    pub sentence: String,
-    /// Whether that is a good end.
-    pub success: bool,
-}
-
-enum State {
-    Receiving {
-        listening: String,
-        incoming: Arc<dyn Incoming>,
-        /// A guest is complete here, and its source fell silent before it handed it over.
-        doubt: bool,
-    },
-    Running,
-    Paused,
-    Migrating {
-        to: String,
-        handle: Arc<dyn MigrationHandle>,
-        paused_before: bool,
-    },
-    Moved {
-        to: String,
-        downtime_ms: f64,
-    },
-    InDoubt {
-        to: String,
-        warned: bool,
-    },
-    Ended(Ending),
-}
-
-impl State {
-    const fn name(&self) -> StateName {
-        match self {
-            Self::Receiving { doubt: true, .. } | Self::InDoubt { .. } => StateName::InDoubt,
-            Self::Receiving { .. } => StateName::Receiving,
-            Self::Running => StateName::Running,
-            Self::Paused => StateName::Paused,
-            Self::Migrating { .. } => StateName::Migrating,
-            Self::Moved { .. } => StateName::Moved,
-            Self::Ended(_) => StateName::Ended,
-        }
-    }
-
-    /// One sentence: what is, and what can be done.
-    fn explanation(&self) -> String {
-        match self {
-            Self::Receiving { doubt: true, .. } => "a guest is complete here, but its source fell silent before it \
-                 handed it over; `ferry recover` at the source settles it, or `ferry recover --take-over` here, if the \
-                 source certainly does not run it"
-                .into(),
-            Self::Receiving { listening, .. } => {
-                format!("waits on {listening} for a guest to arrive")
-            }
-            Self::Running => "the guest runs here".into(),
-            Self::Paused => "the guest is paused here; `ferry resume` lets it run".into(),
-            Self::Migrating { to, .. } => {
-                format!("the guest is being migrated to {to}; `ferry cancel` keeps it here")
-            }
-            Self::Moved { to, .. } => {
-                format!("the guest was migrated to {to} and never runs here again")
-            }
-            Self::InDoubt { to, .. } => format!(
-                "the guest was handed over to {to}, which did not confirm; `ferry recover` asks again; if that is \
-                 impossible and it does not run there, `ferry recover --take-over` lets it run here, and if it does, `ferry \
-                 stop` discards this copy"
-            ),
-            Self::Ended(ending) => ending.sentence(),
-        }
-    }
 }
 
 struct Inner {
@@ -239,13 +147,8 @@ impl Vmm {
     ///
     /// # Errors
     /// No eventfd can be made.
-    pub fn receiving(listening: String, incoming: Arc<dyn Incoming>) -> io::Result<Self> {
-        let state = State::Receiving {
-            listening,
-            incoming,
-            doubt: false,
-        };
-        Self::with(state, None)
+    pub fn receiving(listening: String) -> io::Result<Self> {
+        Self::with(State::Receiving { listening }, None)
     }
 
     fn with(state: State, guest: Option<Arc<dyn Guest>>) -> io::Result<Self> {
@@ -265,30 +168,44 @@ impl Vmm {
         })
     }
 
-    /// A migration has brought the guest. It runs, unless it was paused at the source.
-    pub fn arrived(&self, guest: Arc<dyn Guest>, runs: bool) {
+    /// A migration has brought the guest; it runs, or stands still as it did at the source.
+    pub fn arrived(&self, guest: Arc<dyn Guest>, running: bool) {
         let mut inner = self.core.lock();
         match inner.state {
-            State::Receiving { .. } => {
+            State::Receiving { .. } | State::Unconfirmed { .. } => {
                 inner.guest = Some(guest);
-                inner.state = if runs { State::Running } else { State::Paused };
+                inner.state = if running {
+                    State::Running
+                } else {
+                    State::Paused
+                };
             }
             // Stopped while it arrived: that is what "stop" meant.
             _ => guest.stop(),
         }
     }
 
-    /// A guest is complete here and was not handed over.
-    pub fn arrival_in_doubt(&self) {
-        if let State::Receiving { doubt, .. } = &mut self.core.lock().state {
-            *doubt = true;
+    /// A guest is complete here and the source fell silent before it handed it over; `why` is its
+    /// sentence.
+    pub fn unconfirmed(&self, why: String, doubt: Arc<dyn Unconfirmed>) {
+        let mut inner = self.core.lock();
+        if matches!(
+            inner.state,
+            State::Receiving { .. } | State::Unconfirmed { .. }
+        ) {
+            inner.state = State::Unconfirmed {
+                why,
+                doubt,
+                warned: false,
+            };
         }
     }
 
-    /// A migration has ended and its source keeps the guest: back to waiting.
-    pub fn arrival_failed(&self) {
-        if let State::Receiving { doubt, .. } = &mut self.core.lock().state {
-            *doubt = false;
+    /// The source has said that it keeps the guest: a doubt is over, and the next may arrive.
+    pub fn arrival_failed(&self, listening: String) {
+        let mut inner = self.core.lock();
+        if matches!(inner.state, State::Unconfirmed { .. }) {
+            inner.state = State::Receiving { listening };
         }
     }
 
@@ -303,6 +220,7 @@ impl Vmm {
             }
             // Not this VMM's guest any more, or ended before.
             State::Receiving { .. }
+            | State::Unconfirmed { .. }
             | State::Moved { .. }
             | State::InDoubt { .. }
             | State::Ended(_) => {}
@@ -319,7 +237,7 @@ impl Vmm {
     /// kept the first time. Returns what to tell the user now, if the end itself will not.
     pub fn interrupt(&self, how: &str) -> Option<String> {
         let mut inner = self.core.lock();
-        if let State::InDoubt { warned, .. } = &mut inner.state
+        if let State::InDoubt { warned, .. } | State::Unconfirmed { warned, .. } = &mut inner.state
             && !std::mem::replace(warned, true)
         {
             let what = inner.state.explanation();
@@ -339,18 +257,7 @@ impl Vmm {
     /// Why it has nothing more to do, once that is so.
     #[must_use]
     pub fn outcome(&self) -> Option<Outcome> {
-        let inner = self.core.lock();
-        match &inner.state {
-            State::Moved { to, downtime_ms } => Some(Outcome {
-                sentence: format!("the guest has moved to {to} (downtime {downtime_ms:.1} ms)"),
-                success: true,
-            }),
-            State::Ended(ending) => Some(Outcome {
-                sentence: ending.sentence(),
-                success: !matches!(ending, Ending::Failed(_)),
-            }),
-            _ => None,
-        }
+        self.core.lock().state.outcome()
     }
 }
 
@@ -378,7 +285,11 @@ impl Core {
                     .get_or_insert_with(|| Ending::Stopped(how.to_owned()));
                 Some(note)
             }
-            State::Receiving { .. } | State::Running | State::Paused | State::InDoubt { .. } => {
+            State::Receiving { .. }
+            | State::Unconfirmed { .. }
+            | State::Running
+            | State::Paused
+            | State::InDoubt { .. } => {
                 if let Some(guest) = &inner.guest {
                     guest.stop();
                 }
@@ -424,12 +335,14 @@ fn after(inner: &mut Inner, to: &str, report: &Report) -> State {
     match report.status {
         report::Status::Completed => State::Moved {
             to: to.to_owned(),
-            downtime_ms: report.downtime_ms,
+            downtime_ms: Some(report.downtime_ms),
         },
         // A request to stop was about a guest that was here; this may be its only copy, so it must be said again.
         report::Status::InDoubt => State::InDoubt {
             to: to.to_owned(),
+            session: report.session.clone(),
             warned: false,
+            asking: false,
         },
         report::Status::Failed | report::Status::Cancelled => match ending {
             Some(ending) => {
@@ -481,174 +394,6 @@ fn broken(progress: &Progress) -> Report {
         faults: report::Faults::default(),
         verified: None,
         why: None,
-    }
-}
-
-/// A refusal that says what is and what can be done.
-fn conflict(wish: &str, state: &State) -> Refusal {
-    Refusal::Conflict(format!("cannot {wish}: {}", state.explanation()))
-}
-
-impl Control for Vmm {
-    fn status(&self) -> Status {
-        let inner = self.core.lock();
-        Status {
-            schema: Status::SCHEMA,
-            version: env!("CARGO_PKG_VERSION").into(),
-            pid: std::process::id(),
-            state: inner.state.name(),
-            explanation: inner.state.explanation(),
-            guest: inner.guest.as_ref().map(|g| g.info()),
-            uptime_ms: u64::try_from(self.core.since.elapsed().as_millis()).unwrap_or(u64::MAX),
-            migration: match &inner.state {
-                State::Migrating { handle, .. } => Some(handle.progress()),
-                _ => None,
-            },
-            listening: match &inner.state {
-                State::Receiving { listening, .. } => Some(listening.clone()),
-                _ => None,
-            },
-        }
-    }
-
-    fn pause(&self) -> Result<(), Refusal> {
-        let mut inner = self.core.lock();
-        match (&inner.state, &inner.guest) {
-            (State::Paused, _) => Ok(()),
-            (State::Running, Some(guest)) => {
-                guest.pause().map_err(Refusal::Failed)?;
-                inner.state = State::Paused;
-                Ok(())
-            }
-            (state, _) => Err(conflict("pause", state)),
-        }
-    }
-
-    fn resume(&self) -> Result<(), Refusal> {
-        let mut inner = self.core.lock();
-        match (&inner.state, &inner.guest) {
-            (State::Running, _) => Ok(()),
-            (State::Paused, Some(guest)) => {
-                guest.resume().map_err(Refusal::Failed)?;
-                inner.state = State::Running;
-                Ok(())
-            }
-            (state, _) => Err(conflict("resume", state)),
-        }
-    }
-
-    fn stop(&self) -> Result<(), Refusal> {
-        self.core
-            .stop(&mut self.core.lock(), "by a request on its control socket");
-        Ok(())
-    }
-
-    fn cancel(&self) -> Result<(), Refusal> {
-        match &self.core.lock().state {
-            State::Migrating { handle, .. } => {
-                handle.cancel();
-                Ok(())
-            }
-            state => Err(conflict("cancel a migration, none is under way", state)),
-        }
-    }
-
-    fn migrate(&self, request: &MigrateRequest) -> Result<Subscription, Refusal> {
-        request
-            .options
-            .check()
-            .map_err(|e| Refusal::Invalid(e.to_string()))?;
-        let mut inner = self.core.lock();
-        let (guest, paused_before) = match (&inner.state, &inner.guest) {
-            (State::Running, Some(guest)) => (guest, false),
-            (State::Paused, Some(guest)) => (guest, true),
-            (state, _) => return Err(conflict("migrate", state)),
-        };
-        let migration = guest.migration(&request.uri).map_err(Refusal::Invalid)?;
-        let handle = migration.handle();
-        let mut publisher = Publisher::default();
-        let subscription = publisher.subscribe();
-        let (core, to, options) = (
-            Arc::clone(&self.core),
-            request.uri.clone(),
-            request.options.clone(),
-        );
-        let seen = Arc::clone(&handle);
-        let work = move || core.migrate(migration, &to, &options, publisher, &*seen);
-        // The thread waits for the lock that we hold, so the state below is there before its end can be.
-        std::thread::Builder::new()
-            .name("ferry-migrate".into())
-            .spawn(work)
-            .map_err(|e| {
-                Refusal::Failed(format!("cannot start a thread for the migration ({e})"))
-            })?;
-        inner.report = None;
-        inner.ending = None;
-        inner.state = State::Migrating {
-            to: request.uri.clone(),
-            handle,
-            paused_before,
-        };
-        Ok(subscription)
-    }
-
-    fn migration(&self) -> MigrationStatus {
-        let inner = self.core.lock();
-        let progress = match &inner.state {
-            State::Migrating { handle, .. } => Some(handle.progress()),
-            _ => None,
-        };
-        MigrationStatus {
-            progress,
-            report: inner.report.clone(),
-        }
-    }
-
-    fn recover(&self, request: &RecoverRequest) -> Result<(), Refusal> {
-        let mut inner = self.core.lock();
-        if let State::Receiving {
-            incoming,
-            doubt: true,
-            ..
-        } = &inner.state
-        {
-            if !request.take_over {
-                return Err(Refusal::Conflict(
-                    "only the source can be asked to settle this: run `ferry recover` there, or here with --take-over if it \
-                     certainly does not run the guest"
-                        .into(),
-                ));
-            }
-            let incoming = Arc::clone(incoming);
-            drop(inner);
-            tracing::warn!("the guest that was not handed over runs here on the operator's word");
-            return incoming.take_over().map_err(Refusal::Failed);
-        }
-        let (State::InDoubt { to, .. }, Some(guest)) = (&inner.state, &inner.guest) else {
-            return Err(conflict("recover, nothing is in doubt", &inner.state));
-        };
-        if request.take_over {
-            guest.resume().map_err(Refusal::Failed)?;
-            tracing::warn!("the guest in doubt runs here on the operator's word");
-            inner.state = State::Running;
-            return Ok(());
-        }
-        let to = request.uri.clone().unwrap_or_else(|| to.clone());
-        let report = inner.report.clone();
-        let session = report
-            .as_ref()
-            .map_or_else(String::new, |report| report.session.clone());
-        let guest = Arc::clone(guest);
-        drop(inner);
-        guest.confirm(&to, &session).map_err(Refusal::Failed)?;
-        let mut inner = self.core.lock();
-        if matches!(inner.state, State::InDoubt { .. }) {
-            guest.stop();
-            let downtime_ms = report.map_or(0.0, |report| report.downtime_ms);
-            self.core
-                .finish(&mut inner, State::Moved { to, downtime_ms });
-        }
-        Ok(())
     }
 }
 

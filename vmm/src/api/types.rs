@@ -18,7 +18,7 @@ pub enum StateName {
     Migrating,
     /// The guest was migrated away and never runs here again.
     Moved,
-    /// The guest was handed over and the destination did not confirm: it runs at most there.
+    /// The guest was handed over and not confirmed, or is complete here and was not handed over: it does not run here.
     InDoubt,
     /// The guest has ended.
     Ended,
@@ -83,7 +83,7 @@ impl Status {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateRequest {
-    /// Where to: `tcp:HOST:PORT`, `unix:PATH` or `file:PATH`.
+    /// Where to: `tcp:HOST:PORT` or `unix:PATH`.
     pub uri: String,
     /// How; what is left out has its default.
     #[serde(default)]

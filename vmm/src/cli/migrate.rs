@@ -2,6 +2,7 @@
 
 use super::output::{Failure, put, put_json, say};
 use super::progress::Display;
+use super::serve::SAME_WISH;
 use super::summary::{sentence, table};
 use super::units::{duration, rate};
 use ferry_migration::options::{OnTimeout, Options, PolicyKind};
@@ -13,7 +14,7 @@ use serde::de::DeserializeOwned;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Move a running guest to another host.
 ///
@@ -26,7 +27,7 @@ pub struct Args {
     /// The control socket of the guest's VMM.
     #[arg(long, value_name = "SOCKET")]
     api: PathBuf,
-    /// Where `ferry receive` waits: tcp:HOST:PORT, unix:PATH or file:PATH.
+    /// Where `ferry receive` waits: tcp:HOST:PORT or unix:PATH.
     #[arg(value_name = "URI")]
     uri: String,
     /// Which algorithm decides what is sent when.
@@ -134,9 +135,13 @@ fn cancel_on_signal(client: Client) -> Result<(), Failure> {
         if let Err(e) = client.act(Action::Cancel) {
             say(&e.to_string());
         }
-        if signals.wait().is_ok() {
-            say("not waiting any longer; `ferry status` shows what became of the guest");
-            std::process::exit(130);
+        // One wish may arrive twice: timeout(1) signals the process and its group.
+        let first = Instant::now();
+        while signals.wait().is_ok() {
+            if first.elapsed() >= SAME_WISH {
+                say("not waiting any longer; `ferry status` shows what became of the guest");
+                std::process::exit(130);
+            }
         }
     };
     std::thread::Builder::new()

@@ -6,11 +6,14 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+/// Rounds that get a line each.
+const FIRST_ROUNDS: u32 = 8;
+
 /// How it is shown.
 pub enum Display {
     /// A bar that is redrawn.
     Bar(ProgressBar),
-    /// A line a second, and one for each round.
+    /// A line a second, and one for each of the first rounds.
     Lines { last: Option<Instant> },
     /// Not at all.
     Nothing,
@@ -48,13 +51,15 @@ impl Display {
                 bar.set_position(p.round_sent.min(p.round_pages));
                 bar.set_message(line(p));
             }
-            (Self::Lines { last }, Event::Progress(p))
-                if last.is_none_or(|l| l.elapsed() >= Duration::from_secs(1)) =>
-            {
+            (Self::Lines { last }, Event::Progress(p)) if due(*last) => {
                 *last = Some(Instant::now());
                 tell(&format!("{:>8}  {}", span(p.elapsed_ms), line(p)));
             }
-            (Self::Lines { .. }, Event::Round(r)) => tell(&round_line(r)),
+            // Late rounds can be a thousand a second.
+            (Self::Lines { last }, Event::Round(r)) if r.n <= FIRST_ROUNDS || due(*last) => {
+                *last = Some(Instant::now());
+                tell(&round_line(r));
+            }
             _ => {}
         }
     }
@@ -73,6 +78,10 @@ impl Display {
             bar.finish_and_clear();
         }
     }
+}
+
+fn due(last: Option<Instant>) -> bool {
+    last.is_none_or(|l| l.elapsed() >= Duration::from_secs(1))
 }
 
 fn tell(text: &str) {

@@ -1,15 +1,19 @@
 //! `ferry receive`.
 
 use super::output::{Failure, say};
-use super::serial::{Serial, Spool};
+use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
-use ferry_vmm::migrate::{Arrival, Receiver, Uri};
+use ferry_vmm::machine::RunState;
+use ferry_vmm::migrate::{Arrival, ReceiveState, Receiver, Uri};
 use ferry_vmm::vmm::{MachineGuest, Vmm};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How often the thread that waits for arrivals looks whether the VMM still exists.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Wait for a guest to be migrated here, then be its VMM.
 ///
@@ -18,7 +22,7 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock")]
 pub struct Args {
-    /// Where to wait: tcp:HOST:PORT or unix:PATH.
+    /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH.
     #[arg(value_name = "URI")]
     uri: Uri,
     /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
@@ -33,39 +37,44 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
     let spool = args.serial.open()?;
     let output = spool.clone();
-    let serial = move || Ok(Box::new(Spool::clone(&output)) as Box<dyn Write + Send>);
+    let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
     let receiver = Arc::new(Receiver::bind(&args.uri, Arc::new(serial))?);
     let uri = receiver.local_uri().to_string();
-    let vmm = Vmm::receiving(uri.clone(), Arc::clone(&receiver) as _)?;
+    let vmm = Vmm::receiving(uri.clone())?;
     let server = bind(args.api.as_deref(), None, &vmm)?;
     say(&format!("waiting on {uri} for a guest"));
-    let receiving = vmm.clone();
+    let (arriving, receiving) = (Arc::clone(&receiver), vmm.clone());
     std::thread::Builder::new()
-        .name("ferry-receive".into())
-        .spawn(move || receive(&receiver, &receiving))?;
-    serve(&vmm, server, signals, &args.serial, &spool)
+        .name("ferry-arrivals".into())
+        .spawn(move || receive(&arriving, &receiving))?;
+    let result = serve(&vmm, server, signals, &args.serial, &spool);
+    // Kept until here: it answers a source that asks again whether its guest has arrived.
+    drop(receiver);
+    result
 }
 
-/// Waits for a guest, and afterwards for sources that ask what became of it.
-fn receive(receiver: &Receiver, vmm: &Vmm) {
-    loop {
-        match receiver.wait(Duration::from_secs(3600)) {
+fn receive(receiver: &Arc<Receiver>, vmm: &Vmm) {
+    while vmm.outcome().is_none() {
+        match receiver.wait(PATIENCE) {
             None => {}
-            Some(Arrival::Failed(why)) => {
-                vmm.arrival_failed();
-                say(&format!("{why}; waiting for the next"));
+            Some(Arrival::Failed(sentence)) => {
+                if receiver.state() == ReceiveState::Waiting {
+                    vmm.arrival_failed(receiver.local_uri().to_string());
+                }
+                say(&sentence);
             }
-            Some(Arrival::InDoubt(why)) => {
-                vmm.arrival_in_doubt();
-                say(&format!(
-                    "{why}; `ferry recover` at the source ends the doubt, or `ferry recover --take-over` here if the source \
-                     certainly does not run it"
-                ));
+            Some(Arrival::InDoubt(sentence)) => {
+                say(&sentence);
+                vmm.unconfirmed(sentence, Arc::clone(receiver) as _);
             }
             Some(Arrival::Arrived(machine)) => {
+                let running = machine.run_state() == RunState::Running;
                 let guest = MachineGuest::new(machine);
-                vmm.arrived(Arc::clone(&guest) as _, guest.runs());
-                say("the guest has arrived");
+                vmm.arrived(Arc::clone(&guest) as _, running);
+                say(match running {
+                    true => "the guest has arrived and runs here",
+                    false => "the guest has arrived, paused as it was; `ferry resume` lets it run",
+                });
                 if let Err(e) = guest.watch(vmm) {
                     // It runs, and that matters more; only its own end will go unnoticed.
                     say(&format!(

@@ -13,12 +13,16 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long replies in hand, such as the report of the migration that has just ended, may take.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// How often keys are offered again to a guest that did not take them, in milliseconds.
 const RETRY_MS: i32 = 20;
+
+/// Signals that come closer together than this are one wish: timeout(1) signals a process and then its group, and a
+/// guest in doubt must not be discarded by that.
+pub const SAME_WISH: Duration = Duration::from_secs(1);
 
 const SERVER: u32 = 0;
 const FINISHED: u32 = 1;
@@ -99,6 +103,7 @@ pub fn serve(
         signals,
         terminal,
         pending: false,
+        signalled: None,
     };
     let failed = |e: event_manager::Error| Failure(format!("the event loop failed ({e})"));
     let mut manager = EventManager::new().map_err(failed)?;
@@ -147,6 +152,8 @@ struct Loop {
     terminal: Option<Terminal>,
     /// Keys wait for the guest.
     pending: bool,
+    /// When the last signal was heeded.
+    signalled: Option<Instant>,
 }
 
 impl Loop {
@@ -160,6 +167,10 @@ impl Loop {
 
     fn signal(&mut self) {
         while let Ok(Some(info)) = self.signals.0.read_signal() {
+            if self.signalled.is_some_and(|at| at.elapsed() < SAME_WISH) {
+                continue;
+            }
+            self.signalled = Some(Instant::now());
             let number = i32::try_from(info.ssi_signo).unwrap_or(0);
             let name = Signal::try_from(number).map_or("a signal", Signal::as_str);
             self.interrupt(&format!("on {name}"));

@@ -28,8 +28,8 @@ pub fn sentence(report: &Report, uri: &str) -> String {
             format!("the migration to {uri} was cancelled{because}; the guest runs on where it was")
         }
         Status::InDoubt => format!(
-            "the migration to {uri} ended in doubt{because}: neither side runs the guest by itself; if it does not run \
-             there, `ferry recover --take-over` here lets it run, and if it does, `ferry stop` discards the copy here"
+            "the migration to {uri} ended in doubt{because}: neither side runs the guest by \
+             itself; `ferry recover` asks the destination again, and `ferry status` says what else can be done"
         ),
     }
 }
@@ -246,7 +246,7 @@ why        pending pages fit the downtime target
             end(Status::Cancelled, None),
             "the migration to tcp:b:7000 was cancelled; the guest runs on where it was"
         );
-        assert!(end(Status::InDoubt, None).contains("--take-over"));
+        assert!(end(Status::InDoubt, None).contains("`ferry recover`"));
     }
 
     #[test]

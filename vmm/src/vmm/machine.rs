@@ -1,8 +1,8 @@
 //! A [`Machine`] as a [`Guest`].
 
-use super::{Ending, Guest, Incoming, Migration, MigrationHandle, Vmm};
+use super::{Ending, Guest, Migration, MigrationHandle, Unconfirmed, Vmm};
 use crate::api::types::GuestInfo;
-use crate::machine::{Exit, Machine, RunState};
+use crate::machine::{Exit, Machine};
 use crate::migrate::{Handle, Receiver, Uri, migrate, recover};
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
@@ -20,12 +20,6 @@ impl MachineGuest {
     #[must_use]
     pub fn new(machine: Arc<Machine>) -> Arc<Self> {
         Arc::new(Self { machine })
-    }
-
-    /// Whether its processors run.
-    #[must_use]
-    pub fn runs(&self) -> bool {
-        self.machine.run_state() == RunState::Running
     }
 
     /// From now on the VMM hears of the guest's own end.
@@ -93,12 +87,6 @@ impl Guest for MachineGuest {
     }
 }
 
-impl Incoming for Receiver {
-    fn take_over(&self) -> Result<(), String> {
-        Self::take_over(self)
-    }
-}
-
 struct MachineMigration {
     machine: Arc<Machine>,
     uri: Uri,
@@ -116,11 +104,17 @@ impl Migration for MachineMigration {
 }
 
 impl MigrationHandle for Handle {
-    fn cancel(&self) {
-        Handle::cancel(self);
+    fn cancel(&self) -> bool {
+        Handle::cancel(self)
     }
 
     fn progress(&self) -> Progress {
         Handle::progress(self)
+    }
+}
+
+impl Unconfirmed for Receiver {
+    fn take_over(&self) -> Result<(), String> {
+        Receiver::take_over(self)
     }
 }

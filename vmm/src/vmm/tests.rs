@@ -1,7 +1,9 @@
 //! Every state against every request, with a guest and a migration that do as the test says.
 
 use super::*;
-use crate::api::events::Next;
+use crate::api::events::{Next, Subscription};
+use crate::api::types::{MigrateRequest, RecoverRequest, StateName};
+use crate::api::{Control, Refusal};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -70,26 +72,27 @@ impl Guest for FakeGuest {
             steps,
         }))
     }
+
     fn confirm(&self, uri: &str, _: &str) -> Result<(), String> {
         self.journal.note("confirm");
-        if uri == "tcp:there:1" {
-            Ok(())
-        } else {
-            Err(format!("nobody answers on {uri}"))
+        match uri {
+            "tcp:there:1" => Err("nobody answers there".into()),
+            _ => Ok(()),
         }
     }
 }
 
-impl Incoming for Journal {
+impl Unconfirmed for Journal {
     fn take_over(&self) -> Result<(), String> {
-        self.note("take-over");
+        self.note("take over");
         Ok(())
     }
 }
 
 impl MigrationHandle for Journal {
-    fn cancel(&self) {
+    fn cancel(&self) -> bool {
         self.note("cancel");
+        self.progress().phase != Phase::Committed
     }
     fn progress(&self) -> Progress {
         self.progress.lock().unwrap().clone()
@@ -301,18 +304,8 @@ fn a_guest_in_doubt_runs_only_on_the_operators_word() {
     assert!(sentence.contains("--take-over"), "{sentence}");
     is_conflict(rig.vmm.pause());
     is_conflict(rig.vmm.migrate(&request("tcp:there:1")));
-    let elsewhere = RecoverRequest {
-        uri: Some("tcp:dead:1".into()),
-        take_over: false,
-    };
-    let refused = rig.vmm.recover(&elsewhere);
-    assert_eq!(
-        refused,
-        Err(Refusal::Failed("nobody answers on tcp:dead:1".into()))
-    );
-    assert_eq!(rig.state(), StateName::InDoubt);
     rig.vmm.guest_ended(Ending::Shutdown);
-    assert_eq!(rig.journal.calls(), ["confirm"]);
+    assert_eq!(rig.journal.calls(), [""; 0]);
     rig.vmm
         .recover(&RecoverRequest {
             take_over: true,
@@ -423,22 +416,83 @@ fn endings_are_told() {
 }
 
 #[test]
-fn a_doubt_ends_when_the_destination_confirms() {
+fn the_destination_can_be_asked_again() {
     let rig = Rig::migrated(report::Status::InDoubt);
-    rig.vmm.recover(&RecoverRequest::default()).unwrap();
-    assert_eq!(rig.state(), StateName::Moved);
-    assert_eq!(rig.journal.calls(), ["confirm", "stop"]);
+    let asked = rig.vmm.recover(&RecoverRequest::default());
+    assert_eq!(asked, Err(Refusal::Failed("nobody answers there".into())));
+    assert_eq!(rig.state(), StateName::InDoubt, "no answer is no knowledge");
+    let elsewhere = RecoverRequest {
+        uri: Some("tcp:moved:2".into()),
+        take_over: false,
+    };
+    rig.vmm.recover(&elsewhere).unwrap();
+    assert_eq!(rig.journal.calls(), ["confirm", "confirm"]);
+    assert_eq!(
+        rig.vmm.outcome().unwrap().sentence,
+        "the guest has moved to tcp:moved:2"
+    );
     is_conflict(rig.vmm.recover(&RecoverRequest {
         take_over: true,
         uri: None,
     }));
+    is_conflict(rig.vmm.resume());
+}
+
+#[test]
+fn a_cancel_that_comes_too_late_is_told_so() {
+    let rig = Rig::new();
+    let events = rig.begin();
+    rig.journal.progress.lock().unwrap().phase = Phase::Committed;
+    assert!(is_conflict(rig.vmm.cancel()).starts_with("too late"));
+    rig.end(&events, Step::End(report::Status::Completed));
+}
+
+#[test]
+fn a_guest_that_was_not_handed_over_waits_for_a_word() {
+    let journal = Arc::new(Journal::default());
+    let doubtful = || {
+        let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
+        vmm.unconfirmed("the source fell silent".into(), Arc::clone(&journal) as _);
+        assert_eq!(vmm.status().state, StateName::InDoubt);
+        vmm
+    };
+    let guest = || FakeGuest {
+        journal: Arc::clone(&journal),
+        steps: Mutex::new(None),
+    };
+    let vmm = doubtful();
+    for result in [
+        vmm.pause(),
+        vmm.resume(),
+        vmm.cancel(),
+        vmm.recover(&RecoverRequest::default()),
+    ] {
+        assert!(is_conflict(result).contains("the source fell silent"));
+    }
+    vmm.recover(&RecoverRequest {
+        take_over: true,
+        uri: None,
+    })
+    .unwrap();
+    assert_eq!(journal.calls(), ["take over"]);
+    vmm.arrived(Arc::new(guest()), true);
+    assert_eq!(vmm.status().state, StateName::Running);
+
+    // The source has found its word again.
+    let vmm = doubtful();
+    vmm.arrived(Arc::new(guest()), false);
+    assert_eq!(vmm.status().state, StateName::Paused);
+
+    let vmm = doubtful();
+    assert!(vmm.interrupt("on SIGINT").unwrap().contains("only copy"));
+    assert_eq!(vmm.status().state, StateName::InDoubt);
+    assert_eq!(vmm.interrupt("on SIGINT"), None);
+    assert_eq!(vmm.status().state, StateName::Ended);
 }
 
 #[test]
 fn receives_one_guest() {
-    let journal = Arc::new(Journal::default());
-    let receiving = || Vmm::receiving("tcp:0.0.0.0:7".into(), Arc::clone(&journal) as _).unwrap();
-    let vmm = receiving();
+    let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
     assert_eq!(vmm.status().listening.as_deref(), Some("tcp:0.0.0.0:7"));
     assert!(vmm.status().guest.is_none());
     for result in [
@@ -450,20 +504,7 @@ fn receives_one_guest() {
         assert!(is_conflict(result).contains("waits on tcp:0.0.0.0:7"));
     }
     assert_eq!(vmm.input(b"dropped"), 7);
-    let refused = RecoverRequest {
-        uri: None,
-        take_over: true,
-    };
-    is_conflict(vmm.recover(&refused));
-    // In doubt: the operator's word is passed on, and a failed arrival ends the doubt.
-    vmm.arrival_in_doubt();
-    assert_eq!(vmm.status().state, StateName::InDoubt);
-    is_conflict(vmm.resume());
-    is_conflict(vmm.recover(&RecoverRequest::default()));
-    vmm.recover(&refused).unwrap();
-    assert_eq!(journal.calls(), ["take-over"]);
-    vmm.arrival_failed();
-    assert_eq!(vmm.status().state, StateName::Receiving);
+    let journal = Arc::new(Journal::default());
     let guest = || FakeGuest {
         journal: Arc::clone(&journal),
         steps: Mutex::new(None),
@@ -473,13 +514,11 @@ fn receives_one_guest() {
     assert_eq!(vmm.input(b"x"), 1);
     assert_eq!(journal.calls(), ["input"]);
 
-    let vmm = receiving();
-    vmm.arrived(Arc::new(guest()), false);
-    assert_eq!(vmm.status().state, StateName::Paused);
-
-    let vmm = receiving();
+    let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
     vmm.stop().unwrap();
     vmm.arrived(Arc::new(guest()), true);
-    assert_eq!(vmm.status().state, StateName::Ended);
-    assert_eq!(journal.calls(), ["stop"]);
+    assert_eq!(
+        (vmm.status().state, journal.calls()),
+        (StateName::Ended, vec!["stop"])
+    );
 }

@@ -1,0 +1,134 @@
+//! The states of a [`Vmm`](super::Vmm), and what to say about them.
+
+use super::{MigrationHandle, Unconfirmed};
+use crate::api::types::StateName;
+use std::sync::Arc;
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest switched itself off.
+    Shutdown,
+    /// The guest asked for a reset, which ends a VMM without firmware.
+    Reset,
+    /// Somebody asked for it, and how ("on SIGTERM").
+    Stopped(String),
+    /// It cannot go on; the text is a sentence.
+    Failed(String),
+}
+
+impl Ending {
+    pub(super) fn sentence(&self) -> String {
+        match self {
+            Self::Shutdown => "the guest has shut down".into(),
+            Self::Reset => "the guest has asked for a reset and was ended".into(),
+            Self::Stopped(how) => format!("the guest was ended {how}"),
+            Self::Failed(why) => format!("the guest cannot go on: {why}"),
+        }
+    }
+}
+
+/// Why a VMM has nothing more to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// One sentence for the user.
+    pub sentence: String,
+    /// Whether that is a good end.
+    pub success: bool,
+}
+
+pub(super) enum State {
+    Receiving {
+        listening: String,
+    },
+    /// A guest is complete here, and the source fell silent before it handed it over.
+    Unconfirmed {
+        why: String,
+        doubt: Arc<dyn Unconfirmed>,
+        /// The user was told that ending would discard it.
+        warned: bool,
+    },
+    Running,
+    Paused,
+    Migrating {
+        to: String,
+        handle: Arc<dyn MigrationHandle>,
+        paused_before: bool,
+    },
+    Moved {
+        to: String,
+        /// In milliseconds, where it is known.
+        downtime_ms: Option<f64>,
+    },
+    /// Handed over, and the destination did not confirm.
+    InDoubt {
+        to: String,
+        session: String,
+        /// As above.
+        warned: bool,
+        /// The destination is being asked: taking over meanwhile might make a second copy.
+        asking: bool,
+    },
+    Ended(Ending),
+}
+
+impl State {
+    pub(super) const fn name(&self) -> StateName {
+        match self {
+            Self::Receiving { .. } => StateName::Receiving,
+            Self::Running => StateName::Running,
+            Self::Paused => StateName::Paused,
+            Self::Migrating { .. } => StateName::Migrating,
+            Self::Moved { .. } => StateName::Moved,
+            Self::Unconfirmed { .. } | Self::InDoubt { .. } => StateName::InDoubt,
+            Self::Ended(_) => StateName::Ended,
+        }
+    }
+
+    /// One sentence: what is, and what can be done.
+    pub(super) fn explanation(&self) -> String {
+        match self {
+            Self::Receiving { listening } => format!("waits on {listening} for a guest to arrive"),
+            Self::Unconfirmed { why, .. } => format!(
+                "a guest is complete here and was not handed over ({why}); `ferry recover` at the \
+                 source does that; if the source surely does not run it, `ferry recover \
+                 --take-over` runs it here, and if it does, `ferry stop` discards this copy"
+            ),
+            Self::Running => "the guest runs here".into(),
+            Self::Paused => "the guest is paused here; `ferry resume` lets it run".into(),
+            Self::Migrating { to, .. } => {
+                format!("the guest is being migrated to {to}; `ferry cancel` keeps it here")
+            }
+            Self::Moved { to, .. } => {
+                format!("the guest was migrated to {to} and never runs here again")
+            }
+            Self::InDoubt { to, .. } => format!(
+                "the guest was handed over to {to}, which did not confirm; `ferry recover` asks \
+                 there again; if it surely does not run there, `ferry recover --take-over` runs \
+                 it here, and if it does, `ferry stop` discards this copy"
+            ),
+            Self::Ended(ending) => ending.sentence(),
+        }
+    }
+
+    pub(super) fn outcome(&self) -> Option<Outcome> {
+        match self {
+            Self::Moved { to, downtime_ms } => {
+                let downtime = downtime_ms.map(|ms| format!(" (downtime {ms:.1} ms)"));
+                let sentence = format!(
+                    "the guest has moved to {to}{}",
+                    downtime.unwrap_or_default()
+                );
+                Some(Outcome {
+                    sentence,
+                    success: true,
+                })
+            }
+            Self::Ended(ending) => Some(Outcome {
+                sentence: ending.sentence(),
+                success: !matches!(ending, Ending::Failed(_)),
+            }),
+            _ => None,
+        }
+    }
+}
