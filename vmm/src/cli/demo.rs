@@ -39,6 +39,7 @@ struct KernelRun {
     run: u64,
     verified: bool,
     mops: f64,
+    seconds: f64,
     gap_max_us: u64,
     text: String,
 }
@@ -132,6 +133,7 @@ impl Host {
                             run: r.run,
                             verified: r.verified,
                             mops: r.mops,
+                            seconds: r.seconds,
                             gap_max_us: r.gaps.max_us,
                             text: format!("value {:.12e}, reference {:.12e}", r.value, r.reference),
                         }));
@@ -160,12 +162,19 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let mut source = Host::start(dir.path(), "A", &run)?;
     let before = source.result(0)?;
     show("before the move", &before)?;
+    // Into the middle of the next run, when its arrays are full of numbers.
+    std::thread::sleep(Duration::from_secs_f64(
+        before.seconds.clamp(0.0, 10.0) / 2.0,
+    ));
 
     put("\n2. It moves from process A to process B over TCP, while it runs.\n")?;
     let (mut b, report) = hop(dir.path(), &mut source, "B", false)?;
     // The run that was under way during the move.
     let during = b.result(before.run + 1)?;
     show("the run that was moved", &during)?;
+    std::thread::sleep(Duration::from_secs_f64(
+        during.seconds.clamp(0.0, 10.0) / 2.0,
+    ));
     put(&format!(
         "   the guest's own longest gap: {:.1} ms; ferry reported {:.1} ms of downtime\n",
         ms(during.gap_max_us),
