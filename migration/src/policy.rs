@@ -51,6 +51,15 @@ impl View<'_> {
             .map(|rate| seconds(bytes as f64 / rate.max(1.0)) + self.pause_overhead)
     }
 
+    /// The part of the predicted pause that sending the pending pages takes: what another round
+    /// can save.
+    #[must_use]
+    pub fn predicted_last_pages(&self) -> Option<Duration> {
+        let bytes = self.pending_pages * PAGE_BYTES;
+        self.bandwidth
+            .map(|rate| seconds(bytes as f64 / rate.max(1.0)))
+    }
+
     /// Pages per second that the guest dirties, by the last collection.
     #[must_use]
     pub fn dirty_rate(&self) -> f64 {

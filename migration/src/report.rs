@@ -98,6 +98,8 @@ pub struct Report {
     pub downtime: Downtime,
     /// The rounds, the stop-and-copy last.
     pub rounds: Vec<Round>,
+    /// Rounds in the middle of a very long migration that `rounds` leaves out.
+    pub rounds_omitted: u64,
     /// Pages by fate.
     pub pages: Pages,
     /// All bytes that the source wrote to its channels.

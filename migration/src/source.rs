@@ -181,6 +181,7 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     in_flight: VecDeque<InFlight>,
     bandwidth: Bandwidth,
     rounds: Vec<Round>,
+    rounds_omitted: u64,
     pages: Pages,
     why: Option<String>,
     verified: Option<bool>,
@@ -227,6 +228,7 @@ pub fn migrate<L: Link, G: Guest<L>>(guest: &mut G, setup: Setup<'_, L>) -> Repo
         in_flight: VecDeque::new(),
         bandwidth: Bandwidth::default(),
         rounds: Vec::new(),
+        rounds_omitted: 0,
         pages: Pages {
             total: layout.pages(),
             ..Pages::default()
@@ -260,6 +262,7 @@ fn failed_report(session: SessionId, policy: &str, error: &SourceError) -> Repor
         downtime_ms: 0.0,
         downtime: Downtime::default(),
         rounds: Vec::new(),
+        rounds_omitted: 0,
         pages: Pages::default(),
         bytes_wire: 0,
         mbps: 0.0,
@@ -294,6 +297,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let status = match (&error, self.state) {
             (None, _) => Status::Completed,
             (Some(_), State::Committed) => {
+                self.guest.stop_tracking();
                 self.enter(State::InDoubt);
                 Status::InDoubt
             }
@@ -475,6 +479,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             downtime_ms: d.quiesce_ms + d.last_pages_ms + d.state_ms + d.start_ms,
             downtime: self.downtime.clone(),
             rounds: std::mem::take(&mut self.rounds),
+            rounds_omitted: self.rounds_omitted,
             pages: self.pages.clone(),
             bytes_wire,
             mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,

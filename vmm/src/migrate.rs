@@ -190,6 +190,7 @@ fn broken_report(handle: &Handle, why: &str) -> Report {
         downtime_ms: 0.0,
         downtime: ferry_migration::report::Downtime::default(),
         rounds: Vec::new(),
+        rounds_omitted: 0,
         pages: ferry_migration::report::Pages::default(),
         faults: ferry_migration::report::Faults::default(),
         verified: None,

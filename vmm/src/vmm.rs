@@ -81,13 +81,13 @@ pub trait Guest: Send + Sync + 'static {
     fn confirm(&self, uri: &str, session: &str) -> Result<(), String>;
 }
 
-/// A guest that is complete here and was never handed over.
-pub trait Unconfirmed: Send + Sync {
-    /// Runs it, on the operator's word that it does not run at the source; it then
-    /// [arrives](Vmm::arrived).
+/// Where guests arrive from.
+pub trait Incoming: Send + Sync + 'static {
+    /// Runs a guest that is complete here and was never handed over, on the operator's word that it
+    /// does not run at the source; it then [arrives](Vmm::arrived).
     ///
     /// # Errors
-    /// A sentence.
+    /// A sentence; nothing has changed then.
     fn take_over(&self) -> Result<(), String>;
 }
 
@@ -143,12 +143,19 @@ impl Vmm {
         Self::with(state, Some(guest))
     }
 
-    /// Without a guest; see [`Vmm::arrived`]. `listening` is the URI that it waits on.
+    /// Without a guest, until [one arrives](Vmm::arrived) from `incoming`; `listening` is the URI that
+    /// it waits on.
     ///
     /// # Errors
     /// No eventfd can be made.
-    pub fn receiving(listening: String) -> io::Result<Self> {
-        Self::with(State::Receiving { listening }, None)
+    pub fn receiving(listening: String, incoming: Arc<dyn Incoming>) -> io::Result<Self> {
+        Self::with(
+            State::Receiving {
+                listening,
+                incoming,
+            },
+            None,
+        )
     }
 
     fn with(state: State, guest: Option<Arc<dyn Guest>>) -> io::Result<Self> {
@@ -185,18 +192,34 @@ impl Vmm {
         }
     }
 
-    /// A guest is complete here and the source fell silent before it handed it over; `why` is its
-    /// sentence.
-    pub fn unconfirmed(&self, why: String, doubt: Arc<dyn Unconfirmed>) {
+    /// A guest is complete here, and the source fell silent before it handed it over.
+    pub fn arrival_in_doubt(&self) {
         let mut inner = self.core.lock();
-        if matches!(
-            inner.state,
-            State::Receiving { .. } | State::Unconfirmed { .. }
-        ) {
+        if let State::Receiving {
+            listening,
+            incoming,
+        } = &inner.state
+        {
             inner.state = State::Unconfirmed {
-                why,
-                doubt,
+                listening: listening.clone(),
+                incoming: Arc::clone(incoming),
                 warned: false,
+            };
+        }
+    }
+
+    /// A migration has ended and its source keeps the guest: back to waiting.
+    pub fn arrival_failed(&self) {
+        let mut inner = self.core.lock();
+        if let State::Unconfirmed {
+            listening,
+            incoming,
+            ..
+        } = &inner.state
+        {
+            inner.state = State::Receiving {
+                listening: listening.clone(),
+                incoming: Arc::clone(incoming),
             };
         }
     }
@@ -379,6 +402,7 @@ fn broken(progress: &Progress) -> Report {
         downtime_ms: 0.0,
         downtime: report::Downtime::default(),
         rounds: Vec::new(),
+        rounds_omitted: 0,
         pages: report::Pages::default(),
         bytes_wire: progress.bytes_wire,
         mbps: progress.mbps,

@@ -21,8 +21,8 @@ impl PreCopy {
     const STALLED_ROUNDS: u32 = 6;
     /// Another round is worth its time while it leaves at most this share of what it sends …
     const WORTHWHILE: f64 = 0.5;
-    /// … and the pause would still be longer than this.
-    const SHORT_ENOUGH: Duration = Duration::from_millis(2);
+    /// … and sending what is left takes longer than this: the pause has fixed costs of that order.
+    const SHORT_ENOUGH: Duration = Duration::from_millis(1);
 
     /// With the limits of the options.
     #[must_use]
@@ -91,10 +91,10 @@ impl Policy for PreCopy {
             // the pause that it saves: all such rounds together take less than twice the first.
             let rate = view.bandwidth.unwrap_or(f64::INFINITY);
             let left = view.dirty_rate() * crate::page::PAGE_BYTES as f64 / rate;
-            if predicted <= Self::SHORT_ENOUGH
-                || left > Self::WORTHWHILE
-                || self.limit(view).is_some()
-            {
+            let short = view
+                .predicted_last_pages()
+                .is_none_or(|time| time <= Self::SHORT_ENOUGH);
+            if short || left > Self::WORTHWHILE || self.limit(view).is_some() {
                 return Decision::Stop {
                     why: format!(
                         "the predicted pause of {:.1} ms is within the target of {:.0} ms",

@@ -206,27 +206,64 @@ impl GuestRam {
     }
 
     /// The first part of the pages for which the memory file holds nothing: zeros without reading.
-    /// Exact at the time of the call, also for memory that was swapped out (`SEEK_DATA` sees that).
+    /// Exact at the time of the call.
+    ///
+    /// Two questions, since neither answers alone: `mincore` is quick for memory that is there, but
+    /// takes a page that was swapped out for absent; `SEEK_DATA` knows, and is quick where nothing is.
     #[must_use]
     pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
-        let (region, page) = self.layout.find(first_gfn, count).ok()?;
-        let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
-        let end = start + count * PAGE_SIZE;
-        let seek = |from: u64, whence| {
-            let from = libc::off_t::try_from(from).ok()?;
-            // SAFETY: lseek takes no pointers. The file's position, which it moves, is used by nobody: all
-            // access is by mapping and by offset.
-            u64::try_from(unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) }).ok()
-        };
-        let hole = seek(start, libc::SEEK_HOLE)?;
-        if hole >= end {
-            return None;
+        const CHUNK: usize = 512;
+        let mut resident = [0_u8; CHUNK];
+        let mut at = first_gfn;
+        let end = first_gfn.checked_add(count)?;
+        while at < end {
+            let pages = (end - at).min(CHUNK as u64);
+            let resident = &mut resident[..usize::try_from(pages).unwrap_or(CHUNK)];
+            let base = self.host_address(at, pages).ok()?;
+            let len = resident.len() * PAGE_SIZE_USIZE;
+            // SAFETY: the range is mapped (checked by `host_address`), and the kernel writes one byte for each
+            // of its pages into `resident`, which is as long.
+            if unsafe { libc::mincore(base.as_ptr().cast(), len, resident.as_mut_ptr()) } != 0 {
+                return None;
+            }
+            let Some(skip) = resident.iter().position(|state| state & 1 == 0) else {
+                at += pages;
+                continue;
+            };
+            let absent = resident[skip..]
+                .iter()
+                .take_while(|state| **state & 1 == 0)
+                .count() as u64;
+            let first = at + skip as u64;
+            let data = self.next_data(first).unwrap_or(first);
+            if data > first {
+                return Some((first, (data - first).min(absent)));
+            }
+            // Swapped out: it has contents.
+            at = first + 1;
         }
-        // No data after the hole: ENXIO.
-        let data = seek(hole, libc::SEEK_DATA).unwrap_or(end).min(end);
-        let first = first_gfn + hole.div_ceil(PAGE_SIZE) - start / PAGE_SIZE;
-        let until = first_gfn + data / PAGE_SIZE - start / PAGE_SIZE;
-        (until > first).then_some((first, until - first))
+        None
+    }
+
+    /// The first page at or after `gfn`, in its region, that has contents in the memory file.
+    fn next_data(&self, gfn: u64) -> Option<u64> {
+        let (region, page) = self.layout.find(gfn, 1).ok()?;
+        let region = &self.layout.regions()[region];
+        let from = libc::off_t::try_from(region.file_offset + page * PAGE_SIZE).ok()?;
+        // SAFETY: lseek takes no pointers. The file's position, which it moves, is used by nobody: all access is
+        // by mapping and by offset.
+        let data = unsafe { libc::lseek(self.file.as_raw_fd(), from, libc::SEEK_DATA) };
+        match u64::try_from(data) {
+            Ok(data) => Some(
+                region.first_gfn
+                    + (data / PAGE_SIZE).saturating_sub(region.file_offset / PAGE_SIZE),
+            ),
+            // ENXIO: nothing up to the end of the file.
+            Err(_) if io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => {
+                Some(region.first_gfn + region.pages)
+            }
+            Err(_) => None,
+        }
     }
 }
 

@@ -49,10 +49,7 @@ impl Patience<'_> {
             return Ok(());
         }
         if self.cancel.is_some_and(Handle::is_cancelled) {
-            return Err(io::Error::new(
-                io::ErrorKind::Other,
-                "cancelled while waiting for the peer",
-            ));
+            return Err(io::Error::other("cancelled while waiting for the peer"));
         }
         let since = *self.since.get_or_insert_with(|| Instant::now() - SLICE);
         match self.timeout {

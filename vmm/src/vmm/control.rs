@@ -28,7 +28,9 @@ impl Control for Vmm {
                 _ => None,
             },
             listening: match &inner.state {
-                State::Receiving { listening } => Some(listening.clone()),
+                State::Receiving { listening, .. } | State::Unconfirmed { listening, .. } => {
+                    Some(listening.clone())
+                }
                 _ => None,
             },
         }
@@ -135,8 +137,8 @@ impl Core {
     fn take_over(&self) -> Result<(), Refusal> {
         let mut inner = self.lock();
         match (&inner.state, &inner.guest) {
-            (State::Unconfirmed { doubt, .. }, _) => {
-                doubt.take_over().map_err(Refusal::Failed)?;
+            (State::Unconfirmed { incoming, .. }, _) => {
+                incoming.take_over().map_err(Refusal::Failed)?;
             }
             (
                 State::InDoubt {
@@ -167,10 +169,8 @@ impl Core {
         if let State::InDoubt { asking, .. } = &mut inner.state {
             *asking = false;
             if answer.is_ok() {
-                let moved = State::Moved {
-                    to,
-                    downtime_ms: None,
-                };
+                let downtime_ms = inner.report.as_ref().map(|report| report.downtime_ms);
+                let moved = State::Moved { to, downtime_ms };
                 self.finish(&mut inner, moved);
             }
         }

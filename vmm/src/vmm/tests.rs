@@ -82,7 +82,7 @@ impl Guest for FakeGuest {
     }
 }
 
-impl Unconfirmed for Journal {
+impl Incoming for Journal {
     fn take_over(&self) -> Result<(), String> {
         self.note("take over");
         Ok(())
@@ -190,6 +190,10 @@ fn request(uri: &str) -> MigrateRequest {
         options: Options::default(),
         detach: false,
     }
+}
+
+fn receiving(journal: &Arc<Journal>) -> Vmm {
+    Vmm::receiving("tcp:0.0.0.0:7".into(), Arc::clone(journal) as _).unwrap()
 }
 
 fn is_conflict<T>(result: Result<T, Refusal>) -> String {
@@ -429,7 +433,7 @@ fn the_destination_can_be_asked_again() {
     assert_eq!(rig.journal.calls(), ["confirm", "confirm"]);
     assert_eq!(
         rig.vmm.outcome().unwrap().sentence,
-        "the guest has moved to tcp:moved:2"
+        "the guest has moved to tcp:moved:2 (downtime 12.3 ms)"
     );
     is_conflict(rig.vmm.recover(&RecoverRequest {
         take_over: true,
@@ -451,8 +455,8 @@ fn a_cancel_that_comes_too_late_is_told_so() {
 fn a_guest_that_was_not_handed_over_waits_for_a_word() {
     let journal = Arc::new(Journal::default());
     let doubtful = || {
-        let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
-        vmm.unconfirmed("the source fell silent".into(), Arc::clone(&journal) as _);
+        let vmm = receiving(&journal);
+        vmm.arrival_in_doubt();
         assert_eq!(vmm.status().state, StateName::InDoubt);
         vmm
     };
@@ -467,7 +471,7 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
         vmm.cancel(),
         vmm.recover(&RecoverRequest::default()),
     ] {
-        assert!(is_conflict(result).contains("the source fell silent"));
+        assert!(is_conflict(result).contains("its source fell silent"));
     }
     vmm.recover(&RecoverRequest {
         take_over: true,
@@ -477,6 +481,11 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
     assert_eq!(journal.calls(), ["take over"]);
     vmm.arrived(Arc::new(guest()), true);
     assert_eq!(vmm.status().state, StateName::Running);
+
+    // The source has spoken: it keeps its guest.
+    let vmm = doubtful();
+    vmm.arrival_failed();
+    assert_eq!(vmm.status().state, StateName::Receiving);
 
     // The source has found its word again.
     let vmm = doubtful();
@@ -492,7 +501,8 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
 
 #[test]
 fn receives_one_guest() {
-    let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
+    let journal = Arc::new(Journal::default());
+    let vmm = receiving(&journal);
     assert_eq!(vmm.status().listening.as_deref(), Some("tcp:0.0.0.0:7"));
     assert!(vmm.status().guest.is_none());
     for result in [
@@ -504,7 +514,6 @@ fn receives_one_guest() {
         assert!(is_conflict(result).contains("waits on tcp:0.0.0.0:7"));
     }
     assert_eq!(vmm.input(b"dropped"), 7);
-    let journal = Arc::new(Journal::default());
     let guest = || FakeGuest {
         journal: Arc::clone(&journal),
         steps: Mutex::new(None),
@@ -514,7 +523,7 @@ fn receives_one_guest() {
     assert_eq!(vmm.input(b"x"), 1);
     assert_eq!(journal.calls(), ["input"]);
 
-    let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
+    let vmm = receiving(&journal);
     vmm.stop().unwrap();
     vmm.arrived(Arc::new(guest()), true);
     assert_eq!(

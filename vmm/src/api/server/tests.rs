@@ -90,6 +90,7 @@ pub fn report() -> Report {
         downtime_ms: 1.0,
         downtime: report::Downtime::default(),
         rounds: Vec::new(),
+        rounds_omitted: 0,
         pages: report::Pages::default(),
         bytes_wire: 1,
         mbps: 1.0,
