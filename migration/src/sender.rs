@@ -30,6 +30,9 @@ pub(crate) struct Sent {
     pub data_pages: u64,
     pub zero_pages: u64,
     pub bytes: u64,
+    /// Time spent on the link and waiting for the user's cap, summed over the lanes; looking for
+    /// zero pages is not part of it.
+    pub link: Duration,
 }
 
 impl Sent {
@@ -37,6 +40,7 @@ impl Sent {
         self.data_pages += other.data_pages;
         self.zero_pages += other.zero_pages;
         self.bytes += other.bytes;
+        self.link = self.link.saturating_add(other.link);
     }
 
     pub(crate) const fn pages(&self) -> u64 {
@@ -94,9 +98,11 @@ impl Pacer {
         }
     }
 
-    /// Waits until `bytes` more may be sent.
-    pub(crate) fn wait(&self, bytes: u64, clock: &dyn Clock) {
-        let Some(rate) = self.rate else { return };
+    /// Waits until `bytes` more may be sent; says how long that took.
+    pub(crate) fn wait(&self, bytes: u64, clock: &dyn Clock) -> Duration {
+        let Some(rate) = self.rate else {
+            return Duration::ZERO;
+        };
         let now = clock.now();
         let until = {
             let mut paid = self
@@ -107,9 +113,11 @@ impl Pacer {
             *paid = from + seconds(bytes as f64 / rate);
             from
         };
-        if until > now {
-            clock.sleep(until - now);
+        let wait = until.saturating_sub(now);
+        if !wait.is_zero() {
+            clock.sleep(wait);
         }
+        wait
     }
 }
 
@@ -139,6 +147,7 @@ impl Sender {
         guest: &G,
         runs: &[Run],
         mode: BatchMode,
+        clock: &dyn Clock,
     ) -> Result<Sent, SendError> {
         if !mode.paused {
             // Cleared first, read after: what is written from here on is dirty again.
@@ -150,6 +159,7 @@ impl Sender {
         let zero_pages = self.zero.iter().map(|run| run.count).sum();
         let data_pages = self.data.iter().map(|run| run.count).sum::<u64>();
         self.head.clear();
+        let mut began = clock.now();
         if let Some(first) = self.zero.first().copied() {
             let at = self.reserve_header();
             encode_runs(&self.zero, &mut self.head);
@@ -184,6 +194,7 @@ impl Sender {
                 )
             };
             self.put_header(at, header);
+            began = clock.now();
             guest
                 .transmit(channel.link(), &self.head, &self.data)
                 .map_err(WireError::Io)?;
@@ -199,6 +210,7 @@ impl Sender {
             data_pages,
             zero_pages,
             bytes,
+            link: clock.now().saturating_sub(began),
         })
     }
 

@@ -156,6 +156,8 @@ struct InFlight {
     round: u32,
     sent: Sent,
     started: Duration,
+    /// When its last byte was handed to the link.
+    ended: Duration,
 }
 
 /// The source engine: owns everything about one migration but the guest.
@@ -293,7 +295,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             .handshake()
             .and_then(|()| self.live(policy))
             .and_then(|()| self.stop_and_copy());
-        let error = result.err();
+        let error = result.err().map(|error| self.explain(error));
         let status = match (&error, self.state) {
             (None, _) => Status::Completed,
             (Some(_), State::Committed) => {
@@ -313,6 +315,29 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             self.guest.release();
         }
         self.report(status, error.map(|error| error.to_string()))
+    }
+
+    /// A connection that the peer closed often holds its reason: that is what the user wants to know.
+    fn explain(&mut self, error: SourceError) -> SourceError {
+        if !matches!(error, SourceError::Wire(WireError::Io(_)))
+            || !self.control.link().readable().unwrap_or(false)
+        {
+            return error;
+        }
+        self.control
+            .link()
+            .set_timeout(Some(Duration::from_millis(200)));
+        // Acknowledgements may still lie before it.
+        for _ in 0..4 {
+            match self.control.recv_header() {
+                Ok(header) if header.kind == FrameType::RoundAck => {}
+                Ok(header) if header.kind == FrameType::Abort => {
+                    return self.control.refuse(&header, "").into();
+                }
+                _ => break,
+            }
+        }
+        error
     }
 
     /// Ends a migration that was not committed: the guest runs here, the peer is told.

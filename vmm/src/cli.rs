@@ -3,6 +3,7 @@
 //! Errors are one sentence on stderr, exit status 1, or 2 for a command line that cannot be meant.
 
 mod console;
+mod demo;
 mod doctor;
 mod manage;
 mod migrate;
@@ -59,6 +60,7 @@ enum Command {
     Recover(manage::Recover),
     Doctor(doctor::Args),
     Nas(nas::Args),
+    Demo(demo::Args),
 }
 
 /// Everything.
@@ -80,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::Recover(args) => args.run(),
         Command::Doctor(args) => doctor::run(&args),
         Command::Nas(args) => nas::run(&args),
+        Command::Demo(args) => demo::run(&args),
     };
     match result {
         Ok(code) => code,

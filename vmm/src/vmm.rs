@@ -81,13 +81,13 @@ pub trait Guest: Send + Sync + 'static {
     fn confirm(&self, uri: &str, session: &str) -> Result<(), String>;
 }
 
-/// Where guests arrive from.
-pub trait Incoming: Send + Sync + 'static {
-    /// Runs a guest that is complete here and was never handed over, on the operator's word that it
-    /// does not run at the source; it then [arrives](Vmm::arrived).
+/// A guest that is complete here and was never handed over.
+pub trait Unconfirmed: Send + Sync {
+    /// Runs it, on the operator's word that it does not run at the source; it then
+    /// [arrives](Vmm::arrived).
     ///
     /// # Errors
-    /// A sentence; nothing has changed then.
+    /// A sentence.
     fn take_over(&self) -> Result<(), String>;
 }
 
@@ -143,19 +143,12 @@ impl Vmm {
         Self::with(state, Some(guest))
     }
 
-    /// Without a guest, until [one arrives](Vmm::arrived) from `incoming`; `listening` is the URI that
-    /// it waits on.
+    /// Without a guest; see [`Vmm::arrived`]. `listening` is the URI that it waits on.
     ///
     /// # Errors
     /// No eventfd can be made.
-    pub fn receiving(listening: String, incoming: Arc<dyn Incoming>) -> io::Result<Self> {
-        Self::with(
-            State::Receiving {
-                listening,
-                incoming,
-            },
-            None,
-        )
+    pub fn receiving(listening: String) -> io::Result<Self> {
+        Self::with(State::Receiving { listening }, None)
     }
 
     fn with(state: State, guest: Option<Arc<dyn Guest>>) -> io::Result<Self> {
@@ -192,35 +185,27 @@ impl Vmm {
         }
     }
 
-    /// A guest is complete here, and the source fell silent before it handed it over.
-    pub fn arrival_in_doubt(&self) {
+    /// A guest is complete here and the source fell silent before it handed it over; `why` is its
+    /// sentence.
+    pub fn unconfirmed(&self, why: String, doubt: Arc<dyn Unconfirmed>) {
         let mut inner = self.core.lock();
-        if let State::Receiving {
-            listening,
-            incoming,
-        } = &inner.state
-        {
+        if matches!(
+            inner.state,
+            State::Receiving { .. } | State::Unconfirmed { .. }
+        ) {
             inner.state = State::Unconfirmed {
-                listening: listening.clone(),
-                incoming: Arc::clone(incoming),
+                why,
+                doubt,
                 warned: false,
             };
         }
     }
 
-    /// A migration has ended and its source keeps the guest: back to waiting.
-    pub fn arrival_failed(&self) {
+    /// The source has said that it keeps the guest: a doubt is over, and the next may arrive.
+    pub fn arrival_failed(&self, listening: String) {
         let mut inner = self.core.lock();
-        if let State::Unconfirmed {
-            listening,
-            incoming,
-            ..
-        } = &inner.state
-        {
-            inner.state = State::Receiving {
-                listening: listening.clone(),
-                incoming: Arc::clone(incoming),
-            };
+        if matches!(inner.state, State::Unconfirmed { .. }) {
+            inner.state = State::Receiving { listening };
         }
     }
 

@@ -1,12 +1,12 @@
 //! The live phase: collect, decide, send; and draining the link before the pause.
 
 use super::{InFlight, Source, SourceError, State, ms};
-use crate::page::{PageSet, Run};
+use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{Decision, Policy, SendOrder};
 use crate::port::{Guest, Link};
 use crate::report::{Event, Round};
 use crate::sender::{BatchMode, Batches, SendError, Sent};
-use crate::wire::{FrameType, Header};
+use crate::wire::{FrameType, Header, WireError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -110,10 +110,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             dirtied: 0,
         });
         self.barrier(self.round)?;
+        let ended = self.now();
         self.in_flight.push_back(InFlight {
             round: self.round,
             sent,
             started,
+            ended,
         });
         Ok(sent)
     }
@@ -134,20 +136,32 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let mut runs = Vec::with_capacity(64);
         while batches.next(&mut runs) {
             self.check_cancel()?;
-            if !mode.paused {
-                self.pacer
-                    .wait(runs.iter().map(Run::bytes).sum(), self.setup.clock);
-            }
-            let sent = self
-                .sender
-                .send(&mut self.control, &*self.guest, &runs, mode)?;
+            let waited = self.pace(&runs, mode);
+            let mut sent = self.sender.send(
+                &mut self.control,
+                &*self.guest,
+                &runs,
+                mode,
+                self.setup.clock,
+            )?;
+            sent.link += waited;
             self.delivered(&runs, sent);
             total.add(sent);
+            self.take_acks()?;
             if self.now().saturating_sub(self.last_event) >= PROGRESS_EVERY {
                 self.emit_progress();
             }
         }
         Ok(total)
+    }
+
+    /// Waits for the user's cap. Not in the pause: there it would cost the guest.
+    fn pace(&self, runs: &[Run], mode: BatchMode) -> Duration {
+        if mode.paused {
+            return Duration::ZERO;
+        }
+        self.pacer
+            .wait(runs.iter().map(Run::bytes).sum(), self.setup.clock)
     }
 
     /// Takes pages that were handed to the link off the pending set; before this they are still
@@ -204,11 +218,15 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                             if !more {
                                 break;
                             }
-                            if !mode.paused {
-                                pacer.wait(runs.iter().map(Run::bytes).sum(), clock);
-                            }
-                            match sender.send(channel, guest, &runs, mode) {
-                                Ok(sent) => {
+                            let bytes = runs.iter().map(Run::bytes).sum();
+                            let waited = if mode.paused {
+                                Duration::ZERO
+                            } else {
+                                pacer.wait(bytes, clock)
+                            };
+                            match sender.send(channel, guest, &runs, mode, clock) {
+                                Ok(mut sent) => {
+                                    sent.link += waited;
                                     done.runs.extend_from_slice(&runs);
                                     done.sent.add(sent);
                                     progress.fetch_add(sent.pages(), Ordering::Relaxed);
@@ -264,15 +282,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         }
     }
 
-    /// Takes the acknowledgements that have arrived, without waiting.
+    /// Takes what has arrived, without waiting: acknowledgements, or the peer's reason to give up.
     fn take_acks(&mut self) -> Result<(), SourceError> {
-        while !self.in_flight.is_empty()
-            && self
-                .control
-                .link()
-                .readable()
-                .map_err(crate::wire::WireError::Io)?
-        {
+        while self.control.link().readable().map_err(WireError::Io)? {
             self.take_ack()?;
         }
         Ok(())
@@ -285,9 +297,15 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         match expected {
             Some(flight) if header.kind == FrameType::RoundAck && header.round == flight.round => {
                 self.in_flight.pop_front();
-                let took = self.now().saturating_sub(flight.started);
-                if flight.sent.bytes >= MEASURABLE || self.bandwidth.estimate().is_none() {
-                    self.bandwidth.record(flight.sent.bytes.max(1), took);
+                let now = self.now();
+                let took = now.saturating_sub(flight.started);
+                // What the link took: the time in its calls and until the last byte was placed.
+                let lanes = u32::try_from(self.lanes.len().max(1)).unwrap_or(1);
+                let link = flight.sent.link / lanes + now.saturating_sub(flight.ended);
+                if flight.sent.data_pages * PAGE_BYTES >= MEASURABLE
+                    || self.bandwidth.estimate().is_none()
+                {
+                    self.bandwidth.record(flight.sent.bytes.max(1), link);
                 }
                 if let Some(round) = self.rounds.iter_mut().find(|r| r.n == flight.round) {
                     round.ms = ms(took);
@@ -295,9 +313,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                     (self.setup.events)(Event::Round(round));
                 }
                 // The next round's pages began to move when this one's were in place.
-                let now = self.now();
                 if let Some(next) = self.in_flight.front_mut() {
                     next.started = next.started.max(now);
+                    next.ended = next.ended.max(now);
                 }
                 Ok(())
             }

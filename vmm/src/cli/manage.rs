@@ -61,37 +61,36 @@ simple!(
 
 /// Resolve a migration that was handed over and never confirmed.
 ///
-/// At the source it asks the destination again. With --take-over the guest runs on the side that is asked.
+/// At the source: asks the destination again; when it has the guest, the VMM here ends. With --take-over, at either side:
+/// runs the guest here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry recover --api /tmp/a.sock
-  ferry recover --api /tmp/a.sock tcp:10.0.0.3:7000
-after making sure that the guest does not run on the other side:
-  ferry recover --api /tmp/a.sock --take-over")]
+  ferry recover --api /tmp/a.sock --take-over      after making sure that the guest does not run on the other side")]
 pub struct Recover {
     /// The control socket of the guest's VMM.
     #[arg(long, value_name = "SOCKET")]
     api: PathBuf,
+    /// Where the destination listens now, if that has changed.
+    #[arg(value_name = "URI", conflicts_with = "take_over")]
+    uri: Option<String>,
     /// Run the guest here. Only when you know that it does not run on the other side: two copies of one guest destroy
     /// each other's data.
     #[arg(long)]
     take_over: bool,
-    /// Where the destination listens now, if that has changed.
-    #[arg(value_name = "URI", conflicts_with = "take_over")]
-    uri: Option<ferry_vmm::migrate::Uri>,
 }
 
 impl Recover {
     pub fn run(&self) -> Result<ExitCode, Failure> {
         let request = RecoverRequest {
-            uri: self.uri.as_ref().map(ToString::to_string),
+            uri: self.uri.clone(),
             take_over: self.take_over,
         };
         Client::new(&self.api).recover(&request)?;
         say(if self.take_over {
             "the guest runs here"
         } else {
-            "the destination has confirmed: the guest runs there"
+            "the guest runs at the destination"
         });
         Ok(ExitCode::SUCCESS)
     }

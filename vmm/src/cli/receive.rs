@@ -3,7 +3,8 @@
 use super::output::{Failure, say};
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
-use ferry_vmm::migrate::{Arrival, Receiver, Uri};
+use ferry_vmm::machine::RunState;
+use ferry_vmm::migrate::{Arrival, ReceiveState, Receiver, Uri};
 use ferry_vmm::vmm::{MachineGuest, Vmm};
 use std::io::Write;
 use std::path::PathBuf;
@@ -39,7 +40,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
     let receiver = Arc::new(Receiver::bind(&args.uri, Arc::new(serial))?);
     let uri = receiver.local_uri().to_string();
-    let vmm = Vmm::receiving(uri.clone(), Arc::clone(&receiver) as _)?;
+    let vmm = Vmm::receiving(uri.clone())?;
     let server = bind(args.api.as_deref(), None, &vmm)?;
     say(&format!("waiting on {uri} for a guest"));
     let (arriving, receiving) = (Arc::clone(&receiver), vmm.clone());
@@ -57,18 +58,18 @@ fn receive(receiver: &Arc<Receiver>, vmm: &Vmm) {
         match receiver.wait(PATIENCE) {
             None => {}
             Some(Arrival::Failed(sentence)) => {
-                vmm.arrival_failed();
-                say(&format!("{sentence}; waiting for the next"));
+                if receiver.state() == ReceiveState::Waiting {
+                    vmm.arrival_failed(receiver.local_uri().to_string());
+                }
+                say(&sentence);
             }
             Some(Arrival::InDoubt(sentence)) => {
-                vmm.arrival_in_doubt();
-                say(&format!(
-                    "{sentence}; `ferry recover` at the source settles it, and `ferry status` here says what else can"
-                ));
+                say(&sentence);
+                vmm.unconfirmed(sentence, Arc::clone(receiver) as _);
             }
             Some(Arrival::Arrived(machine)) => {
+                let running = machine.run_state() == RunState::Running;
                 let guest = MachineGuest::new(machine);
-                let running = guest.runs();
                 vmm.arrived(Arc::clone(&guest) as _, running);
                 say(match running {
                     true => "the guest has arrived and runs here",

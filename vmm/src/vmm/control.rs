@@ -28,9 +28,7 @@ impl Control for Vmm {
                 _ => None,
             },
             listening: match &inner.state {
-                State::Receiving { listening, .. } | State::Unconfirmed { listening, .. } => {
-                    Some(listening.clone())
-                }
+                State::Receiving { listening } => Some(listening.clone()),
                 _ => None,
             },
         }
@@ -137,8 +135,8 @@ impl Core {
     fn take_over(&self) -> Result<(), Refusal> {
         let mut inner = self.lock();
         match (&inner.state, &inner.guest) {
-            (State::Unconfirmed { incoming, .. }, _) => {
-                incoming.take_over().map_err(Refusal::Failed)?;
+            (State::Unconfirmed { doubt, .. }, _) => {
+                doubt.take_over().map_err(Refusal::Failed)?;
             }
             (
                 State::InDoubt {

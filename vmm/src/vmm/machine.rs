@@ -1,8 +1,8 @@
 //! A [`Machine`] as a [`Guest`].
 
-use super::{Ending, Guest, Incoming, Migration, MigrationHandle, Vmm};
+use super::{Ending, Guest, Migration, MigrationHandle, Unconfirmed, Vmm};
 use crate::api::types::GuestInfo;
-use crate::machine::{Exit, Machine, RunState};
+use crate::machine::{Exit, Machine};
 use crate::migrate::{Handle, Receiver, Uri, migrate, recover};
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
@@ -20,12 +20,6 @@ impl MachineGuest {
     #[must_use]
     pub fn new(machine: Arc<Machine>) -> Arc<Self> {
         Arc::new(Self { machine })
-    }
-
-    /// Whether its processors run.
-    #[must_use]
-    pub fn runs(&self) -> bool {
-        self.machine.run_state() == RunState::Running
     }
 
     /// From now on the VMM hears of the guest's own end.
@@ -119,7 +113,7 @@ impl MigrationHandle for Handle {
     }
 }
 
-impl Incoming for Receiver {
+impl Unconfirmed for Receiver {
     fn take_over(&self) -> Result<(), String> {
         Receiver::take_over(self)
     }

@@ -1,6 +1,6 @@
 //! The states of a [`Vmm`](super::Vmm), and what to say about them.
 
-use super::{Incoming, MigrationHandle};
+use super::{MigrationHandle, Unconfirmed};
 use crate::api::types::StateName;
 use std::sync::Arc;
 
@@ -40,12 +40,11 @@ pub struct Outcome {
 pub(super) enum State {
     Receiving {
         listening: String,
-        incoming: Arc<dyn Incoming>,
     },
     /// A guest is complete here, and the source fell silent before it handed it over.
     Unconfirmed {
-        listening: String,
-        incoming: Arc<dyn Incoming>,
+        why: String,
+        doubt: Arc<dyn Unconfirmed>,
         /// The user was told that ending would discard it.
         warned: bool,
     },
@@ -89,16 +88,12 @@ impl State {
     /// One sentence: what is, and what can be done.
     pub(super) fn explanation(&self) -> String {
         match self {
-            Self::Receiving { listening, .. } => {
-                format!("waits on {listening} for a guest to arrive")
-            }
-            Self::Unconfirmed { .. } => {
-                "a guest is complete here, and its source fell silent before it handed it over; \
-                 `ferry recover` at the source settles it; if the source surely does not run it, \
-                 `ferry recover --take-over` runs it here, and if it does, `ferry stop` discards \
-                 this copy"
-                    .into()
-            }
+            Self::Receiving { listening } => format!("waits on {listening} for a guest to arrive"),
+            Self::Unconfirmed { why, .. } => format!(
+                "a guest is complete here and was not handed over ({why}); `ferry recover` at the \
+                 source does that; if the source surely does not run it, `ferry recover \
+                 --take-over` runs it here, and if it does, `ferry stop` discards this copy"
+            ),
             Self::Running => "the guest runs here".into(),
             Self::Paused => "the guest is paused here; `ferry resume` lets it run".into(),
             Self::Migrating { to, .. } => {

@@ -82,7 +82,7 @@ impl Guest for FakeGuest {
     }
 }
 
-impl Incoming for Journal {
+impl Unconfirmed for Journal {
     fn take_over(&self) -> Result<(), String> {
         self.note("take over");
         Ok(())
@@ -190,10 +190,6 @@ fn request(uri: &str) -> MigrateRequest {
         options: Options::default(),
         detach: false,
     }
-}
-
-fn receiving(journal: &Arc<Journal>) -> Vmm {
-    Vmm::receiving("tcp:0.0.0.0:7".into(), Arc::clone(journal) as _).unwrap()
 }
 
 fn is_conflict<T>(result: Result<T, Refusal>) -> String {
@@ -455,8 +451,8 @@ fn a_cancel_that_comes_too_late_is_told_so() {
 fn a_guest_that_was_not_handed_over_waits_for_a_word() {
     let journal = Arc::new(Journal::default());
     let doubtful = || {
-        let vmm = receiving(&journal);
-        vmm.arrival_in_doubt();
+        let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
+        vmm.unconfirmed("the source fell silent".into(), Arc::clone(&journal) as _);
         assert_eq!(vmm.status().state, StateName::InDoubt);
         vmm
     };
@@ -471,7 +467,7 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
         vmm.cancel(),
         vmm.recover(&RecoverRequest::default()),
     ] {
-        assert!(is_conflict(result).contains("its source fell silent"));
+        assert!(is_conflict(result).contains("the source fell silent"));
     }
     vmm.recover(&RecoverRequest {
         take_over: true,
@@ -484,7 +480,7 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
 
     // The source has spoken: it keeps its guest.
     let vmm = doubtful();
-    vmm.arrival_failed();
+    vmm.arrival_failed("tcp:0.0.0.0:7".into());
     assert_eq!(vmm.status().state, StateName::Receiving);
 
     // The source has found its word again.
@@ -501,8 +497,7 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
 
 #[test]
 fn receives_one_guest() {
-    let journal = Arc::new(Journal::default());
-    let vmm = receiving(&journal);
+    let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
     assert_eq!(vmm.status().listening.as_deref(), Some("tcp:0.0.0.0:7"));
     assert!(vmm.status().guest.is_none());
     for result in [
@@ -514,6 +509,7 @@ fn receives_one_guest() {
         assert!(is_conflict(result).contains("waits on tcp:0.0.0.0:7"));
     }
     assert_eq!(vmm.input(b"dropped"), 7);
+    let journal = Arc::new(Journal::default());
     let guest = || FakeGuest {
         journal: Arc::clone(&journal),
         steps: Mutex::new(None),
@@ -523,7 +519,7 @@ fn receives_one_guest() {
     assert_eq!(vmm.input(b"x"), 1);
     assert_eq!(journal.calls(), ["input"]);
 
-    let vmm = receiving(&journal);
+    let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
     vmm.stop().unwrap();
     vmm.arrived(Arc::new(guest()), true);
     assert_eq!(
