@@ -285,7 +285,7 @@ impl GuestRam {
     }
 
     /// The first part of the pages for which the memory file holds nothing: zeros without reading.
-    /// Exact at the time of the call.
+    /// Exact at the time of the call; a long part may come in pieces.
     ///
     /// Two questions, since neither answers alone: `mincore` is quick for memory that is there, but
     /// takes a page that was swapped out for absent; `SEEK_DATA` knows, and is quick where nothing is.
@@ -380,7 +380,7 @@ mod tests {
                 .unwrap();
         }
         assert_eq!(a.unpopulated(0, 1024), Some((0, 3)));
-        assert_eq!(a.unpopulated(3, 1021), Some((5, 695)));
+        assert_eq!(a.unpopulated(3, 1021), Some((5, 510)));
         assert_eq!(a.unpopulated(3, 2), None);
         assert_eq!(a.unpopulated(701, 323), Some((701, 323)));
         assert!(a.page_is_zero(2).unwrap() && !a.page_is_zero(3).unwrap());
