@@ -94,9 +94,7 @@ impl Limits {
             }
             return None;
         }
-        let Some(limit) = self.limit(view) else {
-            return None;
-        };
+        let limit = self.limit(view)?;
         let state = predicted.map_or_else(
             || "and no bandwidth could be measured".to_owned(),
             |predicted| {
