@@ -183,6 +183,8 @@ impl Plan {
             // Closed already is as good.
             let _ = stream.shutdown(Shutdown::Both);
         }
+        // The last handles: a peer that goes on writing is reset rather than left to fill a buffer.
+        self.streams.clear();
         self.frozen = [false; 2];
     }
 }
@@ -248,6 +250,10 @@ impl Shared {
             opening.extend_from_slice(&bytes[..room]);
         }
         loop {
+            // First of all: what is planned during a freeze happens after it.
+            if !self.is_open(way) {
+                return false;
+            }
             let at = self.passed[way as usize].load(Ordering::SeqCst);
             let end = at + bytes.len() as u64;
             let fault = {
@@ -284,18 +290,21 @@ impl Shared {
         }
     }
 
-    fn write_first(&self, way: Way, bytes: &[u8], to: &mut TcpStream) -> bool {
-        let delay = {
-            let mut plan = self.plan.lock().unwrap();
-            while plan.frozen[way as usize] {
-                let (back, timeout) = self.thawed.wait_timeout(plan, PATIENCE).unwrap();
-                plan = back;
-                if timeout.timed_out() {
-                    return false;
-                }
+    /// Waits while the direction is frozen; `false` when that takes for ever.
+    fn is_open(&self, way: Way) -> bool {
+        let mut plan = self.plan.lock().unwrap();
+        while plan.frozen[way as usize] {
+            let (back, timeout) = self.thawed.wait_timeout(plan, PATIENCE).unwrap();
+            plan = back;
+            if timeout.timed_out() {
+                return false;
             }
-            plan.delay
-        };
+        }
+        true
+    }
+
+    fn write_first(&self, way: Way, bytes: &[u8], to: &mut TcpStream) -> bool {
+        let delay = self.plan.lock().unwrap().delay;
         if !delay.is_zero() {
             std::thread::sleep(delay);
         }
