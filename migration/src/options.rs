@@ -24,6 +24,10 @@ pub enum PolicyKind {
     /// Iterative pre-copy (Clark 2005).
     #[default]
     Precopy,
+    /// Split transfer omitting redundant dirty pages (STORD, Cha 2014).
+    Stord,
+    /// Memory-bound pre-copy, multiplexed (MPLM, Chanchio 2018).
+    Mplm,
 }
 
 impl PolicyKind {
@@ -32,6 +36,8 @@ impl PolicyKind {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Precopy => "precopy",
+            Self::Stord => "stord",
+            Self::Mplm => "mplm",
         }
     }
 }
@@ -66,6 +72,16 @@ pub struct Options {
     pub max_rounds: Option<u32>,
     /// The sender's cap in bytes per second; `None` is as fast as the link takes.
     pub bandwidth: Option<u64>,
+    /// STORD: into how many pieces a set of pages is split. The paper finds the largest gain at 2.
+    pub split: u32,
+    /// MPLM: how many pages of the dirty group are sent for every 100 of the group that was not sent
+    /// yet. 100 is turn and turn about.
+    pub turn_share: u32,
+    /// MPLM: how often the dirty log is looked at.
+    #[serde(rename = "sync_ms", with = "millis")]
+    pub sync: Duration,
+    /// Send pages that are dirtied often late in a round, so that they are sent again less.
+    pub reorder: bool,
     /// Data channels beside the control channel; 1 means that pages share the control channel.
     pub channels: u16,
     /// Hash all memory on both sides in the pause and fail on a difference.
@@ -81,6 +97,10 @@ impl Default for Options {
             on_timeout: OnTimeout::Cancel,
             max_rounds: None,
             bandwidth: None,
+            split: 2,
+            turn_share: 100,
+            sync: Duration::from_millis(250),
+            reorder: false,
             channels: 1,
             verify: false,
         }
@@ -96,6 +116,12 @@ pub enum OptionsError {
     /// A cap of less than a page per second.
     #[error("a bandwidth cap of {0} bytes per second sends nothing; give at least 4096")]
     Bandwidth(u64),
+    /// A set cannot be split like that.
+    #[error("a split into {0} pieces was asked for; give 1 to {max}", max = Options::MAX_SPLIT)]
+    Split(u32),
+    /// More dirty pages than any bound is worth.
+    #[error("a turn share of {0} % was asked for; give 0 to {max}", max = Options::MAX_SHARE)]
+    Share(u32),
     /// No round may be sent.
     #[error("max_rounds is 0; give at least 1")]
     Rounds,
@@ -104,6 +130,11 @@ pub enum OptionsError {
 impl Options {
     /// The most data channels of a migration.
     pub const MAX_CHANNELS: u16 = 64;
+
+    /// The most pieces of a STORD split.
+    pub const MAX_SPLIT: u32 = 1024;
+    /// The largest share of MPLM's dirty group, in per cent of the other.
+    pub const MAX_SHARE: u32 = 1000;
 
     /// Checks what a type cannot.
     ///
@@ -117,6 +148,12 @@ impl Options {
             && rate < 4096
         {
             return Err(OptionsError::Bandwidth(rate));
+        }
+        if self.split == 0 || self.split > Self::MAX_SPLIT {
+            return Err(OptionsError::Split(self.split));
+        }
+        if self.turn_share > Self::MAX_SHARE {
+            return Err(OptionsError::Share(self.turn_share));
         }
         if self.max_rounds == Some(0) {
             return Err(OptionsError::Rounds);

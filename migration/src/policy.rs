@@ -4,9 +4,14 @@
 //! clock; the engine alone reads memory, sends, pauses and marks. So a policy can be slow, but
 //! it cannot be wrong: whatever it decides, no write is lost and one side runs the guest.
 
+mod limits;
+mod mplm;
 mod pre_copy;
+mod stord;
 
+pub use mplm::Mplm;
 pub use pre_copy::PreCopy;
+pub use stord::Stord;
 
 use crate::options::{Options, PolicyKind};
 use crate::page::{Heat, PAGE_BYTES, PageSet};
@@ -33,6 +38,8 @@ pub struct View<'a> {
     pub dirtied_over: Duration,
     /// Measured bandwidth in bytes per second; `None` until something was measured.
     pub bandwidth: Option<f64>,
+    /// The user's cap in bytes per second, which holds while the guest runs.
+    pub cap: Option<f64>,
     /// Bytes of CPU and device state that the pause will have to send.
     pub state_bytes: u64,
     /// What a pause costs beside sending: a few round trips, stopping and starting.
@@ -49,6 +56,15 @@ impl View<'_> {
         let bytes = self.pending_pages * PAGE_BYTES + self.state_bytes;
         self.bandwidth
             .map(|rate| seconds(bytes as f64 / rate.max(1.0)) + self.pause_overhead)
+    }
+
+    /// Bytes per second at which rounds go out while the guest runs: the link's, under the cap.
+    #[must_use]
+    pub fn live_rate(&self) -> Option<f64> {
+        match (self.bandwidth, self.cap) {
+            (Some(bandwidth), Some(cap)) => Some(bandwidth.min(cap)),
+            (bandwidth, cap) => bandwidth.or(cap),
+        }
     }
 
     /// The part of the predicted pause that sending the pending pages takes: what another round
@@ -73,12 +89,33 @@ pub(crate) fn seconds(s: f64) -> Duration {
     Duration::try_from_secs_f64(s).map_or(YEAR, |d| d.min(YEAR))
 }
 
+/// A number of pages from a division: negative and odd values are none.
+pub(crate) fn pages_in(pages: f64) -> u64 {
+    // Saturates; NaN is 0. No guest has 2⁵³ pages.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let pages = pages as u64;
+    pages
+}
+
 /// In which order a set of pages is sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SendOrder {
     /// By address: the longest runs.
     #[default]
     Address,
+    /// Pages that were dirtied often last: what is written again soon is then sent when it is
+    /// needed, not before (dynamic page transfer reordering, Svärd 2012).
+    ColdFirst,
+}
+
+impl SendOrder {
+    const fn from_options(options: &Options) -> Self {
+        if options.reorder {
+            Self::ColdFirst
+        } else {
+            Self::Address
+        }
+    }
 }
 
 /// What to do next.
@@ -117,5 +154,7 @@ pub trait Policy: Send {
 pub fn from_options(options: &Options) -> Box<dyn Policy> {
     match options.policy {
         PolicyKind::Precopy => Box::new(PreCopy::new(options)),
+        PolicyKind::Stord => Box::new(Stord::new(options)),
+        PolicyKind::Mplm => Box::new(Mplm::new(options)),
     }
 }

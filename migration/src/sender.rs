@@ -1,8 +1,8 @@
 //! Sending sets of pages: batches, zero pages, pacing. One [`Sender`] per lane; nothing is
 //! allocated or copied per page.
 
-use crate::page::{Gfn, PAGE_SIZE, PageSet, Run};
-use crate::policy::{SendOrder, seconds};
+use crate::page::{Gfn, Heat, PAGE_BYTES, PAGE_SIZE, PageSet, Run};
+use crate::policy::{SendOrder, pages_in, seconds};
 use crate::port::{Clock, Guest, Link, PortError};
 use crate::wire::{
     Channel, FLAG_CRC, FrameType, HEADER_BYTES, Header, MAX_RUNS, RUN_BYTES, WireError, encode_runs,
@@ -51,24 +51,55 @@ impl Sent {
 /// Cuts a set into batches in the wanted order.
 #[derive(Debug)]
 pub(crate) struct Batches {
-    pages: PageSet,
+    /// What is to be sent, part by part, the next part last.
+    parts: Vec<PageSet>,
     at: Gfn,
+    size: u64,
 }
 
 impl Batches {
-    pub(crate) fn new(pages: PageSet, order: SendOrder) -> Self {
-        match order {
-            SendOrder::Address => Self { pages, at: 0 },
+    /// Pages found dirty more often than this are equally hot.
+    const HOTTEST: u8 = 8;
+
+    /// In batches of at most `size` pages.
+    pub(crate) fn new(pages: PageSet, order: SendOrder, heat: &Heat, size: u64) -> Self {
+        let parts = match order {
+            SendOrder::Address => vec![pages],
+            SendOrder::ColdFirst => Self::by_heat(&pages, heat),
+        };
+        Self {
+            parts,
+            at: 0,
+            size: size.clamp(1, BATCH_PAGES),
         }
+    }
+
+    /// Parts by heat, the hottest first in the list: it is sent from its end.
+    fn by_heat(pages: &PageSet, heat: &Heat) -> Vec<PageSet> {
+        // Classes double: 0, 1, 2–3, 4–7, 8 and more.
+        let class = |gfn| (u8::BITS - heat.of(gfn).min(Self::HOTTEST).leading_zeros()) as usize;
+        let classes = (u8::BITS - Self::HOTTEST.leading_zeros()) as usize + 1;
+        let mut parts = vec![PageSet::new(pages.end()); classes];
+        for gfn in pages.iter() {
+            parts[classes - 1 - class(gfn)].insert(gfn);
+        }
+        parts
     }
 
     /// The next batch; `false` when there is none.
     pub(crate) fn next(&mut self, runs: &mut Vec<Run>) -> bool {
         runs.clear();
-        let mut room = BATCH_PAGES;
+        let mut room = self.size;
         while room > 0 {
-            let Some(run) = self.pages.next_run(self.at, room) else {
-                break;
+            let Some(part) = self.parts.last() else { break };
+            let Some(run) = part.next_run(self.at, room) else {
+                // A batch never spans two parts: within it, runs are in address order.
+                if !runs.is_empty() {
+                    break;
+                }
+                self.parts.pop();
+                self.at = 0;
+                continue;
             };
             self.at = run.end();
             room -= run.count;
@@ -98,8 +129,23 @@ impl Pacer {
         }
     }
 
-    /// Waits until `bytes` more may be sent; says how long that took.
-    pub(crate) fn wait(&self, bytes: u64, clock: &dyn Clock) -> Duration {
+    /// Pages in a batch: as many as the cap lets through in a moment, so that cancelling is quick
+    /// and the link sees no bursts.
+    pub(crate) fn batch_pages(&self) -> u64 {
+        const MOMENT: f64 = 0.05;
+        self.rate.map_or(BATCH_PAGES, |rate| {
+            pages_in(rate * MOMENT / PAGE_BYTES as f64)
+        })
+    }
+
+    /// Waits until `bytes` more may be sent, or `cancelled`; says how long that took.
+    pub(crate) fn wait(
+        &self,
+        bytes: u64,
+        clock: &dyn Clock,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Duration {
+        const SLICE: Duration = Duration::from_millis(100);
         let Some(rate) = self.rate else {
             return Duration::ZERO;
         };
@@ -113,11 +159,13 @@ impl Pacer {
             *paid = from + seconds(bytes as f64 / rate);
             from
         };
-        let wait = until.saturating_sub(now);
-        if !wait.is_zero() {
-            clock.sleep(wait);
+        loop {
+            let left = until.saturating_sub(clock.now());
+            if left.is_zero() || cancelled() {
+                return clock.now().saturating_sub(now);
+            }
+            clock.sleep(left.min(SLICE));
         }
-        wait
     }
 }
 

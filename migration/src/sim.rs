@@ -18,7 +18,7 @@ mod rng;
 mod world;
 
 use crate::destination;
-use crate::options::{OnTimeout, Options};
+use crate::options::{OnTimeout, Options, PolicyKind};
 use crate::report::{Event, Report, Status};
 use crate::source::{self, CancelSwitch, Setup};
 use crate::wire::SessionId;
@@ -41,12 +41,18 @@ pub struct Scenario {
     pub write_rate: f64,
     /// Writes go to this many pages (the working set).
     pub working_set: u64,
+    /// The guest walks its working set page after page (in a shuffled order) instead of writing
+    /// anywhere in it: writes then hit different pages until all were hit.
+    pub walk: bool,
     /// Share of pages that are zero at the start.
     pub zero_share: f64,
     /// Bytes per second.
     pub bandwidth: f64,
     /// The user's options.
     pub options: Options,
+    /// Probability of a further write in the middle of reading a page and of clearing the log: to
+    /// find races. 0 where the write rate is to be exact.
+    pub racing_writes: f64,
     /// What goes wrong.
     pub faults: Vec<Fault>,
     /// What goes wrong behind the ports.
@@ -93,12 +99,14 @@ impl Scenario {
             pages: 512,
             write_rate: 2_000.0,
             working_set: 64,
+            walk: false,
             zero_share: 0.3,
             bandwidth: 100e6,
             options: Options {
                 downtime: Duration::from_millis(5),
                 ..Options::default()
             },
+            racing_writes: 0.2,
             faults: Vec::new(),
             port_fault: None,
             forgetful_log: false,
@@ -114,6 +122,7 @@ impl Scenario {
             pages,
             write_rate: rng.unit() * 60_000.0,
             working_set: 1 + rng.below(pages),
+            walk: rng.chance(0.3),
             zero_share: rng.unit(),
             bandwidth: 10e6 + rng.unit() * 200e6,
             ..Self::calm(seed)
@@ -131,6 +140,12 @@ impl Scenario {
                 .then(|| 1 + u32::try_from(rng.below(20)).unwrap_or(1)),
             bandwidth: rng.chance(0.2).then(|| 5_000_000 + rng.below(50_000_000)),
             verify: rng.chance(0.5),
+            policy: [PolicyKind::Precopy, PolicyKind::Stord, PolicyKind::Mplm]
+                [usize::try_from(rng.below(3)).unwrap_or(0)],
+            split: 1 + u32::try_from(rng.below(12)).unwrap_or(0),
+            turn_share: u32::try_from(rng.below(300)).unwrap_or(0),
+            sync: Duration::from_millis(rng.below(20)),
+            reorder: rng.chance(0.3),
             ..Options::default()
         };
         // Most faults early, where all messages of short migrations are; some anywhere.

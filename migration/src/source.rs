@@ -456,6 +456,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             dirtied_pages: self.dirtied.0,
             dirtied_over: self.dirtied.1,
             bandwidth: self.bandwidth.estimate(),
+            cap: self.setup.options.bandwidth.map(|cap| cap as f64),
             state_bytes: self.guest.state_bytes(),
             pause_overhead: 2 * self.rtt + Self::STOP_AND_START,
             elapsed: self.now().saturating_sub(self.began),

@@ -1,5 +1,6 @@
 //! The engines under injected faults. `FERRY_SIM_SEEDS=a..b` replays or widens the search.
 use super::*;
+use crate::options::PolicyKind;
 
 fn seeds() -> std::ops::Range<u64> {
     let range = std::env::var("FERRY_SIM_SEEDS").unwrap_or_else(|_| "0..10000".into());
@@ -136,4 +137,88 @@ fn every_fault_at_every_message() {
             }
         }
     }
+}
+
+/// A guest that dirties this share of what is sent, spread evenly over its memory.
+fn evenly(policy: PolicyKind, share: f64, seed: u64) -> Scenario {
+    let pages = 20_000;
+    let bandwidth = 120e6;
+    let mut scenario = Scenario::calm(seed);
+    scenario.pages = pages;
+    scenario.working_set = pages;
+    scenario.walk = true;
+    scenario.zero_share = 0.0;
+    scenario.bandwidth = bandwidth;
+    // While a share of memory is sent, so many writes hit (mostly) different pages.
+    scenario.write_rate = share * bandwidth / 4096.0;
+    scenario.racing_writes = 0.0;
+    scenario.options.policy = policy;
+    scenario.options.downtime = Duration::from_millis(4);
+    scenario.options.on_timeout = OnTimeout::Stop;
+    scenario
+}
+
+#[test]
+fn stord_sends_less_than_pre_copy() {
+    for share in [0.5, 0.9] {
+        let (mut pre_copy, mut stord) = (0, 0);
+        for seed in 0..3 {
+            for (policy, bytes) in [
+                (PolicyKind::Precopy, &mut pre_copy),
+                (PolicyKind::Stord, &mut stord),
+            ] {
+                let outcome = run(&evenly(policy, share, seed));
+                assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+                assert_eq!(outcome.report.status, Status::Completed);
+                *bytes += outcome.report.bytes_wire;
+            }
+        }
+        assert!(
+            stord < pre_copy,
+            "share {share}: STORD {stord}, pre-copy {pre_copy}"
+        );
+    }
+}
+
+/// The live phase of MPLM sends at most memory × (1 + share), whatever the guest does.
+#[test]
+fn mplm_is_bounded_by_memory() {
+    for (seed, share) in [(0, 0), (1, 50), (2, 100), (3, 300)] {
+        let mut scenario = evenly(PolicyKind::Mplm, 3.0, seed);
+        scenario.options.turn_share = share;
+        let outcome = run(&scenario);
+        assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+        assert_eq!(
+            outcome.report.status,
+            Status::Completed,
+            "it always converges"
+        );
+        let (_, live) = outcome.report.rounds.split_last().unwrap();
+        let live: u64 = live.iter().map(|round| round.pages).sum();
+        let bound = scenario.pages * u64::from(100 + share) / 100;
+        assert!(
+            live <= bound,
+            "share {share} %: {live} pages sent live, the bound is {bound}"
+        );
+        assert!(live >= scenario.pages);
+    }
+}
+
+/// Pre-copy on the same guest does not converge: the bound is MPLM's doing.
+#[test]
+fn pre_copy_does_not_converge_where_mplm_does() {
+    let mut scenario = evenly(PolicyKind::Precopy, 3.0, 1);
+    scenario.options.on_timeout = OnTimeout::Cancel;
+    scenario.options.timeout = Duration::from_secs(20);
+    let outcome = run(&scenario);
+    assert_eq!(
+        outcome.report.status,
+        Status::Cancelled,
+        "{:?}",
+        outcome.report.why
+    );
+    assert_eq!(
+        (outcome.source, outcome.destination),
+        (Fate::Runs, Fate::Empty)
+    );
 }

@@ -122,8 +122,11 @@ pub(super) struct World {
     pub now: Duration,
     rng: Rng,
     write_rate: f64,
+    racing_writes: f64,
     owed_writes: f64,
+    /// The working set, shuffled, and where a walk through it stands (`None`: writes go anywhere).
     hot: Vec<Gfn>,
+    walked: Option<usize>,
     bandwidth: f64,
     verified: bool,
     forgetful: bool,
@@ -173,15 +176,20 @@ impl World {
                 next_version += 1;
             }
         }
-        let hot = (0..scenario.working_set.max(1))
-            .map(|_| ram[index(rng.below(ram.len() as u64))])
-            .collect();
+        let mut hot = ram;
+        for at in 0..hot.len() {
+            let other = at + index(rng.below((hot.len() - at) as u64));
+            hot.swap(at, other);
+        }
+        hot.truncate(index(scenario.working_set.max(1)));
         Self {
             now: Duration::ZERO,
             rng,
             write_rate: scenario.write_rate,
+            racing_writes: scenario.racing_writes,
             owed_writes: 0.0,
             hot,
+            walked: scenario.walk.then_some(0),
             bandwidth: scenario.bandwidth,
             verified: scenario.options.verify,
             forgetful: scenario.forgetful_log,
@@ -224,9 +232,21 @@ impl World {
         let mut left = writes;
         while left >= 1.0 {
             left -= 1.0;
-            let gfn = self.hot[index(self.rng.below(self.hot.len() as u64))];
+            let gfn = self.next_written();
             self.write(gfn);
         }
+    }
+
+    fn next_written(&mut self) -> Gfn {
+        let length = self.hot.len();
+        let at = match &mut self.walked {
+            Some(at) => {
+                *at = (*at + 1) % length;
+                *at
+            }
+            None => index(self.rng.below(length as u64)),
+        };
+        self.hot[at]
     }
 
     /// One write of the guest, wherever it runs; sometimes it clears the page.
@@ -249,8 +269,8 @@ impl World {
 
     /// The guest gets to write something in the middle of whatever the engine is doing.
     pub fn sneak_a_write(&mut self) {
-        if self.write_rate > 0.0 && self.rng.chance(0.2) {
-            let gfn = self.hot[index(self.rng.below(self.hot.len() as u64))];
+        if self.write_rate > 0.0 && self.rng.chance(self.racing_writes) {
+            let gfn = self.next_written();
             self.write(gfn);
         }
     }

@@ -91,7 +91,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             round: self.round,
             paused,
         };
-        let batches = Batches::new(pages, order);
+        let batches = Batches::new(pages, order, &self.heat, self.pacer.batch_pages());
         let sent = if self.lanes.is_empty() {
             self.send_here(batches, mode)?
         } else {
@@ -160,8 +160,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         if mode.paused {
             return Duration::ZERO;
         }
+        let bytes = runs.iter().map(Run::bytes).sum();
+        let cancel = self.setup.cancel;
         self.pacer
-            .wait(runs.iter().map(Run::bytes).sum(), self.setup.clock)
+            .wait(bytes, self.setup.clock, &|| cancel.is_cancelled())
     }
 
     /// Takes pages that were handed to the link off the pending set; before this they are still
@@ -222,7 +224,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                             let waited = if mode.paused {
                                 Duration::ZERO
                             } else {
-                                pacer.wait(bytes, clock)
+                                pacer.wait(bytes, clock, &|| cancel.is_cancelled())
                             };
                             match sender.send(channel, guest, &runs, mode, clock) {
                                 Ok(mut sent) => {

@@ -33,6 +33,18 @@ pub struct Args {
     /// Which algorithm decides what is sent when.
     #[arg(long, value_parser = named::<PolicyKind>)]
     policy: Option<PolicyKind>,
+    /// STORD: pieces into which a set of pages is split.
+    #[arg(long, value_name = "K")]
+    split: Option<u32>,
+    /// MPLM: pages of the dirty group for every 100 that were never sent.
+    #[arg(long, value_name = "PERCENT")]
+    turn_share: Option<u32>,
+    /// MPLM: how often the dirty log is looked at.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    sync: Option<Duration>,
+    /// Send pages that are dirtied often late in a round.
+    #[arg(long)]
+    reorder: bool,
     /// The longest acceptable pause.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     downtime: Option<Duration>,
@@ -77,6 +89,10 @@ impl Args {
             timeout: self.timeout.unwrap_or(default.timeout),
             on_timeout: self.on_timeout.unwrap_or(default.on_timeout),
             bandwidth: self.bandwidth,
+            split: self.split.unwrap_or(default.split),
+            turn_share: self.turn_share.unwrap_or(default.turn_share),
+            sync: self.sync.unwrap_or(default.sync),
+            reorder: self.reorder,
             channels: self.channels.unwrap_or(default.channels),
             verify: self.verify,
             ..default

@@ -102,22 +102,33 @@ fn rounds(report: &Report) -> String {
         "round", "pages", "wire", "time", "dirtied"
     );
     let count = report.rounds.len();
+    // Where the report itself left some out, that is behind its first; the numbers tell.
+    let gap = |i: usize| {
+        let next = report.rounds.get(i + 1).map_or(0, |r| u64::from(r.n));
+        report
+            .rounds
+            .get(i)
+            .map_or(0, |r| next.saturating_sub(u64::from(r.n) + 1))
+    };
     let hidden = if count > FIRST + LAST + 1 {
         FIRST..count - LAST
     } else {
         0..0
     };
+    let mut missing = 0;
     for (i, round) in report.rounds.iter().enumerate() {
         if hidden.contains(&i) {
-            if i == hidden.start {
-                let label = format!("… {} more …", hidden.len());
-                text.push_str(&format!("{label:>18}\n"));
-            }
+            missing += 1 + gap(i);
             continue;
+        }
+        if missing > 0 {
+            let label = format!("… {} more …", grouped(std::mem::take(&mut missing)));
+            text.push_str(&format!("{label:>18}\n"));
         }
         // The last round of a guest that moved is the one in the pause; nothing is dirtied in it.
         let stop = i + 1 == count && report.status == Status::Completed;
         text.push_str(&round_row(round, stop));
+        missing = gap(i);
     }
     text
 }
@@ -265,6 +276,12 @@ why        pending pages fit the downtime target
         let text = table(&long);
         assert!(text.lines().count() <= 24, "{text}");
         assert!(text.contains("… 988 more …"), "{text}");
+        let gap = Report {
+            rounds: [1, 2, 3, 2000, 2001].map(round).into(),
+            rounds_omitted: 1996,
+            ..report()
+        };
+        assert!(table(&gap).contains("… 1,996 more …"), "{}", table(&gap));
         let all = Report {
             rounds: (1..=13).map(round).collect(),
             ..report()

@@ -10,7 +10,7 @@ use ferry_migration::wire::MAX_RUNS;
 
 use super::{StreamLink, engine_layout, page_runs};
 use crate::machine::{Machine, MachineDescription, MachineState};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, PageRun};
 
 /// Makes the serial console's output for an arriving machine.
 pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Send + Sync>;
@@ -20,13 +20,48 @@ pub struct RamSink {
     ram: Arc<GuestRam>,
 }
 
+impl RamSink {
+    /// Shorter runs are not worth two more system calls.
+    const LONG: u64 = 16;
+
+    fn is_fresh(&self, (first, count): PageRun) -> bool {
+        count >= Self::LONG
+            && !self.ram.hugepages()
+            && self.ram.unpopulated(first, count) == Some((first, count))
+    }
+}
+
 impl PageSink<StreamLink> for RamSink {
     fn receive(&self, link: &mut StreamLink, runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
-        let runs = page_runs(runs, &mut buffer)?;
-        let (fd, mut patience) = link.parts();
-        self.ram
-            .read_pages(fd, runs, |progress| patience.tick(progress))
+        let mut rest = page_runs(runs, &mut buffer)?;
+        // Long runs of memory that holds nothing yet have a shorter way; all else is read straight
+        // into place, as many runs at once as lie together.
+        while !rest.is_empty() {
+            let direct = rest.iter().take_while(|run| !self.is_fresh(**run)).count();
+            let (now, later) = rest.split_at(direct);
+            if !now.is_empty() {
+                let (fd, mut patience) = link.parts();
+                self.ram
+                    .read_pages(fd, now, |progress| patience.tick(progress))?;
+            }
+            rest = later;
+            if let Some((&run, later)) = rest.split_first() {
+                match link.splice_pipe() {
+                    Some((fd, mut patience, pipe)) => {
+                        self.ram
+                            .splice_pages(fd, pipe, run, |progress| patience.tick(progress))?;
+                    }
+                    None => {
+                        let (fd, mut patience) = link.parts();
+                        self.ram
+                            .read_pages(fd, &[run], |progress| patience.tick(progress))?;
+                    }
+                }
+                rest = later;
+            }
+        }
+        Ok(())
     }
 
     fn zero(&self, run: Run) -> Result<(), PortError> {

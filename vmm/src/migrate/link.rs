@@ -14,6 +14,7 @@ use ferry_migration::wire::Role;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Handle, Uri};
+use crate::memory::SplicePipe;
 
 /// How long one system call may block.
 const SLICE: Duration = Duration::from_millis(200);
@@ -32,6 +33,7 @@ pub struct StreamLink {
     stream: Stream,
     timeout: Option<Duration>,
     cancel: Option<Handle>,
+    pipe: Option<SplicePipe>,
 }
 
 /// Decides whether a wait goes on.
@@ -77,6 +79,7 @@ impl StreamLink {
             stream: Stream::Tcp(stream),
             timeout: None,
             cancel: None,
+            pipe: None,
         })
     }
 
@@ -92,6 +95,7 @@ impl StreamLink {
             stream: Stream::Unix(stream),
             timeout: None,
             cancel: None,
+            pipe: None,
         })
     }
 
@@ -135,6 +139,15 @@ impl StreamLink {
                 since: None,
             },
         )
+    }
+
+    /// A pipe for moving pages off this socket, made when first needed; `None` where that fails.
+    pub(super) fn splice_pipe(&mut self) -> Option<(BorrowedFd<'_>, Patience<'_>, &SplicePipe)> {
+        if self.pipe.is_none() {
+            self.pipe = SplicePipe::new().ok();
+        }
+        let (fd, patience) = self.parts();
+        self.pipe.as_ref().map(|pipe| (fd, patience, pipe))
     }
 
     fn write_vectored(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {

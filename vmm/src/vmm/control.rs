@@ -167,10 +167,8 @@ impl Core {
         if let State::InDoubt { asking, .. } = &mut inner.state {
             *asking = false;
             if answer.is_ok() {
-                let moved = State::Moved {
-                    to,
-                    downtime_ms: None,
-                };
+                let downtime_ms = inner.report.as_ref().map(|report| report.downtime_ms);
+                let moved = State::Moved { to, downtime_ms };
                 self.finish(&mut inner, moved);
             }
         }

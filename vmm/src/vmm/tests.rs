@@ -429,7 +429,7 @@ fn the_destination_can_be_asked_again() {
     assert_eq!(rig.journal.calls(), ["confirm", "confirm"]);
     assert_eq!(
         rig.vmm.outcome().unwrap().sentence,
-        "the guest has moved to tcp:moved:2"
+        "the guest has moved to tcp:moved:2 (downtime 12.3 ms)"
     );
     is_conflict(rig.vmm.recover(&RecoverRequest {
         take_over: true,
@@ -477,6 +477,11 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
     assert_eq!(journal.calls(), ["take over"]);
     vmm.arrived(Arc::new(guest()), true);
     assert_eq!(vmm.status().state, StateName::Running);
+
+    // The source has spoken: it keeps its guest.
+    let vmm = doubtful();
+    vmm.arrival_failed("tcp:0.0.0.0:7".into());
+    assert_eq!(vmm.status().state, StateName::Receiving);
 
     // The source has found its word again.
     let vmm = doubtful();

@@ -1,0 +1,124 @@
+//! When a round-based policy stops: the downtime target, and the limits that the user set.
+
+use super::{Decision, View};
+use crate::options::{OnTimeout, Options};
+use std::time::Duration;
+
+/// The stop condition that pre-copy and its variants share.
+#[derive(Debug)]
+pub(super) struct Limits {
+    downtime: Duration,
+    timeout: Duration,
+    on_timeout: OnTimeout,
+    max_rounds: Option<u32>,
+    /// Rounds that one pass over a set takes.
+    rounds_per_set: u32,
+    /// The fewest pages that were ever pending, and in which round that was.
+    least: Option<(u64, u32)>,
+}
+
+impl Limits {
+    /// Rounds without a new minimum of pending pages after which nothing more is expected.
+    pub(super) const STALLED_ROUNDS: u32 = 6;
+    /// Another round is worth its time while it leaves at most this share of what it sends …
+    const WORTHWHILE: f64 = 0.5;
+    /// … and sending what is left takes longer than this: the pause has fixed costs of that order.
+    const SHORT_ENOUGH: Duration = Duration::from_millis(1);
+
+    /// With the limits of the options.
+    pub(super) const fn new(options: &Options, rounds_per_set: u32) -> Self {
+        Self {
+            downtime: options.downtime,
+            timeout: options.timeout,
+            on_timeout: options.on_timeout,
+            max_rounds: options.max_rounds,
+            rounds_per_set,
+            least: None,
+        }
+    }
+
+    /// Whether pending pages have stopped shrinking.
+    fn stalled(&mut self, view: &View<'_>) -> bool {
+        match self.least {
+            // A new minimum counts when it is a real one: 5 % below the last.
+            Some((least, round)) if view.pending_pages as f64 > least as f64 * 0.95 => {
+                view.round >= round + Self::STALLED_ROUNDS * self.rounds_per_set
+            }
+            _ => {
+                self.least = Some((view.pending_pages, view.round));
+                false
+            }
+        }
+    }
+
+    /// Which limit is reached, in words.
+    fn limit(&mut self, view: &View<'_>) -> Option<String> {
+        let stalled = self.stalled(view);
+        if view.elapsed >= self.timeout {
+            return Some(format!("the time limit of {:?} has passed", self.timeout));
+        }
+        if self.max_rounds.is_some_and(|max| view.round >= max) {
+            return Some(format!("the limit of {} rounds is reached", view.round));
+        }
+        // Only where the user accepts a longer pause does it end the live phase early: with
+        // `cancel` the guest may calm down before the time limit, and waiting costs nothing.
+        (stalled && self.on_timeout == OnTimeout::Stop).then(|| {
+            format!(
+                "pending pages have not shrunk for {} rounds",
+                Self::STALLED_ROUNDS
+            )
+        })
+    }
+
+    /// What the limits say before another round: stop, give up, or (`None`) go on.
+    pub(super) fn check(&mut self, view: &View<'_>) -> Option<Decision> {
+        let predicted = view.predicted_downtime();
+        if let Some(predicted) = predicted
+            && predicted <= self.downtime
+        {
+            // Within the target. While a round still halves what is left, it is cheaper than
+            // the pause that it saves: all such rounds together take less than twice the first.
+            let rate = view.live_rate().unwrap_or(f64::INFINITY);
+            let left = view.dirty_rate() * crate::page::PAGE_BYTES as f64 / rate;
+            let short = view
+                .predicted_last_pages()
+                .is_none_or(|time| time <= Self::SHORT_ENOUGH);
+            if short || left > Self::WORTHWHILE || self.limit(view).is_some() {
+                return Some(Decision::Stop {
+                    why: format!(
+                        "the predicted pause of {:.1} ms is within the target of {:.0} ms",
+                        predicted.as_secs_f64() * 1e3,
+                        self.downtime.as_secs_f64() * 1e3
+                    ),
+                });
+            }
+            return None;
+        }
+        let Some(limit) = self.limit(view) else {
+            return None;
+        };
+        let state = predicted.map_or_else(
+            || "and no bandwidth could be measured".to_owned(),
+            |predicted| {
+                format!(
+                    "and stopping would pause the guest for about {:.0} ms, over the target of {:.0} ms: it \
+                     dirties {:.1} MB/s, the link carries {:.1} MB/s",
+                    predicted.as_secs_f64() * 1e3,
+                    self.downtime.as_secs_f64() * 1e3,
+                    view.dirty_rate() * crate::page::PAGE_BYTES as f64 / 1e6,
+                    view.bandwidth.unwrap_or(0.0) / 1e6
+                )
+            },
+        );
+        Some(match self.on_timeout {
+            OnTimeout::Stop => Decision::Stop {
+                why: format!("{limit}, {state}"),
+            },
+            OnTimeout::Cancel => Decision::GiveUp {
+                why: format!(
+                    "{limit}, {state}; raise --downtime or --timeout, or use --on-timeout stop"
+                ),
+            },
+        })
+    }
+}
