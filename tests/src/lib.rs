@@ -1,1 +1,36 @@
-//! ferry-tests
+//! What the end-to-end tests are made of.
+//!
+//! A test starts real `ferry` processes ([`Host`]), joins them by a network that misbehaves on request ([`Proxy`]), and
+//! lets the guest say what became of its memory. [`fuzz_bodies`] holds what the fuzz targets do, as ordinary functions.
+//!
+//! Nothing here asserts how long anything takes: [`PATIENCE`] only turns a hang into a failure.
+#![forbid(unsafe_code)]
+// This crate is test code: a broken expectation must stop the test where it is seen.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod ferry;
+pub mod fuzz_bodies;
+mod host;
+pub mod peer;
+mod proxy;
+
+pub use ferry::{Ran, ferry, guests_run, run};
+pub use host::{Host, Migration, State};
+pub use proxy::{Action, Proxy, Way};
+
+use std::time::{Duration, Instant};
+
+/// How long anything may take before the test calls it a hang.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Waits until `what` is so.
+///
+/// # Panics
+/// After [`PATIENCE`], with the name of what was waited for.
+pub fn until(name: &str, mut what: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !what() {
+        assert!(Instant::now() < deadline, "waited in vain until {name}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

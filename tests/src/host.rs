@@ -1,0 +1,439 @@
+//! A `ferry` process that is a guest's VMM.
+
+use crate::{PATIENCE, ferry, until};
+use ferry_guest_images::{Line, STOP, Verdict};
+use ferry_migration::options::{OnTimeout, Options};
+use ferry_migration::report::{Report, Status};
+use ferry_vmm::api::client::{Action, Client, ClientError};
+use ferry_vmm::api::types::{MigrateRequest, RecoverRequest};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+pub use ferry_vmm::api::types::StateName as State;
+
+/// The lines of an output so far.
+#[derive(Clone, Debug, Default)]
+struct Lines(Arc<Mutex<Vec<String>>>);
+
+impl Lines {
+    fn follow(output: impl Read + Send + 'static) -> Self {
+        let lines = Self::default();
+        let kept = lines.clone();
+        std::thread::spawn(move || {
+            let mut output = BufReader::new(output);
+            let mut bytes = Vec::new();
+            while output.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
+                let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+                kept.0.lock().unwrap().push(line);
+                bytes.clear();
+            }
+        });
+        lines
+    }
+
+    fn all(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+/// A VMM process; dropping it ends the process.
+#[derive(Debug)]
+pub struct Host {
+    child: Child,
+    stdin: ChildStdin,
+    guest: Lines,
+    said: Lines,
+    client: Client,
+    uri: Option<String>,
+    _dir: tempfile::TempDir,
+}
+
+impl Host {
+    /// `ferry run --nas WORK`, once the guest is in its steady state.
+    pub fn run(work: &str, memory: &str, cpus: u32) -> Self {
+        let cpus = cpus.to_string();
+        let host = Self::start(&[
+            "run", "--nas", work, "--memory", memory, "--cpus", &cpus, "--serial", "stdio",
+        ]);
+        host.guest_line("ready", |line| matches!(line, Line::Ready { .. }));
+        host
+    }
+
+    /// As [`Host::run`], a kernel that is run until it is told to stop.
+    pub fn run_kernel(kernel: &str, memory: &str, cpus: u32) -> Self {
+        let cpus = cpus.to_string();
+        let host = Self::start(&[
+            "run", "--nas", kernel, "--repeat", "0", "--memory", memory, "--cpus", &cpus,
+            "--serial", "stdio",
+        ]);
+        host.guest_line("ready", |line| matches!(line, Line::Ready { .. }));
+        host
+    }
+
+    /// `ferry receive` on a free port, once it listens.
+    pub fn receive() -> Self {
+        Self::receive_on("tcp:127.0.0.1:0")
+    }
+
+    /// As [`Host::receive`], on a Unix socket.
+    pub fn receive_unix() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let uri = format!("unix:{}", dir.path().join("link").display());
+        Self::listening(Self::start_in(dir, &["receive", &uri, "--serial", "stdio"]))
+    }
+
+    fn receive_on(uri: &str) -> Self {
+        Self::listening(Self::start(&["receive", uri, "--serial", "stdio"]))
+    }
+
+    fn listening(mut host: Self) -> Self {
+        let line = host.says("waiting on");
+        let uri = line
+            .split(' ')
+            .find(|w| w.starts_with("tcp:") || w.starts_with("unix:"));
+        host.uri = Some(uri.unwrap().to_owned());
+        host
+    }
+
+    /// Any long-running command, with `--api` added.
+    pub fn start(args: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), args)
+    }
+
+    fn start_in(dir: tempfile::TempDir, args: &[&str]) -> Self {
+        let api = dir.path().join("api");
+        let mut child = Command::new(ferry())
+            .args(args)
+            .arg("--api")
+            .arg(&api)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self {
+            stdin: child.stdin.take().unwrap(),
+            guest: Lines::follow(child.stdout.take().unwrap()),
+            said: Lines::follow(child.stderr.take().unwrap()),
+            client: Client::new(&api),
+            child,
+            uri: None,
+            _dir: dir,
+        }
+    }
+
+    /// Where it listens.
+    pub fn uri(&self) -> &str {
+        self.uri.as_deref().expect("a receiver")
+    }
+
+    /// The address that it listens on.
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.uri().strip_prefix("tcp:").unwrap().parse().unwrap()
+    }
+
+    /// Its control socket.
+    pub fn api(&self) -> PathBuf {
+        self._dir.path().join("api")
+    }
+
+    /// Speaks to its control socket.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for a line of its guest.
+    pub fn guest_line(&self, name: &str, wanted: impl Fn(&Line<'_>) -> bool) -> String {
+        let find = |lines: Vec<String>| {
+            lines
+                .into_iter()
+                .find(|l| Line::parse(l).is_some_and(|l| wanted(&l)))
+        };
+        self.wait_for(&format!("the guest printed {name}"), || {
+            find(self.guest.all())
+        })
+    }
+
+    /// All that its guest printed here.
+    pub fn guest_lines(&self) -> Vec<String> {
+        self.guest.all()
+    }
+
+    /// Waits until it has said a line on stderr with this in it.
+    pub fn says(&self, part: &str) -> String {
+        self.wait_for(&format!("it said {part:?}"), || {
+            self.said.all().into_iter().find(|l| l.contains(part))
+        })
+    }
+
+    /// All that it said on stderr.
+    pub fn said(&self) -> Vec<String> {
+        self.said.all()
+    }
+
+    fn wait_for<T>(&self, name: &str, mut what: impl FnMut() -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(found) = what() {
+                return found;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "waited in vain until {name}; guest {:#?} said {:#?}",
+                self.guest.all().iter().rev().take(5).collect::<Vec<_>>(),
+                self.said.all()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What `ferry status` says.
+    pub fn state(&self) -> State {
+        self.client
+            .status()
+            .unwrap_or_else(|e| panic!("{e}; it said {:#?}", self.said()))
+            .state
+    }
+
+    /// Waits for a state.
+    pub fn reaches(&self, state: State) {
+        self.wait_for(&format!("its state is {}", state.name()), || {
+            (self.state() == state).then_some(())
+        });
+    }
+
+    /// Options for a migration whose outcome does not depend on how fast this machine is: whatever is still pending
+    /// after a while is sent in the pause, and all memory is compared.
+    pub fn options() -> Options {
+        Options {
+            timeout: Duration::from_secs(15),
+            on_timeout: OnTimeout::Stop,
+            verify: true,
+            ..Options::default()
+        }
+    }
+
+    /// Migrates and waits for the end.
+    pub fn migrate(&self, uri: &str, options: &Options) -> Report {
+        let request = MigrateRequest {
+            uri: uri.to_owned(),
+            options: options.clone(),
+            detach: false,
+        };
+        let report = self.client.migrate(&request, &mut |_| {});
+        report.unwrap_or_else(|e| panic!("{e}; it said {:#?}", self.said()))
+    }
+
+    /// Migrates, expects that it completes, and checks the report.
+    pub fn migrate_well(&self, uri: &str, options: &Options) -> Report {
+        let report = self.migrate(uri, options);
+        check(&report, options);
+        report
+    }
+
+    /// Migrates in the background.
+    pub fn begin_migration(&self, uri: &str, options: &Options) -> Migration {
+        let request = MigrateRequest {
+            uri: uri.to_owned(),
+            options: options.clone(),
+            detach: false,
+        };
+        let client = self.client.clone();
+        let thread = std::thread::spawn(move || client.migrate(&request, &mut |_| {}));
+        until("the migration has begun", || {
+            thread.is_finished() || self.state() != State::Running && self.state() != State::Paused
+        });
+        Migration(thread)
+    }
+
+    /// Pause, resume, stop or cancel; the sentence of a refusal.
+    pub fn act(&self, action: Action) -> Result<(), String> {
+        self.client.act(action).map_err(|e| e.to_string())
+    }
+
+    /// `ferry recover`.
+    pub fn recover(&self, take_over: bool) -> Result<(), String> {
+        let request = RecoverRequest {
+            uri: None,
+            take_over,
+        };
+        self.client.recover(&request).map_err(|e| e.to_string())
+    }
+
+    /// Tells the guest to finish.
+    pub fn finish(&mut self) {
+        self.stdin.write_all(&[STOP]).unwrap();
+        self.stdin.flush().unwrap();
+    }
+
+    /// Tells the writer to finish, waits for its verdict and for the end of the process. Every page of the guest was
+    /// verified by the guest itself then.
+    pub fn verdict(mut self) -> Verdict {
+        self.finish();
+        let line = self.guest_line("its verdict", |line| matches!(line, Line::Verdict { .. }));
+        let Some(Line::Verdict { verdict, .. }) = Line::parse(&line) else {
+            unreachable!()
+        };
+        assert!(
+            verdict.verified && verdict.corrupt == 0,
+            "{line}\n{:#?}",
+            self.guest_lines()
+        );
+        assert_eq!(self.ends(), Some(0), "{:#?}", self.said());
+        verdict
+    }
+
+    /// Tells a kernel to finish and expects that the run in hand, and every one whose result was printed here, agrees
+    /// with the published reference.
+    pub fn result(mut self) -> u64 {
+        self.finish();
+        self.guest_line("its end", |line| matches!(line, Line::End));
+        let mut runs = 0;
+        for line in self.guest_lines() {
+            if let Some(Line::Result(result)) = Line::parse(&line) {
+                assert!(result.verified, "{line}");
+                runs += 1;
+            }
+        }
+        assert!(runs > 0, "{:#?}", self.guest_lines());
+        assert_eq!(self.ends(), Some(0), "{:#?}", self.said());
+        runs
+    }
+
+    /// Waits for the process's end: its exit status.
+    pub fn ends(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                assert!(
+                    !self.said().iter().any(|l| l.contains("panicked")),
+                    "{:#?}",
+                    self.said()
+                );
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("the process does not end; it said {:#?}", self.said());
+    }
+
+    /// Sends a signal to the process.
+    pub fn signal(&self, signal: Signal) {
+        kill(
+            Pid::from_raw(i32::try_from(self.child.id()).unwrap()),
+            signal,
+        )
+        .unwrap();
+    }
+
+    /// `kill -9`, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Resident memory in bytes.
+    pub fn rss(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
+        line.split_ascii_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            << 10
+    }
+
+    /// Expects that the guest runs here: the state says so, and it prints another line.
+    pub fn proves_running(&self) {
+        assert_eq!(self.state(), State::Running, "{:#?}", self.said());
+        let before = self.guest.all().len();
+        self.wait_for("the guest printed another line", || {
+            (self.guest.all().len() > before).then_some(())
+        });
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if !std::thread::panicking() {
+            assert!(
+                !self.said().iter().any(|l| l.contains("panicked")),
+                "{:#?}",
+                self.said()
+            );
+        }
+    }
+}
+
+/// A migration in the background.
+#[derive(Debug)]
+pub struct Migration(JoinHandle<Result<Report, ClientError>>);
+
+impl Migration {
+    /// Its report.
+    pub fn report(self) -> Report {
+        self.0.join().unwrap().unwrap()
+    }
+
+    /// Its report, or why there is none.
+    pub fn outcome(self) -> Result<Report, String> {
+        self.0.join().unwrap().map_err(|e| e.to_string())
+    }
+
+    /// Whether it has ended.
+    pub fn is_over(&self) -> bool {
+        self.0.is_finished()
+    }
+}
+
+/// What must be so in the report of any migration that completed.
+fn check(report: &Report, options: &Options) {
+    assert_eq!(report.status, Status::Completed, "{report:#?}");
+    assert_eq!(report.error, None);
+    assert_eq!(
+        report.verified,
+        options.verify.then_some(true),
+        "{report:#?}"
+    );
+    assert_eq!(report.session.len(), 32);
+    assert!(report.rounds.len() >= 2, "{report:#?}");
+    let pages = &report.pages;
+    // Every page crossed, or was said to be zero, or was skipped; some more than once.
+    assert_eq!(
+        pages.sent + pages.zero + pages.skipped - pages.resent,
+        pages.total,
+        "{report:#?}"
+    );
+    if report.rounds_omitted == 0 {
+        assert_eq!(
+            report.rounds.iter().map(|r| r.pages).sum::<u64>(),
+            pages.sent + pages.zero,
+            "{report:#?}"
+        );
+        let rounds = report.rounds.iter().map(|r| r.bytes).sum::<u64>();
+        assert!(rounds <= report.bytes_wire, "{report:#?}");
+    }
+    assert!(report.bytes_wire >= pages.sent * 4096, "{report:#?}");
+    let d = &report.downtime;
+    let sum = d.quiesce_ms + d.last_pages_ms + d.state_ms + d.start_ms;
+    assert!((sum - report.downtime_ms).abs() < 0.01, "{report:#?}");
+    assert!(
+        report.downtime_ms > 0.0 && report.downtime_ms <= report.total_ms,
+        "{report:#?}"
+    );
+}

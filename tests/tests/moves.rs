@@ -1,0 +1,280 @@
+//! Guests move between processes under load, and say themselves that nothing was lost.
+//!
+//! Every migration here compares all memory of both sides in the pause (`verify`), and every guest verifies its memory
+//! or its result in the end.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use ferry_guest_images::Line;
+use ferry_migration::options::Options;
+use ferry_migration::report::{Report, Status};
+use ferry_tests::{Host, Proxy, State, Way, guests_run, run};
+use ferry_vmm::api::client::Action;
+
+/// For people: what the report says and what the guest saw. Not asserted: a host that is busy shows in the gap.
+fn show(name: &str, report: &Report, destination: &Host) {
+    let gap = destination
+        .guest_lines()
+        .iter()
+        .rev()
+        .find_map(|line| match Line::parse(line)? {
+            Line::Stat { gaps, .. } | Line::Verdict { gaps, .. } => Some(gaps.max_us),
+            Line::Result(result) => Some(result.gaps.max_us),
+            _ => None,
+        });
+    eprintln!(
+        "{name}: {} rounds, {:.0} ms, downtime {:.2} ms, the guest's own gap {:?} ms",
+        report.rounds.len(),
+        report.total_ms,
+        report.downtime_ms,
+        gap.map(|us| us / 1000),
+    );
+}
+
+fn moves(work: &str, cpus: u32, unix: bool) {
+    let mut source = Host::run(work, "64M", cpus);
+    let destination = if unix {
+        Host::receive_unix()
+    } else {
+        Host::receive()
+    };
+    let report = source.migrate_well(destination.uri(), &Host::options());
+    assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
+    assert!(
+        source
+            .said()
+            .iter()
+            .any(|l| l.contains("the guest has moved to"))
+    );
+    destination.says("the guest has arrived");
+    destination.proves_running();
+    show(&format!("{work} on {cpus}"), &report, &destination);
+    assert!(destination.verdict().writes > 0);
+}
+
+/// Writers of every pattern and fill, on one processor.
+#[test]
+fn writers_move_on_one_processor() {
+    if !guests_run() {
+        return;
+    }
+    for (pattern, fill) in PATTERNS {
+        moves(
+            &format!("dirty:wss=8M,rate=4000,pattern={pattern},fill={fill}"),
+            1,
+            false,
+        );
+    }
+}
+
+/// The same on two processors, over a Unix socket.
+#[test]
+fn writers_move_on_two_processors() {
+    if !guests_run() {
+        return;
+    }
+    for (pattern, fill) in PATTERNS {
+        moves(
+            &format!("dirty:wss=8M,rate=4000,pattern={pattern},fill={fill}"),
+            2,
+            true,
+        );
+    }
+}
+
+const PATTERNS: [(&str, &str); 6] = [
+    ("sequential", "random"),
+    ("sequential", "zero-rich"),
+    ("uniform", "random"),
+    ("uniform", "zero-rich"),
+    ("zipf", "random"),
+    ("zipf", "zero-rich"),
+];
+
+/// Kernels compute on while they move, and their results agree with the published references.
+#[test]
+fn kernels_compute_on_while_they_move() {
+    if !guests_run() {
+        return;
+    }
+    for (kernel, cpus) in [
+        ("mg.S", 1),
+        ("mg.S", 2),
+        ("is.S", 1),
+        ("is.S", 2),
+        ("ep.S", 1),
+        ("ep.S", 2),
+    ] {
+        let mut source = Host::run_kernel(kernel, "64M", cpus);
+        let destination = Host::receive();
+        let report = source.migrate_well(destination.uri(), &Host::options());
+        assert_eq!(source.ends(), Some(0));
+        destination.guest_line("a result", |l| matches!(l, Line::Result(_)));
+        show(&format!("{kernel} on {cpus}"), &report, &destination);
+        destination.result();
+    }
+}
+
+/// One writer moves fifty times in a row, from receiver to receiver, and loses nothing.
+#[test]
+fn fifty_moves_in_a_row() {
+    if !guests_run() {
+        return;
+    }
+    let mut here = Host::run("dirty:wss=8M,rate=5000", "64M", 1);
+    let mut next = Host::receive();
+    for n in 1..=50 {
+        let report = here.migrate_well(next.uri(), &Host::options());
+        // The next receiver starts while the old VMM ends.
+        let after = Host::receive();
+        assert_eq!(here.ends(), Some(0), "move {n}: {:#?}", here.said());
+        next.reaches(State::Running);
+        if n % 10 == 0 {
+            show(&format!("move {n}"), &report, &next);
+        }
+        here = std::mem::replace(&mut next, after);
+    }
+    let verdict = here.verdict();
+    assert!(verdict.pages > 12_000, "{verdict:?}");
+}
+
+/// Pages travel on four connections beside the control channel; what the proxy counted is what the report says.
+#[test]
+fn four_channels_and_every_byte_is_counted() {
+    if !guests_run() {
+        return;
+    }
+    for channels in [1, 2, 4] {
+        let mut source = Host::run("dirty:wss=8M,rate=4000", "64M", 2);
+        let destination = Host::receive();
+        let proxy = Proxy::to(destination.address());
+        let options = Options {
+            channels,
+            ..Host::options()
+        };
+        let report = source.migrate_well(&proxy.uri(), &options);
+        assert_eq!(report.bytes_wire, proxy.total(Way::Forth));
+        let lanes = if channels == 1 {
+            0
+        } else {
+            u64::from(channels)
+        };
+        assert_eq!(proxy.connections(), 1 + lanes);
+        assert_eq!(source.ends(), Some(0));
+        show(&format!("{channels} channels"), &report, &destination);
+        destination.verdict();
+    }
+}
+
+/// `ferry migrate --json`, as a script meets it: one object on stdout, nothing on stderr.
+#[test]
+fn the_command_prints_one_report() {
+    if !guests_run() {
+        return;
+    }
+    let mut source = Host::run("dirty:wss=4M,rate=2000", "64M", 1);
+    let destination = Host::receive();
+    let api = source.api();
+    let ran = run(&[
+        "migrate".as_ref(),
+        "--api".as_ref(),
+        api.as_os_str(),
+        destination.uri().as_ref(),
+        "--verify".as_ref(),
+        "--channels".as_ref(),
+        "4".as_ref(),
+        "--json".as_ref(),
+        "--quiet".as_ref(),
+    ]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{ran:?}");
+    // One object and nothing else.
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(report["status"], "completed");
+    assert_eq!(report["verified"], true);
+    for name in [
+        "schema",
+        "policy",
+        "error",
+        "total_ms",
+        "downtime_ms",
+        "rounds",
+        "bytes_wire",
+        "mbps",
+        "why",
+    ] {
+        assert!(report.get(name).is_some(), "{name}");
+    }
+    for (group, names) in [
+        (
+            "downtime",
+            &["quiesce_ms", "last_pages_ms", "state_ms", "start_ms"][..],
+        ),
+        ("pages", &["sent", "resent", "zero", "skipped"]),
+        (
+            "faults",
+            &["count", "p50_us", "p99_us", "max_us", "stalled_ms"],
+        ),
+    ] {
+        for name in names {
+            assert!(report[group][name].is_number(), "{group}.{name}");
+        }
+    }
+    assert_eq!(source.ends(), Some(0));
+    destination.verdict();
+}
+
+/// A guest that was paused arrives paused, and goes on when it is resumed.
+#[test]
+fn a_paused_guest_stays_paused() {
+    if !guests_run() {
+        return;
+    }
+    let mut source = Host::run("dirty:wss=4M,rate=2000", "64M", 1);
+    source.act(Action::Pause).unwrap();
+    let destination = Host::receive();
+    source.migrate_well(destination.uri(), &Host::options());
+    assert_eq!(source.ends(), Some(0));
+    destination.reaches(State::Paused);
+    assert!(
+        destination.guest_lines().is_empty(),
+        "{:?}",
+        destination.guest_lines()
+    );
+    destination.act(Action::Resume).unwrap();
+    destination.proves_running();
+    destination.verdict();
+}
+
+/// A guest that ends while it is being moved ends where it was, and the receiver waits for the next.
+#[test]
+fn a_guest_that_ends_on_the_way_ends() {
+    if !guests_run() {
+        return;
+    }
+    let destination = Host::receive();
+    let mut source = Host::run("dirty:wss=4M,rate=1000", "64M", 1);
+    let options = Options {
+        bandwidth: Some(4 << 20),
+        ..Host::options()
+    };
+    let migration = source.begin_migration(destination.uri(), &options);
+    source.finish();
+    source.guest_line(
+        "its verdict",
+        |l| matches!(l, Line::Verdict { verdict, .. } if verdict.verified),
+    );
+    let report = migration.outcome();
+    let code = source.ends();
+    eprintln!(
+        "ended on the way: exit {code:?}, report {report:?}, said {:?}",
+        source.said()
+    );
+    assert_eq!(code, Some(0));
+    if let Ok(report) = report {
+        assert_ne!(report.status, Status::Completed);
+    }
+    destination.reaches(State::Receiving);
+    let mut next = Host::run("dirty:wss=4M,rate=1000", "64M", 1);
+    next.migrate_well(destination.uri(), &Host::options());
+    assert_eq!(next.ends(), Some(0));
+    destination.verdict();
+}
