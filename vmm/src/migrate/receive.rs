@@ -31,6 +31,8 @@ pub use super::host::SerialFactory;
 
 /// How long a new connection may take to say what it is.
 const GREETING: Duration = Duration::from_secs(10);
+/// How long a new migration waits for one that is ending.
+const SETTLING: Duration = Duration::from_secs(2);
 /// Connections that may be open at once: all lanes of a migration, its other channels, and a few
 /// strangers.
 const MAX_CONNECTIONS: usize = 96;
@@ -355,22 +357,37 @@ fn refuse(mut channel: Channel<StreamLink>, why: &str) {
 /// A migration's control channel: runs the engine until it ends.
 fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
     let busy = {
+        // A migration that failed is heard of at its source before its memory here is freed: whoever tries again at once
+        // waits for that instead of being refused.
+        let until = Instant::now() + SETTLING;
         let mut active = shared.active();
-        match active.as_ref().map(|a| a.state) {
-            None => {
-                *active = Some(Active {
-                    session: preamble.session,
-                    lanes: None,
-                    state: ReceiveState::Receiving,
-                    parked: None,
-                });
-                None
+        loop {
+            match active.as_ref().map(|a| a.state) {
+                None => {
+                    *active = Some(Active {
+                        session: preamble.session,
+                        lanes: None,
+                        state: ReceiveState::Receiving,
+                        parked: None,
+                    });
+                    break None;
+                }
+                Some(ReceiveState::InDoubt) => {
+                    break Some("a guest is in doubt here; end that with ferry recover first");
+                }
+                Some(ReceiveState::Done) => {
+                    break Some("this receiver has its guest; start another");
+                }
+                Some(_) if Instant::now() < until => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    active = shared
+                        .changed
+                        .wait_timeout(active, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0;
+                }
+                Some(_) => break Some("another migration is arriving here"),
             }
-            Some(ReceiveState::InDoubt) => {
-                Some("a guest is in doubt here; end that with ferry recover first")
-            }
-            Some(ReceiveState::Done) => Some("this receiver has its guest; start another"),
-            Some(_) => Some("another migration is arriving here"),
         }
     };
     if let Some(why) = busy {
@@ -420,10 +437,11 @@ fn settle(shared: &Shared, mut engine: Box<Engine>, error: Option<DestinationErr
             park(&mut active, engine, ReceiveState::InDoubt);
         }
         State::Waiting | State::Filling | State::Discarded => {
-            *active = None;
             drop(active);
             // The memory of what had arrived goes first: the next migration needs it.
             drop(engine);
+            *shared.active() = None;
+            shared.changed.notify_all();
             shared.tell(Arrival::Failed(format!(
                 "a migration ended and the source keeps its guest: {why}"
             )));
