@@ -117,6 +117,56 @@ pub struct Report {
 impl Report {
     /// The current value of [`Report::schema`].
     pub const SCHEMA: u32 = 1;
+
+    /// The report of a migration that sent nothing, or of which nothing more is known than how it
+    /// ended.
+    #[must_use]
+    pub fn bare(session: String, policy: String, status: Status, error: String) -> Self {
+        Self {
+            schema: Self::SCHEMA,
+            session,
+            policy,
+            status,
+            error: Some(error),
+            total_ms: 0.0,
+            downtime_ms: 0.0,
+            downtime: Downtime::default(),
+            rounds: Vec::new(),
+            rounds_omitted: 0,
+            pages: Pages::default(),
+            bytes_wire: 0,
+            mbps: 0.0,
+            faults: Faults::default(),
+            verified: None,
+            why: None,
+        }
+    }
+
+    /// The report of an engine that panicked, by its last progress. What it had committed is not
+    /// known better than that; in doubt, doubt.
+    #[must_use]
+    pub fn broken(progress: &Progress, error: &str) -> Self {
+        let committed = matches!(
+            progress.phase,
+            Phase::Committed | Phase::Completed | Phase::InDoubt
+        );
+        let status = if committed {
+            Status::InDoubt
+        } else {
+            Status::Failed
+        };
+        Self {
+            total_ms: progress.elapsed_ms,
+            bytes_wire: progress.bytes_wire,
+            mbps: progress.mbps,
+            ..Self::bare(
+                progress.session.clone(),
+                progress.policy.clone(),
+                status,
+                error.to_owned(),
+            )
+        }
+    }
 }
 
 /// Where a migration stands, at the source.

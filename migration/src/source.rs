@@ -200,7 +200,14 @@ pub fn migrate<L: Link, G: Guest<L>>(guest: &mut G, setup: Setup<'_, L>) -> Repo
     let session = setup.session;
     let mut policy = policy::from_options(setup.options);
     let name = policy.name();
-    let refused = |error: SourceError| failed_report(session, name, &error);
+    let refused = |error: SourceError| {
+        Report::bare(
+            session.to_string(),
+            name.to_owned(),
+            error.status(),
+            error.to_string(),
+        )
+    };
     if let Err(error) = setup.options.check() {
         return refused(error.into());
     }
@@ -250,28 +257,6 @@ pub fn migrate<L: Link, G: Guest<L>>(guest: &mut G, setup: Setup<'_, L>) -> Repo
         setup,
     };
     source.run(policy.as_mut())
-}
-
-/// The report of a migration that did not even begin.
-fn failed_report(session: SessionId, policy: &str, error: &SourceError) -> Report {
-    Report {
-        schema: Report::SCHEMA,
-        session: session.to_string(),
-        policy: policy.to_owned(),
-        status: error.status(),
-        error: Some(error.to_string()),
-        total_ms: 0.0,
-        downtime_ms: 0.0,
-        downtime: Downtime::default(),
-        rounds: Vec::new(),
-        rounds_omitted: 0,
-        pages: Pages::default(),
-        bytes_wire: 0,
-        mbps: 0.0,
-        faults: crate::report::Faults::default(),
-        verified: None,
-        why: None,
-    }
 }
 
 fn ms(duration: Duration) -> f64 {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::options::Options;
 use ferry_migration::port::Clock;
-use ferry_migration::report::{Event, Phase, Progress, Report, Status};
+use ferry_migration::report::{Event, Phase, Progress, Report};
 use ferry_migration::source::{self, CancelSwitch, Setup, SourceError};
 use ferry_migration::wire::SessionId;
 
@@ -82,8 +82,8 @@ pub fn migrate(
     let session = match new_session() {
         Ok(session) => session,
         Err(error) => {
-            return broken_report(
-                handle,
+            return Report::broken(
+                &handle.progress(),
                 &format!("no random session id could be made: {error}"),
             );
         }
@@ -120,8 +120,8 @@ pub fn migrate(
             if handle.progress().phase == Phase::Committed {
                 guest.keep();
             }
-            broken_report(
-                handle,
+            Report::broken(
+                &handle.progress(),
                 "the migration engine failed inside; the VMM's output says where",
             )
         }
@@ -166,36 +166,6 @@ fn parse_session(text: &str) -> Option<SessionId> {
         *byte = u8::from_str_radix(text.get(at..at + 2)?, 16).ok()?;
     }
     Some(SessionId(id))
-}
-
-fn broken_report(handle: &Handle, why: &str) -> Report {
-    let progress = handle.progress();
-    let committed = matches!(
-        progress.phase,
-        Phase::Committed | Phase::Completed | Phase::InDoubt
-    );
-    Report {
-        schema: Report::SCHEMA,
-        status: if committed {
-            Status::InDoubt
-        } else {
-            Status::Failed
-        },
-        error: Some(why.to_owned()),
-        total_ms: progress.elapsed_ms,
-        bytes_wire: progress.bytes_wire,
-        mbps: progress.mbps,
-        session: progress.session,
-        policy: progress.policy,
-        downtime_ms: 0.0,
-        downtime: ferry_migration::report::Downtime::default(),
-        rounds: Vec::new(),
-        rounds_omitted: 0,
-        pages: ferry_migration::report::Pages::default(),
-        faults: ferry_migration::report::Faults::default(),
-        verified: None,
-        why: None,
-    }
 }
 
 /// The host's monotonic clock.

@@ -37,7 +37,7 @@ pub use state::{Ending, Outcome};
 use crate::api::events::Publisher;
 use crate::api::types::GuestInfo;
 use ferry_migration::options::Options;
-use ferry_migration::report::{self, Event, Phase, Progress, Report};
+use ferry_migration::report::{self, Event, Progress, Report};
 use state::State;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -315,7 +315,12 @@ impl Core {
             }
         };
         let run = AssertUnwindSafe(|| migration.run(options, &mut forward));
-        let report = catch_unwind(run).unwrap_or_else(|_| broken(&handle.progress()));
+        let report = catch_unwind(run).unwrap_or_else(|_| {
+            Report::broken(
+                &handle.progress(),
+                "the migration engine failed inside; the VMM's output says where",
+            )
+        });
         tracing::info!(status = ?report.status, session = report.session, "the migration to {to} has ended");
         let mut inner = self.lock();
         inner.report = Some(report.clone());
@@ -363,37 +368,6 @@ fn after(inner: &mut Inner, to: &str, report: &Report) -> State {
             }
             None => State::Running,
         },
-    }
-}
-
-/// The report of an engine that panicked. What it had committed is not known better than by its progress; in doubt,
-/// doubt.
-fn broken(progress: &Progress) -> Report {
-    let committed = matches!(
-        progress.phase,
-        Phase::Committed | Phase::Completed | Phase::InDoubt
-    );
-    Report {
-        schema: Report::SCHEMA,
-        session: progress.session.clone(),
-        policy: progress.policy.clone(),
-        status: if committed {
-            report::Status::InDoubt
-        } else {
-            report::Status::Failed
-        },
-        error: Some("the migration engine failed inside; the VMM's output says where".into()),
-        total_ms: progress.elapsed_ms,
-        downtime_ms: 0.0,
-        downtime: report::Downtime::default(),
-        rounds: Vec::new(),
-        rounds_omitted: 0,
-        pages: report::Pages::default(),
-        bytes_wire: progress.bytes_wire,
-        mbps: progress.mbps,
-        faults: report::Faults::default(),
-        verified: None,
-        why: None,
     }
 }
 

@@ -4,6 +4,7 @@ use super::*;
 use crate::api::events::{Next, Subscription};
 use crate::api::types::{MigrateRequest, RecoverRequest, StateName};
 use crate::api::{Control, Refusal};
+use ferry_migration::report::Phase;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -111,7 +112,7 @@ impl Migration for FakeMigration {
                     let report = Report {
                         status,
                         downtime_ms: 12.34,
-                        ..broken(&Progress::default())
+                        ..Report::broken(&Progress::default(), "a fake")
                     };
                     // Engines may or may not say it themselves: it must arrive once.
                     events(Event::Report(Box::new(report.clone())));
