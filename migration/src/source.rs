@@ -280,6 +280,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             .handshake()
             .and_then(|()| self.live(policy))
             .and_then(|()| self.stop_and_copy());
+        let broken = matches!(&result, Err(SourceError::Wire(WireError::Io(_))));
         let error = result.err().map(|error| self.explain(error));
         let status = match (&error, self.state) {
             (None, _) => Status::Completed,
@@ -290,7 +291,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             }
             (Some(error), _) => {
                 let status = error.status();
-                self.abort(error);
+                self.abort(error, broken);
                 status
             }
         };
@@ -302,8 +303,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.report(status, error.map(|error| error.to_string()))
     }
 
-    /// A connection that the peer closed often holds its reason: that is what the user wants to know.
+    /// What the user wants to know: a connection that the peer closed often holds its reason.
     fn explain(&mut self, error: SourceError) -> SourceError {
+        // A wait that the user ended looks like a broken connection.
+        if matches!(error, SourceError::Wire(WireError::Io(_))) && self.setup.cancel.is_cancelled()
+        {
+            return SourceError::Cancelled;
+        }
         if !matches!(error, SourceError::Wire(WireError::Io(_)))
             || !self.control.link().readable().unwrap_or(false)
         {
@@ -325,8 +331,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         error
     }
 
-    /// Ends a migration that was not committed: the guest runs here, the peer is told.
-    fn abort(&mut self, error: &SourceError) {
+    /// Ends a migration that was not committed: the guest runs here, the peer is told; on a new connection where the
+    /// old one is `broken`.
+    fn abort(&mut self, error: &SourceError, broken: bool) {
         let was = self.state;
         if was == State::Stopped {
             self.guest.resume();
@@ -341,7 +348,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             self.control.send_abort(&error.for_peer());
         }
         self.enter(State::Aborted);
-        if was == State::Stopped && matches!(error, SourceError::Wire(WireError::Io(_))) {
+        if was == State::Stopped
+            && broken
+            && !matches!(error, SourceError::Wire(WireError::PeerAborted(_)))
+        {
             // The destination may be ready and wait for a commit that will never come.
             recover::tell_abort(&mut self.setup, &error.for_peer());
         }

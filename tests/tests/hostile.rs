@@ -81,7 +81,8 @@ fn a_receiver_survives_strangers() {
     ] {
         let mut link = dial(address);
         link.0.write_all(&bytes).unwrap();
-        link.0.shutdown(std::net::Shutdown::Write).unwrap();
+        // It may have hung up already.
+        let _ = link.0.shutdown(std::net::Shutdown::Write);
         let answer = rest(&mut link);
         // It gets our preamble, if anything, so that a ferry of another version can say both versions.
         assert!(

@@ -35,6 +35,11 @@ pub enum SourceError {
         /// Why it failed.
         error: PortError,
     },
+    /// A destination that is ready without having done what it was asked for.
+    #[error(
+        "the destination is ready but did not compare guest memory, which --verify asks for; the guest stays here"
+    )]
+    NotVerified,
     /// The user.
     #[error("the migration was cancelled")]
     Cancelled,

@@ -58,7 +58,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let ready_at = self.now();
         self.downtime.state_ms = ms(ready_at.saturating_sub(placed));
         if self.setup.options.verify {
-            self.verified = Some(ready.verified);
+            if !ready.verified {
+                return Err(SourceError::NotVerified);
+            }
+            self.verified = Some(true);
         }
         if !self.setup.cancel.commit() {
             return Err(SourceError::Cancelled);

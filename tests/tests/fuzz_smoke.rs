@@ -1,0 +1,179 @@
+//! The bodies of the fuzz targets on a few thousand mutations of good input, the same ones every time.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use ferry_migration::page::{RamLayout, Run};
+use ferry_migration::wire::{
+    FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
+};
+use ferry_tests::{fuzz_bodies, guests_run};
+use ferry_vmm::machine::Machine;
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        usize::try_from(self.next() % n.max(1) as u64).unwrap()
+    }
+
+    /// What a fuzzer does to its input.
+    fn mutate(&mut self, bytes: &mut Vec<u8>) {
+        const EDGES: [u64; 8] = [0, 1, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, u64::MAX];
+        for _ in 0..=self.below(4) {
+            let at = self.below(bytes.len());
+            match self.below(7) {
+                0 if !bytes.is_empty() => bytes[at] ^= 1 << self.below(8),
+                1 if !bytes.is_empty() => bytes[at] = self.next().to_le_bytes()[0],
+                2 => bytes.truncate(at),
+                3 => {
+                    let more = self.below(64);
+                    let random: Vec<u8> = (0..more).map(|_| self.next().to_le_bytes()[0]).collect();
+                    bytes.splice(at..at, random);
+                }
+                4 => {
+                    let end = (at + self.below(200)).min(bytes.len());
+                    bytes.drain(at..end);
+                }
+                5 => {
+                    let end = (at + self.below(200)).min(bytes.len());
+                    let copy = bytes[at..end].to_vec();
+                    let to = self.below(bytes.len());
+                    bytes.splice(to..to, copy);
+                }
+                _ => {
+                    let width = 1 << self.below(4);
+                    let edge = EDGES[self.below(EDGES.len())].to_le_bytes();
+                    if let Some(place) = bytes.get_mut(at..at + width) {
+                        place.copy_from_slice(&edge[..width]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn mutations(seeds: &[Vec<u8>], count: u64, body: fn(&[u8])) {
+    for seed in seeds {
+        body(seed);
+    }
+    for n in 0..count {
+        let mut random = Random(n);
+        let mut bytes = seeds[random.below(seeds.len())].clone();
+        random.mutate(&mut bytes);
+        body(&bytes);
+    }
+}
+
+/// A whole migration as its source says it, with a leading byte that has the checksums mended.
+fn migration(verify: bool, channels: u16) -> Vec<u8> {
+    let layout = RamLayout::new(vec![Run::new(0, 32), Run::new(64, 32)]).unwrap();
+    let hello = Hello {
+        offered: Features::SUPPORTED,
+        required: if verify {
+            Features::VERIFY
+        } else {
+            Features::default()
+        },
+        layout,
+        channels,
+        policy: "precopy".into(),
+        machine: b"a machine".to_vec(),
+    };
+    let mut bytes = vec![1];
+    bytes.extend(Preamble::new(Role::Control, 0, SessionId([7; 16])).encode());
+    let mut put = |header: Header, payload: &[u8]| {
+        let header = Header {
+            length: u32::try_from(payload.len()).unwrap(),
+            flags: if payload.is_empty() { 0 } else { FLAG_CRC },
+            payload_crc: crc32c::crc32c(payload),
+            ..header
+        };
+        bytes.extend(header.encode());
+        bytes.extend_from_slice(payload);
+    };
+    let mut table = Vec::new();
+    put(Header::bare(FrameType::Hello, 0), &hello.encode());
+    encode_runs(&[Run::new(0, 4), Run::new(64, 32)], &mut table);
+    put(
+        Header {
+            count: 2,
+            ..Header::bare(FrameType::Zero, 1)
+        },
+        &table,
+    );
+    table.clear();
+    encode_runs(&[Run::new(5, 2)], &mut table);
+    table.resize(8 + 2 * 4096, 0);
+    put(
+        Header {
+            count: 1,
+            gfn: 5,
+            ..Header::bare(FrameType::Pages, 1)
+        },
+        &table,
+    );
+    if channels == 0 {
+        put(Header::bare(FrameType::RoundEnd, 1), &[]);
+    }
+    let round = if channels == 0 { 1 } else { 0 };
+    if verify {
+        put(
+            Header {
+                count: 32,
+                ..Header::bare(FrameType::Verify, round)
+            },
+            &[0; 256],
+        );
+    }
+    put(Header::bare(FrameType::State, round), b"a state");
+    put(Header::bare(FrameType::Commit, round), &[]);
+    bytes
+}
+
+#[test]
+fn frames() {
+    let whole = migration(false, 0);
+    let seeds: Vec<Vec<u8>> = (0..whole.len().min(1200))
+        .step_by(7)
+        .map(|at| whole[at..].to_vec())
+        .collect();
+    mutations(&seeds, 6000, fuzz_bodies::frame);
+}
+
+#[test]
+fn handshakes() {
+    let seeds = [migration(false, 0), migration(true, 0), migration(false, 2)];
+    let hello = seeds[0][1 + 64 + 32..].to_vec();
+    mutations(
+        &[&seeds[..], &[hello]].concat(),
+        6000,
+        fuzz_bodies::handshake,
+    );
+}
+
+#[test]
+fn machine_states() {
+    let mut seeds = vec![
+        vec![0; 24],
+        [b"FRYSTATE\x01\0\0\0\x01\0\0\0".to_vec(), vec![0; 4000]].concat(),
+    ];
+    if guests_run() {
+        for cpus in [1, 2] {
+            let machine = Machine::builder()
+                .memory(16 << 20)
+                .cpus(cpus)
+                .build()
+                .unwrap();
+            seeds.push(machine.pause().unwrap().save().unwrap().to_bytes().unwrap());
+        }
+    }
+    mutations(&seeds, 4000, fuzz_bodies::machine_state);
+}
