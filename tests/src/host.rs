@@ -182,6 +182,21 @@ impl Host {
         self.said.all()
     }
 
+    /// How many lines it has said: for [`Host::settles`].
+    pub fn mark(&self) -> usize {
+        self.said.all().len()
+    }
+
+    /// Waits until this receiver has said, since the mark, that what arrived has ended, and waits for the next.
+    pub fn settles(&self, mark: usize) {
+        self.wait_for("it said that it waits on", || {
+            let said = self.said.all();
+            let over = |l: &String| l.contains("keeps its guest") || l.contains("was refused");
+            said.get(mark..)?.iter().any(over).then_some(())
+        });
+        self.reaches(State::Receiving);
+    }
+
     fn wait_for<T>(&self, name: &str, mut what: impl FnMut() -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         loop {

@@ -182,7 +182,7 @@ fn places() {
             &["--serial", "file:/nonexistent/log"][..],
             "/nonexistent/log",
         ),
-        (&["--serial", "file:/proc/version"], "/proc/version"),
+        (&["--serial", "file:/proc"], "/proc"),
         (
             &["--serial", "null", "--api", "/nonexistent/api"],
             "/nonexistent",

@@ -31,7 +31,7 @@ fn ready_at() -> u64 {
 }
 
 /// The guest is still the source's: it runs there, and the receiver has nothing and waits.
-fn stays(source: &Host, destination: &Host, report: &Report, paused: bool) {
+fn stays(source: &Host, destination: &Host, report: &Report, paused: bool, mark: usize) {
     assert_eq!(report.status, Status::Failed, "{report:#?}");
     let error = report.error.as_deref().unwrap();
     assert!(!error.is_empty() && !error.contains('\n'), "{error}");
@@ -40,20 +40,20 @@ fn stays(source: &Host, destination: &Host, report: &Report, paused: bool) {
     } else {
         State::Running
     });
-    destination.reaches(State::Receiving);
+    destination.settles(mark);
 }
 
 /// What a migration of this guest says before it is committed: how many bytes, and where its second frame begins. Its
 /// "ready" is cut off, so the guest stays.
 fn measure(source: &Host, destination: &Host) -> (u64, u64) {
-    let before = source.state();
+    let (before, mark) = (source.state(), destination.mark());
     let proxy = Proxy::to(destination.address());
     proxy.plan(Way::Back, ready_at(), Action::Cut);
     let report = source.migrate(&proxy.uri(), &two_rounds());
     assert_eq!(proxy.hits(), 1, "{report:#?}");
     assert_eq!(report.rounds.len(), 2, "{report:#?}");
     source.reaches(before);
-    destination.reaches(State::Receiving);
+    destination.settles(mark);
     (
         proxy.passed(Way::Forth),
         Opening::of(&proxy.opening()).frames_at,
@@ -72,6 +72,7 @@ fn a_cut_before_the_commit_leaves_the_guest() {
     let head = HEADER_BYTES as u64;
     let ready = ready_at();
     let cut = |way, at, paused| {
+        let mark = destination.mark();
         let proxy = Proxy::to(destination.address());
         proxy.plan(way, at, Action::Cut);
         let report = source.migrate(&proxy.uri(), &two_rounds());
@@ -80,7 +81,7 @@ fn a_cut_before_the_commit_leaves_the_guest() {
             "cut {way:?} at {at}: {}",
             report.error.as_deref().unwrap_or("none")
         );
-        stays(&source, &destination, &report, paused);
+        stays(&source, &destination, &report, paused, mark);
     };
     // In the greeting, at and in the first frames, and all over memory.
     let greeting = [
@@ -136,6 +137,7 @@ fn a_truncated_direction_leaves_the_guest() {
         (Way::Back, 64),
         (Way::Back, ready_at() - 10),
     ] {
+        let mark = destination.mark();
         let proxy = Proxy::to(destination.address());
         proxy.plan(way, at, Action::Truncate);
         let report = source.migrate(&proxy.uri(), &two_rounds());
@@ -143,7 +145,7 @@ fn a_truncated_direction_leaves_the_guest() {
             "truncated {way:?} at {at}: {}",
             report.error.as_deref().unwrap_or("none")
         );
-        stays(&source, &destination, &report, false);
+        stays(&source, &destination, &report, false, mark);
     }
     source.proves_running();
     source.verdict();
@@ -186,6 +188,7 @@ fn flipped_bits_are_found() {
         ("ready's JSON", Way::Back, ready + 40),
     ];
     for (name, way, at) in flips {
+        let mark = destination.mark();
         let proxy = Proxy::to(destination.address());
         proxy.plan(way, at, Action::Flip(5));
         let report = source.migrate(&proxy.uri(), &two_rounds());
@@ -195,7 +198,7 @@ fn flipped_bits_are_found() {
             .clone()
             .unwrap_or_else(|| panic!("{name}: {report:#?}"));
         eprintln!("flipped in {name}: {error}");
-        stays(&source, &destination, &report, true);
+        stays(&source, &destination, &report, true, mark);
         if name == "a live page" {
             assert!(error.contains("guest memory differs"), "{error}");
         }
@@ -224,6 +227,7 @@ fn injected_garbage_is_refused() {
         (Way::Back, 64, 33),
         (Way::Back, ready_at(), 100),
     ] {
+        let mark = destination.mark();
         let proxy = Proxy::to(destination.address());
         let garbage = (0..length)
             .map(|i: u32| i.wrapping_mul(167).to_le_bytes()[0])
@@ -234,7 +238,7 @@ fn injected_garbage_is_refused() {
             "{length} bytes of garbage {way:?} at {at}: {}",
             report.error.as_deref().unwrap_or("none")
         );
-        stays(&source, &destination, &report, false);
+        stays(&source, &destination, &report, false, mark);
     }
     source.verdict();
 }
@@ -253,6 +257,7 @@ fn delays_and_stalls() {
         (Way::Back, 64),
         (Way::Back, ready_at() - 32),
     ] {
+        let mark = destination.mark();
         let proxy = Proxy::to(destination.address());
         proxy.plan(way, at, Action::Freeze(way));
         let migration = source.begin_migration(&proxy.uri(), &two_rounds());
@@ -264,7 +269,7 @@ fn delays_and_stalls() {
         source.reaches(State::Running);
         // The destination cannot know while nothing reaches it.
         proxy.cut();
-        destination.reaches(State::Receiving);
+        destination.settles(mark);
     }
     let proxy = Proxy::to(destination.address());
     proxy.plan(Way::Forth, 0, Action::Delay(Duration::from_millis(2)));
