@@ -1,0 +1,164 @@
+//! What a page costs on its way, piece by piece: `cargo bench -p ferry-migration --bench page_path`.
+//!
+//! Every figure is the median of several passes over the pages of a 1 GiB guest.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use ferry_migration::page::{PAGE_SIZE, PageSet, Run};
+use ferry_migration::wire::{FrameType, Header, Limits, decode_runs, encode_runs};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+const PAGES: u64 = (1 << 30) / PAGE_SIZE as u64;
+const PASSES: usize = 9;
+
+/// Prints the median time of a pass over the pages of 1 GiB.
+fn bench(name: &str, mut pass: impl FnMut()) {
+    pass();
+    let mut times: Vec<Duration> = (0..PASSES)
+        .map(|_| {
+            let began = Instant::now();
+            pass();
+            began.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    let median = times[PASSES / 2].as_secs_f64();
+    println!(
+        "{name:<44} {:>12.1} µs/GiB {:>10.3} ns/page",
+        median * 1e6,
+        median * 1e9 / PAGES as f64
+    );
+}
+
+/// Every other run of a set is `run` pages long, the gaps between them too.
+fn striped(run: u64) -> PageSet {
+    let mut set = PageSet::new(PAGES);
+    for first in (0..PAGES).step_by(usize::try_from(2 * run).unwrap()) {
+        set.insert_run(Run::new(first, run));
+    }
+    set
+}
+
+fn sets() {
+    let all = {
+        let mut set = PageSet::new(PAGES);
+        set.insert_run(Run::new(0, PAGES));
+        set
+    };
+    let other = striped(3);
+    let mut set = PageSet::new(PAGES);
+    bench("set: clear", || black_box(&mut set).clear());
+    bench("set: unite", || set.union_with(black_box(&other)));
+    bench("set: subtract", || set.subtract(black_box(&other)));
+    bench("set: unite with a dirty log's words", || {
+        set.insert_words(0, black_box(other.words()));
+    });
+    bench("set: count", || {
+        black_box(black_box(&other).len());
+    });
+    bench("set: insert page by page", || {
+        set.clear();
+        for gfn in 0..PAGES {
+            black_box(&mut set).insert(gfn);
+        }
+    });
+    bench("set: remove in runs of 256", || {
+        set.union_with(&all);
+        for first in (0..PAGES).step_by(256) {
+            set.remove_run(Run::new(first, 256));
+        }
+    });
+    for (name, set) in [
+        ("all", &all),
+        ("every other page", &striped(1)),
+        ("3 of 6", &other),
+    ] {
+        bench(&format!("set: walk the runs, {name}"), || {
+            black_box(black_box(set).runs().map(|run| run.count).sum::<u64>());
+        });
+    }
+}
+
+fn frames() {
+    for run in [1, 16, 256] {
+        let runs: Vec<Run> = striped(run).runs().collect();
+        let mut bytes = Vec::with_capacity(8 << 20);
+        // Half of the pages are in the set: two passes make a GiB.
+        bench(&format!("runs of {run}: encode"), || {
+            for _ in 0..2 {
+                bytes.clear();
+                encode_runs(black_box(&runs), &mut bytes);
+            }
+        });
+        let mut back = Vec::with_capacity(runs.len());
+        bench(&format!("runs of {run}: decode"), || {
+            for _ in 0..2 {
+                black_box(decode_runs(black_box(&bytes), &mut back));
+            }
+        });
+    }
+    let header = Header {
+        count: 1,
+        length: 8 + 256 * 4096,
+        ..Header::bare(FrameType::Pages, 1)
+    };
+    bench("header: encode and check, one per 256 pages", || {
+        for _ in 0..PAGES / 256 {
+            let bytes = black_box(&header).encode();
+            black_box(Header::decode(&bytes, Limits { end: PAGES })).unwrap();
+        }
+    });
+}
+
+/// The portable zero check and the checksum; memory of 64 MiB, several times over, so that it comes from RAM.
+fn contents() {
+    const BLOCK: usize = 64 << 20;
+    const TIMES: u64 = PAGES / (BLOCK / PAGE_SIZE) as u64;
+    let mut zero = vec![0_u8; BLOCK];
+    // Written, so that it is memory of its own: untouched, all of it would be one page in the cache.
+    black_box(&mut zero).fill(black_box(0));
+    let mut full = vec![0_u8; BLOCK];
+    for (index, byte) in full.iter_mut().enumerate() {
+        *byte = u8::try_from((index * 31 + (index >> 8)) % 251 + 1).unwrap();
+    }
+    let each = |memory: &[u8], f: &mut dyn FnMut(&[u8])| {
+        for _ in 0..TIMES {
+            black_box(memory).chunks_exact(PAGE_SIZE).for_each(&mut *f);
+        }
+    };
+    let is_zero = |page: &[u8]| {
+        page.chunks_exact(64).all(|chunk| {
+            let words = chunk.chunks_exact(8);
+            words.fold(0, |or, w| or | u64::from_ne_bytes(w.try_into().unwrap())) == 0
+        })
+    };
+    bench("zero check: zero pages", || {
+        each(&zero, &mut |page| {
+            black_box(is_zero(page));
+        });
+    });
+    bench("zero check: full pages", || {
+        each(&full, &mut |page| {
+            black_box(is_zero(page));
+        });
+    });
+    bench("CRC32C, page by page", || {
+        let mut crc = 0;
+        each(&full, &mut |page| crc = crc32c::crc32c_append(crc, page));
+        black_box(crc);
+    });
+    let mut copy = vec![0_u8; PAGE_SIZE];
+    bench("copy of a page (what CRC in the pause adds)", || {
+        each(&full, &mut |page| {
+            copy.copy_from_slice(page);
+            black_box(&copy);
+        });
+    });
+}
+
+fn main() {
+    sets();
+    frames();
+    contents();
+}

@@ -1,0 +1,147 @@
+//! The sending path allocates nothing per page, and neither does the receiving one.
+//!
+//! A guest of 16 MiB and one of 64 MiB cross a link in memory, source and destination in this process, every allocation
+//! of both counted. The number may depend on rounds and messages, never on pages.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod no_alloc {
+    pub mod guest;
+    pub mod link;
+}
+
+use ferry_migration::destination::{self, Destination};
+use ferry_migration::options::{OnTimeout, Options};
+use ferry_migration::page::PAGE_SIZE;
+use ferry_migration::port::Clock;
+use ferry_migration::report::{Report, Status};
+use ferry_migration::source::{self, CancelSwitch, Setup};
+use ferry_migration::wire::{Role, SessionId};
+use no_alloc::guest::{Memory, TestGuest, TestHost};
+use no_alloc::link::{MemoryLink, pair};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, Stats, StatsAlloc};
+use std::alloc::System;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+/// Time that passes only when it is looked at, so that no event is due "because a while has passed".
+#[derive(Default)]
+struct Ticks(AtomicU64);
+
+impl Clock for Ticks {
+    fn now(&self) -> Duration {
+        Duration::from_nanos(self.0.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn sleep(&self, duration: Duration) {
+        let nanos = u64::try_from(duration.as_nanos()).unwrap_or(0);
+        self.0.fetch_add(nanos, Ordering::Relaxed);
+    }
+}
+
+/// The destination's process: the first connection is the control channel, each further one a lane.
+fn serve(connections: Receiver<MemoryLink>, memory: &Memory) {
+    let timeout = Duration::from_secs(60);
+    let (channel, preamble) = destination::greet(connections.recv().unwrap(), timeout).unwrap();
+    let host = TestHost::new(memory.clone());
+    let mut engine = Destination::new(channel, &preamble, host, destination::Timeouts::default());
+    // The greeting, which says how many lanes will come.
+    engine.step().unwrap();
+    std::thread::scope(|scope| {
+        if let Some(lanes) = engine.lanes() {
+            let lanes = lanes.clone();
+            scope.spawn(move || {
+                for link in connections {
+                    let (channel, preamble) = destination::greet(link, timeout).unwrap();
+                    assert_eq!(preamble.role, Role::Data);
+                    let lane = lanes.attach(channel, preamble.channel).unwrap();
+                    scope.spawn(move || lane.run());
+                }
+            });
+        }
+        engine.run().unwrap();
+    });
+}
+
+/// Migrates a guest of so many bytes; what it took, and what it allocated from the first page on.
+fn migrate(bytes: usize, channels: u16) -> (Report, Stats) {
+    let mut guest = TestGuest::new(bytes / PAGE_SIZE);
+    let arrived = Memory::new(bytes / PAGE_SIZE);
+    let (sender, connections) = channel();
+    let memory = arrived.clone();
+    let peer = std::thread::spawn(move || serve(connections, &memory));
+    let options = Options {
+        channels,
+        max_rounds: Some(4),
+        on_timeout: OnTimeout::Stop,
+        ..Options::default()
+    };
+    let connect = |_, _| {
+        let (ours, theirs) = pair();
+        sender.send(theirs).map_err(|_| io::Error::other("gone"))?;
+        Ok(ours)
+    };
+    let region = Region::new(ALLOCATOR);
+    let report = source::migrate(
+        &mut guest,
+        Setup {
+            connect: &mut { connect },
+            clock: &Ticks::default(),
+            options: &options,
+            session: SessionId([7; 16]),
+            cancel: &CancelSwitch::default(),
+            events: &mut |_| {},
+            timeouts: source::Timeouts::default(),
+        },
+    );
+    let stats = region.change();
+    drop(sender);
+    peer.join().unwrap();
+    assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+    assert!(guest.memory() == &arrived, "memory arrived damaged");
+    (report, stats)
+}
+
+/// The only test of this file: the counter counts the whole process.
+#[test]
+fn allocations_do_not_grow_with_the_pages() {
+    const SMALL: usize = 16 << 20;
+    const LARGE: usize = 64 << 20;
+    // More rounds, a vector that doubles once or twice more, a thread's start: not a 48th of the pages.
+    const SLACK: usize = 256;
+    for channels in [1, 2] {
+        // The first migration of a process also pays for what is set up once.
+        migrate(1 << 20, channels);
+        let (small_report, small) = migrate(SMALL, channels);
+        let (large_report, large) = migrate(LARGE, channels);
+        let more_pages = large_report.pages.sent - small_report.pages.sent;
+        assert!(more_pages >= 8000, "{more_pages}");
+        assert!(large_report.pages.resent > 0, "the pause had pages to send");
+        let count = |stats: &Stats| stats.allocations + stats.reallocations;
+        println!(
+            "{channels} channels: {} pages sent with {} allocations of {} KiB in all, {} pages with {} of {} KiB",
+            small_report.pages.sent,
+            count(&small),
+            small.bytes_allocated >> 10,
+            large_report.pages.sent,
+            count(&large),
+            large.bytes_allocated >> 10,
+        );
+        assert!(
+            count(&large) <= count(&small) + SLACK,
+            "{more_pages} more pages took {} allocations in place of {}",
+            count(&large),
+            count(&small)
+        );
+        // Sets of pages and heat: a few bits and a byte a page, some of them copied once a round.
+        let more_bytes = large.bytes_allocated.saturating_sub(small.bytes_allocated);
+        assert!(
+            more_bytes < (LARGE - SMALL) / 256,
+            "{more_bytes} bytes more for {more_pages} more pages"
+        );
+    }
+}

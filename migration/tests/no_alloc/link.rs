@@ -1,0 +1,129 @@
+//! A link in memory: two rings of a fixed size. Sending and receiving allocates nothing.
+
+use ferry_migration::port::Link;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+const RING: usize = 1 << 20;
+
+#[derive(Debug)]
+struct Ring {
+    bytes: Box<[u8]>,
+    /// Where the first unread byte lies, and how many there are.
+    at: usize,
+    held: usize,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Pipe {
+    ring: Mutex<Ring>,
+    change: Condvar,
+}
+
+impl Pipe {
+    fn new() -> Arc<Self> {
+        let ring = Ring {
+            bytes: vec![0; RING].into(),
+            at: 0,
+            held: 0,
+            closed: false,
+        };
+        Arc::new(Self {
+            ring: Mutex::new(ring),
+            change: Condvar::new(),
+        })
+    }
+
+    fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let mut ring = self
+                .change
+                .wait_while(self.ring.lock().unwrap(), |r| r.held == RING && !r.closed)
+                .unwrap();
+            if ring.closed {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let from = (ring.at + ring.held) % RING;
+            let length = bytes.len().min(RING - ring.held).min(RING - from);
+            ring.bytes[from..from + length].copy_from_slice(&bytes[..length]);
+            ring.held += length;
+            bytes = &bytes[length..];
+            self.change.notify_all();
+        }
+        Ok(())
+    }
+
+    fn read(&self, mut into: &mut [u8]) -> io::Result<()> {
+        while !into.is_empty() {
+            let mut ring = self
+                .change
+                .wait_while(self.ring.lock().unwrap(), |r| r.held == 0 && !r.closed)
+                .unwrap();
+            if ring.held == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let length = into.len().min(ring.held).min(RING - ring.at);
+            let (now, later) = into.split_at_mut(length);
+            now.copy_from_slice(&ring.bytes[ring.at..ring.at + length]);
+            into = later;
+            ring.at = (ring.at + length) % RING;
+            ring.held -= length;
+            self.change.notify_all();
+        }
+        Ok(())
+    }
+
+    fn close(&self) {
+        self.ring.lock().unwrap().closed = true;
+        self.change.notify_all();
+    }
+}
+
+/// One end.
+#[derive(Debug)]
+pub struct MemoryLink {
+    out: Arc<Pipe>,
+    into: Arc<Pipe>,
+}
+
+/// Two ends.
+pub fn pair() -> (MemoryLink, MemoryLink) {
+    let (there, back) = (Pipe::new(), Pipe::new());
+    let ours = MemoryLink {
+        out: Arc::clone(&there),
+        into: Arc::clone(&back),
+    };
+    let theirs = MemoryLink {
+        out: back,
+        into: there,
+    };
+    (ours, theirs)
+}
+
+impl Drop for MemoryLink {
+    fn drop(&mut self) {
+        self.out.close();
+        self.into.close();
+    }
+}
+
+impl Link for MemoryLink {
+    fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        self.out.write(head)?;
+        self.out.write(body)
+    }
+
+    fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        self.into.read(buf)
+    }
+
+    fn readable(&mut self) -> io::Result<bool> {
+        let ring = self.into.ring.lock().unwrap();
+        Ok(ring.held > 0 || ring.closed)
+    }
+
+    /// Both ends are threads of one test; its runner ends it when it hangs.
+    fn set_timeout(&mut self, _: Option<Duration>) {}
+}
