@@ -1,92 +1,159 @@
-//! ferry's runs.
+//! A run of ferry.
 
-use crate::{Case, Kill, Sample, gap_ms, ready, until};
-use ferry_vmm::api::client::Client;
-use std::fs;
-use std::path::{Path, PathBuf};
+use super::case::{Case, DOWNTIME, MEMORY_MIB};
+use super::log::{Log, seen};
+use super::measure::{Figures, watched};
+use super::process::{Process, typed};
+use anyhow::{Context, Result, ensure};
+use ferry_guest_images::{Line, STOP};
+use ferry_migration::report::{Report, Status};
+use std::fs::{self, File};
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
-/// The program as users run it.
-pub fn build() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "-p",
-            "ferry-vmm",
-            "--bin",
-            "ferry",
-        ])
-        .current_dir(&root)
-        .status()
-        .unwrap();
-    assert!(status.success(), "ferry cannot be built");
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    target.join("release/ferry")
-}
+/// How long a guest may take to fill its memory.
+pub const BOOT: Duration = Duration::from_secs(60);
+/// The steady state before the move: seconds that tell how quiet the machine is.
+pub const SETTLE: Duration = Duration::from_millis(2500);
+/// The seconds after the move: the guest prints one line each.
+pub const AFTER: usize = 3;
+/// How long verifying all memory may take.
+pub const VERDICT: Duration = Duration::from_secs(60);
 
-/// Memory of a process beside shared memory, which is the guest's.
-fn own_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let field = |name: &str| -> u64 {
-        let line = status.lines().find(|l| l.starts_with(name));
-        line.and_then(|l| l.split_whitespace().nth(1)?.parse().ok())
-            .unwrap_or(0)
-    };
-    field("RssAnon:") + field("RssFile:")
-}
-
-pub fn run(ferry: &Path, case: &Case) -> Sample {
-    let dir = tempfile::tempdir().unwrap();
-    let file = |name: &str| dir.path().join(name);
-    let start = |name: &str, arguments: &[&str]| {
-        let child = Command::new(ferry)
-            .args(arguments)
-            .arg("--api")
-            .arg(file(&format!("{name}.sock")))
+/// Asks a small guest for the rate of the time-stamp counter, so that QEMU's guests can be told the same.
+pub fn tsc_khz(binary: &Path) -> Result<u64> {
+    let directory = tempfile::tempdir()?;
+    let log = Log(directory.path().join("serial"));
+    let process = Process::start(
+        "ferry run",
+        Command::new(binary)
+            .args(["run", "--nas", "idle:fill=none", "--memory", "32M", "--api"])
+            .arg(directory.path().join("api"))
             .arg("--serial")
-            .arg(format!("file:{}", file(&format!("{name}.log")).display()))
+            .arg(format!("file:{}", log.0.display()))
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        Kill(child)
-    };
-    let receive = start("b", &["receive", "tcp:127.0.0.1:0"]);
-    let workload = case.workload.to_string();
-    let memory = format!("{}M", case.memory_mib);
-    let source = start("a", &["run", "--nas", &workload, "--memory", &memory]);
-    let client = Client::new(&file("b.sock"));
-    let uri = until("the receiver", || client.status().ok()?.listening);
-    ready(&file("a.log"));
-    let own_kib = [own_kib(source.0.id()), own_kib(receive.0.id())];
-    let downtime = format!("{}ms", case.downtime_ms);
-    let output = Command::new(ferry)
-        .args([
-            "migrate",
-            "--json",
-            "--quiet",
-            "--downtime",
-            &downtime,
-            "--api",
-        ])
-        .arg(file("a.sock"))
-        .arg(&uri)
-        .output()
-        .unwrap();
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["status"], "completed", "{report}");
-    let number = |name: &str| report[name].as_f64().unwrap();
-    Sample {
-        total_ms: number("total_ms"),
-        gap_ms: gap_ms(&file("b.log")),
-        reported_ms: number("downtime_ms"),
-        wire_mb: number("bytes_wire") / 1e6,
-        own_kib,
+            .stderr(Stdio::null()),
+    )?;
+    let khz = log.wait("its clock's rate", BOOT, |line| match line {
+        Line::Start { tsc_khz, .. } => Some(*tsc_khz),
+        _ => None,
+    })?;
+    drop(process);
+    Ok(khz)
+}
+
+/// Moves a guest once.
+pub fn run(binary: &Path, case: Case) -> Result<Figures> {
+    let directory = tempfile::tempdir()?;
+    let path = |name: &str| directory.path().join(name);
+    let (log, arrived) = (Log(path("source")), Log(path("destination")));
+    let mut destination = Process::start(
+        "ferry receive",
+        Command::new(binary)
+            .args(["receive", "tcp:127.0.0.1:0", "--serial", "stdio", "--api"])
+            .arg(path("b.sock"))
+            .stdin(typed())
+            .stdout(File::create(&arrived.0)?)
+            .stderr(File::create(path("b.err"))?),
+    )?;
+    let source = Process::start(
+        "ferry run",
+        Command::new(binary)
+            .args(["run", "--nas", case.workload(), "--memory"])
+            .arg(format!("{MEMORY_MIB}M"))
+            .arg("--api")
+            .arg(path("a.sock"))
+            .arg("--serial")
+            .arg(format!("file:{}", log.0.display()))
+            .stdin(Stdio::null())
+            .stderr(File::create(path("a.err"))?),
+    )?;
+    let uri = uri(&path("b.err"))?;
+    log.wait("ready", BOOT, |line| {
+        matches!(line, Line::Ready { .. }).then_some(())
+    })?;
+    sleep(SETTLE);
+    let printed = log.text().len();
+    let moved = watched(&source, &destination, || {
+        let output = Command::new(binary)
+            .arg("migrate")
+            .arg("--api")
+            .arg(path("a.sock"))
+            .arg(&uri)
+            .args(["--policy", "precopy", "--json", "--downtime"])
+            .arg(format!("{}ms", DOWNTIME.as_millis()))
+            .output()
+            .context("running ferry migrate")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("ferry migrate printed no report: {said}"))?;
+        // The source's end is part of what a migration costs.
+        source.end(Duration::from_secs(30))?;
+        runs(&arrived, 1)?;
+        Ok(report)
+    })?;
+    let raw = moved.result;
+    let report: Report = serde_json::from_value(raw.clone()).context("reading the report")?;
+    ensure!(
+        report.status == Status::Completed,
+        "the migration has not completed: {:?}",
+        report.error
+    );
+    let verified = finish(&mut destination, &arrived)?;
+    let seen = seen(&log.0, printed, &arrived.text())?;
+    Ok(Figures {
+        total_ms: report.total_ms,
+        gap_ms: seen.gap_ms,
+        noise_ms: seen.noise_ms,
+        downtime_ms: report.downtime_ms,
+        wire_bytes: report.bytes_wire,
+        lo_bytes: moved.lo_bytes,
+        source: moved.source,
+        destination: moved.destination,
+        verified,
+        report: raw,
+    })
+}
+
+/// Lets the guest run on for a while, then has it verify its memory and end. Says whether it was intact.
+pub fn finish(destination: &mut Process, arrived: &Log) -> Result<bool> {
+    runs(arrived, AFTER)?;
+    destination.type_in(&[STOP])?;
+    let verified = arrived.wait("its verdict", VERDICT, |line| match line {
+        Line::Verdict { verdict, .. } => Some(verdict.verified && verdict.corrupt == 0),
+        _ => None,
+    })?;
+    Ok(verified)
+}
+
+/// Waits until the guest has told of so many seconds at the destination.
+pub fn runs(arrived: &Log, seconds: usize) -> Result<()> {
+    let began = Instant::now();
+    while arrived.stats() < seconds {
+        ensure!(
+            began.elapsed() < Duration::from_secs(30),
+            "the guest is silent at the destination:\n{}",
+            arrived.text()
+        );
+        sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// Where the receiver waits: it chose a port and said so.
+fn uri(said: &Path) -> Result<String> {
+    let began = Instant::now();
+    loop {
+        let text = fs::read_to_string(said).unwrap_or_default();
+        if let Some(uri) = text.split_whitespace().find(|w| w.starts_with("tcp:")) {
+            return Ok(uri.to_owned());
+        }
+        ensure!(
+            began.elapsed() < Duration::from_secs(10),
+            "ferry receive does not wait for a guest: {text}"
+        );
+        sleep(Duration::from_millis(10));
     }
 }

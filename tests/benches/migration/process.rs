@@ -1,0 +1,234 @@
+//! Processes that are measured, and that never outlive a run.
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// A child process; killed when dropped.
+pub struct Process {
+    child: Child,
+    name: &'static str,
+}
+
+/// Resident memory in KiB, as `/proc/PID/status` has it.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Rss {
+    /// Anonymous memory.
+    pub anon_kib: u64,
+    /// The executable and its libraries.
+    pub file_kib: u64,
+    /// Shared memory: where a guest lies in a memfd, the guest.
+    pub shmem_kib: u64,
+}
+
+impl Rss {
+    /// What the process itself holds, without its guest's `guest_kib`; nothing is known while anonymous memory is being
+    /// filled with the guest.
+    pub const fn own_kib(&self, guest_kib: u64) -> Option<u64> {
+        let private = self.anon_kib + self.file_kib;
+        if self.shmem_kib >= self.anon_kib || self.anon_kib < guest_kib / 10 {
+            // The guest is shared memory, or not there yet.
+            Some(private)
+        } else if self.anon_kib >= guest_kib / 10 * 9 {
+            Some(private.saturating_sub(guest_kib))
+        } else {
+            None
+        }
+    }
+}
+
+impl Process {
+    /// Starts it.
+    pub fn start(name: &'static str, command: &mut Command) -> Result<Self> {
+        let child = command
+            .spawn()
+            .with_context(|| format!("starting {name} ({})", command.get_program().display()))?;
+        Ok(Self { child, name })
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it still runs; one that has ended is not reaped, so that its times can still be read.
+    pub fn runs(&self) -> bool {
+        stat(self.id()).is_some_and(|stat| stat.state != 'Z')
+    }
+
+    /// Writes to its stdin.
+    pub fn type_in(&mut self, bytes: &[u8]) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("its stdin is closed")?;
+        stdin.write_all(bytes)?;
+        Ok(stdin.flush()?)
+    }
+
+    /// Waits for its end.
+    pub fn end(&self, patience: Duration) -> Result<()> {
+        let began = Instant::now();
+        while self.runs() {
+            if began.elapsed() > patience {
+                bail!("{} has not ended in {patience:?}", self.name);
+            }
+            sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Gone already if all went well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A stdin that can be typed into.
+pub fn typed() -> Stdio {
+    Stdio::piped()
+}
+
+struct Stat {
+    state: char,
+    ticks: u64,
+}
+
+/// State and times of a process from `/proc/PID/stat` (proc(5)): the fields after the name, which may hold anything.
+fn stat(pid: u32) -> Option<Stat> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let ticks = |at: usize| fields.get(at)?.parse::<u64>().ok();
+    Some(Stat {
+        state: fields.first()?.chars().next()?,
+        ticks: ticks(11)? + ticks(12)?,
+    })
+}
+
+/// CPU time of all threads that the process ever had; stays readable until it is reaped. Linux counts in 1/100 s.
+fn cpu(pid: u32) -> Duration {
+    Duration::from_millis(stat(pid).map_or(0, |stat| stat.ticks * 10))
+}
+
+/// The resident memory now.
+pub fn rss(pid: u32) -> Rss {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name))
+            .and_then(|rest| rest.split_ascii_whitespace().next()?.parse().ok())
+            .unwrap_or(0)
+    };
+    Rss {
+        anon_kib: field("RssAnon:"),
+        file_kib: field("RssFile:"),
+        shmem_kib: field("RssShmem:"),
+    }
+}
+
+/// Adds the CPU time of every vCPU thread to `times`, by thread.
+fn vcpu_times(pid: u32, times: &mut BTreeMap<String, Duration>) {
+    for task in fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+    {
+        let Ok(task) = task else { continue };
+        let read = |file: &str| fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        let name = read("comm");
+        // ferry's "vcpu0", QEMU's "CPU 0/KVM".
+        if !(name.starts_with("vcpu") || name.starts_with("CPU ")) {
+            continue;
+        }
+        // Nanoseconds on a processor are its first field (Documentation/scheduler/sched-stats).
+        if let Some(Ok(ns)) = read("schedstat").split(' ').next().map(str::parse) {
+            let thread = task.file_name().to_string_lossy().into_owned();
+            times.insert(thread, Duration::from_nanos(ns));
+        }
+    }
+}
+
+/// What a process used while it was watched.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Use {
+    /// CPU time in seconds without its vCPU threads.
+    pub cpu_s: f64,
+    /// CPU time in seconds of its vCPU threads.
+    pub vcpu_s: f64,
+    /// Resident memory when the watching began.
+    pub rss_before: Rss,
+    /// What it held itself then, in KiB: beyond its guest's memory.
+    pub own_before_kib: u64,
+    /// The most that it held itself meanwhile, in KiB.
+    pub own_kib: u64,
+}
+
+/// Watches a process: a look every 20 ms, which costs what three small reads cost.
+pub struct Watch {
+    pid: u32,
+    cpu: Duration,
+    vcpu_before: BTreeMap<String, Duration>,
+    vcpu: BTreeMap<String, Duration>,
+    used: Use,
+    guest_kib: u64,
+}
+
+impl Watch {
+    /// Begins.
+    pub fn new(process: &Process, guest_kib: u64) -> Self {
+        let pid = process.id();
+        let mut vcpu = BTreeMap::new();
+        vcpu_times(pid, &mut vcpu);
+        let rss_before = rss(pid);
+        let used = Use {
+            rss_before,
+            own_before_kib: rss_before.own_kib(guest_kib).unwrap_or(0),
+            ..Use::default()
+        };
+        Self {
+            pid,
+            cpu: cpu(pid),
+            vcpu_before: vcpu.clone(),
+            vcpu,
+            used,
+            guest_kib,
+        }
+    }
+
+    /// Takes a look.
+    pub fn look(&mut self) {
+        let now = rss(self.pid);
+        vcpu_times(self.pid, &mut self.vcpu);
+        let used = &mut self.used;
+        used.own_kib = used.own_kib.max(now.own_kib(self.guest_kib).unwrap_or(0));
+    }
+
+    /// Looks for the last time, and sums up.
+    pub fn finish(mut self) -> Use {
+        self.look();
+        // The vCPU's time is taken off the whole: both of the same moment, or as near as can be.
+        let whole = cpu(self.pid).saturating_sub(self.cpu).as_secs_f64();
+        let before = |thread| self.vcpu_before.get(thread).copied().unwrap_or_default();
+        let vcpu: Duration = self
+            .vcpu
+            .iter()
+            .map(|(thread, time)| time.saturating_sub(before(thread)))
+            .sum();
+        self.used.vcpu_s = vcpu.as_secs_f64();
+        self.used.cpu_s = (whole - self.used.vcpu_s).max(0.0);
+        self.used
+    }
+}
+
+/// Looks at the processes until told to stop. To be run in a thread.
+pub fn watch(watches: &mut [Watch], stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        watches.iter_mut().for_each(Watch::look);
+        sleep(Duration::from_millis(20));
+    }
+}
