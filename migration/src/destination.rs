@@ -150,12 +150,18 @@ pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Pre
     let theirs = channel.recv_preamble();
     let (role, index, session) = theirs
         .as_ref()
-        .map_or((Role::Control, 0, SessionId([0; 16])), |p| {
+        .map_or((Role::Control, 0, SessionId::UNREAD), |p| {
             (p.role, p.channel, p.session)
         });
     // Also a peer of another version gets ours, so that it can say both.
     channel.send_preamble(&Preamble::new(role, index, session))?;
-    Ok((channel, theirs?))
+    match theirs {
+        Ok(theirs) => Ok((channel, theirs)),
+        Err(error) => {
+            channel.send_abort(&error.to_string());
+            Err(error)
+        }
+    }
 }
 
 /// One migration, as it arrives.

@@ -31,7 +31,7 @@ use crate::port::{Clock, Guest, Link};
 use crate::report::{Downtime, Event, Pages, Phase, Progress, Report, Round, Status};
 use crate::sender::{Pacer, Sender, Sent};
 use crate::wire::{
-    Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Role, SessionId, WireError,
+    Channel, Features, FrameType, Header, Hello, HelloAck, Role, SessionId, WireError,
 };
 use std::collections::VecDeque;
 use std::io;
@@ -363,12 +363,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.control.link().set_timeout(Some(timeouts.handshake));
         let session = self.setup.session;
         let sent = self.now();
-        self.control
-            .send_preamble(&Preamble::new(Role::Control, 0, session))?;
-        self.control
-            .recv_preamble()?
-            .expect_session(session)
-            .map_err(WireError::from)?;
+        self.control.open(Role::Control, 0, session)?;
         self.rtt = self.now().saturating_sub(sent);
         let options = self.setup.options;
         let channels = if options.channels > 1 {
@@ -414,11 +409,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             let link = (self.setup.connect)(Role::Data, index).map_err(SourceError::Connect)?;
             let mut channel = Channel::new(link);
             channel.link().set_timeout(Some(timeouts.handshake));
-            channel.send_preamble(&Preamble::new(Role::Data, index, session))?;
-            channel
-                .recv_preamble()?
-                .expect_session(session)
-                .map_err(WireError::from)?;
+            channel.open(Role::Data, index, session)?;
             channel.link().set_timeout(Some(timeouts.transfer));
             self.lanes.push((channel, Sender::default()));
         }

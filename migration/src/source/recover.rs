@@ -2,7 +2,7 @@
 
 use super::{Setup, SourceError};
 use crate::port::Link;
-use crate::wire::{Channel, FrameType, Header, Preamble, Role, Running, SessionId, WireError};
+use crate::wire::{Channel, FrameType, Header, Role, Running, SessionId};
 use std::io;
 use std::time::Duration;
 
@@ -16,11 +16,7 @@ fn attach<L: Link>(
     let mut link = connect(Role::Recover, 0).map_err(SourceError::Connect)?;
     link.set_timeout(Some(PATIENCE));
     let mut channel = Channel::new(link);
-    channel.send_preamble(&Preamble::new(Role::Recover, 0, session))?;
-    channel
-        .recv_preamble()?
-        .expect_session(session)
-        .map_err(WireError::from)?;
+    channel.open(Role::Recover, 0, session)?;
     Ok(channel)
 }
 

@@ -2,7 +2,7 @@
 
 use super::{
     FLAG_CRC, FrameType, HEADER_BYTES, Header, HeaderError, HelloError, Limits, PREAMBLE_BYTES,
-    Preamble, PreambleError,
+    Preamble, PreambleError, Role, SessionId,
 };
 use crate::page::Gfn;
 use crate::port::Link;
@@ -123,6 +123,20 @@ impl<L: Link> Channel<L> {
         let mut bytes = [0; PREAMBLE_BYTES];
         self.link.recv(&mut bytes)?;
         Ok(Preamble::decode(&bytes)?)
+    }
+
+    /// Opens a channel from the source's side: the preambles, and that the answer is of this session.
+    ///
+    /// # Errors
+    /// [`WireError`]; the peer's own reason where it could not read the preamble.
+    pub fn open(&mut self, role: Role, index: u16, session: SessionId) -> Result<(), WireError> {
+        self.send_preamble(&Preamble::new(role, index, session))?;
+        let theirs = self.recv_preamble()?;
+        if theirs.session == SessionId::UNREAD {
+            let header = self.recv_header()?;
+            return Err(self.refuse(&header, "the reason why the greeting could not be read"));
+        }
+        Ok(theirs.expect_session(session)?)
     }
 
     /// Sends a frame with a checked payload; length and checksum are filled in.
