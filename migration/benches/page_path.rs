@@ -158,6 +158,11 @@ fn contents() {
 }
 
 fn main() {
+    // `cargo test --all-targets` runs benchmarks too, without this.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        eprintln!("NOT RUN: benchmark of the page path: use cargo bench");
+        return;
+    }
     sets();
     frames();
     contents();

@@ -41,6 +41,11 @@ use std::process::Command;
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    if !args.bench {
+        // `cargo test --all-targets` runs benchmarks too: minutes of it, which would test nothing.
+        eprintln!("NOT RUN: benchmark of migrations: use cargo bench");
+        return Ok(());
+    }
     // This executable lies in <target>/release/deps; ferry belongs into the same house.
     let me = std::env::current_exe()?;
     let release = me

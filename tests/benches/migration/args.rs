@@ -21,9 +21,9 @@ pub struct Args {
     /// Where the JSON goes; by default into the build directory.
     #[arg(long, value_name = "PATH")]
     pub output: Option<PathBuf>,
-    /// What cargo adds; means nothing here.
+    /// What `cargo bench` adds, and `cargo test` does not.
     #[arg(long, hide = true)]
-    bench: bool,
+    pub bench: bool,
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
