@@ -7,6 +7,7 @@
 //! What is measured, and how, alike for all:
 //! - *total*: from the request until the source may be discarded, by the VMM's own clock.
 //! - *gap*: the longest time that the guest did not run, by the guest's own clock, in the second or two around the move.
+//! - *after*: the same in the second after that, while the source is torn down.
 //! - *noise*: the same in ordinary seconds before the move. A gap below it says nothing.
 //! - *down*: the downtime that the VMM reports.
 //! - *wire*: what the VMM says it sent; *lo* is the loopback interface's own counter, other people's traffic included.

@@ -73,24 +73,34 @@ impl Limits {
     /// What the limits say before another round: stop, give up, or (`None`) go on.
     pub(super) fn check(&mut self, view: &View<'_>) -> Option<Decision> {
         let predicted = view.predicted_downtime();
+        // What another round could still save is next to nothing. The rest of the pause is round
+        // trips and state, which no round makes shorter: going on would go on for ever.
+        let short = view
+            .predicted_last_pages()
+            .is_some_and(|time| time <= Self::SHORT_ENOUGH);
         if let Some(predicted) = predicted
-            && predicted <= self.downtime
+            && (short || predicted <= self.downtime)
         {
             // Within the target. While a round still halves what is left, it is cheaper than
             // the pause that it saves: all such rounds together take less than twice the first.
             let rate = view.live_rate().unwrap_or(f64::INFINITY);
             let left = view.dirty_rate() * crate::page::PAGE_BYTES as f64 / rate;
-            let short = view
-                .predicted_last_pages()
-                .is_none_or(|time| time <= Self::SHORT_ENOUGH);
             if short || left > Self::WORTHWHILE || self.limit(view).is_some() {
-                return Some(Decision::Stop {
-                    why: format!(
-                        "the predicted pause of {:.1} ms is within the target of {:.0} ms",
-                        predicted.as_secs_f64() * 1e3,
-                        self.downtime.as_secs_f64() * 1e3
-                    ),
-                });
+                let (ms, target) = (
+                    predicted.as_secs_f64() * 1e3,
+                    self.downtime.as_secs_f64() * 1e3,
+                );
+                let why = if predicted <= self.downtime {
+                    format!(
+                        "the predicted pause of {ms:.1} ms is within the target of {target:.0} ms"
+                    )
+                } else {
+                    format!(
+                        "the predicted pause of {ms:.1} ms is over the target of {target:.0} ms, but it is round trips \
+                         and state: another round would not shorten it"
+                    )
+                };
+                return Some(Decision::Stop { why });
             }
             return None;
         }

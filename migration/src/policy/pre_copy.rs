@@ -49,6 +49,31 @@ mod tests {
     use crate::page::{Heat, PageSet};
     use std::time::Duration;
 
+    #[test]
+    fn fixed_costs_do_not_keep_it_going() {
+        // Nothing is pending, and the round trips alone exceed the target: no round helps.
+        let set = PageSet::new(100);
+        let view = View {
+            round: 3,
+            total_pages: 100,
+            pending: &set,
+            pending_pages: 0,
+            sent: &set,
+            heat: &Heat::new(100),
+            dirtied_pages: 0,
+            dirtied_over: Duration::from_secs(1),
+            cap: None,
+            bandwidth: Some(1e9),
+            state_bytes: 10_000,
+            pause_overhead: Duration::from_millis(200),
+            elapsed: Duration::from_secs(1),
+        };
+        let Decision::Stop { why } = policy(20, OnTimeout::Cancel).next(&view) else {
+            panic!("it goes on for ever")
+        };
+        assert!(why.contains("over the target"), "{why}");
+    }
+
     fn decide(
         policy: &mut PreCopy,
         round: u32,

@@ -304,6 +304,11 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 // What the link took: the time in its calls and until the last byte was placed.
                 let lanes = u32::try_from(self.lanes.len().max(1)).unwrap_or(1);
                 let link = flight.sent.link / lanes + now.saturating_sub(flight.ended);
+                if flight.sent.bytes < MEASURABLE {
+                    // A small round measures the round trip, and the greeting's was measured while
+                    // the destination had other things to do.
+                    self.rtt = self.rtt.min(now.saturating_sub(flight.ended));
+                }
                 if flight.sent.data_pages * PAGE_BYTES >= MEASURABLE
                     || self.bandwidth.estimate().is_none()
                 {

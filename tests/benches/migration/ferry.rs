@@ -3,7 +3,7 @@
 use super::case::{Case, DOWNTIME, MEMORY_MIB};
 use super::log::{Log, seen};
 use super::measure::{Figures, watched};
-use super::process::{Process, typed};
+use super::process::{Process, said, typed};
 use anyhow::{Context, Result, ensure};
 use ferry_guest_images::{Line, STOP};
 use ferry_migration::report::{Report, Status};
@@ -12,6 +12,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// How long a guest may take to fill its memory.
 pub const BOOT: Duration = Duration::from_secs(60);
@@ -47,6 +48,11 @@ pub fn tsc_khz(binary: &Path) -> Result<u64> {
 /// Moves a guest once.
 pub fn run(binary: &Path, case: Case) -> Result<Figures> {
     let directory = tempfile::tempdir()?;
+    let errors = ["a.err", "b.err"].map(|name| directory.path().join(name));
+    run_in(&directory, binary, case).with_context(|| said(&errors))
+}
+
+fn run_in(directory: &TempDir, binary: &Path, case: Case) -> Result<Figures> {
     let path = |name: &str| directory.path().join(name);
     let (log, arrived) = (Log(path("source")), Log(path("destination")));
     let mut destination = Process::start(
@@ -106,6 +112,7 @@ pub fn run(binary: &Path, case: Case) -> Result<Figures> {
     Ok(Figures {
         total_ms: report.total_ms,
         gap_ms: seen.gap_ms,
+        after_ms: seen.after_ms,
         noise_ms: seen.noise_ms,
         downtime_ms: report.downtime_ms,
         wire_bytes: report.bytes_wire,

@@ -58,7 +58,9 @@ impl Log {
 pub struct Seen {
     /// The longest around the move.
     pub gap_ms: f64,
-    /// The longest in the second before that, or the median of several.
+    /// The longest in the second after that.
+    pub after_ms: f64,
+    /// The median over the seconds before the migration: of each the longest.
     pub noise_ms: f64,
 }
 
@@ -108,5 +110,9 @@ pub fn seen(source: &Path, source_before: usize, destination: &str) -> Result<Se
         .collect();
     ordinary.sort_by(f64::total_cmp);
     let noise_ms = ordinary.get(ordinary.len() / 2).copied().unwrap_or(0.0);
-    Ok(Seen { gap_ms, noise_ms })
+    Ok(Seen {
+        gap_ms,
+        after_ms: arrived.get(lines).copied().unwrap_or(0.0),
+        noise_ms,
+    })
 }

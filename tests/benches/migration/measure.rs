@@ -14,6 +14,8 @@ pub struct Figures {
     pub total_ms: f64,
     /// The longest gap that the guest saw around the move.
     pub gap_ms: f64,
+    /// The longest gap of the second after that: the source is torn down meanwhile.
+    pub after_ms: f64,
     /// The gap of an ordinary second before.
     pub noise_ms: f64,
     /// The downtime that was reported.
@@ -64,12 +66,13 @@ impl Run {
     pub fn sentence(&self) -> String {
         let f = &self.figures;
         format!(
-            "{} {} {:<15} total {:7.0} ms  gap {:6.1} (noise {:4.1})  reported {:6.1}  {}  load {}",
+            "{} {} {:<15} total {:7.0} ms  gap {:6.1} (after {:5.1}, noise {:4.1})  reported {:6.1}  {}  load {}",
             self.case,
             self.number + 1,
             self.contestant,
             f.total_ms,
             f.gap_ms,
+            f.after_ms,
             f.noise_ms,
             f.downtime_ms,
             if f.verified {

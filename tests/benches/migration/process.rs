@@ -5,6 +5,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
@@ -28,17 +29,24 @@ pub struct Rss {
 }
 
 impl Rss {
-    /// What the process itself holds, without its guest's `guest_kib`; nothing is known while anonymous memory is being
+    /// What the process itself holds, without its guest's `guest_kib`. Nothing is known while anonymous memory is being
     /// filled with the guest.
-    pub const fn own_kib(&self, guest_kib: u64) -> Option<u64> {
+    const fn own_kib(&self, guest_kib: u64) -> Option<u64> {
         let private = self.anon_kib + self.file_kib;
-        if self.shmem_kib >= self.anon_kib || self.anon_kib < guest_kib / 10 {
-            // The guest is shared memory, or not there yet.
+        if self.shmem_kib >= self.anon_kib {
             Some(private)
         } else if self.anon_kib >= guest_kib / 10 * 9 {
             Some(private.saturating_sub(guest_kib))
         } else {
             None
+        }
+    }
+
+    /// The same of a process that does not receive its guest right now: it has all of it or nothing.
+    const fn own_at_rest_kib(&self, guest_kib: u64) -> u64 {
+        match self.own_kib(guest_kib) {
+            Some(own) => own,
+            None => self.anon_kib + self.file_kib,
         }
     }
 }
@@ -88,6 +96,16 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What processes said on stderr, for the message about a run that failed.
+pub fn said(files: &[PathBuf]) -> String {
+    let texts = files.iter().map(|file| {
+        let text = fs::read(file).unwrap_or_default();
+        let name = file.file_name().unwrap_or_default().display();
+        format!("{name}: {}", String::from_utf8_lossy(&text).trim())
+    });
+    texts.collect::<Vec<_>>().join("; ")
 }
 
 /// A stdin that can be typed into.
@@ -187,7 +205,7 @@ impl Watch {
         let rss_before = rss(pid);
         let used = Use {
             rss_before,
-            own_before_kib: rss_before.own_kib(guest_kib).unwrap_or(0),
+            own_before_kib: rss_before.own_at_rest_kib(guest_kib),
             ..Use::default()
         };
         Self {

@@ -4,7 +4,7 @@ use super::case::{Case, DOWNTIME, MEMORY_MIB};
 use super::ferry::{BOOT, SETTLE, finish, runs};
 use super::log::{Log, seen};
 use super::measure::{Figures, watched};
-use super::process::{Process, typed};
+use super::process::{Process, said, typed};
 use super::qmp::Qmp;
 use anyhow::{Context, Result, bail};
 use ferry_guest_images::{BARE, Line, Workload};
@@ -15,6 +15,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// The program.
 pub const QEMU: &str = "qemu-system-x86_64";
@@ -69,6 +70,11 @@ fn machine(directory: &Path, workload: &str, tsc_khz: u64, qmp: &Path) -> Result
 /// Moves a guest once.
 pub fn run(case: Case, multifd: bool, tsc_khz: u64) -> Result<Figures> {
     let directory = tempfile::tempdir()?;
+    let errors = ["a.err", "b.err"].map(|name| directory.path().join(name));
+    run_in(&directory, case, multifd, tsc_khz).with_context(|| said(&errors))
+}
+
+fn run_in(directory: &TempDir, case: Case, multifd: bool, tsc_khz: u64) -> Result<Figures> {
     let path = |name: &str| directory.path().join(name);
     let (log, arrived) = (Log(path("source")), Log(path("destination")));
     let start = |qmp: &str| machine(directory.path(), case.workload(), tsc_khz, &path(qmp));
@@ -120,6 +126,7 @@ pub fn run(case: Case, multifd: bool, tsc_khz: u64) -> Result<Figures> {
     Ok(Figures {
         total_ms: number(report.get("total-time"), "total-time")?,
         gap_ms: seen.gap_ms,
+        after_ms: seen.after_ms,
         noise_ms: seen.noise_ms,
         downtime_ms: number(report.get("downtime"), "downtime")?,
         wire_bytes: transferred.context("QEMU's report has no ram.transferred")?,

@@ -8,9 +8,10 @@ type Column = (&'static str, fn(&Figures) -> f64);
 const MIB: f64 = (1 << 20) as f64;
 
 /// Every column is better when it is smaller.
-const COLUMNS: [Column; 11] = [
+const COLUMNS: [Column; 12] = [
     ("total ms", |f| f.total_ms),
     ("gap ms", |f| f.gap_ms),
+    ("after", |f| f.after_ms),
     ("noise", |f| f.noise_ms),
     ("down ms", |f| f.downtime_ms),
     ("|d-gap|", Figures::error_ms),
@@ -128,7 +129,7 @@ fn ratios(ferry: &Row<'_>, rows: &[Row<'_>]) {
         print!("{:<38}", format!("ferry / {}", other.contestant));
         for (name, of) in COLUMNS {
             // A ratio of noises, or of errors near zero, would mean nothing.
-            if matches!(name, "noise" | "|d-gap|") {
+            if matches!(name, "after" | "noise" | "|d-gap|") {
                 print!(" {:>10}", "");
             } else {
                 print!(" {:>10.2}", ferry.median(of) / other.median(of));
