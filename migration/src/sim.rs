@@ -159,7 +159,7 @@ impl Scenario {
             } else {
                 rng.below(160)
             };
-            let kind = FaultKind::random(&mut rng, scenario.options.verify);
+            let kind = FaultKind::random(&mut rng);
             scenario.faults.push(Fault { at, kind });
         }
         if rng.chance(0.25) {

@@ -44,7 +44,7 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
-    pub(super) fn random(rng: &mut Rng, _verified: bool) -> Self {
+    pub(super) fn random(rng: &mut Rng) -> Self {
         match rng.below(9) {
             0 => Self::CutBefore,
             1 => Self::CutAfter,
