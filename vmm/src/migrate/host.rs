@@ -24,6 +24,15 @@ impl RamSink {
     /// Shorter runs are not worth two more system calls.
     const LONG: u64 = 16;
 
+    fn read_direct(&self, link: &StreamLink, runs: &[PageRun]) -> io::Result<()> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        let (fd, mut patience) = link.parts();
+        self.ram
+            .read_pages(fd, runs, |progress| patience.tick(progress))
+    }
+
     fn is_fresh(&self, (first, count): PageRun) -> bool {
         count >= Self::LONG
             && !self.ram.hugepages()
@@ -40,11 +49,7 @@ impl PageSink<StreamLink> for RamSink {
         while !rest.is_empty() {
             let direct = rest.iter().take_while(|run| !self.is_fresh(**run)).count();
             let (now, later) = rest.split_at(direct);
-            if !now.is_empty() {
-                let (fd, mut patience) = link.parts();
-                self.ram
-                    .read_pages(fd, now, |progress| patience.tick(progress))?;
-            }
+            self.read_direct(link, now)?;
             rest = later;
             if let Some((&run, later)) = rest.split_first() {
                 match link.splice_pipe() {
@@ -52,11 +57,7 @@ impl PageSink<StreamLink> for RamSink {
                         self.ram
                             .splice_pages(fd, pipe, run, |progress| patience.tick(progress))?;
                     }
-                    None => {
-                        let (fd, mut patience) = link.parts();
-                        self.ram
-                            .read_pages(fd, &[run], |progress| patience.tick(progress))?;
-                    }
+                    None => self.read_direct(link, &[run])?,
                 }
                 rest = later;
             }
