@@ -14,8 +14,12 @@
 //! through [`GuestRam::splice_pages`], say) does not fault.
 //!
 //! What the kernel's interface leaves to its user, and how it is answered here:
-//! - A page may be reported more than once: by several threads, or by one that a signal made look again. Requests
-//!   have to be told apart by who sends them.
+//! - A page may be reported more than once: by several threads, or by one that looks again. Whoever asks the source
+//!   for pages has to remember what was asked for.
+//! - A vCPU whose own access waits leaves KVM_RUN when it is kicked (since Linux 6.2). One for which KVM emulates the
+//!   access does not: with a signal pending the kernel starts that access anew, over and over, each time with a
+//!   report, on a full processor, until the page comes. So a pause may have to wait for a page, and a machine can
+//!   only be ended after its [`Userfault`] was dropped.
 //! - A report can be read after the page has come. Placing wakes those who wait, so nothing is to be done;
 //!   [`Userfault::wake`] is for a page that came another way.
 //! - Filling stops at a page that is there (EEXIST) and, now and then, half way (EAGAIN): one loop goes on.
