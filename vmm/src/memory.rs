@@ -82,7 +82,13 @@ impl GuestRam {
             // OOM killer would find it in the middle of a run.
             check_available(bytes)?;
         }
-        let file = Arc::new(memfd::create(bytes, hugepages)?);
+        let file = memfd::create(bytes, hugepages)?;
+        Self::map(layout, Arc::new(file), hugepages)
+    }
+
+    /// RAM over a file of its size.
+    fn map(layout: RamLayout, file: Arc<File>, hugepages: bool) -> Result<Self, RamError> {
+        let bytes = layout.size();
         let mut mapped = Vec::new();
         let mut bases = Vec::new();
         let mut bitmaps = Vec::new();
@@ -283,14 +289,12 @@ impl GuestRam {
         self.punch(first_gfn, count, &(start..start + count * PAGE_SIZE))?;
         // Of a huge page that it cannot split, the kernel overwrites the part with zeros instead: the guest
         // would then read zeros and never wait. That would be silent, so it is asked for.
-        let mut at = first_gfn;
-        while at < first_gfn + count {
-            match self.unpopulated(at, first_gfn + count - at) {
-                Some((first, pages)) if first == at => at += pages,
-                _ => return Err(RamError::NotAbsent { gfn: at }),
-            }
+        match self.next_data(first_gfn) {
+            Some(next) if next >= first_gfn + count => Ok(()),
+            there => Err(RamError::NotAbsent {
+                gfn: there.unwrap_or(first_gfn),
+            }),
         }
-        Ok(())
     }
 
     /// Punches bytes of the file out, for pages that an error names.

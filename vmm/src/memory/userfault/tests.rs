@@ -434,3 +434,121 @@ fn who_may_not_is_told() {
     .join()
     .unwrap();
 }
+
+/// RAM over a file on a host that has `limit` bytes for it: a tmpfs in a mount namespace of the calling thread's own.
+fn ram_on_a_small_host(at: &std::path::Path, bytes: u64, limit: u64) -> io::Result<Arc<GuestRam>> {
+    let path = at.to_str().unwrap();
+    let [root, tmpfs, path_c, size] =
+        ["/", "tmpfs", path, &format!("size={limit}")].map(|s| std::ffi::CString::new(s).unwrap());
+    let ok = |status| match status {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    let (none, private) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
+    // SAFETY: this call takes flags by value; it gives the calling thread a file system view of its own.
+    ok(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+    // SAFETY: the strings are NUL-terminated and outlive the call; what is null may be for this operation.
+    ok(unsafe { libc::mount(none, root.as_ptr(), none, private, none.cast()) })?;
+    // SAFETY: as above.
+    ok(unsafe {
+        let kind = tmpfs.as_ptr();
+        libc::mount(kind, path_c.as_ptr(), kind, 0, size.as_ptr().cast())
+    })?;
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(at.join("ram"))?;
+    file.set_len(bytes)?;
+    let layout = super::super::RamLayout::new(bytes, false).unwrap();
+    Ok(Arc::new(
+        GuestRam::map(layout, Arc::new(file), false).unwrap(),
+    ))
+}
+
+#[test]
+fn a_host_without_memory_loses_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let test = || {
+        let ram = match ram_on_a_small_host(directory.path(), MIB, 8 * 4096) {
+            Ok(ram) => ram,
+            Err(error) => {
+                eprintln!("NOT RUN: a_host_without_memory_loses_nothing: no tmpfs: {error}");
+                return;
+            }
+        };
+        let Some(userfault) = register(ram) else {
+            return;
+        };
+        let ram = userfault.ram();
+        userfault.place(22, 1, &page(1)).unwrap();
+        let error = userfault.place(20, 16, &pages(20, 16)).unwrap_err();
+        // Eight pages are there: 20 to 27, one of them from before.
+        assert!(matches!(error, PlaceError::NoMemory { gfn: 28 }), "{error}");
+        let error = userfault.place_zero(28, 1).unwrap_err();
+        assert!(matches!(error, PlaceError::NoMemory { gfn: 28 }), "{error}");
+        ram.drop_pages(20, 2).unwrap();
+        std::thread::scope(|s| {
+            let touch = reader(s, ram, 28);
+            assert_eq!(fault(&userfault).gfn, 28);
+            // Asked for again from the page that is there: it goes on where it ended.
+            let placed = userfault.place(22, 8, &pages(22, 8)).unwrap();
+            assert_eq!((placed.placed, placed.present), (2, 6));
+            assert_eq!(touch.join().unwrap().0, first_word(28));
+        });
+        assert_eq!(read(ram, 22), first_word(1));
+        assert_eq!(read(ram, 27), first_word(27));
+    };
+    // A thread of its own, since it leaves the others' mount namespace.
+    std::thread::scope(|s| s.spawn(test).join().unwrap());
+}
+
+/// Prints figures; asserts only what must hold on any machine.
+#[test]
+fn what_it_costs() {
+    const PAGES: u64 = 4096;
+    const RUN: u64 = 64;
+    let (Some(one), Some(bulk), Some(zero)) = (
+        registered(PAGES * 4096),
+        registered(PAGES * 4096),
+        registered(PAGES * 4096),
+    ) else {
+        return;
+    };
+    let contents = pages(0, RUN);
+    let mut trips = std::thread::scope(|s| {
+        s.spawn(|| {
+            while let Waited::Fault(fault) = one.wait(LONG).unwrap() {
+                one.place(fault.gfn, 1, &contents[..4096]).unwrap();
+            }
+        });
+        let mut trips = Vec::new();
+        for gfn in 0..PAGES {
+            let start = Instant::now();
+            assert_eq!(read(one.ram(), gfn), first_word(0));
+            trips.push(start.elapsed());
+        }
+        one.interrupt().unwrap();
+        trips
+    });
+    trips.sort();
+    let per_page = |start: Instant| start.elapsed().as_secs_f64() * 1e6 / PAGES as f64;
+    let start = Instant::now();
+    for first in (0..PAGES).step_by(64) {
+        assert_eq!(bulk.place(first, RUN, &contents).unwrap().placed, RUN);
+    }
+    let copy = per_page(start);
+    let start = Instant::now();
+    assert_eq!(zero.place_zero(0, PAGES).unwrap().placed, PAGES);
+    let zeros = per_page(start);
+    let start = Instant::now();
+    for gfn in (0..PAGES).step_by(2) {
+        bulk.ram().drop_pages(gfn, 1).unwrap();
+    }
+    let drops = per_page(start) * 2.0;
+    println!(
+        "round trip p50 {:?}, p99 {:?}; runs of {RUN}: {copy:.2} µs a page; zeros: {zeros:.2} µs a page; dropping single pages: {drops:.2} µs each",
+        trips[trips.len() / 2],
+        trips[trips.len() * 99 / 100],
+    );
+}
