@@ -2,6 +2,7 @@
 //!
 //! Errors are one sentence on stderr, exit status 1, or 2 for a command line that cannot be meant.
 
+mod bench;
 mod console;
 mod demo;
 mod doctor;
@@ -61,6 +62,7 @@ enum Command {
     Doctor(doctor::Args),
     Nas(nas::Args),
     Demo(demo::Args),
+    Bench(Box<bench::Args>),
 }
 
 /// Everything.
@@ -83,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Nas(args) => nas::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(code) => code,

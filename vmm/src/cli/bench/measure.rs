@@ -1,0 +1,130 @@
+//! The figures of a run, and how they are taken.
+
+use super::interrupt;
+use super::log::Seen;
+use super::process::{Use, Watch, end_by_force};
+use crate::cli::output::Failure;
+use ferry_migration::report::Faults;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How often processes are looked at; a look costs what three small reads cost.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What the VMM itself says about a migration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Told {
+    /// From the request until the source may be discarded.
+    pub total_ms: f64,
+    /// How long the guest stood still.
+    pub downtime_ms: f64,
+    /// Bytes that were sent.
+    pub wire_bytes: u64,
+    /// Pages sent with their contents.
+    pub pages_sent: u64,
+    /// How many pages crossed more than once.
+    pub pages_resent: u64,
+    /// Pages announced as zero.
+    pub pages_zero: u64,
+    /// Page faults of post-copy; of QEMU only their number and the time that the vCPUs waited.
+    pub faults: Option<Faults>,
+    /// Pages dirtied per second over time: milliseconds since the request, and the rate until then.
+    pub dirtied: Vec<(f64, f64)>,
+    /// The VMM's own report, whole.
+    pub report: serde_json::Value,
+}
+
+/// What a migration came to.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// The VMM's own figures.
+    pub told: Told,
+    /// What the guest saw.
+    pub seen: Seen,
+    /// Bytes that the link's interface sent meanwhile, with all headers; on loopback other people's too.
+    pub link_bytes: u64,
+    /// Bytes that it received: acknowledgements and requests for pages.
+    pub back_bytes: u64,
+    /// The source's process.
+    pub source: Use,
+    /// The destination's process.
+    pub destination: Use,
+    /// Whether the guest found all of its memory, or its results, intact at the destination.
+    pub verified: bool,
+}
+
+impl Figures {
+    /// How far the report is from what the guest saw.
+    pub fn error_ms(&self) -> f64 {
+        (self.told.downtime_ms - self.seen.gap_ms).abs()
+    }
+
+    /// The time that vCPUs waited for pages.
+    pub fn stalled_ms(&self) -> Option<f64> {
+        self.told.faults.as_ref().map(|faults| faults.stalled_ms)
+    }
+}
+
+/// The machine's load averages.
+pub fn load() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let three: Vec<&str> = text.split(' ').take(3).collect();
+    three.join(" ")
+}
+
+/// What the machine saw while something was done.
+pub struct Watched<T> {
+    /// What was done.
+    pub result: T,
+    /// The source's process.
+    pub source: Use,
+    /// The destination's process.
+    pub destination: Use,
+}
+
+/// Does something and watches both processes meanwhile. Ends them by force after `patience`, or when it is interrupted, so
+/// that whoever waits for them comes back.
+pub fn watched<T>(
+    [source, destination]: [u32; 2],
+    guest_kib: u64,
+    patience: Duration,
+    what: impl FnOnce() -> Result<T, Failure>,
+) -> Result<Watched<T>, Failure> {
+    let mut watches = [source, destination].map(|pid| Watch::new(pid, guest_kib));
+    let stop = AtomicBool::new(false);
+    let late = AtomicBool::new(false);
+    let began = Instant::now();
+    let look = || {
+        while !stop.load(Ordering::Relaxed) {
+            watches.iter_mut().for_each(Watch::look);
+            if interrupt::wanted() || began.elapsed() > patience {
+                late.store(true, Ordering::Relaxed);
+                end_by_force(source);
+                end_by_force(destination);
+                return;
+            }
+            std::thread::sleep(LOOK);
+        }
+    };
+    let result = std::thread::scope(|scope| {
+        scope.spawn(look);
+        let result = what();
+        stop.store(true, Ordering::Relaxed);
+        result
+    });
+    interrupt::check()?;
+    if late.load(Ordering::Relaxed) {
+        return Err(Failure(format!(
+            "the migration has not ended in {patience:?}; its processes were ended"
+        )));
+    }
+    let result = result?;
+    let [source, destination] = watches.map(Watch::finish);
+    Ok(Watched {
+        result,
+        source,
+        destination,
+    })
+}

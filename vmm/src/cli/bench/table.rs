@@ -1,0 +1,198 @@
+//! The results as text.
+
+use super::cell::Cell;
+use super::goals::{Goal, Reached};
+use super::journal::{Host, Run};
+use super::net::Shaping;
+use super::statistics::{METRICS, Metric, Row, groups};
+use std::fmt::Write;
+
+/// The machine in a sentence.
+pub fn machine(host: &Host) -> String {
+    format!(
+        "{} × {}, {} MiB, Linux {}, {}; {}{}; clock {} kHz",
+        host.cpus,
+        host.processor,
+        host.memory_mib,
+        host.kernel,
+        host.kvm,
+        host.ferry,
+        host.qemu
+            .as_ref()
+            .map(|q| format!(", {q}"))
+            .unwrap_or_default(),
+        host.tsc_khz
+    )
+}
+
+/// Which columns have a value in any of the rows.
+pub fn columns(rows: &[Row<'_>]) -> Vec<&'static Metric> {
+    METRICS
+        .iter()
+        .filter(|metric| rows.iter().any(|row| row.median(metric).is_some()))
+        .collect()
+}
+
+/// A group's guest and link, said in full.
+pub fn heading(rows: &[Row<'_>]) -> String {
+    let Some(row) = rows.first() else {
+        return String::new();
+    };
+    let Cell { guest, link, .. } = row.cell;
+    let capped = row.good.iter().any(|(run, _)| run.shaping == Shaping::Cap);
+    let link = match link.rate {
+        None => format!("{}: this machine's own", link.name),
+        Some(rate) => format!(
+            "{}: {} Mbit/s by {}",
+            link.name,
+            rate / 125_000,
+            if capped {
+                "the senders' own caps (only root may shape a link)"
+            } else {
+                "tc at both ends, between two network namespaces"
+            }
+        ),
+    };
+    format!(
+        "{} ({}; {} MiB, {} vCPU) over {link}",
+        guest.name,
+        guest.work,
+        guest.mib(),
+        guest.cpus
+    )
+}
+
+/// How many of a row's runs did what they should.
+pub fn health(row: &Row<'_>) -> String {
+    let all = row.good.len() + row.failed.len();
+    let failed = match row.failed.len() {
+        0 => String::new(),
+        n => format!(", {n} FAILED"),
+    };
+    let verified = row.verified();
+    if verified == row.good.len() {
+        format!("{verified}/{all} verified{failed}")
+    } else {
+        format!("{verified}/{all} VERIFIED ONLY{failed}")
+    }
+}
+
+/// Columns of text, the first to the left and the others to the right.
+pub fn aligned(lines: &[Vec<String>]) -> String {
+    let count = lines.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = lines.iter().filter_map(|line| line.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..count).map(width).collect();
+    let mut text = String::new();
+    for line in lines {
+        let mut shown = String::new();
+        for (column, cell) in line.iter().enumerate() {
+            if column == 0 {
+                let _ = write!(shown, "{cell:<0$}", widths[0]);
+            } else {
+                let _ = write!(shown, "  {cell:>0$}", widths[column]);
+            }
+        }
+        text.push_str(shown.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// Everything.
+pub fn text(host: &Host, cells: &[Cell], runs: &[Run], goals: &[Goal]) -> String {
+    let mut text = format!("{}\n", machine(host));
+    for rows in groups(cells, runs) {
+        let columns = columns(&rows);
+        let mut lines = vec![vec![String::new(), "runs".into(), String::new()]];
+        lines[0].extend(columns.iter().map(|metric| metric.head.to_owned()));
+        for row in &rows {
+            let spread = |metric: &Metric| row.spread(metric);
+            let mut median = vec![row.cell.policy.name.clone(), health(row), "median".into()];
+            let mut most = vec![String::new(), String::new(), "max".into()];
+            for metric in &columns {
+                median.push(metric.show(spread(metric).map(|s| s.median)));
+                most.push(metric.show(spread(metric).map(|s| s.max)));
+            }
+            lines.push(median);
+            if row.good.len() > 1 {
+                lines.push(most);
+            }
+        }
+        let _ = write!(text, "\n{}\n{}", heading(&rows), aligned(&lines));
+        let noise = |row: &Row<'_>| {
+            row.good
+                .iter()
+                .map(|(_, f)| f.seen.noise_ms)
+                .fold(0.0, f64::max)
+        };
+        let noise = rows.iter().map(noise).fold(0.0, f64::max);
+        if noise > 5.0 {
+            let _ = writeln!(
+                text,
+                "This machine stopped the guest for up to {noise:.1} ms in ordinary seconds: gaps of that order are its own."
+            );
+        }
+        for run in rows.iter().flat_map(|row| &row.failed) {
+            let why = run.error.as_deref().unwrap_or("no reason given");
+            let _ = writeln!(
+                text,
+                "FAILED: {}, run {}: {why}",
+                run.cell.policy.name, run.number
+            );
+        }
+    }
+    if !goals.is_empty() {
+        text.push_str("\nGoals, by medians\n");
+        text.push_str(&goal_lines(goals, cells, runs));
+    }
+    text
+}
+
+/// A line for each goal, and one for all.
+fn goal_lines(goals: &[Goal], cells: &[Cell], runs: &[Run]) -> String {
+    let mut text = String::new();
+    let (mut met, mut missed) = (0, 0);
+    for goal in goals {
+        let reached = goal.reached(cells, runs);
+        match reached {
+            Reached::Met(_) => met += 1,
+            Reached::Missed(_) => missed += 1,
+            Reached::Unknown => {}
+        }
+        let _ = writeln!(text, "  {}", goal.sentence(reached));
+    }
+    let unknown = goals.len() - met - missed;
+    let _ = writeln!(text, "  {met} met, {missed} missed, {unknown} not run");
+    text
+}
+
+/// What the columns mean.
+pub fn legend() -> String {
+    let lines: Vec<Vec<String>> = METRICS
+        .iter()
+        .map(|m| {
+            vec![
+                format!("  {}", m.head),
+                m.name.to_owned(),
+                m.meaning.to_owned(),
+            ]
+        })
+        .collect();
+    let head = lines
+        .iter()
+        .map(|l| l[0].chars().count())
+        .max()
+        .unwrap_or(0);
+    let name = lines
+        .iter()
+        .map(|l| l[1].chars().count())
+        .max()
+        .unwrap_or(0);
+    lines
+        .iter()
+        .map(|l| format!("{:<head$}  {:<name$}  {}\n", l[0], l[1], l[2]))
+        .collect()
+}
