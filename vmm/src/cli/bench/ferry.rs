@@ -136,7 +136,8 @@ fn told(report: Report, rounds: &[Round]) -> Result<Told, Failure> {
     let post_copy = report.faults.count > 0 || report.rounds.iter().any(|round| round.follows);
     Ok(Told {
         total_ms: report.total_ms,
-        downtime_ms: report.downtime_ms,
+        downtime_ms: Some(report.downtime_ms),
+        odd: None,
         wire_bytes: report.bytes_wire,
         pages_sent: report.pages.sent,
         pages_resent: report.pages.resent,

@@ -18,8 +18,11 @@ const LOOK: Duration = Duration::from_millis(20);
 pub struct Told {
     /// From the request until the source may be discarded.
     pub total_ms: f64,
-    /// How long the guest stood still.
-    pub downtime_ms: f64,
+    /// How long the guest stood still; nothing where what it says cannot be.
+    pub downtime_ms: Option<f64>,
+    /// What it said of its downtime, where that cannot be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub odd: Option<String>,
     /// Bytes that were sent.
     pub wire_bytes: u64,
     /// Pages sent with their contents.
@@ -57,8 +60,40 @@ pub struct Figures {
 
 impl Figures {
     /// How far the report is from what the guest saw.
-    pub fn error_ms(&self) -> f64 {
-        (self.told.downtime_ms - self.seen.gap_ms).abs()
+    pub fn error_ms(&self) -> Option<f64> {
+        self.told
+            .downtime_ms
+            .map(|downtime| (downtime - self.seen.gap_ms).abs())
+    }
+
+    /// Where the VMM's own figures do not agree with the guest's clock and the link's counters.
+    pub fn doubts(&self) -> Vec<String> {
+        let mut doubts = Vec::new();
+        match (self.told.downtime_ms, self.error_ms()) {
+            (None, _) => doubts.push(format!(
+                "it reports no downtime that can be ({}), and the guest saw {:.1} ms",
+                self.told.odd.as_deref().unwrap_or("none at all"),
+                self.seen.gap_ms
+            )),
+            // What the machine does to an idle guest is no VMM's error.
+            (Some(told), Some(error)) if error > self.seen.noise_ms.max(5.0) => {
+                doubts.push(format!(
+                    "it reports {told:.1} ms of downtime and the guest saw {:.1} ms",
+                    self.seen.gap_ms
+                ));
+            }
+            _ => {}
+        }
+        // Headers are 5 % of a link with packets of 1,500 bytes.
+        let (wire, link) = (self.told.wire_bytes as f64, self.link_bytes as f64);
+        if wire > link || wire < link * 0.9 - 1e6 {
+            doubts.push(format!(
+                "it reports {:.1} MB sent and the link counted {:.1} MB",
+                wire / 1e6,
+                link / 1e6
+            ));
+        }
+        doubts
     }
 
     /// The time that vCPUs waited for pages.

@@ -68,10 +68,13 @@ fn sentence(cell: &Cell, number: u32, figures: &Figures) -> String {
         .map(|ms| format!(", stall {ms:.0}"))
         .unwrap_or_default();
     format!(
-        "{cell}, run {number}: total {:.0} ms, gap {:.1} ms (reported {:.1}, noise {:.1}{stall}), {:.0} MiB, {}",
+        "{cell}, run {number}: total {:.0} ms, gap {:.1} ms (reported {}, noise {:.1}{stall}), {:.0} MiB, {}",
         figures.told.total_ms,
         figures.seen.gap_ms,
-        figures.told.downtime_ms,
+        figures
+            .told
+            .downtime_ms
+            .map_or_else(|| "nothing that can be".to_owned(), |ms| format!("{ms:.1}")),
         figures.seen.noise_ms,
         figures.link_bytes as f64 / f64::from(1 << 20),
         if figures.verified {

@@ -62,14 +62,14 @@ pub const METRICS: [Metric; 22] = [
         "down ms",
         1,
         "the downtime that the VMM reports",
-        |f, _| Some(f.told.downtime_ms),
+        |f, _| f.told.downtime_ms,
     ),
     metric(
         "error_ms",
         "|d−gap|",
         1,
         "how far the reported downtime is from the guest's gap",
-        |f, _| Some(f.error_ms()),
+        |f, _| f.error_ms(),
     ),
     metric(
         "worst_ms",
