@@ -164,10 +164,11 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let mut runs = Vec::with_capacity(64);
         while batches.next(&mut runs) {
             self.check_cancel()?;
-            let waited = self.pace(&runs, mode);
+            let waited = self.pace(mode);
             let mut sent =
                 self.sender
                     .send(&mut self.control, self.guest, &runs, mode, self.setup.clock)?;
+            self.pacer.charge(sent.bytes, self.setup.clock);
             sent.link += waited;
             self.delivered(&runs, sent);
             total.add(sent);
@@ -180,14 +181,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     }
 
     /// Waits for the user's cap. Not in the pause: there it would cost the guest.
-    fn pace(&self, runs: &[Run], mode: BatchMode) -> Duration {
+    fn pace(&self, mode: BatchMode) -> Duration {
         if mode.paused {
             return Duration::ZERO;
         }
-        let bytes = runs.iter().map(Run::bytes).sum();
         let cancel = self.setup.cancel;
-        self.pacer
-            .wait(bytes, self.setup.clock, &|| cancel.is_cancelled())
+        self.pacer.wait(self.setup.clock, &|| cancel.is_cancelled())
     }
 
     /// Takes pages that were handed to the link off the pending set; before this they are still
@@ -244,14 +243,14 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                             if !more {
                                 break;
                             }
-                            let bytes = runs.iter().map(Run::bytes).sum();
                             let waited = if mode.paused {
                                 Duration::ZERO
                             } else {
-                                pacer.wait(bytes, clock, &|| cancel.is_cancelled())
+                                pacer.wait(clock, &|| cancel.is_cancelled())
                             };
                             match sender.send(channel, guest, &runs, mode, clock) {
                                 Ok(mut sent) => {
+                                    pacer.charge(sent.bytes, clock);
                                     sent.link += waited;
                                     done.runs.extend_from_slice(&runs);
                                     done.sent.add(sent);
