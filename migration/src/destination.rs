@@ -771,10 +771,10 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.reattached = true;
         // Only this connection counts from here on: what it brings is one push.
         (self.round, self.pushed, self.lanes) = (0, false, None);
-        if self.state == State::Interrupted {
-            if let Some(arriving) = &self.arriving {
-                arriving.reconnect();
-            }
+        if self.state == State::Interrupted
+            && let Some(arriving) = &self.arriving
+        {
+            arriving.reconnect();
         }
         match self.state {
             // The first confirmation may have been lost on its way: it is said again.

@@ -5,7 +5,7 @@ use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{Decision, Policy, SendOrder};
 use crate::port::{Guest, Link};
 use crate::report::{Event, Round};
-use crate::sender::{BatchMode, Batches, SendError, Sent};
+use crate::sender::{BATCH_PAGES, BatchMode, Batches, SendError, Sent};
 use crate::wire::{FrameType, Header, WireError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -77,7 +77,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         if pages.is_empty() {
             return Ok(false);
         }
-        self.send_round(pages, SendOrder::Address, false)?;
+        // Whatever the cap: a batch of zero pages is a few bytes.
+        self.send_round_in(pages, SendOrder::Address, false, BATCH_PAGES)?;
         Ok(true)
     }
 
@@ -110,6 +111,17 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         order: SendOrder,
         paused: bool,
     ) -> Result<Sent, SourceError> {
+        self.send_round_in(pages, order, paused, self.pacer.batch_pages())
+    }
+
+    /// As [`send_round`](Self::send_round), in batches of so many pages.
+    fn send_round_in(
+        &mut self,
+        pages: PageSet,
+        order: SendOrder,
+        paused: bool,
+        batch: u64,
+    ) -> Result<Sent, SourceError> {
         self.round += 1;
         let started = self.now();
         self.progress.round_pages = pages.len();
@@ -118,7 +130,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             round: self.round,
             paused,
         };
-        let batches = Batches::new(pages, order, &self.heat, self.pacer.batch_pages());
+        let batches = Batches::new(pages, order, &self.heat, batch);
         let sent = if self.lanes.is_empty() {
             self.send_here(batches, mode)?
         } else {
