@@ -19,13 +19,16 @@
 
 mod bandwidth;
 pub mod destination;
+pub mod model;
 pub mod options;
 pub mod page;
 pub mod policy;
 pub mod port;
 pub mod report;
+pub mod rng;
 mod sender;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod source;
+pub mod trace;
 pub mod wire;

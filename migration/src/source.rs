@@ -444,14 +444,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             bandwidth: self.bandwidth.estimate(),
             cap: self.setup.options.bandwidth.map(|cap| cap as f64),
             state_bytes: self.guest.state_bytes(),
-            pause_overhead: 2 * self.rtt + Self::STOP_AND_START,
+            pause_overhead: 2 * self.rtt + policy::STOP_AND_START,
             elapsed: self.now().saturating_sub(self.began),
         }
     }
-
-    /// What stopping, saving, restoring and starting takes beside the round trips, before this
-    /// migration has measured it: a prior for the estimate, not a claim.
-    const STOP_AND_START: Duration = Duration::from_micros(1500);
 
     fn bytes_wire(&self) -> u64 {
         self.control.sent()
