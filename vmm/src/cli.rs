@@ -14,6 +14,7 @@ mod receive;
 mod run;
 mod serial;
 mod serve;
+mod sim;
 mod summary;
 mod units;
 
@@ -60,6 +61,7 @@ enum Command {
     Recover(manage::Recover),
     Doctor(doctor::Args),
     Nas(nas::Args),
+    Sim(sim::Args),
     Demo(demo::Args),
 }
 
@@ -82,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Recover(args) => args.run(),
         Command::Doctor(args) => doctor::run(&args),
         Command::Nas(args) => nas::run(&args),
+        Command::Sim(args) => sim::run(&args),
         Command::Demo(args) => demo::run(&args),
     };
     match result {

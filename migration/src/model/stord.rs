@@ -22,6 +22,9 @@ pub struct ClosedForms {
     pub last_round_limit: f64,
     /// (4): r′, the rate at which a whole split shrinks.
     pub rate: f64,
+    /// (4) with one more term: the printed sum ends at the power *k* − 1. Up to the *k*-th it is the
+    /// rate at which the first split shrinks exactly, namely R times what the last round sends.
+    pub rate_whole: f64,
     /// (5): what STORD is said to send, f′ ÷ (1 − r′).
     pub stord: f64,
 }
@@ -41,6 +44,7 @@ impl ClosedForms {
             rate += term;
             term *= ratio * (split - f64::from(index));
         }
+        let rate_whole = rate + term;
         if pieces <= 1 {
             // The series is empty; pre-copy's own rate is meant.
             rate = share;
@@ -50,6 +54,7 @@ impl ClosedForms {
             last_round,
             last_round_limit,
             rate,
+            rate_whole,
             stord: last_round / (1.0 - rate),
         }
     }

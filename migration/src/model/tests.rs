@@ -120,9 +120,24 @@ fn closed_forms_at_k_2() {
     assert!((forms.stord - 0.725 / 0.55).abs() < 1e-9);
     // k = 3: R/3 + (R/3)² · 2.
     assert!((ClosedForms::new(0.9, 3).rate - 0.48).abs() < 1e-9);
+    // One term more, and it is R times the last round.
+    assert!((forms.rate_whole - 0.9 * 0.725).abs() < 1e-9);
     assert!((forms.stord_after(100) - forms.stord).abs() < 1e-9);
     let one = ClosedForms::new(0.5, 1);
     assert!((one.stord - one.pre_copy).abs() < 1e-9);
+}
+
+/// The finding about formula (4): its sum lacks the last term.
+#[test]
+fn the_whole_formula_4_is_what_a_split_leaves() {
+    let setup = paper(65_536);
+    for (share, split) in [(0.9, 2), (0.9, 4), (0.9, 10), (0.5, 4), (0.2, 2)] {
+        let mut guest = evenly(&setup, share);
+        let outcome = pre_copy(&setup, &options(PolicyKind::Stord, split), &mut guest);
+        let left = outcome.rounds[split as usize - 1].pending as f64 / 65_536.0;
+        let formula = ClosedForms::new(share, split).rate_whole;
+        assert!((left - formula).abs() < 0.005, "{share} {split}: {left} {formula}");
+    }
 }
 
 #[test]
