@@ -11,6 +11,7 @@ mod nas;
 mod output;
 mod progress;
 mod receive;
+mod record;
 mod run;
 mod serial;
 mod serve;
@@ -59,6 +60,7 @@ enum Command {
     Resume(manage::Resume),
     Stop(manage::Stop),
     Recover(manage::Recover),
+    Record(record::Args),
     Doctor(doctor::Args),
     Nas(nas::Args),
     Sim(sim::Args),
@@ -82,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Resume(args) => args.run(),
         Command::Stop(args) => args.run(),
         Command::Recover(args) => args.run(),
+        Command::Record(args) => record::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Nas(args) => nas::run(&args),
         Command::Sim(args) => sim::run(&args),

@@ -29,9 +29,11 @@
 
 mod control;
 mod machine;
+mod recording;
 mod state;
 
 pub use machine::MachineGuest;
+pub use recording::Recording;
 pub use state::{Ending, Outcome};
 
 use crate::api::events::Publisher;
@@ -79,6 +81,12 @@ pub trait Guest: Send + Sync + 'static {
     /// # Errors
     /// A sentence; it is not known any better who has the guest.
     fn confirm(&self, uri: &str, session: &str) -> Result<(), String>;
+
+    /// Begins to watch which pages the guest dirties; dropping what is returned ends it.
+    ///
+    /// # Errors
+    /// A sentence.
+    fn recording(&self) -> Result<Box<dyn Recording>, String>;
 }
 
 /// A guest that is complete here and was never handed over.
@@ -115,6 +123,8 @@ struct Inner {
     report: Option<Report>,
     /// What shall become of the guest when the running migration has left it here.
     ending: Option<Ending>,
+    /// The guest's dirty trace is being recorded: the dirty log is taken.
+    recording: bool,
 }
 
 struct Core {
@@ -157,6 +167,7 @@ impl Vmm {
             guest,
             report: None,
             ending: None,
+            recording: false,
         });
         let finished = EventFd::new(EFD_NONBLOCK)?;
         Ok(Self {

@@ -1,9 +1,10 @@
 //! A [`Machine`] as a [`Guest`].
 
-use super::{Ending, Guest, Migration, MigrationHandle, Unconfirmed, Vmm};
+use super::{Ending, Guest, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
 use crate::api::types::GuestInfo;
 use crate::machine::{Exit, Machine};
 use crate::migrate::{Handle, Receiver, Uri, migrate, recover};
+use crate::record::MachineRecording;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use std::io;
@@ -13,13 +14,20 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct MachineGuest {
     machine: Arc<Machine>,
+    workload: Option<String>,
 }
 
 impl MachineGuest {
     /// Wraps the machine.
     #[must_use]
     pub fn new(machine: Arc<Machine>) -> Arc<Self> {
-        Arc::new(Self { machine })
+        Self::with_workload(machine, None)
+    }
+
+    /// Wraps the machine, knowing what it runs (for people).
+    #[must_use]
+    pub fn with_workload(machine: Arc<Machine>, workload: Option<String>) -> Arc<Self> {
+        Arc::new(Self { machine, workload })
     }
 
     /// From now on the VMM hears of the guest's own end.
@@ -84,6 +92,11 @@ impl Guest for MachineGuest {
     fn confirm(&self, uri: &str, session: &str) -> Result<(), String> {
         let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;
         recover(&uri, session).map_err(|e| e.to_string())
+    }
+
+    fn recording(&self) -> Result<Box<dyn Recording>, String> {
+        let recording = MachineRecording::begin(Arc::clone(&self.machine), self.workload.clone());
+        Ok(Box::new(recording.map_err(|e| e.to_string())?))
     }
 }
 
