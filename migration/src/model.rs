@@ -23,11 +23,13 @@
 //! ```
 
 mod activity;
+mod post_copy;
 mod replay;
 mod round;
 pub mod stord;
 
 pub use activity::{Activity, EvenShare, Pattern, Touch, Writer};
+pub use post_copy::{Faults, PostCopy, post_copy};
 pub use replay::Replay;
 
 use crate::options::Options;
@@ -73,7 +75,12 @@ impl Setup {
     /// trip of 0.2 ms, 14 KiB of state (one vCPU's), pages uncompressed.
     #[must_use]
     pub fn new(layout: RamLayout, bandwidth: f64) -> Self {
-        let round_trip = Duration::from_micros(200);
+        Self::with_round_trip(layout, bandwidth, Duration::from_micros(200))
+    }
+
+    /// As [`new`](Self::new), with another round trip.
+    #[must_use]
+    pub fn with_round_trip(layout: RamLayout, bandwidth: f64, round_trip: Duration) -> Self {
         Self {
             layout,
             bandwidth,
@@ -128,6 +135,8 @@ pub struct Outcome {
     pub bytes: u64,
     /// The rounds, the stop-and-copy last.
     pub rounds: Vec<Round>,
+    /// Post-copy's page faults; `None` for the pre-copy family.
+    pub faults: Option<Faults>,
 }
 
 fn millis<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {

@@ -74,6 +74,16 @@ impl<'a> Rounds<'a> {
         &self.fresh
     }
 
+    /// Seconds since the migration began.
+    pub const fn now(&self) -> f64 {
+        self.now
+    }
+
+    /// The rounds so far, and the guest is free again.
+    pub fn into_rounds(self) -> Vec<Round> {
+        self.rounds
+    }
+
     /// Bytes per second while the guest runs.
     fn live_bandwidth(&self) -> f64 {
         let link = self.setup.bandwidth.max(1.0);
@@ -238,6 +248,7 @@ impl<'a> Rounds<'a> {
             pages_resent: self.resent,
             bytes: pages_in(self.sent as f64 * self.setup.page_bytes) + state,
             rounds: self.rounds,
+            faults: None,
         }
     }
 }

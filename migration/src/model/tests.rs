@@ -1,6 +1,7 @@
 use super::stord::{ClosedForms, literal};
 use super::*;
 use crate::options::{OnTimeout, PolicyKind};
+use crate::order::PushOrder;
 use crate::page::{PageSet, Run};
 use crate::trace::{Header, Trace};
 
@@ -136,7 +137,10 @@ fn the_whole_formula_4_is_what_a_split_leaves() {
         let outcome = pre_copy(&setup, &options(PolicyKind::Stord, split), &mut guest);
         let left = outcome.rounds[split as usize - 1].pending as f64 / 65_536.0;
         let formula = ClosedForms::new(share, split).rate_whole;
-        assert!((left - formula).abs() < 0.005, "{share} {split}: {left} {formula}");
+        assert!(
+            (left - formula).abs() < 0.005,
+            "{share} {split}: {left} {formula}"
+        );
     }
 }
 
@@ -357,4 +361,125 @@ fn an_empty_trace_is_an_idle_guest() {
         replay.advance(100.0, &mut marks);
         assert!(marks.is_empty());
     }
+}
+
+fn stress(setup: &Setup, pattern: Pattern) -> Writer {
+    // A quarter of the memory, faster than the link.
+    Writer::new(
+        &setup.layout,
+        pattern,
+        setup.layout.pages() / 4,
+        100_000.0,
+        1,
+    )
+}
+
+fn posted(setup: &Setup, order: PushOrder, pivots: usize, pattern: Pattern) -> Outcome {
+    let how = PostCopy {
+        order,
+        pivots,
+        patience: Duration::from_secs(20),
+        ..PostCopy::default()
+    };
+    post_copy(
+        setup,
+        &Options::default(),
+        &how,
+        &mut stress(setup, pattern),
+    )
+}
+
+fn small() -> Setup {
+    Setup::new(RamLayout::new(vec![Run::new(0, 65_536)]).unwrap(), 125e6)
+}
+
+#[test]
+fn post_copy_sends_each_page_once_in_the_time_that_takes() {
+    let setup = small();
+    let once = 65_536.0 / setup.pages_per_second();
+    for order in [PushOrder::Flush, PushOrder::Bubble] {
+        for pattern in [Pattern::Uniform, Pattern::Sequential] {
+            let outcome = posted(&setup, order, 4, pattern);
+            assert_eq!((outcome.pages_sent, outcome.pages_resent), (65_536, 0));
+            let total = outcome.total.as_secs_f64();
+            assert!(
+                (total / once - 1.0).abs() < 0.01,
+                "{order:?} {pattern:?} {total} {once}"
+            );
+            assert!(outcome.downtime < Duration::from_millis(5));
+            let faults = outcome.faults.unwrap();
+            // Every page that was touched was touched for the first time once; the sweep touches all.
+            let touched = faults.count + faults.hidden;
+            let all = 65_536 / 4;
+            assert!(
+                touched <= all && (pattern == Pattern::Uniform || touched == all),
+                "{touched}"
+            );
+            assert!(faults.stalled < outcome.total && faults.worst < Duration::from_millis(10));
+        }
+    }
+}
+
+#[test]
+fn bubbling_hides_more_than_flushing_and_demand_hides_nothing() {
+    let setup = small();
+    let share = |order, pattern| {
+        posted(&setup, order, 4, pattern)
+            .faults
+            .unwrap()
+            .hidden_share()
+    };
+    assert_eq!(share(PushOrder::Demand, Pattern::Sequential), 0.0);
+    let (flush, bubble) = (
+        share(PushOrder::Flush, Pattern::Sequential),
+        share(PushOrder::Bubble, Pattern::Sequential),
+    );
+    assert!(bubble > flush + 0.1, "{flush} {bubble}");
+}
+
+#[test]
+fn demand_paging_is_flushed_in_the_end() {
+    let outcome = posted(&small(), PushOrder::Demand, 1, Pattern::Sequential);
+    assert_eq!(outcome.pages_sent, 65_536);
+    assert!(outcome.total > Duration::from_secs(20));
+    let faults = outcome.faults.unwrap();
+    assert_eq!(faults.count, 65_536 / 4);
+    // A fault of demand paging: there and back, and the page.
+    let each = faults.stalled.as_secs_f64() / faults.count as f64;
+    assert!((each - (0.0002 + 4096.0 / 125e6)).abs() < 1e-5, "{each}");
+}
+
+#[test]
+fn hybrid_sends_again_what_was_dirtied_and_faults_less() {
+    let setup = small();
+    let how = PostCopy {
+        hybrid: true,
+        ..PostCopy::default()
+    };
+    let hybrid = post_copy(
+        &setup,
+        &Options::default(),
+        &how,
+        &mut stress(&setup, Pattern::Uniform),
+    );
+    let pure = posted(&setup, PushOrder::Bubble, 4, Pattern::Uniform);
+    assert_eq!(hybrid.pages_sent, 65_536 + hybrid.pages_resent);
+    assert!((1..=65_536 / 4).contains(&hybrid.pages_resent));
+    assert!(hybrid.downtime > pure.downtime);
+    let (hybrid, pure) = (hybrid.faults.unwrap(), pure.faults.unwrap());
+    assert!(hybrid.count + hybrid.hidden <= pure.count + pure.hidden);
+}
+
+#[test]
+fn an_idle_guest_never_faults() {
+    let setup = small();
+    let mut guest = Writer::new(&setup.layout, Pattern::Uniform, 1, 0.0, 1);
+    let outcome = post_copy(
+        &setup,
+        &Options::default(),
+        &PostCopy::default(),
+        &mut guest,
+    );
+    assert_eq!(outcome.faults.unwrap(), Faults::default());
+    assert_eq!(outcome.pages_sent, 65_536);
 }

@@ -1,7 +1,9 @@
 //! `ferry sim`: policies on a simulated or recorded guest, and the papers.
 
 mod findings;
+mod guest;
 mod plot;
+mod single;
 mod stord;
 
 use super::output::{Failure, put, put_json};
@@ -13,11 +15,18 @@ use std::sync::Mutex;
 
 /// Model a migration without a guest: any policy over a synthetic writer or a recorded trace, or a paper's figures.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:
-  ferry sim paper stord")]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:
+  ferry sim --writer uniform --wss 256M --rate 20000 --memory 1G --policy stord
+  ferry sim --trace guest.trace --policy mplm --bandwidth 1Gbit
+  ferry sim paper stord"
+)]
 pub struct Args {
     #[command(subcommand)]
-    what: What,
+    what: Option<What>,
+    #[command(flatten)]
+    single: single::Args,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -89,21 +98,22 @@ struct Paper {
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     match &args.what {
-        What::Paper(PaperName::Stord(args)) => show(stord::run(args)?, args.json()),
-    }?;
-    Ok(ExitCode::SUCCESS)
+        None => single::run(&args.single),
+        Some(What::Paper(PaperName::Stord(args))) => show(stord::run(args)?, args.json()),
+    }
 }
 
-fn show(paper: Paper, as_json: bool) -> Result<(), Failure> {
+fn show(paper: Paper, as_json: bool) -> Result<ExitCode, Failure> {
     if as_json {
-        return put_json(&json!({
+        put_json(&json!({
             "schema": 1,
             "paper": paper.name,
             "setup": paper.setup,
             "findings": paper.findings,
             "data": paper.data,
             "plots": paper.plots,
-        }));
+        }))?;
+        return Ok(ExitCode::SUCCESS);
     }
     let mut text = format!("{}\n\n{}", paper.setup, table(&paper.findings));
     for table in &paper.tables {
@@ -113,7 +123,8 @@ fn show(paper: Paper, as_json: bool) -> Result<(), Failure> {
     for plot in &paper.plots {
         text += &format!("plot: {}\n", plot.display());
     }
-    put(&text)
+    put(&text)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A share in per cent.
