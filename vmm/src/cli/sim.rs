@@ -2,6 +2,7 @@
 
 mod findings;
 mod guest;
+mod mplm;
 mod plot;
 mod single;
 mod stord;
@@ -39,6 +40,7 @@ enum What {
 #[derive(Debug, clap::Subcommand)]
 enum PaperName {
     Stord(stord::Args),
+    Mplm(mplm::Args),
 }
 
 /// Where a reproduction's plots go, and in what form its table.
@@ -100,6 +102,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     match &args.what {
         None => single::run(&args.single),
         Some(What::Paper(PaperName::Stord(args))) => show(stord::run(args)?, args.json()),
+        Some(What::Paper(PaperName::Mplm(args))) => show(mplm::run(args)?, args.json()),
     }
 }
 
