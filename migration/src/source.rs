@@ -178,7 +178,9 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     began: Duration,
     rtt: Duration,
     collected_at: Duration,
+    /// Pages found dirty since the round before, over which time, and after which round that was.
     dirtied: (u64, Duration),
+    dirtied_round: u32,
     round: u32,
     in_flight: VecDeque<InFlight>,
     bandwidth: Bandwidth,
@@ -233,6 +235,7 @@ pub fn migrate<L: Link, G: Guest<L>>(guest: &mut G, setup: Setup<'_, L>) -> Repo
         rtt: Duration::ZERO,
         collected_at: began,
         dirtied: (0, Duration::ZERO),
+        dirtied_round: 0,
         round: 0,
         in_flight: VecDeque::new(),
         bandwidth: Bandwidth::default(),

@@ -25,6 +25,7 @@ pub(super) struct Rounds<'a> {
     fresh: PageSet,
     fresh_pages: u64,
     fresh_over: f64,
+    fresh_round: u32,
     collected_at: f64,
     /// When the rounds on their way will have been acknowledged.
     in_flight: VecDeque<f64>,
@@ -50,6 +51,7 @@ impl<'a> Rounds<'a> {
             fresh: PageSet::new(end),
             fresh_pages: 0,
             fresh_over: 0.0,
+            fresh_round: 0,
             collected_at: 0.0,
             in_flight: VecDeque::new(),
             acknowledged: false,
@@ -117,8 +119,15 @@ impl<'a> Rounds<'a> {
         self.fresh.subtract(&self.pending);
         self.pending.union_with(&self.fresh);
         self.heat.record(&self.fresh);
-        self.fresh_pages = self.fresh.len();
-        self.fresh_over = self.now - self.collected_at;
+        let (pages, over) = (self.fresh.len(), self.now - self.collected_at);
+        if self.fresh_round == self.count() {
+            // Again after draining: together with what was found before.
+            self.fresh_pages += pages;
+            self.fresh_over += over;
+        } else {
+            (self.fresh_pages, self.fresh_over) = (pages, over);
+        }
+        self.fresh_round = self.count();
         self.collected_at = self.now;
         self.pending_pages = self.pending.len();
         if let Some(last) = self.rounds.last_mut() {

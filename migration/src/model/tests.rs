@@ -275,6 +275,27 @@ fn the_model_agrees_with_the_engines() {
     }
 }
 
+/// A guest that writes its working set all the time is within the target once only that is left, whatever
+/// the log shows in the moment that draining takes.
+#[test]
+fn a_working_set_within_the_target_ends_the_live_phase() {
+    let layout = RamLayout::new(vec![Run::new(0, 65_536)]).unwrap();
+    let setup = Setup::with_round_trip(layout, 125e6, Duration::from_millis(2));
+    let options = Options {
+        // The working set takes 0.54 s.
+        downtime: Duration::from_secs(1),
+        timeout: Duration::from_secs(100),
+        ..Options::default()
+    };
+    let mut guest = Writer::new(&setup.layout, Pattern::Sequential, 16_384, 1e6, 1);
+    let outcome = pre_copy(&setup, &options, &mut guest);
+    assert!(
+        outcome.completed && outcome.rounds.len() <= 4,
+        "{outcome:?}"
+    );
+    assert!(outcome.downtime < options.downtime);
+}
+
 fn trace() -> Trace {
     let layout = RamLayout::new(vec![Run::new(0, 100)]).unwrap();
     let header = Header {
