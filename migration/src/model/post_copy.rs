@@ -60,6 +60,18 @@ pub struct Faults {
 }
 
 impl Faults {
+    /// The share of first touches of pages that had been pushed before, whether they had arrived or were on their
+    /// way: no request was needed.
+    #[must_use]
+    pub fn pushed_share(&self) -> f64 {
+        let touches = self.hidden + self.count;
+        if touches == 0 {
+            1.0
+        } else {
+            (self.hidden + self.on_the_way) as f64 / touches as f64
+        }
+    }
+
     /// The share of first touches that pushing has kept from faulting.
     #[must_use]
     pub fn hidden_share(&self) -> f64 {

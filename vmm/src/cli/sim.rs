@@ -4,6 +4,7 @@ mod findings;
 mod guest;
 mod mplm;
 mod plot;
+mod postcopy;
 mod single;
 mod stord;
 
@@ -41,6 +42,7 @@ enum What {
 enum PaperName {
     Stord(stord::Args),
     Mplm(mplm::Args),
+    Postcopy(postcopy::Args),
 }
 
 /// Where a reproduction's plots go, and in what form its table.
@@ -103,6 +105,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         None => single::run(&args.single),
         Some(What::Paper(PaperName::Stord(args))) => show(stord::run(args)?, args.json()),
         Some(What::Paper(PaperName::Mplm(args))) => show(mplm::run(args)?, args.json()),
+        Some(What::Paper(PaperName::Postcopy(args))) => show(postcopy::run(args)?, args.json()),
     }
 }
 

@@ -67,7 +67,7 @@ const TARGETS: [f64; 6] = [0.3, 1.0, 3.0, 10.0, 20.0, 40.0];
 const SHARES: [u32; 4] = [0, 50, 100, 200];
 const SYNCS: [f64; 3] = [0.25, 1.0, 3.0];
 
-fn named_trace(text: &str) -> Result<(String, PathBuf), String> {
+pub fn named_trace(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
         Some((name, path)) if !name.is_empty() && !path.is_empty() => {
             Ok((name.to_owned(), PathBuf::from(path)))
