@@ -22,6 +22,8 @@ pub enum Choice {
 
 /// What is simulated.
 #[derive(Debug, clap::Args)]
+// Its name would be that of the command it is part of.
+#[group(skip)]
 pub struct Args {
     /// A recorded guest (`ferry record`); it begins anew at its end.
     #[arg(long, value_name = "PATH", conflicts_with_all = ["writer", "wss", "rate", "memory", "exponent"])]

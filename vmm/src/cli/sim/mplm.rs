@@ -193,7 +193,7 @@ fn recorded(
     let needed = workload.memory_needed(1);
     let original = Workload::parse(&format!("{kernel}.{CLASS}"))?.memory_needed(1);
     // At least what it needs; whole MiB.
-    let share = needed as f64 / original.min(MEMORY).max(1) as f64;
+    let share = needed as f64 / original.clamp(1, MEMORY) as f64;
     let ram = needed
         .max(whole_bytes(MEMORY as f64 * share))
         .next_multiple_of(1 << 20);

@@ -29,6 +29,8 @@ pub enum Modelled {
 
 /// Which policy, with what options; the names are those of `ferry migrate`.
 #[derive(Debug, clap::Args)]
+// Its name would be that of the command it is part of.
+#[group(skip)]
 pub struct Args {
     #[command(flatten)]
     guest: guest::Args,
