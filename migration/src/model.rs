@@ -11,13 +11,13 @@
 //! and the work of both hosts. The link carries a steady rate.
 //!
 //! ```
-//! use ferry_migration::model::{Pattern, Setup, Writer, pre_copy};
+//! use ferry_migration::model::{Pattern, Setup, Writer, migrate};
 //! use ferry_migration::options::Options;
 //! use ferry_migration::page::{RamLayout, Run};
 //! let layout = RamLayout::new(vec![Run::new(0, 1 << 18)])?;
 //! let setup = Setup::new(layout, 125e6);
 //! let mut guest = Writer::new(&setup.layout, Pattern::Uniform, 1 << 14, 5_000.0, 1);
-//! let outcome = pre_copy(&setup, &Options::default(), &mut guest);
+//! let outcome = migrate(&setup, &Options::default(), &mut guest);
 //! assert!(outcome.completed && outcome.downtime.as_millis() < 300);
 //! # Ok::<(), ferry_migration::page::LayoutError>(())
 //! ```
@@ -29,12 +29,14 @@ mod round;
 pub mod stord;
 
 pub use activity::{Activity, EvenShare, Pattern, Touch, Writer};
-pub use post_copy::{Faults, PostCopy, post_copy};
+pub use post_copy::Faults;
 pub use replay::Replay;
 
 use crate::options::Options;
+use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, RamLayout};
 use crate::policy::{self, Decision, Policy, STOP_AND_START, seconds};
+use crate::source::post_copy::PUSH_PAGES;
 use round::Rounds;
 use serde::Serialize;
 use std::time::Duration;
@@ -68,6 +70,8 @@ pub struct Setup {
     pub pause_overhead: Duration,
     /// When dirty bits are cleared.
     pub clearing: Clearing,
+    /// Post-copy: pages that are pushed at once, which a fault may have to wait for.
+    pub push_pages: u64,
 }
 
 impl Setup {
@@ -89,6 +93,7 @@ impl Setup {
             state_bytes: 14 << 10,
             pause_overhead: 2 * round_trip + STOP_AND_START,
             clearing: Clearing::default(),
+            push_pages: PUSH_PAGES,
         }
     }
 
@@ -146,8 +151,8 @@ fn millis<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Erro
 /// The most rounds of a modelled migration: a policy that goes on for longer never ends.
 pub const MAX_ROUNDS: u32 = 100_000;
 
-/// Models a migration with the policy that the options name, from the pre-copy family.
-pub fn pre_copy(setup: &Setup, options: &Options, guest: &mut dyn Activity) -> Outcome {
+/// Models a migration with the policy that the options name.
+pub fn migrate(setup: &Setup, options: &Options, guest: &mut dyn Activity) -> Outcome {
     run(
         setup,
         options,
@@ -156,8 +161,15 @@ pub fn pre_copy(setup: &Setup, options: &Options, guest: &mut dyn Activity) -> O
     )
 }
 
-/// Models a migration with any policy. Of the options only the bandwidth cap is looked at here; the
-/// rest is the policy's.
+/// How the live phase ended.
+enum End {
+    Stop(String),
+    HandOver(PushOrder, String),
+    GiveUp(String),
+}
+
+/// Models a migration with any policy. Of the options the bandwidth cap is looked at here, and what concerns
+/// the pages that follow a guest; the rest is the policy's.
 pub fn run(
     setup: &Setup,
     options: &Options,
@@ -166,21 +178,36 @@ pub fn run(
 ) -> Outcome {
     let cap = options.bandwidth.map(|cap| cap as f64);
     let mut rounds = Rounds::new(setup, cap, guest);
-    let (completed, why) = loop {
+    let end = loop {
         rounds.collect();
         match policy.next(&rounds.view()) {
             Decision::Send { pages, order } => rounds.send(pages, order),
-            Decision::GiveUp { why } => break (false, why),
+            Decision::GiveUp { why } => break End::GiveUp(why),
             // What the drained link shows may change the policy's mind.
-            Decision::Stop { .. } if rounds.drain() => {}
-            Decision::Stop { why } => break (true, why),
+            Decision::Stop { .. } | Decision::HandOver { .. } if rounds.drain() => {}
+            Decision::Stop { why } => break End::Stop(why),
+            Decision::HandOver { order, why } => break End::HandOver(order, why),
         }
         if rounds.count() >= MAX_ROUNDS {
-            break (false, format!("no end after {MAX_ROUNDS} rounds"));
+            break End::GiveUp(format!("no end after {MAX_ROUNDS} rounds"));
         }
     };
-    let downtime = if completed { rounds.stop() } else { 0.0 };
-    rounds.outcome(policy.name(), completed, why, seconds(downtime))
+    let name = policy.name();
+    match end {
+        End::GiveUp(why) => rounds.outcome(name, false, why, Duration::ZERO),
+        End::Stop(why) => {
+            let downtime = rounds.stop();
+            rounds.outcome(name, true, why, seconds(downtime))
+        }
+        End::HandOver(order, why) => {
+            let (downtime, faults) = post_copy::follow(&mut rounds, options, order);
+            let outcome = rounds.outcome(name, true, why, seconds(downtime));
+            Outcome {
+                faults: Some(faults),
+                ..outcome
+            }
+        }
+    }
 }
 
 #[cfg(test)]

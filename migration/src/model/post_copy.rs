@@ -6,41 +6,15 @@
 //! them where several run in step.
 
 use super::round::Rounds;
-use super::{Activity, Outcome, Round, Setup};
+use super::{Activity, Setup};
 use crate::options::Options;
 use crate::order::{Push, PushOrder};
 use crate::page::{PageSet, Run};
-use crate::policy::{SendOrder, seconds};
+use crate::policy::seconds;
+use crate::source::post_copy::QUIET;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// How post-copy goes about it.
-#[derive(Clone, Debug)]
-pub struct PostCopy {
-    /// The push order.
-    pub order: PushOrder,
-    /// Pivots of bubbling; 1 is the slides' pseudo-code.
-    pub pivots: usize,
-    /// Pages that are pushed at once: what a fault may have to wait for.
-    pub batch: u64,
-    /// One pre-copy pass first.
-    pub hybrid: bool,
-    /// Demand paging: after how long without a push the rest is pushed after all.
-    pub patience: Duration,
-}
-
-impl Default for PostCopy {
-    fn default() -> Self {
-        Self {
-            order: PushOrder::default(),
-            pivots: 4,
-            batch: 8,
-            hybrid: false,
-            patience: Duration::from_secs(60),
-        }
-    }
-}
 
 /// Page faults of a modelled post-copy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -88,7 +62,8 @@ impl Faults {
 struct Transfer<'a> {
     setup: &'a Setup,
     push: Push,
-    batch: u64,
+    /// The batch that is being put together.
+    batch: Vec<Run>,
     seconds_per_page: f64,
     half_trip: f64,
     /// Not sent yet, and not arrived yet.
@@ -102,24 +77,41 @@ struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
-    fn put(&mut self, run: Run, not_before: f64) -> f64 {
-        self.remaining.remove_run(run);
-        self.sent += run.count;
-        self.free_at = self.free_at.max(not_before) + run.count as f64 * self.seconds_per_page;
+    /// Puts pages on the link, not before a time; when they arrive.
+    fn put(&mut self, runs: &[Run], not_before: f64) -> f64 {
+        let pages: u64 = runs.iter().map(|run| run.count).sum();
+        self.sent += pages;
+        self.free_at = self.free_at.max(not_before) + pages as f64 * self.seconds_per_page;
         let arrival = self.free_at + self.half_trip;
-        self.on_the_way.push_back((arrival, run));
+        for run in runs {
+            self.remaining.remove_run(*run);
+            self.on_the_way.push_back((arrival, *run));
+        }
         arrival
     }
 
-    /// Pushes as long as the link is free before `time`; false when there is nothing to push.
-    fn push_until(&mut self, time: f64) -> bool {
+    /// Pushes batches as long as the link is free before `time`.
+    fn push_until(&mut self, time: f64) {
         while self.free_at < time {
-            match self.push.next(&self.remaining, self.batch) {
-                Some(run) => self.put(run, self.free_at),
-                None => return false,
-            };
+            let mut batch = std::mem::take(&mut self.batch);
+            batch.clear();
+            let mut room = self.setup.push_pages.max(1);
+            while room > 0
+                && let Some(run) = self.push.next(&self.remaining, room)
+            {
+                self.remaining.remove_run(run);
+                room -= run.count;
+                batch.push(run);
+            }
+            let any = !batch.is_empty();
+            if any {
+                self.put(&batch, self.free_at);
+            }
+            self.batch = batch;
+            if !any {
+                return;
+            }
         }
-        true
     }
 
     fn arrive_until(&mut self, time: f64) {
@@ -138,7 +130,7 @@ impl Transfer<'_> {
             self.push_until(asked);
         }
         if self.remaining.contains(gfn) {
-            let arrival = self.put(Run::new(gfn, 1), asked);
+            let arrival = self.put(&[Run::new(gfn, 1)], asked);
             self.push.fault(gfn);
             return (arrival, false);
         }
@@ -152,38 +144,29 @@ impl Transfer<'_> {
     }
 }
 
-/// Models a post-copy, or the hybrid of one pre-copy pass and post-copy.
-pub fn post_copy(
-    setup: &Setup,
+/// The guest is handed over, and what is pending follows. Returns the downtime in seconds and the faults.
+pub(super) fn follow(
+    rounds: &mut Rounds<'_>,
     options: &Options,
-    how: &PostCopy,
-    guest: &mut dyn Activity,
-) -> Outcome {
-    let cap = options.bandwidth.map(|cap| cap as f64);
-    let rate = cap
-        .map_or(setup.bandwidth, |cap| cap.min(setup.bandwidth))
-        .max(1.0);
-    let mut rounds = Rounds::new(setup, cap, guest);
-    let mut stale_bytes = 0.0;
-    if how.hybrid {
-        rounds.collect();
-        rounds.send(setup.layout.all(), SendOrder::Address);
-        rounds.drain();
-        rounds.collect();
-        // The stale pages are named, as runs or as a bitmap.
-        let runs = rounds.pending().runs().count() as f64 * 16.0;
-        stale_bytes = runs.min(setup.layout.end() as f64 / 8.0);
-    }
+    order: PushOrder,
+) -> (f64, Faults) {
+    let setup = rounds.setup();
     let missing = rounds.pending().clone();
-    let (began, live) = (rounds.now(), rounds.into_rounds());
-    let state = setup.state_bytes as f64 + stale_bytes;
+    // Where a part has crossed before, the stale pages are named: as runs, or as a bitmap.
+    let stale = if rounds.count() > 0 {
+        let runs = missing.runs().count() as f64 * 16.0;
+        runs.min(setup.layout.end() as f64 / 8.0)
+    } else {
+        0.0
+    };
+    let began = rounds.now();
+    let state = setup.state_bytes as f64 + stale;
     let downtime = state / setup.bandwidth.max(1.0) + setup.pause_overhead.as_secs_f64();
-    let sent_live: u64 = live.iter().map(|round| round.pages).sum();
     let mut transfer = Transfer {
         setup,
-        push: Push::new(how.order, how.pivots),
-        batch: how.batch.max(1),
-        seconds_per_page: setup.page_bytes / rate,
+        push: Push::new(order, usize::from(options.pivots)),
+        batch: Vec::new(),
+        seconds_per_page: setup.page_bytes / rounds.live_bandwidth(),
         half_trip: setup.round_trip.as_secs_f64() / 2.0,
         remaining: missing.clone(),
         missing: missing.clone(),
@@ -194,71 +177,45 @@ pub fn post_copy(
     let faults = run(
         &mut transfer,
         &missing,
-        began,
+        began + downtime,
         downtime,
-        how.patience,
-        guest,
+        options,
+        rounds.guest(),
     );
-    let end = transfer.free_at + transfer.half_trip;
-    let mut list = live;
-    list.push(Round {
-        n: u32::try_from(list.len())
-            .unwrap_or(u32::MAX)
-            .saturating_add(1),
-        pages: transfer.sent,
-        end,
-        pending: 0,
-    });
-    let sent = sent_live + transfer.sent;
-    Outcome {
-        policy: if how.hybrid { "hybrid" } else { "postcopy" }.to_owned(),
-        completed: true,
-        why: format!(
-            "every page crossed once after the handover, pushed by {}",
-            how.order.name()
-        ),
-        total: seconds(end),
-        downtime: seconds(downtime),
-        pages_sent: sent,
-        pages_resent: if how.hybrid { transfer.sent } else { 0 },
-        bytes: crate::policy::pages_in(sent as f64 * transfer.setup.page_bytes + state),
-        rounds: list,
-        faults: Some(faults),
-    }
+    let (end, sent) = (transfer.free_at + transfer.half_trip, transfer.sent);
+    rounds.followed(&missing, sent, end);
+    (downtime, faults)
 }
 
-/// The guest runs until the last page has arrived. `began` is the pause's begin, in virtual and in guest time.
+/// The guest runs, from `began` on, until the last page has arrived; it stood still for `stood` seconds before.
 fn run(
     transfer: &mut Transfer<'_>,
     initially_missing: &PageSet,
     began: f64,
-    downtime: f64,
-    patience: Duration,
+    mut stood: f64,
+    options: &Options,
     guest: &mut dyn Activity,
 ) -> Faults {
     let mut faults = Faults::default();
     let mut touched = PageSet::new(initially_missing.end());
-    // Virtual time is guest time and what the guest stood still.
-    let mut stood = downtime;
-    let patience = began + downtime + patience.as_secs_f64();
+    let timeout = began + options.timeout.as_secs_f64();
+    let mut last_fault = began;
     loop {
+        // Virtual time is guest time and what the guest stood still.
         let touch = guest.peek();
         let mut time = touch.map_or(f64::INFINITY, |touch| touch.at + stood);
-        if time >= patience {
-            // Of demand paging: whatever was not touched is pushed now.
+        transfer.push_until(time);
+        // Demand paging, as the engine ends it: when the guest is quiet, or the user's time is up.
+        let patience = timeout.min(last_fault + QUIET.as_secs_f64());
+        if time >= patience && !transfer.remaining.is_empty() {
             transfer.free_at = transfer.free_at.max(patience);
             transfer.push.flush();
+            transfer.push_until(time);
         }
-        let pushing = transfer.push_until(time);
         if transfer.remaining.is_empty() && time >= transfer.last_arrival() {
             return faults;
         }
-        let Some(touch) = touch else {
-            if pushing {
-                continue;
-            }
-            return faults;
-        };
+        let Some(touch) = touch else { return faults };
         transfer.arrive_until(time);
         if transfer.missing.contains(touch.gfn) {
             let (arrival, on_the_way) = transfer.request(touch.gfn, time);
@@ -270,6 +227,7 @@ fn run(
             touched.insert(touch.gfn);
             stood += wait;
             time += wait;
+            last_fault = time;
             transfer.arrive_until(time);
         } else if touched.insert(touch.gfn) && initially_missing.contains(touch.gfn) {
             faults.hidden += 1;

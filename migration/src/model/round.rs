@@ -81,13 +81,25 @@ impl<'a> Rounds<'a> {
         self.now
     }
 
-    /// The rounds so far, and the guest is free again.
-    pub fn into_rounds(self) -> Vec<Round> {
-        self.rounds
+    /// The guest's size and the link.
+    pub const fn setup(&self) -> &'a Setup {
+        self.setup
+    }
+
+    /// The guest itself.
+    pub fn guest(&mut self) -> &mut dyn Activity {
+        self.guest
+    }
+
+    /// `sent` pages, all those of the set, have followed the guest, the last of them at `end`.
+    pub fn followed(&mut self, pages: &PageSet, sent: u64, end: f64) {
+        pages.runs().for_each(|run| self.deliver(run));
+        self.now = self.now.max(end);
+        self.end_round(sent);
     }
 
     /// Bytes per second while the guest runs.
-    fn live_bandwidth(&self) -> f64 {
+    pub fn live_bandwidth(&self) -> f64 {
         let link = self.setup.bandwidth.max(1.0);
         self.cap.map_or(link, |cap| cap.min(link))
     }

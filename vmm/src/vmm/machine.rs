@@ -1,9 +1,9 @@
 //! A [`Machine`] as a [`Guest`].
 
-use super::{Ending, Guest, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
+use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
 use crate::api::types::GuestInfo;
 use crate::machine::{Exit, Machine};
-use crate::migrate::{Handle, Receiver, Uri, migrate, recover};
+use crate::migrate::{Following, Handle, Receiver, Uri, migrate, recover};
 use crate::record::MachineRecording;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
@@ -15,19 +15,39 @@ use std::sync::Arc;
 pub struct MachineGuest {
     machine: Arc<Machine>,
     workload: Option<String>,
+    /// Its pages that are not here yet.
+    following: Option<Following>,
 }
 
 impl MachineGuest {
     /// Wraps the machine.
     #[must_use]
     pub fn new(machine: Arc<Machine>) -> Arc<Self> {
-        Self::with_workload(machine, None)
+        Self::with(machine, None, None)
     }
 
     /// Wraps the machine, knowing what it runs (for people).
     #[must_use]
     pub fn with_workload(machine: Arc<Machine>, workload: Option<String>) -> Arc<Self> {
-        Arc::new(Self { machine, workload })
+        Self::with(machine, None, workload)
+    }
+
+    /// Wraps a machine whose pages follow it.
+    #[must_use]
+    pub fn followed(machine: Arc<Machine>, following: Option<Following>) -> Arc<Self> {
+        Self::with(machine, following, None)
+    }
+
+    fn with(
+        machine: Arc<Machine>,
+        following: Option<Following>,
+        workload: Option<String>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            machine,
+            workload,
+            following,
+        })
     }
 
     /// From now on the VMM hears of the guest's own end.
@@ -61,6 +81,13 @@ impl Guest for MachineGuest {
     }
 
     fn pause(&self) -> Result<(), String> {
+        if let Some(lacks) = self.lacks().filter(|lacks| lacks.lost.is_some()) {
+            return Err(format!(
+                "the guest lacks {} pages and may be waiting for one, which a pause cannot end; \
+                 `ferry recover` at the source brings them",
+                lacks.pages
+            ));
+        }
         self.machine
             .pause()
             .map_err(|e| e.to_string())?
@@ -74,6 +101,20 @@ impl Guest for MachineGuest {
 
     fn stop(&self) {
         self.machine.stop();
+        // In this order: a vCPU that waits for a page goes on with zeros, straight out of the guest.
+        if let Some(following) = &self.following {
+            following.abandon();
+        }
+    }
+
+    fn lacks(&self) -> Option<Lacks> {
+        let following = self.following.as_ref()?;
+        let pages = following.left();
+        (pages > 0).then(|| Lacks {
+            pages,
+            waiting: following.waiting() as u64,
+            lost: following.lost(),
+        })
     }
 
     fn input(&self, bytes: &[u8]) -> usize {
@@ -81,17 +122,29 @@ impl Guest for MachineGuest {
     }
 
     fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String> {
+        if let Some(lacks) = self.lacks() {
+            return Err(format!(
+                "{} pages of the guest have not arrived here yet; migrate it on when they have",
+                lacks.pages
+            ));
+        }
         let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;
         Ok(Box::new(MachineMigration {
             machine: Arc::clone(&self.machine),
             uri,
             handle: Handle::new(),
+            session: None,
         }))
     }
 
-    fn confirm(&self, uri: &str, session: &str) -> Result<(), String> {
+    fn recovery(&self, uri: &str, session: &str) -> Result<Box<dyn Migration>, String> {
         let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;
-        recover(&uri, session).map_err(|e| e.to_string())
+        Ok(Box::new(MachineMigration {
+            machine: Arc::clone(&self.machine),
+            uri,
+            handle: Handle::new(),
+            session: Some(session.to_owned()),
+        }))
     }
 
     fn recording(&self) -> Result<Box<dyn Recording>, String> {
@@ -104,6 +157,8 @@ struct MachineMigration {
     machine: Arc<Machine>,
     uri: Uri,
     handle: Handle,
+    /// Of the migration that is to be recovered.
+    session: Option<String>,
 }
 
 impl Migration for MachineMigration {
@@ -112,7 +167,17 @@ impl Migration for MachineMigration {
     }
 
     fn run(self: Box<Self>, options: &Options, events: &mut dyn FnMut(Event)) -> Report {
-        migrate(&self.machine, &self.uri, options, &self.handle, events)
+        match &self.session {
+            None => migrate(&self.machine, &self.uri, options, &self.handle, events),
+            Some(session) => recover(
+                &self.machine,
+                &self.uri,
+                session,
+                options,
+                &self.handle,
+                events,
+            ),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::cli::output::{Failure, say};
 use crate::cli::record::{self, record};
 use crate::cli::units::{duration, memory, rate};
 use ferry_guest_images::Workload;
-use ferry_migration::model::{Outcome, Replay, Setup, pre_copy};
+use ferry_migration::model::{Outcome, Replay, Setup, migrate};
 use ferry_migration::options::{Options, PolicyKind};
 use ferry_migration::trace::Trace;
 use ferry_vmm::api::client::Action;
@@ -110,7 +110,7 @@ fn model(args: &Args, kernel: &str, trace: &Trace) -> Case {
         timeout: args.timeout,
         ..Options::default()
     };
-    let run = |options: Options| pre_copy(&setup, &options, &mut Replay::new(trace, 1));
+    let run = |options: Options| migrate(&setup, &options, &mut Replay::new(trace, 1));
     let mplm = |share: u32, sync: f64| Options {
         policy: PolicyKind::Mplm,
         turn_share: share,

@@ -4,28 +4,12 @@ use super::guest;
 use crate::cli::migrate::named;
 use crate::cli::output::{Failure, put, put_json, say};
 use crate::cli::units::{duration, grouped, rate, span, traffic};
-use ferry_migration::model::{Outcome, PostCopy, post_copy, pre_copy};
+use ferry_migration::model::{Outcome, migrate};
 use ferry_migration::options::{OnTimeout, Options, PolicyKind};
-use ferry_migration::order::{Push, PushOrder};
+use ferry_migration::order::PushOrder;
 use serde_json::json;
 use std::process::ExitCode;
 use std::time::Duration;
-
-/// A policy that can be modelled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Modelled {
-    /// Iterative pre-copy.
-    #[default]
-    Precopy,
-    /// Split transfer omitting redundant dirty pages.
-    Stord,
-    /// Memory-bound pre-copy, multiplexed.
-    Mplm,
-    /// The guest first, its memory after it.
-    Postcopy,
-    /// One pre-copy pass, then post-copy.
-    Hybrid,
-}
 
 /// Which policy, with what options; the names are those of `ferry migrate`.
 #[derive(Debug, clap::Args)]
@@ -35,8 +19,8 @@ pub struct Args {
     #[command(flatten)]
     guest: guest::Args,
     /// Which algorithm decides what is sent when.
-    #[arg(long, value_enum, default_value_t)]
-    policy: Modelled,
+    #[arg(long, value_parser = named::<PolicyKind>, default_value = "precopy")]
+    policy: PolicyKind,
     /// The longest acceptable pause.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     downtime: Option<Duration>,
@@ -62,11 +46,11 @@ pub struct Args {
     #[arg(long)]
     reorder: bool,
     /// Post-copy: the order in which pages are pushed.
-    #[arg(long, value_name = "ORDER", value_parser = named::<PushOrder>, default_value = "bubble")]
-    order: PushOrder,
+    #[arg(long, value_name = "ORDER", value_parser = named::<PushOrder>)]
+    order: Option<PushOrder>,
     /// Post-copy: pivots of bubbling.
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pivots: usize,
+    #[arg(long, value_name = "N")]
+    pivots: Option<u16>,
     /// Print one JSON object instead.
     #[arg(long)]
     json: bool,
@@ -76,11 +60,7 @@ impl Args {
     fn options(&self) -> Options {
         let default = Options::default();
         Options {
-            policy: match self.policy {
-                Modelled::Stord => PolicyKind::Stord,
-                Modelled::Mplm => PolicyKind::Mplm,
-                Modelled::Precopy | Modelled::Postcopy | Modelled::Hybrid => PolicyKind::Precopy,
-            },
+            policy: self.policy,
             downtime: self.downtime.unwrap_or(default.downtime),
             timeout: self.timeout.unwrap_or(default.timeout),
             on_timeout: self.on_timeout.unwrap_or(default.on_timeout),
@@ -89,6 +69,8 @@ impl Args {
             turn_share: self.turn_share.unwrap_or(default.turn_share),
             sync: self.sync.unwrap_or(default.sync),
             reorder: self.reorder,
+            order: self.order.unwrap_or(default.order),
+            pivots: self.pivots.unwrap_or(default.pivots),
             ..default
         }
     }
@@ -97,27 +79,9 @@ impl Args {
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let options = args.options();
     options.check()?;
-    if !(1..=Push::MAX_PIVOTS).contains(&args.pivots) {
-        return Err(Failure(format!(
-            "{} pivots were asked for; give 1 to {}",
-            args.pivots,
-            Push::MAX_PIVOTS
-        )));
-    }
     let guest = args.guest.guest()?;
     let mut activity = guest.activity();
-    let outcome = match args.policy {
-        Modelled::Postcopy | Modelled::Hybrid => {
-            let how = PostCopy {
-                order: args.order,
-                pivots: args.pivots,
-                hybrid: args.policy == Modelled::Hybrid,
-                ..PostCopy::default()
-            };
-            post_copy(&guest.setup, &options, &how, &mut *activity)
-        }
-        _ => pre_copy(&guest.setup, &options, &mut *activity),
-    };
+    let outcome = migrate(&guest.setup, &options, &mut *activity);
     if args.json {
         put_json(&json!({ "schema": 1, "guest": guest.name, "outcome": outcome }))?;
     } else {

@@ -8,7 +8,7 @@ use super::{Output, Paper, each, percent};
 use crate::cli::output::Failure;
 use crate::cli::units::{duration, grouped};
 use ferry_migration::model::stord::{ClosedForms, Literal, literal};
-use ferry_migration::model::{Clearing, EvenShare, Outcome, Setup, pre_copy};
+use ferry_migration::model::{Clearing, EvenShare, Outcome, Setup, migrate};
 use ferry_migration::options::{Options, PolicyKind};
 use ferry_migration::page::{PAGE_BYTES, RamLayout, Run};
 use figures::{closed_table, fig4, fig5, fig5_table, fig6, literal_table};
@@ -106,7 +106,7 @@ impl Bench<'_> {
             timeout: Duration::MAX,
             ..Options::default()
         };
-        pre_copy(&self.setup(case), &options, &mut self.guest(case.rate))
+        migrate(&self.setup(case), &options, &mut self.guest(case.rate))
     }
 
     fn literal(&self, rate: u32, split: u32) -> Literal {
