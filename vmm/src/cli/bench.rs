@@ -5,10 +5,12 @@
 //! as soon as it is over, so that an interrupted benchmark goes on where it ended.
 
 mod cell;
+mod charts;
 mod ferry;
 mod flags;
 mod goals;
 mod host;
+mod html;
 mod interrupt;
 mod journal;
 mod log;
@@ -25,7 +27,7 @@ mod table;
 
 use super::output::{Failure, put, say};
 use super::units::duration;
-use journal::Journal;
+use journal::{Host, Journal, Run};
 use pair::Machine;
 use spec::Spec;
 use std::path::{Path, PathBuf};
@@ -34,7 +36,7 @@ use std::time::Duration;
 
 /// Measure migrations: guests × links × policies, ferry's beside QEMU's, several runs of each.
 ///
-/// Results go into a directory: results.jsonl with every run, table.txt. The same command goes on where it
+/// Results go into a directory: results.jsonl with every run, table.txt, and report.html with plots. The same command goes on where it
 /// was interrupted. A shaped link needs root: two network namespaces with tc between them; without it the senders cap
 /// themselves, which the results say.
 #[derive(Debug, clap::Args)]
@@ -160,9 +162,7 @@ fn measure(mut spec: Spec, common: &Common) -> Result<ExitCode, Failure> {
     }
     let mut journal = Journal::open(&out.join("results.jsonl"), host::describe(&machine))?;
     let result = runner::run(&machine, &mut journal, &spec.cells, spec.runs);
-    let text = table::text(&journal.host, &spec.cells, &journal.runs, &spec.goals);
-    std::fs::write(out.join("table.txt"), &text)?;
-    put(&text)?;
+    show(out, &journal.host, &spec, &journal.runs)?;
     if interrupt::wanted() {
         say(&format!(
             "interrupted: the same command goes on; so far in {}",
@@ -190,6 +190,18 @@ fn report(directory: &Path, file: Option<&Path>) -> Result<ExitCode, Failure> {
         Some(path) => Spec::read(path)?,
         None => Spec::of(&runs),
     };
-    put(&table::text(&host, &spec.cells, &runs, &spec.goals))?;
+    show(directory, &host, &spec, &runs)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The main figures on stdout, all of them in files beside the results.
+fn show(out: &Path, host: &Host, spec: &Spec, runs: &[Run]) -> Result<(), Failure> {
+    let write = |name: &str, text: &str| {
+        let path = out.join(name);
+        std::fs::write(&path, text)
+            .map_err(|e| Failure(format!("{} cannot be written ({e})", path.display())))
+    };
+    write("table.txt", &table::text(host, spec, runs, false))?;
+    write("report.html", &html::page(host, spec, runs)?)?;
+    put(&table::text(host, spec, runs, true))
 }

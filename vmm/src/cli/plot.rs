@@ -24,6 +24,9 @@ const COLOURS: [RGBColor; 7] = [
 ];
 const GREY: RGBColor = RGBColor(120, 120, 120);
 
+/// The most markers on a line.
+const MARKS: usize = 24;
+
 /// A line through points.
 pub struct Series {
     pub name: String,
@@ -181,7 +184,11 @@ where
             side.draw(&PathElement::new(vec![(0, y), (26, y)], line))?;
             side.draw(&Mark::of(index).at((13, y), colour))?;
             side.draw(&legend_text(&series.name, y))?;
-            let marks = series.points.iter();
+            // Every point of a long curve would be a caterpillar.
+            let marks = series
+                .points
+                .iter()
+                .step_by(series.points.len() / MARKS + 1);
             area.draw_series(
                 marks.map(|&at| EmptyElement::at(at) + Mark::of(index).at((0, 0), colour)),
             )?;
@@ -334,6 +341,72 @@ pub fn bars_svg(chart: &Bars<'_>) -> Result<String, Failure> {
         root.present()
     };
     draw().map_err(|e| failed(chart.title, &e.to_string()))?;
+    drop(root);
+    Ok(svg)
+}
+
+/// A bar that has its name beside it, and the range that its value stands for.
+pub struct Bar {
+    pub name: String,
+    pub value: f64,
+    /// The smallest and the largest.
+    pub range: (f64, f64),
+    /// Drawn in the first colour rather than in the second.
+    pub first: bool,
+}
+
+/// Lying bars with their names, values and ranges as the text of an SVG: no colour has to be told from another.
+///
+/// # Errors
+/// The chart cannot be drawn.
+pub fn lying_bars_svg(title: &str, unit: &str, bars: &[Bar]) -> Result<String, Failure> {
+    const ROW: i32 = 30;
+    const TOP: i32 = 44;
+    const LEFT: i32 = 290;
+    const RIGHT: i32 = 900;
+    let rows = i32::try_from(bars.len()).unwrap_or(0);
+    let height = u32::try_from(TOP + rows * ROW + 44).unwrap_or(SIZE.1);
+    let (_, high) = range(bars.iter().map(|bar| bar.range.1), false);
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (SIZE.0, height)).into_drawing_area();
+    let at = |value: f64| LEFT + near(f64::from(RIGHT - LEFT) * (value / high).clamp(0.0, 1.0));
+    let text = |size: i32, h, v| (FONT, size).into_font().color(&BLACK).pos(Pos::new(h, v));
+    let draw = || -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
+        root.fill(&WHITE)?;
+        let middle = text(20, HPos::Left, VPos::Top);
+        root.draw(&Text::new(title.to_owned(), (14, 10), middle))?;
+        for (index, bar) in (0..).zip(bars) {
+            let top = TOP + index * ROW;
+            let centre = top + ROW / 2;
+            let colour = COLOURS[usize::from(!bar.first)];
+            root.draw(&Rectangle::new(
+                [(LEFT, top + 5), (at(bar.value), top + ROW - 5)],
+                colour.filled(),
+            ))?;
+            let whisker = vec![(at(bar.range.0), centre), (at(bar.range.1), centre)];
+            root.draw(&PathElement::new(whisker, BLACK.stroke_width(1)))?;
+            for end in [bar.range.0, bar.range.1] {
+                let tick = vec![(at(end), centre - 4), (at(end), centre + 4)];
+                root.draw(&PathElement::new(tick, BLACK.stroke_width(1)))?;
+            }
+            let name = text(14, HPos::Right, VPos::Center);
+            root.draw(&Text::new(bar.name.clone(), (LEFT - 8, centre), name))?;
+            let value = format!("{} {unit}", tick(&bar.value));
+            let style = text(14, HPos::Left, VPos::Center);
+            let beyond = at(bar.range.1.max(bar.value)) + 8;
+            root.draw(&Text::new(value, (beyond, centre), style))?;
+        }
+        let foot = TOP + rows * ROW + 4;
+        root.draw(&PathElement::new(
+            vec![(LEFT, TOP), (LEFT, foot)],
+            GREY.stroke_width(1),
+        ))?;
+        let told = "bars: medians; lines across them: from the smallest to the largest run";
+        let style = (FONT, 13).into_font().color(&GREY);
+        root.draw(&Text::new(told, (LEFT, foot + 12), style))?;
+        root.present()
+    };
+    draw().map_err(|e| failed(title, &e.to_string()))?;
     drop(root);
     Ok(svg)
 }

@@ -13,8 +13,8 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 pub struct Flags {
     /// A guest's work: KERNEL.CLASS such as mg.A, dirty:… or idle:…; may be repeated.
-    #[arg(long, value_name = "WORK", value_parser = Workload::parse)]
-    guest: Vec<Workload>,
+    #[arg(long, value_name = "WORK", value_parser = guest)]
+    guest: Vec<(String, Workload)>,
     /// The guests' memory; by default what the work needs, and at least 256M.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory: Option<u64>,
@@ -39,6 +39,12 @@ pub struct Flags {
 /// A peer's ways.
 #[derive(Clone, Debug)]
 struct Peer(Vec<QemuMode>);
+
+/// A guest is called as it was typed: its full form has every default in it.
+fn guest(text: &str) -> Result<(String, Workload), String> {
+    let work = Workload::parse(text).map_err(|e| e.to_string())?;
+    Ok((text.to_owned(), work))
+}
 
 fn link(text: &str) -> Result<Link, String> {
     Ok(Link {
@@ -108,16 +114,16 @@ impl Flags {
     /// What they ask for.
     pub fn spec(&self, runs: u32) -> Result<Spec, Failure> {
         let works = match &*self.guest {
-            [] => vec![Workload::parse(
-                "dirty:wss=16M,rate=5000,pattern=sequential,fill=random",
-            )?],
+            [] => vec![
+                guest("dirty:wss=16M,rate=5000,pattern=sequential,fill=random").map_err(Failure)?,
+            ],
             some => some.to_vec(),
         };
         let cpus = usize::try_from(self.cpus).unwrap_or(usize::MAX);
         let guests: Vec<Guest> = works
             .into_iter()
-            .map(|work| Guest {
-                name: work.to_string(),
+            .map(|(name, work)| Guest {
+                name,
                 memory: self
                     .memory
                     .unwrap_or_else(|| work.memory_needed(cpus).max(SMALLEST))

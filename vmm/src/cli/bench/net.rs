@@ -44,7 +44,7 @@ pub struct Net {
     spaces: Option<[String; 2]>,
 }
 
-/// Bytes that the source's interface has sent and received.
+/// Bytes that crossed the link from the source to the destination, and back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     pub sent: u64,
@@ -131,48 +131,43 @@ impl Net {
         }
     }
 
-    /// What the source's interface has counted.
+    /// What has crossed the link until now.
+    ///
+    /// On a shaped link the shapers' own counters: cards pass packets of up to 64 KiB to each other and count the headers of
+    /// one, while a shaper counts those of every packet of 1,500 bytes, and lets through as many as its rate has.
     pub fn counters(&self) -> Result<Counters, Failure> {
-        let text = match &self.spaces {
-            Some([space, _]) => run(
-                "ip",
-                &["-n", space, "-j", "-s", "link", "show", "dev", "veth"],
-            )?,
-            // Without iproute2 the kernel's own files do.
-            None => {
-                let read = |name: &str| -> Result<u64, Failure> {
-                    let path = format!("/sys/class/net/lo/statistics/{name}");
-                    let text = std::fs::read_to_string(&path)?;
-                    Ok(text.trim().parse()?)
-                };
-                // What loopback sends it receives: only one of both means anything.
-                return Ok(Counters {
-                    sent: read("tx_bytes")?,
-                    received: 0,
-                });
-            }
+        let Some([source, destination]) = &self.spaces else {
+            let path = "/sys/class/net/lo/statistics/tx_bytes";
+            let text = std::fs::read_to_string(path)
+                .map_err(|e| Failure(format!("{path} cannot be read ({e})")))?;
+            // What loopback sends it receives: only one of both means anything.
+            return Ok(Counters {
+                sent: text.trim().parse()?,
+                received: 0,
+            });
         };
-        parse(&text)
+        let shaped = |space: &str| -> Result<u64, Failure> {
+            let arguments = ["-n", space, "-s", "-j", "qdisc", "show", "dev", "veth"];
+            shaper_bytes(&run("tc", &arguments)?)
+        };
+        Ok(Counters {
+            sent: shaped(source)?,
+            received: shaped(destination)?,
+        })
     }
 }
 
-/// Reads the counters that `ip -j -s link` shows.
-fn parse(text: &str) -> Result<Counters, Failure> {
+/// Reads what a token bucket has let through from what `tc -s -j qdisc` shows.
+fn shaper_bytes(text: &str) -> Result<u64, Failure> {
     let value: Value = serde_json::from_str(text)?;
-    let count = |direction: &str| {
-        value
-            .pointer(&format!("/0/stats64/{direction}/bytes"))
-            .and_then(Value::as_u64)
-            .ok_or_else(|| {
-                Failure(format!(
-                    "`ip` shows no {direction} counter of the link; use a newer iproute2"
-                ))
-            })
-    };
-    Ok(Counters {
-        sent: count("tx")?,
-        received: count("rx")?,
-    })
+    let shapers = value.as_array().map(Vec::as_slice).unwrap_or_default();
+    let ours = shapers
+        .iter()
+        .find(|shaper| shaper.get("kind").and_then(Value::as_str) == Some("tbf"));
+    ours.and_then(|shaper| shaper.get("bytes")?.as_u64())
+        .ok_or_else(|| {
+            Failure("`tc` shows no counter of the link's shaper; use a newer iproute2".into())
+        })
 }
 
 /// Two namespaces, a pair of virtual cards between them, a token bucket at both ends.
@@ -237,21 +232,22 @@ mod tests {
 
     #[test]
     fn counters_are_read() {
-        let text = r#"[{"ifname":"veth","stats64":{"rx":{"bytes":70,"packets":1},"tx":{"bytes":1200,"packets":2}}}]"#;
-        let counters = parse(text).unwrap();
-        assert_eq!((counters.sent, counters.received), (1200, 70));
-        assert!(parse("[]").unwrap_err().0.contains("newer iproute2"));
-        assert!(parse("{").is_err());
+        let text = r#"[{"kind":"noqueue","bytes":1},{"kind":"tbf","handle":"8001:","root":true,"bytes":1200,"packets":3}]"#;
+        assert_eq!(shaper_bytes(text).unwrap(), 1200);
+        assert!(shaper_bytes("[]").unwrap_err().0.contains("newer iproute2"));
+        assert!(shaper_bytes("{").is_err());
+        let before = Counters {
+            sent: 1200,
+            received: 70,
+        };
         let later = Counters {
             sent: 1300,
             received: 60,
         };
-        assert_eq!(
-            later.since(counters),
-            Counters {
-                sent: 100,
-                received: 0
-            }
-        );
+        let added = Counters {
+            sent: 100,
+            received: 0,
+        };
+        assert_eq!(later.since(before), added);
     }
 }

@@ -34,6 +34,8 @@ pub struct Metric {
     pub head: &'static str,
     /// What it is, for the legend.
     pub meaning: &'static str,
+    /// Whether a narrow table has it.
+    pub main: bool,
     /// Digits after the point.
     pub digits: usize,
     of: fn(&Figures, &Cell) -> Option<f64>,
@@ -44,6 +46,7 @@ const MIB: f64 = (1 << 20) as f64;
 /// Every metric; all are better when they are smaller.
 pub const METRICS: [Metric; 22] = [
     metric(
+        true,
         "total_ms",
         "total ms",
         0,
@@ -51,6 +54,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.told.total_ms),
     ),
     metric(
+        true,
         "gap_ms",
         "gap ms",
         1,
@@ -58,6 +62,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.seen.gap_ms),
     ),
     metric(
+        true,
         "downtime_ms",
         "down ms",
         1,
@@ -65,6 +70,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| f.told.downtime_ms,
     ),
     metric(
+        false,
         "error_ms",
         "|d−gap|",
         1,
@@ -72,6 +78,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| f.error_ms(),
     ),
     metric(
+        false,
         "worst_ms",
         "worst ms",
         1,
@@ -79,6 +86,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.seen.worst_ms),
     ),
     metric(
+        true,
         "noise_ms",
         "noise",
         1,
@@ -86,6 +94,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.seen.noise_ms),
     ),
     metric(
+        true,
         "stall_ms",
         "stall ms",
         1,
@@ -93,6 +102,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| f.stalled_ms(),
     ),
     metric(
+        true,
         "faults",
         "faults",
         0,
@@ -100,6 +110,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| f.told.faults.as_ref().map(|faults| faults.count as f64),
     ),
     metric(
+        true,
         "fault_p50_us",
         "p50 µs",
         0,
@@ -107,6 +118,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| latency(f, |l| l.p50_us),
     ),
     metric(
+        true,
         "fault_p99_us",
         "p99 µs",
         0,
@@ -114,13 +126,15 @@ pub const METRICS: [Metric; 22] = [
         |f, _| latency(f, |l| l.p99_us),
     ),
     metric(
+        true,
         "link_mib",
         "link MiB",
         1,
-        "what the sending interface counted, with all headers (on loopback other traffic too)",
+        "what the link carried, with all headers (on loopback other traffic too)",
         |f, _| Some(f.link_bytes as f64 / MIB),
     ),
     metric(
+        false,
         "wire_mib",
         "wire MiB",
         1,
@@ -128,6 +142,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.told.wire_bytes as f64 / MIB),
     ),
     metric(
+        false,
         "pages_sent",
         "pages",
         0,
@@ -135,6 +150,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.told.pages_sent as f64),
     ),
     metric(
+        true,
         "pages_resent",
         "resent",
         0,
@@ -142,6 +158,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.told.pages_resent as f64),
     ),
     metric(
+        false,
         "pages_zero",
         "zero",
         0,
@@ -149,6 +166,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.told.pages_zero as f64),
     ),
     metric(
+        true,
         "lost_ms",
         "lost ms",
         0,
@@ -156,6 +174,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.seen.lost_ms),
     ),
     metric(
+        true,
         "cpu_s_per_gib",
         "CPU s/GiB",
         2,
@@ -163,6 +182,7 @@ pub const METRICS: [Metric; 22] = [
         |f, cell| Some((f.source.cpu_s + f.destination.cpu_s) * 1024.0 / cell.guest.mib() as f64),
     ),
     metric(
+        false,
         "source_rss_mib",
         "src RSS",
         1,
@@ -170,6 +190,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.source.own_kib as f64 / 1024.0),
     ),
     metric(
+        false,
         "destination_rss_mib",
         "dst RSS",
         1,
@@ -177,6 +198,7 @@ pub const METRICS: [Metric; 22] = [
         |f, _| Some(f.destination.own_kib as f64 / 1024.0),
     ),
     metric(
+        true,
         "over_link",
         "× link",
         3,
@@ -187,17 +209,23 @@ pub const METRICS: [Metric; 22] = [
         },
     ),
     metric(
+        false,
         "first_dirty",
         "dirty %",
         1,
         "share of the first round's pages that was dirty again after it, in per cent (ferry)",
         |f, _| {
             let round = f.told.report.pointer("/rounds/0")?;
+            // The pages of post-copy follow their guest, and are not dirtied any more.
+            if round.get("follows")?.as_bool()? || f.told.report.pointer("/rounds/1").is_none() {
+                return None;
+            }
             let number = |name: &str| round.get(name).and_then(serde_json::Value::as_f64);
             Some(100.0 * number("dirtied")? / number("pages")?.max(1.0))
         },
     ),
     metric(
+        false,
         "pair_rss_mib",
         "pair RSS",
         1,
@@ -207,6 +235,7 @@ pub const METRICS: [Metric; 22] = [
 ];
 
 const fn metric(
+    main: bool,
     name: &'static str,
     head: &'static str,
     digits: usize,
@@ -215,6 +244,7 @@ const fn metric(
 ) -> Metric {
     Metric {
         name,
+        main,
         head,
         meaning,
         digits,

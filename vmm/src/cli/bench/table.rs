@@ -4,7 +4,9 @@ use super::cell::Cell;
 use super::goals::{Goal, Reached};
 use super::journal::{Host, Run};
 use super::net::Shaping;
+use super::spec::Spec;
 use super::statistics::{METRICS, Metric, Row, groups};
+use ferry_guest_images::Workload;
 use std::fmt::Write;
 
 /// The machine in a sentence.
@@ -25,13 +27,47 @@ pub fn machine(host: &Host) -> String {
     )
 }
 
-/// Which columns have a value in any of the rows.
-pub fn columns(rows: &[Row<'_>]) -> Vec<&'static Metric> {
+/// Which columns have a value in any of the rows; of the `main` ones only, where a terminal is narrow.
+pub fn columns(rows: &[Row<'_>], main: bool) -> Vec<&'static Metric> {
+    let wanted = |metric: &&Metric| metric.main || !main;
     METRICS
         .iter()
+        .filter(wanted)
         .filter(|metric| rows.iter().any(|row| row.median(metric).is_some()))
         .collect()
 }
+
+/// What is wrong in the runs of a group: what failed, and what a VMM says of itself that others did not see.
+pub fn remarks(rows: &[Row<'_>]) -> Vec<String> {
+    let mut remarks = Vec::new();
+    let noise = |row: &Row<'_>| {
+        let noise = row.good.iter().map(|(_, figures)| figures.seen.noise_ms);
+        noise.fold(0.0, f64::max)
+    };
+    let noise = rows.iter().map(noise).fold(0.0, f64::max);
+    if noise > NOISY_MS {
+        remarks.push(format!(
+            "This machine stopped the guest for up to {noise:.1} ms in ordinary seconds: gaps of that order are its own."
+        ));
+    }
+    for row in rows {
+        for run in &row.failed {
+            let why = run.error.as_deref().unwrap_or("no reason given");
+            let name = &run.cell.policy.name;
+            remarks.push(format!("FAILED: {name}, run {}: {why}", run.number));
+        }
+        for (run, figures) in &row.good {
+            for doubt in figures.doubts() {
+                let name = &run.cell.policy.name;
+                remarks.push(format!("Doubt: {name}, run {}: {doubt}", run.number));
+            }
+        }
+    }
+    remarks
+}
+
+/// From how many milliseconds on the machine's own pauses are told.
+const NOISY_MS: f64 = 5.0;
 
 /// A group's guest and link, said in full.
 pub fn heading(rows: &[Row<'_>]) -> String {
@@ -53,10 +89,14 @@ pub fn heading(rows: &[Row<'_>]) -> String {
             }
         ),
     };
+    // One that has no name of its own is called by its work.
+    let work = match Workload::parse(&guest.name) {
+        Ok(work) if work == guest.work => String::new(),
+        _ => format!("{}; ", guest.work),
+    };
     format!(
-        "{} ({}; {} MiB, {} vCPU) over {link}",
+        "{} ({work}{} MiB, {} vCPU) over {link}",
         guest.name,
-        guest.work,
         guest.mib(),
         guest.cpus
     )
@@ -102,10 +142,18 @@ pub fn aligned(lines: &[Vec<String>]) -> String {
 }
 
 /// Everything.
-pub fn text(host: &Host, cells: &[Cell], runs: &[Run], goals: &[Goal]) -> String {
-    let mut text = format!("{}\n", machine(host));
+///
+/// `main` leaves out the columns that explain the others.
+pub fn text(host: &Host, spec: &Spec, runs: &[Run], main: bool) -> String {
+    let Spec {
+        title,
+        cells,
+        goals,
+        ..
+    } = spec;
+    let mut text = format!("{title}\n{}\n", machine(host));
     for rows in groups(cells, runs) {
-        let columns = columns(&rows);
+        let columns = columns(&rows, main);
         let mut lines = vec![vec![String::new(), "runs".into(), String::new()]];
         lines[0].extend(columns.iter().map(|metric| metric.head.to_owned()));
         for row in &rows {
@@ -122,26 +170,8 @@ pub fn text(host: &Host, cells: &[Cell], runs: &[Run], goals: &[Goal]) -> String
             }
         }
         let _ = write!(text, "\n{}\n{}", heading(&rows), aligned(&lines));
-        let noise = |row: &Row<'_>| {
-            row.good
-                .iter()
-                .map(|(_, f)| f.seen.noise_ms)
-                .fold(0.0, f64::max)
-        };
-        let noise = rows.iter().map(noise).fold(0.0, f64::max);
-        if noise > 5.0 {
-            let _ = writeln!(
-                text,
-                "This machine stopped the guest for up to {noise:.1} ms in ordinary seconds: gaps of that order are its own."
-            );
-        }
-        for run in rows.iter().flat_map(|row| &row.failed) {
-            let why = run.error.as_deref().unwrap_or("no reason given");
-            let _ = writeln!(
-                text,
-                "FAILED: {}, run {}: {why}",
-                run.cell.policy.name, run.number
-            );
+        for remark in remarks(&rows) {
+            let _ = writeln!(text, "{remark}");
         }
     }
     if !goals.is_empty() {
