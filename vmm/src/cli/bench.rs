@@ -17,6 +17,7 @@ mod log;
 mod measure;
 mod net;
 mod pair;
+mod paper;
 mod process;
 mod qemu;
 mod qmp;
@@ -65,6 +66,12 @@ enum What {
     /// Measure what ferry is to reach, beside QEMU, and say whether it did.
     #[command(after_help = "Example:\n  ferry bench goals --runs 3")]
     Goals(Common),
+    /// Repeat a paper's experiment with real guests, its figures beside ours.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  ferry bench paper stord --runs 1"
+    )]
+    Paper(paper::Paper),
     /// Show the results of a directory again.
     #[command(after_help = "Example:\n  ferry bench report ferry-bench")]
     Report {
@@ -107,13 +114,20 @@ const RUNS: u32 = 5;
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     match &args.what {
-        Some(What::Goals(common)) => measure(Spec::parse("goals.toml", GOALS)?, common),
+        Some(What::Goals(common)) => measure(Spec::parse("goals.toml", GOALS)?, common, |_, _| {
+            String::new()
+        }),
+        Some(What::Paper(paper)) => {
+            let experiment = paper.experiment()?;
+            let verdict = |spec: &Spec, runs: &[Run]| experiment.verdict(spec, runs);
+            measure(experiment.spec.clone(), paper.common(), verdict)
+        }
         Some(What::Report { directory, file }) => report(directory, file.as_deref()),
         Some(What::Legend) => {
             put(&table::legend())?;
             Ok(ExitCode::SUCCESS)
         }
-        None => measure(spec(args)?, &args.common),
+        None => measure(spec(args)?, &args.common, |_, _| String::new()),
     }
 }
 
@@ -134,8 +148,12 @@ fn spec(args: &Args) -> Result<Spec, Failure> {
     }
 }
 
-/// Measures what is not measured yet, and shows everything.
-fn measure(mut spec: Spec, common: &Common) -> Result<ExitCode, Failure> {
+/// Measures what is not measured yet, and shows everything; `verdict` says what it means.
+fn measure(
+    mut spec: Spec,
+    common: &Common,
+    verdict: impl Fn(&Spec, &[Run]) -> String,
+) -> Result<ExitCode, Failure> {
     if let Some(runs) = common.runs {
         spec.runs = runs;
     }
@@ -162,7 +180,8 @@ fn measure(mut spec: Spec, common: &Common) -> Result<ExitCode, Failure> {
     }
     let mut journal = Journal::open(&out.join("results.jsonl"), host::describe(&machine))?;
     let result = runner::run(&machine, &mut journal, &spec.cells, spec.runs);
-    show(out, &journal.host, &spec, &journal.runs)?;
+    let verdict = verdict(&spec, &journal.runs);
+    show(out, &journal.host, &spec, &journal.runs, &verdict)?;
     if interrupt::wanted() {
         say(&format!(
             "interrupted: the same command goes on; so far in {}",
@@ -190,18 +209,21 @@ fn report(directory: &Path, file: Option<&Path>) -> Result<ExitCode, Failure> {
         Some(path) => Spec::read(path)?,
         None => Spec::of(&runs),
     };
-    show(directory, &host, &spec, &runs)?;
+    show(directory, &host, &spec, &runs, "")?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// The main figures on stdout, all of them in files beside the results.
-fn show(out: &Path, host: &Host, spec: &Spec, runs: &[Run]) -> Result<(), Failure> {
+fn show(out: &Path, host: &Host, spec: &Spec, runs: &[Run], verdict: &str) -> Result<(), Failure> {
     let write = |name: &str, text: &str| {
         let path = out.join(name);
         std::fs::write(&path, text)
             .map_err(|e| Failure(format!("{} cannot be written ({e})", path.display())))
     };
-    write("table.txt", &table::text(host, spec, runs, false))?;
-    write("report.html", &html::page(host, spec, runs)?)?;
-    put(&table::text(host, spec, runs, true))
+    write(
+        "table.txt",
+        &(table::text(host, spec, runs, false) + verdict),
+    )?;
+    write("report.html", &html::page(host, spec, runs, verdict)?)?;
+    put(&(table::text(host, spec, runs, true) + verdict))
 }

@@ -64,6 +64,9 @@ pub struct Qemu {
     /// The cache of xbzrle in bytes.
     #[serde(default = "cache", deserialize_with = "bytes")]
     pub cache: u64,
+    /// When a migration that does not converge is ended by stopping the guest, as ferry's `on_timeout = "stop"` does.
+    #[serde(default)]
+    pub stop_after_ms: Option<u64>,
 }
 
 /// QEMU's ways to move a guest.
@@ -123,6 +126,7 @@ impl Qemu {
             downtime_ms,
             channels: four(),
             cache: cache(),
+            stop_after_ms: None,
         }
     }
 }

@@ -13,6 +13,7 @@ const STYLE: &str = "body{font:15px/1.45 sans-serif;max-width:1060px;margin:2em 
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em;border-top:1px solid #999;padding-top:.8em}\
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.82em;font-variant-numeric:tabular-nums}\
 td,th{padding:.2em .55em;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}\
+pre{white-space:pre-wrap;font-size:.85em}\
 td:first-child,th:first-child,td.text{text-align:left}td.text{white-space:normal}.max{color:#555}\
 .met{font-weight:normal}.missed{font-weight:bold;text-decoration:underline}svg{max-width:100%;height:auto;display:block;margin:.6em 0}\
 .remark{font-size:.9em;margin:.2em 0}\
@@ -44,13 +45,18 @@ fn line(text: &mut String, class: &str, tag: &str, cells: &[String]) {
 }
 
 /// The whole page.
-pub fn page(host: &Host, spec: &Spec, runs: &[Run]) -> Result<String, Failure> {
+///
+/// `verdict` says what the results mean, as text in columns.
+pub fn page(host: &Host, spec: &Spec, runs: &[Run], verdict: &str) -> Result<String, Failure> {
     let title = escaped(&spec.title);
     let mut text = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title>\
          <style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{}</p>\n",
         escaped(&table::machine(host))
     );
+    if !verdict.is_empty() {
+        let _ = writeln!(text, "<pre>{}</pre>", escaped(verdict.trim()));
+    }
     goals(&mut text, spec, runs);
     for rows in groups(&spec.cells, runs) {
         let _ = write!(
@@ -163,7 +169,13 @@ mod tests {
             figures: good.then(|| figures.clone()),
             error: (!good).then(|| "it was <killed>".to_owned()),
         };
-        let page = page(&Host::default(), &spec, &[run(1, true), run(2, false)]).unwrap();
+        let page = page(
+            &Host::default(),
+            &spec,
+            &[run(1, true), run(2, false)],
+            "a < b",
+        )
+        .unwrap();
         assert!(page.contains("&lt;b&gt;Tom &amp; Jerry") && !page.contains("<script>"));
         assert!(page.contains("1/2 verified") == figures.verified);
         assert!(page.contains("it was &lt;killed&gt;") && page.contains("MISSED"));
@@ -175,7 +187,7 @@ mod tests {
     #[test]
     fn without_runs_there_is_a_page_all_the_same() {
         let spec = Spec::parse("x", FILE).unwrap();
-        let page = page(&Host::default(), &spec, &[]).unwrap();
+        let page = page(&Host::default(), &spec, &[], "").unwrap();
         assert!(page.contains("not run") && page.ends_with("</html>\n"));
     }
 }

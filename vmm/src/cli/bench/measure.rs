@@ -84,6 +84,15 @@ impl Figures {
             }
             _ => {}
         }
+        // A guest that loses more work than its processors are said to have waited has waited longer.
+        if let Some(stalled) = self.stalled_ms()
+            && self.seen.lost_ms > stalled * 1.5 + 200.0 + 10.0 * self.seen.noise_ms
+        {
+            doubts.push(format!(
+                "it reports that vCPUs waited for {stalled:.0} ms, and the guest lost {:.0} ms of work",
+                self.seen.lost_ms
+            ));
+        }
         // A packet of 1,514 bytes carries 1,448; loopback's packets are so large that their headers do not count.
         let payload = if self.back_bytes > 0 {
             self.link_bytes as f64 * 1448.0 / 1514.0
@@ -167,4 +176,44 @@ pub fn watched<T>(
         source,
         destination,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_that_agree_raise_no_doubt_and_others_do() {
+        let mut good = Figures::default();
+        good.told.downtime_ms = Some(8.0);
+        good.seen.gap_ms = 9.0;
+        good.told.wire_bytes = 500_000_000;
+        good.link_bytes = 524_000_000;
+        good.back_bytes = 1_000_000;
+        assert_eq!(good.doubts(), Vec::<String>::new());
+        let doubt = |change: &dyn Fn(&mut Figures), part: &str| {
+            let mut bad = good.clone();
+            change(&mut bad);
+            let doubts = bad.doubts();
+            assert!(doubts.len() == 1 && doubts[0].contains(part), "{doubts:?}");
+        };
+        doubt(&|f| f.seen.gap_ms = 60.0, "the guest saw 60.0 ms");
+        doubt(&|f| f.told.downtime_ms = None, "no downtime that can be");
+        doubt(&|f| f.told.wire_bytes = 520_000_000, "520.0 MB sent");
+        doubt(&|f| f.told.wire_bytes = 300_000_000, "300.0 MB sent");
+        doubt(
+            &|f| {
+                f.told.faults = Some(Faults {
+                    stalled_ms: 100.0,
+                    ..Faults::default()
+                });
+                f.seen.lost_ms = 2500.0;
+            },
+            "lost 2500 ms of work",
+        );
+        // On a machine that stops everybody now and then, a gap says little.
+        let mut noisy = good.clone();
+        (noisy.seen.noise_ms, noisy.seen.gap_ms) = (70.0, 60.0);
+        assert!(noisy.doubts().is_empty());
+    }
 }

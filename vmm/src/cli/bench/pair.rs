@@ -22,7 +22,7 @@ const AFTER: usize = 10;
 /// How long the guest may be silent at the destination.
 const SILENCE: Duration = Duration::from_secs(60);
 /// How long verifying all memory, or finishing a run of a kernel, may take.
-const VERDICT: Duration = Duration::from_secs(300);
+const VERDICT: Duration = Duration::from_secs(1200);
 
 /// What a run needs to know of this machine.
 #[derive(Clone, Debug)]

@@ -192,6 +192,8 @@ impl Pair for Pairing {
             self.source.command("migrate-start-postcopy", &json!({}))?;
         }
         let mut dirtied: Vec<(f64, f64)> = Vec::new();
+        let mut patience = self.how.stop_after_ms.map(Duration::from_millis);
+        let mut stopped = false;
         // A question every 10 ms: fewer would not disturb less, and more would.
         let report = loop {
             let report = self.source.command("query-migrate", &json!({}))?;
@@ -204,6 +206,11 @@ impl Pair for Pairing {
                 }
                 _ => {}
             }
+            if patience.is_some_and(|patience| began.elapsed() > patience) {
+                patience = None;
+                stopped = true;
+                self.source.command("stop", &json!({}))?;
+            }
             if let Some(rate) = report
                 .pointer("/ram/dirty-pages-rate")
                 .and_then(Value::as_f64)
@@ -213,6 +220,10 @@ impl Pair for Pairing {
             }
             interrupt::pause(Duration::from_millis(10))?;
         };
+        if stopped {
+            // It has moved as it was: standing still.
+            self.destination.command("cont", &json!({}))?;
+        }
         let arrived = match self.how.mode {
             QemuMode::Postcopy => Some(self.waited()?),
             _ => None,
