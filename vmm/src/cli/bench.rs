@@ -14,6 +14,7 @@ mod html;
 mod interrupt;
 mod journal;
 mod log;
+mod markdown;
 mod measure;
 mod net;
 mod pair;
@@ -37,7 +38,7 @@ use std::time::Duration;
 
 /// Measure migrations: guests × links × policies, ferry's beside QEMU's, several runs of each.
 ///
-/// Results go into a directory: results.jsonl with every run, table.txt, and report.html with plots. The same command goes on where it
+/// Results go into a directory: results.jsonl with every run, table.txt, report.md, and report.html with plots. The same command goes on where it
 /// was interrupted. A shaped link needs root: two network namespaces with tc between them; without it the senders cap
 /// themselves, which the results say.
 #[derive(Debug, clap::Args)]
@@ -224,6 +225,7 @@ fn show(out: &Path, host: &Host, spec: &Spec, runs: &[Run], verdict: &str) -> Re
         "table.txt",
         &(table::text(host, spec, runs, false) + verdict),
     )?;
+    write("report.md", &markdown::page(host, spec, runs, verdict))?;
     write("report.html", &html::page(host, spec, runs, verdict)?)?;
     put(&(table::text(host, spec, runs, true) + verdict))
 }

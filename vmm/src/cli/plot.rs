@@ -118,7 +118,8 @@ pub fn lines_svg(chart: &Lines<'_>) -> Result<String, Failure> {
     } else {
         // Lines begin at the axis where they begin near it, and elsewhere where they begin.
         let low = points().map(|p| p.0).fold(f64::INFINITY, f64::min);
-        (if low < x.1 / 4.0 { 0.0 } else { low }, x.1)
+        let near = (0.0..x.1 / 4.0).contains(&low);
+        (if near { 0.0 } else { low }, x.1)
     };
     let draw = match chart.log {
         (false, false) => on(chart, flat_x.0..flat_x.1, y.0..y.1),

@@ -9,13 +9,13 @@ use super::pair::{Files, Machine, Pair};
 use super::process::Process;
 use crate::cli::output::Failure;
 use ferry_migration::options::Options;
-use ferry_migration::report::{Event, Report, Round, Status};
+use ferry_migration::report::{Event, Report, Status};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::MigrateRequest;
 use std::fs::File;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// `ferry run` and `ferry receive`.
 pub struct Ferry {
@@ -105,34 +105,31 @@ impl Pair for Ferry {
     }
 
     fn migrate(&mut self) -> Result<Told, Failure> {
-        let mut rounds = Vec::new();
+        let began = Instant::now();
+        let mut dirtied = Vec::new();
         let report = self.client.migrate(&self.request, &mut |event| {
-            if let Event::Round(round) = event {
-                rounds.push(round.clone());
+            // A round's own time may overlap with that of the next.
+            if let Event::Round(round) = event
+                && !round.follows
+                && round.ms > 0.0
+                && dirtied.len() < ROUNDS
+            {
+                let rate = round.dirtied as f64 / round.ms * 1e3;
+                dirtied.push((began.elapsed().as_secs_f64() * 1e3, rate));
             }
         })?;
         if report.status != Status::Completed {
             let why = report.error.as_deref().unwrap_or("no reason given");
             return Err(Failure(format!("the migration did not complete: {why}")));
         }
-        told(report, &rounds)
+        told(report, dirtied)
     }
 }
 
 /// The most rounds whose dirty rates are kept.
 const ROUNDS: usize = 5000;
 
-fn told(report: Report, rounds: &[Round]) -> Result<Told, Failure> {
-    let mut at = 0.0;
-    let mut dirtied = Vec::new();
-    for round in rounds
-        .iter()
-        .filter(|r| !r.follows && r.ms > 0.0)
-        .take(ROUNDS)
-    {
-        at += round.ms;
-        dirtied.push((at, round.dirtied as f64 / round.ms * 1e3));
-    }
+fn told(report: Report, dirtied: Vec<(f64, f64)>) -> Result<Told, Failure> {
     let post_copy = report.faults.count > 0 || report.rounds.iter().any(|round| round.follows);
     Ok(Told {
         total_ms: report.total_ms,

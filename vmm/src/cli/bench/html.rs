@@ -90,6 +90,9 @@ pub fn page(host: &Host, spec: &Spec, runs: &[Run], verdict: &str) -> Result<Str
             }
         }
         text.push_str("</table></div>\n");
+        if let Some(best) = table::best(&rows) {
+            let _ = writeln!(text, "<p>Best by medians: {}</p>", escaped(&best));
+        }
         for remark in table::remarks(&rows) {
             let _ = writeln!(text, "<p class=\"remark\">{}</p>", escaped(&remark));
         }

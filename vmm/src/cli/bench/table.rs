@@ -66,6 +66,32 @@ pub fn remarks(rows: &[Row<'_>]) -> Vec<String> {
     remarks
 }
 
+/// Who came out best in what, if anybody had to be beaten.
+pub fn best(rows: &[Row<'_>]) -> Option<String> {
+    if rows.iter().filter(|row| !row.good.is_empty()).count() < 2 {
+        return None;
+    }
+    let told = BEST.iter().filter_map(|(name, what)| {
+        let metric = Metric::named(name)?;
+        let medians = rows
+            .iter()
+            .filter_map(|row| Some((row, row.median(metric)?)));
+        let (row, value) = medians.min_by(|a, b| a.1.total_cmp(&b.1))?;
+        let policy = &row.cell.policy.name;
+        Some(format!("{what} {policy} ({})", metric.show(Some(value))))
+    });
+    Some(told.collect::<Vec<_>>().join("; "))
+}
+
+/// What is told of the best.
+const BEST: [(&str, &str); 5] = [
+    ("total_ms", "shortest total, ms:"),
+    ("gap_ms", "shortest gap, ms:"),
+    ("lost_ms", "least work lost, ms:"),
+    ("link_mib", "fewest bytes, MiB:"),
+    ("cpu_s_per_gib", "least CPU, s/GiB:"),
+];
+
 /// From how many milliseconds on the machine's own pauses are told.
 const NOISY_MS: f64 = 5.0;
 
@@ -170,6 +196,9 @@ pub fn text(host: &Host, spec: &Spec, runs: &[Run], main: bool) -> String {
             }
         }
         let _ = write!(text, "\n{}\n{}", heading(&rows), aligned(&lines));
+        if let Some(best) = best(&rows) {
+            let _ = writeln!(text, "Best by medians: {best}");
+        }
         for remark in remarks(&rows) {
             let _ = writeln!(text, "{remark}");
         }
@@ -182,7 +211,7 @@ pub fn text(host: &Host, spec: &Spec, runs: &[Run], main: bool) -> String {
 }
 
 /// A line for each goal, and one for all.
-fn goal_lines(goals: &[Goal], cells: &[Cell], runs: &[Run]) -> String {
+pub fn goal_lines(goals: &[Goal], cells: &[Cell], runs: &[Run]) -> String {
     let mut text = String::new();
     let (mut met, mut missed) = (0, 0);
     for goal in goals {
