@@ -22,6 +22,8 @@ mod pages;
 
 pub use lanes::{Lane, LaneSet};
 
+use crate::codec::marks::Marks;
+use crate::codec::{CodecError, Decoder};
 use crate::page::{PAGE_SIZE, RamLayout};
 use crate::port::{Host, Link, PageSink, PortError};
 use crate::source::page_hash;
@@ -75,6 +77,9 @@ pub enum DestinationError {
         /// How many.
         count: u64,
     },
+    /// A coded frame.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
     /// Memory cannot be written or read here.
     #[error("writing guest memory failed: {0}")]
     Memory(PortError),
@@ -354,10 +359,19 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             .prepare(&hello.layout, &hello.machine)
             .map_err(DestinationError::Unfit)?;
         self.channel.set_end(hello.layout.end());
+        let agreed = hello.offered.and(Features::SUPPORTED);
+        let end = if agreed.has(Features::PATCH) {
+            hello.layout.end()
+        } else {
+            0
+        };
+        let copies = Arc::new(Marks::new(end));
+        self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
         if hello.channels > 0 {
             let set = LaneSet::new(
                 Arc::clone(&sink),
                 hello.layout.clone(),
+                (agreed, copies),
                 hello.channels,
                 self.timeouts.transfer,
             );
@@ -367,9 +381,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.sink = Some(sink);
         self.buffer = bytes;
         self.enter(State::Filling);
-        let ack = HelloAck {
-            features: hello.offered.and(Features::SUPPORTED),
-        };
+        let ack = HelloAck { features: agreed };
         self.channel.send_json(FrameType::HelloAck, &ack)?;
         self.channel
             .link()

@@ -24,11 +24,12 @@ pub use recover::recover_commit;
 pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;
-use crate::options::Options;
+use crate::codec::Coding;
+use crate::options::{Compress, Options};
 use crate::page::{Heat, PageSet, RamLayout};
 use crate::policy::{self, Policy, View};
 use crate::port::{Clock, Guest, Link};
-use crate::report::{Downtime, Event, Pages, Phase, Progress, Report, Round, Status};
+use crate::report::{Codecs, Downtime, Event, Pages, Phase, Progress, Report, Round, Status};
 use crate::sender::{Pacer, Sender, Sent};
 use crate::wire::{
     Channel, Features, FrameType, Header, Hello, HelloAck, Role, SessionId, WireError,
@@ -185,6 +186,7 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     rounds: Vec<Round>,
     rounds_omitted: u64,
     pages: Pages,
+    codecs: Codecs,
     why: Option<String>,
     verified: Option<bool>,
     downtime: Downtime,
@@ -242,6 +244,7 @@ pub fn migrate<L: Link, G: Guest<L>>(guest: &mut G, setup: Setup<'_, L>) -> Repo
             total: layout.pages(),
             ..Pages::default()
         },
+        codecs: Codecs::default(),
         why: None,
         verified: None,
         downtime: Downtime::default(),
@@ -378,6 +381,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         if channels > 0 {
             required = required.or(Features::CHANNELS);
         }
+        match options.compress {
+            Compress::Zstd => required = required.or(Features::ZSTD),
+            Compress::Delta => required = required.or(Features::PATCH),
+            // These use what the destination can do.
+            Compress::Auto | Compress::Adaptive | Compress::None => {}
+        }
         let hello = Hello {
             offered: Features::SUPPORTED,
             required,
@@ -405,13 +414,20 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             });
         }
         self.control.set_end(self.layout.end());
+        let coding = Coding::new(
+            options,
+            ack.features,
+            self.layout.pages(),
+            self.layout.end(),
+        );
+        self.sender = Sender::new(coding.encoder());
         for index in 0..channels {
             let link = (self.setup.connect)(Role::Data, index).map_err(SourceError::Connect)?;
             let mut channel = Channel::new(link);
             channel.link().set_timeout(Some(timeouts.handshake));
             channel.open(Role::Data, index, session)?;
             channel.link().set_timeout(Some(timeouts.transfer));
-            self.lanes.push((channel, Sender::default()));
+            self.lanes.push((channel, Sender::new(coding.encoder())));
         }
         self.control.link().set_timeout(Some(timeouts.transfer));
         self.guest
@@ -493,6 +509,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             rounds: std::mem::take(&mut self.rounds),
             rounds_omitted: self.rounds_omitted,
             pages: self.pages.clone(),
+            codecs: self.codecs,
             bytes_wire,
             mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
             faults: crate::report::Faults::default(),

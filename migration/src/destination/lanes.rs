@@ -2,9 +2,11 @@
 
 use super::DestinationError;
 use super::pages::PageReceiver;
+use crate::codec::Decoder;
+use crate::codec::marks::Marks;
 use crate::page::RamLayout;
 use crate::port::{Link, PageSink};
-use crate::wire::{Channel, FrameType, WireError};
+use crate::wire::{Channel, Features, FrameType, WireError};
 use std::marker::PhantomData;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,6 +25,8 @@ struct Told {
 pub struct LaneSet<L, S> {
     sink: Arc<S>,
     layout: RamLayout,
+    agreed: Features,
+    copies: Arc<Marks>,
     timeout: Duration,
     told: Mutex<Told>,
     change: Condvar,
@@ -38,7 +42,13 @@ pub struct Lane<L, S> {
 }
 
 impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
-    pub(super) fn new(sink: Arc<S>, layout: RamLayout, count: u16, timeout: Duration) -> Self {
+    pub(super) fn new(
+        sink: Arc<S>,
+        layout: RamLayout,
+        (agreed, copies): (Features, Arc<Marks>),
+        count: u16,
+        timeout: Duration,
+    ) -> Self {
         let told = Told {
             rounds: vec![0; usize::from(count)],
             attached: vec![false; usize::from(count)],
@@ -47,6 +57,8 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         Self {
             sink,
             layout,
+            agreed,
+            copies,
             timeout,
             told: Mutex::new(told),
             change: Condvar::new(),
@@ -86,7 +98,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
             channel,
             index,
             set: Arc::clone(self),
-            receiver: PageReceiver::default(),
+            receiver: PageReceiver::new(Decoder::new(self.agreed, Arc::clone(&self.copies))),
         })
     }
 
@@ -105,6 +117,9 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
             if missing == 0 {
                 return Ok(());
             }
+            if told.closed {
+                return Err(DestinationError::LaneSilent { round, missing });
+            }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(DestinationError::LaneSilent { round, missing });
@@ -120,6 +135,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
     /// The migration is over: lanes that fail from now on do not matter.
     pub(super) fn close(&self) {
         self.told().closed = true;
+        self.change.notify_all();
     }
 }
 
@@ -162,6 +178,9 @@ impl<L: Link, S: PageSink<L>> Lane<L, S> {
                     *ended = header.round;
                     drop(told);
                     self.set.change.notify_all();
+                    // A page of the next round may have been sent in this one on another lane, and be still on its
+                    // way there: it must not be placed over the newer one, and it may be what that one differs from.
+                    self.set.wait(header.round)?;
                 }
                 _ => {
                     return Err(self

@@ -1,10 +1,11 @@
 //! Receiving page frames into guest memory.
 
 use super::DestinationError;
-use crate::page::{PAGE_SIZE, RamLayout, Run};
+use crate::codec::Decoder;
+use crate::page::{PAGE_BYTES, PAGE_SIZE, RamLayout, Run};
 use crate::port::{Link, PageSink};
 use crate::wire::{
-    Channel, FLAG_CRC, FrameType, Header, HeaderError, WireError, check_crc, decode_runs,
+    Channel, Encoding, FLAG_CRC, FrameType, Header, HeaderError, WireError, check_crc, decode_runs,
 };
 
 /// Reusable buffers of one channel.
@@ -12,9 +13,19 @@ use crate::wire::{
 pub(super) struct PageReceiver {
     table: Vec<u8>,
     runs: Vec<Run>,
+    body: Vec<u8>,
+    decoder: Decoder,
 }
 
 impl PageReceiver {
+    /// For what was agreed on.
+    pub(super) fn new(decoder: Decoder) -> Self {
+        Self {
+            decoder,
+            ..Self::default()
+        }
+    }
+
     /// Receives the rest of a `Pages` or `Zero` frame into memory, checking the table before a
     /// byte is placed.
     pub(super) fn receive<L: Link, S: PageSink<L> + ?Sized>(
@@ -39,6 +50,10 @@ impl PageReceiver {
                 count: bad.count,
             });
         }
+        if header.kind == FrameType::Pages && header.encoding() != Encoding::Raw {
+            return self.receive_coded(channel, header, crc, listed, sink);
+        }
+        self.decoder.arrived_otherwise(&self.runs);
         if header.kind == FrameType::Zero {
             return self
                 .runs
@@ -61,6 +76,34 @@ impl PageReceiver {
             }
             check_crc(header, crc)?;
         }
+        Ok(())
+    }
+
+    /// Receives and decodes the pages of `runs`; nothing is placed that was not checked.
+    fn receive_coded<L: Link, S: PageSink<L> + ?Sized>(
+        &mut self,
+        channel: &mut Channel<L>,
+        header: &Header,
+        table_crc: u32,
+        listed: u64,
+        sink: &S,
+    ) -> Result<(), DestinationError> {
+        let encoding = header.encoding();
+        self.decoder.admit(encoding, listed, header.body_bytes())?;
+        self.body.clear();
+        channel.recv_part(header.body_bytes(), &mut self.body)?;
+        check_crc(header, crc32c::crc32c_append(table_crc, &self.body))?;
+        let base = &mut |gfn, page: &mut _| sink.copy_page(gfn, page);
+        let mut pages = self
+            .decoder
+            .decode(encoding, &self.runs, &self.body, base)?;
+        for run in &self.runs {
+            let bytes = usize::try_from(run.count * PAGE_BYTES).unwrap_or(usize::MAX);
+            let (these, rest) = pages.split_at_checked(bytes).unwrap_or((pages, &[]));
+            sink.write(*run, these).map_err(DestinationError::Memory)?;
+            pages = rest;
+        }
+        self.decoder.placed(&self.runs);
         Ok(())
     }
 }
