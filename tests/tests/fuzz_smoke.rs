@@ -1,9 +1,10 @@
 //! The bodies of the fuzz targets on a few thousand mutations of good input, the same ones every time.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use ferry_migration::codec::patch::{ZEROS, encode};
 use ferry_migration::page::{RamLayout, Run};
 use ferry_migration::wire::{
-    FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
+    Encoding, FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
 };
 use ferry_tests::{fuzz_bodies, guests_run};
 use ferry_vmm::machine::Machine;
@@ -120,6 +121,20 @@ fn migration(verify: bool, channels: u16) -> Vec<u8> {
         },
         &table,
     );
+    for (encoding, body) in coded_bodies() {
+        table.clear();
+        encode_runs(&[Run::new(5, 2)], &mut table);
+        table.extend(body);
+        put(
+            Header {
+                count: 1,
+                gfn: 5,
+                encoding: encoding as u8,
+                ..Header::bare(FrameType::Pages, 1)
+            },
+            &table,
+        );
+    }
     if channels == 0 {
         put(Header::bare(FrameType::RoundEnd, 1), &[]);
     }
@@ -136,6 +151,48 @@ fn migration(verify: bool, channels: u16) -> Vec<u8> {
     put(Header::bare(FrameType::State, round), b"a state");
     put(Header::bare(FrameType::Commit, round), &[]);
     bytes
+}
+
+/// Two pages, coded in every way: compressed, as patches of zeros with one page as it is, and as differences to what
+/// came before.
+fn coded_bodies() -> Vec<(Encoding, Vec<u8>)> {
+    let mut pages = vec![0; 2 * 4096];
+    for (i, byte) in pages.iter_mut().enumerate().step_by(3) {
+        *byte = u8::try_from(i % 251).unwrap();
+    }
+    let (first, second) = pages.split_at(4096);
+    let first: &[u8; 4096] = first.try_into().unwrap();
+    let mut sparse = vec![0; 4];
+    let mut bytes = Vec::new();
+    assert!(encode(&ZEROS, first, 3 * 4096, &mut bytes));
+    let tag = |kind: u16, bytes: usize| (kind << 14 | u16::try_from(bytes).unwrap()).to_le_bytes();
+    sparse.extend(tag(1, bytes.len()));
+    sparse.extend(tag(2, 4096));
+    sparse.extend_from_slice(&bytes);
+    sparse.extend_from_slice(second);
+    let mut changed = *first;
+    changed[100..120].fill(9);
+    bytes.clear();
+    assert!(encode(first, &changed, 4096, &mut bytes));
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&changed), second);
+    let mut delta = crc.to_le_bytes().to_vec();
+    delta.extend(tag(0, bytes.len()));
+    delta.extend(tag(0, 0));
+    delta.extend_from_slice(&bytes);
+    vec![
+        (Encoding::Zstd, zstd::bulk::compress(&pages, 1).unwrap()),
+        (Encoding::Patch, sparse),
+        (Encoding::Patch, delta),
+    ]
+}
+
+#[test]
+fn codecs() {
+    let seeds: Vec<Vec<u8>> = coded_bodies()
+        .into_iter()
+        .map(|(encoding, body)| [&[encoding as u8 - 1, 0, 0][..], &body].concat())
+        .collect();
+    mutations(&seeds, 6000, fuzz_bodies::codec);
 }
 
 #[test]

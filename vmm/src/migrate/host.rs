@@ -65,6 +65,10 @@ impl PageSink<StreamLink> for RamSink {
         Ok(())
     }
 
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        Ok(self.ram.write_decoded(run.first, bytes)?)
+    }
+
     fn zero(&self, run: Run) -> Result<(), PortError> {
         // Where nothing was written nothing is to be done: new memory is zero.
         let mut at = run.first;
