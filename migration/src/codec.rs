@@ -18,7 +18,7 @@
 //!  encoding 1   a zstd frame of all pages, one after the other
 //!  encoding 2   crc32c u32 | tag u16 for each page | for each page the bytes that its tag counts
 //!               tag = kind << 14 | bytes      kind 0  a patch of the page that the destination has
-//!                                             kind 1  a patch of zeros
+//!                                             kind 1  the words that are not zero
 //!                                             kind 2  the page itself
 //! ```
 //!
@@ -36,6 +36,7 @@ mod decoder;
 mod encoder;
 pub mod marks;
 pub mod patch;
+pub mod words;
 
 pub use class::{Class, classify};
 pub use decoder::{CodecError, Decoder};
@@ -59,7 +60,7 @@ pub const MAX_CODED_BYTES: usize = 4 + MAX_CODED_PAGES as usize * (2 + PAGE_SIZE
 enum Kind {
     /// A patch of what the destination has.
     Delta = 0,
-    /// A patch of zeros.
+    /// The words that are not zero.
     Sparse = 1,
     /// The page itself.
     Literal = 2,

@@ -8,8 +8,8 @@
 //! - what it costs then is measured, and it is left as soon as raw pages would have cost less; it is not tried again
 //!   unless its worse prospect wins, or the link has become slower by half;
 //! - what raw pages cost is measured while they are sent. While others are, it is only known to lie between the time
-//!   that sending took and the time that sending and coding took; on a fast link, where a slow receiver may hide behind
-//!   it, it is measured anew now and then.
+//!   that sending took and the time that sending and coding took; and as a slow receiver may hide behind either, it is
+//!   measured anew now and then.
 //!
 //! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`] of the time.
 
@@ -83,6 +83,8 @@ pub struct Chooser {
 
 /// A new measurement's weight.
 const WEIGHT: f64 = 0.2;
+/// The same while raw pages are looked at.
+const LOOK_WEIGHT: f64 = 0.5;
 /// A level is tried where it promises to cost at most this much of what raw pages cost.
 const TRY: f64 = 0.8;
 /// Another coded level is taken when it promises at most this much of what the present one costs.
@@ -93,9 +95,11 @@ const SETTLE: u32 = 8;
 const LOOK: u32 = 4;
 /// The first look comes after this many batches, each further one after twice as many.
 const FIRST_LOOK: u32 = 32;
-/// A page that takes longer than this (4 Gbit/s) is held up by the link, whatever the receiver does: its decoders are
-/// faster.
-const SLOW_LINK: f64 = 8e-6;
+/// A page that takes longer than this (1.3 Gbit/s) is most likely held up by the link, and not by what the receiver
+/// makes of it: the first look can wait.
+const SLOW_LINK: f64 = 25e-6;
+/// Batches until then.
+const FIRST_LOOK_SLOW: u32 = 128;
 /// Seconds that patching a page takes at least: a copy, a comparison, and a copy into the cache.
 const PATCH: f64 = 3e-6;
 /// Share of the time that samples may take.
@@ -178,8 +182,8 @@ impl Chooser {
         };
         let slot = &mut self.estimates[level.index()];
         *slot = Some(slot.map_or(seen, |old| Estimate {
-            encode: blend(old.encode, seen.encode),
-            ratio: blend(old.ratio, seen.ratio),
+            encode: blend(old.encode, seen.encode, WEIGHT),
+            ratio: blend(old.ratio, seen.ratio, WEIGHT),
         }));
     }
 
@@ -205,7 +209,13 @@ impl Chooser {
             // Either bound is exact in its own extreme: what is known already is kept where it can be true.
             Some(known) => known.clamp(at_least, at_most),
         };
-        self.link = Some(self.link.map_or(seen, |old| blend(old, seen)));
+        // A look is short, and meant to replace what was believed.
+        let weight = if self.looking.is_some() {
+            LOOK_WEIGHT
+        } else {
+            WEIGHT
+        };
+        self.link = Some(self.link.map_or(seen, |old| blend(old, seen, weight)));
         if let Some((_, left)) = &mut self.looking {
             *left -= 1;
             if *left == 0 {
@@ -219,15 +229,15 @@ impl Chooser {
             return;
         }
         let wall = (encode + link).as_secs_f64() / pages as f64;
-        self.wall = Some(self.wall.map_or(wall, |old| blend(old, wall)));
+        self.wall = Some(self.wall.map_or(wall, |old| blend(old, wall, WEIGHT)));
         self.batches = self.batches.saturating_add(1);
         self.judge(false);
-        if self.level > Level::Raw && self.batches >= self.look_after {
-            self.batches = 0;
-            if self.wall.is_some_and(|wall| wall < SLOW_LINK) && self.floor == 0.0 {
-                self.looking = Some((self.level, LOOK));
-                self.look_after = self.look_after.saturating_mul(2);
-            }
+        let slow = self.wall.is_some_and(|wall| wall > SLOW_LINK);
+        let after = self.look_after.max(if slow { FIRST_LOOK_SLOW } else { 0 });
+        // The cap is known, and no look would show it.
+        if self.level > Level::Raw && self.batches >= after && self.floor == 0.0 {
+            self.looking = Some((self.level, LOOK));
+            self.look_after = after.saturating_mul(2);
         }
     }
 
@@ -291,8 +301,8 @@ impl Chooser {
     }
 }
 
-fn blend(old: f64, new: f64) -> f64 {
-    old + WEIGHT * (new - old)
+fn blend(old: f64, new: f64, weight: f64) -> f64 {
+    old + weight * (new - old)
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ pub fn is_sparse(page: &Page) -> bool {
     3 * zeros >= WORDS
 }
 
-/// Whether a page that is not sparse repeats itself.
+/// Whether a page repeats itself.
 #[must_use]
 pub fn is_regular(page: &Page) -> bool {
     let (words, _) = page.as_chunks::<8>();

@@ -2,7 +2,7 @@
 
 use super::marks::Marks;
 use super::patch::{Page, PatchError, apply};
-use super::{Kind, MAX_CODED_BYTES, MAX_CODED_PAGES};
+use super::{Kind, MAX_CODED_BYTES, MAX_CODED_PAGES, words};
 use crate::page::{Gfn, PAGE_SIZE, Run};
 use crate::port::PortError;
 use crate::wire::{Encoding, Features};
@@ -60,6 +60,12 @@ pub enum CodecError {
         gfn: Gfn,
         /// What is wrong with it.
         error: PatchError,
+    },
+    /// A map that does not fit its words.
+    #[error("the words of page {gfn:#x}, packed without its zeros, do not fit their map")]
+    Words {
+        /// The page.
+        gfn: Gfn,
     },
     /// A difference to something that is not here.
     #[error("the source sent page {gfn:#x} as a difference to contents that it never sent here")]
@@ -225,9 +231,8 @@ impl Decoder {
             match kind {
                 Kind::Literal if length == PAGE_SIZE => page.copy_from_slice(patch),
                 Kind::Literal => return Err(lengths),
-                Kind::Sparse => {
-                    apply(patch, page).map_err(|error| CodecError::Patch { gfn, error })?
-                }
+                Kind::Sparse if words::unpack(patch, page) => {}
+                Kind::Sparse => return Err(CodecError::Words { gfn }),
                 Kind::Delta => {
                     if !self.copies.contains(gfn) {
                         return Err(CodecError::NoBase { gfn });

@@ -2,9 +2,10 @@
 
 use super::adaptive::{Chooser, Level, Outcome};
 use super::cache::DeltaCache;
-use super::class::{is_regular, is_sparse};
+use super::class::is_regular;
 use super::marks::Marks;
 use super::patch::{self, Page, ZEROS};
+use super::words;
 use super::{Kind, ZSTD_LEVEL, ZSTD_PAGES, append};
 use crate::options::{Compress, Options};
 use crate::page::{Gfn, PAGE_BYTES, PAGE_SIZE, Run};
@@ -382,10 +383,7 @@ impl Encoder {
         if let Some(kind) = kind {
             return Way::Among(kind);
         }
-        if self.shared.patches
-            && is_sparse(page)
-            && patch::encode(&ZEROS, page, PATCH_LIMIT, patches)
-        {
+        if self.shared.patches && words::pack(page, patches) {
             return Way::Among(Kind::Sparse);
         }
         if level == Level::Full && self.wants_zstd(at) {
@@ -483,10 +481,7 @@ impl Encoder {
                 taken += 1;
                 let before = self.patches.len();
                 let page = &self.copies[kept];
-                if self.shared.patches
-                    && is_sparse(page)
-                    && patch::encode(&ZEROS, page, PATCH_LIMIT, &mut self.patches)
-                {
+                if self.shared.patches && words::pack(page, &mut self.patches) {
                     bytes += (self.patches.len() - before) as u64;
                 } else {
                     kept += 1;

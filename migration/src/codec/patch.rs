@@ -5,14 +5,14 @@
 //! ```
 //!
 //! `skip` bytes are as in the base, `length` bytes follow. What is left at the end of the page is as in the base, so
-//! that the empty patch says "unchanged". Against a base of zeros the same code packs pages that are mostly zero.
+//! that the empty patch says "unchanged".
 
 use crate::page::PAGE_SIZE;
 
 /// A page's bytes.
 pub type Page = [u8; PAGE_SIZE];
 
-/// The base of pages that are packed by themselves.
+/// A page of zeros.
 pub const ZEROS: Page = [0; PAGE_SIZE];
 
 const WORD: usize = size_of::<u64>();

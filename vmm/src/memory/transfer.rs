@@ -270,14 +270,12 @@ impl GuestRam {
     /// Writes decoded pages to `first_gfn` and those after it; `bytes` are whole pages. Nobody runs this guest yet, so
     /// that nothing is marked as dirty.
     ///
-    /// Long runs are written to the memory file: pages that hold nothing yet are then neither faulted in one by one nor
-    /// zeroed before they are overwritten.
+    /// `fresh` pages hold nothing yet: they are written to the memory file, so that they are neither faulted in one by
+    /// one nor zeroed before they are overwritten (two thirds of the time). Others are overwritten where they are mapped.
     ///
     /// # Errors
     /// `InvalidInput` when a page is not RAM or `bytes` are no whole pages; the file's own error.
-    pub fn write_decoded(&self, first_gfn: u64, bytes: &[u8]) -> io::Result<()> {
-        /// Where a system call costs less than the faults that it spares.
-        const LONG: usize = 2 * PAGE_SIZE_USIZE;
+    pub fn write_decoded(&self, first_gfn: u64, bytes: &[u8], fresh: bool) -> io::Result<()> {
         if !bytes.len().is_multiple_of(PAGE_SIZE_USIZE) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -287,7 +285,7 @@ impl GuestRam {
         let count = bytes.len() as u64 / PAGE_SIZE;
         let (region, page) = self.layout.find(first_gfn, count).map_err(bad_range)?;
         // A file of huge pages cannot be written to.
-        if bytes.len() >= LONG && !self.hugepages {
+        if fresh && !self.hugepages {
             let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
             return self.file.write_all_at(bytes, start);
         }
@@ -528,8 +526,14 @@ mod tests {
     fn decoded_pages_are_placed_where_they_belong() {
         let ram = GuestRam::new(4 << 20, false).unwrap();
         let bytes: Vec<u8> = (0..3 * 4096_usize).map(|i| (i * 7 % 251) as u8).collect();
-        for (first, pages) in [(10, 1), (20, 3), (1021, 3)] {
-            ram.write_decoded(first, &bytes[..pages * 4096]).unwrap();
+        for (first, pages, fresh) in [
+            (10, 1, true),
+            (20, 3, true),
+            (1021, 3, false),
+            (10, 1, false),
+        ] {
+            ram.write_decoded(first, &bytes[..pages * 4096], fresh)
+                .unwrap();
             let mut page = [0; 4096];
             for (gfn, expected) in (first..).zip(bytes[..pages * 4096].chunks(4096)) {
                 ram.copy_page(gfn, &mut page).unwrap();
@@ -537,7 +541,10 @@ mod tests {
             }
             assert!(ram.page_is_zero(first - 1).unwrap());
         }
-        assert!(ram.write_decoded(1022, &bytes).is_err(), "past the end");
-        assert!(ram.write_decoded(1, &bytes[..5000]).is_err());
+        for fresh in [false, true] {
+            let past = ram.write_decoded(1022, &bytes, fresh);
+            assert!(past.is_err(), "past the end");
+            assert!(ram.write_decoded(1, &bytes[..5000], fresh).is_err());
+        }
     }
 }

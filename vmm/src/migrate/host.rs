@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferry_migration::codec::marks::Marks;
 use ferry_migration::page::{Gfn, PAGE_SIZE, RamLayout, Run};
 use ferry_migration::port::{Host, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
@@ -18,6 +19,8 @@ pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Sen
 /// Guest memory being filled.
 pub struct RamSink {
     ram: Arc<GuestRam>,
+    /// Pages that were written: decoded ones are placed in another way while nothing lies there.
+    filled: Marks,
 }
 
 impl RamSink {
@@ -44,6 +47,7 @@ impl PageSink<StreamLink> for RamSink {
     fn receive(&self, link: &mut StreamLink, runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let mut rest = page_runs(runs, &mut buffer)?;
+        runs.iter().for_each(|run| self.filled.set_run(*run, true));
         // Long runs of memory that holds nothing yet have a shorter way; all else is read straight
         // into place, as many runs at once as lie together.
         while !rest.is_empty() {
@@ -66,7 +70,10 @@ impl PageSink<StreamLink> for RamSink {
     }
 
     fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
-        Ok(self.ram.write_decoded(run.first, bytes)?)
+        // Exact but for zero pages, which are as good as fresh either way.
+        let fresh = !self.filled.contains(run.first);
+        self.filled.set_run(run, true);
+        Ok(self.ram.write_decoded(run.first, bytes, fresh)?)
     }
 
     fn zero(&self, run: Run) -> Result<(), PortError> {
@@ -143,7 +150,8 @@ impl Host<StreamLink> for MachineHost {
         }
         let ram = Arc::clone(machine.ram());
         self.machine = Some(Arc::new(machine));
-        Ok(Arc::new(RamSink { ram }))
+        let filled = Marks::new(layout.end());
+        Ok(Arc::new(RamSink { ram, filled }))
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
