@@ -47,7 +47,7 @@ use crate::page::{PAGE_SIZE, Run};
 /// Pages in a coded frame at most: 1 MiB, so that both sides' buffers are small.
 pub const MAX_CODED_PAGES: u64 = 256;
 /// Pages in a zstd frame at most. More than one page finds what pages have in common; with more than this many no more
-/// is found, and the caches of a processor are left (`cargo bench -p ferry-migration --bench page_path`).
+/// is found, and the caches of a processor are left (`cargo bench -p ferry-migration --features sim --bench page_path`).
 pub const ZSTD_PAGES: usize = 64;
 /// The level of zstd: a migration is held up by time, and each further level costs more of it than it saves on the wire.
 pub const ZSTD_LEVEL: i32 = 1;

@@ -221,10 +221,11 @@ impl Shard {
             let place = self.entries.len();
             if place.is_multiple_of(GROWTH) {
                 // All at once, so that its memory grows by steps and not page by page.
+                let more = GROWTH.min(self.most - place);
                 self.pages
-                    .push(vec![[0; PAGE_SIZE]; GROWTH].into_boxed_slice());
-                self.entries.reserve(GROWTH);
-                self.places.reserve(GROWTH);
+                    .push(vec![[0; PAGE_SIZE]; more].into_boxed_slice());
+                self.entries.reserve(more);
+                self.places.reserve(more);
             }
             self.entries.push(entry);
             self.places.insert(entry.gfn, place);
