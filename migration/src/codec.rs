@@ -45,7 +45,7 @@ pub use encoder::{Batch, Coded, Coding, Encoder};
 use crate::page::{PAGE_SIZE, Run};
 
 /// Pages in a coded frame at most: 1 MiB, so that both sides' buffers are small.
-pub const MAX_CODED_PAGES: u64 = 256;
+pub const MAX_CODED_PAGES: u64 = BATCH as u64;
 /// Pages in a zstd frame at most. More than one page finds what pages have in common; with more than this many no more
 /// is found, and the caches of a processor are left (`cargo bench -p ferry-migration --features sim --bench page_path`).
 pub const ZSTD_PAGES: usize = 64;
@@ -53,7 +53,10 @@ pub const ZSTD_PAGES: usize = 64;
 pub const ZSTD_LEVEL: i32 = 1;
 
 /// Bytes of a coded frame's payload after its table, at most: every page as it is, with its tag.
-pub const MAX_CODED_BYTES: usize = 4 + MAX_CODED_PAGES as usize * (2 + PAGE_SIZE);
+pub const MAX_CODED_BYTES: usize = 4 + BATCH * (2 + PAGE_SIZE);
+
+/// A batch of the sender is never larger.
+const BATCH: usize = 256;
 
 /// What a tag says about a page's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

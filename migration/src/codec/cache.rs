@@ -120,7 +120,7 @@ impl DeltaCache {
         let generation = self.generation.load(Ordering::Acquire);
         let mut shard = self.shard(gfn);
         let place = shard.find(gfn, generation);
-        let base = place.map(|place| &*shard.page(place));
+        let base = place.map(|place| shard.page(place));
         if !with(base) {
             if let Some(place) = place {
                 self.took(shard.void(place));

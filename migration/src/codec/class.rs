@@ -20,9 +20,9 @@ pub enum Class {
 
 const WORDS: usize = PAGE_SIZE / 8;
 /// Words looked at for their bytes: spread over the page, so that no single record decides.
-const SAMPLED: usize = 64;
+const SAMPLED: u32 = 64;
 /// Bytes in a sample.
-const BYTES: u32 = 8 * SAMPLED as u32;
+const BYTES: u32 = 8 * SAMPLED;
 /// Pairs of equal bytes that noise has among so many: each pair is equal with a probability of 1/256.
 const NOISE: u32 = BYTES * (BYTES - 1) / 2 / 256;
 
@@ -62,7 +62,7 @@ pub fn is_regular(page: &Page) -> bool {
 fn repeats(words: &[[u8; 8]]) -> bool {
     // Four tables, so that a byte that repeats does not wait for its own count.
     let mut counts = [[0_u8; 256]; 4];
-    for word in words.iter().step_by(WORDS / SAMPLED) {
+    for word in words.iter().step_by(WORDS / SAMPLED as usize) {
         for (lane, byte) in word.iter().enumerate() {
             let count = &mut counts[lane % 4][usize::from(*byte)];
             *count = count.saturating_add(1);

@@ -16,7 +16,7 @@ const WORD: usize = 8;
 const GROUPS: usize = 8;
 const GROUP: usize = 64 * WORD;
 /// Words of which a page must have fewer to be packed: two thirds.
-const MOST_WORDS: u32 = (PAGE_SIZE / WORD * 2 / 3) as u32;
+const MOST_WORDS: usize = PAGE_SIZE / WORD * 2 / 3;
 
 /// The words of each group that are not zero, by bits.
 fn maps(page: &Page) -> [u64; GROUPS] {
@@ -34,7 +34,8 @@ fn maps(page: &Page) -> [u64; GROUPS] {
 /// Appends a page of which at least a third of the words are zero; `false`, and nothing, for another.
 pub fn pack(page: &Page, out: &mut Vec<u8>) -> bool {
     let maps = maps(page);
-    if maps.iter().map(|map| map.count_ones()).sum::<u32>() > MOST_WORDS {
+    let words: u32 = maps.iter().map(|map| map.count_ones()).sum();
+    if words as usize > MOST_WORDS {
         return false;
     }
     let top = maps
