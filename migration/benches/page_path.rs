@@ -219,13 +219,10 @@ fn coders() {
     }
 }
 
-fn zstd(
-    content: Content,
-    pages: &[Page],
-    level: i32,
-    unit: usize,
-    whole: &dyn Fn(&str, usize, &mut dyn FnMut()),
-) {
+/// Names a pass over so many pages and measures as many of them as make a GiB.
+type Whole<'a> = &'a dyn Fn(&str, usize, &mut dyn FnMut());
+
+fn zstd(content: Content, pages: &[Page], level: i32, unit: usize, whole: Whole<'_>) {
     let mut compressor = Compressor::new(level).unwrap();
     let mut into = vec![0; 2 * unit * PAGE_SIZE];
     let mut packed = Vec::new();

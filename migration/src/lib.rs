@@ -21,6 +21,7 @@ mod bandwidth;
 pub mod codec;
 pub mod destination;
 pub mod options;
+pub mod order;
 pub mod page;
 pub mod policy;
 pub mod port;

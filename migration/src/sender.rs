@@ -215,6 +215,11 @@ impl Sender {
         }
     }
 
+    /// Sends no differences any more.
+    pub(crate) fn without_bases(&mut self) {
+        self.encoder.without_bases();
+    }
+
     /// Sends the pages of `runs` (at most [`BATCH_PAGES`]) in one write: a frame for the zero
     /// pages, then those of the coded ones, then one for the others.
     pub(crate) fn send<L: Link, G: Guest<L> + ?Sized>(

@@ -184,6 +184,11 @@ impl Encoder {
         self.shared.kind != Compress::None
     }
 
+    /// Codes each page by itself from now on.
+    pub fn without_bases(&mut self) {
+        self.shared.cache = None;
+    }
+
     /// Pages that go out as zero pages.
     pub fn zeroed(&self, runs: &[Run]) {
         if let Some(cache) = &self.shared.cache {

@@ -1,6 +1,7 @@
 //! Data channels at the destination: each in a thread of its own, meeting at the end of a round.
 
 use super::DestinationError;
+use super::arriving::Arriving;
 use super::pages::PageReceiver;
 use crate::codec::Decoder;
 use crate::codec::marks::Marks;
@@ -27,6 +28,8 @@ pub struct LaneSet<L, S> {
     layout: RamLayout,
     agreed: Features,
     copies: Arc<Marks>,
+    /// In post-copy, once the guest runs.
+    arriving: Option<Arc<Arriving<L, S>>>,
     timeout: Duration,
     told: Mutex<Told>,
     change: Condvar,
@@ -46,6 +49,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         sink: Arc<S>,
         layout: RamLayout,
         (agreed, copies): (Features, Arc<Marks>),
+        arriving: Option<Arc<Arriving<L, S>>>,
         count: u16,
         timeout: Duration,
     ) -> Self {
@@ -59,6 +63,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
             layout,
             agreed,
             copies,
+            arriving,
             timeout,
             told: Mutex::new(told),
             change: Condvar::new(),
@@ -157,13 +162,21 @@ impl<L: Link, S: PageSink<L>> Lane<L, S> {
             let header = self.channel.recv_header()?;
             match header.kind {
                 FrameType::Pages | FrameType::Zero => {
-                    self.receiver.receive(
-                        &mut self.channel,
-                        &header,
-                        self.set.sink.as_ref(),
-                        &self.set.layout,
-                    )?;
+                    let arriving = self.set.arriving.as_ref().filter(|a| a.begun());
+                    match arriving {
+                        Some(arriving) => {
+                            self.receiver
+                                .receive_to(&mut self.channel, &header, arriving)?;
+                        }
+                        None => self.receiver.receive(
+                            &mut self.channel,
+                            &header,
+                            self.set.sink.as_ref(),
+                            &self.set.layout,
+                        )?,
+                    }
                 }
+                FrameType::Alive => {}
                 FrameType::RoundEnd => {
                     let mut told = self.set.told();
                     let ended = &mut told.rounds[usize::from(self.index)];
