@@ -214,6 +214,7 @@ pub mod tests {
                     bytes: 412_345_678,
                     ms: 1920.0,
                     dirtied: 4210,
+                    ..Round::default()
                 },
                 Round {
                     n: 2,
@@ -221,6 +222,7 @@ pub mod tests {
                     bytes: 17_260_000,
                     ms: 80.2,
                     dirtied: 311,
+                    ..Round::default()
                 },
                 Round {
                     n: 3,
@@ -228,6 +230,7 @@ pub mod tests {
                     bytes: 1_275_000,
                     ms: 9.1,
                     dirtied: 0,
+                    ..Round::default()
                 },
             ],
             pages: Pages {
@@ -301,6 +304,7 @@ why        pending pages fit the downtime target
             bytes: 1,
             ms: 1.0,
             dirtied: 1,
+            ..Round::default()
         };
         let long = Report {
             rounds: (1..=1000).map(round).collect(),
