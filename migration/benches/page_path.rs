@@ -17,7 +17,12 @@ const PAGES: u64 = (1 << 30) / PAGE_SIZE as u64;
 const PASSES: usize = 9;
 
 /// Prints the median time of a pass over the pages of 1 GiB.
-fn bench(name: &str, mut pass: impl FnMut()) {
+fn bench(name: &str, pass: impl FnMut()) {
+    bench_of(name, PAGES, pass);
+}
+
+/// The same of a pass over so many pages, scaled to 1 GiB.
+fn bench_of(name: &str, pages: u64, mut pass: impl FnMut()) {
     pass();
     let mut times: Vec<Duration> = (0..PASSES)
         .map(|_| {
@@ -29,9 +34,10 @@ fn bench(name: &str, mut pass: impl FnMut()) {
     times.sort_unstable();
     let median = times[PASSES / 2].as_secs_f64();
     println!(
-        "{name:<44} {:>12.1} µs/GiB {:>10.3} ns/page",
-        median * 1e6,
-        median * 1e9 / PAGES as f64
+        "{name:<44} {:>12.1} µs/GiB {:>10.3} ns/page {:>8.2} GB/s",
+        median * 1e6 * PAGES as f64 / pages as f64,
+        median * 1e9 / pages as f64,
+        (pages * PAGE_SIZE as u64) as f64 / median / 1e9
     );
 }
 
@@ -161,16 +167,13 @@ fn contents() {
     });
 }
 
-/// Coders on pages of each kind: 16 MiB of each, several times over. Per GiB of memory, whatever it becomes.
+/// Coders on 16 MiB of pages of each kind. Per GiB of memory, whatever it becomes.
 fn coders() {
     const COUNT: usize = 4096;
-    let times = usize::try_from(PAGES).unwrap() / COUNT;
-    let whole = |name: &str, count: usize, pass: &mut dyn FnMut()| {
-        bench(name, || (0..times * COUNT / count).for_each(|_| pass()));
-    };
+    let whole = |name: &str, pass: &mut dyn FnMut()| bench_of(name, COUNT as u64, pass);
     for content in Content::ALL {
         let pages: Vec<Page> = (0..COUNT as u64).map(|seed| page(content, seed)).collect();
-        whole(&format!("{content:?}: class"), COUNT, &mut || {
+        whole(&format!("{content:?}: class"), &mut || {
             black_box(&pages).iter().for_each(|page| {
                 black_box(classify(page));
             });
@@ -182,7 +185,6 @@ fn coders() {
         }
         whole(
             &format!("{content:?}: delta, 4 bytes changed, encode"),
-            COUNT,
             &mut || {
                 for (old, new) in pages.iter().zip(black_box(&changed)) {
                     out.clear();
@@ -190,23 +192,26 @@ fn coders() {
                 }
             },
         );
-        whole(&format!("{content:?}: delta, decode"), COUNT, &mut || {
-            for page in black_box(&mut changed) {
-                black_box(patch::apply(&out, page)).unwrap();
-            }
-        });
+        whole(
+            &format!("{content:?}: delta, 4 bytes changed, apply"),
+            &mut || {
+                for page in black_box(&mut changed) {
+                    black_box(patch::apply(&out, page)).unwrap();
+                }
+            },
+        );
         out.clear();
         if words::pack(&pages[0], &mut out) {
             let packed = out.clone();
             println!("  packed to {:.3}", packed.len() as f64 / PAGE_SIZE as f64);
-            whole(&format!("{content:?}: pack"), COUNT, &mut || {
+            whole(&format!("{content:?}: pack"), &mut || {
                 for page in black_box(&pages) {
                     out.clear();
                     black_box(words::pack(page, &mut out));
                 }
             });
             let mut back = [0; PAGE_SIZE];
-            whole(&format!("{content:?}: unpack"), COUNT, &mut || {
+            whole(&format!("{content:?}: unpack"), &mut || {
                 for _ in 0..COUNT {
                     back.fill(0);
                     black_box(words::unpack(black_box(&packed), &mut back));
@@ -219,8 +224,8 @@ fn coders() {
     }
 }
 
-/// Names a pass over so many pages and measures as many of them as make a GiB.
-type Whole<'a> = &'a dyn Fn(&str, usize, &mut dyn FnMut());
+/// Measures a pass over all pages.
+type Whole<'a> = &'a dyn Fn(&str, &mut dyn FnMut());
 
 fn zstd(content: Content, pages: &[Page], level: i32, unit: usize, whole: Whole<'_>) {
     let mut compressor = Compressor::new(level).unwrap();
@@ -229,7 +234,6 @@ fn zstd(content: Content, pages: &[Page], level: i32, unit: usize, whole: Whole<
     let units = pages.chunks_exact(unit);
     whole(
         &format!("{content:?}: zstd {level}, {unit} pages, encode"),
-        pages.len(),
         &mut || {
             packed.clear();
             for pages in units.clone() {
@@ -244,7 +248,6 @@ fn zstd(content: Content, pages: &[Page], level: i32, unit: usize, whole: Whole<
     let mut decompressor = Decompressor::new().unwrap();
     whole(
         &format!("{content:?}: zstd {level}, {unit} pages, decode"),
-        pages.len(),
         &mut || {
             for packed in &packed {
                 black_box(decompressor.decompress_to_buffer(packed, &mut into[..])).unwrap();

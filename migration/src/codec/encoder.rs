@@ -2,7 +2,7 @@
 
 use super::adaptive::{Chooser, Level, Outcome};
 use super::cache::DeltaCache;
-use super::class::is_regular;
+use super::class::{is_regular, is_sparse};
 use super::marks::Marks;
 use super::patch::{self, Page, ZEROS};
 use super::words;
@@ -388,7 +388,7 @@ impl Encoder {
         if let Some(kind) = kind {
             return Way::Among(kind);
         }
-        if self.shared.patches && words::pack(page, patches) {
+        if self.shared.patches && is_sparse(page) && words::pack(page, patches) {
             return Way::Among(Kind::Sparse);
         }
         if level == Level::Full && self.wants_zstd(at) {
@@ -486,7 +486,7 @@ impl Encoder {
                 taken += 1;
                 let before = self.patches.len();
                 let page = &self.copies[kept];
-                if self.shared.patches && words::pack(page, &mut self.patches) {
+                if self.shared.patches && is_sparse(page) && words::pack(page, &mut self.patches) {
                     bytes += (self.patches.len() - before) as u64;
                 } else {
                     kept += 1;
