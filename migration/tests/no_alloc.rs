@@ -29,6 +29,8 @@ use std::time::Duration;
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
+/// What a lane's encoder and decoder may hold together, whatever they send.
+const LANE_BUFFERS: usize = 6 << 20;
 /// The delta cache, smaller than either guest, so that it is as full with the one as with the other.
 const CACHE: u64 = 1 << 20;
 
@@ -167,8 +169,14 @@ fn allocations_do_not_grow_with_the_pages() {
         );
         // Sets of pages and heat: a few bits and a byte a page, some of them copied once a round.
         let more_bytes = large.bytes_allocated.saturating_sub(small.bytes_allocated);
+        // A lane that had nothing to do with the small guest has no buffers for coding yet.
+        let buffers = if compress == Compress::None {
+            0
+        } else {
+            usize::from(channels) * LANE_BUFFERS
+        };
         assert!(
-            more_bytes < (LARGE - SMALL) / 256,
+            more_bytes < (LARGE - SMALL) / 256 + buffers,
             "{more_bytes} bytes more for {more_pages} more pages"
         );
     }
