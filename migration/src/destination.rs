@@ -48,7 +48,7 @@ use crate::wire::{
 };
 use pages::PageReceiver;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Where the destination stands; see the module's figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -586,9 +586,10 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .map_err(DestinationError::Unfit)?;
             arriving.begin(Arc::clone(sink), missing);
         }
-        let began = Instant::now();
+        let began = self.clock.now();
         self.host.restore(&bytes).map_err(DestinationError::State)?;
-        self.restore_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.restore_us =
+            u64::try_from(self.clock.now().saturating_sub(began).as_micros()).unwrap_or(u64::MAX);
         self.restored = true;
         let ready = Ready {
             verified: self.verify,
@@ -625,7 +626,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// The source's word: the guest is ours. Saying it twice changes nothing.
     fn commit(&mut self) -> Result<Step, DestinationError> {
-        let read = Instant::now();
+        let read = self.clock.now();
         let mut since = Duration::ZERO;
         let again = matches!(self.state, State::Running | State::Interrupted);
         if !again {
@@ -651,7 +652,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .as_ref()
                 .is_some_and(|a| a.complete().is_none());
         let running = Running {
-            start_us: micros(read.elapsed().saturating_sub(since)),
+            start_us: micros(self.clock.now().saturating_sub(read).saturating_sub(since)),
             since_us: micros(since),
             missing: left,
             verify: compare,
