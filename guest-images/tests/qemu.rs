@@ -256,7 +256,7 @@ fn what_cannot_be_run_is_refused_with_one_sentence() {
     }
     let tsc = format!(" ferry.tsc_khz={TSC_KHZ}");
     for (command_line, part) in [
-        ("ferry.run=cg.A", "`cg`"),
+        ("ferry.run=lu.A", "`lu`"),
         ("ferry.run=mg.Z", "`Z`"),
         ("ferry.run=mg.A", "mg.A needs a guest of"),
         ("ferry.run=dirty:wss=1G", "needs a guest of"),

@@ -18,12 +18,15 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 #![forbid(unsafe_code)]
 
+mod cg;
 pub mod dirty;
 mod ep;
+mod ft;
 #[cfg(any(test, feature = "std"))]
 pub mod host;
 mod is;
 pub mod line;
+mod lines;
 mod math;
 mod mg;
 mod problem;
