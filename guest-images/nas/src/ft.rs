@@ -27,6 +27,8 @@ const SAMPLES: usize = 1024;
 const LANES: usize = 8;
 /// Rows between two ticks of what is only streamed.
 const ROWS: usize = 8;
+/// The components of a row, all of them.
+const COMPLEX: [usize; 2] = [0, 1];
 /// The most iterations of a class.
 const MAX_STEPS: usize = 20;
 
@@ -337,16 +339,16 @@ impl<H: Hooks> Lines<'_, H> {
                     for rows in plane.chunks_mut(row * LANES) {
                         self.pack(rank, self.width, scratch, |pack, gather| {
                             if gather {
-                                gather_along(pack, rows, row, width, &all);
+                                gather_along(pack, rows, (row, width), &all, &COMPLEX);
                             } else {
-                                scatter_along(pack, rows, row, width, &all);
+                                scatter_along(pack, rows, (row, width), &all);
                             }
                         });
                     }
                     for xs in packs::<LANES>(0..width) {
                         self.pack(rank, self.height, scratch, |pack, gather| {
                             if gather {
-                                gather_across(pack, plane.chunks_exact(row), width, &xs);
+                                gather_across(pack, plane.chunks_exact(row), width, &xs, &COMPLEX);
                             } else {
                                 scatter_across(pack, plane.chunks_exact_mut(row), width, &xs);
                             }
@@ -377,7 +379,7 @@ impl<H: Hooks> Lines<'_, H> {
                         self.pack(rank, self.depth, scratch, |pack, gather| {
                             if gather {
                                 let rows = strips.iter().map(|strip| &strip[row.clone()]);
-                                gather_across(pack, rows, width, &xs);
+                                gather_across(pack, rows, width, &xs, &COMPLEX);
                             } else {
                                 let rows = strips.iter_mut().map(|strip| &mut strip[row.clone()]);
                                 scatter_across(pack, rows, width, &xs);

@@ -18,9 +18,11 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 #![forbid(unsafe_code)]
 
+mod bt;
 mod cg;
 pub mod dirty;
 mod ep;
+mod flow;
 mod ft;
 #[cfg(any(test, feature = "std"))]
 pub mod host;
@@ -31,6 +33,7 @@ mod math;
 mod mg;
 mod problem;
 mod random;
+mod sp;
 pub mod team;
 pub mod workload;
 

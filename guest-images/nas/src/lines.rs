@@ -44,17 +44,19 @@ pub(crate) fn packs<const L: usize>(lines: Range<usize>) -> impl Iterator<Item =
     lines.step_by(L).map(move |at| at..end.min(at + L))
 }
 
-/// Lines across rows, those through the points `xs` of each row: one point of the pack from each row.
+/// Lines across rows, those through the points `xs` of each row: one point of the pack from each row, and of that the
+/// `components` that are asked for.
 #[inline(always)]
 pub(crate) fn gather_across<'r, const C: usize, const L: usize>(
     pack: &mut [Point<C, L>],
     rows: impl Iterator<Item = &'r [f64]>,
     width: usize,
     xs: &Range<usize>,
+    components: &[usize; C],
 ) {
     for (point, row) in pack.iter_mut().zip(rows) {
-        for (component, lanes) in row.chunks_exact(width).zip(point) {
-            *lanes = load(&component[xs.clone()]);
+        for (lanes, component) in point.iter_mut().zip(components) {
+            *lanes = load(&row[component * width..][xs.clone()]);
         }
     }
 }
@@ -74,19 +76,20 @@ pub(crate) fn scatter_across<'r, const C: usize, const L: usize>(
     }
 }
 
-/// Lines along rows: the points `xs` of each of the rows in `rows`, of which there are at most `L`, each of `row` elements.
+/// Lines along rows: the points `xs` of each of the rows in `rows`, of which there are at most `L`, each of `row` elements;
+/// of each point the `components` that are asked for.
 #[inline(always)]
 pub(crate) fn gather_along<const C: usize, const L: usize>(
     pack: &mut [Point<C, L>],
     rows: &[f64],
-    row: usize,
-    width: usize,
+    (row, width): (usize, usize),
     xs: &Range<usize>,
+    components: &[usize; C],
 ) {
     let last = (rows.len() / row).saturating_sub(1);
-    for m in 0..C {
+    for (m, component) in components.iter().enumerate() {
         let lines: [&[f64]; L] = core::array::from_fn(|lane| {
-            &rows[lane.min(last) * row + m * width..][..width][xs.clone()]
+            &rows[lane.min(last) * row + component * width..][xs.clone()]
         });
         for (i, point) in pack.iter_mut().enumerate().take(xs.len()) {
             point[m] = lines.map(|line| line[i]);
@@ -99,8 +102,7 @@ pub(crate) fn gather_along<const C: usize, const L: usize>(
 pub(crate) fn scatter_along<const C: usize, const L: usize>(
     pack: &[Point<C, L>],
     rows: &mut [f64],
-    row: usize,
-    width: usize,
+    (row, width): (usize, usize),
     xs: &Range<usize>,
 ) {
     for (lane, line) in rows.chunks_exact_mut(row).enumerate().take(L) {
@@ -131,7 +133,7 @@ mod tests {
         let mut pack = [[[f64::NAN; 4]; 2]; WIDTH];
         let mut back = vec![-1.0; 5 * ROW];
         for xs in packs::<4>(xs.clone()) {
-            gather_across(&mut pack, plane().chunks_exact(ROW), WIDTH, &xs);
+            gather_across(&mut pack, plane().chunks_exact(ROW), WIDTH, &xs, &[0, 1]);
             for (y, point) in pack.iter().enumerate().take(5) {
                 for (m, lanes) in point.iter().enumerate() {
                     for (x, &value) in xs.clone().zip(lanes) {
@@ -145,7 +147,13 @@ mod tests {
         }
         for ys in packs::<4>(0..5) {
             let rows = ys.start * ROW..ys.end * ROW;
-            gather_along(&mut pack, &plane()[rows.clone()], ROW, WIDTH, &xs);
+            gather_along(
+                &mut pack,
+                &plane()[rows.clone()],
+                (ROW, WIDTH),
+                &xs,
+                &[0, 1],
+            );
             for (i, point) in pack.iter().enumerate().take(xs.len()) {
                 for (m, lanes) in point.iter().enumerate() {
                     for (y, &value) in ys.clone().zip(lanes) {
@@ -155,7 +163,7 @@ mod tests {
                     }
                 }
             }
-            scatter_along(&pack, &mut back[rows], ROW, WIDTH, &xs);
+            scatter_along(&pack, &mut back[rows], (ROW, WIDTH), &xs);
         }
         for (at, (&seen, &back)) in seen.iter().zip(&back).enumerate() {
             let inside = xs.contains(&(at % WIDTH));

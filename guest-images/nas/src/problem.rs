@@ -1,7 +1,7 @@
 //! What can be run: kernel, class, the memory it takes, and what comes out.
 
 use crate::team::{Hooks, MAX_RANKS, Team};
-use crate::{cg, ep, ft, is, mg};
+use crate::{bt, cg, ep, ft, is, mg, sp};
 use core::fmt;
 
 /// A kernel of the NAS Parallel Benchmarks.
@@ -18,11 +18,23 @@ pub enum Kernel {
     Mg,
     /// Fourier transforms of a 3-D box, along each of its directions. Rewrites most of its memory in every iteration.
     Ft,
+    /// Block-tridiagonal systems along the lines of a 3-D flow. Much computing between sweeps over large arrays.
+    Bt,
+    /// Scalar pentadiagonal systems along the lines of the same flow. Sweeps over large arrays.
+    Sp,
 }
 
 impl Kernel {
     /// All kernels there are.
-    pub const ALL: [Self; 5] = [Self::Ep, Self::Is, Self::Cg, Self::Mg, Self::Ft];
+    pub const ALL: [Self; 7] = [
+        Self::Ep,
+        Self::Is,
+        Self::Cg,
+        Self::Mg,
+        Self::Ft,
+        Self::Bt,
+        Self::Sp,
+    ];
 
     /// The published short name.
     pub fn name(self) -> &'static str {
@@ -32,6 +44,8 @@ impl Kernel {
             Self::Cg => "cg",
             Self::Mg => "mg",
             Self::Ft => "ft",
+            Self::Bt => "bt",
+            Self::Sp => "sp",
         }
     }
 
@@ -127,6 +141,8 @@ impl Problem {
             Kernel::Cg => cg::needs(self.class),
             Kernel::Mg => mg::needs(self.class),
             Kernel::Ft => ft::needs(self.class, ranks),
+            Kernel::Bt => bt::needs(self.class, ranks),
+            Kernel::Sp => sp::needs(self.class, ranks),
         }
     }
 }
@@ -299,5 +315,7 @@ pub fn run(
         Kernel::Cg => cg::run(problem, floats, words, team, hooks),
         Kernel::Mg => mg::run(problem, floats, team, hooks),
         Kernel::Ft => ft::run(problem, floats, team, hooks),
+        Kernel::Bt => bt::run(problem, floats, team, hooks),
+        Kernel::Sp => sp::run(problem, floats, team, hooks),
     })
 }
