@@ -1,7 +1,7 @@
 //! The embedded image under QEMU with KVM, where both are there.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use ferry_guest_images::{BARE, Line, STOP, Work, Workload};
+use ferry_guest_images::{BARE, Kernel, Line, STOP, Work, Workload};
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
@@ -139,7 +139,9 @@ fn kernels_verify_on_one_and_two_processors() {
         return;
     }
     for cpus in [1, 2] {
-        for kernel in ["ep.S", "is.S", "mg.S"] {
+        for kernel in Kernel::ALL {
+            let kernel = format!("{}.S", kernel.name());
+            let kernel = kernel.as_str();
             let guest = Guest::run("64M", cpus, kernel);
             let verified = guest.wait(|line| match line {
                 Line::Result(result) => {
@@ -259,6 +261,7 @@ fn what_cannot_be_run_is_refused_with_one_sentence() {
         ("ferry.run=lu.A", "`lu`"),
         ("ferry.run=mg.Z", "`Z`"),
         ("ferry.run=mg.A", "mg.A needs a guest of"),
+        ("ferry.run=ft.C", "ft.C needs a guest of 51"),
         ("ferry.run=dirty:wss=1G", "needs a guest of"),
         ("ferry.run=dirty:wss=x", "`wss=x`"),
         ("ferry.cpus=1", "ferry.run="),

@@ -18,6 +18,8 @@
 #![forbid(unsafe_code)]
 #![allow(missing_docs)]
 
+#[path = "shared/binary.rs"]
+mod binary;
 mod migration {
     pub mod args;
     pub mod case;
@@ -37,8 +39,6 @@ use migration::case::Contestant;
 use migration::measure::{Run, load};
 use migration::{ferry, qemu, table};
 use serde_json::json;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 fn main() -> Result<()> {
     let args = Args::parse();
@@ -47,19 +47,10 @@ fn main() -> Result<()> {
         eprintln!("NOT RUN: benchmark of migrations: use cargo bench");
         return Ok(());
     }
-    // This executable lies in <target>/release/deps; ferry belongs into the same house.
-    let me = std::env::current_exe()?;
-    let release = me
-        .parent()
-        .and_then(Path::parent)
-        .context("the benchmark must be run by cargo bench")?;
-    let binary = build(release)?;
-    if let Err(error) = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-    {
-        eprintln!("NOT RUN: benchmark of migrations: /dev/kvm cannot be opened ({error})");
+    let release = binary::release()?;
+    let binary = binary::build(&release)?;
+    if let Err(error) = binary::kvm() {
+        eprintln!("NOT RUN: benchmark of migrations: {error}");
         return Ok(());
     }
     let contestants = contestants(&args);
@@ -111,28 +102,6 @@ fn main() -> Result<()> {
         path.canonicalize().unwrap_or(path).display()
     );
     Ok(())
-}
-
-/// Builds the release binary; the benchmark of a debug build would be one of the compiler.
-fn build(release: &Path) -> Result<PathBuf> {
-    let target = release.parent().context("no target directory")?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "-p",
-            "ferry-vmm",
-            "--bin",
-            "ferry",
-            "--target-dir",
-        ])
-        .arg(target)
-        .status()
-        .context("running cargo")?;
-    anyhow::ensure!(status.success(), "ferry cannot be built ({status})");
-    Ok(target.join("release/ferry"))
 }
 
 fn contestants(args: &Args) -> Vec<Contestant> {

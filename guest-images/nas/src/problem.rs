@@ -254,14 +254,14 @@ impl Outcome {
 /// Why a run did not begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunError {
-    /// The workspace is too small.
+    /// There is not enough memory.
     Memory {
         /// What was to be run.
         problem: Problem,
-        /// What it needs.
-        needs: Needs,
-        /// What it was given.
-        given: Needs,
+        /// What it needs, in bytes.
+        needs: u64,
+        /// What there is, in bytes, where that is known.
+        given: Option<u64>,
     },
 }
 
@@ -272,12 +272,13 @@ impl fmt::Display for RunError {
             needs,
             given,
         } = self;
-        write!(
-            f,
-            "{problem} needs {} bytes of memory and was given {}; give it more or choose a smaller class",
-            needs.bytes(),
-            given.bytes()
-        )
+        const MIB: u64 = 1 << 20;
+        write!(f, "{problem} needs {} MiB of memory, ", needs.div_ceil(MIB))?;
+        match given {
+            Some(given) => write!(f, "and there are {}", given / MIB)?,
+            None => f.write_str("more than this process may have")?,
+        }
+        f.write_str("; give it more or choose a smaller class")
     }
 }
 
@@ -300,8 +301,8 @@ pub fn run(
     };
     let short = RunError::Memory {
         problem,
-        needs,
-        given,
+        needs: needs.bytes(),
+        given: Some(given.bytes()),
     };
     let Some(floats) = workspace.floats.get_mut(..needs.floats) else {
         return Err(short);

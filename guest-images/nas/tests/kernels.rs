@@ -67,5 +67,5 @@ fn too_little_memory_is_refused_with_a_sentence() {
     };
     let error = run(problem, workspace, &Solo, &host::Clock::start()).unwrap_err();
     assert!(matches!(error, RunError::Memory { .. }));
-    assert!(error.to_string().contains("mg.S needs"), "{error}");
+    assert!(error.to_string().contains("mg.S needs 2 MiB"), "{error}");
 }
