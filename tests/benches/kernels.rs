@@ -59,17 +59,9 @@ struct Measured {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    if !args.bench {
-        // `cargo test --all-targets` runs benchmarks too, which would test nothing.
-        eprintln!("NOT RUN: benchmark of kernels: use cargo bench");
+    let Some(built) = binary::built("kernels", args.bench)? else {
         return Ok(());
-    }
-    let release = binary::release()?;
-    let ferry = binary::build(&release)?;
-    if let Err(error) = binary::kvm() {
-        eprintln!("NOT RUN: benchmark of kernels: {error}");
-        return Ok(());
-    }
+    };
     println!(
         "{} pairs of runs on {} of {} processors",
         args.pairs,
@@ -81,21 +73,12 @@ fn main() -> Result<()> {
     );
     let mut all = Vec::new();
     for kernel in &args.kernels {
-        let measured = measure(&ferry, kernel, &args)?;
+        let measured = measure(&built.ferry, kernel, &args)?;
         println!("{}", measured.sentence());
         all.push(measured);
     }
-    let path = args
-        .output
-        .unwrap_or_else(|| release.join("../kernels-bench.json"));
     let report = json!({ "schema": 1, "goal": GOAL, "kernels": all });
-    std::fs::write(&path, serde_json::to_vec_pretty(&report)?)
-        .with_context(|| format!("writing {}", path.display()))?;
-    println!(
-        "every run: {}",
-        path.canonicalize().unwrap_or(path).display()
-    );
-    Ok(())
+    built.write(args.output, "kernels-bench.json", &report)
 }
 
 fn measure(ferry: &Path, kernel: &str, args: &Args) -> Result<Measured> {

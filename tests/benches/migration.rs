@@ -42,19 +42,12 @@ use serde_json::json;
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    if !args.bench {
-        // `cargo test --all-targets` runs benchmarks too: minutes of it, which would test nothing.
-        eprintln!("NOT RUN: benchmark of migrations: use cargo bench");
+    let Some(built) = binary::built("migrations", args.bench)? else {
         return Ok(());
-    }
-    let release = binary::release()?;
-    let binary = binary::build(&release)?;
-    if let Err(error) = binary::kvm() {
-        eprintln!("NOT RUN: benchmark of migrations: {error}");
-        return Ok(());
-    }
+    };
+    let binary = &built.ferry;
     let contestants = contestants(&args);
-    let tsc_khz = ferry::tsc_khz(&binary).context("asking a guest for the clock's rate")?;
+    let tsc_khz = ferry::tsc_khz(binary).context("asking a guest for the clock's rate")?;
     println!(
         "{} runs of {} on {} processors, clock {tsc_khz} kHz, load {}",
         args.runs,
@@ -69,7 +62,7 @@ fn main() -> Result<()> {
             for contestant in contestants[shift..].iter().chain(&contestants[..shift]) {
                 let before = load();
                 let result = match contestant {
-                    Contestant::Ferry => ferry::run(&binary, case),
+                    Contestant::Ferry => ferry::run(binary, case),
                     Contestant::Qemu { multifd } => qemu::run(case, *multifd, tsc_khz),
                 };
                 match result {
@@ -91,17 +84,8 @@ fn main() -> Result<()> {
         }
     }
     table::print(&runs);
-    let path = args
-        .output
-        .unwrap_or_else(|| release.join("../migration-bench.json"));
     let report = json!({ "schema": 1, "tsc_khz": tsc_khz, "runs": runs });
-    std::fs::write(&path, serde_json::to_vec_pretty(&report)?)
-        .with_context(|| format!("writing {}", path.display()))?;
-    println!(
-        "every run: {}",
-        path.canonicalize().unwrap_or(path).display()
-    );
-    Ok(())
+    built.write(args.output, "migration-bench.json", &report)
 }
 
 fn contestants(args: &Args) -> Vec<Contestant> {

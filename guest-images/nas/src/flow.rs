@@ -1,5 +1,5 @@
 //! The flow that BT and SP compute: the compressible Navier–Stokes equations in a cube, with a forcing that makes a known
-//! polynomial their steady solution (NAS-95-020, section 3.2 to 3.4, "the CFD applications").
+//! polynomial their steady solution (NAS-95-020, section 3).
 //!
 //! Both step an implicit scheme of second order with artificial dissipation of fourth order, factored so that each step
 //! solves systems along the lines of one direction after another. What differs is the systems: a [`Method`].
@@ -14,7 +14,7 @@ pub(crate) use grid::{AXES, Damping, Grid, diffusion, dissipation, gas};
 
 use crate::lines::Point;
 use crate::math::sqrt;
-use crate::problem::{Check, Needs, Outcome, Problem, Verification};
+use crate::problem::{Check, Class, Needs, Outcome, Problem, Verification};
 use crate::team::{Hooks, Team, over_units, ranks_for};
 
 /// Components of a point.
@@ -51,12 +51,36 @@ pub(crate) struct Parameters {
     pub(crate) error: Five,
 }
 
+impl Parameters {
+    pub(crate) const fn new(
+        points: usize,
+        steps: u32,
+        dt: f64,
+        residual: Five,
+        error: Five,
+    ) -> Self {
+        Self {
+            points,
+            steps,
+            dt,
+            residual,
+            error,
+        }
+    }
+}
+
 /// How a time step's systems are made and solved: `P` properties of each point go in, packs of `L` lines are solved together.
-pub(crate) trait Method<const P: usize, const L: usize>: Sync {
+pub(crate) trait Method<const P: usize, const L: usize>: Sync + Sized {
     /// How many auxiliary components it has: [`aux::COMMON`], and its own.
     const AUXILIARIES: usize;
     /// Memory to work in, in elements by point and line of a pack.
     const WORK: usize;
+
+    /// The method on a grid.
+    fn new(grid: &Grid) -> Self;
+
+    /// The published classes.
+    fn parameters(class: Class) -> Parameters;
 
     /// The operations of a step, as NPB counts them, for a cube of an edge of `points`.
     fn operations(points: f64) -> f64;
@@ -85,11 +109,13 @@ pub(crate) trait Method<const P: usize, const L: usize>: Sync {
     fn add(&self, u: &mut [f64], solution: &[f64], auxiliary: &[f64]);
 }
 
-/// The memory that a cube of an edge of `points` needs on `ranks` processors.
+/// The memory that a class of the method that `new` makes needs on `ranks` processors.
 pub(crate) fn needs<const P: usize, const L: usize, M: Method<P, L>>(
-    points: usize,
+    _new: fn(&Grid) -> M,
+    class: Class,
     ranks: usize,
 ) -> Needs {
+    let points = M::parameters(class).points;
     let cube = points * points * points;
     Needs {
         floats: cube * (3 * COMPONENTS + M::AUXILIARIES)
@@ -98,17 +124,34 @@ pub(crate) fn needs<const P: usize, const L: usize, M: Method<P, L>>(
     }
 }
 
-/// Runs all steps of `parameters` by the method that `method` makes for the grid.
+/// Runs all steps of a class by the method that `new` makes.
 pub(crate) fn run<const P: usize, const L: usize, M: Method<P, L>>(
+    new: fn(&Grid) -> M,
     problem: Problem,
+    floats: &mut [f64],
+    team: &impl Team,
+    hooks: &impl Hooks,
+) -> Outcome {
+    run_with(
+        new,
+        &M::parameters(problem.class),
+        problem,
+        floats,
+        team,
+        hooks,
+    )
+}
+
+fn run_with<const P: usize, const L: usize, M: Method<P, L>>(
+    new: fn(&Grid) -> M,
     parameters: &Parameters,
-    method: impl Fn(&Grid) -> M,
+    problem: Problem,
     floats: &mut [f64],
     team: &impl Team,
     hooks: &impl Hooks,
 ) -> Outcome {
     let grid = Grid::new(parameters.points, parameters.dt);
-    let method = method(&grid);
+    let method = new(&grid);
     let mut flow = Flow::new(grid, &method, floats, team, hooks);
     flow.force();
     // One step untimed, to touch everything.
@@ -277,7 +320,10 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bt::BlockTridiagonal;
     use crate::host::{Clock, Threads};
+    use crate::problem::Kernel;
+    use crate::sp::Pentadiagonal;
 
     /// A method whose solution is nothing.
     struct Still;
@@ -285,6 +331,14 @@ mod tests {
     impl Method<1, 1> for Still {
         const AUXILIARIES: usize = aux::COMMON;
         const WORK: usize = 0;
+
+        fn new(_grid: &Grid) -> Self {
+            Self
+        }
+
+        fn parameters(_class: Class) -> Parameters {
+            Parameters::new(12, 1, 0.5, [1.0; COMPONENTS], [1.0; COMPONENTS])
+        }
 
         fn operations(_points: f64) -> f64 {
             0.0
@@ -314,7 +368,7 @@ mod tests {
     #[test]
     fn the_exact_solution_is_steady_and_what_a_run_begins_with_is_not() {
         let (team, clock) = (Threads::new(3), Clock::start());
-        let mut floats = vec![f64::NAN; needs::<1, 1, Still>(12, 3).floats];
+        let mut floats = vec![f64::NAN; needs(Still::new, Class::S, 3).floats];
         let mut flow = Flow::new(Grid::new(12, 0.5), &Still, &mut floats, &team, &clock);
         flow.force();
         assert_eq!(flow.error(), [0.0; COMPONENTS]);
@@ -329,5 +383,33 @@ mod tests {
         flow.right_side(|_, _| ());
         let (error, residual) = (flow.error(), flow.residual());
         assert!(error.iter().chain(&residual).all(|&norm| norm > 1e-3));
+    }
+
+    /// Runs class S as it is published, and with a slightly other time step.
+    fn verifies_with_its_own_time_step_only<const P: usize, const L: usize, M: Method<P, L>>(
+        new: fn(&Grid) -> M,
+        kernel: Kernel,
+    ) {
+        let class = Class::S;
+        let (team, clock) = (Threads::new(2), Clock::start());
+        // Memory full of nonsense: the run must not depend on what was there.
+        let mut floats = vec![f64::NAN; needs(new, class, 2).floats];
+        for (factor, verified) in [(1.0, true), (1.000_001, false)] {
+            let mut parameters = M::parameters(class);
+            parameters.dt *= factor;
+            let problem = Problem { kernel, class };
+            let outcome = run_with(new, &parameters, problem, &mut floats, &team, &clock);
+            assert_eq!(outcome.verified, verified, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn bt_with_another_time_step_does_not_verify() {
+        verifies_with_its_own_time_step_only(BlockTridiagonal::new, Kernel::Bt);
+    }
+
+    #[test]
+    fn sp_with_another_time_step_does_not_verify() {
+        verifies_with_its_own_time_step_only(Pentadiagonal::new, Kernel::Sp);
     }
 }

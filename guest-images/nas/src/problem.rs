@@ -1,7 +1,10 @@
 //! What can be run: kernel, class, the memory it takes, and what comes out.
 
+use crate::bt::BlockTridiagonal;
+use crate::flow::{self, Method};
+use crate::sp::Pentadiagonal;
 use crate::team::{Hooks, MAX_RANKS, Team};
-use crate::{bt, cg, ep, ft, is, mg, sp};
+use crate::{cg, ep, ft, is, mg};
 use core::fmt;
 
 /// A kernel of the NAS Parallel Benchmarks.
@@ -141,8 +144,8 @@ impl Problem {
             Kernel::Cg => cg::needs(self.class),
             Kernel::Mg => mg::needs(self.class),
             Kernel::Ft => ft::needs(self.class, ranks),
-            Kernel::Bt => bt::needs(self.class, ranks),
-            Kernel::Sp => sp::needs(self.class, ranks),
+            Kernel::Bt => flow::needs(BlockTridiagonal::new, self.class, ranks),
+            Kernel::Sp => flow::needs(Pentadiagonal::new, self.class, ranks),
         }
     }
 }
@@ -316,7 +319,7 @@ pub fn run(
         Kernel::Cg => cg::run(problem, floats, words, team, hooks),
         Kernel::Mg => mg::run(problem, floats, team, hooks),
         Kernel::Ft => ft::run(problem, floats, team, hooks),
-        Kernel::Bt => bt::run(problem, floats, team, hooks),
-        Kernel::Sp => sp::run(problem, floats, team, hooks),
+        Kernel::Bt => flow::run(BlockTridiagonal::new, problem, floats, team, hooks),
+        Kernel::Sp => flow::run(Pentadiagonal::new, problem, floats, team, hooks),
     })
 }

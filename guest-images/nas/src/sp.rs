@@ -1,4 +1,4 @@
-//! SP: the flow by a scheme whose systems are five scalar pentadiagonal ones for each line (NAS-95-020, section 3.4.3).
+//! SP: the flow by a scheme whose systems are five scalar pentadiagonal ones for each line (NAS-95-020, section 3).
 //!
 //! The flux Jacobian along an axis is diagonalised: its eigenvalues are the velocity, three times, and the velocity plus and
 //! minus the speed of sound. What turns the variables of one axis into those of the next is a product of two eigenvector
@@ -6,12 +6,10 @@
 
 use crate::flow::{
     COMPONENTS, Damping, Grid, Method, Parameters, aux, diffusion, dissipation, gas,
-    needs as flow_needs, run as flow_run,
 };
 use crate::lines::{Point, points};
 use crate::math::sqrt;
-use crate::problem::{Class, Needs, Outcome, Problem};
-use crate::team::{Hooks, Team};
+use crate::problem::Class;
 use core::f64::consts::FRAC_1_SQRT_2;
 
 /// Lines in a pack.
@@ -23,138 +21,7 @@ const BLOCK: usize = 32;
 /// The auxiliary component of this method: the speed of sound.
 const SOUND: usize = aux::COMMON;
 
-fn parameters(class: Class) -> Parameters {
-    let (points, steps, dt, residual, error) = match class {
-        Class::S => (
-            12,
-            100,
-            0.015,
-            [
-                2.747_031_545_133_948e-2,
-                1.036_074_670_528_541_7e-2,
-                1.623_574_506_509_553_2e-2,
-                1.584_055_722_445_561_5e-2,
-                3.484_904_060_936_246e-2,
-            ],
-            [
-                2.728_925_855_737_722_5e-5,
-                1.036_444_664_083_728_5e-5,
-                1.615_479_828_716_647e-5,
-                1.575_070_499_448_01e-5,
-                3.417_766_618_339_053e-5,
-            ],
-        ),
-        Class::W => (
-            36,
-            400,
-            0.0015,
-            [
-                1.893_253_733_584e-3,
-                1.717_075_447_775e-4,
-                2.778_153_350_936e-4,
-                2.887_475_409_984e-4,
-                3.143_611_161_242e-3,
-            ],
-            [
-                7.542_088_599_534e-5,
-                6.512_852_253_086e-6,
-                1.049_092_285_688e-5,
-                1.128_838_671_535e-5,
-                1.212_845_639_773e-4,
-            ],
-        ),
-        Class::A => (
-            64,
-            400,
-            0.0015,
-            [
-                2.479_982_239_930_019_5,
-                1.127_633_796_436_883_2,
-                1.502_897_788_877_049_2,
-                1.421_781_621_169_518,
-                2.129_211_303_513_828,
-            ],
-            [
-                1.090_014_029_782_055e-4,
-                3.734_395_176_928_209e-5,
-                5.009_278_540_654_163e-5,
-                4.767_109_393_952_825e-5,
-                1.362_161_339_921_3e-4,
-            ],
-        ),
-        Class::B => (
-            102,
-            400,
-            0.001,
-            [
-                6.903_293_579_998e1,
-                3.095_134_488_084e1,
-                4.103_336_647_017e1,
-                3.864_769_009_604e1,
-                5.643_482_272_596e1,
-            ],
-            [
-                9.810_006_190_188e-3,
-                1.022_827_905_67e-3,
-                1.720_597_911_692e-3,
-                1.694_479_428_231e-3,
-                1.847_456_263_981e-2,
-            ],
-        ),
-        Class::C => (
-            162,
-            400,
-            0.00067,
-            [
-                5.881_691_581_829e2,
-                2.454_417_603_569e2,
-                3.293_829_191_851e2,
-                3.081_924_971_891e2,
-                4.597_223_799_176e2,
-            ],
-            [
-                2.598_120_500_183e-1,
-                2.590_888_922_315e-2,
-                5.132_886_416_32e-2,
-                4.806_073_419_454e-2,
-                5.483_377_491_301e-1,
-            ],
-        ),
-    };
-    Parameters {
-        points,
-        steps,
-        dt,
-        residual,
-        error,
-    }
-}
-
-pub(crate) fn needs(class: Class, ranks: usize) -> Needs {
-    flow_needs::<PROPERTIES, LANES, Pentadiagonal>(parameters(class).points, ranks)
-}
-
-pub(crate) fn run(
-    problem: Problem,
-    floats: &mut [f64],
-    team: &impl Team,
-    hooks: &impl Hooks,
-) -> Outcome {
-    run_with(&parameters(problem.class), problem, floats, team, hooks)
-}
-
-fn run_with(
-    parameters: &Parameters,
-    problem: Problem,
-    floats: &mut [f64],
-    team: &impl Team,
-    hooks: &impl Hooks,
-) -> Outcome {
-    let method = |grid: &Grid| Pentadiagonal { grid: grid.clone() };
-    flow_run(problem, parameters, method, floats, team, hooks)
-}
-
-struct Pentadiagonal {
+pub(crate) struct Pentadiagonal {
     grid: Grid,
 }
 
@@ -168,6 +35,110 @@ type Right = Point<COMPONENTS, LANES>;
 impl Method<PROPERTIES, LANES> for Pentadiagonal {
     const AUXILIARIES: usize = aux::COMMON + 1;
     const WORK: usize = 6;
+
+    fn new(grid: &Grid) -> Self {
+        Self { grid: grid.clone() }
+    }
+
+    fn parameters(class: Class) -> Parameters {
+        match class {
+            Class::S => Parameters::new(
+                12,
+                100,
+                0.015,
+                [
+                    2.747_031_545_133_948e-2,
+                    1.036_074_670_528_541_7e-2,
+                    1.623_574_506_509_553_2e-2,
+                    1.584_055_722_445_561_5e-2,
+                    3.484_904_060_936_246e-2,
+                ],
+                [
+                    2.728_925_855_737_722_5e-5,
+                    1.036_444_664_083_728_5e-5,
+                    1.615_479_828_716_647e-5,
+                    1.575_070_499_448_01e-5,
+                    3.417_766_618_339_053e-5,
+                ],
+            ),
+            Class::W => Parameters::new(
+                36,
+                400,
+                0.0015,
+                [
+                    1.893_253_733_584e-3,
+                    1.717_075_447_775e-4,
+                    2.778_153_350_936e-4,
+                    2.887_475_409_984e-4,
+                    3.143_611_161_242e-3,
+                ],
+                [
+                    7.542_088_599_534e-5,
+                    6.512_852_253_086e-6,
+                    1.049_092_285_688e-5,
+                    1.128_838_671_535e-5,
+                    1.212_845_639_773e-4,
+                ],
+            ),
+            Class::A => Parameters::new(
+                64,
+                400,
+                0.0015,
+                [
+                    2.479_982_239_930_019_5,
+                    1.127_633_796_436_883_2,
+                    1.502_897_788_877_049_2,
+                    1.421_781_621_169_518,
+                    2.129_211_303_513_828,
+                ],
+                [
+                    1.090_014_029_782_055e-4,
+                    3.734_395_176_928_209e-5,
+                    5.009_278_540_654_163e-5,
+                    4.767_109_393_952_825e-5,
+                    1.362_161_339_921_3e-4,
+                ],
+            ),
+            Class::B => Parameters::new(
+                102,
+                400,
+                0.001,
+                [
+                    6.903_293_579_998e1,
+                    3.095_134_488_084e1,
+                    4.103_336_647_017e1,
+                    3.864_769_009_604e1,
+                    5.643_482_272_596e1,
+                ],
+                [
+                    9.810_006_190_188e-3,
+                    1.022_827_905_67e-3,
+                    1.720_597_911_692e-3,
+                    1.694_479_428_231e-3,
+                    1.847_456_263_981e-2,
+                ],
+            ),
+            Class::C => Parameters::new(
+                162,
+                400,
+                0.00067,
+                [
+                    5.881_691_581_829e2,
+                    2.454_417_603_569e2,
+                    3.293_829_191_851e2,
+                    3.081_924_971_891e2,
+                    4.597_223_799_176e2,
+                ],
+                [
+                    2.598_120_500_183e-1,
+                    2.590_888_922_315e-2,
+                    5.132_886_416_32e-2,
+                    4.806_073_419_454e-2,
+                    5.483_377_491_301e-1,
+                ],
+            ),
+        }
+    }
 
     fn operations(points: f64) -> f64 {
         let square = points * points;
@@ -374,29 +345,5 @@ fn from_second_to_third(point: &mut Right) {
         point[2][lane] = r1;
         point[3][lane] = mean - shear;
         point[4][lane] = mean + shear;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::host::{Clock, Threads};
-    use crate::problem::Kernel;
-
-    #[test]
-    fn another_time_step_does_not_verify() {
-        let problem = Problem {
-            kernel: Kernel::Sp,
-            class: Class::S,
-        };
-        let (team, clock) = (Threads::new(2), Clock::start());
-        // Memory full of nonsense: the run must not depend on what was there.
-        let mut floats = vec![f64::NAN; needs(problem.class, 2).floats];
-        for (factor, verified) in [(1.0, true), (1.000_001, false)] {
-            let mut parameters = parameters(problem.class);
-            parameters.dt *= factor;
-            let outcome = run_with(&parameters, problem, &mut floats, &team, &clock);
-            assert_eq!(outcome.verified, verified, "{outcome:?}");
-        }
     }
 }

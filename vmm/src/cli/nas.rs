@@ -11,7 +11,7 @@ use std::process::ExitCode;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry nas mg.A --threads 2")]
 pub struct Args {
-    /// KERNEL.CLASS, such as mg.A.
+    /// KERNEL.CLASS, such as mg.A: ep is cg mg ft bt sp in S W A B C.
     #[arg(value_name = "KERNEL.CLASS", value_parser = problem)]
     problem: Problem,
     /// Threads to run on, as --cpus of a guest.

@@ -1,5 +1,5 @@
 //! The random matrix: a sum of outer products of sparse random vectors, weighted so that the eigenvalues spread over a
-//! known range, with a shifted diagonal (NAS-95-020, section 2.3.2; the order in which NPB draws the numbers).
+//! known range, with a shifted diagonal (NAS-95-020, section 2.3; the order in which NPB draws the numbers).
 
 use super::Parameters;
 use crate::math::exp;
