@@ -112,6 +112,8 @@ pub fn line(p: &Progress) -> String {
         Phase::Completed => "completed".into(),
         Phase::Aborted => "given up, the guest runs on here".into(),
         Phase::InDoubt => "in doubt".into(),
+        Phase::PostCopy => "pages follow".into(),
+        Phase::Interrupted => "interrupted".into(),
     }
 }
 
@@ -156,6 +158,7 @@ mod tests {
             bytes: 5,
             ms: 1920.0,
             dirtied: 4210,
+            ..Round::default()
         };
         assert_eq!(
             round_line(&round),
