@@ -372,16 +372,23 @@ impl<H: Hooks> Lines<'_, H> {
             rows,
             scratch,
             |rank, _, strips, scratch| {
-                let len = strips.first().map_or(0, |strip| strip.len());
+                let len = strips
+                    .iter()
+                    .flatten()
+                    .next()
+                    .map_or(0, |strip| strip.len());
                 for at in (0..len).step_by(row) {
                     let row = at..at + row;
                     for xs in packs::<LANES>(0..width) {
                         self.pack(rank, self.depth, scratch, |pack, gather| {
                             if gather {
-                                let rows = strips.iter().map(|strip| &strip[row.clone()]);
+                                let rows = strips.iter().flatten().map(|strip| &strip[row.clone()]);
                                 gather_across(pack, rows, width, &xs, &COMPLEX);
                             } else {
-                                let rows = strips.iter_mut().map(|strip| &mut strip[row.clone()]);
+                                let rows = strips
+                                    .iter_mut()
+                                    .flatten()
+                                    .map(|strip| &mut strip[row.clone()]);
                                 scatter_across(pack, rows, width, &xs);
                             }
                         });

@@ -188,6 +188,10 @@ pub(crate) fn over_units_with(
 /// How many slices [`over_strips`] can cut a box into: they lie on the stack of rank 0, 128 KiB of it.
 const STRIP_SLICES: usize = 8192;
 
+/// A rank's rows of a plane; there always are some. As an option it needs no value to begin with, and so no second copy of
+/// the table on the stack.
+pub(crate) type Strip<'a> = Option<&'a mut [f64]>;
+
 /// Work on lines that cross all planes of a box.
 ///
 /// The box is `data`, in planes of `plane` elements, each of rows of `row` elements. Every plane is cut into the same
@@ -199,11 +203,11 @@ pub(crate) fn over_strips(
     (plane, row): (usize, usize),
     rows: Range<usize>,
     (scratch, each): (&mut [f64], usize),
-    work: impl Fn(usize, usize, &mut [&mut [f64]], &mut [f64]) + Sync,
+    work: impl Fn(usize, usize, &mut [Strip<'_>], &mut [f64]) + Sync,
 ) {
     let planes = (data.len() / plane.max(1)).clamp(1, STRIP_SLICES);
     let ranks = ranks_for(team, rows.len(), 1).min(STRIP_SLICES / planes);
-    let mut slices: [&mut [f64]; STRIP_SLICES] = core::array::from_fn(|_| Default::default());
+    let mut slices: [Strip<'_>; STRIP_SLICES] = [const { None }; STRIP_SLICES];
     for (k, plane) in data.chunks_exact_mut(plane).enumerate() {
         let (_, mut rest) = plane.split_at_mut(rows.start * row);
         for rank in 0..ranks {
@@ -211,7 +215,7 @@ pub(crate) fn over_strips(
             let (strip, others) = core::mem::take(&mut rest).split_at_mut(mine);
             rest = others;
             if let Some(slot) = slices.get_mut(rank * planes + k) {
-                *slot = strip;
+                *slot = Some(strip);
             }
         }
     }
@@ -246,7 +250,7 @@ mod tests {
                 |rank, first, strips, scratch| {
                     assert_eq!((strips.len(), scratch.len()), (5, 2));
                     scratch.fill(rank as f64 + 1.0);
-                    for (k, strip) in strips.iter_mut().enumerate() {
+                    for (k, strip) in strips.iter_mut().flatten().enumerate() {
                         for (j, row) in strip.chunks_exact_mut(3).enumerate() {
                             row.iter_mut()
                                 .for_each(|x| *x += (10 * k + first + j) as f64);

@@ -118,7 +118,11 @@ where
                     work,
                 } = Pack::<P, L>::new(scratch, points);
                 let tick = || hooks.tick(rank);
-                let len = strips.first().map_or(0, |strip| strip.len());
+                let len = strips
+                    .iter()
+                    .flatten()
+                    .next()
+                    .map_or(0, |strip| strip.len());
                 for (j, at) in (first..).zip((0..len).step_by(row)) {
                     let line = at..at + row;
                     for xs in packs::<L>(inside.clone()) {
@@ -127,10 +131,14 @@ where
                             .skip(j)
                             .step_by(points);
                         gather_across(properties, rows, points, &xs, &M::properties(2));
-                        let rows = strips.iter().skip(1).map(|strip| &strip[line.clone()]);
+                        let rows = strips
+                            .iter()
+                            .flatten()
+                            .skip(1)
+                            .map(|strip| &strip[line.clone()]);
                         gather_across(right, rows, points, &xs, &ALL);
                         method.solve(2, properties, right, work, &tick);
-                        let rows = strips.iter_mut().skip(1);
+                        let rows = strips.iter_mut().flatten().skip(1);
                         let rows = rows.map(|strip| &mut strip[line.clone()]);
                         scatter_across(right, rows, points, &xs);
                         tick();
