@@ -29,7 +29,7 @@ pub struct Args {
     /// The kernel: an ELF file (PVH or vmlinux) or a bzImage.
     #[arg(long, value_name = "PATH", group = "guest", requires = "memory")]
     kernel: Option<PathBuf>,
-    /// The built-in bare guest's work: KERNEL.CLASS such as mg.A, dirty:… or idle:….
+    /// The built-in bare guest's work: KERNEL.CLASS such as mg.A (ep is cg mg ft bt sp; S W A B C), dirty:… or idle:….
     #[arg(long, value_name = "WORK", group = "guest", value_parser = Workload::parse)]
     nas: Option<Workload>,
     /// An initial RAM disk.
