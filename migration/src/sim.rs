@@ -14,7 +14,6 @@
 mod guest;
 mod host;
 mod link;
-mod rng;
 mod world;
 
 use crate::destination;
@@ -22,11 +21,11 @@ use crate::options::{Compress, OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
 use crate::page::PAGE_BYTES;
 use crate::report::{Event, Report, Status};
+pub use crate::rng::Rng;
 use crate::source::{self, CancelSwitch, Setup};
 use crate::wire::SessionId;
 use guest::SimGuest;
 use link::{Peer, SimClock, SimLink};
-pub use rng::Rng;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use world::World;
@@ -48,6 +47,8 @@ pub struct Scenario {
     pub walk: bool,
     /// Share of pages that are zero at the start.
     pub zero_share: f64,
+    /// Share of writes that make their page zero.
+    pub zero_writes: f64,
     /// Bytes per second.
     pub bandwidth: f64,
     /// The user's options.
@@ -107,6 +108,7 @@ impl Scenario {
             working_set: 64,
             walk: false,
             zero_share: 0.3,
+            zero_writes: 0.1,
             bandwidth: 100e6,
             options: Options {
                 downtime: Duration::from_millis(5),

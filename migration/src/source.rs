@@ -26,7 +26,7 @@
 
 mod error;
 mod live;
-mod post_copy;
+pub(crate) mod post_copy;
 mod recover;
 mod stop;
 
@@ -213,7 +213,9 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     began: Duration,
     rtt: Duration,
     collected_at: Duration,
+    /// Pages found dirty since the round before, over which time, and after which round that was.
     dirtied: (u64, Duration),
+    dirtied_round: u32,
     round: u32,
     in_flight: VecDeque<InFlight>,
     bandwidth: Bandwidth,
@@ -289,6 +291,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             rtt: Duration::ZERO,
             collected_at: began,
             dirtied: (0, Duration::ZERO),
+            dirtied_round: 0,
             round: 0,
             in_flight: VecDeque::new(),
             bandwidth: Bandwidth::default(),
@@ -555,14 +558,10 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             bandwidth: self.bandwidth.estimate(),
             cap: self.setup.options.bandwidth.map(|cap| cap as f64),
             state_bytes: self.guest.state_bytes(),
-            pause_overhead: 2 * self.rtt + Self::STOP_AND_START,
+            pause_overhead: 2 * self.rtt + policy::STOP_AND_START,
             elapsed: self.now().saturating_sub(self.began),
         }
     }
-
-    /// What stopping, saving, restoring and starting takes beside the round trips, before this
-    /// migration has measured it: a prior for the estimate, not a claim.
-    const STOP_AND_START: Duration = Duration::from_micros(1500);
 
     fn bytes_wire(&self) -> u64 {
         self.control.sent()

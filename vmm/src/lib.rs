@@ -13,4 +13,5 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod record;
 pub mod vmm;

@@ -250,7 +250,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The engine's view of where RAM is.
-fn engine_layout(
+pub(crate) fn engine_layout(
     ram: &crate::memory::GuestRam,
 ) -> Result<ferry_migration::page::RamLayout, ferry_migration::page::LayoutError> {
     let runs = ram

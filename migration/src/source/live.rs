@@ -93,10 +93,19 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.fresh.subtract(&self.pending);
         self.pending.union_with(&self.fresh);
         self.heat.record(&self.fresh);
-        self.dirtied = (self.fresh.len(), now.saturating_sub(self.collected_at));
+        let (pages, over) = (self.fresh.len(), now.saturating_sub(self.collected_at));
+        // The second collection of a round, after draining, finds only what is not pending yet: taken
+        // alone it would make a guest that writes its working set all the time look calm, and pre-copy
+        // would send round after round in search of a pause that it has.
+        self.dirtied = if self.dirtied_round == self.round {
+            (self.dirtied.0 + pages, self.dirtied.1 + over)
+        } else {
+            (pages, over)
+        };
+        self.dirtied_round = self.round;
         self.collected_at = now;
         if let Some(last) = self.rounds.last_mut() {
-            last.dirtied += self.dirtied.0;
+            last.dirtied += pages;
         }
         Ok(())
     }

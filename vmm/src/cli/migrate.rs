@@ -89,7 +89,7 @@ pub struct Args {
 }
 
 /// A value by its name in the options' own JSON, so that there is one list of names.
-fn named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+pub fn named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(serde_json::Value::String(text.to_owned()))
         .map_err(|e| e.to_string().replace('`', "'"))
 }

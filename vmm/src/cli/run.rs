@@ -75,7 +75,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let machine = Arc::new(builder.build()?);
     load(args, &machine)?;
-    let guest = MachineGuest::new(machine);
+    let guest = MachineGuest::with_workload(machine, workload(args));
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;
     let server = bind(args.api.as_deref(), args.name.as_deref(), &vmm)?;
@@ -109,6 +109,12 @@ fn ram(args: &Args) -> Result<u64, Failure> {
         Some(given) => Ok(given),
         None => Ok(needed),
     }
+}
+
+/// What the guest runs, for people.
+fn workload(args: &Args) -> Option<String> {
+    let nas = args.nas.as_ref().map(ToString::to_string);
+    nas.or_else(|| args.cmdline.clone())
 }
 
 fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
