@@ -5,9 +5,14 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+pub mod balloon;
+pub mod block;
 pub mod bus;
 pub mod i8042;
+pub mod net;
+pub mod rng;
 pub mod serial;
 mod trigger;
+pub mod virtio;
 
 pub use trigger::Trigger;
