@@ -59,9 +59,9 @@ simple!(
     "ferry cancel --api /tmp/a.sock"
 );
 
-/// Resolve a migration that was handed over and never confirmed.
+/// Resolve a migration that was handed over and never confirmed, or that lost its connection in post-copy.
 ///
-/// At the source: asks the destination again; when it has the guest, the VMM here ends. With --take-over, at either side:
+/// At the source: asks the destination again and sends the pages that it lacks; when it has all of the guest, the VMM here ends. With --take-over, at either side:
 /// runs the guest here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -177,6 +177,7 @@ mod tests {
                 ..Progress::default()
             }),
             listening: None,
+            lacks: None,
         };
         assert_eq!(
             text(&status),
