@@ -306,5 +306,9 @@ fn virtio_devices() {
         driver(2, 4),
         driver(3, 3),
     ];
-    mutations(&seeds, 1500, fuzz_bodies::virtio);
+    mutations(
+        &seeds,
+        std::env::var("FUZZN").map_or(1500, |n| n.parse().unwrap()),
+        fuzz_bodies::virtio,
+    );
 }

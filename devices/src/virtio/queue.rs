@@ -173,9 +173,14 @@ impl VirtQueue {
         Ok(())
     }
 
-    /// Allows one queue's worth of chains to be taken.
+    /// Says that there is more to do, and that others may go first.
+    pub fn again(&mut self) {
+        self.more = true;
+    }
+
+    /// Allows one queue's worth of chains to be taken, and to find that there are no more.
     pub(super) fn refill(&mut self) {
-        self.budget = self.ring.size();
+        self.budget = self.ring.size() + 1;
         self.more = false;
     }
 
