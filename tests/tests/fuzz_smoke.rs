@@ -6,7 +6,7 @@ use ferry_migration::wire::{
     FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
 };
 use ferry_tests::{fuzz_bodies, guests_run};
-use ferry_vmm::machine::Machine;
+use ferry_vmm::machine::{Backends, Machine};
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 struct Random(u64);
@@ -199,6 +199,11 @@ fn machine_states() {
             let machine = Machine::builder()
                 .memory(16 << 20)
                 .cpus(cpus)
+                .devices(Backends {
+                    balloon: true,
+                    rng: cpus == 2,
+                    ..Backends::default()
+                })
                 .build()
                 .unwrap();
             seeds.push(machine.pause().unwrap().save().unwrap().to_bytes().unwrap());
@@ -306,9 +311,5 @@ fn virtio_devices() {
         driver(2, 4),
         driver(3, 3),
     ];
-    mutations(
-        &seeds,
-        std::env::var("FUZZN").map_or(1500, |n| n.parse().unwrap()),
-        fuzz_bodies::virtio,
-    );
+    mutations(&seeds, 1500, fuzz_bodies::virtio);
 }
