@@ -62,12 +62,6 @@ impl VirtQueue {
         self.ring.ready()
     }
 
-    /// Chains that the device has taken and neither completed nor put back.
-    #[must_use]
-    pub fn outstanding(&self) -> u16 {
-        self.outstanding
-    }
-
     /// The next request. `None` when there is none: the driver will then notify of the next; or when it is time to let
     /// others work: then the device is called again soon.
     ///
