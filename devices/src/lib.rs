@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+pub mod acpi_pm;
 pub mod bus;
 pub mod i8042;
 pub mod serial;

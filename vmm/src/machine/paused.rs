@@ -92,6 +92,7 @@ impl<'a> PausedMachine<'a> {
         let devices = DevicesState {
             serial: lock(&self.machine.devices.serial).save(),
             i8042: lock(&self.machine.devices.i8042).save(),
+            acpi_pm: lock(&self.machine.devices.acpi_pm).save(),
         };
         let vm = self.machine.vm.save()?;
         let vcpus = self
@@ -125,6 +126,9 @@ impl<'a> PausedMachine<'a> {
         self.machine.vm.restore(&state.vm)?;
         let devices = &self.machine.devices;
         lock(&devices.i8042).restore(&state.devices.i8042);
+        lock(&devices.acpi_pm)
+            .restore(&state.devices.acpi_pm)
+            .map_err(RestoreMachineError::Interrupt)?;
         let line = devices
             .serial_irq
             .try_clone()
