@@ -31,6 +31,9 @@ pub enum PolicyKind {
 }
 
 impl PolicyKind {
+    /// All there are.
+    pub const ALL: &'static [Self] = &[Self::Precopy, Self::Stord, Self::Mplm];
+
     /// The name that the command line and the report use.
     #[must_use]
     pub const fn name(self) -> &'static str {
