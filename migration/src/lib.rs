@@ -20,6 +20,7 @@
 mod bandwidth;
 pub mod destination;
 pub mod options;
+pub mod order;
 pub mod page;
 pub mod policy;
 pub mod port;

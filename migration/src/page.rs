@@ -382,6 +382,28 @@ impl PageSet {
         Some(Run::new(first, end - first))
     }
 
+    /// The run that ends at the last page at or before `gfn`: its last `limit` pages at most.
+    #[must_use]
+    pub fn previous_run(&self, gfn: Gfn, limit: u64) -> Option<Run> {
+        let last = self.previous(gfn)?;
+        let lowest = (last + 1).saturating_sub(limit.max(1));
+        let mut index = word_of(last);
+        // Absent pages at or below `last`: the highest of them bounds the run from below.
+        let mut absent = !self.words[index] & mask(0, last % 64 + 1);
+        let first = loop {
+            if absent != 0 {
+                break index as u64 * 64 + 64 - u64::from(absent.leading_zeros());
+            }
+            if index as u64 * 64 <= lowest {
+                break lowest;
+            }
+            index -= 1;
+            absent = !self.words[index];
+        };
+        let first = first.max(lowest);
+        Some(Run::new(first, last + 1 - first))
+    }
+
     /// All runs in address order, maximal.
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
         let mut at = 0;

@@ -20,8 +20,10 @@ mod error;
 mod layout;
 mod memfd;
 mod transfer;
+mod userfault;
 
 use std::fs::File;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -34,6 +36,9 @@ pub use error::{RamError, RangeError};
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
 pub(crate) use memfd::check_available;
 pub use transfer::{PageRun, SplicePipe};
+pub use userfault::{
+    Fault, PlaceError, Placed, Userfault, UserfaultBy, UserfaultError, Waited, check_userfault,
+};
 
 /// Size of a guest page as the dirty log, the wire and this crate count them, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -77,7 +82,13 @@ impl GuestRam {
             // OOM killer would find it in the middle of a run.
             check_available(bytes)?;
         }
-        let file = Arc::new(memfd::create(bytes, hugepages)?);
+        let file = memfd::create(bytes, hugepages)?;
+        Self::map(layout, Arc::new(file), hugepages)
+    }
+
+    /// RAM over a file of its size.
+    fn map(layout: RamLayout, file: Arc<File>, hugepages: bool) -> Result<Self, RamError> {
+        let bytes = layout.size();
         let mut mapped = Vec::new();
         let mut bases = Vec::new();
         let mut bitmaps = Vec::new();
@@ -165,6 +176,23 @@ impl GuestRam {
         Ok(unsafe { self.bases[region].add(offset) })
     }
 
+    /// The page at a host address of guest memory.
+    fn gfn_at(&self, address: u64) -> Option<u64> {
+        let mut regions = self.layout.regions().iter().zip(&self.bases);
+        regions.find_map(|(region, base)| {
+            let offset = address.checked_sub(base.addr().get() as u64)?;
+            (offset < region.bytes()).then(|| region.first_gfn + offset / PAGE_SIZE)
+        })
+    }
+
+    /// Has the host fill the memory page by page from now on. Best effort: a kernel without transparent huge pages
+    /// refuses, and needs no telling.
+    fn forbid_transparent_hugepages(&self) {
+        for (region, base) in self.layout.regions().iter().zip(&self.bases) {
+            memfd::forbid_transparent_hugepages(*base, region.bytes());
+        }
+    }
+
     /// Marks pages as dirtied by the VMM: for writes that go past [`memory`](Self::memory), e.g. a
     /// device's `readv` straight into guest memory.
     ///
@@ -236,13 +264,7 @@ impl GuestRam {
         if inner.is_empty() {
             self.overwrite_with_zeros(first_gfn, count)?;
         } else {
-            memfd::punch(&self.file, inner.start, inner.end - inner.start).map_err(|source| {
-                RamError::Punch {
-                    first_gfn,
-                    count,
-                    source,
-                }
-            })?;
+            self.punch(first_gfn, count, &inner)?;
             let head = (inner.start - start) / PAGE_SIZE;
             let tail = (end - inner.end) / PAGE_SIZE;
             self.overwrite_with_zeros(first_gfn, head)?;
@@ -250,6 +272,40 @@ impl GuestRam {
         }
         self.bitmaps[region].set_pages(page, count);
         Ok(())
+    }
+
+    /// Makes pages absent: what they held is stale, and who touches them is to wait for what is to come (see
+    /// [`Userfault`]). They do not count as written.
+    ///
+    /// # Errors
+    /// [`RamError::Range`] when any of the pages is not RAM, [`RamError::Punch`] from the kernel, and
+    /// [`RamError::NotAbsent`] when a page stays there.
+    pub fn drop_pages(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {
+        let (region, page) = self.layout.find(first_gfn, count)?;
+        if count == 0 {
+            return Ok(());
+        }
+        let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
+        self.punch(first_gfn, count, &(start..start + count * PAGE_SIZE))?;
+        // Of a huge page that it cannot split, the kernel overwrites the part with zeros instead: the guest
+        // would then read zeros and never wait. That would be silent, so it is asked for.
+        match self.next_data(first_gfn) {
+            Some(next) if next >= first_gfn + count => Ok(()),
+            there => Err(RamError::NotAbsent {
+                gfn: there.unwrap_or(first_gfn),
+            }),
+        }
+    }
+
+    /// Punches bytes of the file out, for pages that an error names.
+    fn punch(&self, first_gfn: u64, count: u64, bytes: &Range<u64>) -> Result<(), RamError> {
+        memfd::punch(&self.file, bytes.start, bytes.end - bytes.start).map_err(|source| {
+            RamError::Punch {
+                first_gfn,
+                count,
+                source,
+            }
+        })
     }
 
     fn overwrite_with_zeros(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {

@@ -77,6 +77,16 @@ proptest! {
             prop_assert_eq!(set.contains(gfn), oracle.contains(&gfn));
             prop_assert_eq!(set.next(gfn), oracle.range(gfn..).next().copied());
             prop_assert_eq!(set.previous(gfn), oracle.range(..=gfn).next_back().copied());
+            let expected = oracle.range(..=gfn).next_back().map(|&last| {
+                let count = (0..5).take_while(|n| *n <= last && oracle.contains(&(last - n))).count() as u64;
+                Run::new(last + 1 - count, count)
+            });
+            prop_assert_eq!(set.previous_run(gfn, 5), expected);
+            let whole = oracle.range(..=gfn).next_back().map(|&last| {
+                let count = (0..=last).take_while(|n| oracle.contains(&(last - n))).count() as u64;
+                Run::new(last + 1 - count, count)
+            });
+            prop_assert_eq!(set.previous_run(gfn, u64::MAX), whole);
             let absent = (gfn..END).find(|g| !oracle.contains(g)).unwrap_or(END);
             prop_assert_eq!(set.next_absent(gfn), absent);
         }

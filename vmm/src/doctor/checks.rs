@@ -1,7 +1,8 @@
 //! The single checks.
 
 use super::{Check, Files, Kind, Need, on_path};
-use crate::kvm::probe::{self, KvmFacts, ProbeError, UserfaultBy};
+use crate::kvm::probe::{self, KvmFacts, ProbeError};
+use crate::memory::{UserfaultBy, UserfaultError, check_userfault};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::io;
 
@@ -219,7 +220,7 @@ fn memfd() -> Check {
 
 fn userfaultfd(files: &Files) -> Check {
     let sysctl = files.read("proc/sys/vm/unprivileged_userfaultfd");
-    match probe::userfaultfd() {
+    match check_userfault() {
         Ok(by) => {
             let by = match by {
                 UserfaultBy::Device => "/dev/userfaultfd",
@@ -236,11 +237,17 @@ fn userfaultfd(files: &Files) -> Check {
                 format!("post-copy can receive here, by {by}{note}"),
             )
         }
+        Err(UserfaultError::Forbidden { source }) => bad(
+            "userfaultfd",
+            Need::Useful,
+            format!("post-copy cannot receive here: userfaultfd failed ({source})"),
+            "give the user access to /dev/userfaultfd, or `sudo sysctl vm.unprivileged_userfaultfd=1`",
+        ),
         Err(e) => bad(
             "userfaultfd",
             Need::Useful,
-            format!("post-copy cannot receive here: userfaultfd failed ({e})"),
-            "give the user access to /dev/userfaultfd, or `sudo sysctl vm.unprivileged_userfaultfd=1`",
+            format!("post-copy cannot receive here: {e}"),
+            "nothing need be done for the other policies",
         ),
     }
 }

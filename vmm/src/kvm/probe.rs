@@ -1,11 +1,6 @@
 //! What a host can do, asked without changing anything: for `ferry doctor`.
-//!
-//! Beside KVM's capabilities, the few other system calls that guests and migrations need are tried here, since only
-//! this module and its siblings may issue them.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_GET_TSC_KHZ,
@@ -169,48 +164,6 @@ pub fn run_instructions() -> Result<(), ProbeError> {
     }
 }
 
-/// How userfaultfd can be had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UserfaultBy {
-    /// Through /dev/userfaultfd.
-    Device,
-    /// Through the system call.
-    Syscall,
-}
-
-/// `_IO(0xAA, 0)` of linux/userfaultfd.h.
-const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
-
-/// Gets a userfaultfd and gives it back.
-///
-/// # Errors
-/// The system call's reason when neither way works.
-pub fn userfaultfd() -> io::Result<UserfaultBy> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    if let Ok(device) = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/userfaultfd")
-    {
-        // SAFETY: this ioctl takes flags by value and touches no memory of ours.
-        let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
-        if fd >= 0 {
-            // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
-            drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            return Ok(UserfaultBy::Device);
-        }
-    }
-    // SAFETY: this system call takes flags by value and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::c_long::from(flags)) };
-    let fd = i32::try_from(fd).unwrap_or(-1);
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
-    drop(unsafe { OwnedFd::from_raw_fd(fd) });
-    Ok(UserfaultBy::Syscall)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -223,12 +176,5 @@ mod tests {
         }
         assert!(kvm().unwrap().max_vcpus > 0);
         run_instructions().unwrap();
-    }
-
-    #[test]
-    fn userfaultfd_is_had_or_refused_with_a_reason() {
-        if let Err(e) = userfaultfd() {
-            assert!(e.raw_os_error().is_some(), "{e}");
-        }
     }
 }

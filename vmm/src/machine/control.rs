@@ -63,7 +63,7 @@ pub enum PauseError {
     Ended(Exit),
     /// A vCPU did not stop.
     #[error(
-        "{0} of the machine's vCPUs did not stop within {PATIENCE:?}: a device seems to block, perhaps a serial output that nobody reads; the machine runs on"
+        "{0} of the machine's vCPUs did not stop within {PATIENCE:?}: a device seems to block, perhaps a serial output that nobody reads, or a page of the guest's memory has not arrived; the machine runs on"
     )]
     Stuck(usize),
 }

@@ -96,6 +96,14 @@ pub enum RamError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// The kernel kept a page that it was told to drop.
+    #[error(
+        "guest page {gfn:#x} could not be dropped, since it is part of a huge page that is in use: write `never` to /sys/kernel/mm/transparent_hugepage/shmem_enabled and migrate again"
+    )]
+    NotAbsent {
+        /// The page.
+        gfn: u64,
+    },
     /// Not RAM.
     #[error(transparent)]
     Range(#[from] RangeError),

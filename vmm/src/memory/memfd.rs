@@ -61,6 +61,13 @@ pub(super) fn exclude_from_core_dumps(base: NonNull<u8>, size: usize) {
     unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
 }
 
+/// Keeps the kernel from filling more than one page at a time. Advice only, so a refusal is no error.
+pub(super) fn forbid_transparent_hugepages(base: NonNull<u8>, bytes: u64) {
+    let size = usize::try_from(bytes).unwrap_or(0);
+    // SAFETY: the caller has mapped `bytes` bytes at `base`; the advice changes no byte of them.
+    unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_NOHUGEPAGE) };
+}
+
 /// Whether the host has `bytes` of memory to give. A host that does not tell is believed to.
 pub(crate) fn check_available(bytes: u64) -> Result<(), RamError> {
     let Ok(meminfo) = std::fs::read_to_string("/proc/meminfo") else {

@@ -325,7 +325,7 @@ impl GuestRam {
     }
 
     /// The first page at or after `gfn`, in its region, that has contents in the memory file.
-    fn next_data(&self, gfn: u64) -> Option<u64> {
+    pub(super) fn next_data(&self, gfn: u64) -> Option<u64> {
         let (region, page) = self.layout.find(gfn, 1).ok()?;
         let region = &self.layout.regions()[region];
         let from = libc::off_t::try_from(region.file_offset + page * PAGE_SIZE).ok()?;

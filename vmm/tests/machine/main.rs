@@ -4,6 +4,7 @@
 //! KVM runs that natively, and a hardware KVM does not care.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod absent;
 mod dirty;
 mod life;
 mod serial;
