@@ -111,6 +111,16 @@ impl Process {
         String::from_utf8_lossy(&self.shared.lock().errors).into_owned()
     }
 
+    /// What it has written to stdout after the first `seen` bytes, as soon as there is something; `None` when it ends before
+    /// that, or after `patience`.
+    #[must_use]
+    pub fn stdout_after(&self, seen: usize, patience: Duration) -> Option<Vec<u8>> {
+        self.wait_for(patience, |state| {
+            let new = state.output.get(seen..)?;
+            (!new.is_empty()).then(|| new.to_vec())
+        })
+    }
+
     /// Its exit status, if it has ended.
     #[must_use]
     pub fn ended(&self) -> Option<i32> {
@@ -128,14 +138,21 @@ impl Process {
         patience: Duration,
         mut find: impl FnMut(&str, &str) -> Option<T>,
     ) -> Option<T> {
+        self.wait_for(patience, |state| {
+            let text = String::from_utf8_lossy;
+            find(&text(&state.output), &text(&state.errors))
+        })
+    }
+
+    fn wait_for<T>(
+        &self,
+        patience: Duration,
+        mut find: impl FnMut(&State) -> Option<T>,
+    ) -> Option<T> {
         let deadline = Instant::now() + patience;
         let mut state = self.shared.lock();
         loop {
-            let texts = (
-                String::from_utf8_lossy(&state.output),
-                String::from_utf8_lossy(&state.errors),
-            );
-            if let Some(found) = find(&texts.0, &texts.1) {
+            if let Some(found) = find(&state) {
                 return Some(found);
             }
             let left = deadline.saturating_duration_since(Instant::now());
