@@ -38,6 +38,7 @@ pub const GUEST_MODULES: &[&str] = &[
     "virtio_balloon",
     "virtio-rng",
     "button",
+    "evdev",
 ];
 
 /// Why there is no Linux to boot.

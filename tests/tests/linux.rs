@@ -44,6 +44,24 @@ fn linux_boots_and_ends_as_it_wants() {
     assert!(ran.code == 0 && ran.stderr.contains("shut down"), "{ran:?}");
 }
 
+/// The power button reaches the guest, also after a move: the button's enable bit and interrupt came along.
+#[test]
+fn linux_heeds_the_power_button() {
+    if !nested_hosts_run() {
+        return;
+    }
+    let host = NestedHost::start();
+    let guest = host.guest(&["--linux"]);
+    guest.prints("ferry-guest: ready");
+    let destination = host.receive();
+    guest.migrate(destination.uri(), &[]);
+    let pressed = destination.command(&["power-button"]);
+    assert_eq!(pressed.code, 0, "{pressed:?}");
+    destination.prints("the power button was pressed");
+    let ran = destination.ends();
+    assert!(ran.code == 0 && ran.stderr.contains("shut down"), "{ran:?}");
+}
+
 /// One guest with two processors hops from process to process, once with each policy, and verifies its memory in the end.
 #[test]
 fn linux_moves_with_every_policy() {

@@ -1,7 +1,7 @@
 //! What a guest does: HTTP, the work it was given, a disk, and commands on its console.
 
 use std::fs;
-use std::io::{BufRead, Write};
+use std::io::{BufRead, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,6 +25,7 @@ pub fn serve(options: &Options) {
     start_line(options);
     status();
     std::thread::spawn(http::serve);
+    power_button();
     let working = Arc::new(Mutex::new(None));
     if let Some(path) = &options.disk {
         begin(&["disk", path]);
@@ -47,6 +48,31 @@ pub fn serve(options: &Options) {
     // Without a console the guest lives until its work ends or its machine does.
     loop {
         std::thread::park();
+    }
+}
+
+/// Watches the input devices for the power button: with no acpid or systemd, the first process does it.
+fn power_button() {
+    // `struct input_event` of `linux/input.h`: a time of 16 bytes, type, code, value.
+    const EVENT: usize = 24;
+    const KEY_POWER_PRESSED: [u8; 8] = [1, 0, 116, 0, 1, 0, 0, 0];
+    let devices = fs::read_dir("/dev/input").into_iter().flatten().flatten();
+    for path in devices
+        .map(|e| e.path())
+        .filter(|p| p.to_string_lossy().contains("/event"))
+    {
+        std::thread::spawn(move || {
+            let Ok(mut device) = fs::File::open(path) else {
+                return;
+            };
+            let mut event = [0; EVENT];
+            while device.read_exact(&mut event).is_ok() {
+                if event[EVENT - 8..] == KEY_POWER_PRESSED {
+                    println!("ferry-linux: the power button was pressed");
+                    power_off();
+                }
+            }
+        });
     }
 }
 
