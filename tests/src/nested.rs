@@ -1,10 +1,11 @@
 //! `ferry` processes in a nested host: what [`Host`](crate::Host) is on this one.
 
 use std::process::Command;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use ferry_guest_images::linux::Kernel;
 use ferry_guest_images::nested::{Cable, Config, Nested, Process, QEMU, Ran};
 use ferry_guest_images::{Line, Verdict};
 use ferry_migration::report::{Report, Status};
@@ -14,23 +15,31 @@ use crate::ferry;
 /// How long anything may take in a nested host before the test calls it a hang: it is emulated, and shares its processors.
 pub const NESTED_PATIENCE: Duration = Duration::from_secs(240);
 
-/// Whether nested hosts run here; says so loudly where they do not.
-pub fn nested_hosts_run() -> bool {
-    static READY: OnceLock<bool> = OnceLock::new();
-    *READY.get_or_init(|| {
-        let qemu = Command::new(QEMU).arg("--version").output();
-        if !qemu.is_ok_and(|o| o.status.success()) {
-            eprintln!("NOT RUN: Linux guests in a nested host ({QEMU} is not here: apt-get install qemu-system-x86)");
-            return false;
-        }
-        match ferry_guest_images::linux::Kernel::get(&|sentence| eprintln!("{sentence}")) {
-            Ok(_) => true,
-            Err(e) => {
-                eprintln!("NOT RUN: Linux guests in a nested host ({e})");
-                false
-            }
-        }
-    })
+/// A test's turn: nested hosts are emulated, and two tests at a time would only be slower.
+pub type Turn = MutexGuard<'static, ()>;
+
+/// Waits for this test's turn, where nested hosts run; says so loudly where they do not.
+pub fn nested_hosts() -> Option<Turn> {
+    static READY: OnceLock<Result<(), String>> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    if let Err(why) = READY.get_or_init(ready) {
+        eprintln!("NOT RUN: Linux guests in a nested host ({why})");
+        return None;
+    }
+    // A test that failed leaves nothing behind that the next could trip over.
+    Some(TURN.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn ready() -> Result<(), String> {
+    let qemu = Command::new(QEMU).arg("--version").output();
+    if !qemu.is_ok_and(|o| o.status.success()) {
+        return Err(format!(
+            "{QEMU} is not here: apt-get install qemu-system-x86"
+        ));
+    }
+    Kernel::get(&|sentence| eprintln!("{sentence}"))
+        .map(drop)
+        .map_err(|e| e.to_string())
 }
 
 /// A nested host with this `ferry` in it.

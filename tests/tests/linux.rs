@@ -3,7 +3,7 @@
 
 use ferry_guest_images::Line;
 use ferry_migration::options::PolicyKind;
-use ferry_tests::{NestedHost, nested_hosts_run};
+use ferry_tests::{NestedHost, nested_hosts};
 
 /// What a guest of these tests does: it writes memory and verifies what it wrote.
 const WRITER: &str = "ferry.run=dirty:wss=8M,rate=300";
@@ -11,9 +11,7 @@ const WRITER: &str = "ferry.run=dirty:wss=8M,rate=300";
 /// The command line finds, the processors, the clock, the console in both directions; reset, switch and power button.
 #[test]
 fn linux_boots_and_ends_as_it_wants() {
-    if !nested_hosts_run() {
-        return;
-    }
+    let Some(_turn) = nested_hosts() else { return };
     let host = NestedHost::start();
     let doctor = host.run(&["ferry", "doctor"]);
     assert!(
@@ -47,9 +45,7 @@ fn linux_boots_and_ends_as_it_wants() {
 /// The power button reaches the guest, also after a move: the button's enable bit and interrupt came along.
 #[test]
 fn linux_heeds_the_power_button() {
-    if !nested_hosts_run() {
-        return;
-    }
+    let Some(_turn) = nested_hosts() else { return };
     let host = NestedHost::start();
     let guest = host.guest(&["--linux"]);
     guest.prints("ferry-guest: ready");
@@ -65,9 +61,7 @@ fn linux_heeds_the_power_button() {
 /// One guest with two processors hops from process to process, once with each policy, and verifies its memory in the end.
 #[test]
 fn linux_moves_with_every_policy() {
-    if !nested_hosts_run() {
-        return;
-    }
+    let Some(_turn) = nested_hosts() else { return };
     let host = NestedHost::start();
     let mut guest = host.guest(&["--linux", "--cpus", "2", "--cmdline", WRITER]);
     guest.line("ready", |line| {
@@ -95,9 +89,7 @@ fn linux_moves_with_every_policy() {
 /// Two hosts, two kernels, a network between them.
 #[test]
 fn linux_moves_between_hosts() {
-    if !nested_hosts_run() {
-        return;
-    }
+    let Some(_turn) = nested_hosts() else { return };
     let (first, second, _cable) = NestedHost::pair();
     let guest = first.guest(&["--linux", "--cmdline", WRITER]);
     guest.line("ready", |line| {
