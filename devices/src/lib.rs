@@ -6,9 +6,14 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 pub mod acpi_pm;
+pub mod balloon;
+pub mod block;
 pub mod bus;
 pub mod i8042;
+pub mod net;
+pub mod rng;
 pub mod serial;
 mod trigger;
+pub mod virtio;
 
 pub use trigger::Trigger;

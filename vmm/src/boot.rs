@@ -36,10 +36,10 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use acpi::MmioDevice;
 pub use error::LoadError;
 pub use tables::Gdt;
 
+use crate::machine::MmioDevice;
 use crate::memory::RamLayout;
 use file::Source;
 

@@ -4,6 +4,7 @@
 
 mod console;
 mod demo;
+mod devices;
 mod doctor;
 mod manage;
 mod migrate;

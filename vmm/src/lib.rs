@@ -13,4 +13,5 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+mod tap;
 pub mod vmm;

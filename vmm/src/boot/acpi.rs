@@ -26,6 +26,7 @@ use ferry_devices::i8042::I8042_BASE;
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN};
 
 use super::Platform;
+use crate::machine::MmioDevice;
 
 /// Where the tables are.
 pub(super) const TABLES: u64 = 0xe_0000;
@@ -46,17 +47,6 @@ const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
 const PC_AT_COMPATIBLE: u32 = 1;
 /// MADT: active high, an edge (ACPI 6.5, table 5.26).
 const EDGE_HIGH: u16 = 1 | 1 << 2;
-
-/// Where a virtio-mmio device is: what the DSDT says of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MmioDevice {
-    /// Guest-physical address of its registers, below 4 GiB.
-    pub base: u32,
-    /// Length of its range in bytes.
-    pub size: u32,
-    /// Its interrupt line at the IOAPIC: an edge for each interrupt.
-    pub gsi: u32,
-}
 
 /// The tables, to be put at [`TABLES`].
 pub(super) fn tables(platform: &Platform) -> Vec<u8> {

@@ -1,5 +1,6 @@
 //! `ferry run`.
 
+use super::devices;
 use super::output::{Failure, say};
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
@@ -7,7 +8,7 @@ use super::units::{memory, size};
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
 use ferry_guest_images::{BARE, MAX_CPUS, Workload};
 use ferry_vmm::boot::Kernel;
-use ferry_vmm::machine::Machine;
+use ferry_vmm::machine::{Backends, Machine};
 use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
@@ -70,6 +71,11 @@ pub struct Args {
     /// The guest's name, for people.
     #[arg(long)]
     name: Option<String>,
+    #[command(flatten)]
+    devices: devices::Args,
+    /// A memory balloon: the guest can give memory back to the host, and says how much it has free.
+    #[arg(long)]
+    balloon: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
@@ -80,6 +86,12 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         .memory(memory)
         .cpus(args.cpus)
         .hugepages(args.hugepages)
+        .devices(Backends {
+            balloon: args.balloon,
+            // The built-in guest has no use for random numbers.
+            rng: args.nas.is_none(),
+            ..args.devices.backends()
+        })
         .serial(Box::new(spool.clone()));
     if let Some(name) = &args.name {
         builder = builder.name(name);

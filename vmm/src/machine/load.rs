@@ -51,7 +51,7 @@ impl Machine {
     pub fn load(&self, kernel: &Kernel) -> Result<(), ApplyError> {
         let platform = Platform {
             cpus: self.description.cpus,
-            mmio: Vec::new(),
+            mmio: self.mmio_devices(),
         };
         self.apply(&boot::load(kernel, self.ram().layout(), &platform)?)
     }

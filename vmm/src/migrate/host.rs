@@ -9,7 +9,7 @@ use ferry_migration::port::{Host, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
 
 use super::{StreamLink, engine_layout, page_runs};
-use crate::machine::{Machine, MachineDescription, MachineState};
+use crate::machine::{Backends, Machine, MachineDescription, MachineState};
 use crate::memory::{GuestRam, PageRun};
 
 /// Makes the serial console's output for an arriving machine.
@@ -98,15 +98,17 @@ impl PageSink<StreamLink> for RamSink {
 /// Builds and starts the machine of an arriving guest.
 pub struct MachineHost {
     serial: SerialFactory,
+    backends: Backends,
     machine: Option<Arc<Machine>>,
     run_after: bool,
     started: bool,
 }
 
 impl MachineHost {
-    pub(super) fn new(serial: SerialFactory) -> Self {
+    pub(super) fn new(serial: SerialFactory, backends: Backends) -> Self {
         Self {
             serial,
+            backends,
             machine: None,
             run_after: true,
             started: false,
@@ -131,6 +133,7 @@ impl Host<StreamLink> for MachineHost {
         let machine = Machine::builder()
             .from_description(&description)
             .serial(serial)
+            .devices(self.backends.clone())
             .build()?;
         if engine_layout(machine.ram())? != *layout {
             return Err(
@@ -164,6 +167,7 @@ impl Host<StreamLink> for MachineHost {
         }
         machine.resume()?;
         let first = machine.wait_first_entry(Duration::from_secs(5));
+        announce(machine);
         Ok(first.map_or(Duration::ZERO, |at| at.elapsed()))
     }
 
@@ -171,5 +175,29 @@ impl Host<StreamLink> for MachineHost {
         if !self.started {
             self.machine = None;
         }
+    }
+}
+
+/// Tells the network, more than once, where the guest is now: the first frame may be lost while a bridge still learns.
+fn announce(machine: &Arc<Machine>) {
+    const PAUSES: [Duration; 3] = [
+        Duration::from_millis(50),
+        Duration::from_millis(150),
+        Duration::from_millis(250),
+    ];
+    machine.announce();
+    let machine = Arc::downgrade(machine);
+    let again = move || {
+        for pause in PAUSES {
+            std::thread::sleep(pause);
+            let Some(machine) = machine.upgrade() else {
+                return;
+            };
+            machine.announce();
+        }
+    };
+    let thread = std::thread::Builder::new().name("ferry-announce".into());
+    if let Err(error) = thread.spawn(again) {
+        tracing::warn!(%error, "the network is told only once where the guest is");
     }
 }
