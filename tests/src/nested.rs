@@ -102,9 +102,22 @@ impl NestedHost {
         NestedVmm::start(self, &[&["run"], arguments].concat())
     }
 
+    /// Runs a program that must succeed; what it printed.
+    pub fn run_well(&self, arguments: &[&str]) -> String {
+        let ran = self.run(arguments);
+        assert_eq!(ran.code, 0, "{arguments:?}: {ran:?}");
+        ran.stdout
+    }
+
     /// `ferry receive` on a free port of this host, once it listens.
     pub fn receive(&self) -> NestedVmm<'_> {
-        let mut vmm = NestedVmm::start(self, &["receive", &format!("tcp:{}:0", self.address)]);
+        self.receive_with(&[])
+    }
+
+    /// As [`NestedHost::receive`], with these devices.
+    pub fn receive_with(&self, devices: &[&str]) -> NestedVmm<'_> {
+        let uri = format!("tcp:{}:0", self.address);
+        let mut vmm = NestedVmm::start(self, &[&["receive", &uri], devices].concat());
         let uri = vmm.process.until(NESTED_PATIENCE, |_, said| {
             said.split_ascii_whitespace()
                 .find(|w| w.starts_with("tcp:"))

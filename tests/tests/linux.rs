@@ -86,6 +86,36 @@ fn linux_moves_with_every_policy() {
     guest.verdict();
 }
 
+/// A disk on storage that both processes reach: the guest writes all over it and verifies, before, during and after a move.
+#[test]
+fn linux_moves_with_its_disk() {
+    let Some(_turn) = nested_hosts() else { return };
+    let host = NestedHost::start();
+    host.run_well(&["/init", "truncate", "/tmp/disk", "16777216"]);
+    let guest = host.guest(&[
+        "--linux",
+        "--disk",
+        "/tmp/disk",
+        "--balloon",
+        "--cmdline",
+        "ferry.disk=/dev/vda",
+    ]);
+    guest.prints("blocks=vda");
+    guest.prints("ferry-disk: writes=512 corrupt=0");
+    let destination = host.receive_with(&["--disk", "/tmp/disk"]);
+    guest.migrate(destination.uri(), &[]);
+    destination.prints("ferry-disk: writes=");
+    // Every block was written several times by now, so what was written before the move was read after it.
+    destination.prints("ferry-disk: writes=8192 corrupt=0");
+    assert!(
+        !destination.all().contains("CORRUPT"),
+        "{}",
+        destination.all()
+    );
+    destination.types("poweroff");
+    assert_eq!(destination.ends().code, 0);
+}
+
 /// Two hosts, two kernels, a network between them.
 #[test]
 fn linux_moves_between_hosts() {
@@ -111,4 +141,35 @@ fn linux_moves_between_hosts() {
         matches!(line, Line::Stat { .. }).then_some(())
     });
     back.verdict();
+}
+
+/// A network card: the guest's server counts on, on the other host's tap.
+#[test]
+fn linux_moves_with_its_network_card() {
+    let Some(_turn) = nested_hosts() else { return };
+    let (first, second, _cable) = NestedHost::pair();
+    for host in [&first, &second] {
+        host.run_well(&["/init", "tap", "tap0=10.8.0.1/24"]);
+    }
+    let count = |host: &NestedHost| {
+        let answer = host.run_well(&["/init", "get", "10.8.0.2:80", "/"]);
+        let count = answer.lines().find_map(|l| l.strip_prefix("X-Count: "));
+        count
+            .and_then(|n| n.trim().parse::<u64>().ok())
+            .unwrap_or_else(|| panic!("{answer}"))
+    };
+    let guest = first.guest(&[
+        "--linux",
+        "--net",
+        "tap=tap0",
+        "--cmdline",
+        "ferry.net=eth0=10.8.0.2/24",
+    ]);
+    guest.prints("ferry-guest: ready");
+    assert_eq!([count(&first), count(&first)], [1, 2]);
+    let there = second.receive_with(&["--net", "tap=tap0"]);
+    guest.migrate(there.uri(), &[]);
+    assert_eq!([count(&second), count(&second)], [3, 4]);
+    there.types("poweroff");
+    assert_eq!(there.ends().code, 0);
 }

@@ -47,8 +47,10 @@ pub fn main() {
         ["get", address, path] => http::get(address, path),
         ["cat", path] => machine::cat(path),
         ["write", path] => machine::write(path),
+        ["truncate", path, bytes] => machine::truncate(path, bytes),
+        ["tap", network] => machine::tap(network),
         _ => Err(
-            "init is the first process; its parts are work, disk, get, cat and write".to_owned(),
+            "init is the first process; its parts are work, disk, get, cat, write, truncate and tap".to_owned(),
         ),
     };
     if let Err(sentence) = done {

@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::options::Network;
+use crate::options::{Network, network};
 use crate::sys;
 
 /// Mounts, loads the modules, brings up the loopback; returns what did not work, a sentence each.
@@ -110,4 +110,21 @@ pub fn write(path: &str) -> Result<(), String> {
     copied
         .map(drop)
         .map_err(|e| format!("{path} cannot be written ({e})"))
+}
+
+/// `init truncate PATH BYTES`: an empty disk image.
+pub fn truncate(path: &str, bytes: &str) -> Result<(), String> {
+    let length = bytes
+        .parse()
+        .map_err(|_| format!("`{bytes}` is not a number"))?;
+    let made = File::create(path).and_then(|file| file.set_len(length));
+    made.map_err(|e| format!("{path} cannot be made ({e})"))
+}
+
+/// `init tap NAME=ADDRESS/PREFIX`: a tap device for a guest's network card.
+pub fn tap(text: &str) -> Result<(), String> {
+    let network = network(text).ok_or_else(|| format!("`{text}` is not NAME=ADDRESS/PREFIX"))?;
+    sys::make_tap(&network.name)
+        .map_err(|e| format!("the tap device {} cannot be made ({e})", network.name))?;
+    configure(&network)
 }

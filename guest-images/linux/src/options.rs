@@ -67,7 +67,8 @@ impl Options {
     }
 }
 
-fn network(text: &str) -> Option<Network> {
+/// Reads `NAME=ADDRESS/PREFIX[,GATEWAY]`.
+pub fn network(text: &str) -> Option<Network> {
     let (name, rest) = text.split_once('=')?;
     let (address, gateway) = match rest.split_once(',') {
         Some((address, gateway)) => (address, Some(ip(gateway)?)),

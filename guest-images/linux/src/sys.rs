@@ -124,20 +124,45 @@ fn socket_address(ip: [u8; 4]) -> [u8; 16] {
     bytes
 }
 
+impl InterfaceRequest {
+    fn new(name: &str, value: &[u8]) -> Self {
+        let mut ifreq = Self {
+            name: [0; 16],
+            value: [0; 24],
+        };
+        // One byte stays zero: the name ends in NUL.
+        for (to, from) in ifreq.name[..15].iter_mut().zip(name.bytes()) {
+            *to = from;
+        }
+        for (to, from) in ifreq.value.iter_mut().zip(value) {
+            *to = *from;
+        }
+        ifreq
+    }
+}
+
 fn set(socket: &UdpSocket, name: &str, request: c_ulong, value: &[u8]) -> io::Result<()> {
-    let mut ifreq = InterfaceRequest {
-        name: [0; 16],
-        value: [0; 24],
-    };
-    // One byte stays zero: the name ends in NUL.
-    for (to, from) in ifreq.name[..15].iter_mut().zip(name.bytes()) {
-        *to = from;
-    }
-    for (to, from) in ifreq.value.iter_mut().zip(value) {
-        *to = *from;
-    }
+    let ifreq = InterfaceRequest::new(name, value);
     // SAFETY: all requests made here take a `struct ifreq`, which this is, and only read it.
     checked(unsafe { c::ioctl(socket.as_raw_fd(), request, &raw const ifreq) })
+}
+
+const TUNSETIFF: c_ulong = 0x4004_54ca;
+const TUNSETPERSIST: c_ulong = 0x4004_54cb;
+/// IFF_TAP, without packet information, with the header that virtio wants.
+const TAP_FLAGS: u16 = 0x0002 | 0x1000 | 0x4000;
+
+/// Makes a tap device that stays (Linux `Documentation/networking/tuntap.rst`).
+pub fn make_tap(name: &str) -> io::Result<()> {
+    let device = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
+    let mut ifreq = InterfaceRequest::new(name, &TAP_FLAGS.to_le_bytes());
+    // SAFETY: TUNSETIFF takes a `struct ifreq`, which this is; the name that it may write back fits.
+    checked(unsafe { c::ioctl(device.as_raw_fd(), TUNSETIFF, &raw mut ifreq) })?;
+    // SAFETY: TUNSETPERSIST takes a number.
+    checked(unsafe { c::ioctl(device.as_raw_fd(), TUNSETPERSIST, c_ulong::from(1u8)) })
 }
 
 /// Gives an interface an address and brings it up.

@@ -7,6 +7,7 @@ use ferry_vmm::machine::{Backends, DiskOptions, NetOptions};
 
 /// For `ferry run` and `ferry receive` alike.
 #[derive(Debug, clap::Args)]
+#[group(id = "devices", multiple = true)]
 pub struct Args {
     /// A disk: a raw image or a block device; `,ro` if the guest may only read it. May be given more than once.
     #[arg(long, value_name = "PATH[,ro]")]
