@@ -11,23 +11,38 @@
 //!                                └───────────────────────────┘
 //! ```
 //!
+//! In post-copy the pages follow the guest: Running waits for them.
+//!
+//! ```text
+//!            every page in place, ARRIVED sent
+//!  Running ─────────────────────────────────────▶ Complete
+//!    │  ▲
+//!    │  │ recover: COMMIT; MISSING is sent, the rest comes
+//!    ▼  │
+//!  Interrupted (connection lost: the guest runs on until it needs a page that is not here)
+//! ```
+//!
 //! The guest runs only after a commit was read. Between Ready and the commit nothing but the
 //! source's word (or an operator's) ends the doubt: the machine is kept.
 //!
 //! The engine handles one frame per [`Destination::step`], so that a simulator can drive it; a
 //! real destination calls [`Destination::run`].
 
+mod arriving;
+mod faults;
 mod lanes;
 mod pages;
 
+pub use arriving::Arriving;
+pub use faults::FaultLane;
 pub use lanes::{Lane, LaneSet};
 
-use crate::page::{PAGE_SIZE, RamLayout};
-use crate::port::{Host, Link, PageSink, PortError};
+use crate::page::{PAGE_SIZE, PageSet, RamLayout};
+use crate::port::{Clock, Host, Link, PageSink, PortError};
 use crate::source::page_hash;
 use crate::wire::{
-    Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Ready, Role, Running,
-    SessionId, WireError,
+    Arrived, Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Ready, Role, Running,
+    SessionId, WireError, recv_set, send_set,
 };
 use pages::PageReceiver;
 use std::sync::Arc;
@@ -42,7 +57,7 @@ pub enum State {
     Filling,
     /// The guest is complete and checked; the source owns it until its commit is read.
     Ready,
-    /// The guest runs; the source may not know yet.
+    /// The guest runs; the source may not know yet, or the guest's pages follow.
     Running,
     /// The source was told.
     Complete,
@@ -50,6 +65,8 @@ pub enum State {
     Discarded,
     /// Ready, and the source is silent: the machine is kept and does not run.
     InDoubt,
+    /// The guest runs and lacks pages, and the connection to the source is lost.
+    Interrupted,
 }
 
 /// Why a migration ended here other than by completing.
@@ -100,6 +117,27 @@ pub enum DestinationError {
         /// Why.
         reason: String,
     },
+    /// A page that was not expected: it came before.
+    #[error("the source sent page {gfn:#x} although it is in place here; each page crosses once")]
+    Duplicate {
+        /// Which.
+        gfn: u64,
+    },
+    /// Pages for a running guest where none follow.
+    #[error("the source sent pages for a guest that lacks none")]
+    NotPostCopy,
+    /// A fault channel failed.
+    #[error("a page fault could not be served: {0}")]
+    FaultChannel(String),
+    /// The push ended and pages did not come.
+    #[error("the source has sent everything, it says, yet {pages} pages did not come")]
+    Incomplete {
+        /// How many.
+        pages: u64,
+    },
+    /// An operator's word that cannot be followed.
+    #[error("the guest cannot run on here without the {0} pages that only the source has")]
+    Lacking(u64),
     /// A data channel never came or stands still.
     #[error("round {round} did not end on {missing} of the data channels in time")]
     LaneSilent {
@@ -136,6 +174,8 @@ impl Default for Timeouts {
 pub enum Step {
     /// More frames are expected.
     Continue,
+    /// The guest runs from now on; its pages follow.
+    Running,
     /// The guest runs and the source was told.
     Complete,
 }
@@ -174,6 +214,14 @@ pub struct Destination<L: Link, H: Host<L>> {
     layout: Option<RamLayout>,
     sink: Option<Arc<H::Sink>>,
     lanes: Option<Arc<LaneSet<L, H::Sink>>>,
+    clock: Arc<dyn Clock + Send + Sync>,
+    /// Pages that are to follow the guest, as far as they were listed.
+    missing: Option<PageSet>,
+    arriving: Option<Arc<Arriving<L, H::Sink>>>,
+    /// The connection is one that a source opened to end a doubt: it does not know what is missing.
+    reattached: bool,
+    /// The source has said that it pushed everything.
+    pushed: bool,
     receiver: PageReceiver,
     round: u32,
     restored: bool,
@@ -194,7 +242,13 @@ struct HashCheck {
 
 impl<L: Link, H: Host<L>> Destination<L, H> {
     /// Takes a control channel whose preamble was answered by [`greet`].
-    pub fn new(mut channel: Channel<L>, preamble: &Preamble, host: H, timeouts: Timeouts) -> Self {
+    pub fn new(
+        mut channel: Channel<L>,
+        preamble: &Preamble,
+        host: H,
+        timeouts: Timeouts,
+        clock: Arc<dyn Clock + Send + Sync>,
+    ) -> Self {
         channel.link().set_timeout(Some(timeouts.handshake));
         Self {
             channel,
@@ -205,6 +259,11 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             layout: None,
             sink: None,
             lanes: None,
+            clock,
+            missing: None,
+            arriving: None,
+            reattached: false,
+            pushed: false,
             receiver: PageReceiver::default(),
             round: 0,
             restored: false,
@@ -240,6 +299,22 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.lanes.as_ref()
     }
 
+    /// The pages that follow the guest, in post-copy: for its fault channels and for those who look on.
+    #[must_use]
+    pub const fn arriving(&self) -> Option<&Arc<Arriving<L, H::Sink>>> {
+        self.arriving.as_ref()
+    }
+
+    /// Takes a fault channel whose preamble was answered.
+    #[must_use]
+    pub fn fault_lane(
+        arriving: &Arc<Arriving<L, H::Sink>>,
+        channel: Channel<L>,
+        timeouts: Timeouts,
+    ) -> FaultLane<L, H::Sink> {
+        FaultLane::new(channel, Arc::clone(arriving), timeouts.transfer)
+    }
+
     /// The host.
     pub const fn host(&mut self) -> &mut H {
         &mut self.host
@@ -255,13 +330,13 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.state = state;
     }
 
-    /// Handles frames until the guest runs.
+    /// Handles frames until the guest runs and is complete.
     ///
     /// # Errors
     /// [`DestinationError`]; the state then says what that means: `Discarded` (the source owns
     /// the guest) or `InDoubt` (the machine is kept and does not run).
     pub fn run(&mut self) -> Result<(), DestinationError> {
-        while self.step()? == Step::Continue {}
+        while self.step()? != Step::Complete {}
         Ok(())
     }
 
@@ -295,7 +370,19 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 }
             }
             // Handed over: whatever is wrong with the connection, the guest is here.
-            State::Running | State::Complete | State::Discarded => {}
+            State::Running if self.follows() => {
+                if let Some(arriving) = &self.arriving {
+                    arriving.lose(&error.to_string());
+                }
+                if let Some(lanes) = &self.lanes {
+                    lanes.close();
+                }
+                if !aborted && !matches!(error, DestinationError::Wire(WireError::Io(_))) {
+                    self.channel.send_abort(&error.to_string());
+                }
+                self.enter(State::Interrupted);
+            }
+            State::Running | State::Complete | State::Discarded | State::Interrupted => {}
         }
     }
 
@@ -303,12 +390,18 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         if let Some(lanes) = &self.lanes {
             lanes.close();
         }
+        if let Some(arriving) = &self.arriving {
+            arriving.end();
+        }
         self.sink = None;
         self.host.discard();
         self.enter(State::Discarded);
     }
 
     fn handle(&mut self) -> Result<Step, DestinationError> {
+        if self.state == State::Running && self.follows() && !self.wait_for_frame()? {
+            return self.completed();
+        }
         let header = self.channel.recv_header()?;
         match (self.state, header.kind) {
             (State::Waiting, FrameType::Hello) => self.hello(&header)?,
@@ -319,10 +412,19 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             (State::Filling, FrameType::Verify) if self.verify && !self.restored => {
                 self.compare(&header)?
             }
+            (State::Filling, FrameType::MissingRuns | FrameType::MissingBits)
+                if self.arriving.is_some() && !self.restored =>
+            {
+                self.list_missing(&header)?;
+            }
             (State::Filling, FrameType::State) => self.restore(&header)?,
-            (State::Ready | State::InDoubt | State::Running, FrameType::Commit) => {
-                self.commit()?;
-                return Ok(Step::Complete);
+            (
+                State::Ready | State::InDoubt | State::Running | State::Interrupted,
+                FrameType::Commit,
+            ) => return self.commit(),
+            (State::Running, kind) if self.follows() => {
+                self.following(&header, kind)?;
+                return self.completed();
             }
             (state, _) => return Err(self.channel.refuse(&header, expected_in(state)).into()),
         }
@@ -349,15 +451,26 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             .take(32)
             .collect();
         self.verify = hello.required.has(Features::VERIFY);
+        if hello.required.has(Features::POST_COPY) {
+            self.host
+                .check_post_copy()
+                .map_err(DestinationError::Unfit)?;
+        }
         let sink = self
             .host
             .prepare(&hello.layout, &hello.machine)
             .map_err(DestinationError::Unfit)?;
         self.channel.set_end(hello.layout.end());
+        if hello.required.has(Features::POST_COPY) {
+            let clock = Arc::clone(&self.clock);
+            let arriving = Arriving::new(hello.layout.clone(), clock, self.verify);
+            self.arriving = Some(Arc::new(arriving));
+        }
         if hello.channels > 0 {
             let set = LaneSet::new(
                 Arc::clone(&sink),
                 hello.layout.clone(),
+                self.arriving.clone(),
                 hello.channels,
                 self.timeouts.transfer,
             );
@@ -440,11 +553,20 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             });
         }
         let total = self.layout.as_ref().map_or(0, RamLayout::pages);
-        if self.verify && self.hashes.compared != total {
+        let to_follow = self.missing.as_ref().map_or(0, PageSet::len);
+        if self.verify && self.hashes.compared != total - to_follow {
             return Err(self
                 .channel
                 .refuse(header, "the hashes of all pages")
                 .into());
+        }
+        if let (Some(missing), Some(arriving), Some(sink)) =
+            (self.missing.take(), &self.arriving, &self.sink)
+        {
+            self.host
+                .begin_post_copy(&missing)
+                .map_err(DestinationError::Unfit)?;
+            arriving.begin(Arc::clone(sink), missing);
         }
         let began = Instant::now();
         self.host.restore(&bytes).map_err(DestinationError::State)?;
@@ -461,11 +583,34 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         Ok(())
     }
 
+    /// Whether pages follow the guest, or did.
+    fn follows(&self) -> bool {
+        self.arriving.as_ref().is_some_and(|a| a.begun())
+    }
+
+    /// Pages that will follow the guest.
+    fn list_missing(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let Some(layout) = &self.layout else {
+            return Err(self.channel.refuse(header, "a greeting").into());
+        };
+        let missing = self
+            .missing
+            .get_or_insert_with(|| PageSet::new(layout.end()));
+        let mut part = PageSet::new(layout.end());
+        recv_set(&mut self.channel, header, layout, &mut part)?;
+        self.host
+            .drop_stale(&part)
+            .map_err(DestinationError::Unfit)?;
+        missing.union_with(&part);
+        Ok(())
+    }
+
     /// The source's word: the guest is ours. Saying it twice changes nothing.
-    fn commit(&mut self) -> Result<(), DestinationError> {
+    fn commit(&mut self) -> Result<Step, DestinationError> {
         let read = Instant::now();
         let mut since = Duration::ZERO;
-        if self.state != State::Running {
+        let again = matches!(self.state, State::Running | State::Interrupted);
+        if !again {
             match self.host.run() {
                 Ok(first_instruction) => since = first_instruction,
                 Err(error) => {
@@ -475,16 +620,134 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                     return Err(DestinationError::Start(error));
                 }
             }
-            self.enter(State::Running);
         }
+        self.enter(State::Running);
+        let missing = self.arriving.as_ref().map(|a| a.missing());
+        let left = missing.as_ref().map_or(0, PageSet::len);
         let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        // Pages may all be here and not all be compared.
+        let compare = self.verify
+            && self.follows()
+            && self
+                .arriving
+                .as_ref()
+                .is_some_and(|a| a.complete().is_none());
         let running = Running {
             start_us: micros(read.elapsed().saturating_sub(since)),
             since_us: micros(since),
+            missing: left,
+            verify: compare,
         };
+        self.channel
+            .link()
+            .set_timeout(Some(self.timeouts.transfer));
         self.channel.send_json(FrameType::Running, &running)?;
+        if left == 0 && !compare {
+            self.finish();
+            return Ok(Step::Complete);
+        }
+        if self.reattached
+            && let Some(missing) = missing
+        {
+            send_set(&mut self.channel, &missing)?;
+        }
+        Ok(Step::Running)
+    }
+
+    /// Waits for the next frame of the push, or (`false`) for the last page, which may come on another
+    /// channel, or for a fault channel's failure.
+    fn wait_for_frame(&mut self) -> Result<bool, DestinationError> {
+        const TICK: Duration = Duration::from_millis(100);
+        const LAST: Duration = Duration::from_millis(1);
+        let until = self.clock.now() + self.timeouts.transfer;
+        loop {
+            if self.can_complete() {
+                return Ok(false);
+            }
+            let left = self.arriving.as_ref().map_or(0, |a| a.left());
+            let wait = if self.pushed && left > 0 { LAST } else { TICK };
+            if self
+                .channel
+                .link()
+                .wait_readable(wait)
+                .map_err(WireError::Io)?
+            {
+                return Ok(true);
+            }
+            if let Some(why) = self.arriving.as_ref().and_then(|a| a.lost()) {
+                return Err(DestinationError::FaultChannel(why));
+            }
+            if self.clock.now() >= until {
+                return Err(if self.pushed && left > 0 {
+                    DestinationError::Incomplete { pages: left }
+                } else {
+                    WireError::Io(std::io::ErrorKind::TimedOut.into()).into()
+                });
+            }
+        }
+    }
+
+    /// Whether everything has come, so that the next step needs no frame.
+    pub(crate) fn can_complete(&self) -> bool {
+        self.pushed
+            && self
+                .arriving
+                .as_ref()
+                .is_some_and(|a| a.complete().is_some())
+    }
+
+    /// A frame of the push.
+    fn following(&mut self, header: &Header, kind: FrameType) -> Result<(), DestinationError> {
+        let Some(arriving) = &self.arriving else {
+            return Err(DestinationError::NotPostCopy);
+        };
+        match kind {
+            FrameType::Pages | FrameType::Zero if !self.pushed => {
+                self.receiver
+                    .receive_to(&mut self.channel, header, arriving)
+            }
+            FrameType::RoundEnd if !self.pushed && header.round == self.round + 1 => {
+                if let Some(lanes) = &self.lanes {
+                    lanes.wait(header.round)?;
+                }
+                self.round = header.round;
+                self.pushed = true;
+                Ok(())
+            }
+            FrameType::Verify if self.pushed => {
+                self.channel.recv_payload(header, &mut self.buffer)?;
+                for (gfn, hash) in (header.gfn..).zip(self.buffer.as_chunks::<8>().0) {
+                    arriving.compare(gfn, *hash);
+                }
+                Ok(())
+            }
+            FrameType::Alive => Ok(()),
+            _ => Err(self
+                .channel
+                .refuse(header, "pages of the running guest, or their end")
+                .into()),
+        }
+    }
+
+    /// Tells the source once everything is in place and compared.
+    fn completed(&mut self) -> Result<Step, DestinationError> {
+        let done = self.arriving.as_ref().filter(|_| self.pushed);
+        let Some((faults, different)) = done.and_then(|a| a.complete()) else {
+            return Ok(Step::Continue);
+        };
+        // The guest is complete, whether the source hears it or not.
+        self.finish();
+        let arrived = Arrived { faults, different };
+        self.channel.send_json(FrameType::Arrived, &arrived)?;
+        Ok(Step::Complete)
+    }
+
+    fn finish(&mut self) {
+        if let Some(arriving) = self.arriving.take() {
+            arriving.end();
+            self.host.end_post_copy();
+        }
         self.enter(State::Complete);
-        Ok(())
     }
 
     /// Goes on with a new connection that a source opened to end the doubt
@@ -496,6 +759,14 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         }
         channel.set_end(self.layout.as_ref().map_or(0, RamLayout::end));
         self.channel = channel;
+        self.reattached = true;
+        // Only this connection counts from here on: what it brings is one push.
+        (self.round, self.pushed, self.lanes) = (0, false, None);
+        if self.state == State::Interrupted {
+            if let Some(arriving) = &self.arriving {
+                arriving.reconnect();
+            }
+        }
         match self.state {
             // The first confirmation may have been lost on its way: it is said again.
             State::Complete => self.enter(State::Running),
@@ -510,13 +781,15 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
     /// # Errors
     /// When the guest is not complete here, or cannot be started.
     pub fn take_over(&mut self) -> Result<(), DestinationError> {
+        let left = self.arriving.as_ref().map_or(0, |a| a.left());
         match self.state {
+            _ if left > 0 => Err(DestinationError::Lacking(left)),
             State::Ready | State::InDoubt => {
                 self.host.run().map_err(DestinationError::Start)?;
                 self.enter(State::Running);
                 Ok(())
             }
-            State::Running | State::Complete => Ok(()),
+            State::Running | State::Complete | State::Interrupted => Ok(()),
             state @ (State::Waiting | State::Filling | State::Discarded) => {
                 Err(DestinationError::State(
                     format!("the guest is not complete here ({state:?})").into(),
@@ -539,8 +812,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 const fn expected_in(state: State) -> &'static str {
     match state {
         State::Waiting => "a greeting",
-        State::Filling => "pages, the end of the next round, hashes or the state",
-        State::Ready | State::InDoubt => "the commit",
+        State::Filling => "pages, the end of the next round, hashes, missing pages or the state",
+        State::Ready | State::InDoubt | State::Interrupted => "the commit",
         State::Running | State::Complete | State::Discarded => "nothing more",
     }
 }

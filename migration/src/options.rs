@@ -1,5 +1,6 @@
 //! What a user can ask of a migration. Serialisable: it travels through control sockets and files.
 
+use crate::order::{Push, PushOrder};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -28,11 +29,21 @@ pub enum PolicyKind {
     Stord,
     /// Memory-bound pre-copy, multiplexed (MPLM, Chanchio 2018).
     Mplm,
+    /// Post-copy (Hines 2009): the guest moves first, its memory follows.
+    Postcopy,
+    /// One pass of pre-copy, then post-copy.
+    Hybrid,
 }
 
 impl PolicyKind {
     /// All there are.
-    pub const ALL: &'static [Self] = &[Self::Precopy, Self::Stord, Self::Mplm];
+    pub const ALL: &'static [Self] = &[
+        Self::Precopy,
+        Self::Stord,
+        Self::Mplm,
+        Self::Postcopy,
+        Self::Hybrid,
+    ];
 
     /// The name that the command line and the report use.
     #[must_use]
@@ -41,6 +52,8 @@ impl PolicyKind {
             Self::Precopy => "precopy",
             Self::Stord => "stord",
             Self::Mplm => "mplm",
+            Self::Postcopy => "postcopy",
+            Self::Hybrid => "hybrid",
         }
     }
 }
@@ -55,6 +68,8 @@ pub enum OnTimeout {
     Cancel,
     /// Stop and copy whatever is pending, however long that takes.
     Stop,
+    /// Move the guest now and let the pending pages follow (post-copy).
+    Postcopy,
 }
 
 /// The options of one migration; [`Default`] is what `ferry migrate` does without flags.
@@ -85,6 +100,10 @@ pub struct Options {
     pub sync: Duration,
     /// Send pages that are dirtied often late in a round, so that they are sent again less.
     pub reorder: bool,
+    /// Post-copy: in which order pages follow that nobody has asked for.
+    pub order: PushOrder,
+    /// Post-copy with bubbling: how many streams of faults have a bubble each; 1 is the single-pivot form.
+    pub pivots: u16,
     /// Data channels beside the control channel; 1 means that pages share the control channel.
     pub channels: u16,
     /// Hash all memory on both sides in the pause and fail on a difference.
@@ -104,6 +123,8 @@ impl Default for Options {
             turn_share: 100,
             sync: Duration::from_millis(250),
             reorder: false,
+            order: PushOrder::Bubble,
+            pivots: 8,
             channels: 1,
             verify: false,
         }
@@ -125,6 +146,9 @@ pub enum OptionsError {
     /// More dirty pages than any bound is worth.
     #[error("a turn share of {0} % was asked for; give 0 to {max}", max = Options::MAX_SHARE)]
     Share(u32),
+    /// Not between 1 and [`Push::MAX_PIVOTS`].
+    #[error("{0} pivots were asked for; give 1 to {max}", max = Push::MAX_PIVOTS)]
+    Pivots(u16),
     /// No round may be sent.
     #[error("max_rounds is 0; give at least 1")]
     Rounds,
@@ -138,6 +162,14 @@ impl Options {
     pub const MAX_SPLIT: u32 = 1024;
     /// The largest share of MPLM's dirty group, in per cent of the other.
     pub const MAX_SHARE: u32 = 1000;
+
+    /// Whether the guest may run at the destination before its memory is there: the destination must
+    /// then be able to.
+    #[must_use]
+    pub fn may_post_copy(&self) -> bool {
+        matches!(self.policy, PolicyKind::Postcopy | PolicyKind::Hybrid)
+            || self.on_timeout == OnTimeout::Postcopy
+    }
 
     /// Checks what a type cannot.
     ///
@@ -157,6 +189,9 @@ impl Options {
         }
         if self.turn_share > Self::MAX_SHARE {
             return Err(OptionsError::Share(self.turn_share));
+        }
+        if self.pivots == 0 || usize::from(self.pivots) > Push::MAX_PIVOTS {
+            return Err(OptionsError::Pivots(self.pivots));
         }
         if self.max_rounds == Some(0) {
             return Err(OptionsError::Rounds);

@@ -4,16 +4,21 @@
 //! clock; the engine alone reads memory, sends, pauses and marks. So a policy can be slow, but
 //! it cannot be wrong: whatever it decides, no write is lost and one side runs the guest.
 
+mod hybrid;
 mod limits;
 mod mplm;
+mod post_copy;
 mod pre_copy;
 mod stord;
 
+pub use hybrid::Hybrid;
 pub use mplm::Mplm;
+pub use post_copy::PostCopy;
 pub use pre_copy::PreCopy;
 pub use stord::Stord;
 
 use crate::options::{Options, PolicyKind};
+use crate::order::PushOrder;
 use crate::page::{Heat, PAGE_BYTES, PageSet};
 use std::time::Duration;
 
@@ -133,6 +138,13 @@ pub enum Decision {
         /// Why, for the report.
         why: String,
     },
+    /// Stop the guest, move it, and let what is pending follow (post-copy).
+    HandOver {
+        /// In which order pages follow that the guest does not ask for.
+        order: PushOrder,
+        /// Why, for the report.
+        why: String,
+    },
     /// Leave the guest where it is.
     GiveUp {
         /// Why, for the user.
@@ -156,5 +168,7 @@ pub fn from_options(options: &Options) -> Box<dyn Policy> {
         PolicyKind::Precopy => Box::new(PreCopy::new(options)),
         PolicyKind::Stord => Box::new(Stord::new(options)),
         PolicyKind::Mplm => Box::new(Mplm::new(options)),
+        PolicyKind::Postcopy => Box::new(PostCopy::new(options)),
+        PolicyKind::Hybrid => Box::new(Hybrid::new(options)),
     }
 }

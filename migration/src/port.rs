@@ -32,11 +32,26 @@ pub trait Link: Send {
     /// As [`Link::send`]; the end of the stream is `UnexpectedEof`.
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()>;
 
-    /// Whether bytes can be received without waiting (also when the peer has hung up).
+    /// Waits at most so long until bytes can be received (or the peer has hung up); says whether
+    /// they can.
     ///
     /// # Errors
     /// When the connection is gone.
-    fn readable(&mut self) -> io::Result<bool>;
+    fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool>;
+
+    /// Whether bytes can be received without waiting (also when the peer has hung up).
+    ///
+    /// # Errors
+    /// As [`Link::wait_readable`].
+    fn readable(&mut self) -> io::Result<bool> {
+        self.wait_readable(Duration::ZERO)
+    }
+
+    /// Asks that no more than about `bytes` wait here unsent: what is sent on another channel must not queue behind
+    /// them for long. Best effort.
+    fn bound_queue(&mut self, bytes: u32) {
+        let _ = bytes;
+    }
 
     /// How long a send or receive may wait; `None` is for ever.
     fn set_timeout(&mut self, timeout: Option<Duration>);
@@ -76,7 +91,8 @@ pub trait PageSource<L: Link>: Sync {
     }
 }
 
-/// A guest at the source.
+/// A guest at the source. All but the methods of [`PageSource`] are called from the engine's own
+/// thread; those also from threads that answer page faults, while the guest stands still.
 ///
 /// Dirty pages: [`collect_dirty`](Guest::collect_dirty) only *reads* the log; a page stays in it
 /// until [`clear_dirty`](Guest::clear_dirty), which the engine calls right before it reads the
@@ -95,9 +111,9 @@ pub trait Guest<L: Link>: PageSource<L> {
     ///
     /// # Errors
     /// When the host cannot log.
-    fn start_tracking(&mut self) -> Result<(), PortError>;
+    fn start_tracking(&self) -> Result<(), PortError>;
     /// Stops the dirty log; the guest may run or not.
-    fn stop_tracking(&mut self);
+    fn stop_tracking(&self);
     /// Adds all pages of the log to `into`, those that the VMM itself wrote included.
     ///
     /// # Errors
@@ -113,25 +129,45 @@ pub trait Guest<L: Link>: PageSource<L> {
     ///
     /// # Errors
     /// When it cannot be stopped; it then runs on.
-    fn pause(&mut self) -> Result<Duration, PortError>;
+    fn pause(&self) -> Result<Duration, PortError>;
     /// The paused machine's state.
     ///
     /// # Errors
     /// When it cannot be read.
-    fn save(&mut self) -> Result<Vec<u8>, PortError>;
+    fn save(&self) -> Result<Vec<u8>, PortError>;
     /// Lets the guest run again at the source, after a failure before the commit.
-    fn resume(&mut self);
+    fn resume(&self);
     /// Writes down that the guest belongs to the destination: from now on this side never runs
     /// it by itself. Called before the commit is sent.
     ///
     /// # Errors
     /// When it cannot be written down; nothing was sent then, and the guest stays.
-    fn commit(&mut self, session: SessionId) -> Result<(), PortError>;
+    fn commit(&self, session: SessionId) -> Result<(), PortError>;
     /// The destination runs the guest: what is left here may be discarded.
-    fn release(&mut self);
+    fn release(&self);
+    /// Channels for page faults that are worth having: about as many as the guest has vCPUs.
+    fn fault_channels(&self) -> u16 {
+        1
+    }
+}
+
+/// Somebody has begun to wait for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageFault {
+    /// The page.
+    pub gfn: Gfn,
+    /// Who waits: any number that tells threads apart. One that looks again is told of again.
+    pub waiter: u32,
+}
+
+fn no_post_copy<T>() -> Result<T, PortError> {
+    Err("this destination has no post-copy".into())
 }
 
 /// Guest memory at the destination. Lanes fill it in parallel: pages of one round are disjoint.
+///
+/// The last three methods are post-copy's, after [`Host::begin_post_copy`]: whoever touches a page
+/// that is not in place waits for it.
 pub trait PageSink<L: Link>: Send + Sync {
     /// Receives the pages of `runs` from the link straight into guest memory. The engine has
     /// checked that the runs are RAM.
@@ -149,6 +185,48 @@ pub trait PageSink<L: Link>: Send + Sync {
     /// # Errors
     /// When the page is not RAM.
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError>;
+    /// Receives the pages of `runs` from the link into a buffer, to be placed as a whole later.
+    ///
+    /// # Errors
+    /// As [`Link::recv`].
+    fn fetch(&self, link: &mut L, runs: &[Run], into: &mut Vec<u8>) -> io::Result<()> {
+        // Grows while bytes arrive: a count that was lied about costs what the liar really sends.
+        const STEP: usize = 256 << 10;
+        let bytes: u64 = runs.iter().map(Run::bytes).sum();
+        let length = usize::try_from(bytes).map_err(io::Error::other)?;
+        into.clear();
+        while into.len() < length {
+            let at = into.len();
+            into.resize(length.min(at + STEP), 0);
+            link.recv(&mut into[at..])?;
+        }
+        Ok(())
+    }
+    /// Puts pages in place, each as a whole: nobody sees a part of it. Those who wait go on.
+    ///
+    /// # Errors
+    /// When there is no memory for them; none of them is lost then, and it can be tried again.
+    fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        let _ = (run, bytes);
+        no_post_copy()
+    }
+    /// As [`place`](Self::place), with zeros; pages that are in place already stay as they are.
+    ///
+    /// # Errors
+    /// As there.
+    fn place_zero(&self, run: Run) -> Result<(), PortError> {
+        let _ = run;
+        no_post_copy()
+    }
+    /// The next page that somebody has begun to wait for; `None` after the time. Called from
+    /// several threads.
+    ///
+    /// # Errors
+    /// When faults cannot be heard of.
+    fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError> {
+        let _ = timeout;
+        no_post_copy()
+    }
 }
 
 /// The destination host.
@@ -166,6 +244,32 @@ pub trait Host<L: Link> {
         layout: &RamLayout,
         machine: &[u8],
     ) -> Result<std::sync::Arc<Self::Sink>, PortError>;
+    /// Whether this host can run a guest whose memory is not there yet; asked before anything is sent.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    fn check_post_copy(&self) -> Result<(), PortError> {
+        no_post_copy()
+    }
+    /// What memory holds of these pages is stale, and is dropped. Called for all pages that will follow the
+    /// guest, for most of them before the guest's pause.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
+        let _ = pages;
+        no_post_copy()
+    }
+    /// From now on these pages are missing, and whoever touches one waits. Called before [`Host::restore`].
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
+        let _ = missing;
+        no_post_copy()
+    }
+    /// All pages are in place.
+    fn end_post_copy(&mut self) {}
     /// Puts the state into the machine and checks it.
     ///
     /// # Errors

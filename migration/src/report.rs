@@ -2,6 +2,10 @@
 //!
 //! The JSON names are an interface (`ferry migrate --json`): fields are added, never renamed.
 
+mod latency;
+
+pub use latency::{Bucket, Latencies};
+
 use serde::{Deserialize, Serialize};
 
 /// How a migration ended.
@@ -16,6 +20,9 @@ pub enum Status {
     Cancelled,
     /// The commit was sent and not confirmed: neither side runs the guest by itself.
     InDoubt,
+    /// The guest runs at the destination and lacks pages that are only here: the connection was lost
+    /// in post-copy. Both sides keep everything.
+    Interrupted,
 }
 
 /// One round: one pass over a set of pages.
@@ -31,6 +38,9 @@ pub struct Round {
     pub ms: f64,
     /// Pages that the guest dirtied meanwhile.
     pub dirtied: u64,
+    /// Whether these pages followed the guest, which ran at the destination (post-copy).
+    #[serde(default)]
+    pub follows: bool,
 }
 
 /// Where the downtime went. All in milliseconds; their sum is `downtime_ms`.
@@ -74,6 +84,12 @@ pub struct Faults {
     pub max_us: f64,
     /// Sum over the vCPUs of the time they waited, in milliseconds.
     pub stalled_ms: f64,
+    /// Faults whose page had left already when they were heard of.
+    #[serde(default)]
+    pub on_their_way: u64,
+    /// Their latencies, for a distribution: the buckets that are not empty.
+    #[serde(default)]
+    pub histogram: Vec<Bucket>,
 }
 
 /// What a migration did: the object that `ferry migrate --json` prints.
@@ -106,7 +122,7 @@ pub struct Report {
     pub bytes_wire: u64,
     /// `bytes_wire` over `total_ms`, in 10⁶ bytes per second.
     pub mbps: f64,
-    /// Post-copy's faults; zero for the pre-copy family.
+    /// Post-copy's faults, as the destination measured them; zero for the pre-copy family.
     pub faults: Faults,
     /// Whether memory was compared and equal; `null` when it was not compared.
     pub verified: Option<bool>,
@@ -146,14 +162,10 @@ impl Report {
     /// known better than that; in doubt, doubt.
     #[must_use]
     pub fn broken(progress: &Progress, error: &str) -> Self {
-        let committed = matches!(
-            progress.phase,
-            Phase::Committed | Phase::Completed | Phase::InDoubt
-        );
-        let status = if committed {
-            Status::InDoubt
-        } else {
-            Status::Failed
+        let status = match progress.phase {
+            Phase::Committed | Phase::Completed | Phase::InDoubt => Status::InDoubt,
+            Phase::PostCopy | Phase::Interrupted => Status::Interrupted,
+            _ => Status::Failed,
         };
         Self {
             total_ms: progress.elapsed_ms,
@@ -184,12 +196,16 @@ pub enum Phase {
     Stopped,
     /// The commit was written down and sent.
     Committed,
+    /// The guest runs at the destination; its pages follow (post-copy).
+    PostCopy,
     /// The destination confirmed.
     Completed,
     /// It failed or was cancelled; the guest runs at the source.
     Aborted,
     /// Committed, unconfirmed.
     InDoubt,
+    /// The guest runs at the destination and lacks pages that are only here.
+    Interrupted,
 }
 
 /// A snapshot of a running migration.

@@ -19,6 +19,7 @@ mod world;
 
 use crate::destination;
 use crate::options::{OnTimeout, Options, PolicyKind};
+use crate::order::PushOrder;
 use crate::report::{Event, Report, Status};
 use crate::source::{self, CancelSwitch, Setup};
 use crate::wire::SessionId;
@@ -88,6 +89,10 @@ pub struct Outcome {
     pub violations: Vec<String>,
     /// Messages that crossed, in both directions.
     pub messages: u64,
+    /// Page faults that the guest took at the destination.
+    pub faults: u64,
+    /// The report of the recovery, where one was needed and possible.
+    pub recovered: Option<Report>,
 }
 
 impl Scenario {
@@ -130,18 +135,23 @@ impl Scenario {
         scenario.options = Options {
             downtime: Duration::from_millis(rng.below(20)),
             timeout: Duration::from_millis(200 + rng.below(2000)),
-            on_timeout: if rng.chance(0.5) {
-                OnTimeout::Stop
-            } else {
-                OnTimeout::Cancel
-            },
+            on_timeout: [OnTimeout::Stop, OnTimeout::Cancel, OnTimeout::Postcopy]
+                [usize::try_from(rng.below(3)).unwrap_or(0)],
             max_rounds: rng
                 .chance(0.3)
                 .then(|| 1 + u32::try_from(rng.below(20)).unwrap_or(1)),
             bandwidth: rng.chance(0.2).then(|| 5_000_000 + rng.below(50_000_000)),
             verify: rng.chance(0.5),
-            policy: [PolicyKind::Precopy, PolicyKind::Stord, PolicyKind::Mplm]
+            policy: [
+                PolicyKind::Precopy,
+                PolicyKind::Stord,
+                PolicyKind::Mplm,
+                PolicyKind::Postcopy,
+                PolicyKind::Hybrid,
+            ][usize::try_from(rng.below(5)).unwrap_or(0)],
+            order: [PushOrder::Demand, PushOrder::Flush, PushOrder::Bubble]
                 [usize::try_from(rng.below(3)).unwrap_or(0)],
+            pivots: 1 + u16::try_from(rng.below(5)).unwrap_or(0),
             split: 1 + u32::try_from(rng.below(12)).unwrap_or(0),
             turn_share: u32::try_from(rng.below(300)).unwrap_or(0),
             sync: Duration::from_millis(rng.below(20)),
@@ -178,11 +188,11 @@ pub fn run(scenario: &Scenario) -> Outcome {
     lock(&world).cancel = Some(Arc::clone(&cancel));
     let session = SessionId(*b"simulated-moving");
     let clock = SimClock::new(Arc::clone(&world));
-    let mut guest = SimGuest::new(Arc::clone(&world));
+    let guest = SimGuest::new(Arc::clone(&world));
     let mut connect = |_, _| SimLink::connect(&world, &peer);
     let mut events = |_: Event| {};
     let report = source::migrate(
-        &mut guest,
+        &guest,
         Setup {
             connect: &mut connect,
             clock: &clock,
@@ -191,15 +201,20 @@ pub fn run(scenario: &Scenario) -> Outcome {
             cancel: &cancel,
             events: &mut events,
             timeouts: source::Timeouts::default(),
+            threads: false,
         },
     );
     // Whatever is still on its way arrives; a broken connection is noticed.
     Peer::drive_all(&peer);
     let mut violations = lock(&world).check(&report, &lock(&peer));
-    lock(&world).faults.clear();
-    if report.status == Status::InDoubt && !lock(&world).source_dead {
-        recover(&world, &peer, session, &mut violations);
-    }
+    lock(&world).mend();
+    let recovered = if matches!(report.status, Status::InDoubt | Status::Interrupted)
+        && !lock(&world).source_dead
+    {
+        Some(recover(scenario, &world, &peer, session, &mut violations))
+    } else {
+        None
+    };
     operator(&world, &peer, &mut violations);
     let world = lock(&world);
     violations.extend(world.violations.iter().cloned());
@@ -207,31 +222,54 @@ pub fn run(scenario: &Scenario) -> Outcome {
         source: world.source_fate(),
         destination: world.destination_fate(&lock(&peer)),
         messages: world.messages,
+        faults: world.faults_taken,
+        recovered,
         report,
         violations,
     }
 }
 
-/// A source in doubt reconnects; the destination must end up running the guest.
+/// A source in doubt or interrupted reconnects; the destination must end up running all of the guest.
 fn recover(
+    scenario: &Scenario,
     world: &Arc<Mutex<World>>,
     peer: &Arc<Mutex<Peer>>,
     session: SessionId,
     violations: &mut Vec<String>,
-) {
+) -> Report {
     let kept = {
         let world = lock(world);
         !world.destination_dead && !world.start_fails()
     };
-    let result = source::recover_commit(&mut |_, _| SimLink::connect(world, peer), session);
-    let runs = lock(world).destination_runs;
-    match result {
-        Ok(_) if !runs => violations.push("recover succeeded, yet the guest does not run".into()),
-        Err(error) if kept => {
-            violations.push(format!("recover failed although both sides live: {error}"))
+    let guest = SimGuest::new(Arc::clone(world));
+    let clock = SimClock::new(Arc::clone(world));
+    let cancel = CancelSwitch::default();
+    let setup = Setup {
+        connect: &mut |_, _| SimLink::connect(world, peer),
+        clock: &clock,
+        options: &scenario.options,
+        session,
+        cancel: &cancel,
+        events: &mut |_| {},
+        timeouts: source::Timeouts::default(),
+        threads: false,
+    };
+    let report = source::recover(&guest, setup);
+    let world = lock(world);
+    if report.status == Status::Completed {
+        if !world.destination_runs {
+            violations.push("recover succeeded, yet the guest does not run".into());
         }
-        _ => {}
+        if world.missing.as_ref().is_some_and(|set| !set.is_empty()) {
+            violations.push("recover succeeded, yet pages are missing".into());
+        }
+    } else if kept {
+        violations.push(format!(
+            "recover failed although both sides live: {:?}",
+            report.error
+        ));
     }
+    report
 }
 
 /// The last resort: the source is dead and the destination was ready: an operator takes over.
@@ -247,7 +285,11 @@ fn operator(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>, violations: &mut
     ) {
         let result = engine.take_over();
         let world = lock(world);
-        if !world.start_fails() && (result.is_err() || !world.destination_runs) {
+        let lacks = world.missing.as_ref().is_some_and(|set| !set.is_empty());
+        if lacks && result.is_ok() {
+            violations.push("an operator took over a guest whose pages are gone".into());
+        }
+        if !lacks && !world.start_fails() && (result.is_err() || !world.destination_runs) {
             violations.push("an operator could not take over a complete guest".into());
         }
     }

@@ -11,28 +11,41 @@
 //!              Aborted (the guest runs here)
 //! ```
 //!
+//! In post-copy the guest is handed over before its pages, and Committed goes on with
+//!
+//! ```text
+//!             RUNNING             ARRIVED
+//!  Committed ────────▶ PostCopy ──────────▶ Discardable
+//!                        │   ▲
+//!        connection lost ▼   │ recover: the pages that the destination lists as missing
+//!                     Interrupted
+//! ```
+//!
 //! Up to and including Stopped, every failure ends in Aborted with the guest running at the
 //! source. From Committed on the source never runs the guest by itself.
 
 mod error;
 mod live;
+mod post_copy;
 mod recover;
 mod stop;
 
 pub use error::SourceError;
-pub use recover::recover_commit;
+pub use recover::recover;
 pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;
 use crate::options::Options;
+use crate::order::PushOrder;
 use crate::page::{Heat, PageSet, RamLayout};
 use crate::policy::{self, Policy, View};
 use crate::port::{Clock, Guest, Link};
-use crate::report::{Downtime, Event, Pages, Phase, Progress, Report, Round, Status};
+use crate::report::{Downtime, Event, Faults, Pages, Phase, Progress, Report, Round, Status};
 use crate::sender::{Pacer, Sender, Sent};
 use crate::wire::{
     Channel, Features, FrameType, Header, Hello, HelloAck, Role, SessionId, WireError,
 };
+use post_copy::FaultChannel;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -51,12 +64,16 @@ pub enum State {
     Stopped,
     /// Written down and (perhaps) sent.
     Committed,
-    /// The destination runs the guest.
+    /// The destination runs the guest; its pages follow.
+    PostCopy,
+    /// The destination runs the guest and has all of it.
     Discardable,
     /// The guest runs here.
     Aborted,
     /// Committed and unanswered.
     InDoubt,
+    /// The destination runs the guest and lacks pages; the connection is lost.
+    Interrupted,
 }
 
 impl State {
@@ -67,9 +84,11 @@ impl State {
             Self::Draining => Phase::Draining,
             Self::Stopped => Phase::Stopped,
             Self::Committed => Phase::Committed,
+            Self::PostCopy => Phase::PostCopy,
             Self::Discardable => Phase::Completed,
             Self::Aborted => Phase::Aborted,
             Self::InDoubt => Phase::InDoubt,
+            Self::Interrupted => Phase::Interrupted,
         }
     }
 }
@@ -148,6 +167,9 @@ pub struct Setup<'a, L: Link> {
     pub events: &'a mut dyn FnMut(Event),
     /// How long to wait for the peer.
     pub timeouts: Timeouts,
+    /// Whether page faults are answered by threads of their own. Without, they are answered between
+    /// two batches: for simulators, where all must happen in one order.
+    pub threads: bool,
 }
 
 /// A round that was sent and not yet acknowledged.
@@ -160,12 +182,22 @@ struct InFlight {
     ended: Duration,
 }
 
+/// How the live phase ended.
+enum LiveEnd {
+    /// Stop and copy.
+    Stop,
+    /// Move the guest; its pages follow in this order.
+    HandOver(PushOrder),
+}
+
 /// The source engine: owns everything about one migration but the guest.
 pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     setup: Setup<'a, L>,
-    guest: &'g mut G,
+    guest: &'g G,
     control: Channel<L>,
     lanes: Vec<(Channel<L>, Sender)>,
+    /// Post-copy's page requests come in on these.
+    faults: Vec<FaultChannel<L>>,
     sender: Sender,
     pacer: Pacer,
     policy: &'static str,
@@ -189,20 +221,23 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     verified: Option<bool>,
     downtime: Downtime,
     paused_at: Option<Duration>,
+    /// When the source became discardable.
+    ended: Option<Duration>,
+    /// The guest's page faults, as the destination measured them.
+    faults_there: Faults,
     last_event: Duration,
     progress: Progress,
 }
 
 /// Moves a guest; blocks until the end. The guest runs on here unless the report's status is
-/// `Completed` (it runs at the destination) or `InDoubt` (it runs nowhere).
-pub fn migrate<L: Link, G: Guest<L>>(guest: &mut G, setup: Setup<'_, L>) -> Report {
-    let began = setup.clock.now();
-    let session = setup.session;
+/// `Completed` or `Interrupted` (it runs at the destination) or `InDoubt` (it runs nowhere).
+pub fn migrate<L: Link, G: Guest<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
     let mut policy = policy::from_options(setup.options);
     let name = policy.name();
+    let session = setup.session.to_string();
     let refused = |error: SourceError| {
         Report::bare(
-            session.to_string(),
+            session.clone(),
             name.to_owned(),
             error.status(),
             error.to_string(),
@@ -211,59 +246,72 @@ pub fn migrate<L: Link, G: Guest<L>>(guest: &mut G, setup: Setup<'_, L>) -> Repo
     if let Err(error) = setup.options.check() {
         return refused(error.into());
     }
-    let layout = guest.layout();
-    let link = match (setup.connect)(Role::Control, 0) {
-        Ok(link) => link,
-        Err(error) => return refused(SourceError::Connect(error)),
-    };
-    let end = layout.end();
-    let mut source = Source {
-        pacer: Pacer::new(setup.options.bandwidth),
-        guest,
-        control: Channel::new(link),
-        lanes: Vec::new(),
-        sender: Sender::default(),
-        policy: name,
-        state: State::Connecting,
-        pending: layout.all(),
-        sent_once: PageSet::new(end),
-        heat: Heat::new(end),
-        fresh: PageSet::new(end),
-        began,
-        rtt: Duration::ZERO,
-        collected_at: began,
-        dirtied: (0, Duration::ZERO),
-        round: 0,
-        in_flight: VecDeque::new(),
-        bandwidth: Bandwidth::default(),
-        rounds: Vec::new(),
-        rounds_omitted: 0,
-        pages: Pages {
-            total: layout.pages(),
-            ..Pages::default()
-        },
-        why: None,
-        verified: None,
-        downtime: Downtime::default(),
-        paused_at: None,
-        last_event: began,
-        progress: Progress {
-            session: session.to_string(),
-            policy: name.to_owned(),
-            pages_total: layout.pages(),
-            ..Progress::default()
-        },
-        layout,
-        setup,
-    };
-    source.run(policy.as_mut())
+    match Source::connect(guest, setup, Role::Control, name) {
+        Ok(mut source) => source.run(policy.as_mut()),
+        Err(error) => refused(error),
+    }
 }
 
 fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
+    /// An engine with nothing but its control channel, whose preamble was not sent yet.
+    fn connect(
+        guest: &'g G,
+        setup: Setup<'a, L>,
+        role: Role,
+        policy: &'static str,
+    ) -> Result<Self, SourceError> {
+        let began = setup.clock.now();
+        let layout = guest.layout();
+        let link = (setup.connect)(role, 0).map_err(SourceError::Connect)?;
+        let end = layout.end();
+        Ok(Self {
+            pacer: Pacer::new(setup.options.bandwidth),
+            guest,
+            control: Channel::new(link),
+            lanes: Vec::new(),
+            faults: Vec::new(),
+            sender: Sender::default(),
+            policy,
+            state: State::Connecting,
+            pending: layout.all(),
+            sent_once: PageSet::new(end),
+            heat: Heat::new(end),
+            fresh: PageSet::new(end),
+            began,
+            rtt: Duration::ZERO,
+            collected_at: began,
+            dirtied: (0, Duration::ZERO),
+            round: 0,
+            in_flight: VecDeque::new(),
+            bandwidth: Bandwidth::default(),
+            rounds: Vec::new(),
+            rounds_omitted: 0,
+            pages: Pages {
+                total: layout.pages(),
+                ..Pages::default()
+            },
+            why: None,
+            verified: None,
+            downtime: Downtime::default(),
+            paused_at: None,
+            ended: None,
+            faults_there: Faults::default(),
+            last_event: began,
+            progress: Progress {
+                session: setup.session.to_string(),
+                policy: policy.to_owned(),
+                pages_total: layout.pages(),
+                ..Progress::default()
+            },
+            layout,
+            setup,
+        })
+    }
+
     fn now(&self) -> Duration {
         self.setup.clock.now()
     }
@@ -271,6 +319,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     fn enter(&mut self, state: State) {
         tracing::debug!(session = %self.setup.session, from = ?self.state, to = ?state, "source");
         self.state = state;
+        if state == State::Discardable {
+            self.ended = Some(self.now());
+        }
         self.progress.phase = state.phase();
         self.emit_progress();
     }
@@ -279,15 +330,30 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let result = self
             .handshake()
             .and_then(|()| self.live(policy))
-            .and_then(|()| self.stop_and_copy());
+            .and_then(|end| match end {
+                LiveEnd::Stop => self.stop_and_copy(),
+                LiveEnd::HandOver(order) => self.hand_over(order),
+            });
+        self.finish(result)
+    }
+
+    /// What the end means for who owns the guest.
+    fn finish(&mut self, result: Result<(), SourceError>) -> Report {
         let broken = matches!(&result, Err(SourceError::Wire(WireError::Io(_))));
         let error = result.err().map(|error| self.explain(error));
         let status = match (&error, self.state) {
-            (None, _) => Status::Completed,
+            (None, _) | (Some(_), State::Discardable) => Status::Completed,
             (Some(_), State::Committed) => {
                 self.guest.stop_tracking();
                 self.enter(State::InDoubt);
                 Status::InDoubt
+            }
+            (Some(error), State::PostCopy) => {
+                if !matches!(error, SourceError::Wire(_)) {
+                    self.control.send_abort(&error.to_string());
+                }
+                self.enter(State::Interrupted);
+                Status::Interrupted
             }
             (Some(error), _) => {
                 let status = error.status();
@@ -371,6 +437,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         } else {
             0
         };
+        let mut faults = 0;
         let mut required = Features::default();
         if options.verify {
             required = required.or(Features::VERIFY);
@@ -378,11 +445,19 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         if channels > 0 {
             required = required.or(Features::CHANNELS);
         }
+        if options.may_post_copy() {
+            required = required.or(Features::POST_COPY);
+            faults = self
+                .guest
+                .fault_channels()
+                .clamp(1, Self::MOST_FAULT_CHANNELS);
+        }
         let hello = Hello {
             offered: Features::SUPPORTED,
             required,
             layout: self.layout.clone(),
             channels,
+            faults,
             policy: self.policy.to_owned(),
             machine: self
                 .guest
@@ -406,12 +481,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         }
         self.control.set_end(self.layout.end());
         for index in 0..channels {
-            let link = (self.setup.connect)(Role::Data, index).map_err(SourceError::Connect)?;
-            let mut channel = Channel::new(link);
-            channel.link().set_timeout(Some(timeouts.handshake));
-            channel.open(Role::Data, index, session)?;
-            channel.link().set_timeout(Some(timeouts.transfer));
+            let channel = self.open_channel(Role::Data, index)?;
             self.lanes.push((channel, Sender::default()));
+        }
+        for index in 0..faults {
+            let channel = self.open_channel(Role::Fault, index)?;
+            self.faults.push(FaultChannel::new(channel));
         }
         self.control.link().set_timeout(Some(timeouts.transfer));
         self.guest
@@ -420,6 +495,24 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.collected_at = self.now();
         self.enter(State::Running);
         Ok(())
+    }
+
+    /// More fault channels than this serve nobody: answers wait for the link then.
+    const MOST_FAULT_CHANNELS: u16 = 16;
+
+    /// Opens one more channel of this migration.
+    fn open_channel(&mut self, role: Role, index: u16) -> Result<Channel<L>, SourceError> {
+        let link = (self.setup.connect)(role, index).map_err(SourceError::Connect)?;
+        let mut channel = Channel::new(link);
+        channel.set_end(self.layout.end());
+        channel
+            .link()
+            .set_timeout(Some(self.setup.timeouts.handshake));
+        channel.open(role, index, self.setup.session)?;
+        channel
+            .link()
+            .set_timeout(Some(self.setup.timeouts.transfer));
+        Ok(channel)
     }
 
     fn check_cancel(&self) -> Result<(), SourceError> {
@@ -460,12 +553,18 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 .iter()
                 .map(|(channel, _)| channel.sent())
                 .sum::<u64>()
+            + self
+                .faults
+                .iter()
+                .map(|fault| fault.channel.sent())
+                .sum::<u64>()
     }
 
     fn emit_progress(&mut self) {
         let view = self.view();
         let (predicted, pending) = (view.predicted_downtime(), view.pending_pages);
-        self.progress.predicted_downtime_ms = predicted.map(ms);
+        let moved = self.state == State::PostCopy;
+        self.progress.predicted_downtime_ms = predicted.map(ms).filter(|_| !moved);
         self.progress.pending_pages = pending;
         self.progress.round = self.round + 1;
         self.progress.elapsed_ms = ms(self.now().saturating_sub(self.began));
@@ -478,7 +577,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
 
     fn report(&mut self, status: Status, error: Option<String>) -> Report {
         self.drop_unacknowledged();
-        let total = self.now().saturating_sub(self.began);
+        let ended = self.ended.unwrap_or_else(|| self.now());
+        let total = ended.saturating_sub(self.began);
         let bytes_wire = self.bytes_wire();
         let d = &self.downtime;
         Report {
@@ -495,7 +595,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             pages: self.pages.clone(),
             bytes_wire,
             mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
-            faults: crate::report::Faults::default(),
+            faults: std::mem::take(&mut self.faults_there),
             verified: self.verified,
             why: self.why.take(),
         }

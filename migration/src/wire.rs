@@ -20,16 +20,34 @@
 //! ```
 //!
 //! Either side may send ABORT with a reason at any time before the commit.
+//!
+//! In post-copy the pause sends no pages but the set of those that will follow, and they follow
+//! after RUNNING, each once: pushed on the control or data channels, or asked for on a channel
+//! of their own.
+//!
+//! ```text
+//!    │ MISSING…, [VERIFY…], STATE ────────────▶ │  drops what is stale, restores
+//!    │ ◀──────────── READY, COMMIT ──, RUNNING  │  as above; the guest runs
+//!    │ PAGES… ZERO… ROUND-END, [VERIFY…] ─────▶ │  pushed
+//!    │ ◀──────────────────────── PAGE-REQUEST   │  a fault, on its channel
+//!    │ PAGES, ZERO or ON-ITS-WAY ─────────────▶ │  its answer
+//!    │ ◀───────────────────────────── ARRIVED   │  every page is in place: the source may go
+//! ```
+//!
+//! When a connection is lost in between, the source opens one of role recover, says COMMIT again,
+//! and is answered with RUNNING and MISSING: the pages to send.
 
 mod channel;
 mod frame;
 mod hello;
 mod preamble;
+mod set;
 
 pub use channel::{Channel, WireError, check_crc};
 pub use frame::{
     FLAG_CRC, FrameType, HEADER_BYTES, Header, HeaderError, Limits, MAX_BATCH_PAGES, MAX_RUNS,
     RUN_BYTES, decode_runs, encode_runs,
 };
-pub use hello::{Features, Hello, HelloAck, HelloError, Ready, Running};
+pub use hello::{Arrived, Features, Hello, HelloAck, HelloError, Ready, Running};
 pub use preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId, VERSION};
+pub use set::{recv_set, send_set};

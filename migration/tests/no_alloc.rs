@@ -21,6 +21,7 @@ use no_alloc::link::{MemoryLink, pair};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, Stats, StatsAlloc};
 use std::alloc::System;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -48,7 +49,9 @@ fn serve(connections: Receiver<MemoryLink>, memory: &Memory) {
     let timeout = Duration::from_secs(60);
     let (channel, preamble) = destination::greet(connections.recv().unwrap(), timeout).unwrap();
     let host = TestHost::new(memory.clone());
-    let mut engine = Destination::new(channel, &preamble, host, destination::Timeouts::default());
+    let timeouts = destination::Timeouts::default();
+    let clock = Arc::new(Ticks::default());
+    let mut engine = Destination::new(channel, &preamble, host, timeouts, clock);
     // The greeting, which says how many lanes will come.
     engine.step().unwrap();
     std::thread::scope(|scope| {
@@ -69,7 +72,7 @@ fn serve(connections: Receiver<MemoryLink>, memory: &Memory) {
 
 /// Migrates a guest of so many bytes; what it took, and what it allocated from the first page on.
 fn migrate(bytes: usize, channels: u16) -> (Report, Stats) {
-    let mut guest = TestGuest::new(bytes / PAGE_SIZE);
+    let guest = TestGuest::new(bytes / PAGE_SIZE);
     let arrived = Memory::new(bytes / PAGE_SIZE);
     let (sender, connections) = channel();
     let memory = arrived.clone();
@@ -87,7 +90,7 @@ fn migrate(bytes: usize, channels: u16) -> (Report, Stats) {
     };
     let region = Region::new(ALLOCATOR);
     let report = source::migrate(
-        &mut guest,
+        &guest,
         Setup {
             connect: &mut { connect },
             clock: &Ticks::default(),
@@ -96,6 +99,7 @@ fn migrate(bytes: usize, channels: u16) -> (Report, Stats) {
             cancel: &CancelSwitch::default(),
             events: &mut |_| {},
             timeouts: source::Timeouts::default(),
+            threads: true,
         },
     );
     let stats = region.change();

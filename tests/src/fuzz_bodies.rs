@@ -2,8 +2,8 @@
 //! input, `fuzz/` under libFuzzer.
 
 use ferry_migration::destination::{Destination, State, Step, Timeouts, greet};
-use ferry_migration::page::{Gfn, PAGE_SIZE, RamLayout, Run};
-use ferry_migration::port::{Host, Link, PageSink, PortError};
+use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use ferry_migration::port::{Clock, Host, Link, PageSink, PortError};
 use ferry_migration::wire::{
     FLAG_CRC, HEADER_BYTES, Header, Hello, Limits, PREAMBLE_BYTES, Preamble, decode_runs,
     encode_runs,
@@ -77,10 +77,15 @@ pub fn handshake(bytes: &[u8]) {
     let Ok((channel, preamble)) = greet(link, Duration::ZERO) else {
         return;
     };
-    let mut destination =
-        Destination::new(channel, &preamble, FuzzHost::default(), Timeouts::default());
+    let mut destination = Destination::new(
+        channel,
+        &preamble,
+        FuzzHost::default(),
+        Timeouts::default(),
+        Arc::new(NoTime),
+    );
     let mut steps = 0;
-    while let Ok(Step::Continue) = destination.step() {
+    while let Ok(Step::Continue | Step::Running) = destination.step() {
         steps += 1;
         assert!(steps * HEADER_BYTES <= length, "more frames than bytes");
     }
@@ -88,7 +93,7 @@ pub fn handshake(bytes: &[u8]) {
     let host = destination.into_host();
     assert_eq!(
         host.ran,
-        matches!(state, State::Running | State::Complete),
+        matches!(state, State::Running | State::Interrupted | State::Complete),
         "{state:?}"
     );
     assert!(!host.ran || host.restored, "a guest ran without its state");
@@ -139,6 +144,17 @@ pub fn mend(stream: &[u8], payloads: bool) -> Vec<u8> {
     bytes
 }
 
+/// All happens at once.
+struct NoTime;
+
+impl Clock for NoTime {
+    fn now(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn sleep(&self, _: Duration) {}
+}
+
 /// A link whose peer has said all that it will ever say.
 #[derive(Debug)]
 struct MemoryLink {
@@ -168,7 +184,7 @@ impl Link for MemoryLink {
         Ok(())
     }
 
-    fn readable(&mut self) -> io::Result<bool> {
+    fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
         Ok(true)
     }
 
@@ -180,6 +196,7 @@ impl Link for MemoryLink {
 struct FuzzSink {
     layout: RamLayout,
     received: Mutex<u64>,
+    missing: Arc<Mutex<Option<PageSet>>>,
 }
 
 impl PageSink<MemoryLink> for FuzzSink {
@@ -207,12 +224,27 @@ impl PageSink<MemoryLink> for FuzzSink {
         into.fill(0);
         Ok(())
     }
+
+    fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        assert_eq!(run.bytes(), bytes.len() as u64);
+        self.place_zero(run)
+    }
+
+    fn place_zero(&self, run: Run) -> Result<(), PortError> {
+        assert!(self.layout.contains(run), "{run:?} is not RAM");
+        let mut missing = self.missing.lock().unwrap();
+        for gfn in run.first..run.end() {
+            assert!(missing.as_mut().unwrap().remove(gfn), "placed twice");
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug, Default)]
 struct FuzzHost {
     restored: bool,
     ran: bool,
+    missing: Arc<Mutex<Option<PageSet>>>,
 }
 
 impl Host<MemoryLink> for FuzzHost {
@@ -225,7 +257,22 @@ impl Host<MemoryLink> for FuzzHost {
         Ok(Arc::new(FuzzSink {
             layout: layout.clone(),
             received: Mutex::new(0),
+            missing: Arc::clone(&self.missing),
         }))
+    }
+
+    fn check_post_copy(&self) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    fn drop_stale(&mut self, _: &PageSet) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
+        assert!(!self.restored && !self.ran);
+        *self.missing.lock().unwrap() = Some(missing.clone());
+        Ok(())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {

@@ -24,7 +24,9 @@ impl Link for RawLink {
         self.0.read_exact(buf)
     }
 
-    fn readable(&mut self) -> io::Result<bool> {
+    fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
+        self.0
+            .set_read_timeout(Some(timeout.max(Duration::from_millis(1))))?;
         Ok(self.0.peek(&mut [0]).is_ok())
     }
 

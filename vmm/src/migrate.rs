@@ -10,7 +10,7 @@ mod receive;
 mod uri;
 
 pub use link::StreamLink;
-pub use receive::{Arrival, ReceiveError, ReceiveState, Receiver, SerialFactory};
+pub use receive::{Arrival, Following, ReceiveError, ReceiveState, Receiver, SerialFactory};
 pub use uri::{Uri, UriError};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use ferry_migration::options::Options;
 use ferry_migration::port::Clock;
 use ferry_migration::report::{Event, Phase, Progress, Report};
-use ferry_migration::source::{self, CancelSwitch, Setup, SourceError};
+use ferry_migration::source::{self, CancelSwitch, Setup};
 use ferry_migration::wire::SessionId;
 
 use crate::machine::Machine;
@@ -88,15 +88,35 @@ pub fn migrate(
             );
         }
     };
+    engine(
+        machine,
+        (uri, options, session),
+        handle,
+        events,
+        |guest, setup| source::migrate(guest, setup),
+    )
+}
+
+/// Runs one of the source engine's operations over a machine.
+fn engine(
+    machine: &Arc<Machine>,
+    (uri, options, session): (&Uri, &Options, SessionId),
+    handle: &Handle,
+    events: &mut dyn FnMut(Event),
+    operation: impl FnOnce(&MachineGuest<'_>, Setup<'_, StreamLink>) -> Report,
+) -> Report {
     let mut dial = Dial::new(uri.clone(), Some(handle.clone()));
-    let mut guest = MachineGuest::new(machine, handle);
+    let guest = MachineGuest::new(machine, handle);
     let clock = MonotonicClock::new();
     let mut forward = |event: Event| {
         if let Event::Progress(progress) = &event {
             let mut shared = lock(&handle.inner.progress);
             // The commit's record is never taken back by an older snapshot.
             if shared.phase != Phase::Committed
-                || matches!(progress.phase, Phase::Completed | Phase::InDoubt)
+                || matches!(
+                    progress.phase,
+                    Phase::PostCopy | Phase::Completed | Phase::InDoubt | Phase::Interrupted
+                )
             {
                 *shared = progress.clone();
             }
@@ -111,13 +131,17 @@ pub fn migrate(
         cancel: &handle.inner.cancel,
         events: &mut forward,
         timeouts: source::Timeouts::default(),
+        threads: true,
     };
-    let run = AssertUnwindSafe(|| source::migrate(&mut guest, setup));
+    let run = AssertUnwindSafe(|| operation(&guest, setup));
     match catch_unwind(run) {
         Ok(report) => report,
         Err(_) => {
             // A defect in the engine must not lose the guest, nor run it twice.
-            if handle.progress().phase == Phase::Committed {
+            if matches!(
+                handle.progress().phase,
+                Phase::Committed | Phase::PostCopy | Phase::Interrupted
+            ) {
                 guest.keep();
             }
             Report::broken(
@@ -128,27 +152,34 @@ pub fn migrate(
     }
 }
 
-/// For a guest that is in doubt after [`migrate`]: says the commit again. The destination runs the
-/// guest if it does not do so yet.
+/// For a guest that is in doubt or was interrupted after [`migrate`]: says the commit again to the receiver at `uri`,
+/// and sends what the destination lacks. The destination runs the guest if it does not do so yet. Blocks until it
+/// has all of it.
 ///
-/// # Errors
-/// Why the destination could not confirm; the guest stays in doubt.
-pub fn recover(uri: &Uri, session: &str) -> Result<(), RecoverError> {
-    let session = parse_session(session).ok_or(RecoverError::Session)?;
-    let mut dial = Dial::new(uri.clone(), None);
-    source::recover_commit(&mut |role, index| dial.connect(role, index), session)?;
-    Ok(())
-}
-
-/// Why the doubt could not be ended.
-#[derive(Debug, thiserror::Error)]
-pub enum RecoverError {
-    /// Not a session id.
-    #[error("the migration's session id is not one")]
-    Session,
-    /// The destination did not confirm.
-    #[error("the destination did not confirm that it runs the guest: {0}")]
-    Source(#[from] SourceError),
+/// The report's status is `Completed`, or says that nothing is better than before, and why.
+pub fn recover(
+    machine: &Arc<Machine>,
+    uri: &Uri,
+    session: &str,
+    options: &Options,
+    handle: &Handle,
+    events: &mut dyn FnMut(Event),
+) -> Report {
+    let Some(session) = parse_session(session) else {
+        return Report::broken(
+            &handle.progress(),
+            &format!("'{session}' is no migration's session"),
+        );
+    };
+    // What was committed stays so, whatever becomes of this connection.
+    handle.committed();
+    engine(
+        machine,
+        (uri, options, session),
+        handle,
+        events,
+        |guest, setup| source::recover(guest, setup),
+    )
 }
 
 fn new_session() -> Result<SessionId, getrandom::Error> {

@@ -9,9 +9,9 @@
 //!    │    ▼              migrate │    │
 //!    │  Unconfirmed ──▶ Running  ▼    │
 //!    │    arrived,            Migrating ──completed──▶ Moved      (the VMM ends)
-//!    │    take over              │                       ▲
-//!    │                           │ in doubt              │ recover
-//!    ▼                           ▼                       │
+//!    │    take over              │  │                    ▲
+//!    │                  in doubt │  │ interrupted        │ recover
+//!    ▼                           │  └─▶ Interrupted ─────┤
 //!  Ended ◀── stop, its end    InDoubt ───────────────────┤
 //!            (from anywhere)                             │ take over
 //!                                                        ▼
@@ -19,7 +19,7 @@
 //! ```
 //!
 //! `Moved` and `InDoubt` have no way back by `resume`: there may be a second copy of the guest that
-//! runs. Only an operator who says so (`take_over`) lets a guest in doubt run here; the same holds for
+//! runs. In `Interrupted` there is one: it lacks pages that only this side has. Only an operator who says so (`take_over`) lets a guest in doubt run here; the same holds for
 //! `Unconfirmed`, which is what the destination has of the same doubt.
 //!
 //! One lock (`Core::inner`) guards the state. It is held while a machine is paused or resumed, which takes microseconds
@@ -38,7 +38,8 @@ use crate::api::events::Publisher;
 use crate::api::types::GuestInfo;
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Event, Progress, Report};
-use state::State;
+use serde::{Deserialize, Serialize};
+use state::{Lost, State};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -80,11 +81,28 @@ pub trait Guest: Send + Sync + 'static {
     /// A sentence about the URI.
     fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String>;
 
-    /// Tells the destination of a migration in doubt once more that the guest is its own. Blocks.
+    /// Prepares to tell the destination of a migration in doubt once more that the guest is its own, and to
+    /// send what it lacks.
     ///
     /// # Errors
-    /// A sentence; it is not known any better who has the guest.
-    fn confirm(&self, uri: &str, session: &str) -> Result<(), String>;
+    /// A sentence about the URI.
+    fn recovery(&self, uri: &str, session: &str) -> Result<Box<dyn Migration>, String>;
+
+    /// What has not arrived of a guest that runs already (post-copy); `None` when it is complete.
+    fn lacks(&self) -> Option<Lacks> {
+        None
+    }
+}
+
+/// Pages that have not arrived of a guest that runs already.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lacks {
+    /// How many.
+    pub pages: u64,
+    /// How many waits for one of them are under way.
+    pub waiting: u64,
+    /// Why none comes any more, when the connection to the source is lost.
+    pub lost: Option<String>,
 }
 
 /// A guest that is complete here and was never handed over.
@@ -103,7 +121,7 @@ pub trait Migration: Send {
     fn handle(&self) -> Arc<dyn MigrationHandle>;
 
     /// Migrates; blocks until the end. Afterwards the guest runs on here as before, unless the report's status is
-    /// `Completed` or `InDoubt`: then it stands still and must not run here.
+    /// `Completed`, `InDoubt` or `Interrupted`: then it stands still and must not run here.
     fn run(self: Box<Self>, options: &Options, events: &mut dyn FnMut(Event)) -> Report;
 }
 
@@ -119,6 +137,8 @@ struct Inner {
     state: State,
     guest: Option<Arc<dyn Guest>>,
     report: Option<Report>,
+    /// Of the last migration, for its recovery.
+    options: Options,
     /// What shall become of the guest when the running migration has left it here.
     ending: Option<Ending>,
 }
@@ -162,6 +182,7 @@ impl Vmm {
             state,
             guest,
             report: None,
+            options: Options::default(),
             ending: None,
         });
         let finished = EventFd::new(EFD_NONBLOCK)?;
@@ -228,7 +249,8 @@ impl Vmm {
             State::Receiving { .. }
             | State::Unconfirmed { .. }
             | State::Moved { .. }
-            | State::InDoubt { .. }
+            | State::InDoubt(_)
+            | State::Interrupted(_)
             | State::Ended(_) => {}
         }
     }
@@ -243,7 +265,9 @@ impl Vmm {
     /// kept the first time. Returns what to tell the user now, if the end itself will not.
     pub fn interrupt(&self, how: &str) -> Option<String> {
         let mut inner = self.core.lock();
-        if let State::InDoubt { warned, .. } | State::Unconfirmed { warned, .. } = &mut inner.state
+        if let State::InDoubt(Lost { warned, .. })
+        | State::Interrupted(Lost { warned, .. })
+        | State::Unconfirmed { warned, .. } = &mut inner.state
             && !std::mem::replace(warned, true)
         {
             let what = inner.state.explanation();
@@ -295,7 +319,8 @@ impl Core {
             | State::Unconfirmed { .. }
             | State::Running
             | State::Paused
-            | State::InDoubt { .. } => {
+            | State::InDoubt(_)
+            | State::Interrupted(_) => {
                 if let Some(guest) = &inner.guest {
                     guest.stop();
                 }
@@ -349,12 +374,8 @@ fn after(inner: &mut Inner, to: &str, report: &Report) -> State {
             downtime_ms: Some(report.downtime_ms),
         },
         // A request to stop was about a guest that was here; this may be its only copy, so it must be said again.
-        report::Status::InDoubt => State::InDoubt {
-            to: to.to_owned(),
-            session: report.session.clone(),
-            warned: false,
-            asking: false,
-        },
+        report::Status::InDoubt => State::InDoubt(Lost::new(to, &report.session)),
+        report::Status::Interrupted => State::Interrupted(Lost::new(to, &report.session)),
         report::Status::Failed | report::Status::Cancelled => match ending {
             Some(ending) => {
                 if let Some(guest) = &inner.guest {

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, TryLockResult};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -26,6 +27,9 @@ pub struct PauseError {
     /// What it waits for.
     pub source: DrainError,
 }
+
+/// How long a pause waits for a device that is at work.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(super) struct Inner<D> {
     device: D,
@@ -69,6 +73,32 @@ impl<D: Device<M>, M: Memory> Shared<D, M> {
         Locked {
             inner,
             shared: self,
+        }
+    }
+
+    /// The lock, if it can be had in time: a worker may be waiting for a page of the guest's that has not arrived.
+    fn lock_in_time(&self) -> Result<Locked<'_, D, M>, DrainError> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut gate = None;
+        loop {
+            // Held once it is had, so that the worker does not take the device again before us.
+            gate = gate.or_else(|| free(self.gate.try_lock()));
+            if gate.is_some()
+                && let Some(inner) = free(self.inner.try_lock())
+            {
+                return Ok(Locked {
+                    inner,
+                    shared: self,
+                });
+            }
+            if Instant::now() >= deadline {
+                return Err(DrainError {
+                    requests: 1,
+                    what: "guest memory, which may not have arrived,".to_owned(),
+                    patience: PATIENCE,
+                });
+            }
+            std::thread::sleep(Duration::from_micros(50));
         }
     }
 
@@ -459,7 +489,9 @@ impl<D: Device<M>, M: Memory> AnyVirtio for VirtioDevice<D, M> {
     }
 
     fn pause(&self) -> Result<(), PauseError> {
-        self.shared.lock().pause().map_err(|source| PauseError {
+        let locked = self.shared.lock_in_time();
+        let rest = locked.and_then(|mut locked| locked.pause());
+        rest.map_err(|source| PauseError {
             device: self.shared.kind.name,
             source,
         })
@@ -483,6 +515,14 @@ impl<D: Device<M>, M: Memory> AnyVirtio for VirtioDevice<D, M> {
             locked.reset();
         }
         result
+    }
+}
+
+fn free<T>(lock: TryLockResult<T>) -> Option<T> {
+    match lock {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
     }
 }
 

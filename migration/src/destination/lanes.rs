@@ -1,6 +1,7 @@
 //! Data channels at the destination: each in a thread of its own, meeting at the end of a round.
 
 use super::DestinationError;
+use super::arriving::Arriving;
 use super::pages::PageReceiver;
 use crate::page::RamLayout;
 use crate::port::{Link, PageSink};
@@ -23,6 +24,8 @@ struct Told {
 pub struct LaneSet<L, S> {
     sink: Arc<S>,
     layout: RamLayout,
+    /// In post-copy, once the guest runs.
+    arriving: Option<Arc<Arriving<L, S>>>,
     timeout: Duration,
     told: Mutex<Told>,
     change: Condvar,
@@ -38,7 +41,13 @@ pub struct Lane<L, S> {
 }
 
 impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
-    pub(super) fn new(sink: Arc<S>, layout: RamLayout, count: u16, timeout: Duration) -> Self {
+    pub(super) fn new(
+        sink: Arc<S>,
+        layout: RamLayout,
+        arriving: Option<Arc<Arriving<L, S>>>,
+        count: u16,
+        timeout: Duration,
+    ) -> Self {
         let told = Told {
             rounds: vec![0; usize::from(count)],
             attached: vec![false; usize::from(count)],
@@ -47,6 +56,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         Self {
             sink,
             layout,
+            arriving,
             timeout,
             told: Mutex::new(told),
             change: Condvar::new(),
@@ -141,13 +151,21 @@ impl<L: Link, S: PageSink<L>> Lane<L, S> {
             let header = self.channel.recv_header()?;
             match header.kind {
                 FrameType::Pages | FrameType::Zero => {
-                    self.receiver.receive(
-                        &mut self.channel,
-                        &header,
-                        self.set.sink.as_ref(),
-                        &self.set.layout,
-                    )?;
+                    let arriving = self.set.arriving.as_ref().filter(|a| a.begun());
+                    match arriving {
+                        Some(arriving) => {
+                            self.receiver
+                                .receive_to(&mut self.channel, &header, arriving)?;
+                        }
+                        None => self.receiver.receive(
+                            &mut self.channel,
+                            &header,
+                            self.set.sink.as_ref(),
+                            &self.set.layout,
+                        )?,
+                    }
                 }
+                FrameType::Alive => {}
                 FrameType::RoundEnd => {
                     let mut told = self.set.told();
                     let ended = &mut told.rounds[usize::from(self.index)];

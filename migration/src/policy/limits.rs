@@ -2,6 +2,7 @@
 
 use super::{Decision, View};
 use crate::options::{OnTimeout, Options};
+use crate::order::PushOrder;
 use std::time::Duration;
 
 /// The stop condition that pre-copy and its variants share.
@@ -10,6 +11,7 @@ pub(super) struct Limits {
     downtime: Duration,
     timeout: Duration,
     on_timeout: OnTimeout,
+    push: PushOrder,
     max_rounds: Option<u32>,
     /// Rounds that one pass over a set takes.
     rounds_per_set: u32,
@@ -31,6 +33,7 @@ impl Limits {
             downtime: options.downtime,
             timeout: options.timeout,
             on_timeout: options.on_timeout,
+            push: options.order,
             max_rounds: options.max_rounds,
             rounds_per_set,
             least: None,
@@ -60,9 +63,9 @@ impl Limits {
         if self.max_rounds.is_some_and(|max| view.round >= max) {
             return Some(format!("the limit of {} rounds is reached", view.round));
         }
-        // Only where the user accepts a longer pause does it end the live phase early: with
+        // Only where the user accepts what follows does it end the live phase early: with
         // `cancel` the guest may calm down before the time limit, and waiting costs nothing.
-        (stalled && self.on_timeout == OnTimeout::Stop).then(|| {
+        (stalled && self.on_timeout != OnTimeout::Cancel).then(|| {
             format!(
                 "pending pages have not shrunk for {} rounds",
                 Self::STALLED_ROUNDS
@@ -122,9 +125,13 @@ impl Limits {
             OnTimeout::Stop => Decision::Stop {
                 why: format!("{limit}, {state}"),
             },
+            OnTimeout::Postcopy => Decision::HandOver {
+                order: self.push,
+                why: format!("{limit}, {state}; so the guest moves and its pages follow"),
+            },
             OnTimeout::Cancel => Decision::GiveUp {
                 why: format!(
-                    "{limit}, {state}; raise --downtime or --timeout, or use --on-timeout stop"
+                    "{limit}, {state}; raise --downtime or --timeout, or use --on-timeout stop or postcopy"
                 ),
             },
         })

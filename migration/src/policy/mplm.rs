@@ -11,6 +11,7 @@
 
 use super::{Decision, Policy, SendOrder, View};
 use crate::options::{OnTimeout, Options};
+use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, PageSet};
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ pub struct Mplm {
     sync: Duration,
     timeout: Duration,
     on_timeout: OnTimeout,
+    push: PushOrder,
     /// Where in the dirty group the next turn begins, so that all of it gets its turn.
     cursor: u64,
 }
@@ -40,6 +42,7 @@ impl Mplm {
             sync: options.sync,
             timeout: options.timeout,
             on_timeout: options.on_timeout,
+            push: options.order,
             cursor: 0,
         }
     }
@@ -78,8 +81,14 @@ impl Policy for Mplm {
             );
             return match self.on_timeout {
                 OnTimeout::Stop => Decision::Stop { why },
+                OnTimeout::Postcopy => Decision::HandOver {
+                    order: self.push,
+                    why,
+                },
                 OnTimeout::Cancel => Decision::GiveUp {
-                    why: format!("{why}; raise --timeout or --bandwidth, or use --on-timeout stop"),
+                    why: format!(
+                        "{why}; raise --timeout or --bandwidth, or use --on-timeout stop or postcopy"
+                    ),
                 },
             };
         }

@@ -30,6 +30,13 @@ pub(super) fn page_of(version: u64, into: &mut [u8; PAGE_SIZE]) {
     into[..8].copy_from_slice(&version.to_le_bytes());
 }
 
+/// The version that a page shows.
+pub(super) fn version_of(page: &[u8; PAGE_SIZE]) -> u64 {
+    let mut version = [0; 8];
+    version.copy_from_slice(&page[..8]);
+    u64::from_le_bytes(version)
+}
+
 impl PageSource<SimLink> for SimGuest {
     fn transmit(&self, link: &mut SimLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
         let mut bytes = head.to_vec();
@@ -70,14 +77,14 @@ impl Guest<SimLink> for SimGuest {
         STATE.len() as u64
     }
 
-    fn start_tracking(&mut self) -> Result<(), PortError> {
+    fn start_tracking(&self) -> Result<(), PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::StartTracking)?;
         world.log = Some(world.layout.all());
         Ok(())
     }
 
-    fn stop_tracking(&mut self) {
+    fn stop_tracking(&self) {
         lock(&self.world).log = None;
     }
 
@@ -101,7 +108,7 @@ impl Guest<SimLink> for SimGuest {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Duration, PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Pause)?;
         world.pass(Duration::from_micros(50));
@@ -110,23 +117,23 @@ impl Guest<SimLink> for SimGuest {
         Ok(Duration::ZERO)
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, PortError> {
+    fn save(&self) -> Result<Vec<u8>, PortError> {
         lock(&self.world).port_fails(PortFault::Save)?;
         Ok(STATE.to_vec())
     }
 
-    fn resume(&mut self) {
+    fn resume(&self) {
         lock(&self.world).source_resumes();
     }
 
-    fn commit(&mut self, _: SessionId) -> Result<(), PortError> {
+    fn commit(&self, _: SessionId) -> Result<(), PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Commit)?;
         world.committed = true;
         Ok(())
     }
 
-    fn release(&mut self) {
+    fn release(&self) {
         let mut world = lock(&self.world);
         if !world.committed {
             world

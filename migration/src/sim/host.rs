@@ -1,11 +1,11 @@
 //! The simulated destination host.
 
-use super::guest::page_of;
+use super::guest::{page_of, version_of};
 use super::link::SimLink;
 use super::lock;
 use super::world::{PortFault, STATE, World};
-use crate::page::{Gfn, PAGE_SIZE, RamLayout, Run};
-use crate::port::{Host, Link, PageSink, PortError};
+use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use crate::port::{Host, Link, PageFault, PageSink, PortError};
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -48,6 +48,43 @@ impl PageSink<SimLink> for SimSink {
         page_of(lock(&self.world).destination_memory[index(gfn)], into);
         Ok(())
     }
+
+    fn fetch(&self, link: &mut SimLink, runs: &[Run], into: &mut Vec<u8>) -> io::Result<()> {
+        into.clear();
+        for _ in runs.iter().flat_map(|run| run.first..run.end()) {
+            let (mut version, mut page) = ([0; 8], [0; PAGE_SIZE]);
+            link.recv(&mut version)?;
+            page_of(u64::from_le_bytes(version), &mut page);
+            into.extend_from_slice(&page);
+        }
+        Ok(())
+    }
+
+    fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::Place(0))?;
+        for (gfn, page) in (run.first..run.end()).zip(bytes.as_chunks::<PAGE_SIZE>().0) {
+            world.place(gfn, version_of(page));
+        }
+        Ok(())
+    }
+
+    fn place_zero(&self, run: Run) -> Result<(), PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::Place(0))?;
+        for gfn in run.first..run.end() {
+            // A fault that was heard of late: its page has come.
+            if world.missing.as_ref().is_some_and(|set| set.contains(gfn)) {
+                world.place(gfn, 0);
+            }
+        }
+        Ok(())
+    }
+
+    fn next_fault(&self, _: Duration) -> Result<Option<PageFault>, PortError> {
+        let gfn = lock(&self.world).faults_heard.pop_front();
+        Ok(gfn.map(|gfn| PageFault { gfn, waiter: 0 }))
+    }
 }
 
 impl Host<SimLink> for SimHost {
@@ -61,6 +98,22 @@ impl Host<SimLink> for SimHost {
         Ok(Arc::new(SimSink {
             world: Arc::clone(&self.world),
         }))
+    }
+
+    fn check_post_copy(&self) -> Result<(), PortError> {
+        lock(&self.world).port_fails(PortFault::CheckPostCopy)
+    }
+
+    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
+        lock(&self.world).drop_stale(pages);
+        Ok(())
+    }
+
+    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::BeginPostCopy)?;
+        world.begin_post_copy(missing);
+        Ok(())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {

@@ -3,10 +3,10 @@
 //! One thread: when the source waits for an answer, the destination engine is stepped until it
 //! has given one or waits itself.
 
-use super::host::SimHost;
+use super::host::{SimHost, SimSink};
 use super::lock;
 use super::world::{Connection, Side, World};
-use crate::destination::{self, Destination, State, Step};
+use crate::destination::{self, Destination, FaultLane, State, Step};
 use crate::port::{Clock, Link};
 use crate::wire::{HEADER_BYTES, PREAMBLE_BYTES, Role};
 use std::io;
@@ -123,13 +123,21 @@ impl Link for SimLink {
         }
     }
 
-    fn readable(&mut self) -> io::Result<bool> {
+    fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
         if let Some(peer) = &self.peer {
             while Peer::drive(peer, self.connection) {}
         }
-        let world = lock(&self.world);
+        let mut world = lock(&self.world);
         let connection = &world.connections[self.connection];
-        Ok(!connection.to_source.is_empty() || connection.broken)
+        let pipe = match self.side {
+            Side::Source => &connection.to_source,
+            Side::Destination => &connection.to_destination,
+        };
+        let ready = !pipe.is_empty() || connection.broken;
+        if !ready {
+            world.pass(timeout);
+        }
+        Ok(ready)
     }
 
     fn set_timeout(&mut self, timeout: Option<Duration>) {
@@ -144,6 +152,8 @@ pub(super) struct Peer {
     engine: Option<Destination<SimLink, SimHost>>,
     /// The connection that the engine listens to; `None` after it ended.
     listening: Option<usize>,
+    /// Fault channels, by connection.
+    faults: Vec<(usize, FaultLane<SimLink, SimSink>)>,
 }
 
 impl Peer {
@@ -153,6 +163,7 @@ impl Peer {
             waiting: Vec::new(),
             engine: None,
             listening: None,
+            faults: Vec::new(),
         }
     }
 
@@ -187,12 +198,37 @@ impl Peer {
             this.accept(link, connection);
             return true;
         }
-        if this.listening != Some(connection) || (arrived < HEADER_BYTES && !broken) {
+        if let Some(at) = this.faults.iter().position(|(c, _)| *c == connection) {
+            return this.drive_fault(at, arrived >= HEADER_BYTES || broken);
+        }
+        let complete = this.engine.as_ref().is_some_and(Destination::can_complete);
+        if this.listening != Some(connection) || (arrived < HEADER_BYTES && !broken && !complete) {
             return false;
         }
         let step = this.engine.as_mut().map(Destination::step);
-        if !matches!(step, Some(Ok(Step::Continue))) {
+        if !matches!(step, Some(Ok(Step::Continue | Step::Running))) {
             this.listening = None;
+        }
+        true
+    }
+
+    /// Lets a fault channel do one thing; `false` when it waits.
+    fn drive_fault(&mut self, at: usize, arrived: bool) -> bool {
+        let arriving = self.engine.as_ref().and_then(|e| e.arriving().cloned());
+        let Some(arriving) = arriving else {
+            return false;
+        };
+        let Some((sink, era)) = arriving.wait_begun(Duration::ZERO) else {
+            return false;
+        };
+        let (_, lane) = &mut self.faults[at];
+        let heard = !lock(&self.world).faults_heard.is_empty() || arriving.has_unasked();
+        if arriving.ended(era) || !(if lane.is_asking() { arrived } else { heard }) {
+            return false;
+        }
+        if let Err(error) = lane.step(&sink, Duration::ZERO) {
+            arriving.lose(&error.to_string());
+            return false;
         }
         true
     }
@@ -206,8 +242,18 @@ impl Peer {
                 if let Some(engine) = &mut self.engine {
                     // Its one word must have arrived with the preamble or soon after.
                     self.listening = None;
+                    self.faults.clear();
                     engine.reattach(channel, &preamble);
                     self.listening = Some(connection);
+                }
+            }
+            Role::Fault => {
+                let arriving = self.engine.as_ref().and_then(|e| e.arriving());
+                if let Some(arriving) = arriving {
+                    let timeouts = destination::Timeouts::default();
+                    let lane =
+                        Destination::<SimLink, SimHost>::fault_lane(arriving, channel, timeouts);
+                    self.faults.push((connection, lane));
                 }
             }
             _ if self.engine.is_none() => {
@@ -217,6 +263,7 @@ impl Peer {
                     &preamble,
                     host,
                     destination::Timeouts::default(),
+                    Arc::new(SimClock::new(Arc::clone(&self.world))),
                 ));
                 self.listening = Some(connection);
             }

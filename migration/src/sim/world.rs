@@ -80,11 +80,17 @@ pub enum PortFault {
     Restore,
     /// The guest does not start at the destination.
     Run,
+    /// The destination cannot do post-copy.
+    CheckPostCopy,
+    /// Missing pages cannot be made to fault.
+    BeginPostCopy,
+    /// The n-th placing of a page finds no memory.
+    Place(u64),
 }
 
 impl PortFault {
     pub(super) fn random(rng: &mut Rng) -> Self {
-        match rng.below(9) {
+        match rng.below(12) {
             0 => Self::StartTracking,
             1 => Self::Collect(rng.below(6)),
             2 => Self::Clear(rng.below(12)),
@@ -93,6 +99,9 @@ impl PortFault {
             5 => Self::Commit,
             6 => Self::Prepare,
             7 => Self::Restore,
+            8 => Self::CheckPostCopy,
+            9 => Self::BeginPostCopy,
+            10 => Self::Place(rng.below(40)),
             _ => Self::Run,
         }
     }
@@ -116,6 +125,9 @@ pub(super) enum Side {
 
 /// The machine's state: what must arrive unharmed.
 pub(super) const STATE: &[u8] = b"registers and devices of the simulated machine";
+
+/// What a dropped page shows in the simulated memory.
+const STALE: u64 = u64::MAX;
 
 #[derive(Debug)]
 pub(super) struct World {
@@ -148,7 +160,12 @@ pub(super) struct World {
     pub messages: u64,
     pub faults: Vec<super::Fault>,
     port_fault: Option<PortFault>,
-    port_calls: [u64; 2],
+    port_calls: [u64; 3],
+    /// Post-copy: pages that the destination lacks, what the guest waits for, and whom that was told.
+    pub missing: Option<PageSet>,
+    blocked: Option<Gfn>,
+    pub faults_heard: VecDeque<Gfn>,
+    pub faults_taken: u64,
     pub cancel: Option<Arc<CancelSwitch>>,
     pub violations: Vec<String>,
 }
@@ -209,7 +226,11 @@ impl World {
             messages: 0,
             faults: scenario.faults.clone(),
             port_fault: scenario.port_fault,
-            port_calls: [0; 2],
+            port_calls: [0; 3],
+            missing: None,
+            blocked: None,
+            faults_heard: VecDeque::new(),
+            faults_taken: 0,
             cancel: None,
             violations: Vec::new(),
         }
@@ -218,7 +239,7 @@ impl World {
     /// Lets time pass; the guest writes meanwhile.
     pub fn pass(&mut self, time: Duration) {
         self.now += time;
-        if !(self.source_runs || self.destination_runs) {
+        if !(self.source_runs || self.destination_runs) || self.blocked.is_some() {
             return;
         }
         self.owed_writes += time.as_secs_f64().min(10.0) * self.write_rate;
@@ -233,6 +254,60 @@ impl World {
         while left >= 1.0 {
             left -= 1.0;
             let gfn = self.next_written();
+            if self.faults_on(gfn) {
+                self.owed_writes = 0.0;
+                return;
+            }
+            self.write(gfn);
+        }
+    }
+
+    /// Whether the guest, at the destination, has to wait for this page.
+    fn faults_on(&mut self, gfn: Gfn) -> bool {
+        let faults =
+            self.destination_runs && self.missing.as_ref().is_some_and(|set| set.contains(gfn));
+        if faults {
+            self.blocked = Some(gfn);
+            self.faults_heard.push_back(gfn);
+            self.faults_taken += 1;
+        }
+        faults
+    }
+
+    /// Whatever is here of these pages is stale: nobody may see it.
+    pub fn drop_stale(&mut self, pages: &PageSet) {
+        for gfn in pages.iter() {
+            self.destination_memory[index(gfn)] = STALE;
+        }
+    }
+
+    /// These pages are to follow the guest.
+    pub fn begin_post_copy(&mut self, missing: &PageSet) {
+        for gfn in missing.iter() {
+            if self.destination_memory[index(gfn)] != STALE {
+                self.violations
+                    .push(format!("page {gfn} is missing and was not dropped"));
+            }
+        }
+        self.missing = Some(missing.clone());
+    }
+
+    /// A page that has followed the guest.
+    pub fn place(&mut self, gfn: Gfn, version: u64) {
+        let expected = self.missing.as_mut().is_some_and(|set| set.remove(gfn));
+        if !expected {
+            self.violations.push(format!("page {gfn} was placed twice"));
+            return;
+        }
+        let sent = self.paused_memory[index(gfn)];
+        if sent != version {
+            self.violations.push(format!(
+                "lost write: page {gfn} followed as {version}, should be {sent}"
+            ));
+        }
+        self.destination_memory[index(gfn)] = version;
+        if self.blocked == Some(gfn) {
+            self.blocked = None;
             self.write(gfn);
         }
     }
@@ -297,6 +372,10 @@ impl World {
                 self.port_calls[1] += 1;
                 self.port_calls[1] == n + 1
             }
+            (Some(PortFault::Place(n)), PortFault::Place(_)) => {
+                self.port_calls[2] += 1;
+                self.port_calls[2] == n + 1
+            }
             (Some(fault), port) => fault == port,
             (None, _) => false,
         };
@@ -304,6 +383,14 @@ impl World {
             Err(format!("injected fault: {port:?}").into())
         } else {
             Ok(())
+        }
+    }
+
+    /// What the operator has seen to before a recovery: the network, and memory at the destination.
+    pub fn mend(&mut self) {
+        self.faults.clear();
+        if matches!(self.port_fault, Some(PortFault::Place(_))) {
+            self.port_fault = None;
         }
     }
 
@@ -427,7 +514,11 @@ impl World {
                 .push("two owners: the destination started while the source runs".into());
         }
         let layout = self.layout.clone();
-        for gfn in layout.all().iter() {
+        let mut here = layout.all();
+        if let Some(missing) = &self.missing {
+            here.subtract(missing);
+        }
+        for gfn in here.iter() {
             let (sent, here) = (
                 self.paused_memory[index(gfn)],
                 self.destination_memory[index(gfn)],
@@ -467,6 +558,21 @@ impl World {
                 );
                 must(!self.source_runs, "completed, but the source runs");
                 must(report.error.is_none(), "completed with an error");
+                must(
+                    self.missing.as_ref().is_none_or(PageSet::is_empty),
+                    "completed, and pages are missing",
+                );
+            }
+            Status::Interrupted => {
+                must(
+                    self.committed && !self.source_runs,
+                    "interrupted, but the source was not committed",
+                );
+                must(
+                    self.destination_runs || self.destination_dead,
+                    "interrupted, but the destination does not run",
+                );
+                must(report.error.is_some(), "interrupted without a reason");
             }
             Status::Failed | Status::Cancelled => {
                 must(
@@ -495,6 +601,7 @@ impl World {
                             DestinationState::Ready
                                 | DestinationState::InDoubt
                                 | DestinationState::Running
+                                | DestinationState::Interrupted
                                 | DestinationState::Complete
                         )
                     );

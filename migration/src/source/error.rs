@@ -40,6 +40,17 @@ pub enum SourceError {
         "the destination is ready but did not compare guest memory, which --verify asks for; the guest stays here"
     )]
     NotVerified,
+    /// A page request that cannot be.
+    #[error("the destination asked for page {gfn:#x} (+{count}), which is not the guest's memory")]
+    Request {
+        /// The first page.
+        gfn: u64,
+        /// How many.
+        count: u64,
+    },
+    /// After post-copy, with `--verify`.
+    #[error("{0} pages at the destination are not as they were sent; the guest runs there on them")]
+    Differs(u64),
     /// The user.
     #[error("the migration was cancelled")]
     Cancelled,

@@ -1,6 +1,6 @@
 //! The live phase: collect, decide, send; and draining the link before the pause.
 
-use super::{InFlight, Source, SourceError, State, ms};
+use super::{InFlight, LiveEnd, Source, SourceError, State, ms};
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{Decision, Policy, SendOrder};
 use crate::port::{Guest, Link};
@@ -18,7 +18,7 @@ const MEASURABLE: u64 = 64 << 10;
 
 impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     /// Sends rounds until the policy stops and the link is empty.
-    pub(super) fn live(&mut self, policy: &mut dyn Policy) -> Result<(), SourceError> {
+    pub(super) fn live(&mut self, policy: &mut dyn Policy) -> Result<LiveEnd, SourceError> {
         loop {
             self.check_cancel()?;
             self.take_acks()?;
@@ -28,29 +28,57 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 self.take_ack()?;
             }
             self.collect()?;
-            match policy.next(&self.view()) {
+            let decision = policy.next(&self.view());
+            let (end, why) = match decision {
                 Decision::Send { mut pages, order } => {
                     pages.intersect_with(&self.pending);
                     if self.state == State::Draining {
                         self.enter(State::Running);
                     }
                     self.send_round(pages, order, false)?;
+                    continue;
                 }
                 Decision::GiveUp { why } => return Err(SourceError::GaveUp(why)),
-                Decision::Stop { why } => {
-                    if self.in_flight.is_empty() {
-                        self.why = Some(why);
-                        return Ok(());
+                Decision::Stop { why } => (LiveEnd::Stop, why),
+                Decision::HandOver { order, why } => {
+                    if self.round == 0 && self.announce_unpopulated()? {
+                        continue;
                     }
-                    // What still lies in socket buffers would be paid for in the pause.
-                    self.enter(State::Draining);
-                    while !self.in_flight.is_empty() {
-                        self.check_cancel()?;
-                        self.take_ack()?;
-                    }
+                    (LiveEnd::HandOver(order), why)
+                }
+            };
+            if self.in_flight.is_empty() {
+                self.why = Some(why);
+                return Ok(end);
+            }
+            // What still lies in socket buffers would be paid for in the pause.
+            self.enter(State::Draining);
+            while !self.in_flight.is_empty() {
+                self.check_cancel()?;
+                self.take_ack()?;
+            }
+        }
+    }
+
+    /// Before post-copy: what was never written is said to be zero while the guest runs. That costs next to
+    /// nothing; to follow the guest it would have to be placed page by page, and take memory there.
+    fn announce_unpopulated(&mut self) -> Result<bool, SourceError> {
+        let mut pages = PageSet::new(self.layout.end());
+        for region in self.layout.runs() {
+            let mut at = region.first;
+            while let Some(run) = self.guest.unpopulated(Run::new(at, region.end() - at)) {
+                pages.insert_run(run);
+                at = run.end();
+                if at >= region.end() {
+                    break;
                 }
             }
         }
+        if pages.is_empty() {
+            return Ok(false);
+        }
+        self.send_round(pages, SendOrder::Address, false)?;
+        Ok(true)
     }
 
     /// Unites the dirty log with what is pending.
@@ -66,8 +94,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.heat.record(&self.fresh);
         self.dirtied = (self.fresh.len(), now.saturating_sub(self.collected_at));
         self.collected_at = now;
-        let round = self.round;
-        if let Some(last) = self.rounds.iter_mut().find(|r| r.n == round) {
+        if let Some(last) = self.rounds.last_mut() {
             last.dirtied += self.dirtied.0;
         }
         Ok(())
@@ -108,6 +135,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             bytes: sent.bytes,
             ms: 0.0,
             dirtied: 0,
+            follows: false,
         });
         self.barrier(self.round)?;
         let ended = self.now();
@@ -137,13 +165,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         while batches.next(&mut runs) {
             self.check_cancel()?;
             let waited = self.pace(&runs, mode);
-            let mut sent = self.sender.send(
-                &mut self.control,
-                &*self.guest,
-                &runs,
-                mode,
-                self.setup.clock,
-            )?;
+            let mut sent =
+                self.sender
+                    .send(&mut self.control, self.guest, &runs, mode, self.setup.clock)?;
             sent.link += waited;
             self.delivered(&runs, sent);
             total.add(sent);
@@ -194,7 +218,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let stop = AtomicBool::new(false);
         let progress = AtomicU64::new(0);
         let finished = (Mutex::new(0_usize), Condvar::new());
-        let (guest, pacer, clock) = (&*self.guest, &self.pacer, self.setup.clock);
+        let (guest, pacer, clock) = (self.guest, &self.pacer, self.setup.clock);
         let cancel = self.setup.cancel;
         let count = self.lanes.len();
         let events = &mut self.setup.events;
@@ -310,7 +334,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                     self.rtt = self.rtt.min(now.saturating_sub(flight.ended));
                 }
                 if flight.sent.data_pages * PAGE_BYTES >= MEASURABLE
-                    || self.bandwidth.estimate().is_none()
+                    || self.bandwidth.estimate().is_none() && flight.sent.pages() > 0
                 {
                     self.bandwidth.record(flight.sent.bytes.max(1), link);
                 }

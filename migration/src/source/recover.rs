@@ -1,8 +1,12 @@
-//! After the control channel was lost around the commit: telling the destination what was decided.
+//! After the control channel was lost around the commit or in post-copy: telling the destination what was decided, and
+//! sending what it lacks.
 
-use super::{Setup, SourceError};
-use crate::port::Link;
-use crate::wire::{Channel, FrameType, Header, Role, Running, SessionId};
+use super::post_copy::FaultChannel;
+use super::{Setup, Source, SourceError, State};
+use crate::page::PageSet;
+use crate::port::{Guest, Link};
+use crate::report::{Report, Status};
+use crate::wire::{Channel, FrameType, Role, SessionId, recv_set};
 use std::io;
 use std::time::Duration;
 
@@ -20,25 +24,67 @@ fn attach<L: Link>(
     Ok(channel)
 }
 
-/// For a source that is in doubt: says the commit again on a new connection. The destination
-/// runs the guest if it does not run it yet; both answers are the same.
+/// For a source that is in doubt or was interrupted: says the commit again on a new connection, and
+/// sends what the destination lacks. The destination runs the guest if it does not run it yet.
+/// Blocks until the destination has everything.
 ///
-/// # Errors
-/// When the destination cannot be reached, belongs to another migration, or no longer has the
-/// guest: still in doubt then.
-pub fn recover_commit<L: Link>(
-    connect: &mut dyn FnMut(Role, u16) -> io::Result<L>,
-    session: SessionId,
-) -> Result<Running, SourceError> {
-    let mut channel = attach(connect, session)?;
-    channel.send(Header::bare(FrameType::Commit, 0), &[])?;
-    let header = channel.recv_header()?;
-    if header.kind != FrameType::Running {
-        return Err(channel
-            .refuse(&header, "the confirmation that the guest runs")
-            .into());
+/// The report's status is `Completed`; `InDoubt` when the destination cannot be reached, belongs to another migration or
+/// no longer has the guest; `Interrupted` when it runs the guest and the connection was lost again.
+/// Its numbers are those of this connection.
+pub fn recover<L: Link, G: Guest<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
+    let name = setup.options.policy.name();
+    let session = setup.session.to_string();
+    match Source::connect(guest, setup, Role::Recover, name) {
+        Ok(mut source) => {
+            let result = source.reattach();
+            source.finish(result)
+        }
+        Err(error) => Report::bare(session, name.to_owned(), Status::InDoubt, error.to_string()),
     }
-    Ok(channel.recv_json(&header)?)
+}
+
+impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+    fn reattach(&mut self) -> Result<(), SourceError> {
+        self.state = State::Committed;
+        self.pending.clear();
+        self.control.link().set_timeout(Some(PATIENCE));
+        self.control.set_end(self.layout.end());
+        self.control.open(Role::Recover, 0, self.setup.session)?;
+        let running = self.commit()?;
+        if running.missing == 0 && !running.verify {
+            self.why = Some("the destination has all of the guest".into());
+            self.enter(State::Discardable);
+            return Ok(());
+        }
+        self.enter(State::PostCopy);
+        let mut missing = PageSet::new(self.layout.end());
+        while missing.len() < running.missing {
+            let header = self.control.recv_header()?;
+            if !matches!(header.kind, FrameType::MissingRuns | FrameType::MissingBits) {
+                return Err(self.control.refuse(&header, "the missing pages").into());
+            }
+            recv_set(&mut self.control, &header, &self.layout, &mut missing)?;
+        }
+        self.why = Some(format!("the destination lacked {} pages", missing.len()));
+        for index in 0..self
+            .guest
+            .fault_channels()
+            .clamp(1, Self::MOST_FAULT_CHANNELS)
+        {
+            let channel = self.open_channel(Role::Fault, index)?;
+            self.faults.push(FaultChannel::new(channel));
+        }
+        // Rounds were acknowledged by number; this one is known by being the only one.
+        self.round = 1;
+        let layout = self.layout.clone();
+        let order = self.setup.options.order;
+        let serving = Self::serving(&layout, &self.setup, missing.clone(), order, self.round);
+        // Hashes of pages that came before the connection was lost are still owed.
+        let hashes = running.verify.then(|| layout.all());
+        self.while_answering(&serving, |source| {
+            source.push_all(&serving, hashes.as_ref())
+        })
+    }
 }
 
 /// For a source that resumed its guest although the destination may be ready: says so on a new

@@ -1,10 +1,12 @@
-//! The pause: last pages, state, and handing the guest over.
+//! The pause: last pages (or what will follow), state, and handing the guest over.
 
-use super::{Source, SourceError, State, ms};
-use crate::page::{Gfn, PAGE_SIZE};
+use super::{InFlight, Source, SourceError, State, ms};
+use crate::order::PushOrder;
+use crate::page::{Gfn, PAGE_SIZE, PageSet};
 use crate::policy::SendOrder;
 use crate::port::{Guest, Link};
-use crate::wire::{FrameType, Header, Ready, Running, WireError};
+use crate::sender::Sent;
+use crate::wire::{FrameType, Header, Ready, Running, WireError, send_set};
 use std::io;
 use std::time::Duration;
 
@@ -14,6 +16,73 @@ const VERIFY_PAGES: u64 = 128 << 10;
 impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     /// Pauses the guest, sends what is left, and commits.
     pub(super) fn stop_and_copy(&mut self) -> Result<(), SourceError> {
+        let collected = self.stop()?;
+        // The state is small: it follows the pages without waiting for them.
+        self.send_round(self.pending.clone(), SendOrder::Address, true)?;
+        if self.setup.options.verify {
+            self.send_hashes(&self.layout.all())?;
+        }
+        self.move_guest(collected)?;
+        self.enter(State::Discardable);
+        Ok(())
+    }
+
+    /// Pauses the guest, moves it, and lets what is left follow.
+    pub(super) fn hand_over(&mut self, order: PushOrder) -> Result<(), SourceError> {
+        // What is dirty already will be missing in any case: the destination drops it before the pause.
+        let known = self.pending.clone();
+        send_set(&mut self.control, &known)?;
+        self.settle()?;
+        let collected = self.stop()?;
+        let missing = self.pending.clone();
+        let mut news = missing.clone();
+        news.subtract(&known);
+        send_set(&mut self.control, &news)?;
+        let mut again = missing.clone();
+        again.intersect_with(&self.sent_once);
+        self.pages.resent += again.len();
+        if self.setup.options.verify {
+            let mut there = self.layout.all();
+            there.subtract(&missing);
+            self.send_hashes(&there)?;
+        }
+        let layout = self.layout.clone();
+        let serving = Self::serving(&layout, &self.setup, missing.clone(), order, self.round + 1);
+        // From the restoring on the destination may touch a page that it lacks.
+        self.while_answering(&serving, |source| {
+            let running = source.move_guest(collected)?;
+            if running.missing == 0 && !running.verify {
+                // Nothing was pending: as after stop-and-copy, nothing follows.
+                source.enter(State::Discardable);
+                return Ok(());
+            }
+            // What was compared so far is not all.
+            source.verified = None;
+            source.round += 1;
+            source.enter(State::PostCopy);
+            // Nothing is written here any more.
+            source.guest.stop_tracking();
+            let hashes = source.setup.options.verify.then_some(&missing);
+            source.push_all(&serving, hashes)
+        })
+    }
+
+    /// Waits until the destination has done everything that it was sent: a round without pages.
+    fn settle(&mut self) -> Result<(), SourceError> {
+        self.round += 1;
+        self.barrier(self.round)?;
+        let now = self.now();
+        self.in_flight.push_back(InFlight {
+            round: self.round,
+            sent: Sent::default(),
+            started: now,
+            ended: now,
+        });
+        self.take_ack()
+    }
+
+    /// Pauses the guest and takes the last of the dirty log; returns when that was done.
+    fn stop(&mut self) -> Result<Duration, SourceError> {
         self.check_cancel()?;
         let ago = self
             .guest
@@ -28,12 +97,11 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.collect()?;
         let collected = self.now();
         self.downtime.quiesce_ms = ms(collected.saturating_sub(stopped_at));
+        Ok(collected)
+    }
 
-        // The state is small: it follows the pages without waiting for them.
-        self.send_round(self.pending.clone(), SendOrder::Address, true)?;
-        if self.setup.options.verify {
-            self.send_hashes()?;
-        }
+    /// Sends the state and hands the guest over, once the destination is ready.
+    fn move_guest(&mut self, collected: Duration) -> Result<Running, SourceError> {
         let state = self
             .guest
             .save()
@@ -73,11 +141,17 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         // line and the sending that could return early with another state.
         self.state = State::Committed;
         self.progress.phase = crate::report::Phase::Committed;
-        self.commit(ready_at)
+        let running = self.commit()?;
+        let told = self.now().saturating_sub(ready_at);
+        // Half a round trip and what the destination spent since the first instruction are not
+        // part of the pause.
+        let since = Duration::from_micros(running.since_us) + self.rtt / 2;
+        self.downtime.start_ms = ms(told.saturating_sub(since.min(told)));
+        Ok(running)
     }
 
-    /// Sends the commit and waits for the guest to run.
-    fn commit(&mut self, ready_at: Duration) -> Result<(), SourceError> {
+    /// Says the commit and waits for the guest to run.
+    pub(super) fn commit(&mut self) -> Result<Running, SourceError> {
         self.control
             .link()
             .set_timeout(Some(self.setup.timeouts.commit));
@@ -93,40 +167,29 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 .refuse(&header, "the confirmation that the guest runs")
                 .into());
         }
-        let running: Running = self.control.recv_json(&header)?;
-        let told = self.now().saturating_sub(ready_at);
-        // Half a round trip and what the destination spent since the first instruction are not
-        // part of the pause.
-        let since = Duration::from_micros(running.since_us) + self.rtt / 2;
-        self.downtime.start_ms = ms(told.saturating_sub(since.min(told)));
-        self.enter(State::Discardable);
-        Ok(())
+        Ok(self.control.recv_json(&header)?)
     }
 
-    /// Sends a hash of every page, so that the destination can compare.
-    fn send_hashes(&mut self) -> Result<(), SourceError> {
+    /// Sends a hash of every page of the set, so that the destination can compare.
+    pub(super) fn send_hashes(&mut self, pages: &PageSet) -> Result<(), SourceError> {
         let mut page = [0; PAGE_SIZE];
         let mut hashes: Vec<u8> = Vec::new();
-        let runs = self.layout.runs().to_vec();
-        for region in runs {
-            let mut first = region.first;
-            while first < region.end() {
-                let count = (region.end() - first).min(VERIFY_PAGES);
-                hashes.clear();
-                for gfn in first..first + count {
-                    self.guest
-                        .copy_page(gfn, &mut page)
-                        .map_err(|e| SourceError::guest("hashing guest memory", e))?;
-                    hashes.extend_from_slice(&page_hash(gfn, &page).to_le_bytes());
-                }
-                let header = Header {
-                    gfn: first,
-                    count: u32::try_from(count).unwrap_or(u32::MAX),
-                    ..Header::bare(FrameType::Verify, self.round)
-                };
-                self.control.send(header, &hashes)?;
-                first += count;
+        let mut at = 0;
+        while let Some(run) = pages.next_run(at, VERIFY_PAGES) {
+            at = run.end();
+            hashes.clear();
+            for gfn in run.first..run.end() {
+                self.guest
+                    .copy_page(gfn, &mut page)
+                    .map_err(|e| SourceError::guest("hashing guest memory", e))?;
+                hashes.extend_from_slice(&page_hash(gfn, &page).to_le_bytes());
             }
+            let header = Header {
+                gfn: run.first,
+                count: u32::try_from(run.count).unwrap_or(u32::MAX),
+                ..Header::bare(FrameType::Verify, self.round)
+            };
+            self.control.send(header, &hashes)?;
         }
         Ok(())
     }

@@ -53,6 +53,14 @@ pub enum WireError {
         /// What would have been right.
         expected: &'static str,
     },
+    /// A set with pages that the guest does not have.
+    #[error("the peer listed page {gfn:#x} (+{count}), which is not the guest's memory")]
+    NotRam {
+        /// The first of them.
+        gfn: Gfn,
+        /// How many.
+        count: u64,
+    },
     /// The peer gave up and said why.
     #[error("the peer gave up: {0}")]
     PeerAborted(String),

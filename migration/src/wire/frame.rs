@@ -44,6 +44,16 @@ pub enum FrameType {
     Verify = 12,
     /// Destination: pages `gfn..gfn + count` are needed now (post-copy).
     PageRequest = 13,
+    /// Source: what was asked for has left already (post-copy).
+    OnItsWay = 14,
+    /// Pages that are missing at the destination: a run table. In both directions.
+    MissingRuns = 15,
+    /// As `MissingRuns`: a bitmap of `count` words of 64 pages, from `gfn`.
+    MissingBits = 16,
+    /// Destination: every page is in place, and what the faults were like. JSON.
+    Arrived = 17,
+    /// Source: nothing is to be sent, and the connection lives.
+    Alive = 18,
 }
 
 impl FrameType {
@@ -62,6 +72,11 @@ impl FrameType {
             11 => Self::Abort,
             12 => Self::Verify,
             13 => Self::PageRequest,
+            14 => Self::OnItsWay,
+            15 => Self::MissingRuns,
+            16 => Self::MissingBits,
+            17 => Self::Arrived,
+            18 => Self::Alive,
             _ => return None,
         })
     }
@@ -71,13 +86,18 @@ impl FrameType {
     pub const fn max_payload(self) -> u32 {
         match self {
             Self::Hello => 1 << 20,
-            Self::HelloAck | Self::Ready | Self::Running => 64 << 10,
+            Self::HelloAck | Self::Ready | Self::Running | Self::Arrived => 64 << 10,
             Self::Pages => MAX_RUNS * 8 + (16 << 20),
             Self::Zero => MAX_RUNS * 8,
             Self::State => 64 << 20,
             Self::Abort => 4 << 10,
-            Self::Verify => 1 << 20,
-            Self::RoundEnd | Self::RoundAck | Self::Commit | Self::PageRequest => 0,
+            Self::Verify | Self::MissingRuns | Self::MissingBits => 1 << 20,
+            Self::RoundEnd
+            | Self::RoundAck
+            | Self::Commit
+            | Self::PageRequest
+            | Self::OnItsWay
+            | Self::Alive => 0,
         }
     }
 
@@ -269,8 +289,11 @@ impl Header {
             FrameType::Zero => {
                 self.count >= 1 && self.count <= MAX_RUNS && length == count * RUN_BYTES as u64
             }
-            FrameType::Verify => self.count >= 1 && length == count * 8,
-            FrameType::PageRequest => self.count >= 1,
+            FrameType::Verify | FrameType::MissingRuns => self.count >= 1 && length == count * 8,
+            FrameType::MissingBits => {
+                self.count >= 1 && length == count * 8 && self.gfn.is_multiple_of(64)
+            }
+            FrameType::PageRequest | FrameType::OnItsWay => self.count >= 1,
             _ => true,
         };
         if fits && self.length <= self.kind.max_payload() {
@@ -286,8 +309,12 @@ impl Header {
 
     fn check_range(&self, limits: Limits) -> Result<(), HeaderError> {
         let count = match self.kind {
-            FrameType::Pages | FrameType::Zero => 1,
-            FrameType::Verify | FrameType::PageRequest => u64::from(self.count),
+            FrameType::Pages | FrameType::Zero | FrameType::MissingRuns => 1,
+            // The last word may reach beyond the end; its bits there are dropped.
+            FrameType::MissingBits => u64::from(self.count - 1) * 64 + 1,
+            FrameType::Verify | FrameType::PageRequest | FrameType::OnItsWay => {
+                u64::from(self.count)
+            }
             _ => return Ok(()),
         };
         match self.gfn.checked_add(count) {

@@ -2,6 +2,7 @@
 //! new protocol version, and a capture can be read by eye.
 
 use crate::page::RamLayout;
+use crate::report::Faults;
 use serde::{Deserialize, Serialize};
 
 /// What both sides can do, as bits; what both offer is used.
@@ -17,8 +18,12 @@ impl Features {
     /// A lost control channel can be replaced after the commit.
     pub const RECOVER: Self = Self(1 << 2);
 
+    /// The guest may run before its memory is there.
+    pub const POST_COPY: Self = Self(1 << 3);
+
     /// All that this build can do.
-    pub const SUPPORTED: Self = Self(Self::VERIFY.0 | Self::CHANNELS.0 | Self::RECOVER.0);
+    pub const SUPPORTED: Self =
+        Self(Self::VERIFY.0 | Self::CHANNELS.0 | Self::RECOVER.0 | Self::POST_COPY.0);
 
     /// Those of both.
     #[must_use]
@@ -50,6 +55,9 @@ pub struct Hello {
     pub layout: RamLayout,
     /// Data channels that the source will open.
     pub channels: u16,
+    /// Channels for page faults that the source will open.
+    #[serde(default)]
+    pub faults: u16,
     /// The policy's name, for the destination's log.
     pub policy: String,
     /// The machine's configuration, opaque here.
@@ -80,6 +88,22 @@ pub struct Running {
     pub start_us: u64,
     /// Microseconds from the first guest instruction to the sending of this message.
     pub since_us: u64,
+    /// Pages that are not in place yet (post-copy). To a source that reconnects, frames that list
+    /// them follow.
+    #[serde(default)]
+    pub missing: u64,
+    /// Whether hashes of all pages are wanted once those have arrived.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// Post-copy is over: every page is in place.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Arrived {
+    /// The guest's page faults.
+    pub faults: Faults,
+    /// Pages that are not as the source sent them (with verification).
+    pub different: u64,
 }
 
 /// Why a greeting could not be read.
@@ -131,6 +155,7 @@ mod tests {
             required: Features::VERIFY,
             layout: RamLayout::new(vec![Run::new(0, 100), Run::new(200, 7)]).unwrap(),
             channels: 3,
+            faults: 2,
             policy: "precopy".into(),
             machine: vec![1, 2, 3],
         };

@@ -112,13 +112,13 @@ impl Guest<MemoryLink> for TestGuest {
         8
     }
 
-    fn start_tracking(&mut self) -> Result<(), PortError> {
+    fn start_tracking(&self) -> Result<(), PortError> {
         let all = self.layout().all();
         self.log.lock().unwrap().union_with(&all);
         Ok(())
     }
 
-    fn stop_tracking(&mut self) {}
+    fn stop_tracking(&self) {}
 
     /// The second look finds that every fifth page was written since the first.
     fn collect_dirty(&self, into: &mut PageSet) -> Result<(), PortError> {
@@ -137,21 +137,21 @@ impl Guest<MemoryLink> for TestGuest {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Duration, PortError> {
         Ok(Duration::ZERO)
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, PortError> {
+    fn save(&self) -> Result<Vec<u8>, PortError> {
         Ok(b"state".to_vec())
     }
 
-    fn resume(&mut self) {}
+    fn resume(&self) {}
 
-    fn commit(&mut self, _: SessionId) -> Result<(), PortError> {
+    fn commit(&self, _: SessionId) -> Result<(), PortError> {
         Ok(())
     }
 
-    fn release(&mut self) {}
+    fn release(&self) {}
 }
 
 pub struct TestHost(Arc<TestSink>);

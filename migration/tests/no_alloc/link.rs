@@ -119,7 +119,7 @@ impl Link for MemoryLink {
         self.into.read(buf)
     }
 
-    fn readable(&mut self) -> io::Result<bool> {
+    fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
         let ring = self.into.ring.lock().unwrap();
         Ok(ring.held > 0 || ring.closed)
     }

@@ -141,7 +141,8 @@ impl Client {
     /// [`ClientError`].
     pub fn recover(&self, request: &RecoverRequest) -> Result<(), ClientError> {
         let body = self.to_json(request)?;
-        self.request("PUT", "/v1/recover", Some(body), Some(PATIENCE))
+        // No timeout: what the destination lacks is sent before the answer comes.
+        self.request("PUT", "/v1/recover", Some(body), None)
             .map(drop)
     }
 

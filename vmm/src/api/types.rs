@@ -1,5 +1,6 @@
 //! The JSON of the control socket. Names are an interface: fields are added, never renamed.
 
+use crate::vmm::Lacks;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Progress, Report};
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,8 @@ pub enum StateName {
     Moved,
     /// The guest was handed over and not confirmed, or is complete here and was not handed over: it does not run here.
     InDoubt,
+    /// The guest runs at the destination and lacks pages that are only here.
+    Interrupted,
     /// The guest has ended.
     Ended,
 }
@@ -35,6 +38,7 @@ impl StateName {
             Self::Migrating => "migrating",
             Self::Moved => "moved",
             Self::InDoubt => "in-doubt",
+            Self::Interrupted => "interrupted",
             Self::Ended => "ended",
         }
     }
@@ -72,6 +76,9 @@ pub struct Status {
     pub migration: Option<Progress>,
     /// Where a receiving VMM listens.
     pub listening: Option<String>,
+    /// Post-copy, at the destination: what has not arrived of the guest; `null` when it is complete.
+    #[serde(default)]
+    pub lacks: Option<Lacks>,
 }
 
 impl Status {

@@ -64,9 +64,9 @@ simple!(
     PowerButton, Action::PowerButton, "the power button was pressed", "ferry power-button --api /tmp/a.sock"
 );
 
-/// Resolve a migration that was handed over and never confirmed.
+/// Resolve a migration that was handed over and never confirmed, or that lost its connection in post-copy.
 ///
-/// At the source: asks the destination again; when it has the guest, the VMM here ends. With --take-over, at either side:
+/// At the source: asks the destination again and sends the pages that it lacks; when it has all of the guest, the VMM here ends. With --take-over, at either side:
 /// runs the guest here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -182,6 +182,7 @@ mod tests {
                 ..Progress::default()
             }),
             listening: None,
+            lacks: None,
         };
         assert_eq!(
             text(&status),

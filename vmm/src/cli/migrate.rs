@@ -6,6 +6,7 @@ use super::serve::SAME_WISH;
 use super::summary::{sentence, table};
 use super::units::{duration, rate};
 use ferry_migration::options::{OnTimeout, Options, PolicyKind};
+use ferry_migration::order::PushOrder;
 use ferry_migration::report::Status;
 use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::MigrateRequest;
@@ -45,13 +46,20 @@ pub struct Args {
     /// Send pages that are dirtied often late in a round.
     #[arg(long)]
     reorder: bool,
+    /// Post-copy: in which order pages follow that the guest does not ask for: demand (none), flush (by address) or
+    /// bubble (around its page faults).
+    #[arg(long, value_name = "ORDER", value_parser = named::<PushOrder>)]
+    order: Option<PushOrder>,
+    /// Post-copy: how many streams of page faults are bubbled around at once.
+    #[arg(long, value_name = "N")]
+    pivots: Option<u16>,
     /// The longest acceptable pause.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     downtime: Option<Duration>,
     /// The longest acceptable time before the pause.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     timeout: Option<Duration>,
-    /// What to do after it: cancel, or stop (pause for as long as it takes).
+    /// What to do after it: cancel, stop (pause for as long as it takes), or postcopy (move the guest, its pages follow).
     #[arg(long, value_name = "ACTION", value_parser = named::<OnTimeout>)]
     on_timeout: Option<OnTimeout>,
     /// The most to send per second, for example 2.5Gbit, or 100M in bytes.
@@ -93,6 +101,8 @@ impl Args {
             turn_share: self.turn_share.unwrap_or(default.turn_share),
             sync: self.sync.unwrap_or(default.sync),
             reorder: self.reorder,
+            order: self.order.unwrap_or(default.order),
+            pivots: self.pivots.unwrap_or(default.pivots),
             channels: self.channels.unwrap_or(default.channels),
             verify: self.verify,
             ..default
@@ -127,7 +137,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
             _ => put(rest.trim_start())?,
         }
     }
-    if report.status == Status::Completed {
+    if report.status == Status::Completed && report.verified != Some(false) {
         return Ok(ExitCode::SUCCESS);
     }
     display.say(&sentence(&report, &args.uri));

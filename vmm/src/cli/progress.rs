@@ -112,6 +112,8 @@ pub fn line(p: &Progress) -> String {
         Phase::Completed => "completed".into(),
         Phase::Aborted => "given up, the guest runs on here".into(),
         Phase::InDoubt => "in doubt".into(),
+        Phase::PostCopy => "pages follow".into(),
+        Phase::Interrupted => "interrupted".into(),
     }
 }
 

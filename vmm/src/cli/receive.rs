@@ -77,9 +77,11 @@ fn receive(receiver: &Arc<Receiver>, vmm: &Vmm) {
                 say(&sentence);
                 vmm.unconfirmed(sentence, Arc::clone(receiver) as _);
             }
-            Some(Arrival::Arrived(machine)) => {
+            Some(Arrival::Complete) => say("all of the guest's memory has arrived"),
+            Some(Arrival::Interrupted(sentence)) => say(&sentence),
+            Some(Arrival::Arrived { machine, following }) => {
                 let running = machine.run_state() == RunState::Running;
-                let guest = MachineGuest::new(machine);
+                let guest = MachineGuest::followed(machine, following);
                 vmm.arrived(Arc::clone(&guest) as _, running);
                 say(match running {
                     true => "the guest has arrived and runs here",

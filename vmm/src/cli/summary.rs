@@ -16,6 +16,9 @@ pub fn sentence(report: &Report, uri: &str) -> String {
         format!(" ({why})")
     };
     match report.status {
+        Status::Completed if report.verified == Some(false) => {
+            format!("the guest runs at {uri} on memory that is not as it was{because}")
+        }
         Status::Completed => format!(
             "the guest runs at {uri}, moved in {} with {} of downtime",
             span(report.total_ms),
@@ -27,6 +30,10 @@ pub fn sentence(report: &Report, uri: &str) -> String {
         Status::Cancelled => {
             format!("the migration to {uri} was cancelled{because}; the guest runs on where it was")
         }
+        Status::Interrupted => format!(
+            "the migration to {uri} was interrupted{because}: the guest runs there and lacks pages that are only here; \
+             `ferry recover` sends them"
+        ),
         Status::InDoubt => format!(
             "the migration to {uri} ended in doubt{because}: neither side runs the guest by \
              itself; `ferry recover` asks the destination again, and `ferry status` says what else can be done"
@@ -134,7 +141,9 @@ fn rounds(report: &Report) -> String {
 }
 
 fn round_row(round: &Round, stop: bool) -> String {
-    let (name, dirtied) = if stop {
+    let (name, dirtied) = if round.follows {
+        ("after".into(), "–".into())
+    } else if stop {
         ("stop".into(), "–".into())
     } else {
         (round.n.to_string(), grouped(round.dirtied))
@@ -297,6 +306,7 @@ why        pending pages fit the downtime target
             p99_us: 900.0,
             max_us: 12_000.0,
             stalled_ms: 420.0,
+            ..Faults::default()
         };
         let text = table(&Report {
             verified: Some(false),

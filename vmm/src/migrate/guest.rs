@@ -1,21 +1,21 @@
 //! A machine at the source: the engine's [`Guest`].
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{Guest, PageSource, PortError};
 use ferry_migration::wire::{MAX_RUNS, SessionId};
 
-use super::{Handle, StreamLink, engine_layout, page_runs};
+use super::{Handle, StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Machine, PausedMachine};
 
 /// The guest of a machine while it is migrated away.
 pub(super) struct MachineGuest<'a> {
     machine: &'a Arc<Machine>,
     handle: &'a Handle,
-    paused: Option<PausedMachine<'a>>,
+    paused: Mutex<Option<PausedMachine<'a>>>,
 }
 
 impl<'a> MachineGuest<'a> {
@@ -23,13 +23,13 @@ impl<'a> MachineGuest<'a> {
         Self {
             machine,
             handle,
-            paused: None,
+            paused: Mutex::new(None),
         }
     }
 
     /// Never lets the guest run again through this guard.
-    pub(super) fn keep(&mut self) {
-        if let Some(paused) = self.paused.take() {
+    pub(super) fn keep(&self) {
+        if let Some(paused) = lock(&self.paused).take() {
             paused.keep_paused();
         }
     }
@@ -80,11 +80,11 @@ impl Guest<StreamLink> for MachineGuest<'_> {
         (6 << 10) + virtio + u64::from(description.cpus) * (8 << 10)
     }
 
-    fn start_tracking(&mut self) -> Result<(), PortError> {
+    fn start_tracking(&self) -> Result<(), PortError> {
         Ok(self.machine.dirty_log().start()?)
     }
 
-    fn stop_tracking(&mut self) {
+    fn stop_tracking(&self) {
         if let Err(error) = self.machine.dirty_log().stop() {
             tracing::warn!(%error, "the guest may be slower than before");
         }
@@ -130,7 +130,7 @@ impl Guest<StreamLink> for MachineGuest<'_> {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Duration, PortError> {
         let asked = Instant::now();
         let paused = self.machine.pause()?;
         let last = if paused.was_running() {
@@ -138,26 +138,27 @@ impl Guest<StreamLink> for MachineGuest<'_> {
         } else {
             None
         };
-        self.paused = Some(paused);
+        *lock(&self.paused) = Some(paused);
         // Each vCPU stops when its kick arrives; the first may have stopped when they were sent.
         Ok(asked
             .elapsed()
             .max(last.map_or(Duration::ZERO, |at| at.elapsed())))
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, PortError> {
-        let paused = self.paused.as_ref().ok_or("the machine is not paused")?;
+    fn save(&self) -> Result<Vec<u8>, PortError> {
+        let guard = lock(&self.paused);
+        let paused = guard.as_ref().ok_or("the machine is not paused")?;
         let mut bytes = vec![u8::from(paused.was_running())];
         bytes.extend(paused.save()?.to_bytes()?);
         Ok(bytes)
     }
 
-    fn resume(&mut self) {
+    fn resume(&self) {
         // Dropping the guard resumes what ran before.
-        self.paused = None;
+        *lock(&self.paused) = None;
     }
 
-    fn commit(&mut self, session: SessionId) -> Result<(), PortError> {
+    fn commit(&self, session: SessionId) -> Result<(), PortError> {
         // From here on the other side may take the disks. Where that fails the guest stays.
         self.machine.release_disks()?;
         tracing::info!(%session, "the guest is handed over");
@@ -166,7 +167,11 @@ impl Guest<StreamLink> for MachineGuest<'_> {
         Ok(())
     }
 
-    fn release(&mut self) {
+    fn release(&self) {
         self.machine.stop();
+    }
+
+    fn fault_channels(&self) -> u16 {
+        u16::try_from(self.machine.description().cpus).unwrap_or(u16::MAX)
     }
 }

@@ -1,16 +1,16 @@
 //! A destination: the engine's [`Host`] and [`PageSink`] over a machine that is built for the guest.
 
 use std::io::{self, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ferry_migration::page::{Gfn, PAGE_SIZE, RamLayout, Run};
-use ferry_migration::port::{Host, PageSink, PortError};
+use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use ferry_migration::port::{Host, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
 
-use super::{StreamLink, engine_layout, page_runs};
-use crate::machine::{Backends, Machine, MachineDescription, MachineState};
-use crate::memory::{GuestRam, PageRun};
+use super::{StreamLink, engine_layout, lock, page_runs};
+use crate::machine::{Backends, DeviceDescription, Machine, MachineDescription, MachineState};
+use crate::memory::{GuestRam, PageRun, Userfault, Waited, check_available, check_userfault};
 
 /// Makes the serial console's output for an arriving machine.
 pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Send + Sync>;
@@ -18,11 +18,28 @@ pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Sen
 /// Guest memory being filled.
 pub struct RamSink {
     ram: Arc<GuestRam>,
+    /// While pages are missing.
+    faults: Mutex<Option<Arc<Userfault>>>,
 }
 
 impl RamSink {
     /// Shorter runs are not worth two more system calls.
     const LONG: u64 = 16;
+
+    fn faults(&self) -> Result<Arc<Userfault>, PortError> {
+        let faults = lock(&self.faults).clone();
+        faults.ok_or_else(|| "no page of this guest is missing".into())
+    }
+
+    /// Nobody waits for a page any more: all are in place, or the guest is at its end.
+    pub(super) fn end_faults(&self) {
+        // Who waits in there holds it too, and drops it when the wait ends.
+        if let Some(faults) = lock(&self.faults).take()
+            && let Err(error) = faults.interrupt()
+        {
+            tracing::warn!(%error, "the threads that serve page faults end later");
+        }
+    }
 
     fn read_direct(&self, link: &StreamLink, runs: &[PageRun]) -> io::Result<()> {
         if runs.is_empty() {
@@ -93,6 +110,30 @@ impl PageSink<StreamLink> for RamSink {
         }
         Ok(self.ram.copy_page(gfn, into)?)
     }
+
+    fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        self.faults()?.place(run.first, run.count, bytes)?;
+        Ok(())
+    }
+
+    fn place_zero(&self, run: Run) -> Result<(), PortError> {
+        self.faults()?.place_zero(run.first, run.count)?;
+        Ok(())
+    }
+
+    fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError> {
+        // Ended while this thread was on its way here.
+        let Ok(faults) = self.faults() else {
+            return Ok(None);
+        };
+        match faults.wait(timeout)? {
+            Waited::Fault(fault) => Ok(Some(PageFault {
+                gfn: fault.gfn,
+                waiter: fault.thread.unwrap_or(0),
+            })),
+            Waited::TimedOut | Waited::Interrupted => Ok(None),
+        }
+    }
 }
 
 /// Builds and starts the machine of an arriving guest.
@@ -100,6 +141,7 @@ pub struct MachineHost {
     serial: SerialFactory,
     backends: Backends,
     machine: Option<Arc<Machine>>,
+    sink: Option<Arc<RamSink>>,
     run_after: bool,
     started: bool,
 }
@@ -110,9 +152,15 @@ impl MachineHost {
             serial,
             backends,
             machine: None,
+            sink: None,
             run_after: true,
             started: false,
         }
+    }
+
+    /// Its memory.
+    pub(super) const fn sink(&self) -> Option<&Arc<RamSink>> {
+        self.sink.as_ref()
     }
 
     /// The machine, once it is built.
@@ -140,9 +188,48 @@ impl Host<StreamLink> for MachineHost {
                 "the source's memory layout is not that of its machine's description".into(),
             );
         }
-        let ram = Arc::clone(machine.ram());
+        let sink = Arc::new(RamSink {
+            ram: Arc::clone(machine.ram()),
+            faults: Mutex::new(None),
+        });
         self.machine = Some(Arc::new(machine));
-        Ok(Arc::new(RamSink { ram }))
+        self.sink = Some(Arc::clone(&sink));
+        Ok(sink)
+    }
+
+    fn check_post_copy(&self) -> Result<(), PortError> {
+        check_userfault()?;
+        Ok(())
+    }
+
+    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
+        let sink = self.sink.as_ref().ok_or("there is no machine")?;
+        for run in pages.runs() {
+            sink.ram.drop_pages(run.first, run.count)?;
+        }
+        Ok(())
+    }
+
+    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
+        let sink = self.sink.as_ref().ok_or("there is no machine")?;
+        // Pre-copy finds a shortage while the source still has the guest; here it would come too late.
+        check_available(missing.len() * PAGE_SIZE as u64)?;
+        // A page that the guest gives back would fault again, and the source would be asked for it in vain.
+        if let Some(machine) = &self.machine {
+            machine.keep_free_pages(true);
+        }
+        let faults = Userfault::register(Arc::clone(&sink.ram))?;
+        *lock(&sink.faults) = Some(Arc::new(faults));
+        Ok(())
+    }
+
+    fn end_post_copy(&mut self) {
+        if let Some(sink) = &self.sink {
+            sink.end_faults();
+        }
+        if let Some(machine) = &self.machine {
+            machine.keep_free_pages(false);
+        }
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
@@ -173,6 +260,9 @@ impl Host<StreamLink> for MachineHost {
 
     fn discard(&mut self) {
         if !self.started {
+            // A machine ends only when none of its vCPUs waits for a page.
+            self.end_post_copy();
+            self.sink = None;
             self.machine = None;
         }
     }
@@ -185,6 +275,10 @@ fn announce(machine: &Arc<Machine>) {
         Duration::from_millis(150),
         Duration::from_millis(250),
     ];
+    let is_net = |device: &DeviceDescription| matches!(device, DeviceDescription::Net { .. });
+    if !machine.description().devices.iter().any(is_net) {
+        return;
+    }
     machine.announce();
     let machine = Arc::downgrade(machine);
     let again = move || {

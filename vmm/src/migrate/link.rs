@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::port::Link;
 use ferry_migration::wire::Role;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::SndBuf;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Handle, Uri};
@@ -214,15 +216,28 @@ impl Link for StreamLink {
         Ok(())
     }
 
-    fn readable(&mut self) -> io::Result<bool> {
+    fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
         let (fd, _) = self.parts();
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        // More than the clock can tell is for ever.
+        let time = Timespec::try_from(timeout).ok();
         let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-        let ready = poll(&mut fds, Some(&now))?;
-        Ok(ready > 0)
+        match poll(&mut fds, time.as_ref()) {
+            Ok(ready) => Ok(ready > 0),
+            // Whoever waits looks again anyway.
+            Err(rustix::io::Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn bound_queue(&mut self, bytes: u32) {
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let result = match &self.stream {
+            Stream::Tcp(s) => setsockopt(s, SndBuf, &bytes),
+            Stream::Unix(s) => setsockopt(s, SndBuf, &bytes),
+        };
+        if let Err(error) = result {
+            tracing::debug!(%error, "page faults may wait longer behind the pages that are pushed");
+        }
     }
 
     fn set_timeout(&mut self, timeout: Option<Duration>) {

@@ -3,7 +3,8 @@
 //! ```text
 //!  accept thread ── each connection ──▶ greet ──▶ role control: runs the engine, in its own thread
 //!                                              ├▶ role data:    fills memory, in its own thread
-//!                                              └▶ role recover: handed to the engine that is in doubt
+//!                                              ├▶ role fault:   asks for pages, in its own thread
+//!                                              └▶ role recover: handed to the engine that has lost its connection
 //! ```
 //!
 //! One migration at a time: a second is told that the receiver is busy. After a failure that leaves
@@ -19,12 +20,14 @@ use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ferry_migration::destination::{self, Destination, DestinationError, LaneSet, State, Step};
+use ferry_migration::destination::{
+    self, Arriving, Destination, DestinationError, LaneSet, State, Step,
+};
 use ferry_migration::wire::{Channel, Preamble, Role, SessionId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::host::{MachineHost, RamSink};
-use super::{StreamLink, Uri};
+use super::{MonotonicClock, StreamLink, Uri};
 use crate::machine::{Backends, Machine};
 
 pub use super::host::SerialFactory;
@@ -64,7 +67,54 @@ pub enum Arrival {
     /// was read. A sentence. [`Receiver::take_over`] or the source's `recover` ends the doubt.
     InDoubt(String),
     /// The guest is here, and runs if it ran at the source.
-    Arrived(Arc<Machine>),
+    Arrived {
+        /// The guest's machine.
+        machine: Arc<Machine>,
+        /// In post-copy: its pages follow.
+        following: Option<Following>,
+    },
+    /// Every page that was to follow is here.
+    Complete,
+    /// The connection to the source was lost while pages follow. A sentence. The source's `recover` mends it.
+    Interrupted(String),
+}
+
+/// Pages that follow a guest which runs here already.
+#[derive(Clone)]
+pub struct Following {
+    pages: Arc<Arriving<StreamLink, RamSink>>,
+    sink: Arc<RamSink>,
+}
+
+impl std::fmt::Debug for Following {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Following({} pages)", self.left())
+    }
+}
+
+impl Following {
+    /// Pages that are not here yet.
+    #[must_use]
+    pub fn left(&self) -> u64 {
+        self.pages.left()
+    }
+
+    /// How many waits for a page are under way.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.pages.waiting()
+    }
+
+    /// Why nothing comes any more, when the connection to the source is lost.
+    #[must_use]
+    pub fn lost(&self) -> Option<String> {
+        self.pages.lost()
+    }
+
+    /// For a machine that was ended: whoever waits for a page goes on, with zeros.
+    pub fn abandon(&self) {
+        self.sink.end_faults();
+    }
 }
 
 /// Where a receiver stands.
@@ -76,6 +126,10 @@ pub enum ReceiveState {
     Receiving,
     /// A guest is complete here, and nobody knows whether it may run.
     InDoubt,
+    /// A guest runs here, and its pages follow.
+    Following,
+    /// A guest runs here and lacks pages: the connection to the source is lost.
+    Interrupted,
     /// A guest has arrived.
     Done,
 }
@@ -87,6 +141,7 @@ type Lanes = Arc<LaneSet<StreamLink, RamSink>>;
 struct Active {
     session: SessionId,
     lanes: Option<Lanes>,
+    arriving: Option<Arc<Arriving<StreamLink, RamSink>>>,
     state: ReceiveState,
     /// The engine, when it has no connection: in doubt or complete.
     parked: Option<Box<Engine>>,
@@ -295,8 +350,16 @@ impl Shared {
     }
 
     fn arrived(&self, engine: &mut Engine) {
-        if let Some(machine) = engine.host().machine() {
-            self.tell(Arrival::Arrived(Arc::clone(machine)));
+        if let Some(machine) = engine.host().machine().cloned() {
+            let pages = engine
+                .arriving()
+                .filter(|_| engine.state() == State::Running)
+                .cloned();
+            let sink = engine.host().sink().cloned();
+            let following = pages
+                .zip(sink)
+                .map(|(pages, sink)| Following { pages, sink });
+            self.tell(Arrival::Arrived { machine, following });
         }
     }
 }
@@ -357,7 +420,7 @@ fn connection(shared: &Shared, link: StreamLink) {
             Role::Control => control(shared, channel, &preamble),
             Role::Data => data(shared, channel, &preamble),
             Role::Recover => recover(shared, channel, &preamble),
-            Role::Fault => refuse(channel, "this receiver has no use for a fault channel"),
+            Role::Fault => faults(shared, channel, &preamble),
         },
         Err(error) => shared.tell(Arrival::Failed(format!(
             "a connection was refused: {error}"
@@ -382,6 +445,7 @@ fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
                     *active = Some(Active {
                         session: preamble.session,
                         lanes: None,
+                        arriving: None,
                         state: ReceiveState::Receiving,
                         parked: None,
                     });
@@ -390,7 +454,7 @@ fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
                 Some(ReceiveState::InDoubt) => {
                     break Some("a guest is in doubt here; end that with ferry recover first");
                 }
-                Some(ReceiveState::Done) => {
+                Some(ReceiveState::Done | ReceiveState::Following | ReceiveState::Interrupted) => {
                     break Some("this receiver has its guest; start another");
                 }
                 Some(_) if Instant::now() < until => {
@@ -409,7 +473,9 @@ fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
         return refuse(channel, why);
     }
     let host = MachineHost::new(Arc::clone(&shared.serial), shared.backends.clone());
-    let engine = Destination::new(channel, preamble, host, destination::Timeouts::default());
+    let timeouts = destination::Timeouts::default();
+    let clock = Arc::new(MonotonicClock::new());
+    let engine = Destination::new(channel, preamble, host, timeouts, clock);
     drive(shared, Box::new(engine));
 }
 
@@ -418,12 +484,28 @@ fn drive(shared: &Shared, mut engine: Box<Engine>) {
     let result = loop {
         match engine.step() {
             Ok(Step::Continue) => {
-                if let (Some(lanes), Some(active)) = (engine.lanes(), shared.active().as_mut())
-                    && active.lanes.is_none()
+                let mut guard = shared.active();
+                let Some(active) = guard.as_mut() else {
+                    continue;
+                };
+                if active.lanes.is_none() && engine.lanes().is_some()
+                    || active.arriving.is_none() && engine.arriving().is_some()
                 {
-                    active.lanes = Some(Arc::clone(lanes));
+                    active.lanes = engine.lanes().cloned();
+                    active.arriving = engine.arriving().cloned();
                     shared.changed.notify_all();
                 }
+            }
+            Ok(Step::Running) => {
+                let known = {
+                    let mut guard = shared.active();
+                    let state = guard.as_mut().map(|a| &mut a.state);
+                    state.map(|s| std::mem::replace(s, ReceiveState::Following))
+                };
+                if known != Some(ReceiveState::Interrupted) {
+                    shared.arrived(&mut engine);
+                }
+                shared.changed.notify_all();
             }
             Ok(Step::Complete) => break None,
             Err(error) => break Some(error),
@@ -437,13 +519,22 @@ fn settle(shared: &Shared, mut engine: Box<Engine>, error: Option<DestinationErr
     let mut active = shared.active();
     match engine.state() {
         State::Running | State::Complete => {
-            let known = active
-                .as_ref()
-                .is_some_and(|a| a.state == ReceiveState::Done);
-            if !known {
-                shared.arrived(&mut engine);
+            match active.as_ref().map(|a| a.state) {
+                Some(ReceiveState::Done) => {}
+                Some(ReceiveState::Following | ReceiveState::Interrupted) => {
+                    shared.tell(Arrival::Complete);
+                }
+                _ => shared.arrived(&mut engine),
             }
             park(&mut active, engine, ReceiveState::Done);
+        }
+        State::Interrupted => {
+            let left = engine.arriving().map_or(0, |a| a.left());
+            shared.tell(Arrival::Interrupted(format!(
+                "the guest runs here and lacks {left} pages, for the connection to the source is lost ({why}); it waits where \
+                 it needs one; `ferry recover` at the source sends them"
+            )));
+            park(&mut active, engine, ReceiveState::Interrupted);
         }
         State::InDoubt | State::Ready => {
             shared.tell(Arrival::InDoubt(format!(
@@ -474,31 +565,59 @@ fn park(active: &mut Option<Active>, engine: Box<Engine>, state: ReceiveState) {
 
 /// A data channel: waits until its migration's greeting was taken, then fills memory.
 fn data(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
+    let Some(lanes) = wait_for(shared, preamble.session, |active| active.lanes.clone()) else {
+        return refuse(channel, "no migration here has announced this data channel");
+    };
+    match lanes.attach(channel, preamble.channel) {
+        Ok(lane) => lane.run(),
+        Err(error) => tracing::warn!(%error, "a data channel was closed"),
+    }
+}
+
+/// What a migration's greeting announces, once it was taken.
+fn wait_for<T>(
+    shared: &Shared,
+    session: SessionId,
+    announced: impl Fn(&Active) -> Option<T>,
+) -> Option<T> {
     let until = Instant::now() + GREETING;
     let mut active = shared.active();
-    let lanes = loop {
-        match active.as_ref().filter(|a| a.session == preamble.session) {
-            Some(Active {
-                lanes: Some(lanes), ..
-            }) => break Arc::clone(lanes),
-            Some(_) if Instant::now() < until => {}
-            _ => {
-                drop(active);
-                return refuse(channel, "no migration here has announced this data channel");
+    loop {
+        match active.as_ref().filter(|a| a.session == session) {
+            Some(a) => {
+                if let Some(found) = announced(a) {
+                    return Some(found);
+                }
             }
+            None => return None,
         }
-        let left = until.saturating_duration_since(Instant::now());
+        let left = until.checked_duration_since(Instant::now())?;
         active = shared
             .changed
             .wait_timeout(active, left)
             .unwrap_or_else(PoisonError::into_inner)
             .0;
-    };
-    drop(active);
-    match lanes.attach(channel, preamble.channel) {
-        Ok(lane) => lane.run(),
-        Err(error) => tracing::warn!(%error, "a data channel was closed"),
     }
+}
+
+/// A fault channel: waits until its migration's greeting was taken, then asks for the pages that the
+/// guest waits for.
+fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
+    let Some(arriving) = wait_for(shared, preamble.session, |active| active.arriving.clone())
+    else {
+        return refuse(
+            channel,
+            "no migration here has announced this fault channel",
+        );
+    };
+    let timeouts = destination::Timeouts::default();
+    let lane = Engine::fault_lane(&arriving, channel, timeouts);
+    lane.run(&|| {
+        let active = shared.active();
+        active
+            .as_ref()
+            .is_some_and(|a| a.session == preamble.session)
+    });
 }
 
 /// A source that asks, or tells, what became of a guest.
@@ -507,6 +626,13 @@ fn recover(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
         // The engine may be about to notice that its connection is gone.
         let until = Instant::now() + GREETING;
         let mut active = shared.active();
+        if let Some(a) = active.as_ref().filter(|a| a.session == preamble.session)
+            && a.state == ReceiveState::Following
+            && let Some(arriving) = &a.arriving
+        {
+            // Whoever opens a new connection has given the old one up.
+            arriving.lose("the source has opened another");
+        }
         loop {
             match active.as_mut().filter(|a| a.session == preamble.session) {
                 Some(a) if a.parked.is_some() => break a.parked.take(),

@@ -1,10 +1,13 @@
 //! What the control socket may do with a [`Vmm`], state by state.
 
-use super::state::State;
-use super::{Core, Guest, Vmm};
+use super::state::{Lost, State};
+use super::{Core, Lacks, Migration, Vmm};
 use crate::api::events::{Publisher, Subscription};
 use crate::api::types::{MigrateRequest, MigrationStatus, RecoverRequest, Status};
 use crate::api::{Control, Refusal};
+use ferry_migration::options::Options;
+use ferry_migration::report::{self, Report};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// A refusal that says what is and what can be done.
@@ -12,21 +15,52 @@ fn conflict(wish: &str, state: &State) -> Refusal {
     Refusal::Conflict(format!("cannot {wish}: {}", state.explanation()))
 }
 
+/// One sentence: what is, and what can be done.
+fn explanation(state: &State, lacks: Option<&Lacks>) -> String {
+    match (state, lacks) {
+        (
+            State::Running,
+            Some(Lacks {
+                pages, lost: None, ..
+            }),
+        ) => {
+            format!("the guest runs here; {pages} of its pages follow from the source")
+        }
+        (
+            State::Running,
+            Some(Lacks {
+                pages,
+                waiting,
+                lost: Some(why),
+            }),
+        ) => format!(
+            "the guest runs here and lacks {pages} pages ({waiting} waits for one), for the connection to the source is \
+             lost ({why}); `ferry recover` at the source sends them"
+        ),
+        (state, _) => state.explanation(),
+    }
+}
+
 impl Control for Vmm {
     fn status(&self) -> Status {
         let inner = self.core.lock();
+        let lacks = inner.guest.as_ref().and_then(|guest| guest.lacks());
         Status {
             schema: Status::SCHEMA,
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             state: inner.state.name(),
-            explanation: inner.state.explanation(),
+            explanation: explanation(&inner.state, lacks.as_ref()),
             guest: inner.guest.as_ref().map(|g| g.info()),
             uptime_ms: u64::try_from(self.core.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             migration: match &inner.state {
                 State::Migrating { handle, .. } => Some(handle.progress()),
+                State::InDoubt(lost) | State::Interrupted(lost) => {
+                    lost.asking.as_ref().map(|handle| handle.progress())
+                }
                 _ => None,
             },
+            lacks,
             listening: match &inner.state {
                 State::Receiving { listening } => Some(listening.clone()),
                 _ => None,
@@ -109,6 +143,7 @@ impl Control for Vmm {
             .spawn(work)
             .map_err(|e| Refusal::Failed(format!("cannot start a thread to migrate ({e})")))?;
         inner.report = None;
+        inner.options = request.options.clone();
         inner.ending = None;
         inner.state = State::Migrating {
             to: request.uri.clone(),
@@ -146,17 +181,18 @@ impl Core {
             (State::Unconfirmed { doubt, .. }, _) => {
                 doubt.take_over().map_err(Refusal::Failed)?;
             }
-            (
-                State::InDoubt {
-                    to, asking: true, ..
-                },
-                _,
-            ) => {
+            (State::InDoubt(Lost { to, asking, .. }), _) if asking.is_some() => {
                 return Err(Refusal::Conflict(format!(
                     "{to} is being asked about the guest right now; wait for the answer"
                 )));
             }
-            (State::InDoubt { .. }, Some(guest)) => {
+            (State::Interrupted(Lost { to, .. }), _) => {
+                return Err(Refusal::Conflict(format!(
+                    "the guest runs at {to}: a second copy would destroy its data; `ferry recover` sends it the pages that \
+                     it lacks"
+                )));
+            }
+            (State::InDoubt(_), Some(guest)) => {
                 guest.resume().map_err(Refusal::Failed)?;
                 inner.state = State::Running;
             }
@@ -166,50 +202,62 @@ impl Core {
         Ok(())
     }
 
-    /// Without the lock while the destination is asked: it may take long to answer.
+    /// Without the lock while the destination is asked and sent what it lacks: that may take long.
     fn ask_again(&self, request: &RecoverRequest) -> Result<(), Refusal> {
-        let (to, session, guest) = self.begin_asking(request)?;
-        let answer = guest.confirm(&to, &session);
+        let (to, recovery, options) = self.begin_asking(request)?;
+        let handle = recovery.handle();
+        let run = AssertUnwindSafe(|| recovery.run(&options, &mut |_| {}));
+        let report = catch_unwind(run).unwrap_or_else(|_| {
+            Report::broken(
+                &handle.progress(),
+                "the migration engine failed inside; the VMM's output says where",
+            )
+        });
         let mut inner = self.lock();
         // Stopped meanwhile, perhaps: then there is nothing to change.
-        if let State::InDoubt { asking, .. } = &mut inner.state {
-            *asking = false;
-            if answer.is_ok() {
+        let (State::InDoubt(lost) | State::Interrupted(lost)) = &mut inner.state else {
+            return Ok(());
+        };
+        lost.asking = None;
+        let mut renewed = Lost::new(&to, &lost.session);
+        renewed.warned = lost.warned;
+        let result = report
+            .error
+            .clone()
+            .map_or(Ok(()), |error| Err(Refusal::Failed(error)));
+        match report.status {
+            report::Status::Completed => {
                 let downtime_ms = inner.report.as_ref().map(|report| report.downtime_ms);
                 let moved = State::Moved { to, downtime_ms };
                 self.finish(&mut inner, moved);
             }
+            report::Status::Interrupted => inner.state = State::Interrupted(renewed),
+            _ => {}
         }
-        answer.map_err(Refusal::Failed)
+        result
     }
 
     fn begin_asking(
         &self,
         request: &RecoverRequest,
-    ) -> Result<(String, String, Arc<dyn Guest>), Refusal> {
+    ) -> Result<(String, Box<dyn Migration>, Options), Refusal> {
         let mut inner = self.lock();
-        let inner = &mut *inner;
-        match (&mut inner.state, &inner.guest) {
-            (
-                State::InDoubt {
-                    asking: true, to, ..
-                },
-                _,
-            ) => Err(Refusal::Conflict(format!(
-                "{to} is being asked about the guest already; wait for the answer"
-            ))),
-            (
-                State::InDoubt {
-                    to,
-                    session,
-                    asking,
-                    ..
-                },
-                Some(guest),
-            ) => {
-                *asking = true;
-                let to = request.uri.clone().unwrap_or_else(|| to.clone());
-                Ok((to, session.clone(), Arc::clone(guest)))
+        let options = inner.options.clone();
+        let guest = inner.guest.clone();
+        match (&mut inner.state, guest) {
+            (State::InDoubt(lost) | State::Interrupted(lost), Some(guest)) => {
+                if lost.asking.is_some() {
+                    return Err(Refusal::Conflict(format!(
+                        "{} is being asked about the guest already; wait for the answer",
+                        lost.to
+                    )));
+                }
+                let to = request.uri.clone().unwrap_or_else(|| lost.to.clone());
+                let recovery = guest
+                    .recovery(&to, &lost.session)
+                    .map_err(Refusal::Invalid)?;
+                lost.asking = Some(recovery.handle());
+                Ok((to, recovery, options))
             }
             (state, _) => Err(conflict(
                 "recover, nothing is in doubt that this side can ask about",

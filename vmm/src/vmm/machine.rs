@@ -1,9 +1,9 @@
 //! A [`Machine`] as a [`Guest`].
 
-use super::{Ending, Guest, Migration, MigrationHandle, Unconfirmed, Vmm};
+use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Unconfirmed, Vmm};
 use crate::api::types::GuestInfo;
 use crate::machine::{Exit, Machine};
-use crate::migrate::{Handle, Receiver, Uri, migrate, recover};
+use crate::migrate::{Following, Handle, Receiver, Uri, migrate, recover};
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use std::io;
@@ -13,13 +13,21 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct MachineGuest {
     machine: Arc<Machine>,
+    /// Its pages that are not here yet.
+    following: Option<Following>,
 }
 
 impl MachineGuest {
     /// Wraps the machine.
     #[must_use]
     pub fn new(machine: Arc<Machine>) -> Arc<Self> {
-        Arc::new(Self { machine })
+        Self::followed(machine, None)
+    }
+
+    /// Wraps a machine whose pages follow it.
+    #[must_use]
+    pub fn followed(machine: Arc<Machine>, following: Option<Following>) -> Arc<Self> {
+        Arc::new(Self { machine, following })
     }
 
     /// From now on the VMM hears of the guest's own end.
@@ -53,6 +61,13 @@ impl Guest for MachineGuest {
     }
 
     fn pause(&self) -> Result<(), String> {
+        if let Some(lacks) = self.lacks().filter(|lacks| lacks.lost.is_some()) {
+            return Err(format!(
+                "the guest lacks {} pages and may be waiting for one, which a pause cannot end; \
+                 `ferry recover` at the source brings them",
+                lacks.pages
+            ));
+        }
         self.machine
             .pause()
             .map_err(|e| e.to_string())?
@@ -66,6 +81,20 @@ impl Guest for MachineGuest {
 
     fn stop(&self) {
         self.machine.stop();
+        // In this order: a vCPU that waits for a page goes on with zeros, straight out of the guest.
+        if let Some(following) = &self.following {
+            following.abandon();
+        }
+    }
+
+    fn lacks(&self) -> Option<Lacks> {
+        let following = self.following.as_ref()?;
+        let pages = following.left();
+        (pages > 0).then(|| Lacks {
+            pages,
+            waiting: following.waiting() as u64,
+            lost: following.lost(),
+        })
     }
 
     fn power_button(&self) -> Result<(), String> {
@@ -79,17 +108,29 @@ impl Guest for MachineGuest {
     }
 
     fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String> {
+        if let Some(lacks) = self.lacks() {
+            return Err(format!(
+                "{} pages of the guest have not arrived here yet; migrate it on when they have",
+                lacks.pages
+            ));
+        }
         let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;
         Ok(Box::new(MachineMigration {
             machine: Arc::clone(&self.machine),
             uri,
             handle: Handle::new(),
+            session: None,
         }))
     }
 
-    fn confirm(&self, uri: &str, session: &str) -> Result<(), String> {
+    fn recovery(&self, uri: &str, session: &str) -> Result<Box<dyn Migration>, String> {
         let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;
-        recover(&uri, session).map_err(|e| e.to_string())
+        Ok(Box::new(MachineMigration {
+            machine: Arc::clone(&self.machine),
+            uri,
+            handle: Handle::new(),
+            session: Some(session.to_owned()),
+        }))
     }
 }
 
@@ -97,6 +138,8 @@ struct MachineMigration {
     machine: Arc<Machine>,
     uri: Uri,
     handle: Handle,
+    /// Of the migration that is to be recovered.
+    session: Option<String>,
 }
 
 impl Migration for MachineMigration {
@@ -105,7 +148,17 @@ impl Migration for MachineMigration {
     }
 
     fn run(self: Box<Self>, options: &Options, events: &mut dyn FnMut(Event)) -> Report {
-        migrate(&self.machine, &self.uri, options, &self.handle, events)
+        match &self.session {
+            None => migrate(&self.machine, &self.uri, options, &self.handle, events),
+            Some(session) => recover(
+                &self.machine,
+                &self.uri,
+                session,
+                options,
+                &self.handle,
+                events,
+            ),
+        }
     }
 }
 

@@ -61,15 +61,31 @@ pub(super) enum State {
         downtime_ms: Option<f64>,
     },
     /// Handed over, and the destination did not confirm.
-    InDoubt {
-        to: String,
-        session: String,
-        /// As above.
-        warned: bool,
-        /// The destination is being asked: taking over meanwhile might make a second copy.
-        asking: bool,
-    },
+    InDoubt(Lost),
+    /// The guest runs at the destination and lacks pages that are here.
+    Interrupted(Lost),
     Ended(Ending),
+}
+
+/// A destination that was lost after the commit.
+pub(super) struct Lost {
+    pub to: String,
+    pub session: String,
+    /// The user was told that ending would discard what is here.
+    pub warned: bool,
+    /// The destination is being asked, or sent what it lacks: taking over meanwhile might make a second copy.
+    pub asking: Option<Arc<dyn MigrationHandle>>,
+}
+
+impl Lost {
+    pub fn new(to: &str, session: &str) -> Self {
+        Self {
+            to: to.to_owned(),
+            session: session.to_owned(),
+            warned: false,
+            asking: None,
+        }
+    }
 }
 
 impl State {
@@ -80,7 +96,8 @@ impl State {
             Self::Paused => StateName::Paused,
             Self::Migrating { .. } => StateName::Migrating,
             Self::Moved { .. } => StateName::Moved,
-            Self::Unconfirmed { .. } | Self::InDoubt { .. } => StateName::InDoubt,
+            Self::Unconfirmed { .. } | Self::InDoubt(_) => StateName::InDoubt,
+            Self::Interrupted(_) => StateName::Interrupted,
             Self::Ended(_) => StateName::Ended,
         }
     }
@@ -102,7 +119,11 @@ impl State {
             Self::Moved { to, .. } => {
                 format!("the guest was migrated to {to} and never runs here again")
             }
-            Self::InDoubt { to, .. } => format!(
+            Self::Interrupted(Lost { to, .. }) => format!(
+                "the guest runs at {to} and lacks pages that are only here, for the connection was lost; \
+                 `ferry recover` sends them (give it the address if the destination has moved)"
+            ),
+            Self::InDoubt(Lost { to, .. }) => format!(
                 "the guest was handed over to {to}, which did not confirm; `ferry recover` asks \
                  there again; if it surely does not run there, `ferry recover --take-over` runs \
                  it here, and if it does, `ferry stop` discards this copy"

@@ -78,11 +78,30 @@ impl Guest for FakeGuest {
         }))
     }
 
-    fn confirm(&self, uri: &str, _: &str) -> Result<(), String> {
-        self.journal.note("confirm");
-        match uri {
-            "tcp:there:1" => Err("nobody answers there".into()),
-            _ => Ok(()),
+    fn recovery(&self, uri: &str, _: &str) -> Result<Box<dyn Migration>, String> {
+        self.journal.note("recovery");
+        let status = match uri {
+            "tcp:there:1" => report::Status::InDoubt,
+            "tcp:half:1" => report::Status::Interrupted,
+            _ => report::Status::Completed,
+        };
+        Ok(Box::new(FakeRecovery(Arc::clone(&self.journal), status)))
+    }
+}
+
+/// A recovery that ends like this.
+struct FakeRecovery(Arc<Journal>, report::Status);
+
+impl Migration for FakeRecovery {
+    fn handle(&self) -> Arc<dyn MigrationHandle> {
+        Arc::clone(&self.0) as _
+    }
+    fn run(self: Box<Self>, _: &Options, _: &mut dyn FnMut(Event)) -> Report {
+        let error = (self.1 != report::Status::Completed).then(|| "nobody answers there".into());
+        Report {
+            status: self.1,
+            error,
+            ..Report::broken(&Progress::default(), "a fake")
         }
     }
 }
@@ -431,7 +450,7 @@ fn the_destination_can_be_asked_again() {
         take_over: false,
     };
     rig.vmm.recover(&elsewhere).unwrap();
-    assert_eq!(rig.journal.calls(), ["confirm", "confirm"]);
+    assert_eq!(rig.journal.calls(), ["recovery", "recovery"]);
     assert_eq!(
         rig.vmm.outcome().unwrap().sentence,
         "the guest has moved to tcp:moved:2 (downtime 12.3 ms)"
@@ -531,4 +550,32 @@ fn receives_one_guest() {
         (vmm.status().state, journal.calls()),
         (StateName::Ended, vec!["stop"])
     );
+}
+
+#[test]
+fn an_interrupted_guest_is_kept_until_its_pages_are_there() {
+    let rig = Rig::migrated(report::Status::Interrupted);
+    assert_eq!(rig.state(), StateName::Interrupted);
+    let recover = |uri: &str, take_over| {
+        rig.vmm.recover(&RecoverRequest {
+            uri: Some(uri.into()),
+            take_over,
+        })
+    };
+    // The guest runs over there: no second copy, whoever asks.
+    let refusal = recover("tcp:b:1", true).unwrap_err().to_string();
+    assert!(refusal.contains("second copy"), "{refusal}");
+    assert!(rig.vmm.resume().is_err());
+    let kept = rig.vmm.interrupt("on SIGTERM").unwrap();
+    assert!(
+        kept.contains("only copy") && kept.contains("pages"),
+        "{kept}"
+    );
+    // Broken again: as before. Nobody there: as before.
+    for uri in ["tcp:half:1", "tcp:there:1"] {
+        assert!(recover(uri, false).is_err());
+        assert_eq!(rig.state(), StateName::Interrupted);
+    }
+    recover("tcp:b:1", false).unwrap();
+    assert_eq!(rig.state(), StateName::Moved);
 }

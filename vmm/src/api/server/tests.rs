@@ -42,6 +42,7 @@ impl Control for Fake {
             }),
             uptime_ms: 1,
             migration: None,
+            lacks: None,
             listening: None,
         }
     }

@@ -1,0 +1,381 @@
+//! Pages that follow a guest which runs already: what has come, who waits for what.
+//!
+//! Shared by the control channel, the data channels and the fault channels of a post-copy:
+//!
+//! ```text
+//!  next_fault ─▶ fault ─▶ asked ──▶ PAGE-REQUEST … answer ─▶ place ─┐
+//!                                     pushed on other channels ─▶ place ─┴▶ in place, waiters go on
+//! ```
+//!
+//! A page is *expected* until its bytes were received and *missing* until it is in place: the second
+//! set is what a source that reconnects is told.
+
+use super::DestinationError;
+use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use crate::port::{Clock, Link, PageFault, PageSink};
+use crate::report::{Faults, Latencies};
+use crate::source::page_hash;
+use std::marker::PhantomData;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// What has come, who waits for what.
+pub struct Arriving<L, S> {
+    pub(super) layout: RamLayout,
+    clock: Arc<dyn Clock + Send + Sync>,
+    verify: bool,
+    pages: Mutex<Option<Pages<S>>>,
+    change: Condvar,
+    link: PhantomData<fn() -> L>,
+}
+
+struct Pages<S> {
+    sink: Arc<S>,
+    /// All that were to follow.
+    handed: PageSet,
+    expected: PageSet,
+    missing: PageSet,
+    left: u64,
+    /// Pages that somebody waits for, and since when.
+    waiting: Vec<Waiting>,
+    latencies: Latencies,
+    on_their_way: u64,
+    /// Faults whose page was in place when they were heard of.
+    late: u64,
+    /// By frame number; with verification only.
+    hashes: Vec<u64>,
+    compared: u64,
+    different: u64,
+    /// Why no more comes: the connection is lost.
+    lost: Option<String>,
+    /// Counts connections: what an older one still does concerns nobody.
+    era: u64,
+    over: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Waiting {
+    gfn: Gfn,
+    waiter: u32,
+    since: Duration,
+    /// The source was asked, on this era's connection.
+    asked: Option<u64>,
+}
+
+/// What is to be done about a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FaultIs {
+    /// Ask the source.
+    New,
+    /// It was asked, or the page is being placed.
+    Known,
+    /// The page is in place, or holds nothing and never will by itself: zeros are placed where it is absent.
+    Local,
+}
+
+impl<L: Link, S: PageSink<L>> Arriving<L, S> {
+    pub(super) fn new(
+        layout: RamLayout,
+        clock: Arc<dyn Clock + Send + Sync>,
+        verify: bool,
+    ) -> Self {
+        Self {
+            layout,
+            clock,
+            verify,
+            pages: Mutex::new(None),
+            change: Condvar::new(),
+            link: PhantomData,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Pages<S>>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on these pages are expected.
+    pub(super) fn begin(&self, sink: Arc<S>, missing: PageSet) {
+        let hashes = if self.verify {
+            vec![0; usize::try_from(self.layout.end()).unwrap_or(0)]
+        } else {
+            Vec::new()
+        };
+        *self.lock() = Some(Pages {
+            sink,
+            handed: missing.clone(),
+            expected: missing.clone(),
+            left: missing.len(),
+            missing,
+            waiting: Vec::new(),
+            latencies: Latencies::default(),
+            on_their_way: 0,
+            late: 0,
+            hashes,
+            compared: 0,
+            different: 0,
+            lost: None,
+            era: 0,
+            over: false,
+        });
+        self.change.notify_all();
+    }
+
+    /// Whether pages follow a running guest here.
+    pub(super) fn begun(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    /// Waits until pages are expected; `None` when that does not happen in time.
+    pub(crate) fn wait_begun(&self, timeout: Duration) -> Option<(Arc<S>, u64)> {
+        let (guard, _) = self
+            .change
+            .wait_timeout_while(self.lock(), timeout, |pages| pages.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        guard.as_ref().map(|p| (Arc::clone(&p.sink), p.era))
+    }
+
+    /// Whether channels of this era have nothing more to do.
+    pub(crate) fn ended(&self, era: u64) -> bool {
+        self.lock()
+            .as_ref()
+            .is_none_or(|p| p.over || p.lost.is_some() || p.era != era)
+    }
+
+    /// Pages that are not in place.
+    pub fn left(&self) -> u64 {
+        self.lock().as_ref().map_or(0, |p| p.left)
+    }
+
+    /// How many waits for a page have not ended.
+    pub fn waiting(&self) -> usize {
+        self.lock().as_ref().map_or(0, |p| p.waiting.len())
+    }
+
+    /// The pages that are not in place.
+    pub(super) fn missing(&self) -> PageSet {
+        let end = self.layout.end();
+        self.lock()
+            .as_ref()
+            .map_or_else(|| PageSet::new(end), |p| p.missing.clone())
+    }
+
+    /// The connection is lost: its channels end, waiters wait.
+    pub fn lose(&self, why: &str) {
+        if let Some(pages) = self.lock().as_mut() {
+            pages.lost.get_or_insert_with(|| why.to_owned());
+        }
+        self.change.notify_all();
+    }
+
+    /// Why, when it is.
+    pub fn lost(&self) -> Option<String> {
+        self.lock().as_ref().and_then(|p| p.lost.clone())
+    }
+
+    /// A new connection: what is missing comes on it.
+    pub(super) fn reconnect(&self) {
+        if let Some(pages) = self.lock().as_mut() {
+            pages.lost = None;
+            pages.era += 1;
+            pages.expected = pages.missing.clone();
+        }
+        self.change.notify_all();
+    }
+
+    /// Every page is in place, or the guest is gone.
+    pub(super) fn end(&self) {
+        if let Some(pages) = self.lock().as_mut() {
+            pages.over = true;
+        }
+        self.change.notify_all();
+    }
+
+    /// Somebody waits for a page.
+    pub(super) fn fault(&self, fault: PageFault) -> FaultIs {
+        let gfn = fault.gfn;
+        let now = self.clock.now();
+        let mut guard = self.lock();
+        let Some(pages) = guard.as_mut() else {
+            return FaultIs::Known;
+        };
+        if !pages.missing.contains(gfn) {
+            pages.late += u64::from(pages.handed.contains(gfn));
+            return FaultIs::Local;
+        }
+        let waiting = || pages.waiting.iter().filter(|w| w.gfn == gfn);
+        if waiting().any(|w| w.waiter == fault.waiter) {
+            // The same thread looked again: a signal makes it.
+            return FaultIs::Known;
+        }
+        let known = waiting().any(|w| w.asked.is_some());
+        let ask = !known && pages.expected.contains(gfn);
+        if !ask {
+            pages.on_their_way += 1;
+        }
+        pages.waiting.push(Waiting {
+            gfn,
+            waiter: fault.waiter,
+            since: now,
+            asked: ask.then_some(pages.era),
+        });
+        if ask { FaultIs::New } else { FaultIs::Known }
+    }
+
+    /// Whether a new connection has to ask for something again.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) fn has_unasked(&self) -> bool {
+        let guard = self.lock();
+        guard
+            .as_ref()
+            .is_some_and(|p| p.era > 0 && p.waiting.iter().any(|w| w.asked != Some(p.era)))
+    }
+
+    /// A page that somebody waits for since before this connection: it has to be asked for again.
+    pub(super) fn next_unasked(&self) -> Option<Gfn> {
+        let mut guard = self.lock();
+        let pages = guard.as_mut()?;
+        let era = pages.era;
+        if era == 0 {
+            return None;
+        }
+        let waiting = pages.waiting.iter_mut().find(|w| w.asked != Some(era))?;
+        waiting.asked = Some(era);
+        Some(waiting.gfn)
+    }
+
+    /// The source says that what was asked for had left before.
+    pub(super) fn on_its_way(&self) {
+        if let Some(pages) = self.lock().as_mut() {
+            pages.on_their_way += 1;
+        }
+    }
+
+    /// Puts received pages in place: `bytes` are theirs, or they are zero.
+    pub(super) fn place(&self, runs: &[Run], bytes: Option<&[u8]>) -> Result<(), DestinationError> {
+        let sink = self.receive(runs)?;
+        let mut rest = bytes.unwrap_or_default();
+        let mut hashes = Vec::new();
+        for (at, run) in runs.iter().enumerate() {
+            let length = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
+            let body = rest.split_at_checked(length);
+            if self.verify {
+                hashes.clear();
+                hash_run(*run, body.map(|(body, _)| body), &mut hashes);
+            }
+            let placed = match body {
+                Some((body, more)) => {
+                    rest = more;
+                    sink.place(*run, body)
+                }
+                None => sink.place_zero(*run),
+            };
+            if let Err(error) = placed {
+                // Not in place: the source has to send them again.
+                self.give_back(&runs[at..]);
+                return Err(DestinationError::Memory(error));
+            }
+            self.placed(*run, &hashes);
+        }
+        Ok(())
+    }
+
+    /// Takes pages off the expected ones; each comes once.
+    fn receive(&self, runs: &[Run]) -> Result<Arc<S>, DestinationError> {
+        let mut guard = self.lock();
+        let pages = guard.as_mut().ok_or(DestinationError::NotPostCopy)?;
+        for (at, run) in runs.iter().enumerate() {
+            if let Some(gfn) = (run.first..run.end()).find(|gfn| !pages.expected.contains(*gfn)) {
+                for run in &runs[..at] {
+                    pages.expected.insert_run(*run);
+                }
+                return Err(DestinationError::Duplicate { gfn });
+            }
+            pages.expected.remove_run(*run);
+        }
+        Ok(Arc::clone(&pages.sink))
+    }
+
+    fn give_back(&self, runs: &[Run]) {
+        if let Some(pages) = self.lock().as_mut() {
+            for run in runs {
+                pages.expected.insert_run(*run);
+            }
+        }
+    }
+
+    fn placed(&self, run: Run, hashes: &[u64]) {
+        let now = self.clock.now();
+        let mut guard = self.lock();
+        let Some(pages) = guard.as_mut() else { return };
+        // A page of a connection that was lost meanwhile may be placed twice; it is the same page.
+        let new = (run.first..run.end()).filter(|gfn| pages.missing.remove(*gfn));
+        pages.left -= new.count() as u64;
+        for (gfn, hash) in (run.first..run.end()).zip(hashes) {
+            if let Some(slot) = usize::try_from(gfn)
+                .ok()
+                .and_then(|at| pages.hashes.get_mut(at))
+            {
+                *slot = *hash;
+            }
+        }
+        let latencies = &mut pages.latencies;
+        pages.waiting.retain(|waiting| {
+            let here = waiting.gfn >= run.first && waiting.gfn < run.end();
+            if here {
+                latencies.record(now.saturating_sub(waiting.since));
+            }
+            !here
+        });
+    }
+
+    /// Where the pages go.
+    pub(super) fn sink(&self) -> Result<Arc<S>, DestinationError> {
+        let guard = self.lock();
+        let pages = guard.as_ref().ok_or(DestinationError::NotPostCopy)?;
+        Ok(Arc::clone(&pages.sink))
+    }
+
+    /// Compares the source's hash of a page with what was placed; pages that were there before the
+    /// guest moved were compared then.
+    pub(super) fn compare(&self, gfn: Gfn, hash: [u8; 8]) {
+        let mut guard = self.lock();
+        let Some(pages) = guard.as_mut().filter(|p| p.handed.contains(gfn)) else {
+            return;
+        };
+        let placed = usize::try_from(gfn)
+            .ok()
+            .and_then(|at| pages.hashes.get(at));
+        if placed.is_none_or(|placed| placed.to_le_bytes() != hash) {
+            pages.different += 1;
+        }
+        pages.compared += 1;
+    }
+
+    /// Whether all is there and, where that is wanted, compared; with how many pages differ.
+    pub(super) fn complete(&self) -> Option<(Faults, u64)> {
+        let guard = self.lock();
+        let pages = guard.as_ref()?;
+        if pages.left > 0 || self.verify && pages.compared < pages.handed.len() {
+            return None;
+        }
+        let measured = pages.latencies.faults();
+        let faults = Faults {
+            count: measured.count + pages.late,
+            on_their_way: pages.on_their_way + pages.late,
+            ..measured
+        };
+        Some((faults, pages.different))
+    }
+}
+
+/// Hashes of the pages of a run, from its bytes or of zeros.
+fn hash_run(run: Run, body: Option<&[u8]>, into: &mut Vec<u64>) {
+    const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+    match body {
+        Some(body) => {
+            let pages = (run.first..).zip(body.as_chunks::<PAGE_SIZE>().0);
+            into.extend(pages.map(|(gfn, page)| page_hash(gfn, page)));
+        }
+        None => into.extend((run.first..run.end()).map(|gfn| page_hash(gfn, &ZEROS))),
+    }
+}

@@ -1,0 +1,121 @@
+//! Fault channels: asking for the pages that the guest waits for.
+//!
+//! One thread each, one request under way each: take a fault, ask, place the answer. With as many
+//! as the guest has vCPUs none of them waits for another's page.
+
+use super::DestinationError;
+use super::arriving::{Arriving, FaultIs};
+use super::pages::PageReceiver;
+use crate::page::{Gfn, Run};
+use crate::port::{Link, PageSink};
+use crate::wire::{Channel, FrameType, Header};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often a thread without faults looks whether it is over.
+const TICK: Duration = Duration::from_millis(100);
+
+/// One fault channel.
+pub struct FaultLane<L, S> {
+    channel: Channel<L>,
+    arriving: Arc<Arriving<L, S>>,
+    receiver: PageReceiver,
+    /// The source was asked and has not answered.
+    asking: bool,
+}
+
+impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
+    pub(super) fn new(
+        mut channel: Channel<L>,
+        arriving: Arc<Arriving<L, S>>,
+        timeout: Duration,
+    ) -> Self {
+        channel.set_end(arriving.layout.end());
+        channel.link().set_timeout(Some(timeout));
+        Self {
+            channel,
+            arriving,
+            receiver: PageReceiver::default(),
+            asking: false,
+        }
+    }
+
+    /// Serves faults until every page is in place or the connection is lost. `waited_for` says
+    /// whether the guest may still come.
+    pub fn run(mut self, waited_for: &dyn Fn() -> bool) {
+        let (sink, era) = loop {
+            if let Some(begun) = self.arriving.wait_begun(TICK) {
+                break begun;
+            }
+            if !waited_for() {
+                return;
+            }
+        };
+        while !self.arriving.ended(era) {
+            if let Err(error) = self.step(sink.as_ref(), TICK) {
+                if !self.arriving.ended(era) {
+                    self.arriving.lose(&error.to_string());
+                }
+                return;
+            }
+        }
+    }
+
+    /// Whether the next step waits for the source's answer.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) const fn is_asking(&self) -> bool {
+        self.asking
+    }
+
+    /// Takes the source's answer, or the next fault, for which it waits at most so long.
+    ///
+    /// # Errors
+    /// When the channel or this host's memory fails.
+    pub fn step(&mut self, sink: &S, wait: Duration) -> Result<(), DestinationError> {
+        if self.asking {
+            return self.answered();
+        }
+        if let Some(gfn) = self.arriving.next_unasked() {
+            return self.ask(gfn);
+        }
+        let fault = sink.next_fault(wait).map_err(DestinationError::Memory)?;
+        let Some(fault) = fault else { return Ok(()) };
+        match self.arriving.fault(fault) {
+            FaultIs::New => self.ask(fault.gfn),
+            FaultIs::Known => Ok(()),
+            FaultIs::Local => sink
+                .place_zero(Run::new(fault.gfn, 1))
+                .map_err(DestinationError::Memory),
+        }
+    }
+
+    fn ask(&mut self, gfn: Gfn) -> Result<(), DestinationError> {
+        let request = Header {
+            gfn,
+            count: 1,
+            ..Header::bare(FrameType::PageRequest, 0)
+        };
+        self.asking = true;
+        self.channel.send(request, &[])?;
+        Ok(())
+    }
+
+    fn answered(&mut self) -> Result<(), DestinationError> {
+        self.asking = false;
+        let header = self.channel.recv_header()?;
+        match header.kind {
+            FrameType::Pages | FrameType::Zero => {
+                self.receiver
+                    .receive_to(&mut self.channel, &header, &self.arriving)
+            }
+            FrameType::OnItsWay => {
+                self.arriving.on_its_way();
+                Ok(())
+            }
+            _ => Err(self
+                .channel
+                .refuse(&header, "the page that was asked for")
+                .into()),
+        }
+    }
+}

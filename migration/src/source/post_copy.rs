@@ -1,0 +1,514 @@
+//! The post-copy phase: the guest runs at the destination, its pages follow, each once.
+//!
+//! ```text
+//!             ┌───────────── Outgoing (one lock): pages not sent yet, push order ─────────────┐
+//!             │ take what is pushed next                          take what was asked for     │
+//!   push: this thread, or one per data channel            answer: one thread per fault channel
+//!             │                                                                │
+//!             ▼ control or data channel                                        ▼ fault channel
+//! ```
+//!
+//! The guest stands still here, so pages are read without a lock. A page is taken out of the set
+//! before it is sent: what a broken connection loses with it, the destination lists as missing when
+//! the source reconnects.
+
+use super::{Source, SourceError, State, ms};
+use crate::order::{Push, PushOrder};
+use crate::page::{PageSet, RamLayout, Run};
+use crate::port::{Clock, Guest, Link};
+use crate::report::{Event, Round};
+use crate::sender::{BatchMode, Pacer, Sender, Sent};
+use crate::wire::{Arrived, Channel, FrameType, Header, WireError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Pages in a batch of the push stream: an answer waits behind at most one of them for the processor
+/// that both need, and behind `QUEUE` bytes for the link.
+const PUSH_PAGES: u64 = 64;
+/// How much of the push stream may wait in a socket.
+const QUEUE: u32 = 256 << 10;
+/// How often threads look whether it is over.
+const TICK: Duration = Duration::from_millis(100);
+/// Demand paging ends when the guest has missed nothing for so long: what it has not touched
+/// by then follows by address, so that the source may go.
+const QUIET: Duration = Duration::from_secs(2);
+/// Something is sent at least so often, so that the destination knows that the source lives.
+const ALIVE: Duration = Duration::from_secs(5);
+
+/// What is still to be sent.
+struct Outgoing {
+    remaining: PageSet,
+    left: u64,
+    push: Push,
+    /// Pushed, and sent in answer to faults.
+    sent: Sent,
+    /// When the guest last missed a page.
+    last_fault: Duration,
+    failed: Option<SourceError>,
+}
+
+impl Outgoing {
+    /// Takes those of the run that were not sent yet.
+    fn take(&mut self, wanted: Run, into: &mut Vec<Run>) {
+        into.clear();
+        let mut at = wanted.first;
+        while let Some(run) = self
+            .remaining
+            .next_run(at, wanted.end().saturating_sub(at).max(1))
+        {
+            if run.first >= wanted.end() {
+                break;
+            }
+            let run = Run::new(run.first, run.end().min(wanted.end()) - run.first);
+            self.remove(run);
+            into.push(run);
+            at = run.end();
+        }
+    }
+
+    /// Takes the next pages of the push stream; `false` when nothing is pushed (now).
+    fn next_push(&mut self, limit: u64, into: &mut Vec<Run>) -> bool {
+        into.clear();
+        let mut room = limit;
+        while room > 0 {
+            let Some(run) = self.push.next(&self.remaining, room) else {
+                break;
+            };
+            self.remove(run);
+            room -= run.count;
+            into.push(run);
+        }
+        !into.is_empty()
+    }
+
+    fn remove(&mut self, run: Run) {
+        self.remaining.remove_run(run);
+        self.left -= run.count;
+    }
+}
+
+/// What the threads of the phase share.
+pub(super) struct Serving<'a> {
+    outgoing: Mutex<Outgoing>,
+    stop: AtomicBool,
+    layout: &'a RamLayout,
+    clock: &'a dyn Clock,
+    round: u32,
+    timeout: Duration,
+    began: Duration,
+}
+
+impl<'a> Serving<'a> {
+    pub(super) fn new(
+        missing: PageSet,
+        push: Push,
+        source: (&'a RamLayout, &'a dyn Clock),
+        round: u32,
+        timeout: Duration,
+    ) -> Self {
+        let (layout, clock) = source;
+        let outgoing = Outgoing {
+            left: missing.len(),
+            remaining: missing,
+            push,
+            sent: Sent::default(),
+            last_fault: clock.now(),
+            failed: None,
+        };
+        Self {
+            outgoing: Mutex::new(outgoing),
+            stop: AtomicBool::new(false),
+            layout,
+            clock,
+            round,
+            timeout,
+            began: clock.now(),
+        }
+    }
+
+    fn outgoing(&self) -> MutexGuard<'_, Outgoing> {
+        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    const fn mode(&self) -> BatchMode {
+        BatchMode {
+            round: self.round,
+            paused: true,
+        }
+    }
+
+    fn fail(&self, error: SourceError) {
+        self.outgoing().failed.get_or_insert(error);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Ends the threads.
+    pub(super) fn end(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Answers faults until the phase ends.
+    pub(super) fn answer_all<L: Link, G: Guest<L>>(&self, fault: &mut FaultChannel<L>, guest: &G) {
+        while !self.stopped() {
+            let result = match fault.channel.link().wait_readable(TICK) {
+                Ok(true) => self.answer(fault, guest),
+                Ok(false) => Ok(()),
+                Err(error) => Err(WireError::Io(error).into()),
+            };
+            if let Err(error) = result {
+                // The destination hangs up when it has everything.
+                if !self.stopped() {
+                    self.fail(error);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Answers one fault, which has arrived.
+    fn answer<L: Link, G: Guest<L>>(
+        &self,
+        fault: &mut FaultChannel<L>,
+        guest: &G,
+    ) -> Result<(), SourceError> {
+        let header = fault.channel.recv_header()?;
+        if header.kind != FrameType::PageRequest {
+            return Err(fault.channel.refuse(&header, "a page request").into());
+        }
+        let wanted = Run::new(header.gfn, u64::from(header.count));
+        if !self.layout.contains(wanted) || wanted.count > PUSH_PAGES {
+            return Err(SourceError::Request {
+                gfn: wanted.first,
+                count: wanted.count,
+            });
+        }
+        {
+            let mut outgoing = self.outgoing();
+            outgoing.take(wanted, &mut fault.runs);
+            outgoing.push.fault(wanted.first);
+            outgoing.last_fault = self.clock.now();
+        }
+        if fault.runs.is_empty() {
+            let header = Header {
+                gfn: header.gfn,
+                count: header.count,
+                ..Header::bare(FrameType::OnItsWay, self.round)
+            };
+            fault.channel.send(header, &[])?;
+            return Ok(());
+        }
+        let sent = fault.sender.send(
+            &mut fault.channel,
+            guest,
+            &fault.runs,
+            self.mode(),
+            self.clock,
+        )?;
+        self.outgoing().sent.add(sent);
+        Ok(())
+    }
+
+    /// What the push stream sends next, into `runs`.
+    fn next_push(&self, limit: u64, runs: &mut Vec<Run>) -> Result<Next, SourceError> {
+        let mut outgoing = self.outgoing();
+        if let Some(error) = outgoing.failed.take() {
+            return Err(error);
+        }
+        if self.stopped() || outgoing.left == 0 {
+            return Ok(Next::Done);
+        }
+        if outgoing.next_push(limit, runs) {
+            return Ok(Next::Send);
+        }
+        // Demand paging: until the guest has become quiet, or the user's time is up.
+        let now = self.clock.now();
+        let over = now.saturating_sub(self.began) >= self.timeout;
+        if over || now.saturating_sub(outgoing.last_fault) >= QUIET {
+            outgoing.push.flush();
+        }
+        Ok(Next::Wait)
+    }
+}
+
+enum Next {
+    Send,
+    Wait,
+    Done,
+}
+
+/// A channel on which the destination asks for pages.
+pub(super) struct FaultChannel<L> {
+    pub(super) channel: Channel<L>,
+    sender: Sender,
+    runs: Vec<Run>,
+}
+
+impl<L: Link> FaultChannel<L> {
+    pub(super) fn new(channel: Channel<L>) -> Self {
+        Self {
+            channel,
+            sender: Sender::default(),
+            runs: Vec::new(),
+        }
+    }
+}
+
+/// One stream of pushes: takes, waits for the cap, sends, until nothing is left.
+struct Pusher<'a, 'b, L, G> {
+    serving: &'a Serving<'b>,
+    pacer: &'a Pacer,
+    guest: &'a G,
+    channel: &'a mut Channel<L>,
+    sender: &'a mut Sender,
+    /// When something was sent last.
+    sent_at: Duration,
+}
+
+impl<L: Link, G: Guest<L>> Pusher<'_, '_, L, G> {
+    /// One batch; `false` when there is no more.
+    fn push(&mut self, runs: &mut Vec<Run>) -> Result<bool, SourceError> {
+        let clock = self.serving.clock;
+        let limit = PUSH_PAGES.min(self.pacer.batch_pages());
+        match self.serving.next_push(limit, runs)? {
+            Next::Done => return Ok(false),
+            Next::Wait => {
+                clock.sleep(Duration::from_millis(1));
+                if clock.now().saturating_sub(self.sent_at) >= ALIVE {
+                    self.channel.send(Header::bare(FrameType::Alive, 0), &[])?;
+                    self.sent_at = clock.now();
+                }
+            }
+            Next::Send => {
+                let bytes = runs.iter().map(Run::bytes).sum();
+                self.pacer.wait(bytes, clock, &|| self.serving.stopped());
+                let mode = self.serving.mode();
+                let sent = self
+                    .sender
+                    .send(self.channel, self.guest, runs, mode, clock)?;
+                self.serving.outgoing().sent.add(sent);
+                self.sent_at = clock.now();
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
+    /// What the guest has not got yet, as the push stream will see it.
+    pub(super) fn serving<'s>(
+        layout: &'s RamLayout,
+        setup: &super::Setup<'a, L>,
+        missing: PageSet,
+        order: PushOrder,
+        round: u32,
+    ) -> Serving<'s>
+    where
+        'a: 's,
+    {
+        let options = setup.options;
+        let push = Push::new(order, usize::from(options.pivots));
+        Serving::new(missing, push, (layout, setup.clock), round, options.timeout)
+    }
+
+    /// Runs `work` while the fault channels are being answered.
+    pub(super) fn while_answering<T>(
+        &mut self,
+        serving: &Serving<'_>,
+        work: impl FnOnce(&mut Self) -> Result<T, SourceError>,
+    ) -> Result<T, SourceError> {
+        if !self.setup.threads {
+            return work(self);
+        }
+        let faults = std::mem::take(&mut self.faults);
+        let guest = self.guest;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = faults
+                .into_iter()
+                .map(|mut fault| {
+                    scope.spawn(move || {
+                        serving.answer_all(&mut fault, guest);
+                        fault
+                    })
+                })
+                .collect();
+            let result = work(self);
+            serving.end();
+            self.faults = threads
+                .into_iter()
+                .filter_map(|thread| thread.join().ok())
+                .collect();
+            result
+        })
+    }
+
+    /// Sends what is left, and the hashes of these pages; waits until the destination has everything.
+    pub(super) fn push_all(
+        &mut self,
+        serving: &Serving<'_>,
+        hashes: Option<&PageSet>,
+    ) -> Result<(), SourceError> {
+        let began = self.now();
+        let result = self.push_and_confirm(serving, hashes);
+        let sent = serving.outgoing().sent;
+        self.pages.sent += sent.data_pages;
+        self.pages.zero += sent.zero_pages;
+        let round = Round {
+            n: self.rounds.last().map_or(1, |last| last.n + 1),
+            pages: sent.pages(),
+            bytes: sent.bytes,
+            ms: ms(self.now().saturating_sub(began)),
+            dirtied: 0,
+            follows: true,
+        };
+        (self.setup.events)(Event::Round(round.clone()));
+        self.rounds.push(round);
+        let arrived = result?;
+        self.faults_there = arrived.faults;
+        self.verified = hashes.map(|_| arrived.different == 0);
+        self.enter(State::Discardable);
+        if arrived.different > 0 {
+            return Err(SourceError::Differs(arrived.different));
+        }
+        Ok(())
+    }
+
+    fn push_and_confirm(
+        &mut self,
+        serving: &Serving<'_>,
+        hashes: Option<&PageSet>,
+    ) -> Result<Arrived, SourceError> {
+        self.control
+            .link()
+            .set_timeout(Some(self.setup.timeouts.transfer));
+        self.control.link().bound_queue(QUEUE);
+        for (lane, _) in &mut self.lanes {
+            lane.link().bound_queue(QUEUE);
+        }
+        if self.lanes.is_empty() {
+            self.push_here(serving)?;
+        } else {
+            self.push_on_lanes(serving)?;
+        }
+        self.barrier(serving.round)?;
+        if let Some(pages) = hashes {
+            self.send_hashes(pages)?;
+        }
+        self.wait_arrived(serving)
+    }
+
+    /// Everything on the control channel, from this thread.
+    fn push_here(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
+        let mut runs = Vec::with_capacity(64);
+        let mut sent_at = self.now();
+        loop {
+            self.answer_here(serving)?;
+            let mut pusher = Pusher {
+                serving,
+                pacer: &self.pacer,
+                guest: self.guest,
+                channel: &mut self.control,
+                sender: &mut self.sender,
+                sent_at,
+            };
+            if !pusher.push(&mut runs)? {
+                return Ok(());
+            }
+            sent_at = pusher.sent_at;
+            if self.control.link().readable().map_err(WireError::Io)? {
+                // Nothing is due yet: the peer has given up.
+                let header = self.control.recv_header()?;
+                return Err(self
+                    .control
+                    .refuse(&header, "nothing before the end")
+                    .into());
+            }
+            if self.now().saturating_sub(self.last_event) >= TICK {
+                self.pending.clone_from(&serving.outgoing().remaining);
+                self.emit_progress();
+            }
+        }
+    }
+
+    /// Without threads: the faults that have arrived are answered between two batches.
+    fn answer_here(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
+        for fault in &mut self.faults {
+            while fault.channel.link().readable().map_err(WireError::Io)? {
+                serving.answer(fault, self.guest)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Several channels: each takes the next batch when it is free.
+    fn push_on_lanes(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
+        let (guest, pacer) = (self.guest, &self.pacer);
+        let lanes = &mut self.lanes;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = lanes
+                .iter_mut()
+                .map(|(channel, sender)| {
+                    scope.spawn(move || {
+                        let mut runs = Vec::with_capacity(64);
+                        let mut pusher = Pusher {
+                            serving,
+                            pacer,
+                            guest,
+                            channel,
+                            sender,
+                            sent_at: serving.clock.now(),
+                        };
+                        loop {
+                            match pusher.push(&mut runs) {
+                                Ok(true) => {}
+                                Ok(false) => return,
+                                Err(error) => return serving.fail(error),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            for thread in threads {
+                if thread.join().is_err() {
+                    let error = "a sender thread panicked".into();
+                    serving.fail(SourceError::guest("sending on a lane", error));
+                }
+            }
+        });
+        serving.outgoing().failed.take().map_or(Ok(()), Err)
+    }
+
+    /// Waits for the destination's word that it has everything.
+    fn wait_arrived(&mut self, serving: &Serving<'_>) -> Result<Arrived, SourceError> {
+        let until = self.now() + self.setup.timeouts.transfer;
+        loop {
+            self.answer_here(serving)?;
+            if self
+                .control
+                .link()
+                .wait_readable(TICK)
+                .map_err(WireError::Io)?
+            {
+                break;
+            }
+            if let Some(error) = serving.outgoing().failed.take() {
+                return Err(error);
+            }
+            if self.now() >= until {
+                return Err(SourceError::Silent("that every page has arrived"));
+            }
+        }
+        let header = self.control.recv_header()?;
+        if header.kind != FrameType::Arrived {
+            return Err(self
+                .control
+                .refuse(&header, "the confirmation that every page has arrived")
+                .into());
+        }
+        serving.end();
+        Ok(self.control.recv_json(&header)?)
+    }
+}
