@@ -72,70 +72,94 @@ fn mutations(seeds: &[Vec<u8>], count: u64, body: fn(&[u8])) {
     }
 }
 
-/// A whole migration as its source says it, with a leading byte that has the checksums mended.
-fn migration(verify: bool, channels: u16) -> Vec<u8> {
-    let layout = RamLayout::new(vec![Run::new(0, 32), Run::new(64, 32)]).unwrap();
-    let hello = Hello {
-        offered: Features::SUPPORTED,
-        required: if verify {
-            Features::VERIFY
-        } else {
-            Features::default()
-        },
-        layout,
-        channels,
-        policy: "precopy".into(),
-        machine: b"a machine".to_vec(),
-    };
-    let mut bytes = vec![1];
-    bytes.extend(Preamble::new(Role::Control, 0, SessionId([7; 16])).encode());
-    let mut put = |header: Header, payload: &[u8]| {
+/// What a source says, with a leading byte that has the checksums mended.
+struct Stream(Vec<u8>);
+
+impl Stream {
+    /// Of a guest of two times 32 pages.
+    fn open(required: Features, channels: u16, faults: u16) -> Self {
+        let hello = Hello {
+            offered: Features::SUPPORTED,
+            required,
+            layout: RamLayout::new(vec![Run::new(0, 32), Run::new(64, 32)]).unwrap(),
+            channels,
+            faults,
+            policy: "precopy".into(),
+            machine: b"a machine".to_vec(),
+        };
+        let mut stream = Self(vec![1]);
+        let preamble = Preamble::new(Role::Control, 0, SessionId([7; 16]));
+        stream.0.extend(preamble.encode());
+        stream.put(FrameType::Hello, 0, 0, 0, &hello.encode());
+        stream
+    }
+
+    fn put(&mut self, kind: FrameType, round: u32, gfn: u64, count: u32, payload: &[u8]) {
         let header = Header {
+            gfn,
+            count,
             length: u32::try_from(payload.len()).unwrap(),
             flags: if payload.is_empty() { 0 } else { FLAG_CRC },
             payload_crc: crc32c::crc32c(payload),
-            ..header
+            ..Header::bare(kind, round)
         };
-        bytes.extend(header.encode());
-        bytes.extend_from_slice(payload);
+        self.0.extend(header.encode());
+        self.0.extend_from_slice(payload);
+    }
+
+    /// Pages of these runs; with contents, they are zero too.
+    fn pages(&mut self, round: u32, runs: &[Run], contents: bool) {
+        let mut table = Vec::new();
+        encode_runs(runs, &mut table);
+        let count = u32::try_from(runs.len()).unwrap();
+        let kind = if contents {
+            let pages: u64 = runs.iter().map(|run| run.count).sum();
+            table.resize(table.len() + usize::try_from(pages).unwrap() * 4096, 0);
+            FrameType::Pages
+        } else {
+            FrameType::Zero
+        };
+        self.put(kind, round, runs[0].first, count, &table);
+    }
+}
+
+/// A whole pre-copy migration.
+fn migration(verify: bool, channels: u16) -> Vec<u8> {
+    let required = if verify {
+        Features::VERIFY
+    } else {
+        Features::default()
     };
-    let mut table = Vec::new();
-    put(Header::bare(FrameType::Hello, 0), &hello.encode());
-    encode_runs(&[Run::new(0, 4), Run::new(64, 32)], &mut table);
-    put(
-        Header {
-            count: 2,
-            ..Header::bare(FrameType::Zero, 1)
-        },
-        &table,
-    );
-    table.clear();
-    encode_runs(&[Run::new(5, 2)], &mut table);
-    table.resize(8 + 2 * 4096, 0);
-    put(
-        Header {
-            count: 1,
-            gfn: 5,
-            ..Header::bare(FrameType::Pages, 1)
-        },
-        &table,
-    );
+    let mut stream = Stream::open(required, channels, 0);
+    stream.pages(1, &[Run::new(0, 4), Run::new(64, 32)], false);
+    stream.pages(1, &[Run::new(5, 2)], true);
+    let round = u32::from(channels == 0);
     if channels == 0 {
-        put(Header::bare(FrameType::RoundEnd, 1), &[]);
+        stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);
     }
-    let round = if channels == 0 { 1 } else { 0 };
     if verify {
-        put(
-            Header {
-                count: 32,
-                ..Header::bare(FrameType::Verify, round)
-            },
-            &[0; 256],
-        );
+        stream.put(FrameType::Verify, round, 0, 32, &[0; 256]);
     }
-    put(Header::bare(FrameType::State, round), b"a state");
-    put(Header::bare(FrameType::Commit, round), &[]);
-    bytes
+    stream.put(FrameType::State, round, 0, 0, b"a state");
+    stream.put(FrameType::Commit, round, 0, 0, &[]);
+    stream.0
+}
+
+/// A whole post-copy migration, its missing pages listed in both ways.
+fn post_copy() -> Vec<u8> {
+    let mut stream = Stream::open(Features::POST_COPY, 0, 1);
+    let mut table = Vec::new();
+    encode_runs(&[Run::new(0, 32)], &mut table);
+    stream.put(FrameType::MissingRuns, 0, 0, 1, &table);
+    stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);
+    stream.put(FrameType::MissingBits, 0, 64, 1, &0xff_u64.to_le_bytes());
+    stream.put(FrameType::State, 1, 0, 0, b"a state");
+    stream.put(FrameType::Commit, 1, 0, 0, &[]);
+    stream.pages(2, &[Run::new(0, 30), Run::new(64, 8)], false);
+    stream.put(FrameType::Alive, 0, 0, 0, &[]);
+    stream.pages(2, &[Run::new(30, 2)], true);
+    stream.put(FrameType::RoundEnd, 2, 0, 0, &[]);
+    stream.0
 }
 
 #[test]
@@ -150,7 +174,12 @@ fn frames() {
 
 #[test]
 fn handshakes() {
-    let seeds = [migration(false, 0), migration(true, 0), migration(false, 2)];
+    let seeds = [
+        migration(false, 0),
+        migration(true, 0),
+        migration(false, 2),
+        post_copy(),
+    ];
     let hello = seeds[0][1 + 64 + 32..].to_vec();
     mutations(
         &[&seeds[..], &[hello]].concat(),

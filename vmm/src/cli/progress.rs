@@ -158,6 +158,7 @@ mod tests {
             bytes: 5,
             ms: 1920.0,
             dirtied: 4210,
+            ..Round::default()
         };
         assert_eq!(
             round_line(&round),

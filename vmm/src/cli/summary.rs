@@ -191,6 +191,7 @@ pub mod tests {
                     bytes: 412_345_678,
                     ms: 1920.0,
                     dirtied: 4210,
+                    ..Round::default()
                 },
                 Round {
                     n: 2,
@@ -198,6 +199,7 @@ pub mod tests {
                     bytes: 17_260_000,
                     ms: 80.2,
                     dirtied: 311,
+                    ..Round::default()
                 },
                 Round {
                     n: 3,
@@ -205,6 +207,7 @@ pub mod tests {
                     bytes: 1_275_000,
                     ms: 9.1,
                     dirtied: 0,
+                    ..Round::default()
                 },
             ],
             pages: Pages {
@@ -277,6 +280,7 @@ why        pending pages fit the downtime target
             bytes: 1,
             ms: 1.0,
             dirtied: 1,
+            ..Round::default()
         };
         let long = Report {
             rounds: (1..=1000).map(round).collect(),
