@@ -268,9 +268,12 @@ fn ram_disk(kernel: &Kernel, config: &Config) -> Result<Vec<u8>, NestedError> {
 
 fn qemu(config: &Config, kernel: &Path, initrd: &Path, console: &Path, report_to: &str) -> Command {
     let mut cmdline = format!(
-        "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable ferry.role=host ferry.agent={report_to} \
+        "console=ttyS0 quiet panic=-1 mitigations=off ferry.role=host ferry.agent={report_to} \
          ferry.net=eth0=10.0.2.15/24,10.0.2.2"
     );
+    if let Some(khz) = ferry_linux_init::tsc::measure_khz() {
+        cmdline.push_str(&format!(" tsc=reliable tsc_early_khz={khz}"));
+    }
     let mut command = Command::new(QEMU);
     command.args([
         "-nodefaults",

@@ -22,6 +22,7 @@
 
 pub mod agent;
 pub mod frames;
+pub mod tsc;
 
 mod disk;
 mod guest;

@@ -212,3 +212,9 @@ pub fn configure(network: &Network) -> io::Result<()> {
     // SAFETY: SIOCADDRT takes a `struct rtentry`, which this is, and only reads it.
     checked(unsafe { c::ioctl(socket.as_raw_fd(), SIOCADDRT, &raw const route) })
 }
+
+/// The time-stamp counter.
+pub fn tsc() -> u64 {
+    // SAFETY: RDTSC is in every x86-64 processor, and Linux allows it to processes.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
