@@ -1,6 +1,10 @@
 //! What the fuzz targets do with their bytes, as ordinary functions: `tests/fuzz_smoke.rs` runs them on mutations of good
 //! input, `fuzz/` under libFuzzer.
 
+mod virtio;
+
+pub use virtio::virtio;
+
 use ferry_migration::destination::{Destination, State, Step, Timeouts, greet};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{Clock, Host, Link, PageSink, PortError};

@@ -57,10 +57,16 @@ pub struct Host {
 impl Host {
     /// `ferry run --nas WORK`, once the guest is in its steady state.
     pub fn run(work: &str, memory: &str, cpus: u32) -> Self {
+        Self::run_with(work, memory, cpus, &[])
+    }
+
+    /// As [`Host::run`], with more options.
+    pub fn run_with(work: &str, memory: &str, cpus: u32, more: &[&str]) -> Self {
         let cpus = cpus.to_string();
-        let host = Self::start(&[
+        let args = [
             "run", "--nas", work, "--memory", memory, "--cpus", &cpus, "--serial", "stdio",
-        ]);
+        ];
+        let host = Self::start(&[&args, more].concat());
         host.guest_line("ready", |line| matches!(line, Line::Ready { .. }));
         host
     }
@@ -78,7 +84,13 @@ impl Host {
 
     /// `ferry receive` on a free port, once it listens.
     pub fn receive() -> Self {
-        Self::receive_on("tcp:127.0.0.1:0")
+        Self::receive_with(&[])
+    }
+
+    /// As [`Host::receive`], with more options.
+    pub fn receive_with(more: &[&str]) -> Self {
+        let args = ["receive", "tcp:127.0.0.1:0", "--serial", "stdio"];
+        Self::listening(Self::start(&[&args, more].concat()))
     }
 
     /// As [`Host::receive`], on a Unix socket.
@@ -86,10 +98,6 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         let uri = format!("unix:{}", dir.path().join("link").display());
         Self::listening(Self::start_in(dir, &["receive", &uri, "--serial", "stdio"]))
-    }
-
-    fn receive_on(uri: &str) -> Self {
-        Self::listening(Self::start(&["receive", uri, "--serial", "stdio"]))
     }
 
     fn listening(mut host: Self) -> Self {

@@ -23,6 +23,11 @@
 //! 2. a vCPU: held by its thread all the while it runs, by savers while it is parked.
 //! 3. a device: held during one access.
 //!
+//! 4. a virtio device's own locks: taken by its worker, by 1 when the machine pauses and resumes, and under 3.
+//!
+//! The virtio devices rest whenever the vCPUs do: they stop after the last vCPU, so that all that the guest has asked for
+//! is in a queue or done, and start before the first. The disks' locks are taken with the first start.
+//!
 //! The dirty log's lock stands alone: no other is taken under it.
 
 mod builder;

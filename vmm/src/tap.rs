@@ -185,6 +185,89 @@ impl Backend for Tap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferry_devices::net::{MacAddress, rarp};
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    /// A tap of this test's, while it lives.
+    struct Own(String);
+
+    impl Own {
+        fn make(name: &str) -> Option<Self> {
+            // Fails for who is not root, or has no `ip`.
+            let ip = |args: &[&str]| {
+                let done = Command::new("ip").args(args).output();
+                done.is_ok_and(|out| out.status.success())
+            };
+            let own = ip(&["tuntap", "add", "dev", name, "mode", "tap"]);
+            let own = own.then(|| Self(name.to_owned()))?;
+            ip(&["link", "set", name, "up"]).then_some(own)
+        }
+
+        fn received(&self) -> u64 {
+            let path = format!("/sys/class/net/{}/statistics/rx_packets", self.0);
+            std::fs::read_to_string(path)
+                .unwrap()
+                .trim()
+                .parse()
+                .unwrap()
+        }
+    }
+
+    impl Drop for Own {
+        fn drop(&mut self) {
+            let _ = Command::new("ip").args(["link", "del", &self.0]).status();
+        }
+    }
+
+    fn until(what: &str, mut condition: impl FnMut() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !condition() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn frames_go_through_a_tap_both_ways() {
+        let name = format!("ferry{}", std::process::id());
+        let Some(own) = Own::make(&name) else {
+            eprintln!(
+                "NOT RUN: frames_go_through_a_tap_both_ways: no tap can be made here (root and ip are needed)"
+            );
+            return;
+        };
+        let mut tap = Tap::open(&name).unwrap();
+        let error = Tap::open(&name).unwrap_err();
+        assert!(matches!(error, TapError::Busy { .. }), "{error}");
+        for offloads in [
+            Offloads {
+                checksum: true,
+                tso4: true,
+                tso6: true,
+            },
+            Offloads::default(),
+        ] {
+            tap.set_offloads(offloads).unwrap();
+        }
+        let before = own.received();
+        tap.write(&rarp(MacAddress([2, 0, 0, 0, 0, 1]))).unwrap();
+        until("the host gets the frame", || own.received() > before);
+        // With somebody there the interface comes up, and the host's IPv6 says hello on it; where it is off, ARP does.
+        let _ = Command::new("ip")
+            .args(["addr", "add", "192.0.2.1/24", "dev", &name])
+            .status();
+        let _ =
+            std::net::UdpSocket::bind("192.0.2.1:0").and_then(|s| s.send_to(b"x", "192.0.2.2:9"));
+        let mut frame = [0; 2000];
+        let mut got = 0;
+        until("a frame of the host's", || {
+            got = tap.read(&mut frame).unwrap_or(0);
+            got > HEADER + 14
+        });
+        let end = tap.read(&mut frame);
+        assert!(end.is_ok() || end.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
+    }
 
     #[test]
     fn taps_that_are_not_there_are_refused_with_a_sentence() {

@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 pub type Memory = GuestMemoryMmap<AtomicBitmap>;
 
 /// The guest's RAM.
-pub const RAM: u64 = 8 << 20;
+pub const RAM: u64 = 16 << 20;
 /// Where the rings of queue `n` are: at `n` times this.
 const RINGS: u64 = 0x1_0000;
 /// Where data may be.
@@ -53,7 +53,6 @@ impl Trigger for Line {
 /// The driver's side of a queue.
 #[derive(Clone, Debug)]
 pub struct Ring {
-    pub index: u32,
     pub size: u16,
     pub base: u64,
     pub next: u16,
@@ -66,7 +65,6 @@ pub struct Ring {
 impl Ring {
     fn new(index: u32, size: u16) -> Self {
         Self {
-            index,
             size,
             base: RINGS * u64::from(index + 1),
             next: 0,
@@ -169,6 +167,13 @@ impl Ring {
             .expect("given back twice, or never given");
         self.free.extend(indices);
         Some((head, len))
+    }
+
+    /// With EVENT_IDX: whether the device has taken all that is available, and waits for more.
+    pub fn all_taken(&self, memory: &Memory) -> bool {
+        let at = self.used() + 4 + u64::from(self.size) * 8;
+        let event: u16 = memory.load(GuestAddress(at), Ordering::SeqCst).unwrap();
+        event == self.next
     }
 
     /// With EVENT_IDX: says at which used entry it wants an interrupt.
@@ -332,7 +337,7 @@ impl<D: Device<Memory>> Driver<D> {
     }
 
     /// The guest goes on elsewhere: with a copy of the memory, and `device` in the state of this one, saved while it is
-    /// paused. `spoil` sees the state on the way.
+    /// paused.
     pub fn migrate<E: Device<Memory>>(self, device: impl FnOnce(Arc<Memory>) -> E) -> Driver<E> {
         self.device.pause().unwrap();
         let state: VirtioState = self.device.save();

@@ -7,7 +7,8 @@ use ferry_vmm::machine::{Backends, DiskOptions, NetOptions};
 
 /// For `ferry run` and `ferry receive` alike.
 #[derive(Debug, clap::Args)]
-#[group(id = "devices", multiple = true)]
+// Both commands have a group of this name already.
+#[group(skip)]
 pub struct Args {
     /// A disk: a raw image or a block device; `,ro` if the guest may only read it. May be given more than once.
     #[arg(long, value_name = "PATH[,ro]")]

@@ -1,5 +1,6 @@
 //! A guest in ring 3 that drives a virtio disk by itself: registers, ring, notifications, and no interrupt.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -9,6 +10,7 @@ use ferry_vmm::machine::{Backends, Builder, DiskOptions, Machine, MachineState, 
 use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::absent::{fault, take_memory, thread_name};
 use crate::support::{
     COUNTER, MIB, TO_RING_3, copy_memory, eventually, image, kvm, progresses, read,
 };
@@ -241,6 +243,55 @@ fn what_a_device_writes_is_in_the_dirty_log() {
         progresses(&m, COUNTER);
         progresses(&m, COUNTER);
     }
+}
+
+/// The device reads rings, a header and data that have not arrived, as the guest after a post-copy has them.
+#[test]
+fn a_device_waits_for_memory_that_has_not_arrived() {
+    if !kvm() {
+        return;
+    }
+    let file = disk();
+    let m = writer(Machine::builder().devices(backends(file.path())));
+    m.resume().unwrap();
+    progresses(&m, COUNTER);
+    m.pause().unwrap().keep_paused();
+    let before = read(&m, COUNTER);
+    let Some((userfault, source)) = take_memory(&m) else {
+        return;
+    };
+    let (mut served, mut threads) = (BTreeSet::new(), BTreeSet::new());
+    std::thread::scope(|s| {
+        let server = s.spawn(|| {
+            while let Some(fault) = fault(&userfault) {
+                served.insert(fault.gfn);
+                threads.extend(fault.thread.map(thread_name));
+                source.serve(&userfault, fault.gfn);
+            }
+        });
+        m.resume().unwrap();
+        eventually("more requests", &m, || read(&m, COUNTER) > before + 10);
+        userfault.interrupt().unwrap();
+        server.join().unwrap();
+    });
+    println!("asked for pages {served:x?}, by {threads:?}");
+    // Only the device reads these.
+    for page in [DESCRIPTORS / 4096, HEADER / 4096] {
+        assert!(served.contains(&u64::from(page)), "page {page:#x}");
+    }
+    assert!(
+        threads.iter().any(|name| name.starts_with("virtio")),
+        "{threads:?}"
+    );
+    drop(userfault);
+    let paused = m.pause().unwrap();
+    let (count, on_disk) = (read(&m, COUNTER), counted(file.path()));
+    assert!(
+        on_disk == count || on_disk + 1 == count,
+        "{on_disk} {count}"
+    );
+    assert_eq!(status(&m), 0);
+    drop(paused);
 }
 
 #[test]
