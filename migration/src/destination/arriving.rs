@@ -421,3 +421,60 @@ fn hash_run(run: Run, body: Option<&[u8]>, into: &mut Vec<u64>) {
         None => into.extend((run.first..run.end()).map(|gfn| page_hash(gfn, &ZEROS))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::PortError;
+    use crate::sim::link::SimLink;
+    use std::io;
+
+    struct Fixed;
+    impl Clock for Fixed {
+        fn now(&self) -> Duration {
+            Duration::ZERO
+        }
+        fn sleep(&self, _: Duration) {}
+    }
+
+    /// Memory that takes everything.
+    struct Anything;
+    impl PageSink<SimLink> for Anything {
+        fn receive(&self, _: &mut SimLink, _: &[Run]) -> io::Result<()> {
+            Ok(())
+        }
+        fn zero(&self, _: Run) -> Result<(), PortError> {
+            Ok(())
+        }
+        fn copy_page(&self, _: Gfn, _: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
+            Ok(())
+        }
+        fn place(&self, _: Run, _: &[u8]) -> Result<(), PortError> {
+            Ok(())
+        }
+        fn place_zero(&self, _: Run) -> Result<(), PortError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_hash_that_overtakes_its_page_waits_for_it() {
+        let layout = RamLayout::new(vec![Run::new(0, 4)]).unwrap();
+        let mut missing = PageSet::new(layout.end());
+        missing.insert_run(Run::new(1, 2));
+        let arriving = Arriving::new(layout, Arc::new(Fixed), true);
+        arriving.begin(Arc::new(Anything), missing);
+        let page = [7; PAGE_SIZE];
+        for gfn in [1, 2] {
+            arriving.compare(gfn, page_hash(gfn, &page).to_le_bytes());
+        }
+        arriving.place(&[Run::new(1, 1)], Some(&page)).unwrap();
+        assert!(arriving.complete().is_none(), "one is missing");
+        arriving.place(&[Run::new(2, 1)], None).unwrap();
+        let (_, different) = arriving.complete().unwrap();
+        assert_eq!(
+            different, 1,
+            "the first is as it was sent, the second is not"
+        );
+    }
+}
