@@ -451,7 +451,15 @@ fn check(report: &Report, options: &Options) {
         let rounds = report.rounds.iter().map(|r| r.bytes).sum::<u64>();
         assert!(rounds <= report.bytes_wire, "{report:#?}");
     }
-    assert!(report.bytes_wire >= pages.sent * 4096, "{report:#?}");
+    let c = &report.codecs;
+    let saved: u64 = [c.zstd, c.delta, c.sparse, c.copied]
+        .iter()
+        .map(|coder| coder.bytes_saved)
+        .sum();
+    assert!(
+        report.bytes_wire + saved >= pages.sent * 4096,
+        "{report:#?}"
+    );
     let d = &report.downtime;
     let sum = d.quiesce_ms + d.last_pages_ms + d.state_ms + d.start_ms;
     assert!((sum - report.downtime_ms).abs() < 0.01, "{report:#?}");

@@ -1,9 +1,11 @@
 //! The bodies of the fuzz targets on a few thousand mutations of good input, the same ones every time.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use ferry_migration::codec::patch::encode;
+use ferry_migration::codec::words::pack;
 use ferry_migration::page::{RamLayout, Run};
 use ferry_migration::wire::{
-    FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
+    Encoding, FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
 };
 use ferry_tests::{fuzz_bodies, guests_run};
 use ferry_vmm::machine::Machine;
@@ -95,9 +97,22 @@ impl Stream {
     }
 
     fn put(&mut self, kind: FrameType, round: u32, gfn: u64, count: u32, payload: &[u8]) {
+        self.put_coded(Encoding::Raw, kind, round, gfn, count, payload);
+    }
+
+    fn put_coded(
+        &mut self,
+        encoding: Encoding,
+        kind: FrameType,
+        round: u32,
+        gfn: u64,
+        count: u32,
+        payload: &[u8],
+    ) {
         let header = Header {
             gfn,
             count,
+            encoding: encoding as u8,
             length: u32::try_from(payload.len()).unwrap(),
             flags: if payload.is_empty() { 0 } else { FLAG_CRC },
             payload_crc: crc32c::crc32c(payload),
@@ -105,6 +120,14 @@ impl Stream {
         };
         self.0.extend(header.encode());
         self.0.extend_from_slice(payload);
+    }
+
+    /// Two pages, coded.
+    fn coded(&mut self, round: u32, first: u64, encoding: Encoding, body: &[u8]) {
+        let mut payload = Vec::new();
+        encode_runs(&[Run::new(first, 2)], &mut payload);
+        payload.extend_from_slice(body);
+        self.put_coded(encoding, FrameType::Pages, round, first, 1, &payload);
     }
 
     /// Pages of these runs; with contents, they are zero too.
@@ -133,6 +156,9 @@ fn migration(verify: bool, channels: u16) -> Vec<u8> {
     let mut stream = Stream::open(required, channels, 0);
     stream.pages(1, &[Run::new(0, 4), Run::new(64, 32)], false);
     stream.pages(1, &[Run::new(5, 2)], true);
+    for (encoding, body) in coded_bodies() {
+        stream.coded(1, 5, encoding, &body);
+    }
     let round = u32::from(channels == 0);
     if channels == 0 {
         stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);
@@ -155,11 +181,57 @@ fn post_copy() -> Vec<u8> {
     stream.put(FrameType::MissingBits, 0, 64, 1, &0xff_u64.to_le_bytes());
     stream.put(FrameType::State, 1, 0, 0, b"a state");
     stream.put(FrameType::Commit, 1, 0, 0, &[]);
-    stream.pages(2, &[Run::new(0, 30), Run::new(64, 8)], false);
+    stream.pages(2, &[Run::new(0, 28), Run::new(64, 8)], false);
     stream.put(FrameType::Alive, 0, 0, 0, &[]);
+    let (encoding, body) = &coded_bodies()[0];
+    stream.coded(2, 28, *encoding, body);
     stream.pages(2, &[Run::new(30, 2)], true);
     stream.put(FrameType::RoundEnd, 2, 0, 0, &[]);
     stream.0
+}
+
+/// Two pages, coded in every way: compressed, as patches of zeros with one page as it is, and as differences to what
+/// came before.
+fn coded_bodies() -> Vec<(Encoding, Vec<u8>)> {
+    let mut pages = vec![0; 2 * 4096];
+    for (i, byte) in pages.iter_mut().enumerate().step_by(3) {
+        *byte = u8::try_from(i % 251).unwrap();
+    }
+    let (first, second) = pages.split_at(4096);
+    let first: &[u8; 4096] = first.try_into().unwrap();
+    let mut sparse = vec![0; 4];
+    let mut bytes = Vec::new();
+    let mut half = *first;
+    half[1000..3000].fill(0);
+    assert!(pack(&half, &mut bytes));
+    let tag = |kind: u16, bytes: usize| (kind << 14 | u16::try_from(bytes).unwrap()).to_le_bytes();
+    sparse.extend(tag(1, bytes.len()));
+    sparse.extend(tag(2, 4096));
+    sparse.extend_from_slice(&bytes);
+    sparse.extend_from_slice(second);
+    let mut changed = half;
+    changed[100..120].fill(9);
+    bytes.clear();
+    assert!(encode(&half, &changed, 4096, &mut bytes));
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&changed), second);
+    let mut delta = crc.to_le_bytes().to_vec();
+    delta.extend(tag(0, bytes.len()));
+    delta.extend(tag(0, 0));
+    delta.extend_from_slice(&bytes);
+    vec![
+        (Encoding::Zstd, zstd::bulk::compress(&pages, 1).unwrap()),
+        (Encoding::Patch, sparse),
+        (Encoding::Patch, delta),
+    ]
+}
+
+#[test]
+fn codecs() {
+    let seeds: Vec<Vec<u8>> = coded_bodies()
+        .into_iter()
+        .map(|(encoding, body)| [&[encoding as u8 - 1, 0, 0][..], &body].concat())
+        .collect();
+    mutations(&seeds, 6000, fuzz_bodies::codec);
 }
 
 #[test]

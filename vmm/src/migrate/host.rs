@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use ferry_migration::codec::marks::Marks;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{Host, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
@@ -18,6 +19,8 @@ pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Sen
 /// Guest memory being filled.
 pub struct RamSink {
     ram: Arc<GuestRam>,
+    /// Pages that were written: decoded ones are placed in another way while nothing lies there.
+    filled: Marks,
     /// While pages are missing.
     faults: Mutex<Option<Arc<Userfault>>>,
 }
@@ -61,6 +64,7 @@ impl PageSink<StreamLink> for RamSink {
     fn receive(&self, link: &mut StreamLink, runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let mut rest = page_runs(runs, &mut buffer)?;
+        runs.iter().for_each(|run| self.filled.set_run(*run, true));
         // Long runs of memory that holds nothing yet have a shorter way; all else is read straight
         // into place, as many runs at once as lie together.
         while !rest.is_empty() {
@@ -80,6 +84,13 @@ impl PageSink<StreamLink> for RamSink {
             }
         }
         Ok(())
+    }
+
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        // Exact but for zero pages, which are as good as fresh either way.
+        let fresh = !self.filled.contains(run.first);
+        self.filled.set_run(run, true);
+        Ok(self.ram.write_decoded(run.first, bytes, fresh)?)
     }
 
     fn zero(&self, run: Run) -> Result<(), PortError> {
@@ -190,6 +201,7 @@ impl Host<StreamLink> for MachineHost {
         }
         let sink = Arc::new(RamSink {
             ram: Arc::clone(machine.ram()),
+            filled: Marks::new(layout.end()),
             faults: Mutex::new(None),
         });
         self.machine = Some(Arc::new(machine));
