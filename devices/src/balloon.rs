@@ -18,8 +18,8 @@ use vm_memory::{Address, GuestAddress};
 pub use statistics::Statistics;
 
 use crate::virtio::{
-    Buffer, COMMON_FEATURES, Chain, Context, Device, DeviceState, DrainError, Kind, Memory,
-    RestoreError, Violation, check_ram,
+    COMMON_FEATURES, Chain, Context, Device, DeviceState, DrainError, Kind, Memory, RestoreError,
+    Violation, check_ram,
 };
 
 /// Bytes of the pages that a balloon counts in.
@@ -32,8 +32,10 @@ const QUEUE_SIZES: &[u16] = &[256, 256, 16, 64];
 const NAME: &str = "balloon";
 /// Bytes of a page's number.
 const NUMBER: usize = 4;
-/// Page numbers that are read at once.
-const NUMBERS: u64 = 16 << 10;
+/// Page numbers that a driver may give at once; Linux' gives 256.
+const MOST_NUMBERS: u64 = 4096;
+/// Lists of page numbers that are worked off before others get their turn: giving memory back takes the host some time.
+const LISTS: usize = 8;
 
 /// What becomes of pages that the guest gives and takes. Called with the device's lock held, for pages that are RAM.
 pub trait FreePages: Send + Sync + 'static {
@@ -152,31 +154,28 @@ impl Balloon {
     }
 
     /// The numbers of pages that went in or out.
-    fn numbers<M: Memory>(
-        &self,
-        memory: &M,
-        mut list: Buffer,
-        role: Role,
-    ) -> Result<(), Violation> {
-        while !list.is_empty() {
-            let part = list.take_front(NUMBERS * 4);
-            let mut bytes = vec![0; usize::try_from(part.len()).unwrap_or(0)];
-            part.read(memory, &mut bytes)?;
-            let (numbers, _) = bytes.as_chunks::<NUMBER>();
-            let mut numbers: Vec<u32> = numbers.iter().map(|n| u32::from_le_bytes(*n)).collect();
-            // Drivers give them in any order, and neighbours are cheaper together.
-            numbers.sort_unstable();
-            numbers.dedup();
-            for run in numbers.chunk_by(|a, b| a.checked_add(1) == Some(*b)) {
-                let Some(first) = run.first().map(|n| u64::from(*n)) else {
-                    continue;
-                };
-                let count = u64::try_from(run.len()).unwrap_or(0);
-                check_ram(memory, "page", GuestAddress(first * PAGE), count * PAGE)?;
-                match role {
-                    Role::Deflate => self.pages.deflated(first, count),
-                    _ => self.pages.inflated(first, count),
-                }
+    fn numbers<M: Memory>(&self, memory: &M, chain: &Chain, role: Role) -> Result<(), Violation> {
+        let list = &chain.readable;
+        if list.len() > MOST_NUMBERS * 4 {
+            let (head, what) = (chain.head, "more page numbers than are taken at once");
+            return Err(Violation::Shape { head, what });
+        }
+        let mut bytes = vec![0; usize::try_from(list.len()).unwrap_or(0)];
+        list.read(memory, &mut bytes)?;
+        let (numbers, _) = bytes.as_chunks::<NUMBER>();
+        let mut numbers: Vec<u32> = numbers.iter().map(|n| u32::from_le_bytes(*n)).collect();
+        // Drivers give them in any order, and neighbours are cheaper together.
+        numbers.sort_unstable();
+        numbers.dedup();
+        for run in numbers.chunk_by(|a, b| a.checked_add(1) == Some(*b)) {
+            let Some(first) = run.first().map(|n| u64::from(*n)) else {
+                continue;
+            };
+            let count = u64::try_from(run.len()).unwrap_or(0);
+            check_ram(memory, "page", GuestAddress(first * PAGE), count * PAGE)?;
+            match role {
+                Role::Deflate => self.pages.deflated(first, count),
+                _ => self.pages.inflated(first, count),
             }
         }
         Ok(())
@@ -233,9 +232,13 @@ impl<M: Memory> Device<M> for Balloon {
 
     fn queue_ready(&mut self, index: usize, cx: &mut Context<'_, M>) -> Result<(), Violation> {
         let role = self.role(index);
-        while role != Role::None
-            && let Some(chain) = cx.queues[index].pop(cx.memory)?
-        {
+        if role == Role::None {
+            return Ok(());
+        }
+        for _ in 0..LISTS {
+            let Some(chain) = cx.queues[index].pop(cx.memory)? else {
+                return Ok(());
+            };
             let head = chain.head;
             match role {
                 Role::Statistics => {
@@ -249,10 +252,11 @@ impl<M: Memory> Device<M> for Balloon {
                     continue;
                 }
                 Role::Reporting => self.report(&chain),
-                _ => self.numbers(cx.memory, chain.readable, role)?,
+                _ => self.numbers(cx.memory, &chain, role)?,
             }
             cx.queues[index].complete(cx.memory, head, 0)?;
         }
+        cx.queues[index].again();
         Ok(())
     }
 

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
@@ -34,7 +34,7 @@ use crate::virtio::{
     Violation,
 };
 use pool::{PATIENCE, Pool};
-use request::{ID_LEN, MAX_DISCARD, MAX_RANGES, MAX_ZEROES, Options, Request};
+use request::{ID_LEN, MAX_DISCARD, MAX_RANGES, MAX_SEGMENT, MAX_ZEROES, Options, Request};
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE];
@@ -111,6 +111,7 @@ fn config(disk: &Disk) -> [u8; 60] {
     let mut config = [0; 60];
     config[..8].copy_from_slice(&(disk.bytes() / SECTOR).to_le_bytes());
     let words = [
+        (8, MAX_SEGMENT),
         // A request has a header and a status beside its data.
         (12, u32::from(QUEUE_SIZE) - 2),
         (20, SECTOR_SIZE),
@@ -139,6 +140,7 @@ impl<M: Memory> Device<M> for Block<M> {
 
     fn features(&self) -> u64 {
         let mut features = COMMON_FEATURES
+            | 1 << VIRTIO_BLK_F_SIZE_MAX
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_FLUSH;

@@ -99,6 +99,8 @@ pub struct Net {
     /// A frame from the backend for which the guest has no buffer: so many bytes of `buffer`.
     pending: Option<usize>,
     buffer: Vec<u8>,
+    /// For frames of the guest's: in the other one a frame for it may wait.
+    sending: Vec<u8>,
     dropped: Sparse,
 }
 
@@ -125,6 +127,7 @@ impl Net {
             features: 0,
             pending: None,
             buffer: vec![0; MAX_FRAME],
+            sending: vec![0; MAX_FRAME],
             dropped: Sparse::default(),
         }
     }
@@ -229,14 +232,12 @@ impl Net {
     }
 
     fn transmit<M: Memory>(&mut self, cx: &mut Context<'_, M>) -> Result<(), Violation> {
-        // Not `self.buffer`, in which a frame for the guest may wait.
-        let mut buffer = vec![0; MAX_FRAME];
         while let Some(chain) = cx.queues[TX].pop(cx.memory)? {
             let len = usize::try_from(chain.readable.len()).unwrap_or(usize::MAX);
-            if len <= HEADER || len > buffer.len() {
+            if len <= HEADER || len > self.sending.len() {
                 self.lost(&format_args!("the guest sent {len} bytes"));
             } else {
-                let frame = &mut buffer[..len];
+                let frame = &mut self.sending[..len];
                 chain.readable.read(cx.memory, frame)?;
                 if !frame::may_be_sent(frame, self.features) {
                     self.lost(&"it asks for an offload that was not negotiated");

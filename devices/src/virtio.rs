@@ -46,7 +46,7 @@ pub use chain::{Buffer, Chain, Segment, Violation};
 pub use device::{Context, Device, DrainError, Kind, Memory};
 pub use event::Event;
 pub use interrupt::Interrupt;
-pub use mmio::{MMIO_LEN, Port, QUEUE_NOTIFY, Registers};
+pub use mmio::{MMIO_LEN, Port, QUEUE_NOTIFY};
 pub use queue::VirtQueue;
 pub(crate) use sparse::Sparse;
 pub use state::{DeviceState, QueueState, RestoreError, TransportState, VirtioState};

@@ -8,7 +8,7 @@ use ferry_migration::wire::{
     Encoding, FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
 };
 use ferry_tests::{fuzz_bodies, guests_run};
-use ferry_vmm::machine::Machine;
+use ferry_vmm::machine::{Backends, Machine};
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 struct Random(u64);
@@ -271,6 +271,11 @@ fn machine_states() {
             let machine = Machine::builder()
                 .memory(16 << 20)
                 .cpus(cpus)
+                .devices(Backends {
+                    balloon: true,
+                    rng: cpus == 2,
+                    ..Backends::default()
+                })
                 .build()
                 .unwrap();
             seeds.push(machine.pause().unwrap().save().unwrap().to_bytes().unwrap());

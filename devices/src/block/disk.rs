@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -108,6 +108,8 @@ impl Disk {
         let mut file = OpenOptions::new()
             .read(true)
             .write(!read_only)
+            // A pipe would be waited for; files and block devices do not care.
+            .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(error)?;
         let kind = file.metadata().map_err(error)?.file_type();

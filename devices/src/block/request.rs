@@ -19,8 +19,11 @@ pub(super) const ID_LEN: usize = 20;
 pub(super) const MAX_RANGES: u32 = 32;
 /// Sectors of a range that may be discarded at once: 1 GiB.
 pub(super) const MAX_DISCARD: u32 = 1 << 21;
-/// Sectors of a range that may be zeroed at once: 16 MiB, for a file system where it has to be written.
-pub(super) const MAX_ZEROES: u32 = 1 << 15;
+/// Sectors of a range that may be zeroed at once: 4 MiB, for a file system where it has to be written.
+pub(super) const MAX_ZEROES: u32 = 1 << 13;
+/// Bytes of one buffer of a request, and of all of them: a pause waits for the requests that have begun.
+pub(super) const MAX_SEGMENT: u32 = 256 << 10;
+const MAX_DATA: u64 = 64 << 20;
 const HEADER: u64 = 16;
 const RANGE: u64 = 16;
 const UNMAP: u32 = 1;
@@ -55,6 +58,8 @@ enum Failure {
     Io(#[from] io::Error),
     #[error("sector {sector}, {len} bytes: not on the disk")]
     Range { sector: u64, len: u64 },
+    #[error("{0} bytes at once, where {MAX_DATA} are possible")]
+    TooLong(u64),
     #[error("the disk is read-only")]
     ReadOnly,
     #[error("not supported")]
@@ -184,10 +189,18 @@ impl<M: Memory> Work<'_, M> {
             .ok_or(Failure::Range { sector, len })
     }
 
+    fn place_data(&self, sector: u64, data: &Buffer) -> Result<u64, Failure> {
+        let len = data.len();
+        if len > MAX_DATA {
+            return Err(Failure::TooLong(len));
+        }
+        self.place(sector, len)
+    }
+
     /// By way of a buffer: the kernel may not have to wait for memory that is still at the source of a migration, and a
     /// page that arrives late then stops a copy of ours, not a system call with the file's locks held.
     fn read(&mut self, sector: u64, mut data: Buffer) -> Result<(), Failure> {
-        let mut at = self.place(sector, data.len())?;
+        let mut at = self.place_data(sector, &data)?;
         let mut buffer = buffer(data.len());
         while !data.is_empty() {
             let part = data.take_front(u64::try_from(buffer.len()).unwrap_or(u64::MAX));
@@ -204,7 +217,7 @@ impl<M: Memory> Work<'_, M> {
 
     fn write(&mut self, sector: u64, mut data: Buffer) -> Result<(), Failure> {
         self.check_writable()?;
-        let mut at = self.place(sector, data.len())?;
+        let mut at = self.place_data(sector, &data)?;
         let mut buffer = buffer(data.len());
         while !data.is_empty() {
             let part = data.take_front(u64::try_from(buffer.len()).unwrap_or(u64::MAX));

@@ -55,7 +55,7 @@ pub(super) enum Effect {
 
 /// The registers that are not a queue's.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Registers {
+pub(super) struct Registers {
     pub(super) status: u32,
     pub(super) device_features_sel: u32,
     pub(super) driver_features_sel: u32,

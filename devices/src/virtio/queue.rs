@@ -62,12 +62,6 @@ impl VirtQueue {
         self.ring.ready()
     }
 
-    /// Chains that the device has taken and neither completed nor put back.
-    #[must_use]
-    pub fn outstanding(&self) -> u16 {
-        self.outstanding
-    }
-
     /// The next request. `None` when there is none: the driver will then notify of the next; or when it is time to let
     /// others work: then the device is called again soon.
     ///
@@ -173,9 +167,14 @@ impl VirtQueue {
         Ok(())
     }
 
-    /// Allows one queue's worth of chains to be taken.
+    /// Says that there is more to do, and that others may go first.
+    pub fn again(&mut self) {
+        self.more = true;
+    }
+
+    /// Allows one queue's worth of chains to be taken, and to find that there are no more.
     pub(super) fn refill(&mut self) {
-        self.budget = self.ring.size();
+        self.budget = self.ring.size() + 1;
         self.more = false;
     }
 

@@ -65,11 +65,24 @@ fn pages_go_in_and_out_in_runs() {
     numbers(&mut d, DEFLATE, &[6, 5]);
     d.wait(DEFLATE);
     assert_eq!(pages.take(), [Event::Out(5, 2)]);
-    // More numbers than are read at once: 20,000 of them, each of 2,000 pages ten times.
-    let many: Vec<u32> = (0..20_000).map(|n| n % 2000).collect();
+    // As many numbers as are taken at once, of each page twice; and one more.
+    let many: Vec<u32> = (0..4096).map(|n| n % 2048).collect();
     numbers(&mut d, INFLATE, &many);
     d.wait(INFLATE);
-    assert_eq!(pages.take(), [Event::In(0, 2000), Event::In(0, 2000)]);
+    assert_eq!(pages.take(), [Event::In(0, 2048)]);
+    // More lists than are worked off in one turn.
+    d.put(DATA, &9u32.to_le_bytes());
+    for _ in 0..16 {
+        d.add(INFLATE, &[(DATA, 4)], &[]);
+    }
+    d.kick(INFLATE);
+    for _ in 0..16 {
+        d.wait(INFLATE);
+    }
+    assert_eq!(pages.take(), [Event::In(9, 1); 16]);
+    numbers(&mut d, INFLATE, &vec![1; 4097]);
+    d.broken();
+    assert_eq!(pages.take(), []);
 }
 
 #[test]

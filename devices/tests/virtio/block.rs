@@ -122,6 +122,7 @@ fn sectors_are_read_and_written() {
     let disk = disk(&file, false);
     let mut d = start(&disk);
     assert_eq!(u64::from_le_bytes(d.config(0)), 64);
+    assert_eq!(u32::from_le_bytes(d.config(8)), 256 << 10, "size_max");
     assert_eq!(u32::from_le_bytes(d.config(12)), 254, "seg_max");
     assert_eq!(d.ask(READ, 3, 1024), OK);
     let at = Driver::<Block<Memory>>::buffer(0);
@@ -199,6 +200,25 @@ fn requests_that_cannot_be_fail_alone() {
         assert_eq!(d.ask(kind, sector, len), status, "{kind} {sector} {len}");
     }
     assert_eq!(file.as_file().metadata().unwrap().len(), 64 * 512);
+}
+
+#[test]
+fn a_request_is_not_longer_than_a_pause_can_wait_for() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 30).unwrap();
+    let memory = memory();
+    let disk = disk(&file, false);
+    let mut d = Driver::start(device(&disk, Arc::clone(&memory)), memory, u64::MAX, 128);
+    // The same MiB again and again, to read much into little memory.
+    for (mib, status) in [(65, IOERR), (1, OK)] {
+        d.put(HEADERS, &[0; 17]);
+        let mut writable = vec![(Driver::<Block<Memory>>::buffer(0), 1 << 20); mib];
+        writable.push((HEADERS + 16, 1));
+        d.add(0, &[(HEADERS, 16)], &writable);
+        d.kick(0);
+        d.wait(0);
+        assert_eq!(d.answer(0), status, "{mib} MiB");
+    }
 }
 
 #[test]
@@ -290,10 +310,14 @@ fn disks_that_cannot_be_are_refused_with_a_sentence() {
         File::create(&odd).unwrap().set_len(len).unwrap();
         assert!(error(&odd).contains(&format!("{len} bytes")));
     }
-    assert!(matches!(
-        Disk::open("/dev/null".as_ref(), false),
-        Err(DiskError::Kind { .. })
-    ));
+    let pipe = dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for (path, read_only) in [("/dev/null".as_ref(), false), (pipe.as_path(), true)] {
+        assert!(matches!(
+            Disk::open(path, read_only),
+            Err(DiskError::Kind { .. })
+        ));
+    }
 }
 
 #[test]

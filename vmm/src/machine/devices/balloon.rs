@@ -90,3 +90,37 @@ impl FreePages for HostPages {
         self.discard(first, count);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn pages_that_were_given_back_are_known_to_be_empty() {
+        let ram = Arc::new(GuestRam::new(1 << 20, false).unwrap());
+        let pages = HostPages::new(Arc::clone(&ram));
+        ram.memory()
+            .write_slice(&[7; 1 << 20], GuestAddress(0))
+            .unwrap();
+        assert_eq!(ram.unpopulated(0, 256), None);
+        pages.inflated(16, 8);
+        assert_eq!(ram.unpopulated(0, 256), Some((16, 8)));
+        // While pages are to stay where they are, they do.
+        pages.keep(true);
+        pages.reported(100, 4);
+        assert_eq!(ram.unpopulated(24, 232), None);
+        pages.keep(false);
+        pages.reported(100, 4);
+        assert_eq!(ram.unpopulated(24, 232), Some((100, 4)));
+        assert_eq!(pages.discarded.load(Ordering::Relaxed), 12);
+        // The guest takes one back without a word, and another after it has told.
+        ram.memory()
+            .write_slice(&[1], GuestAddress(17 * 4096))
+            .unwrap();
+        pages.deflated(18, 1);
+        assert_eq!(ram.unpopulated(0, 24), Some((16, 1)));
+        // What the device vouches for is checked once more: nothing happens to what is not RAM.
+        pages.inflated(1 << 30, 1);
+    }
+}
