@@ -443,6 +443,9 @@ mod tests {
         fn receive(&self, _: &mut SimLink, _: &[Run]) -> io::Result<()> {
             Ok(())
         }
+        fn write(&self, _: Run, _: &[u8]) -> Result<(), PortError> {
+            Ok(())
+        }
         fn zero(&self, _: Run) -> Result<(), PortError> {
             Ok(())
         }
