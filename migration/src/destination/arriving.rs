@@ -15,6 +15,7 @@ use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, PageFault, PageSink};
 use crate::report::{Faults, Latencies};
 use crate::source::page_hash;
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -44,6 +45,8 @@ struct Pages<S> {
     late: u64,
     /// By frame number; with verification only.
     hashes: Vec<u64>,
+    /// The source's hashes of pages that are not in place yet; at most one for each that is missing.
+    early: BTreeMap<Gfn, [u8; 8]>,
     compared: u64,
     different: u64,
     /// Why no more comes: the connection is lost.
@@ -53,6 +56,16 @@ struct Pages<S> {
     /// The guest has ended: nothing more is needed.
     dismissed: bool,
     over: bool,
+}
+
+impl<S> Pages<S> {
+    fn compare(&mut self, gfn: Gfn, hash: [u8; 8]) {
+        let placed = usize::try_from(gfn).ok().and_then(|at| self.hashes.get(at));
+        if placed.is_none_or(|placed| placed.to_le_bytes() != hash) {
+            self.different += 1;
+        }
+        self.compared += 1;
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -113,6 +126,7 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             on_their_way: 0,
             late: 0,
             hashes,
+            early: BTreeMap::new(),
             compared: 0,
             different: 0,
             lost: None,
@@ -180,6 +194,8 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         if let Some(pages) = self.lock().as_mut() {
             pages.lost = None;
             pages.era += 1;
+            // All hashes come again.
+            pages.early.clear();
             pages.expected = pages.missing.clone();
         }
         self.change.notify_all();
@@ -339,6 +355,11 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
                 *slot = *hash;
             }
         }
+        for gfn in run.first..run.end() {
+            if let Some(hash) = pages.early.remove(&gfn) {
+                pages.compare(gfn, hash);
+            }
+        }
         let latencies = &mut pages.latencies;
         pages.waiting.retain(|waiting| {
             let here = waiting.gfn >= run.first && waiting.gfn < run.end();
@@ -363,13 +384,12 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         let Some(pages) = guard.as_mut().filter(|p| p.handed.contains(gfn)) else {
             return;
         };
-        let placed = usize::try_from(gfn)
-            .ok()
-            .and_then(|at| pages.hashes.get(at));
-        if placed.is_none_or(|placed| placed.to_le_bytes() != hash) {
-            pages.different += 1;
+        if pages.missing.contains(gfn) {
+            // An answer to a fault, on its way on another channel: the hash has overtaken it.
+            pages.early.insert(gfn, hash);
+            return;
         }
-        pages.compared += 1;
+        pages.compare(gfn, hash);
     }
 
     /// Whether all is there and, where that is wanted, compared; with how many pages differ.
@@ -399,5 +419,65 @@ fn hash_run(run: Run, body: Option<&[u8]>, into: &mut Vec<u64>) {
             into.extend(pages.map(|(gfn, page)| page_hash(gfn, page)));
         }
         None => into.extend((run.first..run.end()).map(|gfn| page_hash(gfn, &ZEROS))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::PortError;
+    use crate::sim::link::SimLink;
+    use std::io;
+
+    struct Fixed;
+    impl Clock for Fixed {
+        fn now(&self) -> Duration {
+            Duration::ZERO
+        }
+        fn sleep(&self, _: Duration) {}
+    }
+
+    /// Memory that takes everything.
+    struct Anything;
+    impl PageSink<SimLink> for Anything {
+        fn receive(&self, _: &mut SimLink, _: &[Run]) -> io::Result<()> {
+            Ok(())
+        }
+        fn write(&self, _: Run, _: &[u8]) -> Result<(), PortError> {
+            Ok(())
+        }
+        fn zero(&self, _: Run) -> Result<(), PortError> {
+            Ok(())
+        }
+        fn copy_page(&self, _: Gfn, _: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
+            Ok(())
+        }
+        fn place(&self, _: Run, _: &[u8]) -> Result<(), PortError> {
+            Ok(())
+        }
+        fn place_zero(&self, _: Run) -> Result<(), PortError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_hash_that_overtakes_its_page_waits_for_it() {
+        let layout = RamLayout::new(vec![Run::new(0, 4)]).unwrap();
+        let mut missing = PageSet::new(layout.end());
+        missing.insert_run(Run::new(1, 2));
+        let arriving = Arriving::new(layout, Arc::new(Fixed), true);
+        arriving.begin(Arc::new(Anything), missing);
+        let page = [7; PAGE_SIZE];
+        for gfn in [1, 2] {
+            arriving.compare(gfn, page_hash(gfn, &page).to_le_bytes());
+        }
+        arriving.place(&[Run::new(1, 1)], Some(&page)).unwrap();
+        assert!(arriving.complete().is_none(), "one is missing");
+        arriving.place(&[Run::new(2, 1)], None).unwrap();
+        let (_, different) = arriving.complete().unwrap();
+        assert_eq!(
+            different, 1,
+            "the first is as it was sent, the second is not"
+        );
     }
 }
