@@ -25,6 +25,8 @@ pub struct Arriving<L, S> {
     clock: Arc<dyn Clock + Send + Sync>,
     verify: bool,
     pages: Mutex<Option<Pages<S>>>,
+    /// Which of the announced fault channels are connected. Locked before `pages`.
+    attached: Mutex<Vec<bool>>,
     change: Condvar,
     link: PhantomData<fn() -> L>,
 }
@@ -78,12 +80,14 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         layout: RamLayout,
         clock: Arc<dyn Clock + Send + Sync>,
         verify: bool,
+        channels: u16,
     ) -> Self {
         Self {
             layout,
             clock,
             verify,
             pages: Mutex::new(None),
+            attached: Mutex::new(vec![false; usize::from(channels)]),
             change: Condvar::new(),
             link: PhantomData,
         }
@@ -91,6 +95,21 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
 
     fn lock(&self) -> MutexGuard<'_, Option<Pages<S>>> {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attached(&self) -> MutexGuard<'_, Vec<bool>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a fault channel of the present connection; returns the connection's era.
+    pub(super) fn attach(&self, index: u16) -> Result<u64, DestinationError> {
+        // Held while the era is read: it changes under this lock.
+        let mut attached = self.attached();
+        match attached.get_mut(usize::from(index)) {
+            Some(attached) if !*attached => *attached = true,
+            _ => return Err(DestinationError::NotAnnounced { index }),
+        }
+        Ok(self.lock().as_ref().map_or(0, |p| p.era))
     }
 
     /// From now on these pages are expected.
@@ -126,12 +145,12 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
     }
 
     /// Waits until pages are expected; `None` when that does not happen in time.
-    pub(crate) fn wait_begun(&self, timeout: Duration) -> Option<(Arc<S>, u64)> {
+    pub(crate) fn wait_begun(&self, timeout: Duration) -> Option<Arc<S>> {
         let (guard, _) = self
             .change
             .wait_timeout_while(self.lock(), timeout, |pages| pages.is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        guard.as_ref().map(|p| (Arc::clone(&p.sink), p.era))
+        guard.as_ref().map(|p| Arc::clone(&p.sink))
     }
 
     /// Whether channels of this era have nothing more to do.
@@ -172,8 +191,10 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         self.lock().as_ref().and_then(|p| p.lost.clone())
     }
 
-    /// A new connection: what is missing comes on it.
+    /// A new connection: what is missing comes on it, and its fault channels are others.
     pub(super) fn reconnect(&self) {
+        let mut attached = self.attached();
+        attached.fill(false);
         if let Some(pages) = self.lock().as_mut() {
             pages.lost = None;
             pages.era += 1;
@@ -190,8 +211,9 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         self.change.notify_all();
     }
 
-    /// Somebody waits for a page.
-    pub(super) fn fault(&self, fault: PageFault) -> FaultIs {
+    /// Somebody waits for a page, as a fault channel of this era has heard. One of an older connection cannot
+    /// ask: it leaves that to the next.
+    pub(super) fn fault(&self, fault: PageFault, era: u64) -> FaultIs {
         let gfn = fault.gfn;
         let now = self.clock.now();
         let mut guard = self.lock();
@@ -208,8 +230,9 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             return FaultIs::Known;
         }
         let known = waiting().any(|w| w.asked.is_some());
-        let ask = !known && pages.expected.contains(gfn);
-        if !ask {
+        let expected = pages.expected.contains(gfn);
+        let ask = !known && expected && era == pages.era;
+        if known || !expected {
             pages.on_their_way += 1;
         }
         pages.waiting.push(Waiting {
@@ -231,13 +254,9 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
     }
 
     /// A page that somebody waits for since before this connection: it has to be asked for again.
-    pub(super) fn next_unasked(&self) -> Option<Gfn> {
+    pub(super) fn next_unasked(&self, era: u64) -> Option<Gfn> {
         let mut guard = self.lock();
-        let pages = guard.as_mut()?;
-        let era = pages.era;
-        if era == 0 {
-            return None;
-        }
+        let pages = guard.as_mut().filter(|p| p.era == era && era > 0)?;
         let waiting = pages.waiting.iter_mut().find(|w| w.asked != Some(era))?;
         waiting.asked = Some(era);
         Some(waiting.gfn)
