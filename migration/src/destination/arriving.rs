@@ -191,6 +191,13 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         self.lock().as_ref().and_then(|p| p.lost.clone())
     }
 
+    /// Whether the connection of this era is lost and no other has come.
+    pub(super) fn is_lost(&self, era: u64) -> bool {
+        self.lock()
+            .as_ref()
+            .is_some_and(|p| !p.over && p.lost.is_some() && p.era == era)
+    }
+
     /// A new connection: what is missing comes on it, and its fault channels are others.
     pub(super) fn reconnect(&self) {
         let mut attached = self.attached();
@@ -211,8 +218,8 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         self.change.notify_all();
     }
 
-    /// Somebody waits for a page, as a fault channel of this era has heard. One of an older connection cannot
-    /// ask: it leaves that to the next.
+    /// Somebody waits for a page, as a fault channel of this era has heard. One whose connection is lost
+    /// cannot ask: it leaves that to the next.
     pub(super) fn fault(&self, fault: PageFault, era: u64) -> FaultIs {
         let gfn = fault.gfn;
         let now = self.clock.now();
@@ -231,7 +238,7 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         }
         let known = waiting().any(|w| w.asked.is_some());
         let expected = pages.expected.contains(gfn);
-        let ask = !known && expected && era == pages.era;
+        let ask = !known && expected && era == pages.era && pages.lost.is_none();
         if known || !expected {
             pages.on_their_way += 1;
         }

@@ -44,8 +44,8 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
         }
     }
 
-    /// Serves faults until every page is in place or the connection is lost. `waited_for` says
-    /// whether the guest may still come.
+    /// Serves faults until every page is in place; after the connection is lost, takes note of them until there is
+    /// another. `waited_for` says whether the guest may still come.
     pub fn run(mut self, waited_for: &dyn Fn() -> bool) {
         let sink = loop {
             if let Some(begun) = self.arriving.wait_begun(TICK) {
@@ -60,6 +60,27 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
                 if !self.ended() {
                     self.arriving.lose(&error.to_string());
                 }
+                break;
+            }
+        }
+        let Self {
+            channel,
+            arriving,
+            era,
+            ..
+        } = self;
+        drop(channel);
+        // Nobody can be asked now; but who waits is to be known, and asked for when the source is back.
+        while arriving.is_lost(era) {
+            let heard = match sink.next_fault(TICK) {
+                Ok(Some(fault)) if arriving.fault(fault, era) == FaultIs::Local => {
+                    sink.place_zero(Run::new(fault.gfn, 1))
+                }
+                Ok(_) => Ok(()),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = heard {
+                tracing::warn!(%error, "page faults are not heard of until the source reconnects");
                 return;
             }
         }
