@@ -3,8 +3,8 @@
 use crate::PATIENCE;
 use ferry_migration::port::Link;
 use ferry_migration::wire::{
-    Channel, FrameType, HEADER_BYTES, Header, Hello, Limits, PREAMBLE_BYTES, Preamble, Role,
-    SessionId,
+    Channel, Features, FrameType, HEADER_BYTES, Header, Hello, HelloAck, Limits, PREAMBLE_BYTES,
+    Preamble, Role, SessionId,
 };
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -33,6 +33,15 @@ impl Link for RawLink {
     fn set_timeout(&mut self, timeout: Option<Duration>) {
         self.0.set_read_timeout(timeout).unwrap();
     }
+}
+
+/// Where "ready" begins in the stream of answers of a migration with two rounds before it.
+pub fn ready_at() -> u64 {
+    let ack = HelloAck {
+        features: Features::SUPPORTED,
+    };
+    let ack = serde_json::to_vec(&ack).unwrap().len();
+    (PREAMBLE_BYTES + HEADER_BYTES + ack + 2 * HEADER_BYTES) as u64
 }
 
 /// Connects.
