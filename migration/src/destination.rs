@@ -124,6 +124,9 @@ pub enum DestinationError {
         /// Which.
         gfn: u64,
     },
+    /// Post-copy without a way to ask for pages.
+    #[error("the source announced post-copy and no channel for page faults")]
+    NoFaultChannel,
     /// Pages for a running guest where none follow.
     #[error("the source sent pages for a guest that lacks none")]
     NotPostCopy,
@@ -477,6 +480,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             .collect();
         self.verify = hello.required.has(Features::VERIFY);
         if hello.required.has(Features::POST_COPY) {
+            if hello.faults == 0 {
+                return Err(DestinationError::NoFaultChannel);
+            }
             self.host
                 .check_post_copy()
                 .map_err(DestinationError::Unfit)?;
@@ -715,11 +721,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// Whether everything has come, so that the next step needs no frame.
     pub(crate) fn can_complete(&self) -> bool {
-        self.pushed
-            && self
-                .arriving
-                .as_ref()
-                .is_some_and(|a| a.complete().is_some())
+        self.arriving
+            .as_ref()
+            .is_some_and(|a| (self.pushed || a.is_dismissed()) && a.complete().is_some())
     }
 
     /// A frame of the push.
@@ -757,13 +761,18 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// Tells the source once everything is in place and compared.
     fn completed(&mut self) -> Result<Step, DestinationError> {
-        let done = self.arriving.as_ref().filter(|_| self.pushed);
+        let done = self.arriving.as_ref().filter(|_| self.can_complete());
         let Some((faults, different)) = done.and_then(|a| a.complete()) else {
             return Ok(Step::Continue);
         };
+        let ended = self.arriving.as_ref().is_some_and(|a| a.is_dismissed());
         // The guest is complete, whether the source hears it or not.
         self.finish();
-        let arrived = Arrived { faults, different };
+        let arrived = Arrived {
+            faults,
+            different,
+            ended,
+        };
         self.channel.send_json(FrameType::Arrived, &arrived)?;
         Ok(Step::Complete)
     }

@@ -138,34 +138,37 @@ impl Pacer {
         })
     }
 
-    /// Waits until `bytes` more may be sent, or `cancelled`; says how long that took.
-    pub(crate) fn wait(
-        &self,
-        bytes: u64,
-        clock: &dyn Clock,
-        cancelled: &dyn Fn() -> bool,
-    ) -> Duration {
+    /// Waits until more may be sent, or `cancelled`; says how long that took.
+    pub(crate) fn wait(&self, clock: &dyn Clock, cancelled: &dyn Fn() -> bool) -> Duration {
         const SLICE: Duration = Duration::from_millis(100);
-        let Some(rate) = self.rate else {
+        if self.rate.is_none() {
             return Duration::ZERO;
-        };
-        let now = clock.now();
-        let until = {
-            let mut paid = self
-                .paid_until
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
-            let from = (*paid).max(now.saturating_sub(Self::BURST));
-            *paid = from + seconds(bytes as f64 / rate);
-            from
-        };
+        }
+        let began = clock.now();
         loop {
-            let left = until.saturating_sub(clock.now());
+            let now = clock.now();
+            let left = self.paid_until().saturating_sub(now);
             if left.is_zero() || cancelled() {
-                return clock.now().saturating_sub(now);
+                return now.saturating_sub(began);
             }
             clock.sleep(left.min(SLICE));
         }
+    }
+
+    /// Charges what was sent: what goes next waits until that is paid for. Charged afterwards, since nobody knows before
+    /// how many bytes pages make.
+    pub(crate) fn charge(&self, bytes: u64, clock: &dyn Clock) {
+        if let Some(rate) = self.rate {
+            let mut paid = self.paid_until();
+            *paid =
+                (*paid).max(clock.now().saturating_sub(Self::BURST)) + seconds(bytes as f64 / rate);
+        }
+    }
+
+    fn paid_until(&self) -> std::sync::MutexGuard<'_, Duration> {
+        self.paid_until
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 

@@ -52,6 +52,8 @@ struct Pages<S> {
     lost: Option<String>,
     /// Counts connections: what an older one still does concerns nobody.
     era: u64,
+    /// The guest has ended: nothing more is needed.
+    dismissed: bool,
     over: bool,
 }
 
@@ -134,6 +136,7 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             different: 0,
             lost: None,
             era: 0,
+            dismissed: false,
             over: false,
         });
         self.change.notify_all();
@@ -216,6 +219,24 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             pages.over = true;
         }
         self.change.notify_all();
+    }
+
+    /// The guest has ended: what has not come is not needed, and the source is told so.
+    pub fn dismiss(&self) {
+        if let Some(pages) = self.lock().as_mut() {
+            pages.dismissed = true;
+        }
+    }
+
+    /// Whether the source was told that every page is in place or not needed, or need not be.
+    pub fn is_over(&self) -> bool {
+        self.lock()
+            .as_ref()
+            .is_none_or(|pages| pages.over || pages.lost.is_some())
+    }
+
+    pub(super) fn is_dismissed(&self) -> bool {
+        self.lock().as_ref().is_some_and(|pages| pages.dismissed)
     }
 
     /// Somebody waits for a page, as a fault channel of this era has heard. One whose connection is lost
@@ -381,7 +402,8 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
     pub(super) fn complete(&self) -> Option<(Faults, u64)> {
         let guard = self.lock();
         let pages = guard.as_ref()?;
-        if pages.left > 0 || self.verify && pages.compared < pages.handed.len() {
+        let compared = !self.verify || pages.compared >= pages.handed.len();
+        if !pages.dismissed && (pages.left > 0 || !compared) {
             return None;
         }
         let measured = pages.latencies.faults();

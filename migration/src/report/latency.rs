@@ -9,6 +9,9 @@ const PER_OCTAVE: u64 = 32;
 /// Octaves above the first: to 2⁴² ns, over an hour.
 const OCTAVES: usize = 38;
 
+/// All buckets.
+const BUCKETS: usize = (OCTAVES + 1) << PER_OCTAVE.ilog2();
+
 /// Counts of durations, in nanoseconds.
 #[derive(Clone, Debug)]
 pub struct Latencies {
@@ -21,7 +24,7 @@ pub struct Latencies {
 impl Default for Latencies {
     fn default() -> Self {
         Self {
-            counts: vec![0; (OCTAVES + 1) * PER_OCTAVE as usize],
+            counts: vec![0; BUCKETS],
             count: 0,
             total: Duration::ZERO,
             max: Duration::ZERO,

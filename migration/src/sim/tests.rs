@@ -230,7 +230,7 @@ fn moved_first(policy: PolicyKind, order: PushOrder, seed: u64) -> Scenario {
     scenario.racing_writes = 0.0;
     scenario.options.policy = policy;
     scenario.options.order = order;
-    scenario.options.verify = seed % 2 == 0;
+    scenario.options.verify = seed.is_multiple_of(2);
     scenario
 }
 
@@ -249,7 +249,7 @@ fn post_copy_sends_each_page_once() {
                 "{report:?}"
             );
             assert_eq!(report.pages.resent, 0);
-            assert_eq!(report.verified, (seed % 2 == 0).then_some(true));
+            assert_eq!(report.verified, seed.is_multiple_of(2).then_some(true));
             assert_eq!(report.faults.count, outcome.faults, "{report:?}");
             assert!(
                 outcome.faults > 0 && report.faults.stalled_ms > 0.0,

@@ -5,7 +5,7 @@ use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{Decision, Policy, SendOrder};
 use crate::port::{Guest, Link};
 use crate::report::{Event, Round};
-use crate::sender::{BatchMode, Batches, SendError, Sent};
+use crate::sender::{BATCH_PAGES, BatchMode, Batches, SendError, Sent};
 use crate::wire::{FrameType, Header, WireError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -77,7 +77,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         if pages.is_empty() {
             return Ok(false);
         }
-        self.send_round(pages, SendOrder::Address, false)?;
+        // Whatever the cap: a batch of zero pages is a few bytes.
+        self.send_round_in(pages, SendOrder::Address, false, BATCH_PAGES)?;
         Ok(true)
     }
 
@@ -110,6 +111,17 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         order: SendOrder,
         paused: bool,
     ) -> Result<Sent, SourceError> {
+        self.send_round_in(pages, order, paused, self.pacer.batch_pages())
+    }
+
+    /// As [`send_round`](Self::send_round), in batches of so many pages.
+    fn send_round_in(
+        &mut self,
+        pages: PageSet,
+        order: SendOrder,
+        paused: bool,
+        batch: u64,
+    ) -> Result<Sent, SourceError> {
         self.round += 1;
         let started = self.now();
         self.progress.round_pages = pages.len();
@@ -118,7 +130,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             round: self.round,
             paused,
         };
-        let batches = Batches::new(pages, order, &self.heat, self.pacer.batch_pages());
+        let batches = Batches::new(pages, order, &self.heat, batch);
         let sent = if self.lanes.is_empty() {
             self.send_here(batches, mode)?
         } else {
@@ -164,10 +176,11 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let mut runs = Vec::with_capacity(64);
         while batches.next(&mut runs) {
             self.check_cancel()?;
-            let waited = self.pace(&runs, mode);
+            let waited = self.pace(mode);
             let mut sent =
                 self.sender
                     .send(&mut self.control, self.guest, &runs, mode, self.setup.clock)?;
+            self.pacer.charge(sent.bytes, self.setup.clock);
             sent.link += waited;
             self.delivered(&runs, sent);
             total.add(sent);
@@ -180,14 +193,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     }
 
     /// Waits for the user's cap. Not in the pause: there it would cost the guest.
-    fn pace(&self, runs: &[Run], mode: BatchMode) -> Duration {
+    fn pace(&self, mode: BatchMode) -> Duration {
         if mode.paused {
             return Duration::ZERO;
         }
-        let bytes = runs.iter().map(Run::bytes).sum();
         let cancel = self.setup.cancel;
-        self.pacer
-            .wait(bytes, self.setup.clock, &|| cancel.is_cancelled())
+        self.pacer.wait(self.setup.clock, &|| cancel.is_cancelled())
     }
 
     /// Takes pages that were handed to the link off the pending set; before this they are still
@@ -244,14 +255,14 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                             if !more {
                                 break;
                             }
-                            let bytes = runs.iter().map(Run::bytes).sum();
                             let waited = if mode.paused {
                                 Duration::ZERO
                             } else {
-                                pacer.wait(bytes, clock, &|| cancel.is_cancelled())
+                                pacer.wait(clock, &|| cancel.is_cancelled())
                             };
                             match sender.send(channel, guest, &runs, mode, clock) {
                                 Ok(mut sent) => {
+                                    pacer.charge(sent.bytes, clock);
                                     sent.link += waited;
                                     done.runs.extend_from_slice(&runs);
                                     done.sent.add(sent);

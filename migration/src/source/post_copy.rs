@@ -33,6 +33,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// Demand paging ends when the guest has missed nothing for so long: what it has not touched
 /// by then follows by address, so that the source may go.
 const QUIET: Duration = Duration::from_secs(2);
+/// How long after a failed send the destination's last word may take.
+const PARTING: Duration = Duration::from_millis(500);
 /// Something is sent at least so often, so that the destination knows that the source lives.
 const ALIVE: Duration = Duration::from_secs(5);
 
@@ -283,12 +285,12 @@ impl<L: Link, G: Guest<L>> Pusher<'_, '_, L, G> {
                 }
             }
             Next::Send => {
-                let bytes = runs.iter().map(Run::bytes).sum();
-                self.pacer.wait(bytes, clock, &|| self.serving.stopped());
+                self.pacer.wait(clock, &|| self.serving.stopped());
                 let mode = self.serving.mode();
                 let sent = self
                     .sender
                     .send(self.channel, self.guest, runs, mode, clock)?;
+                self.pacer.charge(sent.bytes, clock);
                 self.serving.outgoing().sent.add(sent);
                 self.sent_at = clock.now();
             }
@@ -368,7 +370,12 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         self.rounds.push(round);
         let arrived = result?;
         self.faults_there = arrived.faults;
-        self.verified = hashes.map(|_| arrived.different == 0);
+        if arrived.ended {
+            self.why =
+                Some("the guest ended at the destination before all of its pages had come".into());
+        } else {
+            self.verified = hashes.map(|_| arrived.different == 0);
+        }
         self.enter(State::Discardable);
         if arrived.different > 0 {
             return Err(SourceError::Differs(arrived.different));
@@ -388,20 +395,48 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         for (lane, _) in &mut self.lanes {
             lane.link().bound_queue(QUEUE);
         }
-        if self.lanes.is_empty() {
-            self.push_here(serving)?;
+        let sent = self.send_rest(serving, hashes);
+        match sent {
+            // A destination whose guest has ended says so and hangs up: that may look like a failure here.
+            Err(SourceError::Wire(WireError::Io(_))) | Ok(()) => {}
+            Err(error) => return Err(error),
+        }
+        let patience = if sent.is_ok() {
+            self.setup.timeouts.transfer
+        } else {
+            PARTING
+        };
+        let arrived = self.wait_arrived(serving, patience);
+        match (sent, arrived) {
+            (Err(error), Err(_)) => Err(error),
+            (_, arrived) => arrived,
+        }
+    }
+
+    /// The pages that nobody asks for, their end, and the hashes.
+    fn send_rest(
+        &mut self,
+        serving: &Serving<'_>,
+        hashes: Option<&PageSet>,
+    ) -> Result<(), SourceError> {
+        let over = if self.lanes.is_empty() {
+            self.push_here(serving)?
         } else {
             self.push_on_lanes(serving)?;
+            false
+        };
+        if over {
+            return Ok(());
         }
         self.barrier(serving.round)?;
         if let Some(pages) = hashes {
             self.send_hashes(pages)?;
         }
-        self.wait_arrived(serving)
+        Ok(())
     }
 
-    /// Everything on the control channel, from this thread.
-    fn push_here(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
+    /// Everything on the control channel, from this thread. Says whether the destination has spoken before the end.
+    fn push_here(&mut self, serving: &Serving<'_>) -> Result<bool, SourceError> {
         let mut runs = Vec::with_capacity(64);
         let mut sent_at = self.now();
         loop {
@@ -415,16 +450,12 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                 sent_at,
             };
             if !pusher.push(&mut runs)? {
-                return Ok(());
+                return Ok(false);
             }
             sent_at = pusher.sent_at;
             if self.control.link().readable().map_err(WireError::Io)? {
-                // Nothing is due yet: the peer has given up.
-                let header = self.control.recv_header()?;
-                return Err(self
-                    .control
-                    .refuse(&header, "nothing before the end")
-                    .into());
+                // Its guest has ended, or it gives up.
+                return Ok(true);
             }
             if self.now().saturating_sub(self.last_event) >= TICK {
                 self.pending.clone_from(&serving.outgoing().remaining);
@@ -482,8 +513,12 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
     }
 
     /// Waits for the destination's word that it has everything.
-    fn wait_arrived(&mut self, serving: &Serving<'_>) -> Result<Arrived, SourceError> {
-        let until = self.now() + self.setup.timeouts.transfer;
+    fn wait_arrived(
+        &mut self,
+        serving: &Serving<'_>,
+        patience: Duration,
+    ) -> Result<Arrived, SourceError> {
+        let until = self.now() + patience;
         loop {
             self.answer_here(serving)?;
             if self
@@ -493,9 +528,6 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                 .map_err(WireError::Io)?
             {
                 break;
-            }
-            if let Some(error) = serving.outgoing().failed.take() {
-                return Err(error);
             }
             if self.now() >= until {
                 return Err(SourceError::Silent("that every page has arrived"));

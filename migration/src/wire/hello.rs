@@ -97,13 +97,16 @@ pub struct Running {
     pub verify: bool,
 }
 
-/// Post-copy is over: every page is in place.
+/// Post-copy is over: every page is in place, or the guest has ended.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Arrived {
     /// The guest's page faults.
     pub faults: Faults,
     /// Pages that are not as the source sent them (with verification).
     pub different: u64,
+    /// The guest ended before all its pages had come: the rest is not needed.
+    #[serde(default)]
+    pub ended: bool,
 }
 
 /// Why a greeting could not be read.

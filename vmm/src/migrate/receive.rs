@@ -111,9 +111,16 @@ impl Following {
         self.pages.lost()
     }
 
-    /// For a machine that was ended: whoever waits for a page goes on, with zeros.
+    /// For a machine that has ended: whoever waits for a page goes on, with zeros, and the source is told that
+    /// nothing more is needed, if it can be at once.
     pub fn abandon(&self) {
+        const MOMENT: Duration = Duration::from_millis(500);
+        self.pages.dismiss();
         self.sink.end_faults();
+        let until = Instant::now() + MOMENT;
+        while !self.pages.is_over() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 

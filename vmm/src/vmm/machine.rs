@@ -36,12 +36,20 @@ impl MachineGuest {
     /// No thread can be started.
     pub fn watch(&self, vmm: &Vmm) -> io::Result<()> {
         let (machine, vmm) = (Arc::clone(&self.machine), vmm.clone());
-        let watch = move || match machine.wait() {
+        let following = self.following.clone();
+        let end = move |exit| match exit {
             Exit::Shutdown => vmm.guest_ended(Ending::Shutdown),
             Exit::Reset => vmm.guest_ended(Ending::Reset),
             Exit::Failure(why) => vmm.guest_ended(Ending::Failed(why)),
             // Whoever stopped it knows.
             Exit::Stopped => {}
+        };
+        let watch = move || {
+            let exit = machine.wait();
+            if let Some(following) = following.filter(|f| f.left() > 0) {
+                following.abandon();
+            }
+            end(exit);
         };
         std::thread::Builder::new()
             .name("ferry-watch".into())
@@ -82,7 +90,7 @@ impl Guest for MachineGuest {
     fn stop(&self) {
         self.machine.stop();
         // In this order: a vCPU that waits for a page goes on with zeros, straight out of the guest.
-        if let Some(following) = &self.following {
+        if let Some(following) = self.following.as_ref().filter(|f| f.left() > 0) {
             following.abandon();
         }
     }
