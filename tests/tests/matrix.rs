@@ -8,7 +8,7 @@ use ferry_guest_images::Line;
 use ferry_migration::options::{OnTimeout, Options, PolicyKind};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::Report;
-use ferry_tests::{Host, guests_run};
+use ferry_tests::{Host, State, guests_run};
 use std::cell::Cell;
 use std::time::Duration;
 
@@ -57,6 +57,28 @@ const WORKLOADS: [Work; 6] = [
     },
 ];
 
+impl Work {
+    fn start(&self, cpus: u32) -> Host {
+        if self.kernel {
+            Host::run_kernel(self.text, MEMORY, cpus)
+        } else {
+            Host::run(self.text, MEMORY, cpus)
+        }
+    }
+
+    /// The guest goes on here, and verifies its memory or its result.
+    fn verified(&self, host: Host) {
+        if self.kernel {
+            host.guest_line("a result", |l| matches!(l, Line::Result(_)));
+            host.result();
+        } else {
+            host.proves_running();
+            let verdict = host.verdict();
+            assert_eq!(verdict.writes > 0, self.writes, "{verdict:?}");
+        }
+    }
+}
+
 /// Moves every workload on one and on two processors; `expect` looks at the report as this policy demands.
 fn every_workload(options: &Options, expect: impl Fn(&Work, &Report)) {
     if !guests_run() {
@@ -64,11 +86,7 @@ fn every_workload(options: &Options, expect: impl Fn(&Work, &Report)) {
     }
     for cpus in [1, 2] {
         for work in &WORKLOADS {
-            let mut source = if work.kernel {
-                Host::run_kernel(work.text, MEMORY, cpus)
-            } else {
-                Host::run(work.text, MEMORY, cpus)
-            };
+            let mut source = work.start(cpus);
             let destination = Host::receive();
             let report = source.migrate_well(destination.uri(), options);
             eprintln!(
@@ -85,14 +103,7 @@ fn every_workload(options: &Options, expect: impl Fn(&Work, &Report)) {
             assert!(report.why.is_some(), "{report:#?}");
             expect(work, &report);
             assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
-            if work.kernel {
-                destination.guest_line("a result", |l| matches!(l, Line::Result(_)));
-                destination.result();
-            } else {
-                destination.proves_running();
-                let verdict = destination.verdict();
-                assert_eq!(verdict.writes > 0, work.writes, "{verdict:?}");
-            }
+            work.verified(destination);
         }
     }
 }
@@ -238,4 +249,40 @@ fn precopy_that_becomes_postcopy() {
         downtime: Duration::from_millis(1),
         ..policy(PolicyKind::Precopy)
     });
+}
+
+/// One guest goes round, each hop by another policy: what one leaves behind (write protection, pages that were
+/// registered as missing, holes) does not disturb the next. The guest's own check at the end covers the whole way.
+#[test]
+fn a_round_trip_with_another_policy_at_each_hop() {
+    if !guests_run() {
+        return;
+    }
+    let hops = [
+        policy(PolicyKind::Postcopy),
+        policy(PolicyKind::Precopy),
+        policy(PolicyKind::Hybrid),
+        Options {
+            order: PushOrder::Flush,
+            channels: 2,
+            ..policy(PolicyKind::Postcopy)
+        },
+        policy(PolicyKind::Stord),
+        policy(PolicyKind::Mplm),
+    ];
+    for (work, cpus) in [(&WORKLOADS[2], 1), (&WORKLOADS[4], 2)] {
+        let mut here = work.start(cpus);
+        for options in &hops {
+            let next = Host::receive();
+            let report = here.migrate_well(next.uri(), options);
+            eprintln!(
+                "{} on {cpus}: {} in {:.0} ms, downtime {:.2} ms",
+                work.text, report.policy, report.total_ms, report.downtime_ms
+            );
+            assert_eq!(here.ends(), Some(0), "{:#?}", here.said());
+            next.reaches(State::Running);
+            here = next;
+        }
+        work.verified(here);
+    }
 }

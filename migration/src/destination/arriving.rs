@@ -44,9 +44,13 @@ struct Pages<S> {
     on_their_way: u64,
     /// Faults whose page was in place when they were heard of.
     late: u64,
-    /// By frame number; with verification only.
+    /// By frame number, with verification only: of a page in place, or what the source says of one that is not.
     hashes: Vec<u64>,
-    compared: u64,
+    /// Pages that were not compared yet, and how many; none without verification.
+    uncompared: PageSet,
+    left_to_compare: u64,
+    /// Those of them whose hash came before the page did: an answer to a fault may still be on its way.
+    told: PageSet,
     different: u64,
     /// Why no more comes: the connection is lost.
     lost: Option<String>,
@@ -121,6 +125,12 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         } else {
             Vec::new()
         };
+        let none = PageSet::new(self.layout.end());
+        let uncompared = if self.verify {
+            missing.clone()
+        } else {
+            none.clone()
+        };
         *self.lock() = Some(Pages {
             sink,
             handed: missing.clone(),
@@ -132,7 +142,9 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             on_their_way: 0,
             late: 0,
             hashes,
-            compared: 0,
+            left_to_compare: uncompared.len(),
+            uncompared,
+            told: none,
             different: 0,
             lost: None,
             era: 0,
@@ -358,11 +370,10 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         let new = (run.first..run.end()).filter(|gfn| pages.missing.remove(*gfn));
         pages.left -= new.count() as u64;
         for (gfn, hash) in (run.first..run.end()).zip(hashes) {
-            if let Some(slot) = usize::try_from(gfn)
-                .ok()
-                .and_then(|at| pages.hashes.get_mut(at))
-            {
-                *slot = *hash;
+            if pages.told.remove(gfn) {
+                pages.compare(gfn, *hash);
+            } else {
+                pages.keep_hash(gfn, *hash);
             }
         }
         let latencies = &mut pages.latencies;
@@ -386,24 +397,24 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
     /// guest moved were compared then.
     pub(super) fn compare(&self, gfn: Gfn, hash: [u8; 8]) {
         let mut guard = self.lock();
-        let Some(pages) = guard.as_mut().filter(|p| p.handed.contains(gfn)) else {
+        let Some(pages) = guard.as_mut() else { return };
+        if !pages.uncompared.contains(gfn) {
             return;
-        };
-        let placed = usize::try_from(gfn)
-            .ok()
-            .and_then(|at| pages.hashes.get(at));
-        if placed.is_none_or(|placed| placed.to_le_bytes() != hash) {
-            pages.different += 1;
         }
-        pages.compared += 1;
+        let hash = u64::from_le_bytes(hash);
+        if pages.missing.contains(gfn) {
+            pages.told.insert(gfn);
+            pages.keep_hash(gfn, hash);
+        } else {
+            pages.compare(gfn, hash);
+        }
     }
 
     /// Whether all is there and, where that is wanted, compared; with how many pages differ.
     pub(super) fn complete(&self) -> Option<(Faults, u64)> {
         let guard = self.lock();
         let pages = guard.as_ref()?;
-        let compared = !self.verify || pages.compared >= pages.handed.len();
-        if !pages.dismissed && (pages.left > 0 || !compared) {
+        if !pages.dismissed && (pages.left > 0 || pages.left_to_compare > 0) {
             return None;
         }
         let measured = pages.latencies.faults();
@@ -413,6 +424,26 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             ..measured
         };
         Some((faults, pages.different))
+    }
+}
+
+impl<S> Pages<S> {
+    fn hash(&mut self, gfn: Gfn) -> Option<&mut u64> {
+        let at = usize::try_from(gfn).ok()?;
+        self.hashes.get_mut(at)
+    }
+
+    fn keep_hash(&mut self, gfn: Gfn, hash: u64) {
+        if let Some(slot) = self.hash(gfn) {
+            *slot = hash;
+        }
+    }
+
+    /// Compares a hash with the one that was kept.
+    fn compare(&mut self, gfn: Gfn, hash: u64) {
+        let same = self.hash(gfn).is_some_and(|kept| *kept == hash);
+        self.different += u64::from(!same);
+        self.left_to_compare -= u64::from(self.uncompared.remove(gfn));
     }
 }
 
@@ -427,3 +458,6 @@ fn hash_run(run: Run, body: Option<&[u8]>, into: &mut Vec<u64>) {
         None => into.extend((run.first..run.end()).map(|gfn| page_hash(gfn, &ZEROS))),
     }
 }
+
+#[cfg(test)]
+mod tests;
