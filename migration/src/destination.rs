@@ -37,6 +37,8 @@ pub use arriving::Arriving;
 pub use faults::FaultLane;
 pub use lanes::{Lane, LaneSet};
 
+use crate::codec::marks::Marks;
+use crate::codec::{CodecError, Decoder};
 use crate::options::Options;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{Clock, Host, Link, PageSink, PortError};
@@ -47,7 +49,7 @@ use crate::wire::{
 };
 use pages::PageReceiver;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Where the destination stands; see the module's figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +95,9 @@ pub enum DestinationError {
         /// How many.
         count: u64,
     },
+    /// A coded frame.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
     /// Memory cannot be written or read here.
     #[error("writing guest memory failed: {0}")]
     Memory(PortError),
@@ -492,6 +497,14 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             .prepare(&hello.layout, &hello.machine)
             .map_err(DestinationError::Unfit)?;
         self.channel.set_end(hello.layout.end());
+        let agreed = hello.offered.and(Features::SUPPORTED);
+        let end = if agreed.has(Features::PATCH) {
+            hello.layout.end()
+        } else {
+            0
+        };
+        let copies = Arc::new(Marks::new(end));
+        self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
         if hello.required.has(Features::POST_COPY) {
             let clock = Arc::clone(&self.clock);
             let arriving = Arriving::new(hello.layout.clone(), clock, self.verify, hello.faults);
@@ -501,6 +514,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             let set = LaneSet::new(
                 Arc::clone(&sink),
                 hello.layout.clone(),
+                (agreed, copies),
                 self.arriving.clone(),
                 hello.channels,
                 self.timeouts.transfer,
@@ -511,9 +525,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.sink = Some(sink);
         self.buffer = bytes;
         self.enter(State::Filling);
-        let ack = HelloAck {
-            features: hello.offered.and(Features::SUPPORTED),
-        };
+        let ack = HelloAck { features: agreed };
         self.channel.send_json(FrameType::HelloAck, &ack)?;
         self.channel
             .link()
@@ -599,9 +611,10 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .map_err(DestinationError::Unfit)?;
             arriving.begin(Arc::clone(sink), missing);
         }
-        let began = Instant::now();
+        let began = self.clock.now();
         self.host.restore(&bytes).map_err(DestinationError::State)?;
-        self.restore_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.restore_us =
+            u64::try_from(self.clock.now().saturating_sub(began).as_micros()).unwrap_or(u64::MAX);
         self.restored = true;
         let ready = Ready {
             verified: self.verify,
@@ -638,7 +651,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// The source's word: the guest is ours. Saying it twice changes nothing.
     fn commit(&mut self) -> Result<Step, DestinationError> {
-        let read = Instant::now();
+        let read = self.clock.now();
         let mut since = Duration::ZERO;
         let again = matches!(self.state, State::Running | State::Interrupted);
         if !again {
@@ -664,7 +677,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .as_ref()
                 .is_some_and(|a| a.complete().is_none());
         let running = Running {
-            start_us: micros(read.elapsed().saturating_sub(since)),
+            start_us: micros(self.clock.now().saturating_sub(read).saturating_sub(since)),
             since_us: micros(since),
             missing: left,
             verify: compare,

@@ -18,15 +18,19 @@
 )]
 
 mod bandwidth;
+pub mod codec;
 pub mod destination;
+pub mod model;
 pub mod options;
 pub mod order;
 pub mod page;
 pub mod policy;
 pub mod port;
 pub mod report;
+pub mod rng;
 mod sender;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod source;
+pub mod trace;
 pub mod wire;

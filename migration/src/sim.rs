@@ -14,18 +14,18 @@
 mod guest;
 mod host;
 mod link;
-mod rng;
 mod world;
 
 use crate::destination;
-use crate::options::{OnTimeout, Options, PolicyKind};
+use crate::options::{Compress, OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
+use crate::page::PAGE_BYTES;
 use crate::report::{Event, Report, Status};
+pub use crate::rng::Rng;
 use crate::source::{self, CancelSwitch, Setup};
 use crate::wire::SessionId;
 use guest::SimGuest;
 use link::{Peer, SimClock, SimLink};
-pub use rng::Rng;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use world::World;
@@ -47,6 +47,8 @@ pub struct Scenario {
     pub walk: bool,
     /// Share of pages that are zero at the start.
     pub zero_share: f64,
+    /// Share of writes that make their page zero.
+    pub zero_writes: f64,
     /// Bytes per second.
     pub bandwidth: f64,
     /// The user's options.
@@ -106,9 +108,12 @@ impl Scenario {
             working_set: 64,
             walk: false,
             zero_share: 0.3,
+            zero_writes: 0.1,
             bandwidth: 100e6,
             options: Options {
                 downtime: Duration::from_millis(5),
+                // Bytes are then a matter of pages alone.
+                compress: Compress::None,
                 ..Options::default()
             },
             racing_writes: 0.2,
@@ -156,6 +161,14 @@ impl Scenario {
             turn_share: u32::try_from(rng.below(300)).unwrap_or(0),
             sync: Duration::from_millis(rng.below(20)),
             reorder: rng.chance(0.3),
+            compress: [
+                Compress::None,
+                Compress::Auto,
+                Compress::Zstd,
+                Compress::Delta,
+                Compress::Adaptive,
+            ][usize::try_from(rng.below(5)).unwrap_or(0)],
+            delta_cache: PAGE_BYTES * (1 + rng.below(2 * pages)),
             ..Options::default()
         };
         // Most faults early, where all messages of short migrations are; some anywhere.

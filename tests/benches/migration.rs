@@ -18,6 +18,8 @@
 #![forbid(unsafe_code)]
 #![allow(missing_docs)]
 
+#[path = "shared/binary.rs"]
+mod binary;
 mod migration {
     pub mod args;
     pub mod case;
@@ -37,33 +39,15 @@ use migration::case::Contestant;
 use migration::measure::{Run, load};
 use migration::{ferry, qemu, table};
 use serde_json::json;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    if !args.bench {
-        // `cargo test --all-targets` runs benchmarks too: minutes of it, which would test nothing.
-        eprintln!("NOT RUN: benchmark of migrations: use cargo bench");
+    let Some(built) = binary::built("migrations", args.bench)? else {
         return Ok(());
-    }
-    // This executable lies in <target>/release/deps; ferry belongs into the same house.
-    let me = std::env::current_exe()?;
-    let release = me
-        .parent()
-        .and_then(Path::parent)
-        .context("the benchmark must be run by cargo bench")?;
-    let binary = build(release)?;
-    if let Err(error) = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-    {
-        eprintln!("NOT RUN: benchmark of migrations: /dev/kvm cannot be opened ({error})");
-        return Ok(());
-    }
+    };
+    let binary = &built.ferry;
     let contestants = contestants(&args);
-    let tsc_khz = ferry::tsc_khz(&binary).context("asking a guest for the clock's rate")?;
+    let tsc_khz = ferry::tsc_khz(binary).context("asking a guest for the clock's rate")?;
     println!(
         "{} runs of {} on {} processors, clock {tsc_khz} kHz, load {}",
         args.runs,
@@ -78,7 +62,7 @@ fn main() -> Result<()> {
             for contestant in contestants[shift..].iter().chain(&contestants[..shift]) {
                 let before = load();
                 let result = match contestant {
-                    Contestant::Ferry => ferry::run(&binary, case),
+                    Contestant::Ferry => ferry::run(binary, case),
                     Contestant::Qemu { multifd } => qemu::run(case, *multifd, tsc_khz),
                 };
                 match result {
@@ -100,39 +84,8 @@ fn main() -> Result<()> {
         }
     }
     table::print(&runs);
-    let path = args
-        .output
-        .unwrap_or_else(|| release.join("../migration-bench.json"));
     let report = json!({ "schema": 1, "tsc_khz": tsc_khz, "runs": runs });
-    std::fs::write(&path, serde_json::to_vec_pretty(&report)?)
-        .with_context(|| format!("writing {}", path.display()))?;
-    println!(
-        "every run: {}",
-        path.canonicalize().unwrap_or(path).display()
-    );
-    Ok(())
-}
-
-/// Builds the release binary; the benchmark of a debug build would be one of the compiler.
-fn build(release: &Path) -> Result<PathBuf> {
-    let target = release.parent().context("no target directory")?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "-p",
-            "ferry-vmm",
-            "--bin",
-            "ferry",
-            "--target-dir",
-        ])
-        .arg(target)
-        .status()
-        .context("running cargo")?;
-    anyhow::ensure!(status.success(), "ferry cannot be built ({status})");
-    Ok(target.join("release/ferry"))
+    built.write(args.output, "migration-bench.json", &report)
 }
 
 fn contestants(args: &Args) -> Vec<Contestant> {

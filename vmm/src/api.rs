@@ -9,6 +9,7 @@
 //! | `PUT /v1/migrate` | [`types::MigrateRequest`] | 200, a chunked stream of `application/x-ndjson`: one [`Event`] a line, the report last; with `"detach": true` 202 at once |
 //! | `GET /v1/migration` | | 200, [`types::MigrationStatus`]: progress now, and the last report |
 //! | `PUT /v1/recover` | [`types::RecoverRequest`] | 204 |
+//! | `PUT /v1/record` | [`types::RecordRequest`] | 200, a stream of `application/octet-stream`: a dirty trace ([`ferry_migration::trace`]), as it is recorded |
 //!
 //! Every failure is `{"error": "one sentence"}` with 400, 404, 405, 409 or 500 (and 408, 411, 413, 417, 431, 503 where
 //! HTTP asks for them). `HEAD` works wherever `GET` does.
@@ -30,7 +31,7 @@ pub mod socket;
 pub mod types;
 
 use events::Subscription;
-use types::{MigrateRequest, MigrationStatus, RecoverRequest, Status};
+use types::{MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, Status};
 
 /// Why a request was refused. The text is one sentence for the user.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -45,6 +46,9 @@ pub enum Refusal {
     #[error("{0}")]
     Failed(String),
 }
+
+/// A stream of bytes that is made while it is read: asking for a piece may block. Dropping it ends what makes it.
+pub type Pieces = Box<dyn Iterator<Item = Vec<u8>> + Send>;
 
 /// What the control socket controls. Every method returns at once: a migration runs elsewhere.
 pub trait Control: Send + Sync + 'static {
@@ -89,4 +93,10 @@ pub trait Control: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal`] when nothing is in doubt or it cannot be resolved so.
     fn recover(&self, request: &RecoverRequest) -> Result<(), Refusal>;
+
+    /// Begins to record which pages the guest dirties; the pieces are the trace.
+    ///
+    /// # Errors
+    /// [`Refusal`] when it cannot begin.
+    fn record(&self, request: &RecordRequest) -> Result<Pieces, Refusal>;
 }

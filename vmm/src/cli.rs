@@ -4,6 +4,7 @@
 
 mod console;
 mod demo;
+mod devices;
 mod doctor;
 mod manage;
 mod migrate;
@@ -11,9 +12,11 @@ mod nas;
 mod output;
 mod progress;
 mod receive;
+mod record;
 mod run;
 mod serial;
 mod serve;
+mod sim;
 mod summary;
 mod units;
 
@@ -58,8 +61,10 @@ enum Command {
     Resume(manage::Resume),
     Stop(manage::Stop),
     Recover(manage::Recover),
+    Record(record::Args),
     Doctor(doctor::Args),
     Nas(nas::Args),
+    Sim(sim::Args),
     Demo(demo::Args),
 }
 
@@ -80,8 +85,10 @@ pub fn main() -> ExitCode {
         Command::Resume(args) => args.run(),
         Command::Stop(args) => args.run(),
         Command::Recover(args) => args.run(),
+        Command::Record(args) => record::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Nas(args) => nas::run(&args),
+        Command::Sim(args) => sim::run(&args),
         Command::Demo(args) => demo::run(&args),
     };
     match result {

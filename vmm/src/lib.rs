@@ -13,4 +13,6 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod record;
+mod tap;
 pub mod vmm;

@@ -29,9 +29,11 @@
 
 mod control;
 mod machine;
+mod recording;
 mod state;
 
 pub use machine::MachineGuest;
+pub use recording::Recording;
 pub use state::{Ending, Outcome};
 
 use crate::api::events::Publisher;
@@ -81,6 +83,12 @@ pub trait Guest: Send + Sync + 'static {
     /// # Errors
     /// A sentence about the URI.
     fn recovery(&self, uri: &str, session: &str) -> Result<Box<dyn Migration>, String>;
+
+    /// Begins to watch which pages the guest dirties; dropping what is returned ends it.
+    ///
+    /// # Errors
+    /// A sentence.
+    fn recording(&self) -> Result<Box<dyn Recording>, String>;
 
     /// What has not arrived of a guest that runs already (post-copy); `None` when it is complete.
     fn lacks(&self) -> Option<Lacks> {
@@ -135,6 +143,8 @@ struct Inner {
     options: Options,
     /// What shall become of the guest when the running migration has left it here.
     ending: Option<Ending>,
+    /// The guest's dirty trace is being recorded: the dirty log is taken.
+    recording: bool,
 }
 
 struct Core {
@@ -178,6 +188,7 @@ impl Vmm {
             report: None,
             options: Options::default(),
             ending: None,
+            recording: false,
         });
         let finished = EventFd::new(EFD_NONBLOCK)?;
         Ok(Self {

@@ -66,7 +66,7 @@ fn usage_errors_are_2_and_one_sentence() {
 fn help_is_on_stdout_with_an_example() {
     let commands = [
         "run", "receive", "migrate", "cancel", "status", "pause", "resume", "stop", "recover",
-        "doctor", "nas",
+        "doctor", "nas", "record", "sim",
     ];
     for command in commands {
         let out = ferry(&[command, "--help"]);

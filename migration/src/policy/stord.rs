@@ -37,7 +37,7 @@ impl Stord {
     }
 
     /// Splits a set into pieces of equal size, by address.
-    fn split(set: &PageSet, pieces: u32) -> Vec<PageSet> {
+    pub(crate) fn split(set: &PageSet, pieces: u32) -> Vec<PageSet> {
         let size = set.len().div_ceil(u64::from(pieces.max(1))).max(1);
         let mut list = Vec::new();
         let mut at = 0;

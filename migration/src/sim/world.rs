@@ -135,6 +135,7 @@ pub(super) struct World {
     rng: Rng,
     write_rate: f64,
     racing_writes: f64,
+    zero_writes: f64,
     owed_writes: f64,
     /// The working set, shuffled, and where a walk through it stands (`None`: writes go anywhere).
     hot: Vec<Gfn>,
@@ -204,6 +205,7 @@ impl World {
             rng,
             write_rate: scenario.write_rate,
             racing_writes: scenario.racing_writes,
+            zero_writes: scenario.zero_writes,
             owed_writes: 0.0,
             hot,
             walked: scenario.walk.then_some(0),
@@ -326,7 +328,7 @@ impl World {
 
     /// One write of the guest, wherever it runs; sometimes it clears the page.
     pub fn write(&mut self, gfn: Gfn) {
-        let version = if self.rng.chance(0.1) {
+        let version = if self.rng.chance(self.zero_writes) {
             0
         } else {
             self.next_version += 1;

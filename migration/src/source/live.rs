@@ -93,10 +93,19 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.fresh.subtract(&self.pending);
         self.pending.union_with(&self.fresh);
         self.heat.record(&self.fresh);
-        self.dirtied = (self.fresh.len(), now.saturating_sub(self.collected_at));
+        let (pages, over) = (self.fresh.len(), now.saturating_sub(self.collected_at));
+        // The second collection of a round, after draining, finds only what is not pending yet: taken
+        // alone it would make a guest that writes its working set all the time look calm, and pre-copy
+        // would send round after round in search of a pause that it has.
+        self.dirtied = if self.dirtied_round == self.round {
+            (self.dirtied.0 + pages, self.dirtied.1 + over)
+        } else {
+            (pages, over)
+        };
+        self.dirtied_round = self.round;
         self.collected_at = now;
         if let Some(last) = self.rounds.last_mut() {
-            last.dirtied += self.dirtied.0;
+            last.dirtied += pages;
         }
         Ok(())
     }
@@ -214,6 +223,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         }
         self.pages.sent += sent.data_pages;
         self.pages.zero += sent.zero_pages;
+        self.codecs.join(&sent.codecs);
         self.progress.round_sent += sent.pages();
     }
 
@@ -338,7 +348,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 let took = now.saturating_sub(flight.started);
                 // What the link took: the time in its calls and until the last byte was placed.
                 let lanes = u32::try_from(self.lanes.len().max(1)).unwrap_or(1);
-                let link = flight.sent.link / lanes + now.saturating_sub(flight.ended);
+                let sending = flight.sent.link + flight.sent.coding;
+                let link = sending / lanes + now.saturating_sub(flight.ended);
                 if flight.sent.bytes < MEASURABLE {
                     // A small round measures the round trip, and the greeting's was measured while
                     // the destination had other things to do.
@@ -347,7 +358,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 if flight.sent.data_pages * PAGE_BYTES >= MEASURABLE
                     || self.bandwidth.estimate().is_none() && flight.sent.pages() > 0
                 {
-                    self.bandwidth.record(flight.sent.bytes.max(1), link);
+                    // Of pages as they are in memory: it is pending pages that the estimate is for.
+                    let bytes = flight.sent.bytes.max(flight.sent.data_pages * PAGE_BYTES);
+                    self.bandwidth.record(bytes.max(1), link);
                 }
                 if let Some(round) = self.rounds.iter_mut().find(|r| r.n == flight.round) {
                     round.ms = ms(took);

@@ -25,14 +25,14 @@ use std::time::Duration;
 
 /// Pages in a batch of the push stream: an answer waits behind at most one of them for the processor
 /// that both need, and behind `QUEUE` bytes for the link.
-const PUSH_PAGES: u64 = 64;
+pub(crate) const PUSH_PAGES: u64 = 64;
 /// How much of the push stream may wait in a socket.
 const QUEUE: u32 = 256 << 10;
 /// How often threads look whether it is over.
 const TICK: Duration = Duration::from_millis(100);
 /// Demand paging ends when the guest has missed nothing for so long: what it has not touched
 /// by then follows by address, so that the source may go.
-const QUIET: Duration = Duration::from_secs(2);
+pub(crate) const QUIET: Duration = Duration::from_secs(2);
 /// How long after a failed send the destination's last word may take.
 const PARTING: Duration = Duration::from_millis(500);
 /// Something is sent at least so often, so that the destination knows that the source lives.
@@ -358,6 +358,7 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         let sent = serving.outgoing().sent;
         self.pages.sent += sent.data_pages;
         self.pages.zero += sent.zero_pages;
+        self.codecs.join(&sent.codecs);
         let round = Round {
             n: self.rounds.last().map_or(1, |last| last.n + 1),
             pages: sent.pages(),

@@ -1,7 +1,9 @@
 //! The control socket's client: what `ferry status` and its siblings speak.
 
 use super::socket::dial;
-use super::types::{ErrorBody, MigrateRequest, MigrationStatus, RecoverRequest, Status};
+use super::types::{
+    ErrorBody, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, Status,
+};
 use ferry_migration::report::{Event, Report};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -48,6 +50,9 @@ pub enum ClientError {
         /// What is odd about it.
         what: String,
     },
+    /// What it sent cannot be kept.
+    #[error("what the VMM sent cannot be written ({0})")]
+    Output(io::Error),
     /// It said no.
     #[error("{sentence}")]
     Refused {
@@ -180,6 +185,31 @@ impl Client {
                 Ok(event) => on_event(&event),
                 Err(e) => return Err(self.foreign(format!("an event does not fit: {e}"))),
             }
+        }
+    }
+
+    /// `PUT /v1/record`: blocks until the recording has ended, and writes the trace as it arrives.
+    ///
+    /// # Errors
+    /// [`ClientError`]. What was written until then is a trace that was broken off.
+    pub fn record(&self, request: &RecordRequest, to: &mut dyn Write) -> Result<(), ClientError> {
+        let body = self.to_json(request)?;
+        // Two intervals without a frame and the VMM is not just slow.
+        let silence = PATIENCE + 2 * Duration::from_millis(request.interval_ms);
+        let reply = self.request("PUT", "/v1/record", Some(body), Some(silence))?;
+        let mut from: Box<dyn Read> = match reply.body {
+            Body::Plain(b) => Box::new(b),
+            Body::Chunked(b) => Box::new(b),
+        };
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let n = match from.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(self.lost(e)),
+            };
+            to.write_all(&buffer[..n]).map_err(ClientError::Output)?;
         }
     }
 

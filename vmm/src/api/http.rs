@@ -370,14 +370,14 @@ pub fn reply(
 
 /// The head of a stream of JSON lines: chunked, or until the connection closes for HTTP/1.0.
 #[must_use]
-pub fn stream_head(chunked: bool) -> Vec<u8> {
+pub fn stream_head(content: &str, chunked: bool) -> Vec<u8> {
     let framing = if chunked {
         "Transfer-Encoding: chunked\r\n"
     } else {
         ""
     };
     format!(
-        "HTTP/1.1 200 OK\r\nServer: ferry\r\nContent-Type: application/x-ndjson\r\nCache-Control: no-store\r\n\
+        "HTTP/1.1 200 OK\r\nServer: ferry\r\nContent-Type: {content}\r\nCache-Control: no-store\r\n\
          {framing}Connection: close\r\n\r\n"
     )
     .into_bytes()

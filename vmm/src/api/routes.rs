@@ -2,8 +2,8 @@
 
 use super::events::Subscription;
 use super::http::Head;
-use super::types::{ErrorBody, MigrateRequest, RecoverRequest};
-use super::{Control, Refusal};
+use super::types::{ErrorBody, MigrateRequest, RecordRequest, RecoverRequest};
+use super::{Control, Pieces, Refusal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -18,10 +18,10 @@ pub enum Route {
     Cancel,
     Migrate,
     Recover,
+    Record,
 }
 
 /// An answer.
-#[derive(Debug)]
 pub enum Answer {
     /// A JSON body.
     Json(u16, Vec<u8>),
@@ -31,6 +31,8 @@ pub enum Answer {
     Error(u16, Option<&'static str>, String),
     /// A stream of events.
     Stream(Subscription),
+    /// A stream of bytes.
+    Bytes(Pieces),
 }
 
 const READ: &str = "GET, HEAD";
@@ -47,6 +49,7 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         "/v1/cancel" => (Route::Cancel, WRITE),
         "/v1/migrate" => (Route::Migrate, WRITE),
         "/v1/recover" => (Route::Recover, WRITE),
+        "/v1/record" => (Route::Record, WRITE),
         path => {
             // Somebody else's bytes in our sentence: shortened, and escaped by the JSON.
             let shown: String = path.chars().take(80).collect();
@@ -58,7 +61,7 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         let sentence = format!("{} takes {allow} only", head.path);
         return Err(Answer::Error(405, Some(allow), sentence));
     }
-    let needs_body = matches!(route, Route::Migrate | Route::Recover);
+    let needs_body = matches!(route, Route::Migrate | Route::Recover | Route::Record);
     if needs_body && head.length.is_none() {
         let sentence = format!("{} needs a JSON body and a Content-Length", head.path);
         return Err(Answer::Error(411, None, sentence));
@@ -106,6 +109,11 @@ fn answer(control: &dyn Control, route: Route, body: &[u8]) -> Result<Answer, Re
         Route::Recover => {
             let request: RecoverRequest = parse(body)?;
             control.recover(&request).map(|()| Answer::Done)
+        }
+        Route::Record => {
+            let request: RecordRequest = parse(body)?;
+            request.check().map_err(Refusal::Invalid)?;
+            control.record(&request).map(Answer::Bytes)
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Connections: a thread for each, at most [`Limits::connections`] of them.
 
-use super::Control;
 use super::events::{Next, Subscription};
 use super::http::{Connection, Head, ReadError, chunk, reply, stream_head};
 use super::routes::{Answer, Route, error_body, find, serve};
 use super::socket::{BindError, Socket};
+use super::{Control, Pieces};
 use std::collections::HashMap;
 use std::io;
 use std::net::Shutdown;
@@ -247,7 +247,7 @@ fn converse(shared: &Shared, id: u64, mut connection: Connection) {
             Err(e) => return refuse(connection, e, limits),
         };
         let answer = answer(shared, route, &body);
-        let keep = head.keep_alive && !matches!(answer, Answer::Stream(_));
+        let keep = head.keep_alive && !matches!(answer, Answer::Stream(_) | Answer::Bytes(_));
         if !send(&mut connection, &head, answer, keep, limits) || !keep {
             return connection.close(Duration::ZERO);
         }
@@ -298,6 +298,7 @@ fn send(
             reply(status, allow, Some(&error_body(&sentence)), head_only, keep)
         }
         Answer::Stream(events) => return stream(connection, head.chunked_ok, &events, limits),
+        Answer::Bytes(pieces) => return bytes(connection, head.chunked_ok, pieces, limits),
     };
     connection.write(&bytes, limits.reply).is_ok()
 }
@@ -310,7 +311,7 @@ fn stream(
     limits: &Limits,
 ) -> bool {
     if connection
-        .write(&stream_head(chunked), limits.reply)
+        .write(&stream_head("application/x-ndjson", chunked), limits.reply)
         .is_err()
     {
         return false;
@@ -335,6 +336,22 @@ fn stream(
             }
         }
     }
+}
+
+/// As [`stream`]; a client that is too slow is one that has hung up.
+fn bytes(connection: &mut Connection, chunked: bool, pieces: Pieces, limits: &Limits) -> bool {
+    let head = stream_head("application/octet-stream", chunked);
+    let mut write = |bytes: &[u8]| connection.write(bytes, limits.reply).is_ok();
+    if !write(&head) {
+        return false;
+    }
+    for piece in pieces {
+        // An empty chunk would be the end.
+        if !piece.is_empty() && !write(&chunk(&piece, chunked)) {
+            return false;
+        }
+    }
+    !chunked || write(b"0\r\n\r\n")
 }
 
 #[cfg(test)]

@@ -119,6 +119,52 @@ pub struct RecoverRequest {
     pub take_over: bool,
 }
 
+/// The body of `PUT /v1/record`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RecordRequest {
+    /// How long to record, in milliseconds.
+    pub duration_ms: u64,
+    /// How often the dirty log is looked at, in milliseconds.
+    pub interval_ms: u64,
+}
+
+impl Default for RecordRequest {
+    fn default() -> Self {
+        Self {
+            duration_ms: 10_000,
+            interval_ms: 100,
+        }
+    }
+}
+
+impl RecordRequest {
+    /// The longest recording: a day.
+    pub const MAX_DURATION_MS: u64 = 24 * 3600 * 1000;
+    /// The longest interval. A client that has gone is noticed when a frame is written.
+    pub const MAX_INTERVAL_MS: u64 = 60_000;
+
+    /// Checks what a type cannot.
+    ///
+    /// # Errors
+    /// A sentence for the user.
+    pub fn check(&self) -> Result<(), String> {
+        if !(1..=Self::MAX_INTERVAL_MS).contains(&self.interval_ms) {
+            return Err(format!(
+                "an interval of {} ms was asked for; give 1 ms to 60 s",
+                self.interval_ms
+            ));
+        }
+        if !(self.interval_ms..=Self::MAX_DURATION_MS).contains(&self.duration_ms) {
+            return Err(format!(
+                "a recording of {} ms was asked for; give at least one interval of {} ms and at most 24 h",
+                self.duration_ms, self.interval_ms
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// Every failure's body.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {

@@ -35,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(100);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// What a run of the guest's kernel came to.
-struct KernelRun {
+pub struct KernelRun {
     run: u64,
     verified: bool,
     mops: f64,
@@ -45,7 +45,7 @@ struct KernelRun {
 }
 
 /// A VMM process of the demo.
-struct Host {
+pub struct Host {
     name: &'static str,
     child: Child,
     api: PathBuf,
@@ -62,7 +62,7 @@ impl Drop for Host {
 }
 
 impl Host {
-    fn start(dir: &Path, name: &'static str, arguments: &[&str]) -> Result<Self, Failure> {
+    pub fn start(dir: &Path, name: &'static str, arguments: &[&str]) -> Result<Self, Failure> {
         let file = |kind: &str| dir.join(format!("{name}.{kind}"));
         let (api, console, errors) = (file("sock"), file("console"), file("errors"));
         let child = Command::new(std::env::current_exe()?)
@@ -89,7 +89,7 @@ impl Host {
         Ok(host)
     }
 
-    fn client(&self) -> Client {
+    pub fn client(&self) -> Client {
         Client::new(&self.api)
     }
 
@@ -123,7 +123,7 @@ impl Host {
     }
 
     /// The result of the first run numbered `from` or later on this host's console.
-    fn result(&mut self, from: u64) -> Result<KernelRun, Failure> {
+    pub fn result(&mut self, from: u64) -> Result<KernelRun, Failure> {
         self.until("see the guest finish a run of its kernel", |host| {
             let console = fs::read_to_string(&host.console).unwrap_or_default();
             for line in console.lines() {

@@ -1,12 +1,13 @@
 //! `ferry run`.
 
+use super::devices;
 use super::output::Failure;
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
 use super::units::{memory, size};
 use ferry_guest_images::{BARE, MAX_CPUS, Workload};
 use ferry_vmm::boot::Kernel;
-use ferry_vmm::machine::Machine;
+use ferry_vmm::machine::{Backends, Machine};
 use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
@@ -29,7 +30,7 @@ pub struct Args {
     /// The kernel: an ELF file (PVH or vmlinux) or a bzImage.
     #[arg(long, value_name = "PATH", group = "guest", requires = "memory")]
     kernel: Option<PathBuf>,
-    /// The built-in bare guest's work: KERNEL.CLASS such as mg.A, dirty:… or idle:….
+    /// The built-in bare guest's work: KERNEL.CLASS such as mg.A (ep is cg mg ft bt sp; S W A B C), dirty:… or idle:….
     #[arg(long, value_name = "WORK", group = "guest", value_parser = Workload::parse)]
     nas: Option<Workload>,
     /// An initial RAM disk.
@@ -59,6 +60,11 @@ pub struct Args {
     /// The guest's name, for people.
     #[arg(long)]
     name: Option<String>,
+    #[command(flatten)]
+    devices: devices::Args,
+    /// A memory balloon: the guest can give memory back to the host, and says how much it has free.
+    #[arg(long)]
+    balloon: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
@@ -69,13 +75,19 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         .memory(memory)
         .cpus(args.cpus)
         .hugepages(args.hugepages)
+        .devices(Backends {
+            balloon: args.balloon,
+            // The built-in guest has no use for random numbers.
+            rng: args.nas.is_none(),
+            ..args.devices.backends()
+        })
         .serial(Box::new(spool.clone()));
     if let Some(name) = &args.name {
         builder = builder.name(name);
     }
     let machine = Arc::new(builder.build()?);
     load(args, &machine)?;
-    let guest = MachineGuest::new(machine);
+    let guest = MachineGuest::with_workload(machine, workload(args));
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;
     let server = bind(args.api.as_deref(), args.name.as_deref(), &vmm)?;
@@ -109,6 +121,12 @@ fn ram(args: &Args) -> Result<u64, Failure> {
         Some(given) => Ok(given),
         None => Ok(needed),
     }
+}
+
+/// What the guest runs, for people.
+fn workload(args: &Args) -> Option<String> {
+    let nas = args.nas.as_ref().map(ToString::to_string);
+    nas.or_else(|| args.cmdline.clone())
 }
 
 fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, ResetLine};
 use super::description::{DescriptionError, FORMAT, MachineDescription};
+use super::devices::{Backends, DeviceError, VirtioSet};
 use super::{Devices, Machine, lock};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
 use crate::memory::{GuestRam, RamError};
@@ -41,6 +42,9 @@ pub enum BuildError {
     /// A description that cannot be true.
     #[error(transparent)]
     Description(#[from] DescriptionError),
+    /// A virtio device cannot be had.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Two devices in one place.
     #[error("the machine's devices do not fit together: {0}")]
     Bus(#[from] BusError),
@@ -61,6 +65,7 @@ pub struct Builder {
     hugepages: bool,
     name: String,
     serial: Box<dyn Write + Send>,
+    backends: Backends,
     /// Of a machine that exists already.
     description: Option<MachineDescription>,
 }
@@ -73,6 +78,7 @@ impl Default for Builder {
             hugepages: false,
             name: "ferry".to_owned(),
             serial: Box::new(io::sink()),
+            backends: Backends::default(),
             description: None,
         }
     }
@@ -125,6 +131,14 @@ impl Builder {
         self
     }
 
+    /// The virtio devices, and what is behind them here. For a machine from a description: what is behind the devices
+    /// that it has.
+    #[must_use]
+    pub fn devices(mut self, backends: Backends) -> Self {
+        self.backends = backends;
+        self
+    }
+
     /// The same machine as another one, which may be on another host: memory, vCPUs, huge pages, name
     /// and CPU features are taken from its description.
     #[must_use]
@@ -170,7 +184,11 @@ impl Builder {
         let mut pio = Bus::new();
         pio.insert(COM1_BASE, COM1_LEN, serial.clone())?;
         pio.insert(I8042_BASE, I8042_LEN, i8042.clone())?;
-        let buses = Arc::new((pio, Bus::new()));
+        let mut mmio = Bus::new();
+        let described = self.description.as_ref().map(|d| d.devices.as_slice());
+        let (virtio, devices) = VirtioSet::build(&vm, &self.backends, described, &mut mmio)?;
+        let virtio = Arc::new(virtio);
+        let buses = Arc::new((pio, mmio));
 
         let vcpus: Vec<Vcpu> = (0..self.cpus)
             .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
@@ -187,6 +205,7 @@ impl Builder {
             hugepages: self.hugepages,
             cpuid,
             tsc_khz,
+            devices,
         };
         // A name that is too long is found here for a new machine.
         description.validate()?;
@@ -194,7 +213,7 @@ impl Builder {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
             .map_err(io_error("the event of its end"))?;
-        let control = Arc::new(Control::new(kickers, reset, exit_event));
+        let control = Arc::new(Control::new(kickers, reset, exit_event, virtio.clone()));
         let machine = Machine {
             control: control.clone(),
             threads: Mutex::new(Vec::new()),
@@ -204,6 +223,7 @@ impl Builder {
                 serial_irq,
                 i8042,
             },
+            virtio,
             dirty_log: DirtyLog::new(vm.clone()),
             vm,
             description,

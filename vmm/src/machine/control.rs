@@ -13,6 +13,7 @@ use ferry_devices::Trigger;
 use ferry_devices::bus::Bus;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::devices::VirtioSet;
 use super::lock;
 use crate::kvm::{Kicker, Vcpu, VmExit};
 
@@ -66,6 +67,9 @@ pub enum PauseError {
         "{0} of the machine's vCPUs did not stop within {PATIENCE:?}: a device seems to block, perhaps a serial output that nobody reads, or a page of the guest's memory has not arrived; the machine runs on"
     )]
     Stuck(usize),
+    /// A device did not come to rest.
+    #[error("{0}; the machine runs on")]
+    Device(#[from] ferry_devices::virtio::PauseError),
 }
 
 /// Why a machine could not be resumed.
@@ -74,6 +78,9 @@ pub enum ResumeError {
     /// It has ended.
     #[error("the machine cannot be resumed since it has ended: {0}")]
     Ended(Exit),
+    /// Its disk is not its own; a sentence.
+    #[error("the machine cannot be resumed: {0}")]
+    Disk(String),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +113,8 @@ pub(super) struct Control {
     /// The guest has asked for a reset, during the access that its vCPU is just making.
     reset: Arc<AtomicBool>,
     exit_event: EventFd,
+    /// At rest whenever the vCPUs are.
+    virtio: Arc<VirtioSet>,
     /// Entry times are nanoseconds after this, plus one; 0 is none. Stored without a lock as the last
     /// thing before KVM_RUN.
     origin: Instant,
@@ -113,7 +122,12 @@ pub(super) struct Control {
 }
 
 impl Control {
-    pub(super) fn new(kickers: Vec<Kicker>, reset: Arc<AtomicBool>, exit_event: EventFd) -> Self {
+    pub(super) fn new(
+        kickers: Vec<Kicker>,
+        reset: Arc<AtomicBool>,
+        exit_event: EventFd,
+        virtio: Arc<VirtioSet>,
+    ) -> Self {
         let inner = Inner {
             mode: Mode::Paused,
             exit: None,
@@ -128,6 +142,7 @@ impl Control {
             leave: AtomicBool::new(true),
             reset,
             exit_event,
+            virtio,
             origin: Instant::now(),
             entered: kickers.iter().map(|_| AtomicU64::new(0)).collect(),
             kickers,
@@ -179,6 +194,18 @@ impl Control {
             self.changed.notify_all();
             return Err(PauseError::Ended(exit));
         }
+        // The guard keeps others out, so the lock need not: a disk may take its time, and the state can be asked for.
+        drop(inner);
+        if let Err(error) = self.virtio.pause() {
+            let mut inner = self.lock();
+            self.virtio.resume();
+            if inner.exit.is_none() {
+                self.run(&mut inner);
+            }
+            inner.guarded = false;
+            self.changed.notify_all();
+            return Err(error.into());
+        }
         Ok(true)
     }
 
@@ -193,8 +220,7 @@ impl Control {
         if let Some(exit) = &inner.exit {
             return Err(ResumeError::Ended(exit.clone()));
         }
-        self.run(&mut inner);
-        Ok(())
+        self.start(&mut inner)
     }
 
     pub(super) fn resume(&self) -> Result<(), ResumeError> {
@@ -203,8 +229,19 @@ impl Control {
             return Err(ResumeError::Ended(exit.clone()));
         }
         if inner.mode == Mode::Paused {
-            self.run(&mut inner);
+            self.start(&mut inner)?;
         }
+        Ok(())
+    }
+
+    /// Sets the devices going, and then the vCPUs: the guest must not wait for a device at rest. A guest whose disk
+    /// somebody else has must not run at all.
+    fn start(&self, inner: &mut Inner) -> Result<(), ResumeError> {
+        self.virtio
+            .lock_disks()
+            .map_err(|e| ResumeError::Disk(e.to_string()))?;
+        self.virtio.resume();
+        self.run(inner);
         Ok(())
     }
 

@@ -1,10 +1,11 @@
 //! What the control socket may do with a [`Vmm`], state by state.
 
+use super::recording;
 use super::state::{Lost, State};
 use super::{Core, Lacks, Migration, Vmm};
 use crate::api::events::{Publisher, Subscription};
-use crate::api::types::{MigrateRequest, MigrationStatus, RecoverRequest, Status};
-use crate::api::{Control, Refusal};
+use crate::api::types::{MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, Status};
+use crate::api::{Control, Pieces, Refusal};
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Report};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -121,6 +122,12 @@ impl Control for Vmm {
             (State::Paused, Some(guest)) => (guest, true),
             (state, _) => return Err(conflict("migrate", state)),
         };
+        if inner.recording {
+            return Err(Refusal::Conflict(
+                "cannot migrate: the guest's dirty trace is being recorded; end `ferry record` or wait for its end"
+                    .into(),
+            ));
+        }
         let migration = guest.migration(&request.uri).map_err(Refusal::Invalid)?;
         let handle = migration.handle();
         let mut publisher = Publisher::default();
@@ -163,6 +170,23 @@ impl Control for Vmm {
         } else {
             self.core.ask_again(request)
         }
+    }
+
+    fn record(&self, request: &RecordRequest) -> Result<Pieces, Refusal> {
+        request.check().map_err(Refusal::Invalid)?;
+        let mut inner = self.core.lock();
+        let guest = match (&inner.state, &inner.guest) {
+            (State::Running | State::Paused, Some(guest)) => Arc::clone(guest),
+            (state, _) => return Err(conflict("record", state)),
+        };
+        if inner.recording {
+            return Err(Refusal::Conflict(
+                "cannot record: another `ferry record` is recording this guest; end it or wait for its end".into(),
+            ));
+        }
+        let pieces = recording::Frames::begin(&self.core, &*guest, request)?;
+        inner.recording = true;
+        Ok(Box::new(pieces))
     }
 }
 

@@ -1,9 +1,10 @@
 //! A [`Machine`] as a [`Guest`].
 
-use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Unconfirmed, Vmm};
+use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
 use crate::api::types::GuestInfo;
 use crate::machine::{Exit, Machine};
 use crate::migrate::{Following, Handle, Receiver, Uri, migrate, recover};
+use crate::record::MachineRecording;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use std::io;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct MachineGuest {
     machine: Arc<Machine>,
+    workload: Option<String>,
     /// Its pages that are not here yet.
     following: Option<Following>,
 }
@@ -21,13 +23,31 @@ impl MachineGuest {
     /// Wraps the machine.
     #[must_use]
     pub fn new(machine: Arc<Machine>) -> Arc<Self> {
-        Self::followed(machine, None)
+        Self::with(machine, None, None)
+    }
+
+    /// Wraps the machine, knowing what it runs (for people).
+    #[must_use]
+    pub fn with_workload(machine: Arc<Machine>, workload: Option<String>) -> Arc<Self> {
+        Self::with(machine, None, workload)
     }
 
     /// Wraps a machine whose pages follow it.
     #[must_use]
     pub fn followed(machine: Arc<Machine>, following: Option<Following>) -> Arc<Self> {
-        Arc::new(Self { machine, following })
+        Self::with(machine, following, None)
+    }
+
+    fn with(
+        machine: Arc<Machine>,
+        following: Option<Following>,
+        workload: Option<String>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            machine,
+            workload,
+            following,
+        })
     }
 
     /// From now on the VMM hears of the guest's own end.
@@ -133,6 +153,11 @@ impl Guest for MachineGuest {
             handle: Handle::new(),
             session: Some(session.to_owned()),
         }))
+    }
+
+    fn recording(&self) -> Result<Box<dyn Recording>, String> {
+        let recording = MachineRecording::begin(Arc::clone(&self.machine), self.workload.clone());
+        Ok(Box::new(recording.map_err(|e| e.to_string())?))
     }
 }
 

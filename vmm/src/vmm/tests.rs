@@ -1,5 +1,7 @@
 //! Every state against every request, with a guest and a migration that do as the test says.
 
+mod recording;
+
 use super::*;
 use crate::api::events::{Next, Subscription};
 use crate::api::types::{MigrateRequest, RecoverRequest, StateName};
@@ -72,6 +74,11 @@ impl Guest for FakeGuest {
             journal: Arc::clone(&self.journal),
             steps,
         }))
+    }
+
+    fn recording(&self) -> Result<Box<dyn Recording>, String> {
+        self.journal.note("log on");
+        Ok(recording::fake(&self.journal))
     }
 
     fn recovery(&self, uri: &str, _: &str) -> Result<Box<dyn Migration>, String> {

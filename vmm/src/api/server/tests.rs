@@ -4,7 +4,7 @@ use super::super::Refusal;
 use super::super::client::{Action, Client, ClientError};
 use super::super::events::Publisher;
 use super::super::types::{
-    GuestInfo, MigrateRequest, MigrationStatus, RecoverRequest, StateName, Status,
+    GuestInfo, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, StateName, Status,
 };
 use super::*;
 use ferry_migration::options::Options;
@@ -28,6 +28,13 @@ impl Fake {
 }
 
 impl Control for Fake {
+    fn record(&self, request: &RecordRequest) -> Result<Pieces, Refusal> {
+        self.called("record")?;
+        let pieces = (0..request.duration_ms / request.interval_ms)
+            .map(|n| vec![u8::try_from(n).unwrap(); 3]);
+        Ok(Box::new(pieces))
+    }
+
     fn status(&self) -> Status {
         Status {
             schema: Status::SCHEMA,
@@ -93,6 +100,7 @@ pub fn report() -> Report {
         rounds: Vec::new(),
         rounds_omitted: 0,
         pages: report::Pages::default(),
+        codecs: Default::default(),
         bytes_wire: 1,
         mbps: 1.0,
         faults: report::Faults::default(),
@@ -539,4 +547,40 @@ fn curl_understands_it() {
             .starts_with("{\"event\":\"report\""),
         "{stream}"
     );
+}
+
+#[test]
+fn a_recording_streams_bytes_and_other_failures_are_told() {
+    let r = Running::new();
+    let client = Client::new(&r.path);
+    let mut trace = Vec::new();
+    let request = RecordRequest {
+        duration_ms: 4,
+        interval_ms: 1,
+    };
+    client.record(&request, &mut trace).unwrap();
+    assert_eq!(trace, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]);
+    let request = RecordRequest {
+        interval_ms: 0,
+        ..request
+    };
+    let error = client.record(&request, &mut trace).unwrap_err();
+    assert!(
+        matches!(error, ClientError::Refused { status: 400, .. }),
+        "{error}"
+    );
+    /// A full disk.
+    struct Full;
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let error = client
+        .record(&RecordRequest::default(), &mut Full)
+        .unwrap_err();
+    assert!(matches!(error, ClientError::Output(_)), "{error}");
 }

@@ -1,0 +1,500 @@
+use super::stord::{ClosedForms, literal};
+use super::*;
+use crate::options::{OnTimeout, PolicyKind};
+use crate::order::PushOrder;
+use crate::page::{PageSet, Run};
+use crate::trace::{Header, Trace};
+
+const LINK: f64 = 120e6;
+
+/// The STORD paper's guest and link (section 3), at a sixteenth of its size and downtime: nothing depends
+/// on it but the rounding.
+fn paper(pages: u64) -> Setup {
+    let layout = RamLayout::new(vec![Run::new(0, pages)]).unwrap();
+    Setup {
+        round_trip: Duration::ZERO,
+        state_bytes: 0,
+        pause_overhead: Duration::ZERO,
+        clearing: Clearing::AtRoundStart,
+        ..Setup::new(layout, LINK)
+    }
+}
+
+fn options(policy: PolicyKind, split: u32) -> Options {
+    Options {
+        policy,
+        split,
+        downtime: Duration::from_millis(19),
+        timeout: Duration::from_secs(1_000_000),
+        ..Options::default()
+    }
+}
+
+fn evenly(setup: &Setup, share: f64) -> EvenShare {
+    EvenShare::new(&setup.layout, share, setup.pages_per_second(), 7)
+}
+
+fn total(setup: &Setup, share: f64, policy: PolicyKind, split: u32) -> f64 {
+    let outcome = migrate(setup, &options(policy, split), &mut evenly(setup, share));
+    assert!(outcome.completed, "{}", outcome.why);
+    outcome.total.as_secs_f64()
+}
+
+#[test]
+fn pre_copy_follows_the_closed_form() {
+    let setup = paper(65_536);
+    for share in [0.2, 0.5, 0.9] {
+        let outcome = migrate(
+            &setup,
+            &options(PolicyKind::Precopy, 2),
+            &mut evenly(&setup, share),
+        );
+        // Every round is the share of the one before, to a page or so.
+        for pair in outcome.rounds.windows(2) {
+            let expected = pair[0].pages as f64 * share;
+            let got = pair[1].pages as f64;
+            assert!((got - expected).abs() <= 2.0, "{share}: {expected} {got}");
+        }
+        let rounds = u32::try_from(outcome.rounds.len()).unwrap();
+        let memory = setup.layout.pages() as f64 / setup.pages_per_second();
+        let closed = memory * ClosedForms::pre_copy_after(share, rounds);
+        let error = outcome.total.as_secs_f64() / closed - 1.0;
+        assert!(error.abs() < 0.002, "{share}: off by {error}");
+    }
+}
+
+/// The bands are those of a model without pages, that reproduces the paper's figures.
+#[test]
+fn stord_saves_what_the_paper_says() {
+    let setup = paper(65_536);
+    for (share, expected) in [
+        (0.9, [46.0, 57.0, 64.0]),
+        (0.5, [14.0, 21.0, 27.0]),
+        (0.2, [5.0, 8.0, 9.0]),
+    ] {
+        let pre = total(&setup, share, PolicyKind::Precopy, 2);
+        for (split, expected) in [2, 4, 10].into_iter().zip(expected) {
+            let saved = 100.0 * (1.0 - total(&setup, share, PolicyKind::Stord, split) / pre);
+            assert!(
+                (saved - expected).abs() < 4.0,
+                "rate {share}, k {split}: saves {saved:.1} %, expected {expected} %"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_literal_form_loses_writes_and_ours_none() {
+    let setup = paper(65_536);
+    for share in [0.2, 0.9] {
+        let lossy = literal(
+            &setup,
+            4,
+            Duration::from_millis(19),
+            &mut evenly(&setup, share),
+        );
+        assert!(lossy.lost > 0 && lossy.forgotten >= lossy.lost, "{lossy:?}");
+        let ours = migrate(
+            &setup,
+            &options(PolicyKind::Stord, 4),
+            &mut evenly(&setup, share),
+        );
+        assert!(lossy.outcome.total < ours.total);
+        assert_eq!(ours.rounds.last().unwrap().pending, 0, "nothing is stale");
+    }
+    // Not even pre-copy survives line 17: what is dirtied outside the round's own pages is dropped.
+    let one = literal(
+        &setup,
+        1,
+        Duration::from_millis(19),
+        &mut evenly(&setup, 0.5),
+    );
+    assert!(one.lost > 0);
+}
+
+#[test]
+fn closed_forms_at_k_2() {
+    let forms = ClosedForms::new(0.9, 2);
+    assert!((forms.pre_copy - 10.0).abs() < 1e-9);
+    assert!((forms.last_round - 0.725).abs() < 1e-9);
+    assert!((forms.rate - 0.45).abs() < 1e-9);
+    assert!((forms.stord - 0.725 / 0.55).abs() < 1e-9);
+    // k = 3: R/3 + (R/3)² · 2.
+    assert!((ClosedForms::new(0.9, 3).rate - 0.48).abs() < 1e-9);
+    // One term more, and it is R times the last round.
+    assert!((forms.rate_whole - 0.9 * 0.725).abs() < 1e-9);
+    assert!((forms.stord_after(100) - forms.stord).abs() < 1e-9);
+    let one = ClosedForms::new(0.5, 1);
+    assert!((one.stord - one.pre_copy).abs() < 1e-9);
+}
+
+/// The finding about formula (4): its sum lacks the last term.
+#[test]
+fn the_whole_formula_4_is_what_a_split_leaves() {
+    let setup = paper(65_536);
+    for (share, split) in [(0.9, 2), (0.9, 4), (0.9, 10), (0.5, 4), (0.2, 2)] {
+        let mut guest = evenly(&setup, share);
+        let outcome = migrate(&setup, &options(PolicyKind::Stord, split), &mut guest);
+        let left = outcome.rounds[split as usize - 1].pending as f64 / 65_536.0;
+        let formula = ClosedForms::new(share, split).rate_whole;
+        assert!(
+            (left - formula).abs() < 0.005,
+            "{share} {split}: {left} {formula}"
+        );
+    }
+}
+
+#[test]
+fn clearing_late_sends_less() {
+    let late = Setup {
+        clearing: Clearing::BeforeEachPage,
+        ..paper(65_536)
+    };
+    let (late, early) = (
+        total(&late, 0.9, PolicyKind::Precopy, 2),
+        total(&paper(65_536), 0.9, PolicyKind::Precopy, 2),
+    );
+    assert!(late < early * 0.8, "{late} {early}");
+}
+
+/// The live phase of MPLM sends at most memory × (1 + share), whatever the guest does.
+#[test]
+fn mplm_is_bounded_by_memory() {
+    let setup = Setup::new(RamLayout::new(vec![Run::new(0, 65_536)]).unwrap(), LINK);
+    for share in [0, 50, 100, 300] {
+        let mut guest = Writer::new(&setup.layout, Pattern::Uniform, 65_536, 200_000.0, 1);
+        let options = Options {
+            turn_share: share,
+            ..options(PolicyKind::Mplm, 2)
+        };
+        let outcome = migrate(&setup, &options, &mut guest);
+        let live = outcome.pages_sent - outcome.rounds.last().unwrap().pages;
+        assert!(outcome.completed);
+        assert!(
+            (65_536..=65_536 * u64::from(100 + share) / 100).contains(&live),
+            "{share}: {live}"
+        );
+    }
+}
+
+#[test]
+fn an_idle_guest_crosses_once() {
+    let setup = Setup::new(RamLayout::new(vec![Run::new(0, 10_000)]).unwrap(), LINK);
+    for policy in [PolicyKind::Precopy, PolicyKind::Stord, PolicyKind::Mplm] {
+        let mut guest = Writer::new(&setup.layout, Pattern::Uniform, 1, 0.0, 1);
+        let outcome = migrate(&setup, &options(policy, 2), &mut guest);
+        assert!(outcome.completed);
+        assert_eq!((outcome.pages_sent, outcome.pages_resent), (10_000, 0));
+        assert!(outcome.bytes >= 10_000 * 4096);
+    }
+}
+
+#[test]
+fn the_cap_holds_while_the_guest_runs_and_not_in_the_pause() {
+    let setup = Setup::new(RamLayout::new(vec![Run::new(0, 30_000)]).unwrap(), LINK);
+    let options = Options {
+        bandwidth: Some(12_000_000),
+        ..options(PolicyKind::Precopy, 2)
+    };
+    let mut guest = Writer::new(&setup.layout, Pattern::Uniform, 100, 1e5, 1);
+    let outcome = migrate(&setup, &options, &mut guest);
+    let live = outcome.rounds.first().unwrap();
+    let rate = live.pages as f64 * 4096.0 / live.end;
+    assert!((rate / 12e6 - 1.0).abs() < 0.01, "{rate}");
+    let pause = outcome.rounds.last().unwrap().pages as f64 * 4096.0 / 120e6;
+    assert!((outcome.downtime.as_secs_f64() - pause) < 0.01);
+}
+
+#[test]
+fn what_never_converges_ends_at_the_time_limit() {
+    let setup = Setup::new(RamLayout::new(vec![Run::new(0, 10_000)]).unwrap(), LINK);
+    for (on_timeout, completed) in [(OnTimeout::Cancel, false), (OnTimeout::Stop, true)] {
+        let options = Options {
+            timeout: Duration::from_secs(10),
+            downtime: Duration::from_millis(1),
+            on_timeout,
+            ..Options::default()
+        };
+        let mut guest = Writer::new(&setup.layout, Pattern::Uniform, 10_000, 1e5, 1);
+        let outcome = migrate(&setup, &options, &mut guest);
+        assert_eq!(outcome.completed, completed, "{}", outcome.why);
+        assert_eq!(outcome.downtime.is_zero(), !completed);
+        assert!(outcome.total.as_secs_f64() < 11.0);
+    }
+}
+
+/// The model against the engines: the same guest, link and options in the event-driven simulator.
+#[test]
+fn the_model_agrees_with_the_engines() {
+    use crate::sim::{Scenario, run as simulate};
+    for (policy, rate) in [
+        (PolicyKind::Precopy, 0.3),
+        (PolicyKind::Precopy, 0.7),
+        (PolicyKind::Stord, 0.3),
+        (PolicyKind::Stord, 0.9),
+        (PolicyKind::Mplm, 0.9),
+    ] {
+        let mut scenario = Scenario::calm(5);
+        scenario.pages = 20_000;
+        scenario.working_set = 20_000;
+        scenario.zero_share = 0.0;
+        scenario.zero_writes = 0.0;
+        scenario.racing_writes = 0.0;
+        scenario.bandwidth = LINK;
+        scenario.write_rate = rate * LINK / 4096.0;
+        scenario.options = Options {
+            policy,
+            sync: Duration::from_millis(50),
+            downtime: Duration::from_millis(40),
+            on_timeout: OnTimeout::Stop,
+            ..Options::default()
+        };
+        let engine = simulate(&scenario).report;
+        let setup = Setup {
+            round_trip: Duration::ZERO,
+            ..Setup::new(RamLayout::new(vec![Run::new(0, 20_000)]).unwrap(), LINK)
+        };
+        let mut guest = Writer::new(
+            &setup.layout,
+            Pattern::Uniform,
+            20_000,
+            scenario.write_rate,
+            5,
+        );
+        let model = migrate(&setup, &scenario.options, &mut guest);
+        let engine_pages = (engine.pages.sent + engine.pages.zero) as f64;
+        let (pages, time) = (
+            model.pages_sent as f64 / engine_pages,
+            model.total.as_secs_f64() * 1e3 / engine.total_ms,
+        );
+        assert!(
+            (pages - 1.0).abs() < 0.06,
+            "{policy:?} {rate}: pages {pages}"
+        );
+        assert!((time - 1.0).abs() < 0.02, "{policy:?} {rate}: time {time}");
+    }
+}
+
+/// A guest that writes its working set all the time is within the target once only that is left, whatever
+/// the log shows in the moment that draining takes.
+#[test]
+fn a_working_set_within_the_target_ends_the_live_phase() {
+    let layout = RamLayout::new(vec![Run::new(0, 65_536)]).unwrap();
+    let setup = Setup::with_round_trip(layout, 125e6, Duration::from_millis(2));
+    let options = Options {
+        // The working set takes 0.54 s.
+        downtime: Duration::from_secs(1),
+        timeout: Duration::from_secs(100),
+        ..Options::default()
+    };
+    let mut guest = Writer::new(&setup.layout, Pattern::Sequential, 16_384, 1e6, 1);
+    let outcome = migrate(&setup, &options, &mut guest);
+    assert!(
+        outcome.completed && outcome.rounds.len() <= 4,
+        "{outcome:?}"
+    );
+    assert!(outcome.downtime < options.downtime);
+}
+
+fn trace() -> Trace {
+    let layout = RamLayout::new(vec![Run::new(0, 100)]).unwrap();
+    let header = Header {
+        layout,
+        memory_bytes: 100 << 12,
+        cpus: 1,
+        name: None,
+        workload: None,
+        interval_us: 1_000_000,
+    };
+    let mut writer = crate::trace::Writer::new(Vec::new(), &header).unwrap();
+    for (at, run) in [
+        (1, Run::new(0, 50)),
+        (2, Run::new(0, 0)),
+        (3, Run::new(40, 20)),
+    ] {
+        let mut set = PageSet::new(100);
+        set.insert_run(run);
+        writer.frame(Duration::from_secs(at), &set).unwrap();
+    }
+    Trace::read(writer.finish(Duration::from_secs(3)).unwrap().as_slice()).unwrap()
+}
+
+#[test]
+fn a_replay_dirties_what_was_recorded_and_begins_anew() {
+    let trace = trace();
+    let marked = |replay: &mut Replay, to| {
+        let mut marks = PageSet::new(100);
+        replay.advance(to, &mut marks);
+        marks.len()
+    };
+    let replay = &mut Replay::new(&trace, 1);
+    assert_eq!(marked(replay, 0.5), 25, "half of the first interval");
+    assert_eq!(marked(replay, 1.0), 25);
+    assert_eq!(marked(replay, 2.0), 0);
+    assert_eq!(marked(replay, 2.25), 5);
+    assert_eq!(marked(replay, 4.0), 15 + 50 - 10 + overlap(&trace));
+    assert_eq!(replay.passes(), 1);
+    // In one step or in a thousand: the same pages.
+    let (mut once, mut often) = (Replay::new(&trace, 1), Replay::new(&trace, 1));
+    let mut marks = [PageSet::new(100), PageSet::new(100)];
+    once.advance(7.4, &mut marks[0]);
+    for step in 1..=740 {
+        often.advance(f64::from(step) / 100.0, &mut marks[1]);
+    }
+    assert_eq!(marks[0], marks[1]);
+    assert_eq!(once.passes(), often.passes());
+}
+
+/// Of the last interval's pages 40..50 some were among its first quarter, and are then not marked twice.
+fn overlap(trace: &Trace) -> u64 {
+    let mut replay = Replay::new(trace, 1);
+    let mut before = PageSet::new(100);
+    replay.advance(2.0, &mut before);
+    let mut quarter = PageSet::new(100);
+    replay.advance(2.25, &mut quarter);
+    quarter.iter().filter(|gfn| (40..50).contains(gfn)).count() as u64
+}
+
+#[test]
+fn an_empty_trace_is_an_idle_guest() {
+    let layout = RamLayout::new(vec![Run::new(0, 100)]).unwrap();
+    let header = Header {
+        layout,
+        ..trace().header().clone()
+    };
+    let idle = |frames: &[(u64, bool)]| {
+        let mut writer = crate::trace::Writer::new(Vec::new(), &header).unwrap();
+        for &(at, dirty) in frames {
+            let mut set = PageSet::new(100);
+            if dirty {
+                set.insert(1);
+            }
+            writer.frame(Duration::from_secs(at), &set).unwrap();
+        }
+        let bytes = writer.finish(Duration::from_secs(9)).unwrap();
+        Trace::read(bytes.as_slice()).unwrap()
+    };
+    for frames in [&[][..], &[(0, true)], &[(1, false), (2, false)]] {
+        let trace = idle(frames);
+        let mut replay = Replay::new(&trace, 1);
+        assert_eq!(replay.peek(), None, "{frames:?}");
+        let mut marks = PageSet::new(100);
+        replay.advance(100.0, &mut marks);
+        assert!(marks.is_empty());
+    }
+}
+
+fn stress(setup: &Setup, pattern: Pattern) -> Writer {
+    // A quarter of the memory, faster than the link.
+    Writer::new(
+        &setup.layout,
+        pattern,
+        setup.layout.pages() / 4,
+        100_000.0,
+        1,
+    )
+}
+
+fn posted(setup: &Setup, order: PushOrder, pivots: u16, pattern: Pattern) -> Outcome {
+    let options = Options {
+        policy: PolicyKind::Postcopy,
+        order,
+        pivots,
+        timeout: Duration::from_secs(20),
+        ..Options::default()
+    };
+    migrate(setup, &options, &mut stress(setup, pattern))
+}
+
+fn small() -> Setup {
+    Setup {
+        // Small enough for the order to matter more than the batch that a fault waits for.
+        push_pages: 8,
+        ..Setup::new(RamLayout::new(vec![Run::new(0, 65_536)]).unwrap(), 125e6)
+    }
+}
+
+#[test]
+fn post_copy_sends_each_page_once_in_the_time_that_takes() {
+    let setup = small();
+    let once = 65_536.0 / setup.pages_per_second();
+    for order in [PushOrder::Flush, PushOrder::Bubble] {
+        for pattern in [Pattern::Uniform, Pattern::Sequential] {
+            let outcome = posted(&setup, order, 4, pattern);
+            assert_eq!((outcome.pages_sent, outcome.pages_resent), (65_536, 0));
+            let total = outcome.total.as_secs_f64();
+            assert!(
+                (total / once - 1.0).abs() < 0.01,
+                "{order:?} {pattern:?} {total} {once}"
+            );
+            assert!(outcome.downtime < Duration::from_millis(5));
+            let faults = outcome.faults.unwrap();
+            // Every page that was touched was touched for the first time once; the sweep touches all.
+            let touched = faults.count + faults.hidden;
+            let all = 65_536 / 4;
+            assert!(
+                touched <= all && (pattern == Pattern::Uniform || touched == all),
+                "{touched}"
+            );
+            assert!(faults.stalled < outcome.total && faults.worst < Duration::from_millis(10));
+        }
+    }
+}
+
+#[test]
+fn bubbling_hides_more_than_flushing_and_demand_hides_nothing() {
+    let setup = small();
+    let share = |order, pattern| {
+        posted(&setup, order, 4, pattern)
+            .faults
+            .unwrap()
+            .hidden_share()
+    };
+    assert_eq!(share(PushOrder::Demand, Pattern::Sequential), 0.0);
+    let (flush, bubble) = (
+        share(PushOrder::Flush, Pattern::Sequential),
+        share(PushOrder::Bubble, Pattern::Sequential),
+    );
+    assert!(bubble > flush + 0.1, "{flush} {bubble}");
+}
+
+#[test]
+fn demand_paging_is_flushed_in_the_end() {
+    let outcome = posted(&small(), PushOrder::Demand, 1, Pattern::Sequential);
+    assert_eq!(outcome.pages_sent, 65_536);
+    assert!(outcome.total > Duration::from_secs(4));
+    let faults = outcome.faults.unwrap();
+    assert_eq!(faults.count, 65_536 / 4);
+    // A fault of demand paging: there and back, and the page.
+    let each = faults.stalled.as_secs_f64() / faults.count as f64;
+    assert!((each - (0.0002 + 4096.0 / 125e6)).abs() < 1e-5, "{each}");
+}
+
+#[test]
+fn hybrid_sends_again_what_was_dirtied_and_faults_less() {
+    let setup = small();
+    let options = Options {
+        policy: PolicyKind::Hybrid,
+        ..Options::default()
+    };
+    let hybrid = migrate(&setup, &options, &mut stress(&setup, Pattern::Uniform));
+    let pure = posted(&setup, PushOrder::Bubble, 4, Pattern::Uniform);
+    assert_eq!(hybrid.pages_sent, 65_536 + hybrid.pages_resent);
+    assert!((1..=65_536 / 4).contains(&hybrid.pages_resent));
+    assert!(hybrid.downtime > pure.downtime);
+    let (hybrid, pure) = (hybrid.faults.unwrap(), pure.faults.unwrap());
+    assert!(hybrid.count + hybrid.hidden <= pure.count + pure.hidden);
+}
+
+#[test]
+fn an_idle_guest_never_faults() {
+    let setup = small();
+    let mut guest = Writer::new(&setup.layout, Pattern::Uniform, 1, 0.0, 1);
+    let options = Options {
+        policy: PolicyKind::Postcopy,
+        ..Options::default()
+    };
+    let outcome = migrate(&setup, &options, &mut guest);
+    assert_eq!(outcome.faults.unwrap(), Faults::default());
+    assert_eq!(outcome.pages_sent, 65_536);
+}

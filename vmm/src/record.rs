@@ -1,0 +1,88 @@
+//! Watching which pages a machine's guest dirties.
+
+use std::sync::Arc;
+
+use ferry_migration::page::{PageSet, RamLayout};
+use ferry_migration::trace::Header;
+
+use crate::kvm::DirtyLogError;
+use crate::machine::Machine;
+use crate::migrate::engine_layout;
+use crate::vmm::Recording;
+
+/// A machine whose dirty log is on to be recorded.
+#[derive(Debug)]
+pub struct MachineRecording {
+    machine: Arc<Machine>,
+    layout: RamLayout,
+    workload: Option<String>,
+}
+
+/// Why a machine cannot be recorded.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The dirty log.
+    #[error(transparent)]
+    DirtyLog(#[from] DirtyLogError),
+    /// The machine's memory is laid out in a way that cannot be traced.
+    #[error("the guest's memory cannot be traced: {0}")]
+    Layout(#[from] ferry_migration::page::LayoutError),
+}
+
+impl MachineRecording {
+    /// Turns the dirty log on and clears it: from now on it holds what the guest (and its devices) write.
+    ///
+    /// # Errors
+    /// [`RecordError`]; the log is then off.
+    pub fn begin(machine: Arc<Machine>, workload: Option<String>) -> Result<Self, RecordError> {
+        let layout = engine_layout(machine.ram())?;
+        machine.dirty_log().start()?;
+        let recording = Self {
+            machine,
+            layout,
+            workload,
+        };
+        // Every page counts as dirty at first.
+        recording.take(&mut PageSet::new(recording.layout.end()))?;
+        Ok(recording)
+    }
+
+    /// Collects the log and clears what was collected. What is dirtied in between is cleared with it when it was dirty
+    /// already (and was found), and found the next time when not.
+    fn take(&self, into: &mut PageSet) -> Result<(), DirtyLogError> {
+        let log = self.machine.dirty_log();
+        log.collect(|first, words| into.insert_words(first, words))?;
+        for region in self.machine.ram().regions() {
+            let first = usize::try_from(region.first_gfn / 64).unwrap_or(usize::MAX);
+            let words = into.words().get(first..first + region.words());
+            log.clear(region.first_gfn, words.unwrap_or_default())?;
+        }
+        Ok(())
+    }
+}
+
+impl Recording for MachineRecording {
+    fn header(&self) -> Header {
+        let description = self.machine.description();
+        Header {
+            layout: self.layout.clone(),
+            memory_bytes: description.memory,
+            cpus: description.cpus,
+            name: Some(description.name.clone()),
+            workload: self.workload.clone(),
+            interval_us: 0,
+        }
+    }
+
+    fn sample(&mut self, into: &mut PageSet) -> Result<(), String> {
+        self.take(into).map_err(|e| e.to_string())
+    }
+}
+
+impl Drop for MachineRecording {
+    fn drop(&mut self) {
+        if let Err(error) = self.machine.dirty_log().stop() {
+            tracing::warn!(%error, "the guest may be slower than before");
+        }
+    }
+}
