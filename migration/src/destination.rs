@@ -39,6 +39,7 @@ pub use lanes::{Lane, LaneSet};
 
 use crate::codec::marks::Marks;
 use crate::codec::{CodecError, Decoder};
+use crate::options::Options;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{Clock, Host, Link, PageSink, PortError};
 use crate::source::page_hash;
@@ -134,6 +135,18 @@ pub enum DestinationError {
     /// Pages for a running guest where none follow.
     #[error("the source sent pages for a guest that lacks none")]
     NotPostCopy,
+    /// One channel for page faults too many.
+    #[error("fault channel {index} was not announced by its migration, or is connected already")]
+    NotAnnounced {
+        /// Which.
+        index: u16,
+    },
+    /// More channels than anybody needs.
+    #[error(
+        "the source announces {0} channels of one kind; a migration has at most {max} here, ask for fewer",
+        max = Options::MAX_CHANNELS
+    )]
+    Channels(u16),
     /// A fault channel failed.
     #[error("a page fault could not be served: {0}")]
     FaultChannel(String),
@@ -313,14 +326,21 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.arriving.as_ref()
     }
 
-    /// Takes a fault channel whose preamble was answered.
-    #[must_use]
+    /// Takes a fault channel whose preamble was answered; `index` is the preamble's.
+    ///
+    /// # Errors
+    /// When there is no such channel or it is attached already; the peer was told.
     pub fn fault_lane(
         arriving: &Arc<Arriving<L, H::Sink>>,
-        channel: Channel<L>,
+        mut channel: Channel<L>,
+        index: u16,
         timeouts: Timeouts,
-    ) -> FaultLane<L, H::Sink> {
-        FaultLane::new(channel, Arc::clone(arriving), timeouts.transfer)
+    ) -> Result<FaultLane<L, H::Sink>, DestinationError> {
+        let era = arriving
+            .attach(index)
+            .inspect_err(|error| channel.send_abort(&error.to_string()))?;
+        let arriving = Arc::clone(arriving);
+        Ok(FaultLane::new(channel, arriving, era, timeouts.transfer))
     }
 
     /// The host.
@@ -374,23 +394,29 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 if aborted {
                     self.discard();
                 } else {
+                    self.lose(error);
                     self.enter(State::InDoubt);
                 }
             }
             // Handed over: whatever is wrong with the connection, the guest is here.
             State::Running if self.follows() => {
-                if let Some(arriving) = &self.arriving {
-                    arriving.lose(&error.to_string());
-                }
-                if let Some(lanes) = &self.lanes {
-                    lanes.close();
-                }
+                self.lose(error);
                 if !aborted && !matches!(error, DestinationError::Wire(WireError::Io(_))) {
                     self.channel.send_abort(&error.to_string());
                 }
                 self.enter(State::Interrupted);
             }
             State::Running | State::Complete | State::Discarded | State::Interrupted => {}
+        }
+    }
+
+    /// The connection is lost, and with it its other channels.
+    fn lose(&self, error: &DestinationError) {
+        if let Some(arriving) = &self.arriving {
+            arriving.lose(&error.to_string());
+        }
+        if let Some(lanes) = &self.lanes {
+            lanes.close();
         }
     }
 
@@ -447,10 +473,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         if missing != 0 {
             return Err(DestinationError::Features { missing });
         }
-        if hello.channels > crate::options::Options::MAX_CHANNELS {
-            return Err(DestinationError::Features {
-                missing: Features::CHANNELS.0,
-            });
+        let most = hello.channels.max(hello.faults);
+        if most > Options::MAX_CHANNELS {
+            return Err(DestinationError::Channels(most));
         }
         self.policy = hello
             .policy
@@ -482,7 +507,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
         if hello.required.has(Features::POST_COPY) {
             let clock = Arc::clone(&self.clock);
-            let arriving = Arriving::new(hello.layout.clone(), clock, self.verify);
+            let arriving = Arriving::new(hello.layout.clone(), clock, self.verify, hello.faults);
             self.arriving = Some(Arc::new(arriving));
         }
         if hello.channels > 0 {
@@ -683,6 +708,10 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             if self.can_complete() {
                 return Ok(false);
             }
+            // Before any frame: a push without a pause would hide it.
+            if let Some(why) = self.arriving.as_ref().and_then(|a| a.lost()) {
+                return Err(DestinationError::FaultChannel(why));
+            }
             let left = self.arriving.as_ref().map_or(0, |a| a.left());
             let wait = if self.pushed && left > 0 { LAST } else { TICK };
             if self
@@ -692,9 +721,6 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .map_err(WireError::Io)?
             {
                 return Ok(true);
-            }
-            if let Some(why) = self.arriving.as_ref().and_then(|a| a.lost()) {
-                return Err(DestinationError::FaultChannel(why));
             }
             if self.clock.now() >= until {
                 return Err(if self.pushed && left > 0 {
@@ -784,9 +810,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.reattached = true;
         // Only this connection counts from here on: what it brings is one push.
         (self.round, self.pushed, self.lanes) = (0, false, None);
-        if self.state == State::Interrupted
-            && let Some(arriving) = &self.arriving
-        {
+        // Also where the guest does not run yet: the fault channels of the old connection are of no use.
+        if let Some(arriving) = &self.arriving {
             arriving.reconnect();
         }
         match self.state {

@@ -66,13 +66,13 @@ pub fn frame(bytes: &[u8]) {
 ///
 /// Checksums are mended on the way, so that what lies behind them is reached: in the headers always, in payloads where
 /// the first byte is odd.
-pub fn handshake(bytes: &[u8]) {
+///
+/// Returns where the destination stood in the end, if the bytes began as a source does.
+pub fn handshake(bytes: &[u8]) -> Option<State> {
     if let Ok(hello) = Hello::decode(bytes) {
         assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
     }
-    let Some((&mode, stream)) = bytes.split_first() else {
-        return;
-    };
+    let (&mode, stream) = bytes.split_first()?;
     let stream = mend(stream, mode & 1 == 1);
     let length = stream.len();
     let link = MemoryLink {
@@ -80,9 +80,7 @@ pub fn handshake(bytes: &[u8]) {
         at: 0,
         asked: 0,
     };
-    let Ok((channel, preamble)) = greet(link, Duration::ZERO) else {
-        return;
-    };
+    let (channel, preamble) = greet(link, Duration::ZERO).ok()?;
     let mut destination = Destination::new(
         channel,
         &preamble,
@@ -103,6 +101,7 @@ pub fn handshake(bytes: &[u8]) {
         "{state:?}"
     );
     assert!(!host.ran || host.restored, "a guest ran without its state");
+    Some(state)
 }
 
 /// Coded pages: decoded or refused, the same each time, and never more than what was announced. The first bytes choose

@@ -3,6 +3,7 @@
 
 use ferry_migration::codec::patch::encode;
 use ferry_migration::codec::words::pack;
+use ferry_migration::destination::State;
 use ferry_migration::page::{RamLayout, Run};
 use ferry_migration::wire::{
     Encoding, FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
@@ -164,7 +165,13 @@ fn migration(verify: bool, channels: u16) -> Vec<u8> {
         stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);
     }
     if verify {
-        stream.put(FrameType::Verify, round, 0, 32, &[0; 256]);
+        for first in [0, 64] {
+            let hash = |gfn| xxhash_rust::xxh3::xxh3_64_with_seed(&[0; 4096], gfn);
+            let hashes: Vec<u8> = (first..first + 32)
+                .flat_map(|gfn| hash(gfn).to_le_bytes())
+                .collect();
+            stream.put(FrameType::Verify, round, first, 32, &hashes);
+        }
     }
     stream.put(FrameType::State, round, 0, 0, b"a state");
     stream.put(FrameType::Commit, round, 0, 0, &[]);
@@ -252,12 +259,18 @@ fn handshakes() {
         migration(false, 2),
         post_copy(),
     ];
+    // Unchanged they are migrations that succeed; mutations of anything else would test little.
+    for (at, seed) in seeds.iter().enumerate() {
+        assert_eq!(
+            fuzz_bodies::handshake(seed),
+            Some(State::Complete),
+            "seed {at}"
+        );
+    }
     let hello = seeds[0][1 + 64 + 32..].to_vec();
-    mutations(
-        &[&seeds[..], &[hello]].concat(),
-        6000,
-        fuzz_bodies::handshake,
-    );
+    mutations(&[&seeds[..], &[hello]].concat(), 6000, |bytes| {
+        fuzz_bodies::handshake(bytes);
+    });
 }
 
 #[test]

@@ -218,12 +218,12 @@ impl Peer {
         let Some(arriving) = arriving else {
             return false;
         };
-        let Some((sink, era)) = arriving.wait_begun(Duration::ZERO) else {
+        let Some(sink) = arriving.wait_begun(Duration::ZERO) else {
             return false;
         };
         let (_, lane) = &mut self.faults[at];
         let heard = !lock(&self.world).faults_heard.is_empty() || arriving.has_unasked();
-        if arriving.ended(era) || !(if lane.is_asking() { arrived } else { heard }) {
+        if lane.ended() || !(if lane.is_asking() { arrived } else { heard }) {
             return false;
         }
         if let Err(error) = lane.step(&sink, Duration::ZERO) {
@@ -251,9 +251,13 @@ impl Peer {
                 let arriving = self.engine.as_ref().and_then(|e| e.arriving());
                 if let Some(arriving) = arriving {
                     let timeouts = destination::Timeouts::default();
-                    let lane =
-                        Destination::<SimLink, SimHost>::fault_lane(arriving, channel, timeouts);
-                    self.faults.push((connection, lane));
+                    let lane = Destination::<SimLink, SimHost>::fault_lane(
+                        arriving,
+                        channel,
+                        preamble.channel,
+                        timeouts,
+                    );
+                    self.faults.extend(lane.ok().map(|lane| (connection, lane)));
                 }
             }
             _ if self.engine.is_none() => {

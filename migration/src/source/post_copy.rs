@@ -541,7 +541,12 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                 .refuse(&header, "the confirmation that every page has arrived")
                 .into());
         }
+        let arrived: Arrived = self.control.recv_json(&header)?;
+        let left = serving.outgoing().left;
+        if left > 0 && !arrived.ended {
+            return Err(SourceError::TooSoon(left));
+        }
         serving.end();
-        Ok(self.control.recv_json(&header)?)
+        Ok(arrived)
     }
 }

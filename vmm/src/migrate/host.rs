@@ -133,8 +133,9 @@ impl PageSink<StreamLink> for RamSink {
     }
 
     fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError> {
-        // Ended while this thread was on its way here.
+        // Ended while this thread was on its way here: it looks again before long.
         let Ok(faults) = self.faults() else {
+            std::thread::sleep(timeout);
             return Ok(None);
         };
         match faults.wait(timeout)? {

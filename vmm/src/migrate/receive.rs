@@ -618,13 +618,15 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
         );
     };
     let timeouts = destination::Timeouts::default();
-    let lane = Engine::fault_lane(&arriving, channel, timeouts);
-    lane.run(&|| {
-        let active = shared.active();
-        active
-            .as_ref()
-            .is_some_and(|a| a.session == preamble.session)
-    });
+    match Engine::fault_lane(&arriving, channel, preamble.channel, timeouts) {
+        Ok(lane) => lane.run(&|| {
+            let active = shared.active();
+            active
+                .as_ref()
+                .is_some_and(|a| a.session == preamble.session)
+        }),
+        Err(error) => tracing::warn!(%error, "a fault channel was closed"),
+    }
 }
 
 /// A source that asks, or tells, what became of a guest.
