@@ -1,4 +1,6 @@
 //! See `ferry_tests::fuzz_bodies::handshake`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ferry_tests::fuzz_bodies::handshake(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    ferry_tests::fuzz_bodies::handshake(bytes);
+});

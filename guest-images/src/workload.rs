@@ -101,6 +101,13 @@ mod tests {
             ("mg.S", 4..10),
             ("mg.A", 430..445),
             ("mg.C", 3300..3500),
+            ("cg.C", 450..520),
+            ("ft.A", 320..335),
+            ("ft.C", 5120..5150),
+            ("bt.A", 42..52),
+            ("bt.C", 681..700),
+            ("sp.A", 44..54),
+            ("sp.C", 713..730),
         ] {
             let needed = Workload::parse(text).unwrap().memory_needed(1) >> 20;
             assert!(mib.contains(&needed), "{text} {needed}");

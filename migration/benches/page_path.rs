@@ -1,19 +1,28 @@
-//! What a page costs on its way, piece by piece: `cargo bench -p ferry-migration --bench page_path`.
+//! What a page costs on its way, piece by piece: `cargo bench -p ferry-migration --features sim --bench page_path`.
 //!
 //! Every figure is the median of several passes over the pages of a 1 GiB guest.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use ferry_migration::codec::content::{Content, page};
+use ferry_migration::codec::patch::Page;
+use ferry_migration::codec::{classify, patch, words};
 use ferry_migration::page::{PAGE_SIZE, PageSet, Run};
 use ferry_migration::wire::{FrameType, Header, Limits, decode_runs, encode_runs};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
+use zstd::bulk::{Compressor, Decompressor};
 
 const PAGES: u64 = (1 << 30) / PAGE_SIZE as u64;
 const PASSES: usize = 9;
 
 /// Prints the median time of a pass over the pages of 1 GiB.
-fn bench(name: &str, mut pass: impl FnMut()) {
+fn bench(name: &str, pass: impl FnMut()) {
+    bench_of(name, PAGES, pass);
+}
+
+/// The same of a pass over so many pages, scaled to 1 GiB.
+fn bench_of(name: &str, pages: u64, mut pass: impl FnMut()) {
     pass();
     let mut times: Vec<Duration> = (0..PASSES)
         .map(|_| {
@@ -25,9 +34,10 @@ fn bench(name: &str, mut pass: impl FnMut()) {
     times.sort_unstable();
     let median = times[PASSES / 2].as_secs_f64();
     println!(
-        "{name:<44} {:>12.1} µs/GiB {:>10.3} ns/page",
-        median * 1e6,
-        median * 1e9 / PAGES as f64
+        "{name:<44} {:>12.1} µs/GiB {:>10.3} ns/page {:>8.2} GB/s",
+        median * 1e6 * PAGES as f64 / pages as f64,
+        median * 1e9 / pages as f64,
+        (pages * PAGE_SIZE as u64) as f64 / median / 1e9
     );
 }
 
@@ -157,6 +167,95 @@ fn contents() {
     });
 }
 
+/// Coders on 16 MiB of pages of each kind. Per GiB of memory, whatever it becomes.
+fn coders() {
+    const COUNT: usize = 4096;
+    let whole = |name: &str, pass: &mut dyn FnMut()| bench_of(name, COUNT as u64, pass);
+    for content in Content::ALL {
+        let pages: Vec<Page> = (0..COUNT as u64).map(|seed| page(content, seed)).collect();
+        whole(&format!("{content:?}: class"), &mut || {
+            black_box(&pages).iter().for_each(|page| {
+                black_box(classify(page));
+            });
+        });
+        let mut out = Vec::with_capacity(2 * PAGE_SIZE);
+        let mut changed = pages.clone();
+        for (index, page) in changed.iter_mut().enumerate() {
+            (0..4).for_each(|at| page[(index * 37 + at * 1000) % PAGE_SIZE] ^= 0x55);
+        }
+        whole(
+            &format!("{content:?}: delta, 4 bytes changed, encode"),
+            &mut || {
+                for (old, new) in pages.iter().zip(black_box(&changed)) {
+                    out.clear();
+                    black_box(patch::encode(old, new, PAGE_SIZE, &mut out));
+                }
+            },
+        );
+        whole(
+            &format!("{content:?}: delta, 4 bytes changed, apply"),
+            &mut || {
+                for page in black_box(&mut changed) {
+                    black_box(patch::apply(&out, page)).unwrap();
+                }
+            },
+        );
+        out.clear();
+        if words::pack(&pages[0], &mut out) {
+            let packed = out.clone();
+            println!("  packed to {:.3}", packed.len() as f64 / PAGE_SIZE as f64);
+            whole(&format!("{content:?}: pack"), &mut || {
+                for page in black_box(&pages) {
+                    out.clear();
+                    black_box(words::pack(page, &mut out));
+                }
+            });
+            let mut back = [0; PAGE_SIZE];
+            whole(&format!("{content:?}: unpack"), &mut || {
+                for _ in 0..COUNT {
+                    back.fill(0);
+                    black_box(words::unpack(black_box(&packed), &mut back));
+                }
+            });
+        }
+        for (level, unit) in [(1, 1), (1, 16), (1, 64), (1, 256), (-1, 64), (3, 64)] {
+            zstd(content, &pages, level, unit, &whole);
+        }
+    }
+}
+
+/// Measures a pass over all pages.
+type Whole<'a> = &'a dyn Fn(&str, &mut dyn FnMut());
+
+fn zstd(content: Content, pages: &[Page], level: i32, unit: usize, whole: Whole<'_>) {
+    let mut compressor = Compressor::new(level).unwrap();
+    let mut into = vec![0; 2 * unit * PAGE_SIZE];
+    let mut packed = Vec::new();
+    let units = pages.chunks_exact(unit);
+    whole(
+        &format!("{content:?}: zstd {level}, {unit} pages, encode"),
+        &mut || {
+            packed.clear();
+            for pages in units.clone() {
+                let bytes = black_box(pages).as_flattened();
+                let length = compressor.compress_to_buffer(bytes, &mut into[..]).unwrap();
+                packed.push(into[..length].to_vec());
+            }
+        },
+    );
+    let wire: usize = packed.iter().map(Vec::len).sum();
+    println!("  to {:.3}", wire as f64 / (pages.len() * PAGE_SIZE) as f64);
+    let mut decompressor = Decompressor::new().unwrap();
+    whole(
+        &format!("{content:?}: zstd {level}, {unit} pages, decode"),
+        &mut || {
+            for packed in &packed {
+                black_box(decompressor.decompress_to_buffer(packed, &mut into[..])).unwrap();
+            }
+        },
+    );
+}
+
 fn main() {
     // `cargo test --all-targets` runs benchmarks too, without this.
     if !std::env::args().any(|argument| argument == "--bench") {
@@ -166,4 +265,5 @@ fn main() {
     sets();
     frames();
     contents();
+    coders();
 }

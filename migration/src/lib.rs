@@ -18,6 +18,7 @@
 )]
 
 mod bandwidth;
+pub mod codec;
 pub mod destination;
 pub mod model;
 pub mod options;

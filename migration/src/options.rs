@@ -1,6 +1,7 @@
 //! What a user can ask of a migration. Serialisable: it travels through control sockets and files.
 
 use crate::order::{Push, PushOrder};
+use crate::page::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -36,6 +37,15 @@ pub enum PolicyKind {
 }
 
 impl PolicyKind {
+    /// All there are.
+    pub const ALL: &'static [Self] = &[
+        Self::Precopy,
+        Self::Stord,
+        Self::Mplm,
+        Self::Postcopy,
+        Self::Hybrid,
+    ];
+
     /// The name that the command line and the report use.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -46,6 +56,39 @@ impl PolicyKind {
             Self::Postcopy => "postcopy",
             Self::Hybrid => "hybrid",
         }
+    }
+}
+
+/// How pages are made smaller on their way; see [`crate::codec`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compress {
+    /// As `adaptive`, but begins without any coder and takes to one only where a sample and what was measured of the
+    /// link promise a gain. Does without what the destination cannot do.
+    #[default]
+    Auto,
+    /// Zero pages are left out, and that is all.
+    None,
+    /// zstd for every page.
+    Zstd,
+    /// Differences to what the destination has, and zeros left out.
+    Delta,
+    /// The cheapest coder that suffices for each page's content; backs off to none while coding takes longer than it
+    /// saves.
+    Adaptive,
+}
+
+impl Compress {
+    /// Whether it sends patches.
+    #[must_use]
+    pub const fn patches(self) -> bool {
+        matches!(self, Self::Auto | Self::Adaptive | Self::Delta)
+    }
+
+    /// Whether it uses zstd.
+    #[must_use]
+    pub const fn zstd(self) -> bool {
+        matches!(self, Self::Auto | Self::Adaptive | Self::Zstd)
     }
 }
 
@@ -97,6 +140,11 @@ pub struct Options {
     pub pivots: u16,
     /// Data channels beside the control channel; 1 means that pages share the control channel.
     pub channels: u16,
+    /// How pages are made smaller on their way.
+    pub compress: Compress,
+    /// Bytes of pages that the source keeps a copy of, so that they can be sent as differences; more than the guest
+    /// has are never kept, and 0 keeps none. Memory is taken as the cache fills.
+    pub delta_cache: u64,
     /// Hash all memory on both sides in the pause and fail on a difference.
     pub verify: bool,
 }
@@ -117,6 +165,8 @@ impl Default for Options {
             order: PushOrder::Bubble,
             pivots: 8,
             channels: 1,
+            compress: Compress::Auto,
+            delta_cache: 64 << 20,
             verify: false,
         }
     }
@@ -137,6 +187,9 @@ pub enum OptionsError {
     /// More dirty pages than any bound is worth.
     #[error("a turn share of {0} % was asked for; give 0 to {max}", max = Options::MAX_SHARE)]
     Share(u32),
+    /// Differences to nothing.
+    #[error("--compress delta needs a cache of at least a page; give --delta-cache 1M or more")]
+    Cache,
     /// Not between 1 and [`Push::MAX_PIVOTS`].
     #[error("{0} pivots were asked for; give 1 to {max}", max = Push::MAX_PIVOTS)]
     Pivots(u16),
@@ -180,6 +233,9 @@ impl Options {
         }
         if self.turn_share > Self::MAX_SHARE {
             return Err(OptionsError::Share(self.turn_share));
+        }
+        if self.compress == Compress::Delta && self.delta_cache < PAGE_BYTES {
+            return Err(OptionsError::Cache);
         }
         if self.pivots == 0 || usize::from(self.pivots) > Push::MAX_PIVOTS {
             return Err(OptionsError::Pivots(self.pivots));

@@ -175,6 +175,12 @@ pub trait PageSink<L: Link>: Send + Sync {
     /// # Errors
     /// As [`Link::recv`].
     fn receive(&self, link: &mut L, runs: &[Run]) -> io::Result<()>;
+    /// Writes pages that were decoded: `bytes` are those of the run, one page after the other. The engine has checked
+    /// that the run is RAM.
+    ///
+    /// # Errors
+    /// When memory cannot be written.
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError>;
     /// Makes the pages zero.
     ///
     /// # Errors

@@ -71,6 +71,63 @@ pub struct Pages {
     pub skipped: u64,
 }
 
+/// What one coder did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Coder {
+    /// Pages that went through it.
+    pub pages: u64,
+    /// Bytes that they came to on the wire, headers and tables not counted.
+    pub bytes_wire: u64,
+    /// Bytes that this saved.
+    pub bytes_saved: u64,
+}
+
+impl Coder {
+    pub(crate) const fn add(&mut self, pages: u64, bytes: u64, wire: u64) {
+        self.pages += pages;
+        self.bytes_wire += wire;
+        self.bytes_saved += bytes.saturating_sub(wire);
+    }
+
+    const fn join(&mut self, other: &Self) {
+        self.pages += other.pages;
+        self.bytes_wire += other.bytes_wire;
+        self.bytes_saved += other.bytes_saved;
+    }
+}
+
+/// Pages by the coder that they went through; what is in none of them went out as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Codecs {
+    /// Compressed.
+    pub zstd: Coder,
+    /// Sent as the difference to what the destination had.
+    pub delta: Coder,
+    /// Mostly zeros, which were left out.
+    pub sparse: Coder,
+    /// Sent as they are, but from a copy, so that they can be the base of a difference later.
+    pub copied: Coder,
+    /// Processor time spent on all of that at the source, summed over the channels, in milliseconds.
+    pub encode_ms: f64,
+}
+
+impl Codecs {
+    /// Whether no page went through a coder.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.zstd.pages + self.delta.pages + self.sparse.pages + self.copied.pages == 0
+    }
+
+    pub(crate) const fn join(&mut self, other: &Self) {
+        self.zstd.join(&other.zstd);
+        self.delta.join(&other.delta);
+        self.sparse.join(&other.sparse);
+        self.copied.join(&other.copied);
+        self.encode_ms += other.encode_ms;
+    }
+}
+
 /// Post-copy's page faults.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Faults {
@@ -118,6 +175,9 @@ pub struct Report {
     pub rounds_omitted: u64,
     /// Pages by fate.
     pub pages: Pages,
+    /// Pages by coder.
+    #[serde(default)]
+    pub codecs: Codecs,
     /// All bytes that the source wrote to its channels.
     pub bytes_wire: u64,
     /// `bytes_wire` over `total_ms`, in 10⁶ bytes per second.
@@ -150,6 +210,7 @@ impl Report {
             rounds: Vec::new(),
             rounds_omitted: 0,
             pages: Pages::default(),
+            codecs: Codecs::default(),
             bytes_wire: 0,
             mbps: 0.0,
             faults: Faults::default(),

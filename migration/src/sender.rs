@@ -1,9 +1,11 @@
 //! Sending sets of pages: batches, zero pages, pacing. One [`Sender`] per lane; nothing is
-//! allocated or copied per page.
+//! allocated per page, and nothing is copied that is not coded.
 
+use crate::codec::{Batch, Encoder, MAX_CODED_PAGES, append};
 use crate::page::{Gfn, Heat, PAGE_BYTES, PAGE_SIZE, PageSet, Run};
 use crate::policy::{SendOrder, pages_in, seconds};
 use crate::port::{Clock, Guest, Link, PortError};
+use crate::report::Codecs;
 use crate::wire::{
     Channel, FLAG_CRC, FrameType, HEADER_BYTES, Header, MAX_RUNS, RUN_BYTES, WireError, encode_runs,
 };
@@ -13,7 +15,7 @@ use std::time::Duration;
 /// Pages in a batch: 1 MiB keeps system calls rare and cancelling quick. With every second page
 /// zero a batch has half as many runs, which is within [`MAX_RUNS`].
 pub(crate) const BATCH_PAGES: u64 = 256;
-const _: () = assert!(BATCH_PAGES <= MAX_RUNS as u64);
+const _: () = assert!(BATCH_PAGES <= MAX_RUNS as u64 && BATCH_PAGES <= MAX_CODED_PAGES);
 
 /// Why a batch was not sent.
 #[derive(Debug, thiserror::Error)]
@@ -31,8 +33,12 @@ pub(crate) struct Sent {
     pub zero_pages: u64,
     pub bytes: u64,
     /// Time spent on the link and waiting for the user's cap, summed over the lanes; looking for
-    /// zero pages is not part of it.
+    /// zero pages and coding are not part of it.
     pub link: Duration,
+    /// Time spent on coding, summed over the lanes.
+    pub coding: Duration,
+    /// What the coders did.
+    pub codecs: Codecs,
 }
 
 impl Sent {
@@ -41,6 +47,8 @@ impl Sent {
         self.zero_pages += other.zero_pages;
         self.bytes += other.bytes;
         self.link = self.link.saturating_add(other.link);
+        self.coding = self.coding.saturating_add(other.coding);
+        self.codecs.join(&other.codecs);
     }
 
     pub(crate) const fn pages(&self) -> u64 {
@@ -172,9 +180,10 @@ impl Pacer {
     }
 }
 
-/// Reusable buffers of one lane.
+/// Reusable buffers of one lane, and its encoder.
 #[derive(Debug, Default)]
 pub(crate) struct Sender {
+    encoder: Encoder,
     head: Vec<u8>,
     data: Vec<Run>,
     zero: Vec<Run>,
@@ -190,8 +199,21 @@ pub(crate) struct BatchMode {
 }
 
 impl Sender {
+    /// A lane's sender.
+    pub(crate) fn new(encoder: Encoder) -> Self {
+        Self {
+            encoder,
+            ..Self::default()
+        }
+    }
+
+    /// Sends no differences any more.
+    pub(crate) fn without_bases(&mut self) {
+        self.encoder.without_bases();
+    }
+
     /// Sends the pages of `runs` (at most [`BATCH_PAGES`]) in one write: a frame for the zero
-    /// pages, then one for the others.
+    /// pages, then those of the coded ones, then one for the others.
     pub(crate) fn send<L: Link, G: Guest<L> + ?Sized>(
         &mut self,
         channel: &mut Channel<L>,
@@ -208,9 +230,7 @@ impl Sender {
         }
         self.split(guest, runs);
         let zero_pages = self.zero.iter().map(|run| run.count).sum();
-        let data_pages = self.data.iter().map(|run| run.count).sum::<u64>();
         self.head.clear();
-        let mut began = clock.now();
         if let Some(first) = self.zero.first().copied() {
             let at = self.reserve_header();
             encode_runs(&self.zero, &mut self.head);
@@ -224,7 +244,22 @@ impl Sender {
                 },
             );
         }
-        if let Some(first) = self.data.first().copied() {
+        self.encoder.zeroed(&self.zero);
+        let uncoded = self.head.len();
+        let coded = self
+            .encoder
+            .encode(
+                &mut Batch {
+                    data: &mut self.data,
+                    round: mode.round,
+                    copy: &mut |gfn, into| guest.copy_page(gfn, into),
+                    out: &mut self.head,
+                },
+                clock,
+            )
+            .map_err(SendError::Guest)?;
+        let began;
+        let result = if let Some(first) = self.data.first().copied() {
             let at = self.reserve_header();
             encode_runs(&self.data, &mut self.head);
             let mut crc = crc32c::crc32c(&self.head[at + HEADER_BYTES..]);
@@ -240,28 +275,32 @@ impl Sender {
                     FrameType::Pages,
                     first.first,
                     self.data.len(),
-                    data_pages,
+                    coded.raw,
                     mode.round,
                 )
             };
             self.put_header(at, header);
             began = clock.now();
-            guest
-                .transmit(channel.link(), &self.head, &self.data)
-                .map_err(WireError::Io)?;
+            guest.transmit(channel.link(), &self.head, &self.data)
         } else {
-            channel
-                .link()
-                .send(&self.head, &[])
-                .map_err(WireError::Io)?;
+            began = clock.now();
+            channel.link().send(&self.head, &[])
+        };
+        if let Err(error) = result {
+            self.encoder.failed();
+            return Err(WireError::Io(error).into());
         }
-        let bytes = self.head.len() as u64 + data_pages * PAGE_SIZE as u64;
+        let bytes = self.head.len() as u64 + coded.raw * PAGE_SIZE as u64;
         channel.count(bytes);
+        let link = clock.now().saturating_sub(began);
+        self.encoder.sent(&coded, bytes - uncoded as u64, link);
         Ok(Sent {
-            data_pages,
+            data_pages: coded.pages,
             zero_pages,
             bytes,
-            link: clock.now().saturating_sub(began),
+            link,
+            coding: coded.took,
+            codecs: coded.codecs,
         })
     }
 
@@ -313,16 +352,6 @@ impl Sender {
 
     fn put_header(&mut self, at: usize, header: Header) {
         self.head[at..at + HEADER_BYTES].copy_from_slice(&header.encode());
-    }
-}
-
-/// Appends pages to a list of runs, joining them to the last where they touch; but only within
-/// the run of the batch that begins at `from`: runs that touch may lie in two regions.
-fn append(list: &mut Vec<Run>, more: Run, from: Gfn) {
-    match list.last_mut() {
-        Some(last) if last.end() == more.first && last.first >= from => last.count += more.count,
-        _ if more.count > 0 => list.push(more),
-        _ => {}
     }
 }
 

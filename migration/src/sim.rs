@@ -13,12 +13,13 @@
 
 mod guest;
 mod host;
-mod link;
+pub(crate) mod link;
 mod world;
 
 use crate::destination;
-use crate::options::{OnTimeout, Options, PolicyKind};
+use crate::options::{Compress, OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
+use crate::page::PAGE_BYTES;
 use crate::report::{Event, Report, Status};
 pub use crate::rng::Rng;
 use crate::source::{self, CancelSwitch, Setup};
@@ -111,6 +112,8 @@ impl Scenario {
             bandwidth: 100e6,
             options: Options {
                 downtime: Duration::from_millis(5),
+                // Bytes are then a matter of pages alone.
+                compress: Compress::None,
                 ..Options::default()
             },
             racing_writes: 0.2,
@@ -158,6 +161,14 @@ impl Scenario {
             turn_share: u32::try_from(rng.below(300)).unwrap_or(0),
             sync: Duration::from_millis(rng.below(20)),
             reorder: rng.chance(0.3),
+            compress: [
+                Compress::None,
+                Compress::Auto,
+                Compress::Zstd,
+                Compress::Delta,
+                Compress::Adaptive,
+            ][usize::try_from(rng.below(5)).unwrap_or(0)],
+            delta_cache: PAGE_BYTES * (1 + rng.below(2 * pages)),
             ..Options::default()
         };
         // Most faults early, where all messages of short migrations are; some anywhere.

@@ -35,12 +35,15 @@ pub use recover::recover;
 pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;
-use crate::options::Options;
+use crate::codec::Coding;
+use crate::options::{Compress, Options};
 use crate::order::PushOrder;
 use crate::page::{Heat, PageSet, RamLayout};
 use crate::policy::{self, Policy, View};
 use crate::port::{Clock, Guest, Link};
-use crate::report::{Downtime, Event, Faults, Pages, Phase, Progress, Report, Round, Status};
+use crate::report::{
+    Codecs, Downtime, Event, Faults, Pages, Phase, Progress, Report, Round, Status,
+};
 use crate::sender::{Pacer, Sender, Sent};
 use crate::wire::{
     Channel, Features, FrameType, Header, Hello, HelloAck, Role, SessionId, WireError,
@@ -219,6 +222,7 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     rounds: Vec<Round>,
     rounds_omitted: u64,
     pages: Pages,
+    codecs: Codecs,
     why: Option<String>,
     verified: Option<bool>,
     downtime: Downtime,
@@ -297,6 +301,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
                 total: layout.pages(),
                 ..Pages::default()
             },
+            codecs: Codecs::default(),
             why: None,
             verified: None,
             downtime: Downtime::default(),
@@ -448,6 +453,12 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         if channels > 0 {
             required = required.or(Features::CHANNELS);
         }
+        match options.compress {
+            Compress::Zstd => required = required.or(Features::ZSTD),
+            Compress::Delta => required = required.or(Features::PATCH),
+            // These use what the destination can do.
+            Compress::Auto | Compress::Adaptive | Compress::None => {}
+        }
         if options.may_post_copy() {
             required = required.or(Features::POST_COPY);
             faults = self
@@ -483,9 +494,16 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             });
         }
         self.control.set_end(self.layout.end());
+        let coding = Coding::new(
+            options,
+            ack.features,
+            self.layout.pages(),
+            self.layout.end(),
+        );
+        self.sender = Sender::new(coding.encoder());
         for index in 0..channels {
             let channel = self.open_channel(Role::Data, index)?;
-            self.lanes.push((channel, Sender::default()));
+            self.lanes.push((channel, Sender::new(coding.encoder())));
         }
         for index in 0..faults {
             let channel = self.open_channel(Role::Fault, index)?;
@@ -592,6 +610,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             rounds: std::mem::take(&mut self.rounds),
             rounds_omitted: self.rounds_omitted,
             pages: self.pages.clone(),
+            codecs: self.codecs,
             bytes_wire,
             mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
             faults: std::mem::take(&mut self.faults_there),

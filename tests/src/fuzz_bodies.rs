@@ -1,12 +1,18 @@
 //! What the fuzz targets do with their bytes, as ordinary functions: `tests/fuzz_smoke.rs` runs them on mutations of good
 //! input, `fuzz/` under libFuzzer.
 
+mod virtio;
+
+pub use virtio::virtio;
+
+use ferry_migration::codec::Decoder;
+use ferry_migration::codec::marks::Marks;
 use ferry_migration::destination::{Destination, State, Step, Timeouts, greet};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{Clock, Host, Link, PageSink, PortError};
 use ferry_migration::wire::{
-    FLAG_CRC, HEADER_BYTES, Header, Hello, Limits, PREAMBLE_BYTES, Preamble, decode_runs,
-    encode_runs,
+    Encoding, FLAG_CRC, Features, HEADER_BYTES, Header, Hello, Limits, PREAMBLE_BYTES, Preamble,
+    decode_runs, encode_runs,
 };
 use ferry_vmm::machine::MachineState;
 use std::io;
@@ -60,13 +66,13 @@ pub fn frame(bytes: &[u8]) {
 ///
 /// Checksums are mended on the way, so that what lies behind them is reached: in the headers always, in payloads where
 /// the first byte is odd.
-pub fn handshake(bytes: &[u8]) {
+///
+/// Returns where the destination stood in the end, if the bytes began as a source does.
+pub fn handshake(bytes: &[u8]) -> Option<State> {
     if let Ok(hello) = Hello::decode(bytes) {
         assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
     }
-    let Some((&mode, stream)) = bytes.split_first() else {
-        return;
-    };
+    let (&mode, stream) = bytes.split_first()?;
     let stream = mend(stream, mode & 1 == 1);
     let length = stream.len();
     let link = MemoryLink {
@@ -74,9 +80,7 @@ pub fn handshake(bytes: &[u8]) {
         at: 0,
         asked: 0,
     };
-    let Ok((channel, preamble)) = greet(link, Duration::ZERO) else {
-        return;
-    };
+    let (channel, preamble) = greet(link, Duration::ZERO).ok()?;
     let mut destination = Destination::new(
         channel,
         &preamble,
@@ -97,6 +101,40 @@ pub fn handshake(bytes: &[u8]) {
         "{state:?}"
     );
     assert!(!host.ran || host.restored, "a guest ran without its state");
+    Some(state)
+}
+
+/// Coded pages: decoded or refused, the same each time, and never more than what was announced. The first bytes choose
+/// the encoding, the pages, and whether they were sent before.
+pub fn codec(bytes: &[u8]) {
+    let Some(([encoding, count, known], body)) = bytes.split_first_chunk::<3>() else {
+        return;
+    };
+    let encoding = [Encoding::Zstd, Encoding::Patch][usize::from(encoding % 2)];
+    let runs = [Run::new(5, 1 + u64::from(*count)), Run::new(400, 1)];
+    let copies = Arc::new(Marks::new(1000));
+    let known = Run::new(5, u64::from(*known));
+    copies.set_run(known, true);
+    let mut decoder = Decoder::new(Features::SUPPORTED, copies);
+    let mut decode = || {
+        let base = &mut |gfn: Gfn, page: &mut [u8; PAGE_SIZE]| {
+            assert!(
+                (known.first..known.end()).contains(&gfn),
+                "page {gfn} was read, which never came"
+            );
+            page.fill(gfn.to_le_bytes()[0]);
+            Ok(())
+        };
+        decoder
+            .decode(encoding, &runs, body, base)
+            .map(<[u8]>::to_vec)
+            .map_err(|error| error.to_string())
+    };
+    let first = decode();
+    if let Ok(pages) = &first {
+        assert_eq!(pages.len() as u64, runs.iter().map(Run::bytes).sum::<u64>());
+    }
+    assert_eq!(decode(), first, "the decoder remembers");
 }
 
 /// A machine's state: read or refused; what is read is written to the same meaning.
@@ -209,6 +247,13 @@ impl PageSink<MemoryLink> for FuzzSink {
                 *self.received.lock().unwrap() += 1;
             }
         }
+        Ok(())
+    }
+
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        assert!(self.layout.contains(run), "{run:?} is not RAM");
+        assert_eq!(bytes.len() as u64, run.bytes());
+        *self.received.lock().unwrap() += run.count;
         Ok(())
     }
 

@@ -1,14 +1,18 @@
 //! A peer that speaks the protocol as well, or as badly, as a test wants.
 
 use crate::PATIENCE;
+use ferry_migration::page::Run;
 use ferry_migration::port::Link;
 use ferry_migration::wire::{
-    Channel, FrameType, HEADER_BYTES, Header, Hello, Limits, PREAMBLE_BYTES, Preamble, Role,
-    SessionId,
+    Channel, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, HelloAck, Limits,
+    PREAMBLE_BYTES, Preamble, Role, SessionId, encode_runs,
 };
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
+
+/// The session of migrations made by hand.
+pub const SESSION: SessionId = SessionId(*b"hostile-streams!");
 
 /// A blocking TCP connection.
 #[derive(Debug)]
@@ -33,6 +37,15 @@ impl Link for RawLink {
     fn set_timeout(&mut self, timeout: Option<Duration>) {
         self.0.set_read_timeout(timeout).unwrap();
     }
+}
+
+/// Where "ready" begins in the stream of answers of a migration with two rounds before it.
+pub fn ready_at() -> u64 {
+    let ack = HelloAck {
+        features: Features::SUPPORTED,
+    };
+    let ack = serde_json::to_vec(&ack).unwrap().len();
+    (PREAMBLE_BYTES + HEADER_BYTES + ack + 2 * HEADER_BYTES) as u64
 }
 
 /// Connects.
@@ -96,4 +109,165 @@ pub fn abort_of(channel: &mut Channel<RawLink>) -> String {
             return String::from_utf8(bytes).unwrap();
         }
     }
+}
+
+/// A preamble that says these versions.
+pub fn preamble_of(version: u16, oldest: u16) -> Vec<u8> {
+    let mut bytes = Preamble::new(Role::Control, 0, SESSION).encode().to_vec();
+    bytes[8..10].copy_from_slice(&version.to_le_bytes());
+    bytes[10..12].copy_from_slice(&oldest.to_le_bytes());
+    let crc = crc32c::crc32c(&bytes[..60]);
+    bytes[60..].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+/// A receiver made by hand: takes one connection and does what the script says.
+pub fn receiver(script: impl FnOnce(RawLink) + Send + 'static) -> String {
+    listener(|link, _| script(link))
+}
+
+/// As [`receiver`]; the script can take more connections.
+pub fn listener(script: impl FnOnce(RawLink, &TcpListener) + Send + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        script(RawLink(stream), &listener);
+    });
+    uri
+}
+
+/// Answers preamble and greeting as a receiver should.
+pub fn accept(link: RawLink, features: Features) -> Channel<RawLink> {
+    let mut channel = preambled(link);
+    let header = channel.recv_header().unwrap();
+    let mut bytes = Vec::new();
+    channel.recv_payload(&header, &mut bytes).unwrap();
+    let hello = Hello::decode(&bytes).unwrap();
+    channel.set_end(hello.layout.end());
+    channel
+        .send_json(FrameType::HelloAck, &HelloAck { features })
+        .unwrap();
+    channel
+}
+
+/// Answers the preamble as a receiver should.
+pub fn preambled(link: RawLink) -> Channel<RawLink> {
+    let mut channel = Channel::new(link);
+    let theirs = channel.recv_preamble().unwrap();
+    channel.send_preamble(&theirs).unwrap();
+    channel
+}
+
+/// Takes frames and acknowledges rounds until the state has come.
+pub fn until_state(channel: &mut Channel<RawLink>) {
+    loop {
+        let header = channel.recv_header().unwrap();
+        let mut bytes = Vec::new();
+        channel
+            .recv_part(usize::try_from(header.length).unwrap(), &mut bytes)
+            .unwrap();
+        match header.kind {
+            FrameType::RoundEnd => channel
+                .send(Header::bare(FrameType::RoundAck, header.round), &[])
+                .unwrap(),
+            FrameType::State => return,
+            _ => {}
+        }
+    }
+}
+
+/// Reads until the source hangs up.
+pub fn hold(channel: Channel<RawLink>) {
+    rest(&mut channel.into_link());
+}
+
+/// A control channel whose greeting was accepted.
+pub fn greeted(to: SocketAddr, hello: &Hello) -> Channel<RawLink> {
+    let mut channel = greet(to, Role::Control, 0, SESSION);
+    channel
+        .send(Header::bare(FrameType::Hello, 0), &hello.encode())
+        .unwrap();
+    let header = channel.recv_header().unwrap();
+    assert_eq!(
+        header.kind,
+        FrameType::HelloAck,
+        "{}",
+        abort_text(&mut channel, &header)
+    );
+    let _: HelloAck = channel.recv_json(&header).unwrap();
+    channel.set_end(hello.layout.end());
+    channel
+}
+
+fn abort_text(channel: &mut Channel<RawLink>, header: &Header) -> String {
+    if header.kind != FrameType::Abort {
+        return String::new();
+    }
+    let mut bytes = Vec::new();
+    channel.recv_payload(header, &mut bytes).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// A header and what follows it.
+pub type Frame = (Header, Vec<u8>);
+
+/// A frame with its length and checksum as they should be.
+pub fn checked(header: Header, payload: Vec<u8>) -> Frame {
+    let header = Header {
+        length: u32::try_from(payload.len()).unwrap(),
+        flags: FLAG_CRC,
+        payload_crc: crc32c::crc32c(&payload),
+        ..header
+    };
+    (header, payload)
+}
+
+fn of_runs(kind: FrameType, round: u32, runs: &[Run]) -> (Header, Vec<u8>) {
+    let mut table = Vec::new();
+    encode_runs(runs, &mut table);
+    let header = Header {
+        gfn: runs[0].first,
+        count: u32::try_from(runs.len()).unwrap(),
+        ..Header::bare(kind, round)
+    };
+    (header, table)
+}
+
+/// So many live pages after a table of these runs; the header speaks of page 16, whatever the table says.
+pub fn page_frame(runs: &[Run], pages: usize) -> Frame {
+    let (header, table) = of_runs(FrameType::Pages, 0, runs);
+    let payload = [&table[..], &vec![0xaa; pages * 4096]].concat();
+    let header = Header {
+        gfn: 16,
+        length: u32::try_from(payload.len()).unwrap(),
+        payload_crc: crc32c::crc32c(&table),
+        ..header
+    };
+    (header, payload)
+}
+
+/// All pages of these runs, of a guest that stands still: the checksum covers them.
+pub fn still_frame(round: u32, runs: &[Run]) -> Frame {
+    let (header, mut payload) = of_runs(FrameType::Pages, round, runs);
+    let pages: u64 = runs.iter().map(|run| run.count).sum();
+    payload.resize(payload.len() + usize::try_from(pages).unwrap() * 4096, 0xaa);
+    checked(header, payload)
+}
+
+/// These pages are zero; the header speaks of page 16, whatever the table says.
+pub fn zero_frame(runs: &[Run]) -> Frame {
+    let (header, table) = of_runs(FrameType::Zero, 0, runs);
+    checked(Header { gfn: 16, ..header }, table)
+}
+
+/// These pages will follow the guest.
+pub fn missing_frame(runs: &[Run]) -> Frame {
+    let (header, table) = of_runs(FrameType::MissingRuns, 0, runs);
+    checked(header, table)
+}
+
+/// Sends a frame as it is, right or wrong.
+pub fn send(channel: &mut Channel<RawLink>, (header, payload): &Frame) {
+    channel.link().send(&header.encode(), payload).unwrap();
 }

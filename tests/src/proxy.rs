@@ -1,7 +1,8 @@
 //! A TCP proxy between a source and a destination that understands nothing, counts everything, and misbehaves at a
 //! chosen byte.
 //!
-//! Faults hit the first connection; later ones (data channels, `recover`) pass unharmed unless they are refused.
+//! Planned faults hit the first connection; later ones (data and fault channels, `recover`) pass unharmed unless they
+//! are refused, or all are cut or stalled.
 
 use crate::{PATIENCE, until};
 use std::io::{ErrorKind, Read, Write};
@@ -47,9 +48,12 @@ struct Fault {
 struct Plan {
     faults: Vec<Fault>,
     frozen: [bool; 2],
+    /// Nothing passes on any connection.
+    stalled: bool,
     hits: usize,
     delay: Duration,
-    streams: Vec<[TcpStream; 2]>,
+    /// Each with its number.
+    streams: Vec<(u64, [TcpStream; 2])>,
 }
 
 #[derive(Debug)]
@@ -141,9 +145,20 @@ impl Proxy {
         self.shared.thawed.notify_all();
     }
 
+    /// Nothing passes any more, on any connection and in no direction; all of them stay open.
+    pub fn stall(&self) {
+        self.shared.plan.lock().unwrap().stalled = true;
+    }
+
     /// Closes all connections on both sides.
     pub fn cut(&self) {
-        self.shared.plan.lock().unwrap().cut();
+        self.shared.plan.lock().unwrap().cut(|_| true);
+        self.shared.thawed.notify_all();
+    }
+
+    /// Closes one connection on both sides; they are counted from 0, which is the control channel.
+    pub fn cut_one(&self, number: u64) {
+        self.shared.plan.lock().unwrap().cut(|n| n == number);
         self.shared.thawed.notify_all();
     }
 
@@ -178,14 +193,16 @@ impl Drop for Proxy {
 }
 
 impl Plan {
-    fn cut(&mut self) {
-        for stream in self.streams.iter().flatten() {
-            // Closed already is as good.
-            let _ = stream.shutdown(Shutdown::Both);
+    fn cut(&mut self, which: impl Fn(u64) -> bool) {
+        // With the last handles gone a peer that goes on writing is reset rather than left to fill a buffer.
+        for (_, streams) in self.streams.extract_if(.., |(number, _)| which(*number)) {
+            for stream in streams {
+                // Closed already is as good.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
         }
-        // The last handles: a peer that goes on writing is reset rather than left to fill a buffer.
-        self.streams.clear();
         self.frozen = [false; 2];
+        self.stalled = false;
     }
 }
 
@@ -206,7 +223,7 @@ impl Shared {
                 destination.try_clone().unwrap(),
             ]
         };
-        self.plan.lock().unwrap().streams.push(pair());
+        self.plan.lock().unwrap().streams.push((number, pair()));
         for way in [Way::Forth, Way::Back] {
             let (shared, [source, destination]) = (Arc::clone(self), pair());
             std::thread::spawn(move || {
@@ -232,7 +249,7 @@ impl Shared {
             let sent = if first {
                 self.pass(way, bytes, &mut to)
             } else {
-                self.write(way, bytes, &mut to)
+                self.wait_while(|plan| plan.stalled) && self.write(way, bytes, &mut to)
             };
             if !sent {
                 break;
@@ -251,7 +268,7 @@ impl Shared {
         }
         loop {
             // First of all: what is planned during a freeze happens after it.
-            if !self.is_open(way) {
+            if !self.wait_while(|plan| plan.stalled || plan.frozen[way as usize]) {
                 return false;
             }
             let at = self.passed[way as usize].load(Ordering::SeqCst);
@@ -274,7 +291,7 @@ impl Shared {
             let mut goes_on = true;
             match fault.action {
                 Action::Cut => {
-                    plan.cut();
+                    plan.cut(|_| true);
                     goes_on = false;
                 }
                 Action::Truncate => goes_on = false,
@@ -290,17 +307,13 @@ impl Shared {
         }
     }
 
-    /// Waits while the direction is frozen; `false` when that takes for ever.
-    fn is_open(&self, way: Way) -> bool {
-        let mut plan = self.plan.lock().unwrap();
-        while plan.frozen[way as usize] {
-            let (back, timeout) = self.thawed.wait_timeout(plan, PATIENCE).unwrap();
-            plan = back;
-            if timeout.timed_out() {
-                return false;
-            }
-        }
-        true
+    /// Waits while nothing may pass; `false` when that takes for ever.
+    fn wait_while(&self, closed: impl Fn(&Plan) -> bool) -> bool {
+        let plan = self.plan.lock().unwrap();
+        let waited = self
+            .thawed
+            .wait_timeout_while(plan, PATIENCE, |plan| closed(plan));
+        !waited.unwrap().1.timed_out()
     }
 
     fn write_first(&self, way: Way, bytes: &[u8], to: &mut TcpStream) -> bool {

@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::BARE;
-use ferry_migration::report::Status;
-use ferry_tests::{Host, guests_run, run};
+use ferry_migration::options::{OnTimeout, Options, PolicyKind};
+use ferry_migration::report::{Report, Status};
+use ferry_tests::{Host, State, guests_run, run, until};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -347,4 +348,120 @@ fn destinations() {
     }
     host.proves_running();
     host.verdict();
+}
+
+/// Whether this process may change what another sees of this host; says so loudly where not.
+fn can_pretend() -> bool {
+    let tried = std::process::Command::new("unshare")
+        .args(["--mount", "setpriv", "--version"])
+        .output();
+    let can = tried.is_ok_and(|out| out.status.success());
+    if !can {
+        eprintln!(
+            "NOT RUN: receivers on hosts that cannot take a guest (needs root, unshare and setpriv)"
+        );
+    }
+    can
+}
+
+fn post_copy() -> Options {
+    Options {
+        policy: PolicyKind::Postcopy,
+        ..Host::options()
+    }
+}
+
+/// A receiver that may not handle page faults says so, and what to do, before anything is sent; pre-copy still works.
+#[test]
+fn post_copy_to_a_host_where_it_is_forbidden() {
+    if !guests_run() || !can_pretend() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let closed = dir.path().join("closed");
+    std::fs::write(&closed, "").unwrap();
+    std::fs::set_permissions(&closed, std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+    let destination = Host::receive_where(
+        &format!("mount --bind {} /dev/userfaultfd", closed.display()),
+        "setpriv --bounding-set=-sys_ptrace,-dac_override,-dac_read_search",
+    );
+    let mut source = Host::run("dirty:wss=4M,rate=500", "32M", 1);
+    let hybrid = Options {
+        policy: PolicyKind::Hybrid,
+        ..Host::options()
+    };
+    let turns = Options {
+        on_timeout: OnTimeout::Postcopy,
+        ..Host::options()
+    };
+    for options in [post_copy(), hybrid, turns] {
+        let report = source.migrate(destination.uri(), &options);
+        eprintln!("{:?}", report.error);
+        assert_eq!(report.status, Status::Failed, "{report:#?}");
+        let error = report.error.unwrap();
+        assert!(
+            error.contains("may not handle a guest's page faults")
+                && error.contains("/dev/userfaultfd"),
+            "{error}"
+        );
+        assert_eq!(report.pages.sent + report.pages.zero, 0, "{error}");
+        source.proves_running();
+        destination.reaches(State::Receiving);
+    }
+    source.migrate_well(destination.uri(), &Host::options());
+    assert_eq!(source.ends(), Some(0));
+    destination.verdict();
+}
+
+/// A host that is short of memory refuses before anything is sent, or, when the shortage comes later, before the guest
+/// is handed over: it runs on where it was.
+#[test]
+fn post_copy_to_a_host_without_memory() {
+    if !guests_run() || !can_pretend() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let meminfo = dir.path().join("meminfo");
+    let available = |kib: u64| {
+        std::fs::write(&meminfo, format!("MemAvailable: {kib} kB\n")).unwrap();
+    };
+    available(16 << 10);
+    let destination = Host::receive_where(
+        &format!("mount --bind {} /proc/meminfo", meminfo.display()),
+        "",
+    );
+    let mut source = Host::run("dirty:wss=8M,rate=500", "32M", 1);
+    let refused = |report: Report| {
+        eprintln!("{:?}", report.error);
+        assert_eq!(report.status, Status::Failed, "{report:#?}");
+        let error = report.error.as_deref().unwrap();
+        assert!(
+            error.contains("more than this host has available"),
+            "{error}"
+        );
+        source.proves_running();
+        destination.reaches(State::Receiving);
+        report.pages
+    };
+    for options in [post_copy(), Host::options()] {
+        let pages = refused(source.migrate(destination.uri(), &options));
+        assert_eq!(pages.sent + pages.zero, 0);
+    }
+    available(1 << 20);
+    let slow_hybrid = Options {
+        policy: PolicyKind::Hybrid,
+        bandwidth: Some(10_000_000),
+        ..Host::options()
+    };
+    let migration = source.begin_migration(destination.uri(), &slow_hybrid);
+    until("pages are on their way", || {
+        let progress = source.client().status().unwrap().migration;
+        progress.is_some_and(|p| p.bytes_wire > 1 << 20)
+    });
+    available(0);
+    assert!(refused(migration.report()).sent > 0);
+    available(1 << 20);
+    source.migrate_well(destination.uri(), &post_copy());
+    assert_eq!(source.ends(), Some(0));
+    destination.verdict();
 }

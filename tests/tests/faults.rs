@@ -6,8 +6,9 @@
 
 use ferry_migration::options::Options;
 use ferry_migration::report::{Report, Status};
-use ferry_migration::wire::{Features, HEADER_BYTES, HelloAck, PREAMBLE_BYTES};
-use ferry_tests::{Action, Host, Proxy, State, Way, guests_run, peer::Opening};
+use ferry_migration::wire::HEADER_BYTES;
+use ferry_tests::peer::{Opening, ready_at};
+use ferry_tests::{Action, Host, Proxy, State, Way, guests_run};
 use ferry_vmm::api::client::Action as Ask;
 use std::time::Duration;
 
@@ -19,15 +20,6 @@ fn two_rounds() -> Options {
         max_rounds: Some(1),
         ..Host::options()
     }
-}
-
-/// Where "ready" begins in the stream of answers of a migration with two rounds.
-fn ready_at() -> u64 {
-    let ack = HelloAck {
-        features: Features::SUPPORTED,
-    };
-    let ack = serde_json::to_vec(&ack).unwrap().len();
-    (PREAMBLE_BYTES + HEADER_BYTES + ack + 2 * HEADER_BYTES) as u64
 }
 
 /// The guest is still the source's: it runs there, and the receiver has nothing and waits.

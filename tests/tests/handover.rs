@@ -6,19 +6,10 @@
 
 use ferry_migration::options::Options;
 use ferry_migration::report::Status;
-use ferry_migration::wire::{Features, HEADER_BYTES, HelloAck, PREAMBLE_BYTES};
+use ferry_tests::peer::ready_at;
 use ferry_tests::{Action, Host, Migration, Proxy, State, Way, guests_run, until};
 
 const WORK: &str = "dirty:wss=4M,rate=1000";
-
-/// Where "ready" begins in the stream of answers.
-fn ready_at() -> u64 {
-    let ack = HelloAck {
-        features: Features::SUPPORTED,
-    };
-    let ack = serde_json::to_vec(&ack).unwrap().len();
-    (PREAMBLE_BYTES + HEADER_BYTES + ack + 2 * HEADER_BYTES) as u64
-}
 
 struct Pair {
     source: Host,

@@ -4,11 +4,12 @@
 //! or its result in the end.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use ferry_guest_images::Line;
-use ferry_migration::options::Options;
+use ferry_guest_images::{Class, Kernel, Line, Problem};
+use ferry_migration::options::{Compress, Options};
 use ferry_migration::report::{Report, Status};
 use ferry_tests::{Host, Proxy, State, Way, guests_run, run};
 use ferry_vmm::api::client::Action;
+use std::time::Duration;
 
 /// For people: what the report says and what the guest saw. Not asserted: a host that is busy shows in the gap.
 fn show(name: &str, report: &Report, destination: &Host) {
@@ -96,15 +97,18 @@ fn kernels_compute_on_while_they_move() {
     if !guests_run() {
         return;
     }
-    for (kernel, cpus) in [
-        ("mg.S", 1),
-        ("mg.S", 2),
-        ("is.S", 1),
-        ("is.S", 2),
-        ("ep.S", 1),
-        ("ep.S", 2),
-    ] {
-        let mut source = Host::run_kernel(kernel, "64M", cpus);
+    for (kernel, cpus) in Kernel::ALL
+        .into_iter()
+        .flat_map(|kernel| [(kernel, 1), (kernel, 2)])
+    {
+        // Most runs are long enough for the move to be in the middle of one. The longest of two processors that wait for
+        // each other after every sweep would take minutes where they do not have two processors to themselves.
+        let class = match (kernel, cpus) {
+            (Kernel::Bt | Kernel::Sp, 2) => Class::S,
+            _ => Class::W,
+        };
+        let kernel = &Problem { kernel, class }.to_string();
+        let mut source = Host::run_kernel(kernel, "96M", cpus);
         let destination = Host::receive();
         let report = source.migrate_well(destination.uri(), &Host::options());
         assert_eq!(source.ends(), Some(0));
@@ -162,6 +166,51 @@ fn four_channels_and_every_byte_is_counted() {
         assert_eq!(source.ends(), Some(0));
         show(&format!("{channels} channels"), &report, &destination);
         destination.verdict();
+    }
+}
+
+/// Every way of making pages smaller, on one connection and on two; the guest's pages are of every kind.
+#[test]
+fn every_coder_moves_a_guest_whole() {
+    if !guests_run() {
+        return;
+    }
+    let all = [
+        Compress::Auto,
+        Compress::None,
+        Compress::Zstd,
+        Compress::Delta,
+        Compress::Adaptive,
+    ];
+    for compress in all {
+        for (fill, channels) in [("zero-rich", 1), ("half", 2), ("random", 1)] {
+            let work = format!("dirty:wss=8M,rate=4000,fill={fill}");
+            let mut source = Host::run(&work, "64M", 1);
+            let destination = Host::receive();
+            let options = Options {
+                compress,
+                channels,
+                delta_cache: 4 << 20,
+                // A slow link, so that there is something to gain and several rounds.
+                bandwidth: Some(100_000_000),
+                downtime: Duration::from_millis(10),
+                ..Host::options()
+            };
+            let report = source.migrate_well(destination.uri(), &options);
+            assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
+            destination.proves_running();
+            show(&format!("{compress:?}, {fill}"), &report, &destination);
+            let codecs = report.codecs;
+            match compress {
+                Compress::None => assert!(codecs.is_empty()),
+                Compress::Zstd if fill != "random" => assert!(codecs.zstd.pages > 0, "{codecs:?}"),
+                Compress::Delta | Compress::Adaptive if fill != "random" => {
+                    assert!(codecs.sparse.pages > 0, "{codecs:?}");
+                }
+                _ => {}
+            }
+            assert!(destination.verdict().writes > 0);
+        }
     }
 }
 

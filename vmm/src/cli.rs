@@ -5,6 +5,7 @@
 mod bench;
 mod console;
 mod demo;
+mod devices;
 mod doctor;
 mod findings;
 mod manage;
@@ -62,6 +63,7 @@ enum Command {
     Pause(manage::Pause),
     Resume(manage::Resume),
     Stop(manage::Stop),
+    PowerButton(manage::PowerButton),
     Recover(manage::Recover),
     Record(record::Args),
     Doctor(doctor::Args),
@@ -87,6 +89,7 @@ pub fn main() -> ExitCode {
         Command::Pause(args) => args.run(),
         Command::Resume(args) => args.run(),
         Command::Stop(args) => args.run(),
+        Command::PowerButton(args) => args.run(),
         Command::Recover(args) => args.run(),
         Command::Record(args) => record::run(&args),
         Command::Doctor(args) => doctor::run(&args),

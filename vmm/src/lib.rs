@@ -14,4 +14,5 @@ pub mod machine;
 pub mod memory;
 pub mod migrate;
 pub mod record;
+mod tap;
 pub mod vmm;

@@ -23,11 +23,17 @@
 //! 2. a vCPU: held by its thread all the while it runs, by savers while it is parked.
 //! 3. a device: held during one access.
 //!
+//! 4. a virtio device's own locks: taken by its worker, by 1 when the machine pauses and resumes, and under 3.
+//!
+//! The virtio devices rest whenever the vCPUs do: they stop after the last vCPU, so that all that the guest has asked for
+//! is in a queue or done, and start before the first. The disks' locks are taken with the first start.
+//!
 //! The dirty log's lock stands alone: no other is taken under it.
 
 mod builder;
 mod control;
 mod description;
+mod devices;
 mod features;
 mod load;
 mod paused;
@@ -37,6 +43,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ferry_devices::acpi_pm::AcpiPm;
 use ferry_devices::i8042::I8042;
 use ferry_devices::serial::Serial;
 use vmm_sys_util::eventfd::EventFd;
@@ -44,6 +51,9 @@ use vmm_sys_util::eventfd::EventFd;
 pub use builder::{BuildError, Builder};
 pub use control::{Exit, PauseError, ResumeError, RunState};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
+pub use devices::{
+    Backends, BalloonInfo, DeviceDescription, DeviceError, DiskOptions, MmioDevice, NetOptions,
+};
 pub use load::ApplyError;
 pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};
 pub use state::{DevicesState, MachineState, StateError};
@@ -51,6 +61,7 @@ pub use state::{DevicesState, MachineState, StateError};
 use crate::kvm::{DirtyLog, IrqLine, Vcpu, Vm};
 use crate::memory::GuestRam;
 use control::Control;
+use devices::VirtioSet;
 
 /// A virtual machine. See the [module](self) for its life.
 #[derive(Debug)]
@@ -59,6 +70,7 @@ pub struct Machine {
     threads: Mutex<Vec<JoinHandle<()>>>,
     vcpus: Vec<Arc<Mutex<Vcpu>>>,
     devices: Devices,
+    virtio: Arc<VirtioSet>,
     dirty_log: DirtyLog,
     vm: Arc<Vm>,
     description: MachineDescription,
@@ -69,6 +81,7 @@ struct Devices {
     serial: Arc<Mutex<Serial>>,
     serial_irq: IrqLine,
     i8042: Arc<Mutex<I8042>>,
+    acpi_pm: Arc<Mutex<AcpiPm>>,
 }
 
 impl std::fmt::Debug for Devices {
@@ -206,6 +219,50 @@ impl Machine {
         }
     }
 
+    /// Where the virtio devices are: what a guest has to be told of them.
+    #[must_use]
+    pub fn mmio_devices(&self) -> Vec<MmioDevice> {
+        (0..self.virtio.len()).filter_map(devices::place).collect()
+    }
+
+    /// Flushes the disks and gives up their locks: the guest goes on elsewhere. To be called while it is paused; a resume
+    /// takes the locks again, or fails.
+    ///
+    /// # Errors
+    /// [`DeviceError::Disk`]; some locks may be held still.
+    pub fn release_disks(&self) -> Result<(), DeviceError> {
+        self.virtio.release_disks()
+    }
+
+    /// Tells the network where the guest's cards are now, once.
+    pub fn announce(&self) {
+        self.virtio.announce();
+    }
+
+    /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it gives them as it can.
+    /// `false` when it has no balloon.
+    pub fn set_balloon(&self, bytes: u64) -> bool {
+        self.virtio.set_balloon(bytes)
+    }
+
+    /// What the balloon holds and what the guest last said of its memory, if it has a balloon. Asks it for newer figures.
+    #[must_use]
+    pub fn balloon(&self) -> Option<BalloonInfo> {
+        self.virtio.balloon()
+    }
+
+    /// While `true`, memory that the guest gives back stays where it is: for a guest whose pages have not all arrived, and
+    /// of which a page without contents would be fetched again.
+    pub fn keep_free_pages(&self, keep: bool) {
+        self.virtio.keep_free_pages(keep);
+    }
+
+    /// The disks, in order: for copying them.
+    #[must_use]
+    pub fn disks(&self) -> &[Arc<ferry_devices::block::Disk>] {
+        self.virtio.disks()
+    }
+
     /// Gives the guest's serial port bytes to receive; returns how many it took. While the machine is
     /// paused it takes none: they would be missing from a state that is being saved.
     pub fn serial_input(&self, bytes: &[u8]) -> usize {
@@ -213,6 +270,14 @@ impl Machine {
             return 0;
         }
         lock(&self.devices.serial).input(bytes)
+    }
+
+    /// Presses the machine's power button. A guest with ACPI ends in its own time; one without does not notice.
+    ///
+    /// # Errors
+    /// The interrupt could not be raised.
+    pub fn press_power_button(&self) -> std::io::Result<()> {
+        lock(&self.devices.acpi_pm).press_power_button()
     }
 
     /// Bytes that the guest sent to the serial port and its writer refused.

@@ -34,7 +34,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMma
 pub use bitmap::DirtyBitmap;
 pub use error::{RamError, RangeError};
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
-pub(crate) use memfd::check_available;
+pub(crate) use memfd::{available_memory, check_available};
 pub use transfer::{PageRun, SplicePipe};
 pub use userfault::{
     Fault, PlaceError, Placed, Userfault, UserfaultBy, UserfaultError, Waited, check_userfault,

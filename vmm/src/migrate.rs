@@ -19,11 +19,12 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::options::Options;
 use ferry_migration::port::Clock;
-use ferry_migration::report::{Event, Phase, Progress, Report};
+use ferry_migration::report::{Event, Phase, Progress, Report, Status};
 use ferry_migration::source::{self, CancelSwitch, Setup};
 use ferry_migration::wire::SessionId;
 
 use crate::machine::Machine;
+use crate::memory::available_memory;
 use guest::MachineGuest;
 use link::Dial;
 
@@ -88,6 +89,14 @@ pub fn migrate(
             );
         }
     };
+    if let Err(why) = check_cache(options, machine.ram().size()) {
+        return Report::bare(
+            session.to_string(),
+            options.policy.name().to_owned(),
+            Status::Failed,
+            why,
+        );
+    }
     engine(
         machine,
         (uri, options, session),
@@ -149,6 +158,24 @@ fn engine(
                 "the migration engine failed inside; the VMM's output says where",
             )
         }
+    }
+}
+
+/// Whether this host has the memory that copies of sent pages may come to take: found out now, and not by the OOM killer
+/// in the middle of a migration. The cache is never larger than the guest.
+fn check_cache(options: &Options, guest_bytes: u64) -> Result<(), String> {
+    if !options.compress.patches() {
+        return Ok(());
+    }
+    let bytes = options.delta_cache.min(guest_bytes);
+    match available_memory() {
+        Some(available) if bytes > available => Err(format!(
+            "a delta cache of {} MiB is more than the {} MiB of memory that this host has available; \
+             give a smaller --delta-cache, or 0 for none",
+            bytes >> 20,
+            available >> 20
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -68,6 +68,12 @@ pub trait Guest: Send + Sync + 'static {
     /// Ends the guest for good.
     fn stop(&self);
 
+    /// Presses the power button of its machine; what that does is up to the guest.
+    ///
+    /// # Errors
+    /// A sentence; nothing was pressed.
+    fn power_button(&self) -> Result<(), String>;
+
     /// Bytes typed at the guest's console; returns how many of them it took.
     fn input(&self, bytes: &[u8]) -> usize;
 
@@ -280,7 +286,9 @@ impl Vmm {
                 "kept, because it may be the only copy: {what}; ask again to discard it"
             ));
         }
-        self.core.stop(&mut inner, how)
+        self.core
+            .stop(&mut inner, how)
+            .unwrap_or_else(|refusal| Some(refusal))
     }
 
     /// Readable once the VMM has nothing more to do.
@@ -309,16 +317,23 @@ impl Core {
         }
     }
 
-    fn stop(&self, inner: &mut Inner, how: &str) -> Option<String> {
+    /// Ends the guest, or has its migration cancelled first, which the note says; an error says why not.
+    fn stop(&self, inner: &mut Inner, how: &str) -> Result<Option<String>, String> {
         match &inner.state {
-            State::Moved { .. } | State::Ended(_) => None,
+            State::Moved { .. } | State::Ended(_) => Ok(None),
             State::Migrating { to, handle, .. } => {
-                handle.cancel();
+                if !handle.cancel() {
+                    // What is here may be the only copy of pages that the guest lacks there.
+                    return Err(format!(
+                        "cannot end the guest: it was just handed over to {to}; this VMM ends by itself when the guest \
+                         has all of its memory there"
+                    ));
+                }
                 let note = format!("cancelling the migration to {to} before the guest is ended");
                 inner
                     .ending
                     .get_or_insert_with(|| Ending::Stopped(how.to_owned()));
-                Some(note)
+                Ok(Some(note))
             }
             State::Receiving { .. }
             | State::Unconfirmed { .. }
@@ -330,7 +345,7 @@ impl Core {
                     guest.stop();
                 }
                 self.finish(inner, State::Ended(Ending::Stopped(how.to_owned())));
-                None
+                Ok(None)
             }
         }
     }

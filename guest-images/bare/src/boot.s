@@ -269,5 +269,5 @@ ap_stacks:
 ring0_stack_top:
     .skip 16384
 fault_stack_top:
-    .skip 131072
+    .skip 327680        # the largest frame is that of over_strips, nas/src/team.rs
 boot_stack_top:

@@ -198,7 +198,7 @@ fn run_kernel(
             verified: outcome.verified,
             value: outcome.check.value,
             reference: outcome.check.reference,
-            error: outcome.error(),
+            error: outcome.error,
             mops: outcome.mops,
             seconds: outcome.seconds,
             gaps: monitor.gaps(false),

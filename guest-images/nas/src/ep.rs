@@ -1,7 +1,7 @@
 //! EP: Gaussian deviates by Marsaglia's polar method, tallied by annulus (NAS-95-020, section 2.1).
 
 use crate::math::{index, inverse_sqrt, ln};
-use crate::problem::{Check, Class, Outcome, Problem};
+use crate::problem::{Check, Class, Outcome, Problem, Verification};
 use crate::random::Random;
 use crate::team::{Hooks, Parts, Team, ranks_for, share};
 
@@ -83,7 +83,8 @@ fn run_from(seed: u64, problem: Problem, team: &impl Team, hooks: &impl Hooks) -
         value: y,
         reference: sums.1,
     };
-    Outcome::new(problem, x, Some(y), (2u64 << log_pairs) as f64, nanos)
+    let verification = Verification::new(Check::EPSILON, x).and(y);
+    Outcome::new(problem, verification, (2u64 << log_pairs) as f64, nanos)
 }
 
 #[inline]

@@ -3,7 +3,7 @@
 use crate::problem::{Outcome, Problem, RunError, Workspace, run};
 use crate::team::{Hooks, MAX_RANKS, Team};
 use std::time::Instant;
-use std::vec;
+use std::vec::Vec;
 
 /// A team of OS threads, forked for each parallel step (tens of microseconds, against milliseconds of work).
 #[derive(Clone, Copy, Debug)]
@@ -67,8 +67,24 @@ pub fn run_on_threads(problem: Problem, threads: usize) -> Result<Outcome, RunEr
 pub fn run_with(problem: Problem, threads: usize, hooks: &impl Hooks) -> Result<Outcome, RunError> {
     let team = Threads::new(threads);
     let needs = problem.needs(team.size());
-    let mut floats = vec![0.0; needs.floats];
-    let mut words = vec![0; needs.words];
+    let available = available();
+    let short = |given| RunError::Memory {
+        problem,
+        needs: needs.bytes(),
+        given,
+    };
+    // The kernel would give out more than there is, and end somebody when it is used.
+    if needs.bytes() > available {
+        return Err(short(Some(available)));
+    }
+    let (mut floats, mut words) = (Vec::new(), Vec::new());
+    // A limit of the process may be tighter.
+    floats
+        .try_reserve_exact(needs.floats)
+        .and_then(|()| words.try_reserve_exact(needs.words))
+        .map_err(|_| short(None))?;
+    floats.resize(needs.floats, 0.0);
+    words.resize(needs.words, 0);
     run(
         problem,
         Workspace {
@@ -78,4 +94,14 @@ pub fn run_with(problem: Problem, threads: usize, hooks: &impl Hooks) -> Result<
         &team,
         hooks,
     )
+}
+
+/// Memory that can be had without swapping, in bytes (`MemAvailable` of proc_meminfo(5)); all there could be, where the
+/// system does not say.
+fn available() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.split_ascii_whitespace().next()?.parse::<u64>().ok())
+        .map_or(u64::MAX, |kib| kib.saturating_mul(1024))
 }

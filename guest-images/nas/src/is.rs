@@ -3,7 +3,7 @@
 //! Each rank scatters its own share of the keys into its own share of the buffer, bucket by bucket; then each rank
 //! counts the keys of its own range of buckets out of all shares. So every write goes to a disjoint slice.
 
-use crate::problem::{Check, Class, Needs, Outcome, Problem};
+use crate::problem::{Check, Class, Needs, Outcome, Problem, Verification};
 use crate::random::Random;
 use crate::team::{Hooks, MAX_RANKS, Parts, Team, over_units, ranks_for, share};
 
@@ -192,8 +192,7 @@ impl<'a, T: Team, H: Hooks> Sort<'a, T, H> {
         };
         Outcome::new(
             problem,
-            check,
-            None,
+            Verification::new(Check::EPSILON, check),
             f64::from(ITERATIONS) * self.p.keys() as f64,
             nanos,
         )

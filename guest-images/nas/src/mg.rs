@@ -7,7 +7,7 @@ mod start;
 mod stencil;
 
 use crate::math::sqrt;
-use crate::problem::{Check, Class, Needs, Outcome, Problem};
+use crate::problem::{Check, Class, Needs, Outcome, Problem, Verification};
 use crate::team::{Hooks, Team};
 use start::charges;
 use stencil::{Grid, interpolate, norm, residual, restrict, smooth, zero};
@@ -167,8 +167,7 @@ impl<'a, T: Team, H: Hooks> Multigrid<'a, T, H> {
         // NPB counts 58 operations per cell and iteration.
         Outcome::new(
             problem,
-            check,
-            None,
+            Verification::new(Check::EPSILON, check),
             58.0 * f64::from(self.p.iterations) * cells,
             nanos,
         )

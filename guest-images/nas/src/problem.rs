@@ -1,7 +1,10 @@
 //! What can be run: kernel, class, the memory it takes, and what comes out.
 
+use crate::bt::BlockTridiagonal;
+use crate::flow::{self, Method};
+use crate::sp::Pentadiagonal;
 use crate::team::{Hooks, MAX_RANKS, Team};
-use crate::{ep, is, mg};
+use crate::{cg, ep, ft, is, mg};
 use core::fmt;
 
 /// A kernel of the NAS Parallel Benchmarks.
@@ -12,20 +15,40 @@ pub enum Kernel {
     Ep,
     /// Integer sort: ranks keys by counting. Scattered writes.
     Is,
+    /// Conjugate gradient: an eigenvalue of a random sparse matrix. Scattered reads, writes a few vectors only.
+    Cg,
     /// Multigrid: V-cycles on a 3-D Poisson problem. Sweeps over large arrays.
     Mg,
+    /// Fourier transforms of a 3-D box, along each of its directions. Rewrites most of its memory in every iteration.
+    Ft,
+    /// Block-tridiagonal systems along the lines of a 3-D flow. Much computing between sweeps over large arrays.
+    Bt,
+    /// Scalar pentadiagonal systems along the lines of the same flow. Sweeps over large arrays.
+    Sp,
 }
 
 impl Kernel {
     /// All kernels there are.
-    pub const ALL: [Self; 3] = [Self::Ep, Self::Is, Self::Mg];
+    pub const ALL: [Self; 7] = [
+        Self::Ep,
+        Self::Is,
+        Self::Cg,
+        Self::Mg,
+        Self::Ft,
+        Self::Bt,
+        Self::Sp,
+    ];
 
     /// The published short name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ep => "ep",
             Self::Is => "is",
+            Self::Cg => "cg",
             Self::Mg => "mg",
+            Self::Ft => "ft",
+            Self::Bt => "bt",
+            Self::Sp => "sp",
         }
     }
 
@@ -118,7 +141,11 @@ impl Problem {
         match self.kernel {
             Kernel::Ep => Needs::default(),
             Kernel::Is => is::needs(self.class, ranks),
+            Kernel::Cg => cg::needs(self.class),
             Kernel::Mg => mg::needs(self.class),
+            Kernel::Ft => ft::needs(self.class, ranks),
+            Kernel::Bt => flow::needs(BlockTridiagonal::new, self.class, ranks),
+            Kernel::Sp => flow::needs(Pentadiagonal::new, self.class, ranks),
         }
     }
 }
@@ -135,7 +162,7 @@ pub struct Check {
 }
 
 impl Check {
-    /// The published epsilon of verification.
+    /// The published epsilon of verification, of all kernels that do not have a smaller one.
     pub const EPSILON: f64 = 1e-8;
 
     /// The relative deviation from the reference.
@@ -143,10 +170,46 @@ impl Check {
         let error = (self.value - self.reference) / self.reference;
         if error < 0.0 { -error } else { error }
     }
+}
 
-    /// Whether the deviation is within the published epsilon. Not a number is not.
-    pub fn passed(&self) -> bool {
-        self.error() <= Self::EPSILON
+/// The checks of a run against the published epsilon of its kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Verification {
+    epsilon: f64,
+    check: Check,
+    passed: bool,
+    error: f64,
+}
+
+impl Verification {
+    /// The first check is the one to show.
+    pub(crate) fn new(epsilon: f64, check: Check) -> Self {
+        let none = Self {
+            epsilon,
+            check,
+            passed: true,
+            error: 0.0,
+        };
+        none.and_error(check.error())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn passed(&self) -> bool {
+        self.passed
+    }
+
+    /// Another check.
+    pub(crate) fn and(self, check: Check) -> Self {
+        self.and_error(check.error())
+    }
+
+    /// Another relative deviation. Not a number does not pass, and stays to be seen.
+    pub(crate) fn and_error(mut self, error: f64) -> Self {
+        self.passed &= error <= self.epsilon;
+        if error > self.error || error.is_nan() {
+            self.error = error;
+        }
+        self
     }
 }
 
@@ -159,8 +222,8 @@ pub struct Outcome {
     pub verified: bool,
     /// The first check, the one to show.
     pub check: Check,
-    /// The second, where the kernel has two.
-    pub second: Option<Check>,
+    /// The largest relative deviation of all checks.
+    pub error: f64,
     /// Time of the part that NPB times, in seconds.
     pub seconds: f64,
     /// Millions of operations a second, counted as NPB counts them.
@@ -171,17 +234,16 @@ impl Outcome {
     /// An outcome of `operations` operations in `nanos` nanoseconds.
     pub(crate) fn new(
         problem: Problem,
-        check: Check,
-        second: Option<Check>,
+        verification: Verification,
         operations: f64,
         nanos: u64,
     ) -> Self {
         let seconds = nanos as f64 * 1e-9;
         Self {
             problem,
-            verified: check.passed() && second.is_none_or(|check| check.passed()),
-            check,
-            second,
+            verified: verification.passed,
+            check: verification.check,
+            error: verification.error,
             seconds,
             mops: if nanos == 0 {
                 0.0
@@ -190,28 +252,19 @@ impl Outcome {
             },
         }
     }
-
-    /// The largest relative deviation of its checks.
-    pub fn error(&self) -> f64 {
-        let first = self.check.error();
-        match self.second.map(|check| check.error()) {
-            Some(second) if second > first || second.is_nan() => second,
-            _ => first,
-        }
-    }
 }
 
 /// Why a run did not begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunError {
-    /// The workspace is too small.
+    /// There is not enough memory.
     Memory {
         /// What was to be run.
         problem: Problem,
-        /// What it needs.
-        needs: Needs,
-        /// What it was given.
-        given: Needs,
+        /// What it needs, in bytes.
+        needs: u64,
+        /// What there is, in bytes, where that is known.
+        given: Option<u64>,
     },
 }
 
@@ -222,12 +275,13 @@ impl fmt::Display for RunError {
             needs,
             given,
         } = self;
-        write!(
-            f,
-            "{problem} needs {} bytes of memory and was given {}; give it more or choose a smaller class",
-            needs.bytes(),
-            given.bytes()
-        )
+        const MIB: u64 = 1 << 20;
+        write!(f, "{problem} needs {} MiB of memory, ", needs.div_ceil(MIB))?;
+        match given {
+            Some(given) => write!(f, "and there are {}", given / MIB)?,
+            None => f.write_str("more than this process may have")?,
+        }
+        f.write_str("; give it more or choose a smaller class")
     }
 }
 
@@ -250,8 +304,8 @@ pub fn run(
     };
     let short = RunError::Memory {
         problem,
-        needs,
-        given,
+        needs: needs.bytes(),
+        given: Some(given.bytes()),
     };
     let Some(floats) = workspace.floats.get_mut(..needs.floats) else {
         return Err(short);
@@ -262,6 +316,10 @@ pub fn run(
     Ok(match problem.kernel {
         Kernel::Ep => ep::run(problem, team, hooks),
         Kernel::Is => is::run(problem, words, team, hooks),
+        Kernel::Cg => cg::run(problem, floats, words, team, hooks),
         Kernel::Mg => mg::run(problem, floats, team, hooks),
+        Kernel::Ft => ft::run(problem, floats, team, hooks),
+        Kernel::Bt => flow::run(BlockTridiagonal::new, problem, floats, team, hooks),
+        Kernel::Sp => flow::run(Pentadiagonal::new, problem, floats, team, hooks),
     })
 }

@@ -277,7 +277,7 @@ mod tests {
     fn errors_name_the_bad_part() {
         for (text, part) in [
             ("mg", "`mg`"),
-            ("cg.A", "`cg`"),
+            ("lu.A", "`lu`"),
             ("mg.a", "`a`"),
             ("dirty:wss=16Q", "`wss=16Q`"),
             ("dirty:wss=1", "`wss=1`"),

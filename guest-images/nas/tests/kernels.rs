@@ -3,37 +3,55 @@
 
 use ferry_nas::{Class, Kernel, Problem, RunError, Solo, Workspace, host, run};
 
+/// Runs one problem and expects the published result.
+fn verifies(kernel: Kernel, class: Class, threads: usize) {
+    let problem = Problem { kernel, class };
+    let outcome = host::run_on_threads(problem, threads).unwrap();
+    assert!(outcome.verified, "{threads} threads: {outcome:?}");
+    println!(
+        "{problem} on {threads}: {:.1} Mop/s in {:.3} s, error {:.1e}",
+        outcome.mops, outcome.seconds, outcome.error
+    );
+}
+
+/// Whether a run takes minutes in class A and seconds in class W.
+fn long(kernel: Kernel) -> bool {
+    matches!(kernel, Kernel::Bt | Kernel::Sp)
+}
+
 #[test]
-fn class_s_and_w_verify_on_one_and_more_threads() {
+fn class_s_verifies_on_one_and_more_threads() {
     for kernel in Kernel::ALL {
-        for class in [Class::S, Class::W] {
-            for threads in [1, 2, 3] {
-                let problem = Problem { kernel, class };
-                let outcome = host::run_on_threads(problem, threads).unwrap();
-                assert!(outcome.verified, "{threads} threads: {outcome:?}");
-                println!(
-                    "{problem} on {threads}: {:.1} Mop/s in {:.3} s",
-                    outcome.mops, outcome.seconds
-                );
-            }
+        for threads in [1, 2, 3] {
+            verifies(kernel, Class::S, threads);
         }
     }
 }
 
-/// The larger ones take seconds, so on two threads only; the smaller ones run on one as well.
+#[test]
+fn class_w_verifies_on_one_and_more_threads() {
+    for kernel in Kernel::ALL {
+        let threads = if long(kernel) { &[2][..] } else { &[1, 2, 3] };
+        for &threads in threads {
+            verifies(kernel, Class::W, threads);
+        }
+    }
+}
+
+/// The larger ones take seconds, so on two threads only.
 #[test]
 fn class_a_verifies() {
-    for kernel in Kernel::ALL {
-        let problem = Problem {
-            kernel,
-            class: Class::A,
-        };
-        let outcome = host::run_on_threads(problem, 2).unwrap();
-        assert!(outcome.verified, "{outcome:?}");
-        println!(
-            "{problem} on 2: {:.1} Mop/s in {:.3} s",
-            outcome.mops, outcome.seconds
-        );
+    for kernel in Kernel::ALL.into_iter().filter(|&kernel| !long(kernel)) {
+        verifies(kernel, Class::A, 2);
+    }
+}
+
+/// The longest, for who has minutes: `cargo test --release -p ferry-nas -- --ignored`.
+#[test]
+#[ignore = "takes minutes"]
+fn the_long_ones_verify_in_class_a() {
+    for kernel in Kernel::ALL.into_iter().filter(|&kernel| long(kernel)) {
+        verifies(kernel, Class::A, 2);
     }
 }
 
@@ -49,5 +67,5 @@ fn too_little_memory_is_refused_with_a_sentence() {
     };
     let error = run(problem, workspace, &Solo, &host::Clock::start()).unwrap_err();
     assert!(matches!(error, RunError::Memory { .. }));
-    assert!(error.to_string().contains("mg.S needs"), "{error}");
+    assert!(error.to_string().contains("mg.S needs 2 MiB"), "{error}");
 }

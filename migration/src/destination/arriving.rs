@@ -25,6 +25,8 @@ pub struct Arriving<L, S> {
     clock: Arc<dyn Clock + Send + Sync>,
     verify: bool,
     pages: Mutex<Option<Pages<S>>>,
+    /// Which of the announced fault channels are connected. Locked before `pages`.
+    attached: Mutex<Vec<bool>>,
     change: Condvar,
     link: PhantomData<fn() -> L>,
 }
@@ -42,9 +44,13 @@ struct Pages<S> {
     on_their_way: u64,
     /// Faults whose page was in place when they were heard of.
     late: u64,
-    /// By frame number; with verification only.
+    /// By frame number, with verification only: of a page in place, or what the source says of one that is not.
     hashes: Vec<u64>,
-    compared: u64,
+    /// Pages that were not compared yet, and how many; none without verification.
+    uncompared: PageSet,
+    left_to_compare: u64,
+    /// Those of them whose hash came before the page did: an answer to a fault may still be on its way.
+    told: PageSet,
     different: u64,
     /// Why no more comes: the connection is lost.
     lost: Option<String>,
@@ -80,12 +86,14 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         layout: RamLayout,
         clock: Arc<dyn Clock + Send + Sync>,
         verify: bool,
+        channels: u16,
     ) -> Self {
         Self {
             layout,
             clock,
             verify,
             pages: Mutex::new(None),
+            attached: Mutex::new(vec![false; usize::from(channels)]),
             change: Condvar::new(),
             link: PhantomData,
         }
@@ -95,12 +103,33 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn attached(&self) -> MutexGuard<'_, Vec<bool>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a fault channel of the present connection; returns the connection's era.
+    pub(super) fn attach(&self, index: u16) -> Result<u64, DestinationError> {
+        // Held while the era is read: it changes under this lock.
+        let mut attached = self.attached();
+        match attached.get_mut(usize::from(index)) {
+            Some(attached) if !*attached => *attached = true,
+            _ => return Err(DestinationError::NotAnnounced { index }),
+        }
+        Ok(self.lock().as_ref().map_or(0, |p| p.era))
+    }
+
     /// From now on these pages are expected.
     pub(super) fn begin(&self, sink: Arc<S>, missing: PageSet) {
         let hashes = if self.verify {
             vec![0; usize::try_from(self.layout.end()).unwrap_or(0)]
         } else {
             Vec::new()
+        };
+        let none = PageSet::new(self.layout.end());
+        let uncompared = if self.verify {
+            missing.clone()
+        } else {
+            none.clone()
         };
         *self.lock() = Some(Pages {
             sink,
@@ -113,7 +142,9 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             on_their_way: 0,
             late: 0,
             hashes,
-            compared: 0,
+            left_to_compare: uncompared.len(),
+            uncompared,
+            told: none,
             different: 0,
             lost: None,
             era: 0,
@@ -129,12 +160,12 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
     }
 
     /// Waits until pages are expected; `None` when that does not happen in time.
-    pub(crate) fn wait_begun(&self, timeout: Duration) -> Option<(Arc<S>, u64)> {
+    pub(crate) fn wait_begun(&self, timeout: Duration) -> Option<Arc<S>> {
         let (guard, _) = self
             .change
             .wait_timeout_while(self.lock(), timeout, |pages| pages.is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        guard.as_ref().map(|p| (Arc::clone(&p.sink), p.era))
+        guard.as_ref().map(|p| Arc::clone(&p.sink))
     }
 
     /// Whether channels of this era have nothing more to do.
@@ -175,8 +206,17 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         self.lock().as_ref().and_then(|p| p.lost.clone())
     }
 
-    /// A new connection: what is missing comes on it.
+    /// Whether the connection of this era is lost and no other has come.
+    pub(super) fn is_lost(&self, era: u64) -> bool {
+        self.lock()
+            .as_ref()
+            .is_some_and(|p| !p.over && p.lost.is_some() && p.era == era)
+    }
+
+    /// A new connection: what is missing comes on it, and its fault channels are others.
     pub(super) fn reconnect(&self) {
+        let mut attached = self.attached();
+        attached.fill(false);
         if let Some(pages) = self.lock().as_mut() {
             pages.lost = None;
             pages.era += 1;
@@ -211,8 +251,9 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         self.lock().as_ref().is_some_and(|pages| pages.dismissed)
     }
 
-    /// Somebody waits for a page.
-    pub(super) fn fault(&self, fault: PageFault) -> FaultIs {
+    /// Somebody waits for a page, as a fault channel of this era has heard. One whose connection is lost
+    /// cannot ask: it leaves that to the next.
+    pub(super) fn fault(&self, fault: PageFault, era: u64) -> FaultIs {
         let gfn = fault.gfn;
         let now = self.clock.now();
         let mut guard = self.lock();
@@ -229,8 +270,9 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             return FaultIs::Known;
         }
         let known = waiting().any(|w| w.asked.is_some());
-        let ask = !known && pages.expected.contains(gfn);
-        if !ask {
+        let expected = pages.expected.contains(gfn);
+        let ask = !known && expected && era == pages.era && pages.lost.is_none();
+        if known || !expected {
             pages.on_their_way += 1;
         }
         pages.waiting.push(Waiting {
@@ -252,13 +294,9 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
     }
 
     /// A page that somebody waits for since before this connection: it has to be asked for again.
-    pub(super) fn next_unasked(&self) -> Option<Gfn> {
+    pub(super) fn next_unasked(&self, era: u64) -> Option<Gfn> {
         let mut guard = self.lock();
-        let pages = guard.as_mut()?;
-        let era = pages.era;
-        if era == 0 {
-            return None;
-        }
+        let pages = guard.as_mut().filter(|p| p.era == era && era > 0)?;
         let waiting = pages.waiting.iter_mut().find(|w| w.asked != Some(era))?;
         waiting.asked = Some(era);
         Some(waiting.gfn)
@@ -332,11 +370,10 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         let new = (run.first..run.end()).filter(|gfn| pages.missing.remove(*gfn));
         pages.left -= new.count() as u64;
         for (gfn, hash) in (run.first..run.end()).zip(hashes) {
-            if let Some(slot) = usize::try_from(gfn)
-                .ok()
-                .and_then(|at| pages.hashes.get_mut(at))
-            {
-                *slot = *hash;
+            if pages.told.remove(gfn) {
+                pages.compare(gfn, *hash);
+            } else {
+                pages.keep_hash(gfn, *hash);
             }
         }
         let latencies = &mut pages.latencies;
@@ -360,24 +397,24 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
     /// guest moved were compared then.
     pub(super) fn compare(&self, gfn: Gfn, hash: [u8; 8]) {
         let mut guard = self.lock();
-        let Some(pages) = guard.as_mut().filter(|p| p.handed.contains(gfn)) else {
+        let Some(pages) = guard.as_mut() else { return };
+        if !pages.uncompared.contains(gfn) {
             return;
-        };
-        let placed = usize::try_from(gfn)
-            .ok()
-            .and_then(|at| pages.hashes.get(at));
-        if placed.is_none_or(|placed| placed.to_le_bytes() != hash) {
-            pages.different += 1;
         }
-        pages.compared += 1;
+        let hash = u64::from_le_bytes(hash);
+        if pages.missing.contains(gfn) {
+            pages.told.insert(gfn);
+            pages.keep_hash(gfn, hash);
+        } else {
+            pages.compare(gfn, hash);
+        }
     }
 
     /// Whether all is there and, where that is wanted, compared; with how many pages differ.
     pub(super) fn complete(&self) -> Option<(Faults, u64)> {
         let guard = self.lock();
         let pages = guard.as_ref()?;
-        let compared = !self.verify || pages.compared >= pages.handed.len();
-        if !pages.dismissed && (pages.left > 0 || !compared) {
+        if !pages.dismissed && (pages.left > 0 || pages.left_to_compare > 0) {
             return None;
         }
         let measured = pages.latencies.faults();
@@ -387,6 +424,26 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
             ..measured
         };
         Some((faults, pages.different))
+    }
+}
+
+impl<S> Pages<S> {
+    fn hash(&mut self, gfn: Gfn) -> Option<&mut u64> {
+        let at = usize::try_from(gfn).ok()?;
+        self.hashes.get_mut(at)
+    }
+
+    fn keep_hash(&mut self, gfn: Gfn, hash: u64) {
+        if let Some(slot) = self.hash(gfn) {
+            *slot = hash;
+        }
+    }
+
+    /// Compares a hash with the one that was kept.
+    fn compare(&mut self, gfn: Gfn, hash: u64) {
+        let same = self.hash(gfn).is_some_and(|kept| *kept == hash);
+        self.different += u64::from(!same);
+        self.left_to_compare -= u64::from(self.uncompared.remove(gfn));
     }
 }
 
@@ -401,3 +458,6 @@ fn hash_run(run: Run, body: Option<&[u8]>, into: &mut Vec<u64>) {
         None => into.extend((run.first..run.end()).map(|gfn| page_hash(gfn, &ZEROS))),
     }
 }
+
+#[cfg(test)]
+mod tests;

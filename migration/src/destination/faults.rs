@@ -20,6 +20,8 @@ pub struct FaultLane<L, S> {
     channel: Channel<L>,
     arriving: Arc<Arriving<L, S>>,
     receiver: PageReceiver,
+    /// Of the connection that it belongs to.
+    era: u64,
     /// The source was asked and has not answered.
     asking: bool,
 }
@@ -28,6 +30,7 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
     pub(super) fn new(
         mut channel: Channel<L>,
         arriving: Arc<Arriving<L, S>>,
+        era: u64,
         timeout: Duration,
     ) -> Self {
         channel.set_end(arriving.layout.end());
@@ -36,14 +39,15 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
             channel,
             arriving,
             receiver: PageReceiver::default(),
+            era,
             asking: false,
         }
     }
 
-    /// Serves faults until every page is in place or the connection is lost. `waited_for` says
-    /// whether the guest may still come.
+    /// Serves faults until every page is in place; after the connection is lost, takes note of them until there is
+    /// another. `waited_for` says whether the guest may still come.
     pub fn run(mut self, waited_for: &dyn Fn() -> bool) {
-        let (sink, era) = loop {
+        let sink = loop {
             if let Some(begun) = self.arriving.wait_begun(TICK) {
                 break begun;
             }
@@ -51,14 +55,40 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
                 return;
             }
         };
-        while !self.arriving.ended(era) {
+        while !self.ended() {
             if let Err(error) = self.step(sink.as_ref(), TICK) {
-                if !self.arriving.ended(era) {
+                if !self.ended() {
                     self.arriving.lose(&error.to_string());
                 }
+                break;
+            }
+        }
+        let Self {
+            channel,
+            arriving,
+            era,
+            ..
+        } = self;
+        drop(channel);
+        // Nobody can be asked now; but who waits is to be known, and asked for when the source is back.
+        while arriving.is_lost(era) {
+            let heard = match sink.next_fault(TICK) {
+                Ok(Some(fault)) if arriving.fault(fault, era) == FaultIs::Local => {
+                    sink.place_zero(Run::new(fault.gfn, 1))
+                }
+                Ok(_) => Ok(()),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = heard {
+                tracing::warn!(%error, "page faults are not heard of until the source reconnects");
                 return;
             }
         }
+    }
+
+    /// Whether it has nothing more to do.
+    pub(crate) fn ended(&self) -> bool {
+        self.arriving.ended(self.era)
     }
 
     /// Whether the next step waits for the source's answer.
@@ -75,12 +105,12 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
         if self.asking {
             return self.answered();
         }
-        if let Some(gfn) = self.arriving.next_unasked() {
+        if let Some(gfn) = self.arriving.next_unasked(self.era) {
             return self.ask(gfn);
         }
         let fault = sink.next_fault(wait).map_err(DestinationError::Memory)?;
         let Some(fault) = fault else { return Ok(()) };
-        match self.arriving.fault(fault) {
+        match self.arriving.fault(fault, self.era) {
             FaultIs::New => self.ask(fault.gfn),
             FaultIs::Known => Ok(()),
             FaultIs::Local => sink

@@ -3,9 +3,11 @@
 use super::DestinationError;
 use super::arriving::Arriving;
 use super::pages::PageReceiver;
+use crate::codec::Decoder;
+use crate::codec::marks::Marks;
 use crate::page::RamLayout;
 use crate::port::{Link, PageSink};
-use crate::wire::{Channel, FrameType, WireError};
+use crate::wire::{Channel, Features, FrameType, WireError};
 use std::marker::PhantomData;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +26,8 @@ struct Told {
 pub struct LaneSet<L, S> {
     sink: Arc<S>,
     layout: RamLayout,
+    agreed: Features,
+    copies: Arc<Marks>,
     /// In post-copy, once the guest runs.
     arriving: Option<Arc<Arriving<L, S>>>,
     timeout: Duration,
@@ -44,6 +48,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
     pub(super) fn new(
         sink: Arc<S>,
         layout: RamLayout,
+        (agreed, copies): (Features, Arc<Marks>),
         arriving: Option<Arc<Arriving<L, S>>>,
         count: u16,
         timeout: Duration,
@@ -56,6 +61,8 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         Self {
             sink,
             layout,
+            agreed,
+            copies,
             arriving,
             timeout,
             told: Mutex::new(told),
@@ -96,7 +103,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
             channel,
             index,
             set: Arc::clone(self),
-            receiver: PageReceiver::default(),
+            receiver: PageReceiver::new(Decoder::new(self.agreed, Arc::clone(&self.copies))),
         })
     }
 
@@ -115,6 +122,9 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
             if missing == 0 {
                 return Ok(());
             }
+            if told.closed {
+                return Err(DestinationError::LaneSilent { round, missing });
+            }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(DestinationError::LaneSilent { round, missing });
@@ -130,6 +140,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
     /// The migration is over: lanes that fail from now on do not matter.
     pub(super) fn close(&self) {
         self.told().closed = true;
+        self.change.notify_all();
     }
 }
 
@@ -180,6 +191,9 @@ impl<L: Link, S: PageSink<L>> Lane<L, S> {
                     *ended = header.round;
                     drop(told);
                     self.set.change.notify_all();
+                    // A page of the next round may have been sent in this one on another lane, and be still on its
+                    // way there: it must not be placed over the newer one, and it may be what that one differs from.
+                    self.set.wait(header.round)?;
                 }
                 _ => {
                     return Err(self

@@ -2,10 +2,11 @@
 
 use super::DestinationError;
 use super::arriving::Arriving;
-use crate::page::{PAGE_SIZE, RamLayout, Run};
+use crate::codec::Decoder;
+use crate::page::{PAGE_BYTES, PAGE_SIZE, RamLayout, Run};
 use crate::port::{Link, PageSink};
 use crate::wire::{
-    Channel, FLAG_CRC, FrameType, Header, HeaderError, WireError, check_crc, decode_runs,
+    Channel, Encoding, FLAG_CRC, FrameType, Header, HeaderError, WireError, check_crc, decode_runs,
 };
 
 /// Reusable buffers of one channel.
@@ -13,11 +14,20 @@ use crate::wire::{
 pub(super) struct PageReceiver {
     table: Vec<u8>,
     runs: Vec<Run>,
-    /// Pages that are placed as a whole, in post-copy.
+    /// What is decoded, or placed as a whole in post-copy.
     body: Vec<u8>,
+    decoder: Decoder,
 }
 
 impl PageReceiver {
+    /// For what was agreed on.
+    pub(super) fn new(decoder: Decoder) -> Self {
+        Self {
+            decoder,
+            ..Self::default()
+        }
+    }
+
     /// Receives the rest of a `Pages` or `Zero` frame into memory, checking the table before a
     /// byte is placed.
     pub(super) fn receive<L: Link, S: PageSink<L> + ?Sized>(
@@ -29,6 +39,10 @@ impl PageReceiver {
     ) -> Result<(), DestinationError> {
         let mut crc = self.table(channel, header, layout)?;
         let whole = is_whole(header);
+        if is_coded(header) {
+            return self.receive_coded(channel, header, crc, sink);
+        }
+        self.decoder.arrived_otherwise(&self.runs);
         if header.kind == FrameType::Zero {
             return self
                 .runs
@@ -47,6 +61,47 @@ impl PageReceiver {
             }
             check_crc(header, crc)?;
         }
+        Ok(())
+    }
+
+    /// Receives the body of a coded frame whose table was read; it is checked before it is decoded.
+    fn coded_body<L: Link>(
+        &mut self,
+        channel: &mut Channel<L>,
+        header: &Header,
+        table_crc: u32,
+    ) -> Result<(), DestinationError> {
+        let pages = self.runs.iter().map(|run| run.count).sum();
+        self.decoder
+            .admit(header.encoding(), pages, header.body_bytes())?;
+        self.body.clear();
+        channel.recv_part(header.body_bytes(), &mut self.body)?;
+        Ok(check_crc(
+            header,
+            crc32c::crc32c_append(table_crc, &self.body),
+        )?)
+    }
+
+    /// Receives and decodes the pages of `runs`; nothing is placed that was not checked.
+    fn receive_coded<L: Link, S: PageSink<L> + ?Sized>(
+        &mut self,
+        channel: &mut Channel<L>,
+        header: &Header,
+        table_crc: u32,
+        sink: &S,
+    ) -> Result<(), DestinationError> {
+        self.coded_body(channel, header, table_crc)?;
+        let base = &mut |gfn, page: &mut _| sink.copy_page(gfn, page);
+        let mut pages = self
+            .decoder
+            .decode(header.encoding(), &self.runs, &self.body, base)?;
+        for run in &self.runs {
+            let bytes = usize::try_from(run.count * PAGE_BYTES).unwrap_or(usize::MAX);
+            let (these, rest) = pages.split_at_checked(bytes).unwrap_or((pages, &[]));
+            sink.write(*run, these).map_err(DestinationError::Memory)?;
+            pages = rest;
+        }
+        self.decoder.placed(&self.runs);
         Ok(())
     }
 
@@ -70,6 +125,15 @@ impl PageReceiver {
                 expected: "pages with a checksum",
             }
             .into());
+        }
+        if is_coded(header) {
+            self.coded_body(channel, header, crc)?;
+            // Each page comes once: there is nothing here that it could differ from.
+            let base = &mut |_, _: &mut _| Err("the guest runs here already".into());
+            let pages = self
+                .decoder
+                .decode(header.encoding(), &self.runs, &self.body, base)?;
+            return arriving.place(&self.runs, Some(pages));
         }
         arriving
             .sink()?
@@ -101,7 +165,7 @@ impl PageReceiver {
             });
         }
         let held = header.body_pages();
-        if header.kind == FrameType::Pages && listed != held {
+        if header.kind == FrameType::Pages && !is_coded(header) && listed != held {
             return Err(WireError::from(HeaderError::Table { listed, held }).into());
         }
         Ok(crc)
@@ -111,4 +175,9 @@ impl PageReceiver {
 /// Whether the checksum covers the pages as well as their table.
 const fn is_whole(header: &Header) -> bool {
     matches!(header.kind, FrameType::Pages) && header.flags & FLAG_CRC != 0
+}
+
+/// Whether the pages are coded.
+fn is_coded(header: &Header) -> bool {
+    header.kind == FrameType::Pages && header.encoding() != Encoding::Raw
 }

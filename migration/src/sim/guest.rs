@@ -3,11 +3,12 @@
 use super::link::SimLink;
 use super::lock;
 use super::world::{PortFault, STATE, World, weight_of};
+use crate::codec::content::{self, Content};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{Guest, PageSource, PortError};
 use crate::wire::SessionId;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 pub(super) struct SimGuest {
@@ -24,10 +25,28 @@ fn index(gfn: Gfn) -> usize {
     usize::try_from(gfn).unwrap_or(usize::MAX)
 }
 
-/// What a page of this version looks like.
+/// What a page of this version looks like: the version, and then one of a few bodies of different kinds, so that every
+/// coder has its pages and a page often differs little from what it was.
 pub(super) fn page_of(version: u64, into: &mut [u8; PAGE_SIZE]) {
-    into.fill(0);
-    into[..8].copy_from_slice(&version.to_le_bytes());
+    static BODIES: LazyLock<Vec<[u8; PAGE_SIZE]>> = LazyLock::new(|| {
+        let kinds = [
+            Content::Sparse,
+            Content::Half,
+            Content::Pointers,
+            Content::Noise,
+        ];
+        (0..2 * kinds.len() as u64)
+            .zip(kinds.into_iter().cycle())
+            .map(|(seed, kind)| content::page(kind, seed))
+            .collect()
+    });
+    if version == 0 {
+        into.fill(0);
+    } else {
+        // Many versions in a row have one body.
+        *into = BODIES[index(version / 16) % BODIES.len()];
+        into[..8].copy_from_slice(&version.to_le_bytes());
+    }
 }
 
 /// The version that a page shows.
@@ -52,7 +71,9 @@ impl PageSource<SimLink> for SimGuest {
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
-        page_of(lock(&self.world).source_memory[index(gfn)], into);
+        let mut world = lock(&self.world);
+        page_of(world.source_memory[index(gfn)], into);
+        world.sneak_a_write();
         Ok(())
     }
 

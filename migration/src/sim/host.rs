@@ -38,6 +38,26 @@ impl PageSink<SimLink> for SimSink {
         Ok(())
     }
 
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        let (pages, rest) = bytes.as_chunks::<PAGE_SIZE>();
+        let mut world = lock(&self.world);
+        let mut whole = [0; PAGE_SIZE];
+        for (gfn, page) in (run.first..run.end()).zip(pages) {
+            let version = u64::from_le_bytes(*page.first_chunk().unwrap_or(&[0; 8]));
+            page_of(version, &mut whole);
+            if *page != whole {
+                let wrong = format!("page {gfn} was decoded to what no page ever was");
+                world.violations.push(wrong);
+            }
+            world.destination_memory[index(gfn)] = version;
+        }
+        if pages.len() as u64 != run.count || !rest.is_empty() {
+            let wrong = format!("{} bytes were decoded for {run:?}", bytes.len());
+            world.violations.push(wrong);
+        }
+        Ok(())
+    }
+
     fn zero(&self, run: Run) -> Result<(), PortError> {
         let mut world = lock(&self.world);
         world.destination_memory[index(run.first)..index(run.end())].fill(0);

@@ -35,7 +35,7 @@ impl Clock for SimClock {
 }
 
 /// One end of a simulated connection.
-pub(super) struct SimLink {
+pub(crate) struct SimLink {
     world: Arc<Mutex<World>>,
     /// The destination, to be stepped while the source waits; `None` at the destination's end.
     peer: Option<Arc<Mutex<Peer>>>,
@@ -46,7 +46,7 @@ pub(super) struct SimLink {
 
 impl SimLink {
     /// Opens a connection to the destination.
-    pub fn connect(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>) -> io::Result<Self> {
+    pub(super) fn connect(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>) -> io::Result<Self> {
         let connection = {
             let mut world = lock(world);
             if world.destination_dead || world.source_dead {
@@ -218,12 +218,12 @@ impl Peer {
         let Some(arriving) = arriving else {
             return false;
         };
-        let Some((sink, era)) = arriving.wait_begun(Duration::ZERO) else {
+        let Some(sink) = arriving.wait_begun(Duration::ZERO) else {
             return false;
         };
         let (_, lane) = &mut self.faults[at];
         let heard = !lock(&self.world).faults_heard.is_empty() || arriving.has_unasked();
-        if arriving.ended(era) || !(if lane.is_asking() { arrived } else { heard }) {
+        if lane.ended() || !(if lane.is_asking() { arrived } else { heard }) {
             return false;
         }
         if let Err(error) = lane.step(&sink, Duration::ZERO) {
@@ -251,9 +251,13 @@ impl Peer {
                 let arriving = self.engine.as_ref().and_then(|e| e.arriving());
                 if let Some(arriving) = arriving {
                     let timeouts = destination::Timeouts::default();
-                    let lane =
-                        Destination::<SimLink, SimHost>::fault_lane(arriving, channel, timeouts);
-                    self.faults.push((connection, lane));
+                    let lane = Destination::<SimLink, SimHost>::fault_lane(
+                        arriving,
+                        channel,
+                        preamble.channel,
+                        timeouts,
+                    );
+                    self.faults.extend(lane.ok().map(|lane| (connection, lane)));
                 }
             }
             _ if self.engine.is_none() => {

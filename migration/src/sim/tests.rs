@@ -1,6 +1,6 @@
 //! The engines under injected faults. `FERRY_SIM_SEEDS=a..b` replays or widens the search.
 use super::*;
-use crate::options::PolicyKind;
+use crate::options::{Compress, PolicyKind};
 
 fn seeds() -> std::ops::Range<u64> {
     let range = std::env::var("FERRY_SIM_SEEDS").unwrap_or_else(|_| "0..10000".into());
@@ -42,6 +42,7 @@ fn a_calm_migration_completes() {
 fn no_seed_loses_a_write_or_makes_two_owners() {
     let mut statuses = std::collections::BTreeMap::new();
     let mut fates = std::collections::BTreeMap::new();
+    let mut codecs = crate::report::Codecs::default();
     for seed in seeds() {
         let scenario = Scenario::random(seed);
         let outcome = run(&scenario);
@@ -51,6 +52,7 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
             outcome.violations,
             outcome.report
         );
+        codecs.join(&outcome.report.codecs);
         *statuses
             .entry(format!("{:?}", outcome.report.status))
             .or_insert(0) += 1;
@@ -58,7 +60,7 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
             .entry(format!("{:?}/{:?}", outcome.source, outcome.destination))
             .or_insert(0) += 1;
     }
-    println!("statuses {statuses:?}\nfates {fates:?}");
+    println!("statuses {statuses:?}\nfates {fates:?}\n{codecs:?}");
     if seeds().count() >= 1000 {
         // The search must reach every ending, or it proves nothing about it.
         for status in ["Completed", "Failed", "Cancelled", "InDoubt", "Interrupted"] {
@@ -66,6 +68,9 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
                 statuses.contains_key(status),
                 "no seed ended {status}: {statuses:?}"
             );
+        }
+        for coder in [codecs.zstd, codecs.delta, codecs.sparse, codecs.copied] {
+            assert!(coder.pages > 1000, "a coder was hardly used: {codecs:?}");
         }
     }
 }
@@ -101,10 +106,11 @@ fn a_lost_write_is_noticed() {
 /// Every fault at every message of a short migration.
 #[test]
 fn every_fault_at_every_message() {
-    let base = |verify| {
+    let base = |verify, compress| {
         let mut scenario = Scenario::calm(7);
         scenario.pages = 40;
         scenario.options.verify = verify;
+        scenario.options.compress = compress;
         scenario
     };
     let kinds = [
@@ -119,23 +125,60 @@ fn every_fault_at_every_message() {
         FaultKind::DestinationDies,
         FaultKind::Cancel,
     ];
-    for verify in [false, true] {
-        let messages = run(&base(verify)).messages;
+    let cases = [
+        (false, Compress::None),
+        (true, Compress::None),
+        (false, Compress::Zstd),
+        (false, Compress::Delta),
+        (false, Compress::Adaptive),
+    ];
+    for (verify, compress) in cases {
+        let messages = run(&base(verify, compress)).messages;
         for at in 0..messages + 2 {
             for kind in kinds {
                 let scenario = Scenario {
                     faults: vec![Fault { at, kind }],
-                    ..base(verify)
+                    ..base(verify, compress)
                 };
                 let outcome = run(&scenario);
                 assert!(
                     outcome.violations.is_empty(),
-                    "{kind:?} at {at}: {:#?} {:?}",
+                    "{compress:?}, {kind:?} at {at}: {:#?} {:?}",
                     outcome.violations,
                     outcome.report
                 );
             }
         }
+    }
+}
+
+/// A guest that writes the same pages over and over is moved with fewer bytes by each coder, and whole.
+#[test]
+fn coders_save_bytes() {
+    let wire = |compress, cache_pages: u64| {
+        let mut scenario = Scenario::calm(3);
+        scenario.write_rate = 10_000.0;
+        scenario.bandwidth = 20e6;
+        scenario.options.max_rounds = Some(6);
+        scenario.options.on_timeout = OnTimeout::Stop;
+        scenario.options.compress = compress;
+        scenario.options.delta_cache = cache_pages * 4096;
+        let outcome = run(&scenario);
+        assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+        assert_eq!(outcome.report.status, Status::Completed);
+        (outcome.report.bytes_wire, outcome.report.codecs)
+    };
+    let (raw, none) = wire(Compress::None, 0);
+    assert!(none.is_empty());
+    let (zstd, _) = wire(Compress::Zstd, 0);
+    let (delta, codecs) = wire(Compress::Delta, 512);
+    let (adaptive, _) = wire(Compress::Adaptive, 512);
+    assert!(codecs.delta.pages > 0, "{codecs:?}");
+    for (name, bytes) in [("zstd", zstd), ("delta", delta), ("adaptive", adaptive)] {
+        assert!(
+            3 * bytes < 2 * raw,
+            "{name}: {bytes} bytes in place of {raw}"
+        );
     }
 }
 

@@ -41,13 +41,26 @@ pub enum SourceError {
     )]
     NotVerified,
     /// A page request that cannot be.
-    #[error("the destination asked for page {gfn:#x} (+{count}), which is not the guest's memory")]
+    #[error(
+        "the destination asked for {count} pages from page {gfn:#x} at once, which are not all the guest's or more than anybody waits for"
+    )]
     Request {
         /// The first page.
         gfn: u64,
         /// How many.
         count: u64,
     },
+    /// A destination that lacks more than there is.
+    #[error("the destination says that it lacks {missing} pages of a guest that has {total}")]
+    Lacks {
+        /// Pages that it claims to lack.
+        missing: u64,
+        /// Pages that there are.
+        total: u64,
+    },
+    /// A destination that is content too soon.
+    #[error("the destination says that it has every page, yet {0} were not sent to it")]
+    TooSoon(u64),
     /// After post-copy, with `--verify`.
     #[error("{0} pages at the destination are not as they were sent; the guest runs there on them")]
     Differs(u64),

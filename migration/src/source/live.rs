@@ -223,6 +223,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         }
         self.pages.sent += sent.data_pages;
         self.pages.zero += sent.zero_pages;
+        self.codecs.join(&sent.codecs);
         self.progress.round_sent += sent.pages();
     }
 
@@ -347,7 +348,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 let took = now.saturating_sub(flight.started);
                 // What the link took: the time in its calls and until the last byte was placed.
                 let lanes = u32::try_from(self.lanes.len().max(1)).unwrap_or(1);
-                let link = flight.sent.link / lanes + now.saturating_sub(flight.ended);
+                let sending = flight.sent.link + flight.sent.coding;
+                let link = sending / lanes + now.saturating_sub(flight.ended);
                 if flight.sent.bytes < MEASURABLE {
                     // A small round measures the round trip, and the greeting's was measured while
                     // the destination had other things to do.
@@ -356,7 +358,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 if flight.sent.data_pages * PAGE_BYTES >= MEASURABLE
                     || self.bandwidth.estimate().is_none() && flight.sent.pages() > 0
                 {
-                    self.bandwidth.record(flight.sent.bytes.max(1), link);
+                    // Of pages as they are in memory: it is pending pages that the estimate is for.
+                    let bytes = flight.sent.bytes.max(flight.sent.data_pages * PAGE_BYTES);
+                    self.bandwidth.record(bytes.max(1), link);
                 }
                 if let Some(round) = self.rounds.iter_mut().find(|r| r.n == flight.round) {
                     round.ms = ms(took);

@@ -358,6 +358,7 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         let sent = serving.outgoing().sent;
         self.pages.sent += sent.data_pages;
         self.pages.zero += sent.zero_pages;
+        self.codecs.join(&sent.codecs);
         let round = Round {
             n: self.rounds.last().map_or(1, |last| last.n + 1),
             pages: sent.pages(),
@@ -540,7 +541,12 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                 .refuse(&header, "the confirmation that every page has arrived")
                 .into());
         }
+        let arrived: Arrived = self.control.recv_json(&header)?;
+        let left = serving.outgoing().left;
+        if left > 0 && !arrived.ended {
+            return Err(SourceError::TooSoon(left));
+        }
         serving.end();
-        Ok(self.control.recv_json(&header)?)
+        Ok(arrived)
     }
 }

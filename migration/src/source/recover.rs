@@ -57,13 +57,25 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             return Ok(());
         }
         self.enter(State::PostCopy);
+        let total = self.layout.pages();
+        if running.missing > total {
+            return Err(SourceError::Lacks {
+                missing: running.missing,
+                total,
+            });
+        }
         let mut missing = PageSet::new(self.layout.end());
         while missing.len() < running.missing {
+            let listed = missing.len();
             let header = self.control.recv_header()?;
             if !matches!(header.kind, FrameType::MissingRuns | FrameType::MissingBits) {
                 return Err(self.control.refuse(&header, "the missing pages").into());
             }
             recv_set(&mut self.control, &header, &self.layout, &mut missing)?;
+            if missing.len() == listed {
+                let expected = "missing pages that were not listed before";
+                return Err(self.control.refuse(&header, expected).into());
+            }
         }
         self.why = Some(format!("the destination lacked {} pages", missing.len()));
         for index in 0..self

@@ -30,6 +30,11 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     /// Pauses the guest, moves it, and lets what is left follow.
     pub(super) fn hand_over(&mut self, order: PushOrder) -> Result<(), SourceError> {
         // What is dirty already will be missing in any case: the destination drops it before the pause.
+        // From here on each page is sent once, to where nothing can be read: no page is a base any more.
+        self.sender.without_bases();
+        self.lanes
+            .iter_mut()
+            .for_each(|(_, sender)| sender.without_bases());
         let known = self.pending.clone();
         send_set(&mut self.control, &known)?;
         self.settle()?;

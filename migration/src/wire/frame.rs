@@ -1,5 +1,6 @@
 //! Frames: the 32-byte header and the run table of the page frames.
 
+use crate::codec::{MAX_CODED_BYTES, MAX_CODED_PAGES};
 use crate::page::{Gfn, PAGE_SIZE, Run};
 
 /// Bytes in a header.
@@ -13,6 +14,29 @@ pub const MAX_RUNS: u32 = 512;
 pub const MAX_BATCH_PAGES: u64 = 4096;
 /// Flag: the header's `payload_crc` guards the whole payload.
 pub const FLAG_CRC: u8 = 1;
+
+/// How the pages of a frame are coded; see [`crate::codec`] for what the coded ones hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Encoding {
+    /// As they are.
+    Raw = 0,
+    /// Compressed by zstd.
+    Zstd = 1,
+    /// As patches.
+    Patch = 2,
+}
+
+impl Encoding {
+    const fn from_byte(byte: u8) -> Option<Self> {
+        Some(match byte {
+            0 => Self::Raw,
+            1 => Self::Zstd,
+            2 => Self::Patch,
+            _ => return None,
+        })
+    }
+}
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -126,7 +150,7 @@ pub struct Header {
     pub kind: FrameType,
     /// [`FLAG_CRC`].
     pub flags: u8,
-    /// How pages are coded; 0 is raw.
+    /// How pages are coded: an [`Encoding`]; 0 is raw.
     pub encoding: u8,
     /// Bytes of payload.
     pub length: u32,
@@ -257,9 +281,16 @@ impl Header {
             round: word(20),
             payload_crc: word(24),
         };
+        let checked = header.flags & FLAG_CRC != 0;
+        let encoded = match Encoding::from_byte(header.encoding) {
+            Some(Encoding::Raw) => true,
+            // Coded pages hold still: they are always checked.
+            Some(_) => kind == FrameType::Pages && checked,
+            None => false,
+        };
         if header.flags & !FLAG_CRC != 0
-            || header.encoding != 0
-            || (kind.always_checked() && header.length > 0 && header.flags & FLAG_CRC == 0)
+            || !encoded
+            || (kind.always_checked() && header.length > 0 && !checked)
         {
             return Err(HeaderError::Flags {
                 kind,
@@ -276,6 +307,12 @@ impl Header {
         let count = u64::from(self.count);
         let length = u64::from(self.length);
         let fits = match self.kind {
+            FrameType::Pages if self.encoding != Encoding::Raw as u8 => {
+                let body = length.checked_sub(count * RUN_BYTES as u64);
+                self.count >= 1
+                    && count <= MAX_CODED_PAGES
+                    && body.is_some_and(|body| body >= 1 && body <= MAX_CODED_BYTES as u64)
+            }
             FrameType::Pages => {
                 let data = length.checked_sub(count * RUN_BYTES as u64);
                 self.count >= 1
@@ -333,7 +370,22 @@ impl Header {
         self.count as usize * RUN_BYTES
     }
 
-    /// Pages in the body of a `Pages` frame.
+    /// How its pages are coded.
+    #[must_use]
+    pub const fn encoding(&self) -> Encoding {
+        match Encoding::from_byte(self.encoding) {
+            Some(encoding) => encoding,
+            None => Encoding::Raw,
+        }
+    }
+
+    /// Bytes after the run table of a page frame.
+    #[must_use]
+    pub const fn body_bytes(&self) -> usize {
+        (self.length as usize).saturating_sub(self.table_bytes())
+    }
+
+    /// Pages in the body of a raw `Pages` frame.
     #[must_use]
     pub const fn body_pages(&self) -> u64 {
         (self.length as u64).saturating_sub(self.table_bytes() as u64) / PAGE_SIZE as u64
@@ -387,6 +439,17 @@ mod tests {
         let header = pages_header(2, 9);
         assert_eq!(Header::decode(&header.encode(), LIMITS), Ok(header));
         assert_eq!((header.table_bytes(), header.body_pages()), (16, 9));
+        let coded = Header {
+            encoding: Encoding::Patch as u8,
+            flags: FLAG_CRC,
+            length: 16 + 77,
+            ..header
+        };
+        assert_eq!(Header::decode(&coded.encode(), LIMITS), Ok(coded));
+        assert_eq!(
+            (coded.encoding(), coded.body_bytes()),
+            (Encoding::Patch, 77)
+        );
     }
 
     #[test]
@@ -457,7 +520,34 @@ mod tests {
             },
             Header {
                 encoding: 9,
+                flags: FLAG_CRC,
                 ..pages_header(1, 1)
+            },
+            // Coded pages are always checked,
+            Header {
+                encoding: 1,
+                ..pages_header(1, 1)
+            },
+            // have at least a byte,
+            Header {
+                encoding: 1,
+                flags: FLAG_CRC,
+                length: 8,
+                ..pages_header(1, 1)
+            },
+            // and are never more than both sides' buffers hold;
+            Header {
+                encoding: 2,
+                flags: FLAG_CRC,
+                ..pages_header(1, 300)
+            },
+            // no other frame is coded.
+            Header {
+                encoding: 1,
+                flags: FLAG_CRC,
+                count: 1,
+                length: 8,
+                ..bare(FrameType::Zero)
             },
             Header {
                 gfn: 999,

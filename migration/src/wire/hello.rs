@@ -20,10 +20,20 @@ impl Features {
 
     /// The guest may run before its memory is there.
     pub const POST_COPY: Self = Self(1 << 3);
+    /// Pages may be compressed by zstd.
+    pub const ZSTD: Self = Self(1 << 8);
+    /// Pages may be sent as patches: without their zeros, or as the difference to what was sent before.
+    pub const PATCH: Self = Self(1 << 9);
 
     /// All that this build can do.
-    pub const SUPPORTED: Self =
-        Self(Self::VERIFY.0 | Self::CHANNELS.0 | Self::RECOVER.0 | Self::POST_COPY.0);
+    pub const SUPPORTED: Self = Self(
+        Self::VERIFY.0
+            | Self::CHANNELS.0
+            | Self::RECOVER.0
+            | Self::POST_COPY.0
+            | Self::ZSTD.0
+            | Self::PATCH.0,
+    );
 
     /// Those of both.
     #[must_use]
@@ -178,7 +188,7 @@ mod tests {
 
     #[test]
     fn unknown_fields_of_a_newer_peer_are_ignored() {
-        let json = br#"{"offered":255,"required":0,"layout":[{"first":0,"count":1}],"channels":1,"policy":"x","colour":"red"}"#;
+        let json = br#"{"offered":4294967295,"required":0,"layout":[{"first":0,"count":1}],"channels":1,"policy":"x","colour":"red"}"#;
         let bytes = [&u32::try_from(json.len()).unwrap().to_le_bytes()[..], json].concat();
         assert_eq!(
             Hello::decode(&bytes)

@@ -169,6 +169,13 @@ impl PageSink<MemoryLink> for TestSink {
         each(runs).try_for_each(|gfn| link.recv(&mut *self.0.page(gfn).lock().unwrap()))
     }
 
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        for (gfn, page) in (run.first..run.end()).zip(bytes.chunks_exact(PAGE_SIZE)) {
+            self.0.page(gfn).lock().unwrap().copy_from_slice(page);
+        }
+        Ok(())
+    }
+
     fn zero(&self, run: Run) -> Result<(), PortError> {
         each(&[run]).for_each(|gfn| self.0.page(gfn).lock().unwrap().fill(0));
         Ok(())

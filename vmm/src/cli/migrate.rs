@@ -4,8 +4,8 @@ use super::output::{Failure, put, put_json, say};
 use super::progress::Display;
 use super::serve::SAME_WISH;
 use super::summary::{sentence, table};
-use super::units::{duration, rate};
-use ferry_migration::options::{OnTimeout, Options, PolicyKind};
+use super::units::{duration, rate, size};
+use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::Status;
 use ferry_vmm::api::client::{Action, Client};
@@ -68,6 +68,12 @@ pub struct Args {
     /// Connections that carry pages.
     #[arg(long, value_name = "N")]
     channels: Option<u16>,
+    /// How pages are made smaller on their way: auto takes to a coder only where that is measured to pay.
+    #[arg(long, value_name = "HOW", value_parser = named::<Compress>)]
+    compress: Option<Compress>,
+    /// Copies of sent pages that the source keeps, so that it can send differences, for example 256M; 0 keeps none.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    delta_cache: Option<u64>,
     /// Compare all memory of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
@@ -104,6 +110,8 @@ impl Args {
             order: self.order.unwrap_or(default.order),
             pivots: self.pivots.unwrap_or(default.pivots),
             channels: self.channels.unwrap_or(default.channels),
+            compress: self.compress.unwrap_or(default.compress),
+            delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
             verify: self.verify,
             ..default
         }
@@ -214,6 +222,10 @@ mod tests {
             "1Gbit",
             "--channels",
             "4",
+            "--compress",
+            "adaptive",
+            "--delta-cache",
+            "32M",
             "--verify",
         ])
         .unwrap();
@@ -223,6 +235,8 @@ mod tests {
             on_timeout: OnTimeout::Stop,
             bandwidth: Some(125_000_000),
             channels: 4,
+            compress: Compress::Adaptive,
+            delta_cache: 32 << 20,
             verify: true,
             ..Options::default()
         };

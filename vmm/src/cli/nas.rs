@@ -11,7 +11,7 @@ use std::process::ExitCode;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry nas mg.A --threads 2")]
 pub struct Args {
-    /// KERNEL.CLASS, such as mg.A.
+    /// KERNEL.CLASS, such as mg.A: ep is cg mg ft bt sp in S W A B C.
     #[arg(value_name = "KERNEL.CLASS", value_parser = problem)]
     problem: Problem,
     /// Threads to run on, as --cpus of a guest.
@@ -42,7 +42,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
             "verified": outcome.verified,
             "value": outcome.check.value,
             "reference": outcome.check.reference,
-            "error": outcome.error(),
+            "error": outcome.error,
             "seconds": outcome.seconds,
             "mops": outcome.mops,
         }))?;
@@ -64,11 +64,6 @@ fn text(o: &Outcome) -> String {
     };
     format!(
         "{}  {verdict}  {:.2} s  {:.1} Mop/s  value {:.13e}  reference {:.13e}  error {:.1e}\n",
-        o.problem,
-        o.seconds,
-        o.mops,
-        o.check.value,
-        o.check.reference,
-        o.error()
+        o.problem, o.seconds, o.mops, o.check.value, o.check.reference, o.error
     )
 }

@@ -1,5 +1,6 @@
 //! `ferry receive`.
 
+use super::devices;
 use super::output::{Failure, say};
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
@@ -17,10 +18,13 @@ const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Wait for a guest to be migrated here, then be its VMM.
 ///
-/// The guest's size and processors come with it. A migration that fails before the guest has moved leaves this waiting for
+/// The guest's size and processors come with it; what is behind its disks and network cards here is to be given, in the
+/// same order. A migration that fails before the guest has moved leaves this waiting for
 /// the next. The keys and signals of `ferry run` work here too.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock")]
+#[command(after_help = "Examples:
+  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock
+  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock --disk /net/disk.img --net tap=tap0")]
 pub struct Args {
     /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH.
     #[arg(value_name = "URI")]
@@ -31,6 +35,8 @@ pub struct Args {
     /// Where the guest's serial port goes: stdio, file:PATH or null.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: Serial,
+    #[command(flatten)]
+    devices: devices::Args,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
@@ -38,7 +44,11 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let spool = args.serial.open()?;
     let output = spool.clone();
     let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
-    let receiver = Arc::new(Receiver::bind(&args.uri, Arc::new(serial))?);
+    let receiver = Arc::new(Receiver::bind_with(
+        &args.uri,
+        Arc::new(serial),
+        args.devices.backends(),
+    )?);
     let uri = receiver.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
     let server = bind(args.api.as_deref(), None, &vmm)?;

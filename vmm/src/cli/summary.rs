@@ -73,6 +73,29 @@ pub fn table(report: &Report) -> String {
         "wire",
         format!("{} at {:.1} MB/s", traffic(report.bytes_wire), report.mbps),
     );
+    let c = &report.codecs;
+    if !c.is_empty() {
+        let coders = [
+            ("zstd", c.zstd),
+            ("delta", c.delta),
+            ("sparse", c.sparse),
+            ("copied", c.copied),
+        ];
+        let used = coders.iter().filter(|(_, coder)| coder.pages > 0);
+        let parts: Vec<String> = used
+            .map(|(name, coder)| {
+                format!(
+                    "{name} {} pages, {} saved",
+                    grouped(coder.pages),
+                    traffic(coder.bytes_saved)
+                )
+            })
+            .collect();
+        row(
+            "codecs",
+            format!("{}, in {}", parts.join("; "), span(c.encode_ms)),
+        );
+    }
     let f = &report.faults;
     if f.count > 0 {
         row(
@@ -217,6 +240,7 @@ pub mod tests {
                 zero: 98_304,
                 skipped: 0,
             },
+            codecs: Default::default(),
             bytes_wire: 430_880_678,
             mbps: 214.1,
             faults: Faults::default(),

@@ -1,7 +1,7 @@
 //! A VM: memory slots, interrupt controllers and timers in the kernel.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -9,6 +9,7 @@ use kvm_bindings::{
     KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
     KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
 };
+use kvm_ioctls::IoEventAddress;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -170,6 +171,29 @@ impl Vm {
             })?;
         self.fd.register_irqfd(&event, gsi).named("KVM_IRQFD")?;
         Ok(IrqLine(event))
+    }
+
+    /// Has KVM signal `event` when the guest writes `value`, 4 bytes, to `address`: no exit to the vCPU's thread.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn signal_writes(
+        &self,
+        event: &ferry_devices::virtio::Event,
+        address: u64,
+        value: u32,
+    ) -> Result<(), VmError> {
+        let event = event.try_clone().map_err(|source| VmError::Io {
+            what: "duplicating an eventfd for a notification",
+            source,
+        })?;
+        // SAFETY: the descriptor is an eventfd, given up by the owner that was just made for it.
+        let event = unsafe { EventFd::from_raw_fd(OwnedFd::from(event).into_raw_fd()) };
+        // KVM holds the eventfd itself, not this descriptor of it.
+        self.fd
+            .register_ioevent(&event, &IoEventAddress::Mmio(address), value)
+            .named("KVM_IOEVENTFD")?;
+        Ok(())
     }
 
     /// The flags of manual dirty log protection that this VM runs with; 0 for the plain log.

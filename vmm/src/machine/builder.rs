@@ -1,16 +1,17 @@
 //! Building a machine.
 
 use std::io::{self, Write};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use ferry_devices::acpi_pm::{ACPI_PM_BASE, ACPI_PM_IRQ, ACPI_PM_LEN, AcpiPm};
 use ferry_devices::bus::{Bus, BusError};
 use ferry_devices::i8042::{I8042, I8042_BASE, I8042_LEN};
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN, Serial};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{Control, ResetLine};
+use super::control::{Control, EndWish};
 use super::description::{DescriptionError, FORMAT, MachineDescription};
+use super::devices::{Backends, DeviceError, VirtioSet};
 use super::{Devices, Machine, lock};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
 use crate::memory::{GuestRam, RamError};
@@ -41,6 +42,9 @@ pub enum BuildError {
     /// A description that cannot be true.
     #[error(transparent)]
     Description(#[from] DescriptionError),
+    /// A virtio device cannot be had.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Two devices in one place.
     #[error("the machine's devices do not fit together: {0}")]
     Bus(#[from] BusError),
@@ -61,6 +65,7 @@ pub struct Builder {
     hugepages: bool,
     name: String,
     serial: Box<dyn Write + Send>,
+    backends: Backends,
     /// Of a machine that exists already.
     description: Option<MachineDescription>,
 }
@@ -73,6 +78,7 @@ impl Default for Builder {
             hugepages: false,
             name: "ferry".to_owned(),
             serial: Box::new(io::sink()),
+            backends: Backends::default(),
             description: None,
         }
     }
@@ -125,6 +131,14 @@ impl Builder {
         self
     }
 
+    /// The virtio devices, and what is behind them here. For a machine from a description: what is behind the devices
+    /// that it has.
+    #[must_use]
+    pub fn devices(mut self, backends: Backends) -> Self {
+        self.backends = backends;
+        self
+    }
+
     /// The same machine as another one, which may be on another host: memory, vCPUs, huge pages, name
     /// and CPU features are taken from its description.
     #[must_use]
@@ -160,17 +174,25 @@ impl Builder {
         let ram = Arc::new(GuestRam::new(self.memory, self.hugepages)?);
         let vm = Arc::new(Vm::new(&host, ram)?);
 
-        let reset = Arc::new(AtomicBool::new(false));
+        let wish = EndWish::default();
         let serial_irq = vm.irq_line(COM1_IRQ)?;
         let line = serial_irq
             .try_clone()
             .map_err(io_error("the serial port's interrupt"))?;
         let serial = Arc::new(Mutex::new(Serial::new(Box::new(line), self.serial)));
-        let i8042 = Arc::new(Mutex::new(I8042::new(Box::new(ResetLine(reset.clone())))));
+        let i8042 = Arc::new(Mutex::new(I8042::new(Box::new(wish.reset_line()))));
+        let sci = vm.irq_line(ACPI_PM_IRQ)?;
+        let power_off = Box::new(wish.power_off_line());
+        let acpi_pm = Arc::new(Mutex::new(AcpiPm::new(Box::new(sci), power_off)));
         let mut pio = Bus::new();
         pio.insert(COM1_BASE, COM1_LEN, serial.clone())?;
         pio.insert(I8042_BASE, I8042_LEN, i8042.clone())?;
-        let buses = Arc::new((pio, Bus::new()));
+        pio.insert(ACPI_PM_BASE, ACPI_PM_LEN, acpi_pm.clone())?;
+        let mut mmio = Bus::new();
+        let described = self.description.as_ref().map(|d| d.devices.as_slice());
+        let (virtio, devices) = VirtioSet::build(&vm, &self.backends, described, &mut mmio)?;
+        let virtio = Arc::new(virtio);
+        let buses = Arc::new((pio, mmio));
 
         let vcpus: Vec<Vcpu> = (0..self.cpus)
             .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
@@ -187,6 +209,7 @@ impl Builder {
             hugepages: self.hugepages,
             cpuid,
             tsc_khz,
+            devices,
         };
         // A name that is too long is found here for a new machine.
         description.validate()?;
@@ -194,7 +217,7 @@ impl Builder {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
             .map_err(io_error("the event of its end"))?;
-        let control = Arc::new(Control::new(kickers, reset, exit_event));
+        let control = Arc::new(Control::new(kickers, wish, exit_event, virtio.clone()));
         let machine = Machine {
             control: control.clone(),
             threads: Mutex::new(Vec::new()),
@@ -203,7 +226,9 @@ impl Builder {
                 serial,
                 serial_irq,
                 i8042,
+                acpi_pm,
             },
+            virtio,
             dirty_log: DirtyLog::new(vm.clone()),
             vm,
             description,

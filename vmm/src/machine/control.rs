@@ -5,7 +5,7 @@
 //! ([`Vcpu::run`](crate::kvm::Vcpu::run)). All kicks are out before the first wait, so the vCPUs stop
 //! in parallel.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use ferry_devices::Trigger;
 use ferry_devices::bus::Bus;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::devices::VirtioSet;
 use super::lock;
 use crate::kvm::{Kicker, Vcpu, VmExit};
 
@@ -23,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Why a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
-    /// The guest shut down: it triple-faulted or asked KVM for it.
+    /// The guest shut down: it switched the machine off, triple-faulted or asked KVM for it.
     Shutdown,
     /// The guest asked for a reset.
     Reset,
@@ -66,6 +67,9 @@ pub enum PauseError {
         "{0} of the machine's vCPUs did not stop within {PATIENCE:?}: a device seems to block, perhaps a serial output that nobody reads, or a page of the guest's memory has not arrived; the machine runs on"
     )]
     Stuck(usize),
+    /// A device did not come to rest.
+    #[error("{0}; the machine runs on")]
+    Device(#[from] ferry_devices::virtio::PauseError),
 }
 
 /// Why a machine could not be resumed.
@@ -74,6 +78,9 @@ pub enum ResumeError {
     /// It has ended.
     #[error("the machine cannot be resumed since it has ended: {0}")]
     Ended(Exit),
+    /// Its disk is not its own; a sentence.
+    #[error("the machine cannot be resumed: {0}")]
+    Disk(String),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,9 +110,11 @@ pub(super) struct Control {
     kickers: Vec<Kicker>,
     /// vCPUs shall leave at the next EINTR. Beside `inner`, so that running vCPUs need no lock.
     leave: AtomicBool,
-    /// The guest has asked for a reset, during the access that its vCPU is just making.
-    reset: Arc<AtomicBool>,
+    /// The guest has asked for its end, during the access that its vCPU is just making.
+    wish: EndWish,
     exit_event: EventFd,
+    /// At rest whenever the vCPUs are.
+    virtio: Arc<VirtioSet>,
     /// Entry times are nanoseconds after this, plus one; 0 is none. Stored without a lock as the last
     /// thing before KVM_RUN.
     origin: Instant,
@@ -113,7 +122,12 @@ pub(super) struct Control {
 }
 
 impl Control {
-    pub(super) fn new(kickers: Vec<Kicker>, reset: Arc<AtomicBool>, exit_event: EventFd) -> Self {
+    pub(super) fn new(
+        kickers: Vec<Kicker>,
+        wish: EndWish,
+        exit_event: EventFd,
+        virtio: Arc<VirtioSet>,
+    ) -> Self {
         let inner = Inner {
             mode: Mode::Paused,
             exit: None,
@@ -126,8 +140,9 @@ impl Control {
             inner: Mutex::new(inner),
             changed: Condvar::new(),
             leave: AtomicBool::new(true),
-            reset,
+            wish,
             exit_event,
+            virtio,
             origin: Instant::now(),
             entered: kickers.iter().map(|_| AtomicU64::new(0)).collect(),
             kickers,
@@ -179,6 +194,18 @@ impl Control {
             self.changed.notify_all();
             return Err(PauseError::Ended(exit));
         }
+        // The guard keeps others out, so the lock need not: a disk may take its time, and the state can be asked for.
+        drop(inner);
+        if let Err(error) = self.virtio.pause() {
+            let mut inner = self.lock();
+            self.virtio.resume();
+            if inner.exit.is_none() {
+                self.run(&mut inner);
+            }
+            inner.guarded = false;
+            self.changed.notify_all();
+            return Err(error.into());
+        }
         Ok(true)
     }
 
@@ -193,8 +220,7 @@ impl Control {
         if let Some(exit) = &inner.exit {
             return Err(ResumeError::Ended(exit.clone()));
         }
-        self.run(&mut inner);
-        Ok(())
+        self.start(&mut inner)
     }
 
     pub(super) fn resume(&self) -> Result<(), ResumeError> {
@@ -203,8 +229,19 @@ impl Control {
             return Err(ResumeError::Ended(exit.clone()));
         }
         if inner.mode == Mode::Paused {
-            self.run(&mut inner);
+            self.start(&mut inner)?;
         }
+        Ok(())
+    }
+
+    /// Sets the devices going, and then the vCPUs: the guest must not wait for a device at rest. A guest whose disk
+    /// somebody else has must not run at all.
+    fn start(&self, inner: &mut Inner) -> Result<(), ResumeError> {
+        self.virtio
+            .lock_disks()
+            .map_err(|e| ResumeError::Disk(e.to_string()))?;
+        self.virtio.resume();
+        self.run(inner);
         Ok(())
     }
 
@@ -318,8 +355,10 @@ impl Control {
         self.entered[index].store(since + 1, Ordering::Release);
         loop {
             let exit = match vcpu.run(pio, mmio) {
-                VmExit::Handled if self.reset.load(Ordering::Relaxed) => Exit::Reset,
-                VmExit::Handled => continue,
+                VmExit::Handled => match self.wish.get() {
+                    Some(exit) => exit,
+                    None => continue,
+                },
                 VmExit::Interrupted if self.leave.load(Ordering::SeqCst) => {
                     let left_at = Instant::now();
                     vcpu.clock_was_paused();
@@ -350,13 +389,40 @@ impl Control {
     }
 }
 
-/// The reset line of the keyboard controller. It is pulled in the middle of an access, with the vCPU
-/// and the device locked, so it only leaves word: the vCPU's thread looks right after the access.
-pub(super) struct ResetLine(pub(super) Arc<AtomicBool>);
+/// How a guest has asked a device for its end, if it has. Devices are told in the middle of an access, with the vCPU and
+/// the device locked, so they only leave word here: the vCPU's thread looks right after the access.
+#[derive(Debug, Clone, Default)]
+pub(super) struct EndWish(Arc<AtomicU8>);
 
-impl Trigger for ResetLine {
+const RESET: u8 = 1;
+const POWER_OFF: u8 = 2;
+
+impl EndWish {
+    fn get(&self) -> Option<Exit> {
+        match self.0.load(Ordering::Relaxed) {
+            0 => None,
+            RESET => Some(Exit::Reset),
+            _ => Some(Exit::Shutdown),
+        }
+    }
+
+    /// The reset line, as the keyboard controller has it.
+    pub(super) fn reset_line(&self) -> EndLine {
+        EndLine(self.clone(), RESET)
+    }
+
+    /// The power supply's switch.
+    pub(super) fn power_off_line(&self) -> EndLine {
+        EndLine(self.clone(), POWER_OFF)
+    }
+}
+
+/// A device's way to end the machine.
+pub(super) struct EndLine(EndWish, u8);
+
+impl Trigger for EndLine {
     fn trigger(&self) -> std::io::Result<()> {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.0.store(self.1, Ordering::Relaxed);
         Ok(())
     }
 }

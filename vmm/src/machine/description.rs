@@ -2,12 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::devices::{DeviceDescription, MAX_DEVICES};
 use super::features;
 use crate::kvm::{CpuidEntry, Host, IoctlError, MAX_CPUID_ENTRIES, MAX_CPUS, OpenError};
 use crate::memory::{self, RamError, RamLayout};
 
 /// Version of [`MachineDescription`].
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 /// The longest name, in bytes.
 const MAX_NAME: usize = 255;
 
@@ -29,6 +30,8 @@ pub struct MachineDescription {
     pub cpuid: Vec<CpuidEntry>,
     /// Frequency of the guest's TSC in kHz, where the host told.
     pub tsc_khz: Option<u32>,
+    /// The virtio devices, in the order of their places.
+    pub devices: Vec<DeviceDescription>,
 }
 
 /// Why a description cannot be of a machine.
@@ -55,6 +58,11 @@ pub enum DescriptionError {
         "the machine's name has {0} bytes, but at most {MAX_NAME} are possible: choose a shorter one"
     )]
     Name(usize),
+    /// More devices than places for them.
+    #[error(
+        "the machine's description has {0} virtio devices, but at most {MAX_DEVICES} are possible: give it fewer"
+    )]
+    Devices(usize),
     /// A memory size that cannot be.
     #[error(transparent)]
     Memory(#[from] RamError),
@@ -106,6 +114,9 @@ impl MachineDescription {
         if self.name.len() > MAX_NAME {
             return Err(DescriptionError::Name(self.name.len()));
         }
+        if self.devices.len() > MAX_DEVICES {
+            return Err(DescriptionError::Devices(self.devices.len()));
+        }
         RamLayout::new(self.memory, self.hugepages)?;
         Ok(())
     }
@@ -149,6 +160,7 @@ mod tests {
             hugepages: false,
             cpuid: Vec::new(),
             tsc_khz: None,
+            devices: Vec::new(),
         };
         good.validate().unwrap();
         let entry = CpuidEntry {
@@ -162,7 +174,7 @@ mod tests {
         };
         for bad in [
             MachineDescription {
-                format: 2,
+                format: FORMAT + 1,
                 ..good.clone()
             },
             MachineDescription {
@@ -191,6 +203,10 @@ mod tests {
             },
             MachineDescription {
                 cpuid: vec![entry; 257],
+                ..good.clone()
+            },
+            MachineDescription {
+                devices: vec![DeviceDescription::Balloon; MAX_DEVICES + 1],
                 ..good.clone()
             },
         ] {

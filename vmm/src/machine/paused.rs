@@ -35,6 +35,19 @@ pub enum RestoreMachineError {
     /// The serial port refused its part.
     #[error(transparent)]
     Serial(#[from] SerialError),
+    /// The machines have different devices.
+    #[error(
+        "the state is of a machine with {saved} virtio devices, but this one has {here}: build it from the other's description"
+    )]
+    Devices {
+        /// Devices in the state.
+        saved: usize,
+        /// Devices of the machine.
+        here: usize,
+    },
+    /// A virtio device refused its part.
+    #[error(transparent)]
+    Virtio(#[from] ferry_devices::virtio::RestoreError),
     /// The serial port's interrupt line could not be duplicated.
     #[error("the serial port's interrupt could not be connected: {0}")]
     Interrupt(#[source] std::io::Error),
@@ -92,6 +105,8 @@ impl<'a> PausedMachine<'a> {
         let devices = DevicesState {
             serial: lock(&self.machine.devices.serial).save(),
             i8042: lock(&self.machine.devices.i8042).save(),
+            acpi_pm: lock(&self.machine.devices.acpi_pm).save(),
+            virtio: self.machine.virtio.save(),
         };
         let vm = self.machine.vm.save()?;
         let vcpus = self
@@ -118,6 +133,13 @@ impl<'a> PausedMachine<'a> {
                 here: vcpus.len(),
             });
         }
+        let virtio = (state.devices.virtio.len(), self.machine.virtio.len());
+        if virtio.0 != virtio.1 {
+            return Err(RestoreMachineError::Devices {
+                saved: virtio.0,
+                here: virtio.1,
+            });
+        }
         let mut restored = Restored::default();
         for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
             restored.skipped_msrs.extend(lock(vcpu).restore(state)?);
@@ -125,6 +147,9 @@ impl<'a> PausedMachine<'a> {
         self.machine.vm.restore(&state.vm)?;
         let devices = &self.machine.devices;
         lock(&devices.i8042).restore(&state.devices.i8042);
+        lock(&devices.acpi_pm)
+            .restore(&state.devices.acpi_pm)
+            .map_err(RestoreMachineError::Interrupt)?;
         let line = devices
             .serial_irq
             .try_clone()
@@ -134,6 +159,7 @@ impl<'a> PausedMachine<'a> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .restore(&state.devices.serial, Box::new(line))?;
+        self.machine.virtio.restore(&state.devices.virtio)?;
         Ok(restored)
     }
 
@@ -157,8 +183,13 @@ impl<'a> PausedMachine<'a> {
 impl Drop for PausedMachine<'_> {
     fn drop(&mut self) {
         if !self.released {
-            // A machine that was stopped meanwhile has nothing to resume.
-            let _ = self.machine.control.release(self.was_running);
+            match self.machine.control.release(self.was_running) {
+                // A machine that was stopped meanwhile has nothing to resume.
+                Ok(()) | Err(ResumeError::Ended(_)) => {}
+                Err(error @ ResumeError::Disk(_)) => {
+                    tracing::error!(%error, "the guest stays paused");
+                }
+            }
         }
     }
 }

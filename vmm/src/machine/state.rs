@@ -8,14 +8,16 @@
 //! Little-endian. The number of vCPUs is in the header and each is decoded by itself, so that a sender
 //! cannot make the receiver allocate more than a machine of that size has.
 
+use ferry_devices::acpi_pm::AcpiPmState;
 use ferry_devices::i8042::I8042State;
 use ferry_devices::serial::SerialState;
+use ferry_devices::virtio::VirtioState;
 use serde::{Deserialize, Serialize};
 
 use crate::kvm::{MAX_CPUS, VcpuState, VmState};
 
 const MAGIC: [u8; 8] = *b"FRYSTATE";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 24;
 /// The largest state that is believed: 254 vCPUs of 70 KiB are 17 MiB.
 const MAX_BYTES: usize = 32 << 20;
@@ -27,6 +29,10 @@ pub struct DevicesState {
     pub serial: SerialState,
     /// The keyboard controller.
     pub i8042: I8042State,
+    /// The power button and the switch.
+    pub acpi_pm: AcpiPmState,
+    /// The virtio devices, in the order of their places.
+    pub virtio: Vec<VirtioState>,
 }
 
 /// Everything of a machine but its memory and its description.

@@ -70,13 +70,15 @@ pub(super) fn forbid_transparent_hugepages(base: NonNull<u8>, bytes: u64) {
 
 /// Whether the host has `bytes` of memory to give. A host that does not tell is believed to.
 pub(crate) fn check_available(bytes: u64) -> Result<(), RamError> {
-    let Ok(meminfo) = std::fs::read_to_string("/proc/meminfo") else {
-        return Ok(());
-    };
-    match available(&meminfo) {
+    match available_memory() {
         Some(available) if bytes > available => Err(RamError::NotAvailable { bytes, available }),
         _ => Ok(()),
     }
+}
+
+/// Bytes that the host can give without swapping, where it tells.
+pub(crate) fn available_memory() -> Option<u64> {
+    available(&std::fs::read_to_string("/proc/meminfo").ok()?)
 }
 
 /// `MemAvailable` in bytes; the file has it in KiB.

@@ -4,12 +4,13 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use ferry_migration::codec::marks::Marks;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{Host, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
 
 use super::{StreamLink, engine_layout, lock, page_runs};
-use crate::machine::{Machine, MachineDescription, MachineState};
+use crate::machine::{Backends, DeviceDescription, Machine, MachineDescription, MachineState};
 use crate::memory::{GuestRam, PageRun, Userfault, Waited, check_available, check_userfault};
 
 /// Makes the serial console's output for an arriving machine.
@@ -18,6 +19,8 @@ pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Sen
 /// Guest memory being filled.
 pub struct RamSink {
     ram: Arc<GuestRam>,
+    /// Pages that were written: decoded ones are placed in another way while nothing lies there.
+    filled: Marks,
     /// While pages are missing.
     faults: Mutex<Option<Arc<Userfault>>>,
 }
@@ -61,6 +64,7 @@ impl PageSink<StreamLink> for RamSink {
     fn receive(&self, link: &mut StreamLink, runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let mut rest = page_runs(runs, &mut buffer)?;
+        runs.iter().for_each(|run| self.filled.set_run(*run, true));
         // Long runs of memory that holds nothing yet have a shorter way; all else is read straight
         // into place, as many runs at once as lie together.
         while !rest.is_empty() {
@@ -80,6 +84,13 @@ impl PageSink<StreamLink> for RamSink {
             }
         }
         Ok(())
+    }
+
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        // Exact but for zero pages, which are as good as fresh either way.
+        let fresh = !self.filled.contains(run.first);
+        self.filled.set_run(run, true);
+        Ok(self.ram.write_decoded(run.first, bytes, fresh)?)
     }
 
     fn zero(&self, run: Run) -> Result<(), PortError> {
@@ -122,8 +133,9 @@ impl PageSink<StreamLink> for RamSink {
     }
 
     fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError> {
-        // Ended while this thread was on its way here.
+        // Ended while this thread was on its way here: it looks again before long.
         let Ok(faults) = self.faults() else {
+            std::thread::sleep(timeout);
             return Ok(None);
         };
         match faults.wait(timeout)? {
@@ -139,6 +151,7 @@ impl PageSink<StreamLink> for RamSink {
 /// Builds and starts the machine of an arriving guest.
 pub struct MachineHost {
     serial: SerialFactory,
+    backends: Backends,
     machine: Option<Arc<Machine>>,
     sink: Option<Arc<RamSink>>,
     run_after: bool,
@@ -146,9 +159,10 @@ pub struct MachineHost {
 }
 
 impl MachineHost {
-    pub(super) fn new(serial: SerialFactory) -> Self {
+    pub(super) fn new(serial: SerialFactory, backends: Backends) -> Self {
         Self {
             serial,
+            backends,
             machine: None,
             sink: None,
             run_after: true,
@@ -179,6 +193,7 @@ impl Host<StreamLink> for MachineHost {
         let machine = Machine::builder()
             .from_description(&description)
             .serial(serial)
+            .devices(self.backends.clone())
             .build()?;
         if engine_layout(machine.ram())? != *layout {
             return Err(
@@ -187,6 +202,7 @@ impl Host<StreamLink> for MachineHost {
         }
         let sink = Arc::new(RamSink {
             ram: Arc::clone(machine.ram()),
+            filled: Marks::new(layout.end()),
             faults: Mutex::new(None),
         });
         self.machine = Some(Arc::new(machine));
@@ -211,6 +227,10 @@ impl Host<StreamLink> for MachineHost {
         let sink = self.sink.as_ref().ok_or("there is no machine")?;
         // Pre-copy finds a shortage while the source still has the guest; here it would come too late.
         check_available(missing.len() * PAGE_SIZE as u64)?;
+        // A page that the guest gives back would fault again, and the source would be asked for it in vain.
+        if let Some(machine) = &self.machine {
+            machine.keep_free_pages(true);
+        }
         let faults = Userfault::register(Arc::clone(&sink.ram))?;
         *lock(&sink.faults) = Some(Arc::new(faults));
         Ok(())
@@ -219,6 +239,9 @@ impl Host<StreamLink> for MachineHost {
     fn end_post_copy(&mut self) {
         if let Some(sink) = &self.sink {
             sink.end_faults();
+        }
+        if let Some(machine) = &self.machine {
+            machine.keep_free_pages(false);
         }
     }
 
@@ -244,6 +267,7 @@ impl Host<StreamLink> for MachineHost {
         }
         machine.resume()?;
         let first = machine.wait_first_entry(Duration::from_secs(5));
+        announce(machine);
         Ok(first.map_or(Duration::ZERO, |at| at.elapsed()))
     }
 
@@ -254,5 +278,33 @@ impl Host<StreamLink> for MachineHost {
             self.sink = None;
             self.machine = None;
         }
+    }
+}
+
+/// Tells the network, more than once, where the guest is now: the first frame may be lost while a bridge still learns.
+fn announce(machine: &Arc<Machine>) {
+    const PAUSES: [Duration; 3] = [
+        Duration::from_millis(50),
+        Duration::from_millis(150),
+        Duration::from_millis(250),
+    ];
+    let is_net = |device: &DeviceDescription| matches!(device, DeviceDescription::Net { .. });
+    if !machine.description().devices.iter().any(is_net) {
+        return;
+    }
+    machine.announce();
+    let machine = Arc::downgrade(machine);
+    let again = move || {
+        for pause in PAUSES {
+            std::thread::sleep(pause);
+            let Some(machine) = machine.upgrade() else {
+                return;
+            };
+            machine.announce();
+        }
+    };
+    let thread = std::thread::Builder::new().name("ferry-announce".into());
+    if let Err(error) = thread.spawn(again) {
+        tracing::warn!(%error, "the network is told only once where the guest is");
     }
 }

@@ -28,7 +28,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::host::{MachineHost, RamSink};
 use super::{MonotonicClock, StreamLink, Uri};
-use crate::machine::Machine;
+use crate::machine::{Backends, Machine};
 
 pub use super::host::SerialFactory;
 
@@ -158,6 +158,7 @@ struct Shared {
     active: Mutex<Option<Active>>,
     changed: Condvar,
     serial: SerialFactory,
+    backends: Backends,
     arrivals: Mutex<mpsc::Sender<Arrival>>,
     stop: AtomicBool,
     connections: AtomicUsize,
@@ -177,11 +178,24 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Listens on `uri`; `serial` makes the console of an arriving guest.
+    /// Listens on `uri` for a guest without disks and network cards; `serial` makes its console.
     ///
     /// # Errors
     /// [`ReceiveError`].
     pub fn bind(uri: &Uri, serial: SerialFactory) -> Result<Self, ReceiveError> {
+        Self::bind_with(uri, serial, Backends::default())
+    }
+
+    /// Listens on `uri`; `serial` makes the console of an arriving guest, and `backends` is what is behind its disks and
+    /// network cards here.
+    ///
+    /// # Errors
+    /// [`ReceiveError`].
+    pub fn bind_with(
+        uri: &Uri,
+        serial: SerialFactory,
+        backends: Backends,
+    ) -> Result<Self, ReceiveError> {
         let error = |error: io::Error| ReceiveError::Bind {
             uri: uri.to_string(),
             hint: match error.kind() {
@@ -224,6 +238,7 @@ impl Receiver {
             active: Mutex::new(None),
             changed: Condvar::new(),
             serial,
+            backends,
             arrivals: Mutex::new(sender),
             stop: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
@@ -464,7 +479,7 @@ fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
     if let Some(why) = busy {
         return refuse(channel, why);
     }
-    let host = MachineHost::new(Arc::clone(&shared.serial));
+    let host = MachineHost::new(Arc::clone(&shared.serial), shared.backends.clone());
     let timeouts = destination::Timeouts::default();
     let clock = Arc::new(MonotonicClock::new());
     let engine = Destination::new(channel, preamble, host, timeouts, clock);
@@ -603,13 +618,15 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
         );
     };
     let timeouts = destination::Timeouts::default();
-    let lane = Engine::fault_lane(&arriving, channel, timeouts);
-    lane.run(&|| {
-        let active = shared.active();
-        active
-            .as_ref()
-            .is_some_and(|a| a.session == preamble.session)
-    });
+    match Engine::fault_lane(&arriving, channel, preamble.channel, timeouts) {
+        Ok(lane) => lane.run(&|| {
+            let active = shared.active();
+            active
+                .as_ref()
+                .is_some_and(|a| a.session == preamble.session)
+        }),
+        Err(error) => tracing::warn!(%error, "a fault channel was closed"),
+    }
 }
 
 /// A source that asks, or tells, what became of a guest.

@@ -97,8 +97,16 @@ impl Control for Vmm {
 
     fn stop(&self) -> Result<(), Refusal> {
         let how = "by a request on its control socket";
-        self.core.stop(&mut self.core.lock(), how);
-        Ok(())
+        let stopped = self.core.stop(&mut self.core.lock(), how);
+        stopped.map(drop).map_err(Refusal::Conflict)
+    }
+
+    fn power_button(&self) -> Result<(), Refusal> {
+        let inner = self.core.lock();
+        match (&inner.state, &inner.guest) {
+            (State::Running, Some(guest)) => guest.power_button().map_err(Refusal::Failed),
+            (state, _) => Err(conflict("press the power button", state)),
+        }
     }
 
     fn cancel(&self) -> Result<(), Refusal> {
@@ -211,6 +219,16 @@ impl Core {
             (State::InDoubt(_), Some(guest)) => {
                 guest.resume().map_err(Refusal::Failed)?;
                 inner.state = State::Running;
+            }
+            (state, Some(guest)) => {
+                let Some(lacks) = guest.lacks() else {
+                    return Err(conflict("recover, nothing is in doubt", state));
+                };
+                return Err(Refusal::Conflict(format!(
+                    "cannot take over {} pages that only the source has: {}",
+                    lacks.pages,
+                    explanation(state, Some(&lacks))
+                )));
             }
             (state, _) => return Err(conflict("recover, nothing is in doubt", state)),
         }

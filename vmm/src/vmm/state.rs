@@ -2,6 +2,7 @@
 
 use super::{MigrationHandle, Unconfirmed};
 use crate::api::types::StateName;
+use ferry_migration::report::Phase;
 use std::sync::Arc;
 
 /// How a guest ended.
@@ -113,9 +114,12 @@ impl State {
             ),
             Self::Running => "the guest runs here".into(),
             Self::Paused => "the guest is paused here; `ferry resume` lets it run".into(),
-            Self::Migrating { to, .. } => {
-                format!("the guest is being migrated to {to}; `ferry cancel` keeps it here")
-            }
+            Self::Migrating { to, handle, .. } => match handle.progress().phase {
+                Phase::Committed | Phase::PostCopy => format!(
+                    "the guest was handed over to {to}, and what it lacks there is on its way; this VMM ends when all has arrived"
+                ),
+                _ => format!("the guest is being migrated to {to}; `ferry cancel` keeps it here"),
+            },
             Self::Moved { to, .. } => {
                 format!("the guest was migrated to {to} and never runs here again")
             }

@@ -61,6 +61,10 @@ impl Guest for FakeGuest {
     fn stop(&self) {
         self.journal.note("stop");
     }
+    fn power_button(&self) -> Result<(), String> {
+        self.journal.note("power-button");
+        Ok(())
+    }
     fn input(&self, bytes: &[u8]) -> usize {
         self.journal.note("input");
         bytes.len()
@@ -471,6 +475,12 @@ fn a_cancel_that_comes_too_late_is_told_so() {
     let events = rig.begin();
     rig.journal.progress.lock().unwrap().phase = Phase::Committed;
     assert!(is_conflict(rig.vmm.cancel()).starts_with("too late"));
+    // The pages that are here may be the only ones.
+    let kept = is_conflict(rig.vmm.stop());
+    assert!(kept.contains("ends by itself"), "{kept}");
+    assert_eq!(rig.vmm.interrupt("on SIGTERM"), Some(kept));
+    let told = rig.vmm.status().explanation;
+    assert!(!told.contains("cancel"), "{told}");
     rig.end(&events, Step::End(report::Status::Completed));
 }
 

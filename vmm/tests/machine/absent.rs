@@ -10,7 +10,7 @@ use ferry_vmm::memory::{Fault, GuestRam, Userfault, UserfaultError, Waited};
 use crate::support::{COUNT, COUNTER, MIB, eventually, kvm, machine, progresses, read};
 
 /// All of the guest's memory, taken away from it; says loudly where that is not allowed.
-fn take_memory(m: &Machine) -> Option<(Userfault, Source)> {
+pub fn take_memory(m: &Machine) -> Option<(Userfault, Source)> {
     let mut source = Vec::new();
     for gfn in 0..m.ram().size() / 4096 {
         let mut page = [0; 4096];
@@ -29,16 +29,16 @@ fn take_memory(m: &Machine) -> Option<(Userfault, Source)> {
     }
 }
 
-struct Source(Vec<[u8; 4096]>);
+pub struct Source(Vec<[u8; 4096]>);
 
 impl Source {
-    fn serve(&self, userfault: &Userfault, gfn: u64) {
+    pub fn serve(&self, userfault: &Userfault, gfn: u64) {
         let page = &self.0[usize::try_from(gfn).unwrap()];
         userfault.place(gfn, 1, page).unwrap();
     }
 }
 
-fn fault(userfault: &Userfault) -> Option<Fault> {
+pub fn fault(userfault: &Userfault) -> Option<Fault> {
     match userfault.wait(Duration::from_secs(60)).unwrap() {
         Waited::Fault(fault) => Some(fault),
         Waited::Interrupted => None,
@@ -46,7 +46,7 @@ fn fault(userfault: &Userfault) -> Option<Fault> {
     }
 }
 
-fn thread_name(id: u32) -> String {
+pub fn thread_name(id: u32) -> String {
     std::fs::read_to_string(format!("/proc/self/task/{id}/comm"))
         .map_or_else(|_| "a kernel thread".into(), |name| name.trim().into())
 }

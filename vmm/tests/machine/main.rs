@@ -11,3 +11,4 @@ mod serial;
 mod smp;
 mod state;
 mod support;
+mod virtio;

@@ -91,8 +91,8 @@ pub fn experiment(args: &Args) -> Result<Experiment, Failure> {
     let scale = format!(
         "The slides: a guest of 1024 MB under Xen on Gigabit Ethernet, its stress test writes a working set in an endless loop, \
          page faults are found by pseudo-paging. Here: a guest of {} over {} Mbit/s ({pass:.1} s a pass), a {} writer of {} pages a \
-         second, page faults by userfaultfd. Demand paging ends when the guest has asked for everything, or its verification at the \
-         end has. Lost work is the slides' degradation: what the guest would have done in that time undisturbed.",
+         second, page faults by userfaultfd. Demand paging ends when the guest has missed nothing for two seconds; \
+         the rest then follows by address. Lost work is the slides' degradation: what the guest would have done in that time undisturbed.",
         memory(args.memory),
         args.link / 125_000,
         args.pattern,

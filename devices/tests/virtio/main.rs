@@ -1,0 +1,10 @@
+//! virtio devices, driven as a guest's driver would: through registers and rings in memory.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
+
+mod balloon;
+mod block;
+mod driver;
+mod moves;
+mod net;
+mod rng;
+mod rules;

@@ -1,0 +1,4 @@
+//! See `ferry_tests::fuzz_bodies::virtio`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ferry_tests::fuzz_bodies::virtio(bytes));

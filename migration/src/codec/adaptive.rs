@@ -1,0 +1,310 @@
+//! Which coders a lane uses, from what it measures: a pure object, batches in, a decision out.
+//!
+//! Every page costs time on the link, and coding costs time on a processor. While a batch is coded the link still
+//! drains what the socket holds, so that in the best case a page takes the *larger* of the two, and where the "link" is
+//! itself a processor copying bytes (loopback) their *sum*. So:
+//!
+//! - a level is *tried* when the better of its two prospects beats the cost of raw pages by [`TRY`];
+//! - what it costs then is measured, and it is left as soon as raw pages would have cost less; it is not tried again
+//!   unless its worse prospect wins, or the link has become slower by half;
+//! - what raw pages cost is measured while they are sent. While others are, it is only known to lie between the time
+//!   that sending took and the time that sending and coding took; and as a slow receiver may hide behind either, it is
+//!   measured anew now and then.
+//!
+//! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`] of the time.
+
+use crate::page::PAGE_BYTES;
+use std::time::Duration;
+
+/// Which coders are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// None: pages go straight from guest memory.
+    Raw,
+    /// Those that cost about as much as a copy: patches, against zeros and against what the destination has.
+    Patch,
+    /// Those and zstd.
+    Full,
+}
+
+impl Level {
+    const fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// What a batch came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// How it was coded.
+    pub level: Level,
+    /// Its pages, those known to be zero not counted.
+    pub pages: u64,
+    /// Bytes that went out for them.
+    pub bytes: u64,
+    /// Time spent copying, classing and coding them.
+    pub encode: Duration,
+    /// Time spent in sending.
+    pub link: Duration,
+}
+
+/// What a level costs.
+#[derive(Clone, Copy, Debug)]
+struct Estimate {
+    /// Seconds of coding for a page.
+    encode: f64,
+    /// Bytes on the wire for a byte of memory.
+    ratio: f64,
+}
+
+/// The decision of one lane.
+#[derive(Clone, Debug)]
+pub struct Chooser {
+    level: Level,
+    /// Seconds that the link takes for a byte; `None` while unknown.
+    link: Option<f64>,
+    /// The same by the user's cap.
+    floor: f64,
+    /// By level; those of [`Level::Raw`] are known.
+    estimates: [Option<Estimate>; 3],
+    /// By level: seconds for a byte on the link at which it was found not to pay.
+    refuted: [Option<f64>; 3],
+    /// Seconds for a page, coding and sending, at this level; `None` while unknown.
+    wall: Option<f64>,
+    /// Batches since the level was chosen.
+    batches: u32,
+    /// The coded level that a look at raw pages interrupts, and how many batches it goes on.
+    looking: Option<(Level, u32)>,
+    /// Batches after which the next such look is due.
+    look_after: u32,
+    sampled: Duration,
+    elapsed: Duration,
+}
+
+/// A new measurement's weight.
+const WEIGHT: f64 = 0.2;
+/// The same while raw pages are looked at.
+const LOOK_WEIGHT: f64 = 0.5;
+/// A level is tried where it promises to cost at most this much of what raw pages cost.
+const TRY: f64 = 0.8;
+/// Another coded level is taken when it promises at most this much of what the present one costs.
+const BETTER: f64 = 0.9;
+/// Batches after which a level is judged: the socket's buffer hides what the first cost.
+const SETTLE: u32 = 8;
+/// Batches of raw pages in a look at what they cost now.
+const LOOK: u32 = 4;
+/// The first look comes after this many batches, each further one after twice as many.
+const FIRST_LOOK: u32 = 32;
+/// A page that takes longer than this (1.3 Gbit/s) is most likely held up by the link, and not by what the receiver
+/// makes of it: the first look can wait.
+const SLOW_LINK: f64 = 25e-6;
+/// Batches until then.
+const FIRST_LOOK_SLOW: u32 = 128;
+/// Seconds that patching a page takes at least: a copy, a comparison, and a copy into the cache.
+const PATCH: f64 = 3e-6;
+/// Share of the time that samples may take.
+pub const SAMPLE_SHARE: f64 = 0.005;
+
+impl Chooser {
+    /// Begins at `start`; `floor` is the seconds that a byte takes at least, by the user's cap.
+    #[must_use]
+    pub const fn new(start: Level, floor: f64) -> Self {
+        Self {
+            level: start,
+            link: None,
+            floor,
+            estimates: [
+                Some(Estimate {
+                    encode: 0.0,
+                    ratio: 1.0,
+                }),
+                None,
+                None,
+            ],
+            refuted: [None; 3],
+            wall: None,
+            batches: 0,
+            looking: None,
+            look_after: FIRST_LOOK,
+            sampled: Duration::ZERO,
+            elapsed: Duration::ZERO,
+        }
+    }
+
+    /// How the next batch is to be coded.
+    #[must_use]
+    pub const fn level(&self) -> Level {
+        match self.looking {
+            Some(_) => Level::Raw,
+            None => self.level,
+        }
+    }
+
+    /// What a raw page costs, in seconds.
+    fn raw(&self) -> Option<f64> {
+        let link = if self.floor > 0.0 {
+            self.link.unwrap_or(0.0).max(self.floor)
+        } else {
+            self.link?
+        };
+        Some(link * PAGE_BYTES as f64)
+    }
+
+    /// Whether the link is slow enough that trying patches of pages that are sent again costs nothing that anybody
+    /// would notice: less than a quarter of what they take on the link.
+    #[must_use]
+    pub fn link_has_time(&self) -> bool {
+        let patch = self.estimates[Level::Patch.index()].map_or(0.0, |e| e.encode);
+        self.raw().is_some_and(|raw| 4.0 * patch.max(PATCH) < raw)
+    }
+
+    /// Whether a sample is due: raw pages are being sent, and little was spent on samples so far.
+    #[must_use]
+    pub fn wants_sample(&self) -> bool {
+        self.level() == Level::Raw
+            && self.looking.is_none()
+            && self.sampled.as_secs_f64() <= SAMPLE_SHARE * self.elapsed.as_secs_f64()
+    }
+
+    /// What coding a few pages at `level` came to: bytes that would go out, and the time it took.
+    pub fn sample(&mut self, level: Level, pages: u64, bytes: u64, took: Duration) {
+        self.sampled += took;
+        self.learn(level, pages, bytes, took);
+    }
+
+    fn learn(&mut self, level: Level, pages: u64, bytes: u64, took: Duration) {
+        if pages == 0 || level == Level::Raw {
+            return;
+        }
+        let seen = Estimate {
+            encode: took.as_secs_f64() / pages as f64,
+            ratio: bytes as f64 / (pages * PAGE_BYTES) as f64,
+        };
+        let slot = &mut self.estimates[level.index()];
+        *slot = Some(slot.map_or(seen, |old| Estimate {
+            encode: blend(old.encode, seen.encode, WEIGHT),
+            ratio: blend(old.ratio, seen.ratio, WEIGHT),
+        }));
+    }
+
+    /// Takes what a batch came to, and decides anew.
+    pub fn record(&mut self, outcome: Outcome) {
+        let Outcome {
+            level,
+            pages,
+            bytes,
+            encode,
+            link,
+        } = outcome;
+        self.elapsed += encode + link;
+        if pages == 0 || bytes == 0 {
+            return;
+        }
+        self.learn(level, pages, bytes, encode);
+        let at_least = link.as_secs_f64() / bytes as f64;
+        let at_most = (encode + link).as_secs_f64() / bytes as f64;
+        let seen = match self.link {
+            _ if level == Level::Raw => at_least,
+            None => at_least,
+            // Either bound is exact in its own extreme: what is known already is kept where it can be true.
+            Some(known) => known.clamp(at_least, at_most),
+        };
+        // A look is short, and meant to replace what was believed.
+        let weight = if self.looking.is_some() {
+            LOOK_WEIGHT
+        } else {
+            WEIGHT
+        };
+        self.link = Some(self.link.map_or(seen, |old| blend(old, seen, weight)));
+        if let Some((_, left)) = &mut self.looking {
+            *left -= 1;
+            if *left == 0 {
+                self.looking = None;
+                self.batches = 0;
+                self.judge(true);
+            }
+            return;
+        }
+        if level != self.level {
+            return;
+        }
+        let wall = (encode + link).as_secs_f64() / pages as f64;
+        self.wall = Some(self.wall.map_or(wall, |old| blend(old, wall, WEIGHT)));
+        self.batches = self.batches.saturating_add(1);
+        self.judge(false);
+        let slow = self.wall.is_some_and(|wall| wall > SLOW_LINK);
+        let after = self.look_after.max(if slow { FIRST_LOOK_SLOW } else { 0 });
+        // The cap is known, and no look would show it.
+        if self.level > Level::Raw && self.batches >= after && self.floor == 0.0 {
+            self.looking = Some((self.level, LOOK));
+            self.look_after = after.saturating_mul(2);
+        }
+    }
+
+    /// What a level promises: the time for a page if all goes well, or once that was refuted, if nothing overlaps.
+    fn prospect(&self, level: Level, raw: f64) -> Option<f64> {
+        let Estimate { encode, ratio } = self.estimates[level.index()]?;
+        let link = ratio * raw;
+        Some(if self.refuted[level.index()].is_some() {
+            encode + link
+        } else {
+            encode.max(link) + 0.1 * encode.min(link)
+        })
+    }
+
+    fn judge(&mut self, looked: bool) {
+        let Some(raw) = self.raw() else { return };
+        for refuted in &mut self.refuted {
+            if refuted.is_some_and(|at| raw > 1.5 * at * PAGE_BYTES as f64) {
+                *refuted = None;
+            }
+        }
+        if !looked && self.batches < SETTLE {
+            return;
+        }
+        let now = match (self.level, self.wall) {
+            (Level::Raw, _) => raw,
+            (level, Some(wall)) => {
+                let capped = self.estimates[level.index()]
+                    .map_or(0.0, |e| e.ratio * self.floor * PAGE_BYTES as f64);
+                wall.max(capped)
+            }
+            (_, None) => return,
+        };
+        if self.level > Level::Raw && raw < now {
+            self.refuted[self.level.index()] = Some(raw / PAGE_BYTES as f64);
+            self.go_to(Level::Raw);
+            return;
+        }
+        let limit = if self.level == Level::Raw {
+            TRY * raw
+        } else {
+            BETTER * now
+        };
+        let best = [Level::Patch, Level::Full]
+            .into_iter()
+            .filter(|level| *level != self.level)
+            .filter_map(|level| Some((level, self.prospect(level, raw)?)))
+            .min_by(|a, b| a.1.total_cmp(&b.1));
+        if let Some((level, cost)) = best
+            && cost < limit
+        {
+            self.go_to(level);
+        }
+    }
+
+    fn go_to(&mut self, level: Level) {
+        self.level = level;
+        self.wall = None;
+        self.batches = 0;
+        self.look_after = FIRST_LOOK;
+    }
+}
+
+fn blend(old: f64, new: f64, weight: f64) -> f64 {
+    old + weight * (new - old)
+}
+
+#[cfg(test)]
+#[path = "adaptive/tests.rs"]
+mod tests;

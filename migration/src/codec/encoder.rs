@@ -1,0 +1,551 @@
+//! Coding at the source: one lane's encoder.
+
+use super::adaptive::{Chooser, Level, Outcome};
+use super::cache::DeltaCache;
+use super::class::{is_regular, is_sparse};
+use super::marks::Marks;
+use super::patch::{self, Page, ZEROS};
+use super::words;
+use super::{Kind, ZSTD_LEVEL, ZSTD_PAGES, append};
+use crate::options::{Compress, Options};
+use crate::page::{Gfn, PAGE_BYTES, PAGE_SIZE, Run};
+use crate::port::{Clock, PortError};
+use crate::report::Codecs;
+use crate::wire::{
+    Encoding, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, RUN_BYTES, encode_runs,
+};
+use std::sync::Arc;
+use std::time::Duration;
+use zstd::bulk::Compressor;
+
+/// A patch that is longer does not pay: the page is then sent as a page of its own.
+const PATCH_LIMIT: usize = PAGE_SIZE * 3 / 4;
+/// Pages in a sample.
+const SAMPLE: u64 = 8;
+/// Pages looked up in the cache after which it must have saved something.
+const PROOF: u64 = 4096;
+
+/// What the lanes of a migration share.
+#[derive(Clone, Debug, Default)]
+pub struct Coding {
+    kind: Compress,
+    patches: bool,
+    zstd: bool,
+    /// What the destination has, where patches of it may be sent.
+    cache: Option<Arc<DeltaCache>>,
+    /// Pages that were sent before: only those are worth a place in the cache, unless it has one for every page.
+    seen: Arc<Marks>,
+    /// The cache has a place for every page.
+    roomy: bool,
+    /// Seconds that a lane needs for a byte, by the user's cap.
+    floor: f64,
+}
+
+impl Coding {
+    /// What the options may use of what was `agreed` on, for a guest of so many pages below `end`.
+    #[must_use]
+    pub fn new(options: &Options, agreed: Features, guest_pages: u64, end: Gfn) -> Self {
+        let kind = options.compress;
+        let patches = kind.patches() && agreed.has(Features::PATCH);
+        let zstd = kind.zstd() && agreed.has(Features::ZSTD);
+        let cache = DeltaCache::new(options.delta_cache, guest_pages);
+        let useful = patches && cache.capacity() > 0;
+        let lanes = f64::from(options.channels.max(1));
+        Self {
+            kind: if patches || zstd {
+                kind
+            } else {
+                Compress::None
+            },
+            patches,
+            zstd,
+            roomy: cache.capacity() >= guest_pages,
+            seen: Arc::new(Marks::new(if useful { end } else { 0 })),
+            cache: useful.then(|| Arc::new(cache)),
+            floor: options.bandwidth.map_or(0.0, |cap| lanes / cap as f64),
+        }
+    }
+
+    /// A lane's encoder.
+    #[must_use]
+    pub fn encoder(&self) -> Encoder {
+        let start = match self.kind {
+            Compress::Auto => Some(Level::Raw),
+            Compress::Adaptive if self.zstd => Some(Level::Full),
+            Compress::Adaptive => Some(Level::Patch),
+            Compress::None | Compress::Zstd | Compress::Delta => None,
+        };
+        Encoder {
+            chooser: start.map(|level| Chooser::new(level, self.floor)),
+            shared: self.clone(),
+            ..Encoder::default()
+        }
+    }
+}
+
+/// Whether looking pages up in the cache is worth it, by what that has saved lately.
+#[derive(Clone, Copy, Debug, Default)]
+struct Proof {
+    pages: u64,
+    saved: u64,
+    /// Pages that are sent without it before it is tried again, and how many the next time.
+    rest: u64,
+    pause: u64,
+}
+
+impl Proof {
+    fn record(&mut self, pages: u64, saved: u64) {
+        self.pages += pages;
+        self.saved += saved;
+        if self.pages >= PROOF {
+            // A thirtieth of what was looked up.
+            if 30 * self.saved < self.pages * PAGE_BYTES {
+                self.pause = (2 * self.pause).max(4 * PROOF);
+                self.rest = self.pause;
+            } else {
+                self.pause = 0;
+            }
+            (self.pages, self.saved) = (0, 0);
+        }
+    }
+
+    fn holds(&self) -> bool {
+        self.rest == 0
+    }
+}
+
+/// How a page goes out.
+enum Way {
+    /// Among the patches.
+    Among(Kind),
+    /// Through zstd, with others.
+    Compress,
+    /// Straight from guest memory.
+    Raw,
+}
+
+/// What was made of a batch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Coded {
+    /// Data pages in it, those that stay raw included.
+    pub pages: u64,
+    /// Of those, how many stay raw.
+    pub raw: u64,
+    /// Time spent.
+    pub took: Duration,
+    /// By coder.
+    pub codecs: Codecs,
+    level: Option<Level>,
+}
+
+/// The encoder of one lane: buffers that are reused, nothing is allocated for a page.
+#[derive(Default)]
+pub struct Encoder {
+    shared: Coding,
+    chooser: Option<Chooser>,
+    proof: Proof,
+    /// Copies of pages: those waiting for zstd, and the one in hand after them.
+    copies: Vec<Page>,
+    tags: Vec<u8>,
+    patches: Vec<u8>,
+    patch_crc: u32,
+    packed: Vec<u8>,
+    patch_runs: Vec<Run>,
+    zstd_runs: Vec<Run>,
+    raw_runs: Vec<Run>,
+    zstd: Option<Compressor<'static>>,
+}
+
+impl std::fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Encoder")
+            .field("shared", &self.shared)
+            .field("chooser", &self.chooser)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where a batch comes from and goes to.
+pub struct Batch<'a> {
+    /// Its pages that are not zero; those that stay raw are left.
+    pub data: &'a mut Vec<Run>,
+    /// The round.
+    pub round: u32,
+    /// Copies a page out of guest memory.
+    pub copy: &'a mut dyn FnMut(Gfn, &mut Page) -> Result<(), PortError>,
+    /// Takes the frames.
+    pub out: &'a mut Vec<u8>,
+}
+
+impl Encoder {
+    /// Whether it has anything to do.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.shared.kind != Compress::None
+    }
+
+    /// Codes each page by itself from now on.
+    pub fn without_bases(&mut self) {
+        self.shared.cache = None;
+    }
+
+    /// Pages that go out as zero pages.
+    pub fn zeroed(&self, runs: &[Run]) {
+        if let Some(cache) = &self.shared.cache {
+            runs.iter().for_each(|run| cache.forget(*run));
+        }
+    }
+
+    /// Codes what is worth it: frames are appended to `out`, and `data` keeps what is to go raw.
+    ///
+    /// # Errors
+    /// When a page cannot be read, or zstd has no memory; the batch is then not to be sent.
+    pub fn encode(&mut self, batch: &mut Batch<'_>, clock: &dyn Clock) -> Result<Coded, PortError> {
+        let pages: u64 = batch.data.iter().map(|run| run.count).sum();
+        if !self.is_on() || pages == 0 {
+            return Ok(Coded {
+                pages,
+                raw: pages,
+                ..Coded::default()
+            });
+        }
+        let began = clock.now();
+        let level = self.level();
+        let delta = self.uses_cache(pages);
+        if !delta && let Some(cache) = &self.shared.cache {
+            batch.data.iter().for_each(|run| cache.forget(*run));
+        }
+        let mut tally = Codecs::default();
+        // Patches of what was sent before are worth a try even where all else goes raw.
+        let coded = if level > Level::Raw || delta {
+            self.code(batch, level, delta, &mut tally)?;
+            Some(if level == Level::Raw && tally.is_empty() {
+                Level::Raw
+            } else {
+                level.max(Level::Patch)
+            })
+        } else {
+            if self.chooser.as_ref().is_some_and(Chooser::wants_sample) {
+                self.sample(batch, clock)?;
+            }
+            self.mark_seen(batch.data);
+            self.chooser.as_ref().map(|_| Level::Raw)
+        };
+        let raw = batch.data.iter().map(|run| run.count).sum();
+        let took = clock.now().saturating_sub(began);
+        tally.encode_ms = took.as_secs_f64() * 1e3;
+        Ok(Coded {
+            pages,
+            raw,
+            took,
+            codecs: tally,
+            level: coded,
+        })
+    }
+
+    /// A batch has been sent: `bytes` for its data pages, in `link`.
+    pub fn sent(&mut self, coded: &Coded, bytes: u64, link: Duration) {
+        if let (Some(chooser), Some(level)) = (&mut self.chooser, coded.level) {
+            chooser.record(Outcome {
+                level,
+                pages: coded.pages,
+                bytes,
+                // Samples are none of the batch's cost.
+                encode: if level == Level::Raw {
+                    Duration::ZERO
+                } else {
+                    coded.took
+                },
+                link,
+            });
+        }
+    }
+
+    /// Sending failed: nobody knows what the destination has.
+    pub fn failed(&self) {
+        if let Some(cache) = &self.shared.cache {
+            cache.doubt();
+        }
+    }
+
+    fn level(&self) -> Level {
+        match (&self.chooser, self.shared.kind) {
+            (Some(chooser), _) if self.shared.zstd => chooser.level(),
+            (Some(chooser), _) => chooser.level().min(Level::Patch),
+            (None, Compress::Zstd) => Level::Full,
+            (None, Compress::Delta) => Level::Patch,
+            (None, _) => Level::Raw,
+        }
+    }
+
+    /// Whether this batch's pages are looked up in the cache and entered.
+    fn uses_cache(&mut self, pages: u64) -> bool {
+        if self.shared.cache.is_none() {
+            return false;
+        }
+        let Some(chooser) = &self.chooser else {
+            return true;
+        };
+        if !chooser.link_has_time() {
+            return false;
+        }
+        if self.proof.holds() {
+            return true;
+        }
+        self.proof.rest = self.proof.rest.saturating_sub(pages);
+        false
+    }
+
+    fn code(
+        &mut self,
+        batch: &mut Batch<'_>,
+        level: Level,
+        delta: bool,
+        tally: &mut Codecs,
+    ) -> Result<(), PortError> {
+        for list in [
+            &mut self.patch_runs,
+            &mut self.zstd_runs,
+            &mut self.raw_runs,
+        ] {
+            list.clear();
+        }
+        self.tags.clear();
+        self.patches.clear();
+        self.patch_crc = 0;
+        let mut waiting = 0;
+        let (mut looked_up, mut saved) = (0, 0);
+        for run in batch.data.iter() {
+            for gfn in run.first..run.end() {
+                let one = Run::new(gfn, 1);
+                let again = delta && (self.shared.roomy || self.shared.seen.contains(gfn));
+                if level == Level::Raw && !again {
+                    append(&mut self.raw_runs, one, run.first);
+                    continue;
+                }
+                if waiting == self.copies.len() {
+                    self.copies.push(ZEROS);
+                }
+                (batch.copy)(gfn, &mut self.copies[waiting])?;
+                let before = self.patches.len();
+                if again {
+                    looked_up += 1;
+                }
+                match self.way_of(gfn, batch.round, waiting, level, again) {
+                    Way::Among(kind) => {
+                        let bytes = self.patches.len() - before;
+                        self.tags.extend_from_slice(&kind.tag(bytes).to_le_bytes());
+                        append(&mut self.patch_runs, one, run.first);
+                        let count = match kind {
+                            Kind::Delta => &mut tally.delta,
+                            Kind::Sparse => &mut tally.sparse,
+                            Kind::Literal => &mut tally.copied,
+                        };
+                        count.add(1, PAGE_BYTES, bytes as u64 + 2);
+                        if kind == Kind::Delta {
+                            saved += PAGE_BYTES.saturating_sub(bytes as u64);
+                        }
+                    }
+                    Way::Compress => {
+                        append(&mut self.zstd_runs, one, run.first);
+                        waiting += 1;
+                        if waiting == ZSTD_PAGES {
+                            self.compress(batch.round, waiting, batch.out, tally)?;
+                            waiting = 0;
+                        }
+                    }
+                    Way::Raw => append(&mut self.raw_runs, one, run.first),
+                }
+            }
+        }
+        self.compress(batch.round, waiting, batch.out, tally)?;
+        self.put_patches(batch.round, batch.out);
+        self.proof.record(looked_up, saved);
+        std::mem::swap(batch.data, &mut self.raw_runs);
+        self.mark_seen(batch.data);
+        self.mark_seen(&self.patch_runs);
+        Ok(())
+    }
+
+    /// Finds a page's way; the bytes of one that goes out among patches are appended.
+    fn way_of(&mut self, gfn: Gfn, round: u32, at: usize, level: Level, again: bool) -> Way {
+        let page = &self.copies[at];
+        let patches = &mut self.patches;
+        let crc = &mut self.patch_crc;
+        let mut kind = None;
+        if again && let Some(cache) = &self.shared.cache {
+            cache.exchange(gfn, round, page, |base| {
+                if let Some(base) = base
+                    && patch::encode(base, page, PATCH_LIMIT, patches)
+                {
+                    *crc = crc32c::crc32c_append(*crc, page);
+                    kind = Some(Kind::Delta);
+                }
+                // It goes out from this copy, whichever way.
+                true
+            });
+        }
+        if let Some(kind) = kind {
+            return Way::Among(kind);
+        }
+        if self.shared.patches && is_sparse(page) && words::pack(page, patches) {
+            return Way::Among(Kind::Sparse);
+        }
+        if level == Level::Full && self.wants_zstd(at) {
+            return Way::Compress;
+        }
+        if again {
+            self.patches.extend_from_slice(page);
+            return Way::Among(Kind::Literal);
+        }
+        Way::Raw
+    }
+
+    /// Whether a page, known not to be sparse, is for zstd.
+    fn wants_zstd(&self, at: usize) -> bool {
+        self.shared.zstd && (self.shared.kind == Compress::Zstd || is_regular(&self.copies[at]))
+    }
+
+    /// Appends a zstd frame of the first `count` copies, or makes them raw where that saves nothing.
+    fn compress(
+        &mut self,
+        round: u32,
+        count: usize,
+        out: &mut Vec<u8>,
+        tally: &mut Codecs,
+    ) -> Result<(), PortError> {
+        if count == 0 {
+            return Ok(());
+        }
+        // What does not save a tenth is not worth the decompressing.
+        let bytes = count * PAGE_SIZE;
+        let Some(packed) = self.pack(count, bytes / 10 * 9)? else {
+            if let Some(cache) = &self.shared.cache {
+                self.zstd_runs.iter().for_each(|run| cache.forget(*run));
+            }
+            self.raw_runs.append(&mut self.zstd_runs);
+            return Ok(());
+        };
+        tally.zstd.add(count as u64, bytes as u64, packed as u64);
+        put_frame(Encoding::Zstd, round, &self.zstd_runs, out, |out| {
+            out.extend_from_slice(&self.packed[..packed]);
+        });
+        self.mark_seen(&self.zstd_runs);
+        self.zstd_runs.clear();
+        Ok(())
+    }
+
+    /// These pages have been sent, or will be before they are looked at again.
+    fn mark_seen(&self, runs: &[Run]) {
+        if self.shared.cache.is_some() {
+            let seen = &self.shared.seen;
+            runs.iter().for_each(|run| seen.set_run(*run, true));
+        }
+    }
+
+    /// Compresses the first `count` copies into at most `room` bytes; `None` when it takes more.
+    fn pack(&mut self, count: usize, room: usize) -> Result<Option<usize>, PortError> {
+        let zstd = match &mut self.zstd {
+            Some(zstd) => zstd,
+            none => none.insert(Compressor::new(ZSTD_LEVEL)?),
+        };
+        self.packed.resize(ZSTD_PAGES * PAGE_SIZE, 0);
+        let from = self.copies[..count].as_flattened();
+        // The only failure of a compressor whose memory is there is that the result does not fit.
+        Ok(zstd.compress_to_buffer(from, &mut self.packed[..room]).ok())
+    }
+
+    fn put_patches(&self, round: u32, out: &mut Vec<u8>) {
+        if self.patch_runs.is_empty() {
+            return;
+        }
+        put_frame(Encoding::Patch, round, &self.patch_runs, out, |out| {
+            out.extend_from_slice(&self.patch_crc.to_le_bytes());
+            out.extend_from_slice(&self.tags);
+            out.extend_from_slice(&self.patches);
+        });
+    }
+
+    /// Codes a few pages of a batch for what that costs and gives; nothing of it is sent.
+    fn sample(&mut self, batch: &mut Batch<'_>, clock: &dyn Clock) -> Result<(), PortError> {
+        let total: u64 = batch.data.iter().map(|run| run.count).sum();
+        let step = (total / SAMPLE).max(1);
+        let began = clock.now();
+        let mut kept = 0;
+        let mut bytes = 0;
+        let (mut taken, mut position) = (0, 0_u64);
+        self.patches.clear();
+        for run in batch.data.iter() {
+            // The pages at multiples of `step`, counted over the runs.
+            let mut gfn = run.first + position.next_multiple_of(step) - position;
+            while gfn < run.end() && taken < SAMPLE {
+                if kept == self.copies.len() {
+                    self.copies.push(ZEROS);
+                }
+                (batch.copy)(gfn, &mut self.copies[kept])?;
+                taken += 1;
+                let before = self.patches.len();
+                let page = &self.copies[kept];
+                if self.shared.patches && is_sparse(page) && words::pack(page, &mut self.patches) {
+                    bytes += (self.patches.len() - before) as u64;
+                } else {
+                    kept += 1;
+                }
+                gfn += step;
+            }
+            position += run.count;
+        }
+        let patched = clock.now();
+        let mut with_zstd = bytes;
+        let mut regular = 0;
+        for at in 0..kept {
+            if self.wants_zstd(at) {
+                self.copies.swap(regular, at);
+                regular += 1;
+            } else {
+                with_zstd += PAGE_BYTES;
+            }
+        }
+        if regular > 0 {
+            let room = regular * PAGE_SIZE;
+            with_zstd += self.pack(regular, room)?.unwrap_or(room) as u64;
+        }
+        let compressed = clock.now();
+        if let Some(chooser) = &mut self.chooser {
+            let bytes = bytes + kept as u64 * PAGE_BYTES;
+            chooser.sample(Level::Patch, taken, bytes, patched.saturating_sub(began));
+            if self.shared.zstd {
+                let took = compressed.saturating_sub(began);
+                chooser.sample(Level::Full, taken, with_zstd, took);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Appends a coded page frame: header, table, and what `body` appends.
+fn put_frame(
+    encoding: Encoding,
+    round: u32,
+    runs: &[Run],
+    out: &mut Vec<u8>,
+    body: impl FnOnce(&mut Vec<u8>),
+) {
+    let at = out.len();
+    out.resize(at + HEADER_BYTES, 0);
+    encode_runs(runs, out);
+    body(out);
+    let payload = &out[at + HEADER_BYTES..];
+    debug_assert!(payload.len() <= runs.len() * RUN_BYTES + super::MAX_CODED_BYTES);
+    let header = Header {
+        flags: FLAG_CRC,
+        encoding: encoding as u8,
+        gfn: runs.first().map_or(0, |run| run.first),
+        // A frame has at most MAX_CODED_PAGES, so that nothing here can exceed its field.
+        count: u32::try_from(runs.len()).unwrap_or(u32::MAX),
+        length: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+        payload_crc: crc32c::crc32c(payload),
+        ..Header::bare(FrameType::Pages, round)
+    };
+    out[at..at + HEADER_BYTES].copy_from_slice(&header.encode());
+}

@@ -1,0 +1,197 @@
+//! A guest that does anything at all to its virtio devices.
+
+use ferry_devices::Trigger;
+use ferry_devices::balloon::{Balloon, FreePages};
+use ferry_devices::block::{Block, Disk};
+use ferry_devices::bus::BusDevice;
+use ferry_devices::net::{Backend, MAX_FRAME, MacAddress, Net, Offloads};
+use ferry_devices::rng::Rng;
+use ferry_devices::virtio::{AnyVirtio, Device, VirtioDevice};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+const RAM: u64 = 1 << 20;
+/// Sectors of the disk.
+const SECTORS: u64 = 64;
+
+type Memory = GuestMemoryMmap<()>;
+
+/// Bytes are a device and then what its guest does: stores to registers, stores to memory, notifications, pauses, moves.
+///
+/// Whatever it is, nothing panics or goes on forever, the backends get nothing that they cannot have, and what is saved
+/// can be restored and is the same then.
+pub fn virtio(bytes: &[u8]) {
+    let Some((&kind, script)) = bytes.split_first() else {
+        return;
+    };
+    match kind % 4 {
+        0 => {
+            let mut image = tempfile::NamedTempFile::new().unwrap();
+            image.write_all(&[0x5a; 512 * 64]).unwrap();
+            let disk = Arc::new(Disk::open(image.path(), kind & 4 != 0).unwrap());
+            play(script, |memory| {
+                Block::new(Arc::clone(&disk), "fuzz", memory).unwrap()
+            });
+            let len = image.as_file().metadata().unwrap().len();
+            assert_eq!(len, SECTORS * 512, "a guest changed its disk's size");
+        }
+        1 => play(script, |_| Rng::new()),
+        2 => play(script, |_| Balloon::new(Arc::new(Pages))),
+        _ => play(script, |_| {
+            let (ours, theirs) = UnixDatagram::pair().unwrap();
+            theirs.set_nonblocking(true).unwrap();
+            ours.set_nonblocking(true).unwrap();
+            for len in [4, 12, 100, 3000] {
+                // A queue that is full has enough.
+                let _ = ours.send(&vec![1; len]);
+            }
+            let wire = Wire {
+                socket: theirs,
+                _other: ours,
+            };
+            Net::new(Box::new(wire), MacAddress([2, 0, 0, 0, 0, 1]))
+        }),
+    }
+}
+
+fn memory() -> Arc<Memory> {
+    let len = usize::try_from(RAM).unwrap();
+    Arc::new(Memory::from_ranges(&[(GuestAddress(0), len)]).unwrap())
+}
+
+fn plug<D: Device<Memory>>(device: D, memory: &Arc<Memory>) -> VirtioDevice<D, Memory> {
+    VirtioDevice::new(device, Arc::clone(memory), Box::new(Nothing)).unwrap()
+}
+
+fn play<D: Device<Memory>>(script: &[u8], make: impl Fn(Arc<Memory>) -> D) {
+    let memory = memory();
+    let mut device = plug(make(Arc::clone(&memory)), &memory);
+    device.resume();
+    let mut script = Script(script);
+    while let Some(step) = script.byte() {
+        let mut port = device.port();
+        match step {
+            // A register, whole.
+            0..=99 => {
+                let value = script.word().to_le_bytes();
+                port.write(u64::from(step) * 4, &value);
+            }
+            // Anything at all within the page.
+            100..=119 => {
+                let offset = u64::from(script.word() & 0x1ff);
+                let width = usize::from(step % 9);
+                port.write(
+                    offset,
+                    &0x0102_0304_0506_0708u64.to_le_bytes()[..width.min(8)],
+                );
+                port.read(offset, &mut vec![0; width]);
+            }
+            // Memory: where, and up to 63 bytes.
+            120..=219 => {
+                let at = u64::from(script.word()) % RAM;
+                let n = usize::from(script.byte().unwrap_or(0) & 63);
+                let bytes = script.take(n);
+                // What runs over the end of RAM does not arrive.
+                let _ = memory.write_slice(bytes, GuestAddress(at));
+            }
+            220..=239 => {
+                let queues = device.queue_events();
+                queues[usize::from(step) % queues.len()].signal();
+            }
+            240..=247 => {
+                device.pause().unwrap();
+                device.resume();
+            }
+            // On to another host; the memory stays.
+            _ => {
+                device.pause().unwrap();
+                let state = device.save();
+                drop(device);
+                device = plug(make(Arc::clone(&memory)), &memory);
+                device.restore(&state).unwrap();
+                assert_eq!(device.save(), state);
+                device.resume();
+            }
+        }
+    }
+    device.pause().unwrap();
+    // A worker that panicked would have left the lock poisoned and its thread dead; a reset finds it alive.
+    device.port().write(0x70, &[0; 4]);
+    device.resume();
+}
+
+struct Script<'a>(&'a [u8]);
+
+impl<'a> Script<'a> {
+    fn take(&mut self, n: usize) -> &'a [u8] {
+        let (now, later) = self.0.split_at(n.min(self.0.len()));
+        self.0 = later;
+        now
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        self.take(1).first().copied()
+    }
+
+    fn word(&mut self) -> u32 {
+        let mut bytes = [0; 4];
+        let got = self.take(4);
+        bytes[..got.len()].copy_from_slice(got);
+        u32::from_le_bytes(bytes)
+    }
+}
+
+struct Nothing;
+
+impl Trigger for Nothing {
+    fn trigger(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Pages;
+
+impl Pages {
+    fn check(first: u64, count: u64) {
+        assert!(
+            count > 0 && (first + count) * 4096 <= RAM,
+            "page {first} and {count} are not RAM"
+        );
+    }
+}
+
+impl FreePages for Pages {
+    fn inflated(&self, first: u64, count: u64) {
+        Self::check(first, count);
+    }
+    fn deflated(&self, first: u64, count: u64) {
+        Self::check(first, count);
+    }
+    fn reported(&self, first: u64, count: u64) {
+        Self::check(first, count);
+    }
+}
+
+struct Wire {
+    socket: UnixDatagram,
+    _other: UnixDatagram,
+}
+
+impl Backend for Wire {
+    fn read(&mut self, frame: &mut [u8]) -> io::Result<usize> {
+        self.socket.recv(frame)
+    }
+    fn write(&mut self, frame: &[u8]) -> io::Result<()> {
+        assert!(frame.len() <= MAX_FRAME);
+        self.socket.send(frame).map(drop)
+    }
+    fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+    fn readable(&self) -> io::Result<OwnedFd> {
+        self.socket.try_clone().map(Into::into)
+    }
+}

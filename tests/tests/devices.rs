@@ -1,0 +1,198 @@
+//! Guests with disks and network cards move, and what is behind these is given, locked and told at both ends.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use ferry_migration::options::{Options, PolicyKind};
+use ferry_migration::report::Status;
+use ferry_tests::{Host, State, guests_run, run, until};
+use std::path::Path;
+use std::process::Command;
+
+const WORK: &str = "dirty:wss=8M,rate=2000";
+
+fn image(dir: &Path, name: &str, bytes: u64) -> String {
+    let path = dir.join(name);
+    std::fs::File::create(&path)
+        .unwrap()
+        .set_len(bytes)
+        .unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// What `ferry run` says of a disk that it cannot have.
+fn refused(disk: &str) -> String {
+    let ran = run(&[
+        "run",
+        "--nas",
+        WORK,
+        "--serial",
+        "null",
+        "--api",
+        "/nonexistent/api",
+        "--disk",
+        disk,
+    ]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert_eq!(ran.stderr.trim_end().lines().count(), 1, "{ran:?}");
+    ran.stderr
+}
+
+fn moves_with_its_disk(options: &Options) {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = image(dir.path(), "disk.img", 1 << 20);
+    let other = image(dir.path(), "other.img", 1 << 19);
+    let mut source = Host::run_with(WORK, "64M", 1, &["--disk", &disk, "--balloon"]);
+    assert!(refused(&disk).contains("in use"));
+    // Nothing was sent to a receiver that has no disk, or another: the guest stays.
+    let wrong: [(&[&str], &str); 3] = [
+        (&[], "1 disks, but 0"),
+        (&["--disk", &other], "524288 bytes"),
+        (&["--disk", &format!("{disk},ro")], "read-only"),
+    ];
+    for (args, sentence) in wrong {
+        let destination = Host::receive_with(args);
+        let report = source.migrate(destination.uri(), options);
+        assert_eq!(report.status, Status::Failed, "{report:#?}");
+        let error = report.error.unwrap();
+        assert!(error.contains(sentence), "{error}");
+        assert_eq!(source.state(), State::Running);
+    }
+    let destination = Host::receive_with(&["--disk", &disk]);
+    source.migrate_well(destination.uri(), options);
+    assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
+    destination.proves_running();
+    assert!(
+        refused(&disk).contains("in use"),
+        "the destination has the lock"
+    );
+    assert!(destination.verdict().writes > 0);
+    assert!(!refused_by_lock(&disk), "nobody has the lock any more");
+}
+
+fn refused_by_lock(disk: &str) -> bool {
+    let disk = ferry_devices::block::Disk::open(disk.as_ref(), false).unwrap();
+    disk.lock().is_err()
+}
+
+#[test]
+fn a_guest_moves_with_its_disk_by_pre_copy() {
+    if guests_run() {
+        moves_with_its_disk(&Host::options());
+    }
+}
+
+#[test]
+fn a_guest_moves_with_its_disk_by_post_copy() {
+    if guests_run() {
+        moves_with_its_disk(&Options {
+            policy: PolicyKind::Postcopy,
+            ..Host::options()
+        });
+    }
+}
+
+#[test]
+fn disks_and_cards_that_cannot_be_are_refused_with_a_sentence() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("missing.img");
+    let ran = |args: &[&str]| {
+        let common = [
+            "run",
+            "--nas",
+            WORK,
+            "--serial",
+            "null",
+            "--api",
+            "/nonexistent/api",
+        ];
+        let ran = run(&[&common, args].concat());
+        assert_eq!(ran.stderr.trim_end().lines().count(), 1, "{ran:?}");
+        (ran.code, ran.stderr)
+    };
+    let usage = |args: &[&str], part: &str| {
+        let (code, text) = ran(args);
+        assert_eq!(code, Some(2), "{text}");
+        assert!(text.contains(part), "{text}");
+    };
+    usage(&["--disk", ""], "disk.img");
+    usage(&["--net", "eth0"], "tap=NAME");
+    usage(&["--net", "tap=t0,mac=1"], "MAC address");
+    if !guests_run() {
+        return;
+    }
+    assert!(refused(missing.to_str().unwrap()).contains("truncate"));
+    assert!(refused(dir.path().to_str().unwrap()).contains("image file"));
+    assert!(refused(&image(dir.path(), "odd", 1000)).contains("1000 bytes"));
+    let (code, text) = ran(&["--net", "tap=no-such-tap"]);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("ip tuntap add dev no-such-tap"), "{text}");
+}
+
+/// Tap devices, while it lives.
+struct Taps(Vec<String>);
+
+impl Taps {
+    fn make(count: usize) -> Option<Self> {
+        let mut taps = Self(Vec::new());
+        for n in 0..count {
+            let name = format!("ft{}x{n}", std::process::id());
+            let ip = |args: &[&str]| {
+                Command::new("ip")
+                    .args(args)
+                    .output()
+                    .is_ok_and(|out| out.status.success())
+            };
+            if !ip(&["tuntap", "add", "dev", &name, "mode", "tap"]) {
+                return None;
+            }
+            taps.0.push(name.clone());
+            ip(&["link", "set", &name, "up"]).then_some(())?;
+        }
+        Some(taps)
+    }
+
+    /// Frames that the interface had from its VMM.
+    fn frames(&self, n: usize) -> u64 {
+        let path = format!("/sys/class/net/{}/statistics/rx_packets", self.0[n]);
+        std::fs::read_to_string(path)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    }
+}
+
+impl Drop for Taps {
+    fn drop(&mut self) {
+        for name in &self.0 {
+            let _ = Command::new("ip").args(["link", "del", name]).status();
+        }
+    }
+}
+
+#[test]
+fn the_network_is_told_where_the_guest_is() {
+    if !guests_run() {
+        return;
+    }
+    let Some(taps) = Taps::make(2) else {
+        eprintln!(
+            "NOT RUN: the_network_is_told_where_the_guest_is: no tap can be made here (root and ip are needed)"
+        );
+        return;
+    };
+    let net = |n: usize| format!("tap={}", taps.0[n]);
+    let with_mac = format!("{},mac=52:54:00:00:00:01", net(0));
+    let mut source = Host::run_with(WORK, "64M", 1, &["--net", &with_mac]);
+    // A tap has one user.
+    let destination = Host::receive_with(&["--net", &net(0)]);
+    let report = source.migrate(destination.uri(), &Host::options());
+    assert!(report.error.unwrap().contains("in use"));
+    let destination = Host::receive_with(&["--net", &net(1)]);
+    assert_eq!(taps.frames(1), 0);
+    source.migrate_well(destination.uri(), &Host::options());
+    assert_eq!(source.ends(), Some(0));
+    // The guest has no driver for its card: what comes is the host's announcement, four times.
+    until("the guest was announced", || taps.frames(1) >= 4);
+    assert_eq!(taps.frames(0), 0);
+    assert!(destination.verdict().writes > 0);
+}

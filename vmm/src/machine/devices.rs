@@ -1,0 +1,353 @@
+//! The machine's virtio devices: which there are, where they are, and what is behind them on this host.
+//!
+//! A device's place, its registers' address and its interrupt line, follows from its number alone, so that both ends of a
+//! migration agree. What is behind it belongs to the host: a disk's path and a tap's name are given anew at the
+//! destination.
+
+mod balloon;
+mod error;
+mod place;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use ferry_devices::balloon::Balloon;
+use ferry_devices::block::{Block, Disk};
+use ferry_devices::bus::Bus;
+use ferry_devices::net::{MacAddress, Net};
+use ferry_devices::rng::Rng;
+use ferry_devices::virtio::{
+    AnyVirtio, Device, MMIO_LEN, PauseError, QUEUE_NOTIFY, RestoreError, VirtioDevice, VirtioState,
+};
+use serde::{Deserialize, Serialize};
+
+pub use balloon::BalloonInfo;
+pub use error::DeviceError;
+pub use place::{MAX_DEVICES, MmioDevice, place};
+
+use super::builder::BuildError;
+use crate::kvm::Vm;
+use crate::memory::GuestMemory;
+use crate::tap::Tap;
+use balloon::HostPages;
+
+/// A disk as it is given on a host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+}
+
+/// A network card as it is given on a host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetOptions {
+    /// Name of a tap device that exists.
+    pub tap: String,
+    /// The card's address; a random one if it is left out. A guest that arrives brings its own.
+    pub mac: Option<MacAddress>,
+}
+
+/// What is behind the virtio devices on this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Backends {
+    /// The disks, in the order in which the guest sees them.
+    pub disks: Vec<DiskOptions>,
+    /// The network cards, in the order in which the guest sees them.
+    pub nets: Vec<NetOptions>,
+    /// Whether there is a balloon. A guest that arrives has one if it had one.
+    pub balloon: bool,
+    /// Whether there is a source of random numbers. As for the balloon.
+    pub rng: bool,
+}
+
+/// A virtio device, as far as both hosts must agree on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceDescription {
+    /// A disk.
+    Disk {
+        /// Its size.
+        bytes: u64,
+        /// Whether the guest may only read it.
+        read_only: bool,
+    },
+    /// A network card.
+    Net {
+        /// Its address.
+        mac: MacAddress,
+    },
+    /// A balloon.
+    Balloon,
+    /// A source of random numbers.
+    Rng,
+}
+
+type Memory = GuestMemory;
+
+/// All virtio devices of a machine, in the order of their places. Made at rest.
+#[derive(Debug, Default)]
+pub(super) struct VirtioSet {
+    all: Vec<Arc<dyn AnyVirtio>>,
+    disks: Vec<Arc<Disk>>,
+    nets: Vec<Arc<VirtioDevice<Net, Memory>>>,
+    balloon: Option<Arc<VirtioDevice<Balloon, Memory>>>,
+    pages: Option<Arc<HostPages>>,
+}
+
+impl VirtioSet {
+    /// Makes the devices and puts them on `bus`: those of `described`, or, for a new machine, those that `backends` asks
+    /// for. A new machine's disks are locked; those of one that arrives belong to its source still.
+    pub(super) fn build(
+        vm: &Arc<Vm>,
+        backends: &Backends,
+        described: Option<&[DeviceDescription]>,
+        bus: &mut Bus,
+    ) -> Result<(Self, Vec<DeviceDescription>), BuildError> {
+        let disks = open_disks(backends)?;
+        let devices = match described {
+            Some(devices) => {
+                check(devices, backends, &disks)?;
+                devices.to_vec()
+            }
+            None => {
+                let devices = wanted(backends, &disks)?;
+                for disk in &disks {
+                    disk.lock().map_err(DeviceError::Disk)?;
+                }
+                devices
+            }
+        };
+        let mut set = Self {
+            disks,
+            ..Self::default()
+        };
+        let memory = Arc::new(vm.ram().memory().clone());
+        let (mut disks, mut nets) = (0, backends.nets.iter());
+        for (number, device) in devices.iter().enumerate() {
+            let place = place(number).ok_or(DeviceError::TooMany(devices.len()))?;
+            let socket = Socket {
+                vm,
+                memory: &memory,
+                place,
+            };
+            match device {
+                DeviceDescription::Disk { .. } => {
+                    let disk = set.disks.get(disks).cloned();
+                    let disk = disk.ok_or(DeviceError::Missing("disk"))?;
+                    let id = format!("ferry-{disks}");
+                    disks += 1;
+                    let block = Block::new(disk, &id, Arc::clone(&memory));
+                    set.plug(&socket, block.map_err(DeviceError::Resources)?, bus)?;
+                }
+                DeviceDescription::Net { mac } => {
+                    let options = nets.next().ok_or(DeviceError::Missing("network card"))?;
+                    let tap = Tap::open(&options.tap).map_err(DeviceError::Tap)?;
+                    let net = set.plug(&socket, Net::new(Box::new(tap), *mac), bus)?;
+                    set.nets.push(net);
+                }
+                DeviceDescription::Balloon => {
+                    let pages = Arc::new(HostPages::new(Arc::clone(vm.ram())));
+                    let balloon = Balloon::new(Arc::clone(&pages) as _);
+                    set.pages = Some(pages);
+                    set.balloon = Some(set.plug(&socket, balloon, bus)?);
+                }
+                DeviceDescription::Rng => drop(set.plug(&socket, Rng::new(), bus)?),
+            }
+        }
+        Ok((set, devices))
+    }
+
+    fn plug<D: Device<Memory>>(
+        &mut self,
+        socket: &Socket<'_>,
+        device: D,
+        bus: &mut Bus,
+    ) -> Result<Arc<VirtioDevice<D, Memory>>, BuildError> {
+        let device = Arc::new(socket.plug(device, bus)?);
+        self.all.push(Arc::clone(&device) as _);
+        Ok(device)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// Brings all devices to rest. After an error some are, and some are not.
+    pub(super) fn pause(&self) -> Result<(), PauseError> {
+        self.all.iter().try_for_each(|device| device.pause())
+    }
+
+    pub(super) fn resume(&self) {
+        for device in &self.all {
+            device.resume();
+        }
+    }
+
+    pub(super) fn save(&self) -> Vec<VirtioState> {
+        self.all.iter().map(|device| device.save()).collect()
+    }
+
+    pub(super) fn restore(&self, states: &[VirtioState]) -> Result<(), RestoreError> {
+        self.all
+            .iter()
+            .zip(states)
+            .try_for_each(|(device, state)| device.restore(state))
+    }
+
+    pub(super) fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
+    }
+
+    /// All locks, or an error and those that were held before.
+    pub(super) fn lock_disks(&self) -> Result<(), DeviceError> {
+        self.disks
+            .iter()
+            .try_for_each(|disk| disk.lock())
+            .map_err(DeviceError::Disk)
+    }
+
+    pub(super) fn release_disks(&self) -> Result<(), DeviceError> {
+        self.disks
+            .iter()
+            .try_for_each(|disk| disk.unlock())
+            .map_err(DeviceError::Disk)
+    }
+
+    pub(super) fn announce(&self) {
+        for net in &self.nets {
+            net.reconfigure(|net| {
+                if let Err(error) = net.announce() {
+                    tracing::warn!(mac = %net.mac(), %error, "the network could not be told where the guest is");
+                }
+            });
+        }
+    }
+
+    pub(super) fn set_balloon(&self, bytes: u64) -> bool {
+        let pages = u32::try_from(bytes / ferry_devices::balloon::PAGE).unwrap_or(u32::MAX);
+        if let Some(balloon) = &self.balloon {
+            balloon.reconfigure(|balloon| balloon.set_target(pages));
+        }
+        self.balloon.is_some()
+    }
+
+    pub(super) fn balloon(&self) -> Option<BalloonInfo> {
+        let (balloon, pages) = (self.balloon.as_ref()?, self.pages.as_ref()?);
+        let info = balloon.with(|balloon| BalloonInfo::of(balloon, pages));
+        // For the next time; a guest that is paused, or has no driver, is not asked.
+        let _ = balloon.with_queues(Balloon::ask_statistics);
+        Some(info)
+    }
+
+    pub(super) fn keep_free_pages(&self, keep: bool) {
+        if let Some(pages) = &self.pages {
+            pages.keep(keep);
+        }
+    }
+}
+
+/// Where a device is plugged in.
+struct Socket<'a> {
+    vm: &'a Vm,
+    memory: &'a Arc<Memory>,
+    place: MmioDevice,
+}
+
+impl Socket<'_> {
+    fn plug<D: Device<Memory>>(
+        &self,
+        device: D,
+        bus: &mut Bus,
+    ) -> Result<VirtioDevice<D, Memory>, BuildError> {
+        let line = self.vm.irq_line(self.place.gsi)?;
+        let memory = Arc::clone(self.memory);
+        let device =
+            VirtioDevice::new(device, memory, Box::new(line)).map_err(DeviceError::Resources)?;
+        let base = u64::from(self.place.base);
+        for (queue, event) in (0u32..).zip(device.queue_events()) {
+            self.vm.signal_writes(event, base + QUEUE_NOTIFY, queue)?;
+        }
+        bus.insert(base, MMIO_LEN, Arc::new(Mutex::new(device.port())))?;
+        Ok(device)
+    }
+}
+
+fn open_disks(backends: &Backends) -> Result<Vec<Arc<Disk>>, DeviceError> {
+    let open = |options: &DiskOptions| Disk::open(&options.path, options.read_only).map(Arc::new);
+    let disks = backends.disks.iter().map(open);
+    disks.collect::<Result<_, _>>().map_err(DeviceError::Disk)
+}
+
+/// The devices of a new machine.
+fn wanted(backends: &Backends, disks: &[Arc<Disk>]) -> Result<Vec<DeviceDescription>, DeviceError> {
+    let mut devices: Vec<DeviceDescription> = disks
+        .iter()
+        .map(|disk| DeviceDescription::Disk {
+            bytes: disk.bytes(),
+            read_only: disk.read_only(),
+        })
+        .collect();
+    for options in &backends.nets {
+        let mac = match options.mac {
+            Some(mac) => mac,
+            None => random_mac()?,
+        };
+        devices.push(DeviceDescription::Net { mac });
+    }
+    devices.extend(backends.balloon.then_some(DeviceDescription::Balloon));
+    devices.extend(backends.rng.then_some(DeviceDescription::Rng));
+    if devices.len() > MAX_DEVICES {
+        return Err(DeviceError::TooMany(devices.len()));
+    }
+    Ok(devices)
+}
+
+fn random_mac() -> Result<MacAddress, DeviceError> {
+    let mut bytes = [0; 6];
+    getrandom::fill(&mut bytes)
+        .map_err(|e| DeviceError::Resources(std::io::Error::other(e.to_string())))?;
+    Ok(MacAddress::local(bytes))
+}
+
+/// Checks that what is given here is behind what the guest has.
+fn check(
+    devices: &[DeviceDescription],
+    backends: &Backends,
+    disks: &[Arc<Disk>],
+) -> Result<(), DeviceError> {
+    let theirs = |disk: &&DeviceDescription| matches!(disk, DeviceDescription::Disk { .. });
+    let guest = devices.iter().filter(theirs).count();
+    if guest != disks.len() {
+        return Err(DeviceError::Disks {
+            guest,
+            here: disks.len(),
+        });
+    }
+    let macs = devices.iter().filter_map(|device| match device {
+        DeviceDescription::Net { mac } => Some(*mac),
+        _ => None,
+    });
+    let macs: Vec<MacAddress> = macs.collect();
+    if macs.len() != backends.nets.len() {
+        return Err(DeviceError::Nets {
+            guest: macs.len(),
+            here: backends.nets.len(),
+        });
+    }
+    for (disk, device) in disks.iter().zip(devices.iter().filter(theirs)) {
+        let here = DeviceDescription::Disk {
+            bytes: disk.bytes(),
+            read_only: disk.read_only(),
+        };
+        if here != *device {
+            return Err(DeviceError::other_disk(disk, device));
+        }
+    }
+    for (guest, options) in macs.into_iter().zip(&backends.nets) {
+        if let Some(here) = options.mac.filter(|mac| *mac != guest) {
+            return Err(DeviceError::Mac { guest, here });
+        }
+    }
+    Ok(())
+}
