@@ -288,7 +288,7 @@ impl Vmm {
         }
         self.core
             .stop(&mut inner, how)
-            .unwrap_or_else(|refusal| Some(refusal))
+            .unwrap_or_else(Some)
     }
 
     /// Readable once the VMM has nothing more to do.
