@@ -221,8 +221,7 @@ impl Pair for Pairing {
             interrupt::pause(Duration::from_millis(10))?;
         };
         if stopped {
-            // It has moved as it was: standing still.
-            self.destination.command("cont", &json!({}))?;
+            self.wake()?;
         }
         let arrived = match self.how.mode {
             QemuMode::Postcopy => Some(self.waited()?),
@@ -235,6 +234,21 @@ impl Pair for Pairing {
 }
 
 impl Pairing {
+    /// Lets a guest run on that has moved as it was: standing still. Told while it still arrives, QEMU would forget it.
+    fn wake(&mut self) -> Result<(), Failure> {
+        let qmp = &mut self.destination;
+        interrupt::until(
+            Duration::from_secs(60),
+            || "the receiving QEMU does not say that its guest has arrived".to_owned(),
+            || {
+                let state = qmp.command("query-status", &json!({}))?;
+                let arrived = state.get("status").and_then(Value::as_str) != Some("inmigrate");
+                Ok(arrived.then_some(()))
+            },
+        )?;
+        qmp.command("cont", &json!({})).map(drop)
+    }
+
     /// What the destination says of post-copy, once all has arrived.
     fn waited(&mut self) -> Result<Value, Failure> {
         let qmp = &mut self.destination;
