@@ -1,6 +1,6 @@
-//! Builds the bare guest's image with the host's own toolchain.
+//! Builds the bare guest's image, and the first process of Linux guests, with the host's own toolchain.
 //!
-//! By rustc directly rather than by a nested cargo: two crates without dependencies need no lock, no network and none
+//! By rustc directly rather than by a nested cargo: crates without dependencies need no lock, no network and none
 //! of the outer build's flags, so clippy, coverage or a wrapper around the host build cannot change the guest.
 
 use std::env;
@@ -12,7 +12,13 @@ use std::process::Command;
 fn main() -> Result<(), Box<dyn Error>> {
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(variable("OUT_DIR")?);
-    for source in ["bare/src", "bare/link.ld", "nas/src", "build.rs"] {
+    for source in [
+        "bare/src",
+        "bare/link.ld",
+        "linux/src",
+        "nas/src",
+        "build.rs",
+    ] {
         println!("cargo::rerun-if-changed={}", here.join(source).display());
     }
     let target = env::var("TARGET")?;
@@ -23,15 +29,21 @@ fn main() -> Result<(), Box<dyn Error>> {
         .into());
     }
 
+    bare(&here, &out, &target)?;
+    linux_init(&here, &out, &target)
+}
+
+/// The kernels as a library, the bare guest as an ELF around it.
+fn bare(here: &Path, out: &Path, target: &str) -> Result<(), Box<dyn Error>> {
     let nas = out.join("libferry_nas.rlib");
-    let mut command = rustc(&target)?;
+    let mut command = rustc(target)?;
     command
         .args(["--crate-name", "ferry_nas", "--crate-type", "rlib"])
         .arg(here.join("nas/src/lib.rs"));
     run(command.arg("-o").arg(&nas))?;
 
     let image = out.join("bare.elf");
-    let mut command = rustc(&target)?;
+    let mut command = rustc(target)?;
     command
         .args(["--crate-name", "ferry_bare", "--crate-type", "bin"])
         .arg(here.join("bare/src/main.rs"));
@@ -53,6 +65,42 @@ fn main() -> Result<(), Box<dyn Error>> {
         .arg(joined("link-arg=-Wl,-T,", &here.join("bare/link.ld")));
     run(command.arg("-o").arg(&image))?;
     println!("cargo::rustc-env=FERRY_BARE_IMAGE={}", image.display());
+    Ok(())
+}
+
+/// `/init`: linked statically, because an initial RAM disk has no libraries. With threads and std, unlike the bare guest.
+fn linux_init(here: &Path, out: &Path, target: &str) -> Result<(), Box<dyn Error>> {
+    let libraries = out.join("linux");
+    std::fs::create_dir_all(&libraries)?;
+    let (nas, library) = (
+        libraries.join("libferry_nas.rlib"),
+        libraries.join("libferry_linux_init.rlib"),
+    );
+    let mut command = rustc(target)?;
+    command
+        .args(["--crate-name", "ferry_nas", "--crate-type", "rlib"])
+        .args(["--cfg", "feature=\"std\""])
+        .arg(here.join("nas/src/lib.rs"));
+    run(command.arg("-o").arg(&nas))?;
+    let mut command = rustc(target)?;
+    command
+        .args(["--crate-name", "ferry_linux_init", "--crate-type", "rlib"])
+        .arg(here.join("linux/src/lib.rs"))
+        .arg("--extern")
+        .arg(joined("ferry_nas=", &nas));
+    run(command.arg("-o").arg(&library))?;
+    let image = out.join("linux-init");
+    let mut command = rustc(target)?;
+    command
+        .args(["--crate-name", "init", "--crate-type", "bin"])
+        .arg(here.join("linux/src/main.rs"))
+        .arg("--extern")
+        .arg(joined("ferry_linux_init=", &library))
+        .arg("-L")
+        .arg(&libraries);
+    command.args(["-C", "target-feature=+crt-static", "-C", "strip=symbols"]);
+    run(command.arg("-o").arg(&image))?;
+    println!("cargo::rustc-env=FERRY_LINUX_INIT={}", image.display());
     Ok(())
 }
 

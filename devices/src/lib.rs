@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+pub mod acpi_pm;
 pub mod balloon;
 pub mod block;
 pub mod bus;

@@ -16,10 +16,15 @@
 //! # Ok::<(), ferry_guest_images::Error>(())
 //! ```
 //!
+//! [`linux`] makes a bootable Linux of Debian's kernel and a static `/init`; [`nested`] starts the same Linux under QEMU as a
+//! host with hardware KVM, where this machine has none.
+//!
 //! [`run_on_threads`] runs the same kernels on the host itself, for comparison.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+pub mod linux;
+pub mod nested;
 mod workload;
 
 pub use ferry_nas::dirty::{Corruption, Dirty, Fill, Pattern, Verdict};

@@ -37,6 +37,15 @@ pub enum PolicyKind {
 }
 
 impl PolicyKind {
+    /// All there are.
+    pub const ALL: &'static [Self] = &[
+        Self::Precopy,
+        Self::Stord,
+        Self::Mplm,
+        Self::Postcopy,
+        Self::Hybrid,
+    ];
+
     /// The name that the command line and the report use.
     #[must_use]
     pub const fn name(self) -> &'static str {

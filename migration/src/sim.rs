@@ -13,7 +13,7 @@
 
 mod guest;
 mod host;
-mod link;
+pub(crate) mod link;
 mod world;
 
 use crate::destination;

@@ -123,7 +123,7 @@ pub fn codec(bytes: &[u8]) {
                 (known.first..known.end()).contains(&gfn),
                 "page {gfn} was read, which never came"
             );
-            page.fill(gfn as u8);
+            page.fill(gfn.to_le_bytes()[0]);
             Ok(())
         };
         decoder

@@ -11,11 +11,13 @@
 mod ferry;
 pub mod fuzz_bodies;
 mod host;
+mod nested;
 pub mod peer;
 mod proxy;
 
 pub use ferry::{Ran, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
+pub use nested::{NESTED_PATIENCE, NestedHost, NestedVmm, Turn, nested_hosts};
 pub use proxy::{Action, Proxy, Way};
 
 use std::time::{Duration, Instant};

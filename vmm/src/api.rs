@@ -5,7 +5,7 @@
 //! | request | body | answer |
 //! |---|---|---|
 //! | `GET /v1/status` | | 200, [`types::Status`] |
-//! | `PUT /v1/pause`, `/v1/resume`, `/v1/stop`, `/v1/cancel` | none or `{}` | 204 |
+//! | `PUT /v1/pause`, `/v1/resume`, `/v1/stop`, `/v1/cancel`, `/v1/power-button` | none or `{}` | 204 |
 //! | `PUT /v1/migrate` | [`types::MigrateRequest`] | 200, a chunked stream of `application/x-ndjson`: one [`Event`] a line, the report last; with `"detach": true` 202 at once |
 //! | `GET /v1/migration` | | 200, [`types::MigrationStatus`]: progress now, and the last report |
 //! | `PUT /v1/recover` | [`types::RecoverRequest`] | 204 |
@@ -72,6 +72,12 @@ pub trait Control: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal`] when the end cannot even be asked for.
     fn stop(&self) -> Result<(), Refusal>;
+
+    /// Presses the power button of the guest's machine.
+    ///
+    /// # Errors
+    /// [`Refusal`] when the guest does not run here.
+    fn power_button(&self) -> Result<(), Refusal>;
 
     /// Asks the running migration to give up.
     ///

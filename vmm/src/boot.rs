@@ -15,12 +15,13 @@
 //! 0x00500  GDT                 0x09000  page tables (identity, 4 GiB)
 //! 0x06000  hvm_start_info      0x20000  command line
 //! 0x07000  boot_params or      0x9fc00  end of usable low memory
-//!          memory map, modules 0xe0000  reserved for ACPI tables
+//!          memory map, modules 0xe0000  ACPI tables
 //! ```
 //!
 //! A kernel file is untrusted input: every number in it is checked against the file's size and the
 //! guest's memory before it is used, and nothing is allocated by it.
 
+mod acpi;
 mod bzimage;
 mod elf;
 mod error;
@@ -38,6 +39,7 @@ use std::sync::Arc;
 pub use error::LoadError;
 pub use tables::Gdt;
 
+use crate::machine::MmioDevice;
 use crate::memory::RamLayout;
 use file::Source;
 
@@ -57,6 +59,15 @@ pub struct Kernel {
     pub initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
+}
+
+/// What the ACPI tables describe: the part of the machine that a kernel cannot find by itself.
+#[derive(Debug, Clone, Default)]
+pub struct Platform {
+    /// Number of vCPUs; their APIC ids are 0 and up.
+    pub cpus: u32,
+    /// The virtio devices.
+    pub mmio: Vec<MmioDevice>,
 }
 
 /// How the boot processor enters the kernel.
@@ -139,11 +150,11 @@ pub struct BootImage {
     pub writes: Vec<MemoryWrite>,
 }
 
-/// Reads what is needed of `kernel` and decides what goes where in a guest with this RAM.
+/// Reads what is needed of `kernel` and decides what goes where in a guest with this RAM and this platform.
 ///
 /// # Errors
 /// [`LoadError`]: a sentence with the path of the file at fault.
-pub fn load(kernel: &Kernel, ram: &RamLayout) -> Result<BootImage, LoadError> {
+pub fn load(kernel: &Kernel, ram: &RamLayout, platform: &Platform) -> Result<BootImage, LoadError> {
     let source = Source::open("kernel", &kernel.path)?;
     let initrd = kernel
         .initrd
@@ -152,23 +163,32 @@ pub fn load(kernel: &Kernel, ram: &RamLayout) -> Result<BootImage, LoadError> {
         .transpose()?;
     let mut head = [0; 4];
     source.read_at(0, &mut head)?;
+    let load = Load {
+        source: &source,
+        initrd: initrd.as_ref(),
+        cmdline: &kernel.cmdline,
+        ram,
+        platform,
+    };
     if head == elf::MAGIC {
         let image = elf::parse(&source)?;
         match image.pvh_entry {
-            Some(entry) => pvh::boot(
-                &source,
-                &image,
-                entry,
-                initrd.as_ref(),
-                &kernel.cmdline,
-                ram,
-            ),
-            None => linux::boot_elf(&source, &image, initrd.as_ref(), &kernel.cmdline, ram),
+            Some(entry) => pvh::boot(&load, &image, entry),
+            None => linux::boot_elf(&load, &image),
         }
     } else {
         let image = bzimage::parse(&source)?;
-        linux::boot_bzimage(&source, &image, initrd.as_ref(), &kernel.cmdline, ram)
+        linux::boot_bzimage(&load, &image)
     }
+}
+
+/// What is to be loaded, and where.
+struct Load<'a> {
+    source: &'a Source,
+    initrd: Option<&'a Source>,
+    cmdline: &'a str,
+    ram: &'a RamLayout,
+    platform: &'a Platform,
 }
 
 #[cfg(test)]

@@ -43,6 +43,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ferry_devices::acpi_pm::AcpiPm;
 use ferry_devices::i8042::I8042;
 use ferry_devices::serial::Serial;
 use vmm_sys_util::eventfd::EventFd;
@@ -80,6 +81,7 @@ struct Devices {
     serial: Arc<Mutex<Serial>>,
     serial_irq: IrqLine,
     i8042: Arc<Mutex<I8042>>,
+    acpi_pm: Arc<Mutex<AcpiPm>>,
 }
 
 impl std::fmt::Debug for Devices {
@@ -268,6 +270,14 @@ impl Machine {
             return 0;
         }
         lock(&self.devices.serial).input(bytes)
+    }
+
+    /// Presses the machine's power button. A guest with ACPI ends in its own time; one without does not notice.
+    ///
+    /// # Errors
+    /// The interrupt could not be raised.
+    pub fn press_power_button(&self) -> std::io::Result<()> {
+        lock(&self.devices.acpi_pm).press_power_button()
     }
 
     /// Bytes that the guest sent to the serial port and its writer refused.

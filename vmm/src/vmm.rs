@@ -68,6 +68,12 @@ pub trait Guest: Send + Sync + 'static {
     /// Ends the guest for good.
     fn stop(&self);
 
+    /// Presses the power button of its machine; what that does is up to the guest.
+    ///
+    /// # Errors
+    /// A sentence; nothing was pressed.
+    fn power_button(&self) -> Result<(), String>;
+
     /// Bytes typed at the guest's console; returns how many of them it took.
     fn input(&self, bytes: &[u8]) -> usize;
 

@@ -35,7 +35,7 @@ impl Clock for SimClock {
 }
 
 /// One end of a simulated connection.
-pub(super) struct SimLink {
+pub(crate) struct SimLink {
     world: Arc<Mutex<World>>,
     /// The destination, to be stepped while the source waits; `None` at the destination's end.
     peer: Option<Arc<Mutex<Peer>>>,
@@ -46,7 +46,7 @@ pub(super) struct SimLink {
 
 impl SimLink {
     /// Opens a connection to the destination.
-    pub fn connect(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>) -> io::Result<Self> {
+    pub(super) fn connect(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>) -> io::Result<Self> {
         let connection = {
             let mut world = lock(world);
             if world.destination_dead || world.source_dead {

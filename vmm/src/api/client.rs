@@ -74,6 +74,8 @@ pub enum Action {
     Stop,
     /// Give the migration up.
     Cancel,
+    /// Press the power button of the guest's machine.
+    PowerButton,
 }
 
 impl Action {
@@ -83,6 +85,7 @@ impl Action {
             Self::Resume => "/v1/resume",
             Self::Stop => "/v1/stop",
             Self::Cancel => "/v1/cancel",
+            Self::PowerButton => "/v1/power-button",
         }
     }
 }

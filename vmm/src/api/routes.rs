@@ -16,6 +16,7 @@ pub enum Route {
     Resume,
     Stop,
     Cancel,
+    PowerButton,
     Migrate,
     Recover,
     Record,
@@ -47,6 +48,7 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         "/v1/resume" => (Route::Resume, WRITE),
         "/v1/stop" => (Route::Stop, WRITE),
         "/v1/cancel" => (Route::Cancel, WRITE),
+        "/v1/power-button" => (Route::PowerButton, WRITE),
         "/v1/migrate" => (Route::Migrate, WRITE),
         "/v1/recover" => (Route::Recover, WRITE),
         "/v1/record" => (Route::Record, WRITE),
@@ -93,6 +95,7 @@ fn answer(control: &dyn Control, route: Route, body: &[u8]) -> Result<Answer, Re
         Route::Resume => simple(|c| c.resume()),
         Route::Stop => simple(|c| c.stop()),
         Route::Cancel => simple(|c| c.cancel()),
+        Route::PowerButton => simple(|c| c.power_button()),
         Route::Migrate => {
             let request: MigrateRequest = parse(body)?;
             request

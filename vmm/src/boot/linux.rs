@@ -4,11 +4,9 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use vm_memory::ByteValued;
 
 use super::error::LoadError;
-use super::file::Source;
 use super::memory_map::memory_map;
 use super::plan::Plan;
-use super::{BOOT_PARAMS, BOOT_STACK, BootImage, Entry, bzimage, elf, tables};
-use crate::memory::RamLayout;
+use super::{BOOT_PARAMS, BOOT_STACK, BootImage, Entry, Load, bzimage, elf, tables};
 
 /// A boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -17,19 +15,15 @@ const ELF_CMDLINE_MAX: u64 = 2047;
 /// The 64-bit entry of a bzImage lies this far behind where it is loaded.
 const ENTRY_64: u64 = 0x200;
 
-pub(super) fn boot_elf(
-    source: &Source,
-    image: &elf::Image,
-    initrd: Option<&Source>,
-    cmdline: &str,
-    ram: &RamLayout,
-) -> Result<BootImage, LoadError> {
-    let mut plan = Plan::new(source, ram)?;
+pub(super) fn boot_elf(load: &Load<'_>, image: &elf::Image) -> Result<BootImage, LoadError> {
+    let mut plan = Plan::new(load.source, load.ram)?;
     for s in &image.segments {
         plan.kernel_piece(s.address, s.offset, s.file_size, s.memory_size)?;
     }
     if !plan.is_kernel(image.entry) {
-        return Err(source.not_a_kernel("its entry point is outside of what it loads"));
+        return Err(load
+            .source
+            .not_a_kernel("its entry point is outside of what it loads"));
     }
     let header = setup_header {
         boot_flag: 0xaa55,
@@ -41,17 +35,14 @@ pub(super) fn boot_elf(
         cmdline: ELF_CMDLINE_MAX,
         initrd: u64::MAX,
     };
-    finish(plan, header, image.entry, initrd, cmdline, ram, &limits)
+    finish(plan, header, image.entry, load, &limits)
 }
 
 pub(super) fn boot_bzimage(
-    source: &Source,
+    load: &Load<'_>,
     image: &bzimage::Image,
-    initrd: Option<&Source>,
-    cmdline: &str,
-    ram: &RamLayout,
 ) -> Result<BootImage, LoadError> {
-    let mut plan = Plan::new(source, ram)?;
+    let mut plan = Plan::new(load.source, load.ram)?;
     plan.kernel_piece(image.address, image.offset, image.size, image.room)?;
     let mut header = image.header;
     // The piece fits below 4 GiB, so it is exact.
@@ -64,15 +55,7 @@ pub(super) fn boot_bzimage(
         cmdline: header.cmdline_size.into(),
         initrd: initrd_max,
     };
-    finish(
-        plan,
-        header,
-        image.address + ENTRY_64,
-        initrd,
-        cmdline,
-        ram,
-        &limits,
-    )
+    finish(plan, header, image.address + ENTRY_64, load, &limits)
 }
 
 struct Limits {
@@ -84,15 +67,13 @@ fn finish(
     mut plan: Plan<'_>,
     mut header: setup_header,
     rip: u64,
-    initrd: Option<&Source>,
-    cmdline: &str,
-    ram: &RamLayout,
+    load: &Load<'_>,
     limits: &Limits,
 ) -> Result<BootImage, LoadError> {
     let low32 = |n: u64| u32::try_from(n).unwrap_or(0);
     header.type_of_loader = LOADER_UNDEFINED;
-    header.cmd_line_ptr = low32(plan.cmdline(cmdline, limits.cmdline)?);
-    if let Some(initrd) = initrd {
+    header.cmd_line_ptr = low32(plan.cmdline(load.cmdline, limits.cmdline)?);
+    if let Some(initrd) = load.initrd {
         let (address, size) = plan.initrd(initrd, limits.initrd)?;
         // Below 3 GiB, like all of it.
         header.ramdisk_image = low32(address);
@@ -100,9 +81,10 @@ fn finish(
     }
     let mut params = boot_params {
         hdr: header,
+        acpi_rsdp_addr: plan.acpi(load.platform),
         ..Default::default()
     };
-    let map = memory_map(ram);
+    let map = memory_map(load.ram);
     params.e820_entries = u8::try_from(map.len()).unwrap_or(0);
     for (i, range) in map.iter().enumerate() {
         params.e820_table[i] = boot_e820_entry {

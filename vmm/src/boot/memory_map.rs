@@ -25,7 +25,7 @@ pub(super) fn memory_map(ram: &RamLayout) -> Vec<Range> {
     };
     let mut map = vec![
         range(0, LOW_END, RAM),
-        // EBDA, video memory, BIOS: ACPI's tables are looked for, and will be, from 0xe0000 on.
+        // EBDA, video memory, BIOS: ACPI's tables lie from 0xe0000 on.
         range(LOW_END, HIGH_START, RESERVED),
         range(HIGH_START, ram.low_end().max(HIGH_START), RAM),
     ];

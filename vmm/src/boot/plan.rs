@@ -5,6 +5,7 @@ use super::file::Source;
 use super::memory_map::{HIGH_START, LOW_END};
 use super::tables::{self, Gdt};
 use super::{BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, MemoryWrite, START_INFO, WriteData};
+use super::{Platform, acpi};
 use crate::memory::{PAGE_SIZE, RamLayout};
 
 /// What the loader itself puts below 1 MiB, for any protocol.
@@ -134,6 +135,12 @@ impl<'a> Plan<'a> {
             address,
             data: WriteData::Bytes(bytes),
         });
+    }
+
+    /// Puts the ACPI tables; returns where their root is.
+    pub(super) fn acpi(&mut self, platform: &Platform) -> u64 {
+        self.bytes(acpi::TABLES, acpi::tables(platform));
+        acpi::TABLES
     }
 
     pub(super) fn gdt(&mut self, long: bool) -> Gdt {

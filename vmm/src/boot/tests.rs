@@ -83,6 +83,18 @@ fn kernel(path: &Path) -> Kernel {
     }
 }
 
+fn load(k: &Kernel, ram: &RamLayout) -> Result<BootImage, LoadError> {
+    let platform = Platform {
+        cpus: 3,
+        mmio: vec![MmioDevice {
+            base: 0xd000_0000,
+            size: 0x1000,
+            gsi: 16,
+        }],
+    };
+    super::load(k, ram, &platform)
+}
+
 fn bytes_at(image: &BootImage, address: u64) -> &[u8] {
     let write = image.writes.iter().find(|w| w.address == address).unwrap();
     match &write.data {

@@ -59,6 +59,11 @@ simple!(
     "ferry cancel --api /tmp/a.sock"
 );
 
+simple!(
+    /// Press the power button of a guest's machine: a guest with ACPI, such as Linux, shuts down in its own time.
+    PowerButton, Action::PowerButton, "the power button was pressed", "ferry power-button --api /tmp/a.sock"
+);
+
 /// Resolve a migration that was handed over and never confirmed, or that lost its connection in post-copy.
 ///
 /// At the source: asks the destination again and sends the pages that it lacks; when it has all of the guest, the VMM here ends. With --take-over, at either side:

@@ -1,10 +1,11 @@
 //! `ferry run`.
 
 use super::devices;
-use super::output::Failure;
+use super::output::{Failure, say};
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
 use super::units::{memory, size};
+use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
 use ferry_guest_images::{BARE, MAX_CPUS, Workload};
 use ferry_vmm::boot::Kernel;
 use ferry_vmm::machine::{Backends, Machine};
@@ -17,6 +18,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+/// RAM of `--linux` where none is asked for.
+const LINUX_MEMORY: u64 = 256 << 20;
+/// There is no PCI, and looking for it takes time; a guest that panics shall end.
+const LINUX_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
+
 /// Boot a guest and be its VMM until it ends or moves away.
 ///
 /// With a terminal as its console: Ctrl-A x ends the guest, Ctrl-A h shows the keys. SIGINT and SIGTERM end the guest too; a
@@ -24,6 +30,7 @@ use std::sync::Arc;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry run --nas dirty:wss=64M,rate=2000 --api /tmp/a.sock
+  ferry run --linux --cpus 2 --api /tmp/a.sock
   ferry run --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0 --memory 512M --cpus 2 --api /tmp/a.sock")]
 #[command(group = clap::ArgGroup::new("guest").required(true))]
 pub struct Args {
@@ -33,16 +40,20 @@ pub struct Args {
     /// The built-in bare guest's work: KERNEL.CLASS such as mg.A (ep is cg mg ft bt sp; S W A B C), dirty:… or idle:….
     #[arg(long, value_name = "WORK", group = "guest", value_parser = Workload::parse)]
     nas: Option<Workload>,
+    /// Debian's kernel for clouds (downloaded once, see FERRY_CACHE) with ferry's own init: HTTP on port 80, commands on the
+    /// console, and the work that --cmdline names, such as ferry.run=mg.S.
+    #[arg(long, group = "guest")]
+    linux: bool,
     /// An initial RAM disk.
     #[arg(long, value_name = "PATH", requires = "kernel")]
     initrd: Option<PathBuf>,
-    /// The kernel's command line.
-    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    /// The kernel's command line; with --linux, what to add to it.
+    #[arg(long, value_name = "TEXT", conflicts_with = "nas")]
     cmdline: Option<String>,
     /// How often --nas runs its kernel; 0 is until it is told to stop.
     #[arg(long, value_name = "TIMES", requires = "nas")]
     repeat: Option<u64>,
-    /// RAM, such as 512M; what the work needs, with --nas.
+    /// RAM, such as 512M; what the work needs, with --nas; 256M with --linux.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory: Option<u64>,
     /// Virtual processors.
@@ -102,6 +113,7 @@ fn ram(args: &Args) -> Result<u64, Failure> {
     let Some(workload) = &args.nas else {
         return args
             .memory
+            .or(args.linux.then_some(LINUX_MEMORY))
             .ok_or_else(|| Failure("--kernel needs --memory, such as --memory 512M".into()));
     };
     let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
@@ -140,7 +152,7 @@ fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
         return Ok(());
     }
     let Some(workload) = &args.nas else {
-        return Ok(());
+        return load_linux(args, machine);
     };
     let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
     let tsc_khz = machine.tsc_khz().map(u64::from);
@@ -148,18 +160,37 @@ fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
         Some(times) => workload.command_line_repeated(cpus, tsc_khz, times),
         None => workload.command_line(cpus, tsc_khz),
     };
-    // The loader takes files. This one is in memory, and its name is that of our own descriptor.
-    let failed =
-        |e: std::io::Error| Failure(format!("the built-in guest cannot be unpacked ({e})"));
-    let mut image = File::from(
-        memfd_create("ferry-bare", MFdFlags::MFD_CLOEXEC).map_err(|e| failed(e.into()))?,
-    );
-    image.write_all(BARE).map_err(failed)?;
-    let path = PathBuf::from(format!("/proc/self/fd/{}", image.as_raw_fd()));
+    let (path, _image) = in_memory("the built-in guest", BARE)?;
     machine.load(&Kernel {
         path,
         initrd: None,
         cmdline,
     })?;
     Ok(())
+}
+
+fn load_linux(args: &Args, machine: &Machine) -> Result<(), Failure> {
+    let kernel = linux::Kernel::get(&|sentence| say(sentence))?;
+    let disk = RamDisk::new(&kernel.modules(GUEST_MODULES)?)?.finish();
+    let (initrd, _disk) = in_memory("the initial RAM disk", &disk)?;
+    let cmdline = match &args.cmdline {
+        Some(more) => format!("{LINUX_CMDLINE} {more}"),
+        None => LINUX_CMDLINE.to_owned(),
+    };
+    machine.load(&Kernel {
+        path: kernel.image()?,
+        initrd: Some(initrd),
+        cmdline,
+    })?;
+    Ok(())
+}
+
+/// The loader takes files. This one is in memory for as long as it is open, and its name is that of our own descriptor.
+fn in_memory(what: &str, bytes: &[u8]) -> Result<(PathBuf, File), Failure> {
+    let failed = |e: std::io::Error| Failure(format!("{what} cannot be unpacked ({e})"));
+    let fd = memfd_create("ferry-image", MFdFlags::MFD_CLOEXEC).map_err(|e| failed(e.into()))?;
+    let mut file = File::from(fd);
+    file.write_all(bytes).map_err(failed)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    Ok((path, file))
 }

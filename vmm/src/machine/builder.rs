@@ -1,15 +1,15 @@
 //! Building a machine.
 
 use std::io::{self, Write};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use ferry_devices::acpi_pm::{ACPI_PM_BASE, ACPI_PM_IRQ, ACPI_PM_LEN, AcpiPm};
 use ferry_devices::bus::{Bus, BusError};
 use ferry_devices::i8042::{I8042, I8042_BASE, I8042_LEN};
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN, Serial};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{Control, ResetLine};
+use super::control::{Control, EndWish};
 use super::description::{DescriptionError, FORMAT, MachineDescription};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::{Devices, Machine, lock};
@@ -174,16 +174,20 @@ impl Builder {
         let ram = Arc::new(GuestRam::new(self.memory, self.hugepages)?);
         let vm = Arc::new(Vm::new(&host, ram)?);
 
-        let reset = Arc::new(AtomicBool::new(false));
+        let wish = EndWish::default();
         let serial_irq = vm.irq_line(COM1_IRQ)?;
         let line = serial_irq
             .try_clone()
             .map_err(io_error("the serial port's interrupt"))?;
         let serial = Arc::new(Mutex::new(Serial::new(Box::new(line), self.serial)));
-        let i8042 = Arc::new(Mutex::new(I8042::new(Box::new(ResetLine(reset.clone())))));
+        let i8042 = Arc::new(Mutex::new(I8042::new(Box::new(wish.reset_line()))));
+        let sci = vm.irq_line(ACPI_PM_IRQ)?;
+        let power_off = Box::new(wish.power_off_line());
+        let acpi_pm = Arc::new(Mutex::new(AcpiPm::new(Box::new(sci), power_off)));
         let mut pio = Bus::new();
         pio.insert(COM1_BASE, COM1_LEN, serial.clone())?;
         pio.insert(I8042_BASE, I8042_LEN, i8042.clone())?;
+        pio.insert(ACPI_PM_BASE, ACPI_PM_LEN, acpi_pm.clone())?;
         let mut mmio = Bus::new();
         let described = self.description.as_ref().map(|d| d.devices.as_slice());
         let (virtio, devices) = VirtioSet::build(&vm, &self.backends, described, &mut mmio)?;
@@ -213,7 +217,7 @@ impl Builder {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
             .map_err(io_error("the event of its end"))?;
-        let control = Arc::new(Control::new(kickers, reset, exit_event, virtio.clone()));
+        let control = Arc::new(Control::new(kickers, wish, exit_event, virtio.clone()));
         let machine = Machine {
             control: control.clone(),
             threads: Mutex::new(Vec::new()),
@@ -222,6 +226,7 @@ impl Builder {
                 serial,
                 serial_irq,
                 i8042,
+                acpi_pm,
             },
             virtio,
             dirty_log: DirtyLog::new(vm.clone()),

@@ -5,7 +5,7 @@
 //! ([`Vcpu::run`](crate::kvm::Vcpu::run)). All kicks are out before the first wait, so the vCPUs stop
 //! in parallel.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Why a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
-    /// The guest shut down: it triple-faulted or asked KVM for it.
+    /// The guest shut down: it switched the machine off, triple-faulted or asked KVM for it.
     Shutdown,
     /// The guest asked for a reset.
     Reset,
@@ -110,8 +110,8 @@ pub(super) struct Control {
     kickers: Vec<Kicker>,
     /// vCPUs shall leave at the next EINTR. Beside `inner`, so that running vCPUs need no lock.
     leave: AtomicBool,
-    /// The guest has asked for a reset, during the access that its vCPU is just making.
-    reset: Arc<AtomicBool>,
+    /// The guest has asked for its end, during the access that its vCPU is just making.
+    wish: EndWish,
     exit_event: EventFd,
     /// At rest whenever the vCPUs are.
     virtio: Arc<VirtioSet>,
@@ -124,7 +124,7 @@ pub(super) struct Control {
 impl Control {
     pub(super) fn new(
         kickers: Vec<Kicker>,
-        reset: Arc<AtomicBool>,
+        wish: EndWish,
         exit_event: EventFd,
         virtio: Arc<VirtioSet>,
     ) -> Self {
@@ -140,7 +140,7 @@ impl Control {
             inner: Mutex::new(inner),
             changed: Condvar::new(),
             leave: AtomicBool::new(true),
-            reset,
+            wish,
             exit_event,
             virtio,
             origin: Instant::now(),
@@ -355,8 +355,10 @@ impl Control {
         self.entered[index].store(since + 1, Ordering::Release);
         loop {
             let exit = match vcpu.run(pio, mmio) {
-                VmExit::Handled if self.reset.load(Ordering::Relaxed) => Exit::Reset,
-                VmExit::Handled => continue,
+                VmExit::Handled => match self.wish.get() {
+                    Some(exit) => exit,
+                    None => continue,
+                },
                 VmExit::Interrupted if self.leave.load(Ordering::SeqCst) => {
                     let left_at = Instant::now();
                     vcpu.clock_was_paused();
@@ -387,13 +389,40 @@ impl Control {
     }
 }
 
-/// The reset line of the keyboard controller. It is pulled in the middle of an access, with the vCPU
-/// and the device locked, so it only leaves word: the vCPU's thread looks right after the access.
-pub(super) struct ResetLine(pub(super) Arc<AtomicBool>);
+/// How a guest has asked a device for its end, if it has. Devices are told in the middle of an access, with the vCPU and
+/// the device locked, so they only leave word here: the vCPU's thread looks right after the access.
+#[derive(Debug, Clone, Default)]
+pub(super) struct EndWish(Arc<AtomicU8>);
 
-impl Trigger for ResetLine {
+const RESET: u8 = 1;
+const POWER_OFF: u8 = 2;
+
+impl EndWish {
+    fn get(&self) -> Option<Exit> {
+        match self.0.load(Ordering::Relaxed) {
+            0 => None,
+            RESET => Some(Exit::Reset),
+            _ => Some(Exit::Shutdown),
+        }
+    }
+
+    /// The reset line, as the keyboard controller has it.
+    pub(super) fn reset_line(&self) -> EndLine {
+        EndLine(self.clone(), RESET)
+    }
+
+    /// The power supply's switch.
+    pub(super) fn power_off_line(&self) -> EndLine {
+        EndLine(self.clone(), POWER_OFF)
+    }
+}
+
+/// A device's way to end the machine.
+pub(super) struct EndLine(EndWish, u8);
+
+impl Trigger for EndLine {
     fn trigger(&self) -> std::io::Result<()> {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.0.store(self.1, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::{Machine, PauseError, lock};
-use crate::boot::{self, BootImage, Kernel, LoadError, WriteData};
+use crate::boot::{self, BootImage, Kernel, LoadError, Platform, WriteData};
 use crate::kvm::IoctlError;
 
 /// Why a kernel could not be put into a machine.
@@ -49,7 +49,11 @@ impl Machine {
     /// # Errors
     /// [`ApplyError`].
     pub fn load(&self, kernel: &Kernel) -> Result<(), ApplyError> {
-        self.apply(&boot::load(kernel, self.ram().layout())?)
+        let platform = Platform {
+            cpus: self.description.cpus,
+            mmio: self.mmio_devices(),
+        };
+        self.apply(&boot::load(kernel, self.ram().layout(), &platform)?)
     }
 
     /// Does what `image` says: writes to memory, then sets the boot processor's entry.

@@ -105,6 +105,7 @@ impl<'a> PausedMachine<'a> {
         let devices = DevicesState {
             serial: lock(&self.machine.devices.serial).save(),
             i8042: lock(&self.machine.devices.i8042).save(),
+            acpi_pm: lock(&self.machine.devices.acpi_pm).save(),
             virtio: self.machine.virtio.save(),
         };
         let vm = self.machine.vm.save()?;
@@ -146,6 +147,9 @@ impl<'a> PausedMachine<'a> {
         self.machine.vm.restore(&state.vm)?;
         let devices = &self.machine.devices;
         lock(&devices.i8042).restore(&state.devices.i8042);
+        lock(&devices.acpi_pm)
+            .restore(&state.devices.acpi_pm)
+            .map_err(RestoreMachineError::Interrupt)?;
         let line = devices
             .serial_irq
             .try_clone()

@@ -8,6 +8,7 @@
 //! Little-endian. The number of vCPUs is in the header and each is decoded by itself, so that a sender
 //! cannot make the receiver allocate more than a machine of that size has.
 
+use ferry_devices::acpi_pm::AcpiPmState;
 use ferry_devices::i8042::I8042State;
 use ferry_devices::serial::SerialState;
 use ferry_devices::virtio::VirtioState;
@@ -28,6 +29,8 @@ pub struct DevicesState {
     pub serial: SerialState,
     /// The keyboard controller.
     pub i8042: I8042State,
+    /// The power button and the switch.
+    pub acpi_pm: AcpiPmState,
     /// The virtio devices, in the order of their places.
     pub virtio: Vec<VirtioState>,
 }

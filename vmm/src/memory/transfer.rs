@@ -525,7 +525,7 @@ mod tests {
     #[test]
     fn decoded_pages_are_placed_where_they_belong() {
         let ram = GuestRam::new(4 << 20, false).unwrap();
-        let bytes: Vec<u8> = (0..3 * 4096_usize).map(|i| (i * 7 % 251) as u8).collect();
+        let bytes: Vec<u8> = (0..=250).cycle().take(3 * 4096).collect();
         for (first, pages, fresh) in [
             (10, 1, true),
             (20, 3, true),

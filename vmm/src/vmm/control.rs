@@ -101,6 +101,14 @@ impl Control for Vmm {
         stopped.map(drop).map_err(Refusal::Conflict)
     }
 
+    fn power_button(&self) -> Result<(), Refusal> {
+        let inner = self.core.lock();
+        match (&inner.state, &inner.guest) {
+            (State::Running, Some(guest)) => guest.power_button().map_err(Refusal::Failed),
+            (state, _) => Err(conflict("press the power button", state)),
+        }
+    }
+
     fn cancel(&self) -> Result<(), Refusal> {
         match &self.core.lock().state {
             State::Migrating { handle, .. } if handle.cancel() => Ok(()),

@@ -125,6 +125,12 @@ impl Guest for MachineGuest {
         })
     }
 
+    fn power_button(&self) -> Result<(), String> {
+        self.machine
+            .press_power_button()
+            .map_err(|e| format!("the power button's interrupt cannot be raised ({e})"))
+    }
+
     fn input(&self, bytes: &[u8]) -> usize {
         self.machine.serial_input(bytes)
     }

@@ -61,6 +61,10 @@ impl Guest for FakeGuest {
     fn stop(&self) {
         self.journal.note("stop");
     }
+    fn power_button(&self) -> Result<(), String> {
+        self.journal.note("power-button");
+        Ok(())
+    }
     fn input(&self, bytes: &[u8]) -> usize {
         self.journal.note("input");
         bytes.len()

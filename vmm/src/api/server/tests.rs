@@ -62,6 +62,9 @@ impl Control for Fake {
     fn stop(&self) -> Result<(), Refusal> {
         self.called("stop")
     }
+    fn power_button(&self) -> Result<(), Refusal> {
+        self.called("power-button")
+    }
     fn cancel(&self) -> Result<(), Refusal> {
         panic!("a defect");
     }
@@ -213,6 +216,7 @@ fn serves_each_route() {
         "400"
     );
     assert_eq!(status("PUT /v1/resume", "\r\n"), "409");
+    assert_eq!(status("PUT /v1/power-button", "\r\n"), "204");
     assert_eq!(status("PUT /v1/cancel", "\r\n"), "500");
     assert_eq!(
         status("PUT /v1/recover", "Content-Length: 2\r\n\r\n{}"),

@@ -1,0 +1,80 @@
+//! The first process of a Linux that ferry starts: of a guest (`ferry run --linux`), or of a nested host, which QEMU
+//! emulates where this machine's KVM cannot run Linux guests.
+//!
+//! It mounts what programs expect, loads the modules that lie in `/modules` in the order of their names, brings up the
+//! network, and then does what the kernel's command line says:
+//!
+//! | token | meaning |
+//! |---|---|
+//! | `ferry.role=host` | an agent that runs commands for whoever started the machine ([`agent`]); `guest` if left out |
+//! | `ferry.agent=ADDRESS:PORT,TOKEN` | where the agent reports to, and the word that proves it |
+//! | `ferry.net=NAME=ADDRESS/PREFIX[,GATEWAY]` | an address for a network interface; may be given several times |
+//! | `ferry.run=WORK` | what a guest runs: a kernel such as `mg.S`, or the writer (`dirty:…`), in a process of its own |
+//! | `ferry.repeat=N` | runs of a kernel; 1 if left out, 0 for until told to stop |
+//! | `ferry.cpus=N` | threads of the work; as many as there are processors if left out |
+//! | `ferry.disk=/dev/vda` | a disk that the guest writes all over, again and again, and verifies |
+//!
+//! A guest also answers HTTP on port 80 (a counter and an echo) and takes commands on its console.
+//!
+//! The crate is compiled with rustc alone and linked statically, so it has no dependency but the kernels; the system
+//! calls that std does not offer are in [`sys`].
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
+
+pub mod agent;
+pub mod frames;
+pub mod tsc;
+
+mod disk;
+mod guest;
+mod http;
+mod machine;
+mod options;
+mod sys;
+mod work;
+
+use options::Options;
+
+/// Everything: `/init` when it is process 1, else one of its parts by name.
+pub fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if std::process::id() == 1 {
+        init();
+        return;
+    }
+    let done = match words.as_slice() {
+        ["work", spec, threads, repeat] => work::run(spec, threads, repeat),
+        ["disk", path] => disk::run(path),
+        ["get", address, path] => http::get(address, path),
+        ["cat", path] => machine::cat(path),
+        ["write", path] => machine::write(path),
+        ["truncate", path, bytes] => machine::truncate(path, bytes),
+        ["tap", network] => machine::tap(network),
+        _ => Err(
+            "init is the first process; its parts are work, disk, get, cat, write, truncate and tap".to_owned(),
+        ),
+    };
+    if let Err(sentence) = done {
+        eprintln!("init: {sentence}");
+        std::process::exit(1);
+    }
+}
+
+/// Process 1 must not end: the kernel would panic. So it says what went wrong, and goes on with what works.
+fn init() {
+    for sentence in machine::set_up() {
+        println!("init: {sentence}");
+    }
+    let options = Options::of_this_kernel();
+    for wish in &options.networks {
+        if let Err(sentence) = machine::configure(wish) {
+            println!("init: {sentence}");
+        }
+    }
+    if options.host {
+        agent::serve(options.agent.as_deref());
+    } else {
+        guest::serve(&options);
+    }
+    machine::power_off();
+}

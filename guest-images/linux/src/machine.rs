@@ -1,0 +1,130 @@
+//! The machine around init: file systems, modules, network, its end.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::options::{Network, network};
+use crate::sys;
+
+/// Mounts, loads the modules, brings up the loopback; returns what did not work, a sentence each.
+pub fn set_up() -> Vec<String> {
+    let mut failed = Vec::new();
+    for (kind, target) in [
+        (c"proc", c"/proc"),
+        (c"sysfs", c"/sys"),
+        (c"devtmpfs", c"/dev"),
+        (c"tmpfs", c"/tmp"),
+        (c"tmpfs", c"/run"),
+    ] {
+        let path = target.to_string_lossy();
+        let _ = fs::create_dir_all(&*path);
+        if let Err(e) = sys::mount(kind, target) {
+            failed.push(format!("{path} cannot be mounted ({e})"));
+        }
+    }
+    for path in modules() {
+        if let Err(e) = File::open(&path).and_then(|file| sys::load_module(&file)) {
+            failed.push(format!(
+                "the module {} cannot be loaded ({e})",
+                path.display()
+            ));
+        }
+    }
+    let loopback = Network {
+        name: "lo".to_owned(),
+        address: [127, 0, 0, 1],
+        prefix: 8,
+        gateway: None,
+    };
+    failed.extend(configure(&loopback).err());
+    failed
+}
+
+/// The modules to load, in order.
+fn modules() -> Vec<PathBuf> {
+    let entries = fs::read_dir("/modules").into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|e| e.path()).collect();
+    paths.sort();
+    paths
+}
+
+/// Gives an interface its address. Drivers find their devices by themselves, so it is waited for, for some seconds.
+pub fn configure(network: &Network) -> Result<(), String> {
+    let mut tries = 100;
+    loop {
+        match sys::configure(network) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.raw_os_error() == Some(19) && tries > 0 => tries -= 1,
+            Err(e) => {
+                return Err(format!(
+                    "the network interface {} cannot be configured ({e})",
+                    network.name
+                ));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Powers the machine off. If even that fails, all that is left is to wait.
+pub fn power_off() -> ! {
+    end(false)
+}
+
+/// Resets the machine.
+pub fn reset() -> ! {
+    end(true)
+}
+
+fn end(reset: bool) -> ! {
+    let error = sys::end(reset);
+    println!("init: the machine cannot be ended ({error})");
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Milliseconds since the kernel's start.
+pub fn uptime_ms() -> u64 {
+    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = text.split(' ').next().and_then(|t| t.parse::<f64>().ok());
+    Duration::try_from_secs_f64(seconds.unwrap_or(0.0))
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// `init cat PATH`.
+pub fn cat(path: &str) -> Result<(), String> {
+    let copied =
+        File::open(path).and_then(|mut file| io::copy(&mut file, &mut io::stdout().lock()));
+    copied
+        .map(drop)
+        .map_err(|e| format!("{path} cannot be read ({e})"))
+}
+
+/// `init write PATH`: what comes on stdin.
+pub fn write(path: &str) -> Result<(), String> {
+    let copied =
+        File::create(path).and_then(|mut file| io::copy(&mut io::stdin().lock(), &mut file));
+    copied
+        .map(drop)
+        .map_err(|e| format!("{path} cannot be written ({e})"))
+}
+
+/// `init truncate PATH BYTES`: an empty disk image.
+pub fn truncate(path: &str, bytes: &str) -> Result<(), String> {
+    let length = bytes
+        .parse()
+        .map_err(|_| format!("`{bytes}` is not a number"))?;
+    let made = File::create(path).and_then(|file| file.set_len(length));
+    made.map_err(|e| format!("{path} cannot be made ({e})"))
+}
+
+/// `init tap NAME=ADDRESS/PREFIX`: a tap device for a guest's network card.
+pub fn tap(text: &str) -> Result<(), String> {
+    let network = network(text).ok_or_else(|| format!("`{text}` is not NAME=ADDRESS/PREFIX"))?;
+    sys::make_tap(&network.name)
+        .map_err(|e| format!("the tap device {} cannot be made ({e})", network.name))?;
+    configure(&network)
+}

@@ -1,0 +1,5 @@
+//! `/init`.
+
+fn main() {
+    ferry_linux_init::main();
+}

@@ -1,0 +1,236 @@
+//! `ferry` processes in a nested host: what [`Host`](crate::Host) is on this one.
+
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use ferry_guest_images::linux::Kernel;
+use ferry_guest_images::nested::{Cable, Config, Nested, Process, QEMU, Ran};
+use ferry_guest_images::{Line, Verdict};
+use ferry_migration::report::{Report, Status};
+
+use crate::ferry;
+
+/// How long anything may take in a nested host before the test calls it a hang: it is emulated, and shares its processors.
+pub const NESTED_PATIENCE: Duration = Duration::from_secs(240);
+
+/// A test's turn: nested hosts are emulated, and two tests at a time would only be slower.
+pub type Turn = MutexGuard<'static, ()>;
+
+/// Waits for this test's turn, where nested hosts run; says so loudly where they do not.
+pub fn nested_hosts() -> Option<Turn> {
+    static READY: OnceLock<Result<(), String>> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    if let Err(why) = READY.get_or_init(ready) {
+        eprintln!("NOT RUN: Linux guests in a nested host ({why})");
+        return None;
+    }
+    // A test that failed leaves nothing behind that the next could trip over.
+    Some(TURN.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn ready() -> Result<(), String> {
+    let qemu = Command::new(QEMU).arg("--version").output();
+    if !qemu.is_ok_and(|o| o.status.success()) {
+        return Err(format!(
+            "{QEMU} is not here: apt-get install qemu-system-x86"
+        ));
+    }
+    Kernel::get(&|sentence| eprintln!("{sentence}"))
+        .map(drop)
+        .map_err(|e| e.to_string())
+}
+
+/// A nested host with this `ferry` in it.
+#[derive(Debug)]
+pub struct NestedHost {
+    nested: Nested,
+    address: String,
+}
+
+impl NestedHost {
+    /// One by itself.
+    pub fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// Two that are joined by a cable.
+    pub fn pair() -> (Self, Self, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let cable = |first, last| Cable {
+            socket: dir.path().join("cable"),
+            first,
+            address: [10, 9, 0, last],
+        };
+        let (first, second) = (cable(true, 1), cable(false, 2));
+        (
+            Self::start_with(Some(first)),
+            Self::start_with(Some(second)),
+            dir,
+        )
+    }
+
+    fn start_with(cable: Option<Cable>) -> Self {
+        let address = cable.as_ref().map_or([127, 0, 0, 1], |c| c.address);
+        let config = Config {
+            programs: vec![ferry().to_owned()],
+            cable,
+            ..Config::default()
+        };
+        let nested = Nested::start(&config, &|sentence| eprintln!("{sentence}"));
+        let nested = nested.unwrap_or_else(|e| panic!("{e}"));
+        eprintln!(
+            "a nested host is up after {:.1} s",
+            nested.took().as_secs_f64()
+        );
+        Self {
+            nested,
+            address: std::net::Ipv4Addr::from(address).to_string(),
+        }
+    }
+
+    /// Runs a program to its end.
+    pub fn run(&self, arguments: &[&str]) -> Ran {
+        self.nested
+            .run(arguments, NESTED_PATIENCE)
+            .unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// `ferry run` with these options, whose guest is on its console.
+    pub fn guest(&self, arguments: &[&str]) -> NestedVmm<'_> {
+        NestedVmm::start(self, &[&["run"], arguments].concat())
+    }
+
+    /// Runs a program that must succeed; what it printed.
+    pub fn run_well(&self, arguments: &[&str]) -> String {
+        let ran = self.run(arguments);
+        assert_eq!(ran.code, 0, "{arguments:?}: {ran:?}");
+        ran.stdout
+    }
+
+    /// `ferry receive` on a free port of this host, once it listens.
+    pub fn receive(&self) -> NestedVmm<'_> {
+        self.receive_with(&[])
+    }
+
+    /// As [`NestedHost::receive`], with these devices.
+    pub fn receive_with(&self, devices: &[&str]) -> NestedVmm<'_> {
+        let uri = format!("tcp:{}:0", self.address);
+        let mut vmm = NestedVmm::start(self, &[&["receive", &uri], devices].concat());
+        let uri = vmm.process.until(NESTED_PATIENCE, |_, said| {
+            said.split_ascii_whitespace()
+                .find(|w| w.starts_with("tcp:"))
+                .map(str::to_owned)
+        });
+        vmm.uri = uri.unwrap_or_else(|| panic!("it does not listen; {}", vmm.all()));
+        vmm
+    }
+}
+
+/// A `ferry` process in a nested host that is a guest's VMM; dropping it kills it.
+#[derive(Debug)]
+pub struct NestedVmm<'a> {
+    host: &'a NestedHost,
+    process: Process,
+    api: String,
+    uri: String,
+}
+
+impl<'a> NestedVmm<'a> {
+    fn start(host: &'a NestedHost, arguments: &[&str]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let api = format!("/tmp/{}.sock", COUNT.fetch_add(1, Ordering::Relaxed));
+        let command = [&["ferry"], arguments, &["--api", &api]].concat();
+        let process = host
+            .nested
+            .spawn(&command)
+            .unwrap_or_else(|e| panic!("{e}"));
+        Self {
+            host,
+            process,
+            api,
+            uri: String::new(),
+        }
+    }
+
+    /// Where it listens.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// All that it and its guest have printed, for messages.
+    pub fn all(&self) -> String {
+        format!("{}\n{}", self.process.stdout(), self.process.stderr())
+    }
+
+    /// Waits for a part of its guest's output.
+    pub fn prints(&self, part: &str) {
+        let found = self
+            .process
+            .until(NESTED_PATIENCE, |out, _| out.contains(part).then_some(()));
+        assert!(
+            found.is_some(),
+            "the guest never printed {part:?}; {}",
+            self.all()
+        );
+    }
+
+    /// Waits for a line of its guest that `wanted` makes something of.
+    pub fn line<T>(&self, name: &str, wanted: impl Fn(&Line<'_>) -> Option<T>) -> T {
+        let found = self.process.until(NESTED_PATIENCE, |out, _| {
+            out.lines()
+                .filter_map(Line::parse)
+                .find_map(|line| wanted(&line))
+        });
+        found.unwrap_or_else(|| panic!("the guest never printed {name}; {}", self.all()))
+    }
+
+    /// Types a line on the guest's console.
+    pub fn types(&self, line: &str) {
+        self.process.input(format!("{line}\n").as_bytes()).unwrap();
+    }
+
+    /// A command about this VMM, to its end.
+    pub fn command(&self, arguments: &[&str]) -> Ran {
+        self.host
+            .run(&[&["ferry"], arguments, &["--api", &self.api]].concat())
+    }
+
+    /// Migrates to `uri` with these further options and expects that all went well and all memory is equal.
+    pub fn migrate(&self, uri: &str, options: &[&str]) -> Report {
+        let ran = self.command(&[&["migrate", uri, "--verify", "--json"], options].concat());
+        let report: Report = serde_json::from_str(&ran.stdout)
+            .unwrap_or_else(|e| panic!("{e}: {ran:?}; {}", self.all()));
+        assert_eq!(
+            (report.status, report.verified),
+            (Status::Completed, Some(true)),
+            "{report:#?} {}",
+            self.all()
+        );
+        report
+    }
+
+    /// Waits for its end, which must be a success; what it said.
+    pub fn ends(self) -> Ran {
+        let ran = self
+            .process
+            .wait(NESTED_PATIENCE)
+            .unwrap_or_else(|e| panic!("{e}"));
+        assert!(!ran.stderr.contains("panicked"), "{ran:?}");
+        ran
+    }
+
+    /// Tells the guest's writer to finish, and expects that no page was ever wrong.
+    pub fn verdict(self) -> Verdict {
+        self.types("q");
+        let verdict = self.line("its verdict", |line| match line {
+            Line::Verdict { verdict, .. } => Some(*verdict),
+            _ => None,
+        });
+        assert!(verdict.verified && verdict.corrupt == 0, "{}", self.all());
+        let ran = self.ends();
+        assert_eq!(ran.code, 0, "{ran:?}");
+        verdict
+    }
+}
