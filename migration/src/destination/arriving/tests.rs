@@ -24,9 +24,6 @@ impl PageSink<NoLink> for AnySink {
     fn receive(&self, _: &mut NoLink, _: &[Run]) -> io::Result<()> {
         Ok(())
     }
-    fn write(&self, _: Run, _: &[u8]) -> Result<(), PortError> {
-        Ok(())
-    }
     fn zero(&self, _: Run) -> Result<(), PortError> {
         Ok(())
     }
