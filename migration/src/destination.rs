@@ -29,23 +29,26 @@
 //! real destination calls [`Destination::run`].
 
 mod arriving;
+mod error;
 mod faults;
+mod following;
 mod lanes;
 mod pages;
 
 pub use arriving::Arriving;
+pub use error::DestinationError;
 pub use faults::FaultLane;
 pub use lanes::{Lane, LaneSet};
 
+use crate::codec::Decoder;
 use crate::codec::marks::Marks;
-use crate::codec::{CodecError, Decoder};
 use crate::options::Options;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
-use crate::port::{Clock, Host, Link, PageSink, PortError};
+use crate::port::{Clock, Host, Link, PageSink};
 use crate::source::page_hash;
 use crate::wire::{
-    Arrived, Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Ready, Role, Running,
-    SessionId, WireError, recv_set, send_set,
+    Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Ready, Role, Running,
+    SessionId, WireError, send_set,
 };
 use pages::PageReceiver;
 use std::sync::Arc;
@@ -70,103 +73,6 @@ pub enum State {
     InDoubt,
     /// The guest runs and lacks pages, and the connection to the source is lost.
     Interrupted,
-}
-
-/// Why a migration ended here other than by completing.
-#[derive(Debug, thiserror::Error)]
-pub enum DestinationError {
-    /// The connection or the peer.
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    /// This host cannot take the guest.
-    #[error("this host cannot take the guest: {0}")]
-    Unfit(PortError),
-    /// The options need something that this build lacks.
-    #[error("the source needs features {missing:#x} that this ferry lacks; upgrade it")]
-    Features {
-        /// The missing ones.
-        missing: u64,
-    },
-    /// A page that is not the guest's RAM.
-    #[error("the source sent page {gfn:#x} (+{count}), which is not the guest's memory")]
-    NotRam {
-        /// The first page.
-        gfn: u64,
-        /// How many.
-        count: u64,
-    },
-    /// A coded frame.
-    #[error(transparent)]
-    Codec(#[from] CodecError),
-    /// Memory cannot be written or read here.
-    #[error("writing guest memory failed: {0}")]
-    Memory(PortError),
-    /// The hashes differ.
-    #[error("guest memory differs from the source's in {pages} pages, the first is {first:#x}")]
-    Differs {
-        /// How many pages.
-        pages: u64,
-        /// The first of them.
-        first: u64,
-    },
-    /// The state does not fit the machine.
-    #[error("the machine's state cannot be restored: {0}")]
-    State(PortError),
-    /// Committed, but the guest cannot run here.
-    #[error("the guest was handed over but cannot be started here: {0}")]
-    Start(PortError),
-    /// A data channel failed.
-    #[error("data channel {index} failed: {reason}")]
-    Lane {
-        /// Which.
-        index: u16,
-        /// Why.
-        reason: String,
-    },
-    /// A page that was not expected: it came before.
-    #[error("the source sent page {gfn:#x} although it is in place here; each page crosses once")]
-    Duplicate {
-        /// Which.
-        gfn: u64,
-    },
-    /// Post-copy without a way to ask for pages.
-    #[error("the source announced post-copy and no channel for page faults")]
-    NoFaultChannel,
-    /// Pages for a running guest where none follow.
-    #[error("the source sent pages for a guest that lacks none")]
-    NotPostCopy,
-    /// One channel for page faults too many.
-    #[error("fault channel {index} was not announced by its migration, or is connected already")]
-    NotAnnounced {
-        /// Which.
-        index: u16,
-    },
-    /// More channels than anybody needs.
-    #[error(
-        "the source announces {0} channels of one kind; a migration has at most {max} here, ask for fewer",
-        max = Options::MAX_CHANNELS
-    )]
-    Channels(u16),
-    /// A fault channel failed.
-    #[error("a page fault could not be served: {0}")]
-    FaultChannel(String),
-    /// The push ended and pages did not come.
-    #[error("the source has sent everything, it says, yet {pages} pages did not come")]
-    Incomplete {
-        /// How many.
-        pages: u64,
-    },
-    /// An operator's word that cannot be followed.
-    #[error("the guest cannot run on here without the {0} pages that only the source has")]
-    Lacking(u64),
-    /// A data channel never came or stands still.
-    #[error("round {round} did not end on {missing} of the data channels in time")]
-    LaneSilent {
-        /// The round.
-        round: u32,
-        /// How many are missing.
-        missing: usize,
-    },
 }
 
 /// How long the destination waits for the source.
@@ -627,28 +533,6 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         Ok(())
     }
 
-    /// Whether pages follow the guest, or did.
-    fn follows(&self) -> bool {
-        self.arriving.as_ref().is_some_and(|a| a.begun())
-    }
-
-    /// Pages that will follow the guest.
-    fn list_missing(&mut self, header: &Header) -> Result<(), DestinationError> {
-        let Some(layout) = &self.layout else {
-            return Err(self.channel.refuse(header, "a greeting").into());
-        };
-        let missing = self
-            .missing
-            .get_or_insert_with(|| PageSet::new(layout.end()));
-        let mut part = PageSet::new(layout.end());
-        recv_set(&mut self.channel, header, layout, &mut part)?;
-        self.host
-            .drop_stale(&part)
-            .map_err(DestinationError::Unfit)?;
-        missing.union_with(&part);
-        Ok(())
-    }
-
     /// The source's word: the guest is ours. Saying it twice changes nothing.
     fn commit(&mut self) -> Result<Step, DestinationError> {
         let read = self.clock.now();
@@ -696,106 +580,6 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             send_set(&mut self.channel, &missing)?;
         }
         Ok(Step::Running)
-    }
-
-    /// Waits for the next frame of the push, or (`false`) for the last page, which may come on another
-    /// channel, or for a fault channel's failure.
-    fn wait_for_frame(&mut self) -> Result<bool, DestinationError> {
-        const TICK: Duration = Duration::from_millis(100);
-        const LAST: Duration = Duration::from_millis(1);
-        let until = self.clock.now() + self.timeouts.transfer;
-        loop {
-            if self.can_complete() {
-                return Ok(false);
-            }
-            // Before any frame: a push without a pause would hide it.
-            if let Some(why) = self.arriving.as_ref().and_then(|a| a.lost()) {
-                return Err(DestinationError::FaultChannel(why));
-            }
-            let left = self.arriving.as_ref().map_or(0, |a| a.left());
-            let wait = if self.pushed && left > 0 { LAST } else { TICK };
-            if self
-                .channel
-                .link()
-                .wait_readable(wait)
-                .map_err(WireError::Io)?
-            {
-                return Ok(true);
-            }
-            if self.clock.now() >= until {
-                return Err(if self.pushed && left > 0 {
-                    DestinationError::Incomplete { pages: left }
-                } else {
-                    WireError::Io(std::io::ErrorKind::TimedOut.into()).into()
-                });
-            }
-        }
-    }
-
-    /// Whether everything has come, so that the next step needs no frame.
-    pub(crate) fn can_complete(&self) -> bool {
-        self.arriving
-            .as_ref()
-            .is_some_and(|a| (self.pushed || a.is_dismissed()) && a.complete().is_some())
-    }
-
-    /// A frame of the push.
-    fn following(&mut self, header: &Header, kind: FrameType) -> Result<(), DestinationError> {
-        let Some(arriving) = &self.arriving else {
-            return Err(DestinationError::NotPostCopy);
-        };
-        match kind {
-            FrameType::Pages | FrameType::Zero if !self.pushed => {
-                self.receiver
-                    .receive_to(&mut self.channel, header, arriving)
-            }
-            FrameType::RoundEnd if !self.pushed && header.round == self.round + 1 => {
-                if let Some(lanes) = &self.lanes {
-                    lanes.wait(header.round)?;
-                }
-                self.round = header.round;
-                self.pushed = true;
-                Ok(())
-            }
-            FrameType::Verify if self.pushed => {
-                self.channel.recv_payload(header, &mut self.buffer)?;
-                for (gfn, hash) in (header.gfn..).zip(self.buffer.as_chunks::<8>().0) {
-                    arriving.compare(gfn, *hash);
-                }
-                Ok(())
-            }
-            FrameType::Alive => Ok(()),
-            _ => Err(self
-                .channel
-                .refuse(header, "pages of the running guest, or their end")
-                .into()),
-        }
-    }
-
-    /// Tells the source once everything is in place and compared.
-    fn completed(&mut self) -> Result<Step, DestinationError> {
-        let done = self.arriving.as_ref().filter(|_| self.can_complete());
-        let Some((faults, different)) = done.and_then(|a| a.complete()) else {
-            return Ok(Step::Continue);
-        };
-        let ended = self.arriving.as_ref().is_some_and(|a| a.is_dismissed());
-        // The guest is complete, whether the source hears it or not.
-        self.finish();
-        let arrived = Arrived {
-            faults,
-            different,
-            ended,
-        };
-        self.channel.send_json(FrameType::Arrived, &arrived)?;
-        Ok(Step::Complete)
-    }
-
-    fn finish(&mut self) {
-        if let Some(arriving) = self.arriving.take() {
-            arriving.end();
-            self.host.end_post_copy();
-        }
-        self.enter(State::Complete);
     }
 
     /// Goes on with a new connection that a source opened to end the doubt

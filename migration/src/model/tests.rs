@@ -1,6 +1,6 @@
 use super::stord::{ClosedForms, literal};
 use super::*;
-use crate::options::{OnTimeout, PolicyKind};
+use crate::options::{Compress, OnTimeout, PolicyKind};
 use crate::order::PushOrder;
 use crate::page::{PageSet, Run};
 use crate::trace::{Header, Trace};
@@ -247,6 +247,8 @@ fn the_model_agrees_with_the_engines() {
             sync: Duration::from_millis(50),
             downtime: Duration::from_millis(40),
             on_timeout: OnTimeout::Stop,
+            // The model knows no codecs.
+            compress: Compress::None,
             ..Options::default()
         };
         let engine = simulate(&scenario).report;

@@ -1,0 +1,103 @@
+//! Why a migration ended at the destination other than by completing.
+
+use crate::codec::CodecError;
+use crate::options::Options;
+use crate::port::PortError;
+use crate::wire::WireError;
+
+/// Why a migration ended here other than by completing.
+#[derive(Debug, thiserror::Error)]
+pub enum DestinationError {
+    /// The connection or the peer.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// This host cannot take the guest.
+    #[error("this host cannot take the guest: {0}")]
+    Unfit(PortError),
+    /// The options need something that this build lacks.
+    #[error("the source needs features {missing:#x} that this ferry lacks; upgrade it")]
+    Features {
+        /// The missing ones.
+        missing: u64,
+    },
+    /// A page that is not the guest's RAM.
+    #[error("the source sent page {gfn:#x} (+{count}), which is not the guest's memory")]
+    NotRam {
+        /// The first page.
+        gfn: u64,
+        /// How many.
+        count: u64,
+    },
+    /// A coded frame.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// Memory cannot be written or read here.
+    #[error("writing guest memory failed: {0}")]
+    Memory(PortError),
+    /// The hashes differ.
+    #[error("guest memory differs from the source's in {pages} pages, the first is {first:#x}")]
+    Differs {
+        /// How many pages.
+        pages: u64,
+        /// The first of them.
+        first: u64,
+    },
+    /// The state does not fit the machine.
+    #[error("the machine's state cannot be restored: {0}")]
+    State(PortError),
+    /// Committed, but the guest cannot run here.
+    #[error("the guest was handed over but cannot be started here: {0}")]
+    Start(PortError),
+    /// A data channel failed.
+    #[error("data channel {index} failed: {reason}")]
+    Lane {
+        /// Which.
+        index: u16,
+        /// Why.
+        reason: String,
+    },
+    /// A page that was not expected: it came before.
+    #[error("the source sent page {gfn:#x} although it is in place here; each page crosses once")]
+    Duplicate {
+        /// Which.
+        gfn: u64,
+    },
+    /// Post-copy without a way to ask for pages.
+    #[error("the source announced post-copy and no channel for page faults")]
+    NoFaultChannel,
+    /// Pages for a running guest where none follow.
+    #[error("the source sent pages for a guest that lacks none")]
+    NotPostCopy,
+    /// One channel for page faults too many.
+    #[error("fault channel {index} was not announced by its migration, or is connected already")]
+    NotAnnounced {
+        /// Which.
+        index: u16,
+    },
+    /// More channels than anybody needs.
+    #[error(
+        "the source announces {0} channels of one kind; a migration has at most {max} here, ask for fewer",
+        max = Options::MAX_CHANNELS
+    )]
+    Channels(u16),
+    /// A fault channel failed.
+    #[error("a page fault could not be served: {0}")]
+    FaultChannel(String),
+    /// The push ended and pages did not come.
+    #[error("the source has sent everything, it says, yet {pages} pages did not come")]
+    Incomplete {
+        /// How many.
+        pages: u64,
+    },
+    /// An operator's word that cannot be followed.
+    #[error("the guest cannot run on here without the {0} pages that only the source has")]
+    Lacking(u64),
+    /// A data channel never came or stands still.
+    #[error("round {round} did not end on {missing} of the data channels in time")]
+    LaneSilent {
+        /// The round.
+        round: u32,
+        /// How many are missing.
+        missing: usize,
+    },
+}

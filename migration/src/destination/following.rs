@@ -1,0 +1,135 @@
+//! Post-copy at the destination: pages that follow a guest which runs already.
+
+use super::{Destination, DestinationError, State, Step};
+use crate::page::PageSet;
+use crate::port::{Host, Link};
+use crate::wire::{Arrived, FrameType, Header, WireError, recv_set};
+use std::time::Duration;
+
+impl<L: Link, H: Host<L>> Destination<L, H> {
+    /// Whether pages follow the guest, or did.
+    pub(super) fn follows(&self) -> bool {
+        self.arriving.as_ref().is_some_and(|a| a.begun())
+    }
+
+    /// Pages that will follow the guest.
+    pub(super) fn list_missing(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let Some(layout) = &self.layout else {
+            return Err(self.channel.refuse(header, "a greeting").into());
+        };
+        let missing = self
+            .missing
+            .get_or_insert_with(|| PageSet::new(layout.end()));
+        let mut part = PageSet::new(layout.end());
+        recv_set(&mut self.channel, header, layout, &mut part)?;
+        self.host
+            .drop_stale(&part)
+            .map_err(DestinationError::Unfit)?;
+        missing.union_with(&part);
+        Ok(())
+    }
+
+    /// Waits for the next frame of the push, or (`false`) for the last page, which may come on another
+    /// channel, or for a fault channel's failure.
+    pub(super) fn wait_for_frame(&mut self) -> Result<bool, DestinationError> {
+        const TICK: Duration = Duration::from_millis(100);
+        const LAST: Duration = Duration::from_millis(1);
+        let until = self.clock.now() + self.timeouts.transfer;
+        loop {
+            if self.can_complete() {
+                return Ok(false);
+            }
+            // Before any frame: a push without a pause would hide it.
+            if let Some(why) = self.arriving.as_ref().and_then(|a| a.lost()) {
+                return Err(DestinationError::FaultChannel(why));
+            }
+            let left = self.arriving.as_ref().map_or(0, |a| a.left());
+            let wait = if self.pushed && left > 0 { LAST } else { TICK };
+            if self
+                .channel
+                .link()
+                .wait_readable(wait)
+                .map_err(WireError::Io)?
+            {
+                return Ok(true);
+            }
+            if self.clock.now() >= until {
+                return Err(if self.pushed && left > 0 {
+                    DestinationError::Incomplete { pages: left }
+                } else {
+                    WireError::Io(std::io::ErrorKind::TimedOut.into()).into()
+                });
+            }
+        }
+    }
+
+    /// Whether everything has come, so that the next step needs no frame.
+    pub(crate) fn can_complete(&self) -> bool {
+        self.arriving
+            .as_ref()
+            .is_some_and(|a| (self.pushed || a.is_dismissed()) && a.complete().is_some())
+    }
+
+    /// A frame of the push.
+    pub(super) fn following(
+        &mut self,
+        header: &Header,
+        kind: FrameType,
+    ) -> Result<(), DestinationError> {
+        let Some(arriving) = &self.arriving else {
+            return Err(DestinationError::NotPostCopy);
+        };
+        match kind {
+            FrameType::Pages | FrameType::Zero if !self.pushed => {
+                self.receiver
+                    .receive_to(&mut self.channel, header, arriving)
+            }
+            FrameType::RoundEnd if !self.pushed && header.round == self.round + 1 => {
+                if let Some(lanes) = &self.lanes {
+                    lanes.wait(header.round)?;
+                }
+                self.round = header.round;
+                self.pushed = true;
+                Ok(())
+            }
+            FrameType::Verify if self.pushed => {
+                self.channel.recv_payload(header, &mut self.buffer)?;
+                for (gfn, hash) in (header.gfn..).zip(self.buffer.as_chunks::<8>().0) {
+                    arriving.compare(gfn, *hash);
+                }
+                Ok(())
+            }
+            FrameType::Alive => Ok(()),
+            _ => Err(self
+                .channel
+                .refuse(header, "pages of the running guest, or their end")
+                .into()),
+        }
+    }
+
+    /// Tells the source once everything is in place and compared.
+    pub(super) fn completed(&mut self) -> Result<Step, DestinationError> {
+        let done = self.arriving.as_ref().filter(|_| self.can_complete());
+        let Some((faults, different)) = done.and_then(|a| a.complete()) else {
+            return Ok(Step::Continue);
+        };
+        let ended = self.arriving.as_ref().is_some_and(|a| a.is_dismissed());
+        // The guest is complete, whether the source hears it or not.
+        self.finish();
+        let arrived = Arrived {
+            faults,
+            different,
+            ended,
+        };
+        self.channel.send_json(FrameType::Arrived, &arrived)?;
+        Ok(Step::Complete)
+    }
+
+    pub(super) fn finish(&mut self) {
+        if let Some(arriving) = self.arriving.take() {
+            arriving.end();
+            self.host.end_post_copy();
+        }
+        self.enter(State::Complete);
+    }
+}
