@@ -286,9 +286,7 @@ impl Vmm {
                 "kept, because it may be the only copy: {what}; ask again to discard it"
             ));
         }
-        self.core
-            .stop(&mut inner, how)
-            .unwrap_or_else(|refusal| Some(refusal))
+        self.core.stop(&mut inner, how).unwrap_or_else(Some)
     }
 
     /// Readable once the VMM has nothing more to do.
