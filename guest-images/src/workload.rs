@@ -12,6 +12,20 @@ pub const MAX_CPUS: usize = team::MAX_RANKS;
 #[error("{0}")]
 pub struct Error(String);
 
+/// How a bare guest goes about its workload; [`Default`] leaves it to the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// How often a kernel runs; 0 is until it is told to stop.
+    pub repeat: Option<u64>,
+    /// Milliseconds between two lines about its progress: [`Manner::STAT_MS`].
+    pub stat_ms: Option<u64>,
+}
+
+impl Manner {
+    /// What a guest takes for [`Manner::stat_ms`].
+    pub const STAT_MS: std::ops::RangeInclusive<u64> = 20..=60_000;
+}
+
 /// A workload of the bare guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Workload(workload::Workload);
@@ -47,9 +61,16 @@ impl Workload {
         text
     }
 
-    /// As [`Workload::command_line`], and has a kernel run `times` times, 0 for until told to stop.
-    pub fn command_line_repeated(&self, cpus: usize, tsc_khz: Option<u64>, times: u64) -> String {
-        format!("{} ferry.repeat={times}", self.command_line(cpus, tsc_khz))
+    /// As [`Workload::command_line`], with what else a guest can be told.
+    pub fn command_line_with(&self, cpus: usize, tsc_khz: Option<u64>, manner: Manner) -> String {
+        let mut text = self.command_line(cpus, tsc_khz);
+        if let Some(times) = manner.repeat {
+            text.push_str(&format!(" ferry.repeat={times}"));
+        }
+        if let Some(ms) = manner.stat_ms {
+            text.push_str(&format!(" ferry.stat_ms={ms}"));
+        }
+        text
     }
 }
 
@@ -98,14 +119,18 @@ mod tests {
     #[test]
     fn the_command_line_holds_the_workload() {
         let workload = Workload::parse("dirty:rate=0").unwrap();
-        let line = workload.command_line_repeated(2, Some(1), 3);
+        let manner = Manner {
+            repeat: Some(3),
+            stat_ms: Some(100),
+        };
+        let line = workload.command_line_with(2, Some(1), manner);
         let run = line
             .split(' ')
             .find_map(|token| token.strip_prefix("ferry.run="))
             .unwrap();
         assert_eq!(Workload::parse(run), Ok(workload));
         assert!(
-            line.ends_with(" ferry.cpus=2 ferry.tsc_khz=1 ferry.repeat=3"),
+            line.ends_with(" ferry.cpus=2 ferry.tsc_khz=1 ferry.repeat=3 ferry.stat_ms=100"),
             "{line}"
         );
     }

@@ -1,7 +1,7 @@
 //! The embedded image under QEMU with KVM, where both are there.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use ferry_guest_images::{BARE, Kernel, Line, STOP, Work, Workload};
+use ferry_guest_images::{BARE, Kernel, Line, Manner, STOP, Work, Workload};
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
@@ -177,7 +177,14 @@ fn a_kernel_is_repeated_until_it_is_told_to_stop() {
     let mut guest = Guest::boot(
         "64M",
         1,
-        &workload.command_line_repeated(1, Some(TSC_KHZ), 0),
+        &workload.command_line_with(
+            1,
+            Some(TSC_KHZ),
+            Manner {
+                repeat: Some(0),
+                ..Manner::default()
+            },
+        ),
     );
     let third = |line: Line<'_>| {
         matches!(line, Line::Result(result) if result.run == 3 && result.verified).then_some(())

@@ -2,14 +2,17 @@
 //!
 //! Errors are one sentence on stderr, exit status 1, or 2 for a command line that cannot be meant.
 
+mod bench;
 mod console;
 mod demo;
 mod devices;
 mod doctor;
+mod findings;
 mod manage;
 mod migrate;
 mod nas;
 mod output;
+mod plot;
 mod progress;
 mod receive;
 mod record;
@@ -67,6 +70,7 @@ enum Command {
     Nas(nas::Args),
     Sim(sim::Args),
     Demo(demo::Args),
+    Bench(Box<bench::Args>),
 }
 
 /// Everything.
@@ -92,6 +96,7 @@ pub fn main() -> ExitCode {
         Command::Nas(args) => nas::run(&args),
         Command::Sim(args) => sim::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -62,12 +62,14 @@ struct Options {
     cpus: usize,
     tsc_khz: Option<u64>,
     repeat: u64,
+    stat_ms: u64,
 }
 
 impl Options {
     /// Reads the command line. Tokens without the `ferry.` prefix are somebody else's.
     fn parse(command_line: &str) -> Result<Self, Error> {
         let (mut run, mut cpus, mut tsc_khz, mut repeat) = (None, 1, None, 1);
+        let mut stat_ms = 1000;
         for token in command_line.split_ascii_whitespace() {
             let Some(option) = token.strip_prefix("ferry.") else {
                 continue;
@@ -91,6 +93,11 @@ impl Options {
                     );
                 }
                 "repeat" => repeat = number.ok_or_else(bad)?,
+                "stat_ms" => {
+                    stat_ms = number
+                        .filter(|ms| (20..=60_000).contains(ms))
+                        .ok_or_else(bad)?;
+                }
                 _ => return Err(bad()),
             }
         }
@@ -100,6 +107,7 @@ impl Options {
             cpus,
             tsc_khz,
             repeat,
+            stat_ms,
         })
     }
 }
@@ -120,7 +128,8 @@ pub fn run(start_info: u64) -> Result<(), Error> {
     // What firmware keeps for itself below 1 MiB rounds away.
     let memory_mib = (memory + (1 << 20) - 1) >> 20;
     let run = Text::new(format_args!("{}", options.workload));
-    let monitor = Monitor::new(khz, matches!(options.workload, Workload::Dirty(_)));
+    let writer = matches!(options.workload, Workload::Dirty(_));
+    let monitor = Monitor::new(khz, writer, options.stat_ms);
     console::print(&Line::Start {
         run: &run,
         cpus: options.cpus as u64,

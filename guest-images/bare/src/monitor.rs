@@ -1,4 +1,4 @@
-//! Watches the clock: how long each processor did not run, and what to print every second.
+//! Watches the clock: how long each processor did not run, and what to print every second or so.
 
 use crate::console;
 use crate::cpu::{MAX_CPUS, tsc};
@@ -79,6 +79,8 @@ pub struct Monitor {
     khz: u64,
     /// Nanoseconds per tick, times 2^32.
     scale: u64,
+    /// Ticks between two lines.
+    rhythm: u64,
     next_stat: AtomicU64,
     next_poll: AtomicU64,
     stop: AtomicBool,
@@ -91,15 +93,17 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Starts the clock. `writer` says what kind of progress there is to report.
-    pub fn new(khz: u64, writer: bool) -> Self {
+    /// Starts the clock. `writer` says what kind of progress there is to report, every `stat_ms` milliseconds.
+    pub fn new(khz: u64, writer: bool, stat_ms: u64) -> Self {
         let start = tsc();
         begin(0);
+        let rhythm = khz.saturating_mul(stat_ms);
         Self {
             start,
             khz,
             scale: (1_000_000 << 32) / khz.max(1),
-            next_stat: AtomicU64::new(start + khz * 1000),
+            rhythm,
+            next_stat: AtomicU64::new(start + rhythm),
             next_poll: AtomicU64::new(start),
             stop: AtomicBool::new(false),
             ready: AtomicBool::new(false),
@@ -166,13 +170,9 @@ impl Monitor {
             return;
         }
         // After a pause the rhythm starts anew; missed lines are not printed in a burst.
-        let next = self.next_stat.load(Relaxed) + self.khz * 1000;
+        let next = self.next_stat.load(Relaxed) + self.rhythm;
         self.next_stat.store(
-            if next > now {
-                next
-            } else {
-                now + self.khz * 1000
-            },
+            if next > now { next } else { now + self.rhythm },
             Relaxed,
         );
         let work = if self.writer {

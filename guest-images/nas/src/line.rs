@@ -83,7 +83,7 @@ pub enum Line<'a> {
         /// Milliseconds since the start.
         t_ms: u64,
     },
-    /// Once a second.
+    /// Once a second, or as often as the guest was told.
     Stat {
         /// Milliseconds since the start.
         t_ms: u64,

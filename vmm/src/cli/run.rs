@@ -4,9 +4,9 @@ use super::devices;
 use super::output::{Failure, say};
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
-use super::units::{memory, size};
+use super::units::{duration, memory, size};
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
-use ferry_guest_images::{BARE, MAX_CPUS, Workload};
+use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
 use ferry_vmm::boot::Kernel;
 use ferry_vmm::machine::{Backends, Machine};
 use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
@@ -17,6 +17,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// RAM of `--linux` where none is asked for.
 const LINUX_MEMORY: u64 = 256 << 20;
@@ -53,6 +54,9 @@ pub struct Args {
     /// How often --nas runs its kernel; 0 is until it is told to stop.
     #[arg(long, value_name = "TIMES", requires = "nas")]
     repeat: Option<u64>,
+    /// How often --nas prints a line about its progress; a second if left out.
+    #[arg(long, value_name = "TIME", requires = "nas", value_parser = stat_interval)]
+    stat: Option<Duration>,
     /// RAM, such as 512M; what the work needs, with --nas; 256M with --linux.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory: Option<u64>,
@@ -76,6 +80,15 @@ pub struct Args {
     /// A memory balloon: the guest can give memory back to the host, and says how much it has free.
     #[arg(long)]
     balloon: bool,
+}
+
+/// What the bare guest takes for the time between two lines.
+fn stat_interval(text: &str) -> Result<Duration, String> {
+    let interval = duration(text)?;
+    match u64::try_from(interval.as_millis()) {
+        Ok(ms) if Manner::STAT_MS.contains(&ms) => Ok(interval),
+        _ => Err("the guest prints a line every 20ms to 60s; give a time between".into()),
+    }
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
@@ -156,10 +169,13 @@ fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
     };
     let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
     let tsc_khz = machine.tsc_khz().map(u64::from);
-    let cmdline = match args.repeat {
-        Some(times) => workload.command_line_repeated(cpus, tsc_khz, times),
-        None => workload.command_line(cpus, tsc_khz),
+    let manner = Manner {
+        repeat: args.repeat,
+        stat_ms: args
+            .stat
+            .and_then(|interval| u64::try_from(interval.as_millis()).ok()),
     };
+    let cmdline = workload.command_line_with(cpus, tsc_khz, manner);
     let (path, _image) = in_memory("the built-in guest", BARE)?;
     machine.load(&Kernel {
         path,

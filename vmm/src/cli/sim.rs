@@ -1,14 +1,14 @@
 //! `ferry sim`: policies on a simulated or recorded guest, and the papers.
 
-mod findings;
 mod guest;
 mod mplm;
-mod plot;
 mod postcopy;
 mod single;
 mod stord;
 
+use super::findings;
 use super::output::{Failure, put, put_json};
+use super::plot;
 use findings::{Finding, table};
 use serde_json::json;
 use std::path::{Path, PathBuf};

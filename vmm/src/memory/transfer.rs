@@ -186,7 +186,7 @@ impl GuestRam {
     /// `recvmsg` into fresh memory takes a fault for each page, in which the kernel zeroes what the
     /// very next copy overwrites. A write to the file needs neither, and `splice` copies from the
     /// socket's buffers to the file without passing through this process: about half the time
-    /// (`cargo bench -p ferry-tests --bench migration`).
+    /// (`ferry bench goals`).
     ///
     /// # Errors
     /// As [`read_pages`](Self::read_pages).

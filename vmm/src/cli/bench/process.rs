@@ -1,15 +1,17 @@
 //! Processes that are measured, and that never outlive a run.
 
-use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use super::interrupt;
+use crate::cli::output::Failure;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::process::{Child, Command};
+use std::time::Duration;
 
 /// A child process; killed when dropped.
 pub struct Process {
@@ -18,7 +20,7 @@ pub struct Process {
 }
 
 /// Resident memory in KiB, as `/proc/PID/status` has it.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rss {
     /// Anonymous memory.
     pub anon_kib: u64,
@@ -53,10 +55,15 @@ impl Rss {
 
 impl Process {
     /// Starts it.
-    pub fn start(name: &'static str, command: &mut Command) -> Result<Self> {
-        let child = command
-            .spawn()
-            .with_context(|| format!("starting {name} ({})", command.get_program().display()))?;
+    ///
+    /// In a process group of its own: Ctrl-C is for the benchmark, which ends its processes in good order.
+    pub fn start(name: &'static str, command: &mut Command) -> Result<Self, Failure> {
+        let child = command.process_group(0).spawn().map_err(|e| {
+            let program = command.get_program().display();
+            Failure(format!(
+                "{name} ({program}) cannot be started ({e}); is it installed?"
+            ))
+        })?;
         Ok(Self { child, name })
     }
 
@@ -71,22 +78,37 @@ impl Process {
     }
 
     /// Writes to its stdin.
-    pub fn type_in(&mut self, bytes: &[u8]) -> Result<()> {
-        let stdin = self.child.stdin.as_mut().context("its stdin is closed")?;
+    pub fn type_in(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        let stdin = self.child.stdin.as_mut();
+        let stdin =
+            stdin.ok_or_else(|| Failure(format!("the stdin of {} is closed", self.name)))?;
         stdin.write_all(bytes)?;
         Ok(stdin.flush()?)
     }
 
     /// Waits for its end.
-    pub fn end(&self, patience: Duration) -> Result<()> {
-        let began = Instant::now();
-        while self.runs() {
-            if began.elapsed() > patience {
-                bail!("{} has not ended in {patience:?}", self.name);
-            }
-            sleep(Duration::from_millis(5));
+    pub fn end(&self, patience: Duration) -> Result<(), Failure> {
+        interrupt::until(
+            patience,
+            || format!("{} has not ended in {patience:?}", self.name),
+            || Ok((!self.runs()).then_some(())),
+        )
+    }
+
+    /// Fails if it has ended although nobody told it to.
+    pub fn must_run(&self) -> Result<(), Failure> {
+        if self.runs() {
+            return Ok(());
         }
-        Ok(())
+        Err(Failure(format!("{} ended too early", self.name)))
+    }
+}
+
+/// Ends a process by force, wherever it stands.
+pub fn end_by_force(pid: u32) {
+    if let Ok(pid) = i32::try_from(pid) {
+        // It may have ended by itself.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
 }
 
@@ -98,19 +120,20 @@ impl Drop for Process {
     }
 }
 
-/// What processes said on stderr, for the message about a run that failed.
+/// What processes said on stderr, for the message about a run that failed; the end of it, if it is long.
 pub fn said(files: &[PathBuf]) -> String {
     let texts = files.iter().map(|file| {
         let text = fs::read(file).unwrap_or_default();
         let name = file.file_name().unwrap_or_default().display();
-        format!("{name}: {}", String::from_utf8_lossy(&text).trim())
+        let text = &text[text.len().saturating_sub(600)..];
+        let words = String::from_utf8_lossy(text);
+        format!(
+            "{name}: {}",
+            words.split_whitespace().collect::<Vec<_>>().join(" ")
+        )
     });
-    texts.collect::<Vec<_>>().join("; ")
-}
-
-/// A stdin that can be typed into.
-pub fn typed() -> Stdio {
-    Stdio::piped()
+    let told = texts.filter(|text| !text.ends_with(": "));
+    told.collect::<Vec<_>>().join("; ")
 }
 
 struct Stat {
@@ -172,7 +195,7 @@ fn vcpu_times(pid: u32, times: &mut BTreeMap<String, Duration>) {
 }
 
 /// What a process used while it was watched.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Use {
     /// CPU time in seconds without its vCPU threads.
     pub cpu_s: f64,
@@ -198,8 +221,7 @@ pub struct Watch {
 
 impl Watch {
     /// Begins.
-    pub fn new(process: &Process, guest_kib: u64) -> Self {
-        let pid = process.id();
+    pub fn new(pid: u32, guest_kib: u64) -> Self {
         let mut vcpu = BTreeMap::new();
         vcpu_times(pid, &mut vcpu);
         let rss_before = rss(pid);
@@ -240,13 +262,5 @@ impl Watch {
         self.used.vcpu_s = vcpu.as_secs_f64();
         self.used.cpu_s = (whole - self.used.vcpu_s).max(0.0);
         self.used
-    }
-}
-
-/// Looks at the processes until told to stop. To be run in a thread.
-pub fn watch(watches: &mut [Watch], stop: &AtomicBool) {
-    while !stop.load(Ordering::Relaxed) {
-        watches.iter_mut().for_each(Watch::look);
-        sleep(Duration::from_millis(20));
     }
 }

@@ -1,12 +1,12 @@
 //! QEMU's control socket: the machine protocol (docs/interop/qmp-spec).
 
-use anyhow::{Context, Result, bail};
+use super::interrupt;
+use crate::cli::output::Failure;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A connection.
 pub struct Qmp {
@@ -15,45 +15,45 @@ pub struct Qmp {
 
 impl Qmp {
     /// Connects to a QEMU that is starting.
-    pub fn connect(path: &Path) -> Result<Self> {
-        let began = Instant::now();
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(_) if began.elapsed() < Duration::from_secs(10) => {
-                    sleep(Duration::from_millis(10));
-                }
-                Err(error) => return Err(error).context("connecting to QEMU"),
-            }
-        };
+    pub fn connect(path: &Path) -> Result<Self, Failure> {
+        let stream = interrupt::until(
+            Duration::from_secs(10),
+            || "QEMU does not answer on its control socket".to_owned(),
+            || Ok(UnixStream::connect(path).ok()),
+        )?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
         let mut qmp = Self {
             reader: BufReader::new(stream),
         };
-        qmp.message().context("reading QEMU's greeting")?;
+        qmp.message()?;
         qmp.command("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
 
-    fn message(&mut self) -> Result<Value> {
+    fn message(&mut self) -> Result<Value, Failure> {
         let mut line = String::new();
         if self.reader.read_line(&mut line)? == 0 {
-            bail!("QEMU closed its control socket");
+            return Err(Failure("QEMU closed its control socket".into()));
         }
         Ok(serde_json::from_str(&line)?)
     }
 
     /// Gives a command and returns its answer; events in between are skipped.
-    pub fn command(&mut self, name: &str, arguments: &Value) -> Result<Value> {
+    pub fn command(&mut self, name: &str, arguments: &Value) -> Result<Value, Failure> {
         let command = json!({ "execute": name, "arguments": arguments });
+        let failed = |e: Failure| Failure(format!("QEMU was told {name}: {}", e.0));
         writeln!(self.reader.get_mut(), "{command}")?;
         loop {
-            let mut message = self.message().with_context(|| format!("after {name}"))?;
+            let mut message = self.message().map_err(failed)?;
             if let Some(answer) = message.get_mut("return") {
                 return Ok(answer.take());
             }
             if let Some(error) = message.get("error") {
-                bail!("QEMU refuses {name}: {error}");
+                let why = error
+                    .get("desc")
+                    .and_then(Value::as_str)
+                    .unwrap_or("no reason given");
+                return Err(Failure(format!("QEMU refuses {name}: {why}")));
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Series differ in colour (the palette of Okabe and Ito), in marker and in dash.
 
-use super::super::output::Failure;
+use super::output::Failure;
 use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -23,6 +23,9 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 0, 0),
 ];
 const GREY: RGBColor = RGBColor(120, 120, 120);
+
+/// The most markers on a line.
+const MARKS: usize = 24;
 
 /// A line through points.
 pub struct Series {
@@ -53,8 +56,12 @@ pub struct Bars<'a> {
     pub missing: &'a str,
 }
 
-fn failed(path: &Path) -> impl Fn(String) -> Failure + '_ {
-    move |error| Failure(format!("cannot draw {} ({error})", path.display()))
+fn failed(title: &str, error: &str) -> Failure {
+    Failure(format!("the chart \"{title}\" cannot be drawn ({error})"))
+}
+
+fn write(path: &Path, svg: &str) -> Result<(), Failure> {
+    std::fs::write(path, svg).map_err(|e| Failure(format!("cannot write {} ({e})", path.display())))
 }
 
 /// The smallest range around the values; a bit of room at its upper end.
@@ -94,6 +101,14 @@ fn tick(value: &f64) -> String {
 /// # Errors
 /// The file cannot be written.
 pub fn lines(path: &Path, chart: &Lines<'_>) -> Result<(), Failure> {
+    write(path, &lines_svg(chart)?)
+}
+
+/// Lines as the text of an SVG.
+///
+/// # Errors
+/// The chart cannot be drawn.
+pub fn lines_svg(chart: &Lines<'_>) -> Result<String, Failure> {
     let points = || chart.series.iter().flat_map(|s| &s.points);
     let x = range(points().map(|p| p.0), chart.log.0);
     let levels = chart.levels.iter().map(|level| level.0);
@@ -103,18 +118,19 @@ pub fn lines(path: &Path, chart: &Lines<'_>) -> Result<(), Failure> {
     } else {
         // Lines begin at the axis where they begin near it, and elsewhere where they begin.
         let low = points().map(|p| p.0).fold(f64::INFINITY, f64::min);
-        (if low < x.1 / 4.0 { 0.0 } else { low }, x.1)
+        let near = (0.0..x.1 / 4.0).contains(&low);
+        (if near { 0.0 } else { low }, x.1)
     };
     let draw = match chart.log {
-        (false, false) => on(path, chart, flat_x.0..flat_x.1, y.0..y.1),
-        (true, false) => on(path, chart, (x.0..x.1).log_scale(), y.0..y.1),
-        (false, true) => on(path, chart, flat_x.0..flat_x.1, (y.0..y.1).log_scale()),
-        (true, true) => on(path, chart, (x.0..x.1).log_scale(), (y.0..y.1).log_scale()),
+        (false, false) => on(chart, flat_x.0..flat_x.1, y.0..y.1),
+        (true, false) => on(chart, (x.0..x.1).log_scale(), y.0..y.1),
+        (false, true) => on(chart, flat_x.0..flat_x.1, (y.0..y.1).log_scale()),
+        (true, true) => on(chart, (x.0..x.1).log_scale(), (y.0..y.1).log_scale()),
     };
-    draw.map_err(failed(path))
+    draw.map_err(|e| failed(chart.title, &e))
 }
 
-fn on<X, Y>(path: &Path, chart: &Lines<'_>, x: X, y: Y) -> Result<(), String>
+fn on<X, Y>(chart: &Lines<'_>, x: X, y: Y) -> Result<String, String>
 where
     X: AsRangedCoord<Value = f64>,
     Y: AsRangedCoord<Value = f64>,
@@ -122,7 +138,8 @@ where
     Y::CoordDescType: ValueFormatter<f64> + Ranged<ValueType = f64>,
 {
     let points = || chart.series.iter().flat_map(|s| &s.points);
-    let root = SVGBackend::new(path, SIZE).into_drawing_area();
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
     let draw = || -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
         root.fill(&WHITE)?;
         let (main, side) = root.split_horizontally(CHART);
@@ -168,14 +185,20 @@ where
             side.draw(&PathElement::new(vec![(0, y), (26, y)], line))?;
             side.draw(&Mark::of(index).at((13, y), colour))?;
             side.draw(&legend_text(&series.name, y))?;
-            let marks = series.points.iter();
+            // Every point of a long curve would be a caterpillar.
+            let marks = series
+                .points
+                .iter()
+                .step_by(series.points.len() / MARKS + 1);
             area.draw_series(
                 marks.map(|&at| EmptyElement::at(at) + Mark::of(index).at((0, 0), colour)),
             )?;
         }
         root.present()
     };
-    draw().map_err(|e| e.to_string())
+    draw().map_err(|e| e.to_string())?;
+    drop(root);
+    Ok(svg)
 }
 
 /// Where a series stands in the legend.
@@ -242,9 +265,18 @@ fn near(value: f64) -> i32 {
 /// # Errors
 /// The file cannot be written.
 pub fn bars(path: &Path, chart: &Bars<'_>) -> Result<(), Failure> {
+    write(path, &bars_svg(chart)?)
+}
+
+/// Groups of bars as the text of an SVG.
+///
+/// # Errors
+/// The chart cannot be drawn.
+pub fn bars_svg(chart: &Bars<'_>) -> Result<String, Failure> {
     let values = chart.groups.iter().flat_map(|group| &group.1).flatten();
     let (low, high) = range(values.copied(), false);
-    let root = SVGBackend::new(path, SIZE).into_drawing_area();
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
     let draw = || -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
         root.fill(&WHITE)?;
         let count = f64::from(u32::try_from(chart.groups.len()).unwrap_or(1));
@@ -309,7 +341,75 @@ pub fn bars(path: &Path, chart: &Bars<'_>) -> Result<(), Failure> {
         }
         root.present()
     };
-    draw().map_err(|e| failed(path)(e.to_string()))
+    draw().map_err(|e| failed(chart.title, &e.to_string()))?;
+    drop(root);
+    Ok(svg)
+}
+
+/// A bar that has its name beside it, and the range that its value stands for.
+pub struct Bar {
+    pub name: String,
+    pub value: f64,
+    /// The smallest and the largest.
+    pub range: (f64, f64),
+    /// Drawn in the first colour rather than in the second.
+    pub first: bool,
+}
+
+/// Lying bars with their names, values and ranges as the text of an SVG: no colour has to be told from another.
+///
+/// # Errors
+/// The chart cannot be drawn.
+pub fn lying_bars_svg(title: &str, unit: &str, bars: &[Bar]) -> Result<String, Failure> {
+    const ROW: i32 = 30;
+    const TOP: i32 = 44;
+    const LEFT: i32 = 290;
+    const RIGHT: i32 = 900;
+    let rows = i32::try_from(bars.len()).unwrap_or(0);
+    let height = u32::try_from(TOP + rows * ROW + 44).unwrap_or(SIZE.1);
+    let (_, high) = range(bars.iter().map(|bar| bar.range.1), false);
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (SIZE.0, height)).into_drawing_area();
+    let at = |value: f64| LEFT + near(f64::from(RIGHT - LEFT) * (value / high).clamp(0.0, 1.0));
+    let text = |size: i32, h, v| (FONT, size).into_font().color(&BLACK).pos(Pos::new(h, v));
+    let draw = || -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
+        root.fill(&WHITE)?;
+        let middle = text(20, HPos::Left, VPos::Top);
+        root.draw(&Text::new(title.to_owned(), (14, 10), middle))?;
+        for (index, bar) in (0..).zip(bars) {
+            let top = TOP + index * ROW;
+            let centre = top + ROW / 2;
+            let colour = COLOURS[usize::from(!bar.first)];
+            root.draw(&Rectangle::new(
+                [(LEFT, top + 5), (at(bar.value), top + ROW - 5)],
+                colour.filled(),
+            ))?;
+            let whisker = vec![(at(bar.range.0), centre), (at(bar.range.1), centre)];
+            root.draw(&PathElement::new(whisker, BLACK.stroke_width(1)))?;
+            for end in [bar.range.0, bar.range.1] {
+                let tick = vec![(at(end), centre - 4), (at(end), centre + 4)];
+                root.draw(&PathElement::new(tick, BLACK.stroke_width(1)))?;
+            }
+            let name = text(14, HPos::Right, VPos::Center);
+            root.draw(&Text::new(bar.name.clone(), (LEFT - 8, centre), name))?;
+            let value = format!("{} {unit}", tick(&bar.value));
+            let style = text(14, HPos::Left, VPos::Center);
+            let beyond = at(bar.range.1.max(bar.value)) + 8;
+            root.draw(&Text::new(value, (beyond, centre), style))?;
+        }
+        let foot = TOP + rows * ROW + 4;
+        root.draw(&PathElement::new(
+            vec![(LEFT, TOP), (LEFT, foot)],
+            GREY.stroke_width(1),
+        ))?;
+        let told = "bars: medians; lines across them: from the smallest to the largest run";
+        let style = (FONT, 13).into_font().color(&GREY);
+        root.draw(&Text::new(told, (LEFT, foot + 12), style))?;
+        root.present()
+    };
+    draw().map_err(|e| failed(title, &e.to_string()))?;
+    drop(root);
+    Ok(svg)
 }
 
 /// The middle of a group on its axis.

@@ -1,0 +1,152 @@
+//! Makes the runs that are missing, one after the other, and writes each down.
+
+use super::cell::Cell;
+use super::interrupt;
+use super::journal::{Journal, Run};
+use super::measure::{Figures, load};
+use super::net::Shaping;
+use super::pair::{self, Machine};
+use super::qemu;
+use crate::cli::output::{Failure, say};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::IsTerminal;
+
+/// Where the runs stand: a bar with the time left on a terminal, a line for each elsewhere.
+struct Display {
+    bar: Option<ProgressBar>,
+    all: usize,
+    done: usize,
+}
+
+impl Display {
+    fn new(all: usize) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let target = ProgressDrawTarget::stderr();
+            let bar = ProgressBar::with_draw_target(Some(all as u64), target);
+            // A template that does not parse would leave indicatif's own style, which does as well.
+            if let Ok(style) =
+                ProgressStyle::with_template("{bar:24} {pos}/{len}, {eta} left  {msg}")
+            {
+                bar.set_style(style.progress_chars("━╸ "));
+            }
+            bar.enable_steady_tick(std::time::Duration::from_millis(500));
+            bar
+        });
+        Self { bar, all, done: 0 }
+    }
+
+    fn begin(&self, what: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(what.to_owned());
+        }
+    }
+
+    fn end(&mut self, sentence: &str) {
+        self.done += 1;
+        match &self.bar {
+            Some(bar) => {
+                bar.suspend(|| say(sentence));
+                bar.inc(1);
+            }
+            None => say(&format!("{}/{} {sentence}", self.done, self.all)),
+        }
+    }
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A run in a sentence.
+fn sentence(cell: &Cell, number: u32, figures: &Figures) -> String {
+    let stall = figures
+        .stalled_ms()
+        .map(|ms| format!(", stall {ms:.0}"))
+        .unwrap_or_default();
+    format!(
+        "{cell}, run {number}: total {:.0} ms, gap {:.1} ms (reported {}, noise {:.1}{stall}), {:.0} MiB, {}",
+        figures.told.total_ms,
+        figures.seen.gap_ms,
+        figures
+            .told
+            .downtime_ms
+            .map_or_else(|| "nothing that can be".to_owned(), |ms| format!("{ms:.1}")),
+        figures.seen.noise_ms,
+        figures.link_bytes as f64 / f64::from(1 << 20),
+        if figures.verified {
+            "verified"
+        } else {
+            "NOT VERIFIED"
+        }
+    )
+}
+
+/// What cannot be measured here, said once; the rest.
+fn possible(machine: &Machine, missing: Vec<(Cell, u32)>) -> Vec<(Cell, u32)> {
+    if missing
+        .iter()
+        .any(|(cell, _)| Shaping::of(&cell.link) == Shaping::Cap)
+    {
+        say(
+            "only root may shape a link: the senders' own caps stand in for it, and the results say so",
+        );
+    }
+    let theirs = missing
+        .iter()
+        .filter(|(cell, _)| !cell.policy.ours())
+        .count();
+    if theirs == 0 || qemu::installed(&machine.qemu) {
+        return missing;
+    }
+    say(&format!(
+        "NOT RUN: {theirs} runs of QEMU: {} is not installed; give --qemu PATH",
+        machine.qemu.display()
+    ));
+    missing
+        .into_iter()
+        .filter(|(cell, _)| cell.policy.ours())
+        .collect()
+}
+
+/// Makes the runs that the journal lacks. One that fails is written down as failed, and the rest goes on.
+pub fn run(
+    machine: &Machine,
+    journal: &mut Journal,
+    cells: &[Cell],
+    runs: u32,
+) -> Result<(), Failure> {
+    let missing = possible(machine, journal.missing(cells, runs));
+    let all = cells.len() * usize::try_from(runs).unwrap_or(usize::MAX);
+    if missing.len() < all && !missing.is_empty() {
+        say(&format!("{} of {all} runs are to be made", missing.len()));
+    }
+    let mut display = Display::new(missing.len());
+    for (cell, number) in missing {
+        display.begin(&cell.to_string());
+        let before = load();
+        let result = pair::run(machine, &cell);
+        // What was interrupted has not failed: it is made another time.
+        interrupt::check()?;
+        display.end(&match &result {
+            Ok(figures) => sentence(&cell, number, figures),
+            Err(Failure(why)) => format!("FAILED: {cell}, run {number}: {why}"),
+        });
+        let (figures, error) = match result {
+            Ok(figures) => (Some(figures), None),
+            Err(Failure(why)) => (None, Some(why)),
+        };
+        journal.add(Run {
+            shaping: Shaping::of(&cell.link),
+            cell,
+            number,
+            load: before,
+            figures,
+            error,
+        })?;
+    }
+    Ok(())
+}
