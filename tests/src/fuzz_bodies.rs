@@ -15,6 +15,7 @@ use ferry_migration::wire::{
     decode_runs, encode_runs,
 };
 use ferry_vmm::machine::MachineState;
+use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -233,7 +234,8 @@ impl Link for MemoryLink {
 #[derive(Debug)]
 struct FuzzSink {
     layout: RamLayout,
-    received: Mutex<u64>,
+    /// Pages that were written; the others are zero.
+    written: Mutex<HashMap<Gfn, [u8; PAGE_SIZE]>>,
     missing: Arc<Mutex<Option<PageSet>>>,
 }
 
@@ -242,9 +244,9 @@ impl PageSink<MemoryLink> for FuzzSink {
         let mut page = [0; PAGE_SIZE];
         for run in runs {
             assert!(self.layout.contains(*run), "{run:?} is not RAM");
-            for _ in 0..run.count {
+            for gfn in run.first..run.end() {
                 link.recv(&mut page)?;
-                *self.received.lock().unwrap() += 1;
+                self.written.lock().unwrap().insert(gfn, page);
             }
         }
         Ok(())
@@ -253,12 +255,16 @@ impl PageSink<MemoryLink> for FuzzSink {
     fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
         assert!(self.layout.contains(run), "{run:?} is not RAM");
         assert_eq!(bytes.len() as u64, run.bytes());
-        *self.received.lock().unwrap() += run.count;
+        let pages = bytes.as_chunks::<PAGE_SIZE>().0;
+        let pages = (run.first..).zip(pages.iter().copied());
+        self.written.lock().unwrap().extend(pages);
         Ok(())
     }
 
     fn zero(&self, run: Run) -> Result<(), PortError> {
         assert!(self.layout.contains(run), "{run:?} is not RAM");
+        let mut written = self.written.lock().unwrap();
+        written.retain(|gfn, _| *gfn < run.first || *gfn >= run.end());
         Ok(())
     }
 
@@ -266,7 +272,8 @@ impl PageSink<MemoryLink> for FuzzSink {
         if !self.layout.contains(Run::new(gfn, 1)) {
             return Err("not RAM".into());
         }
-        into.fill(0);
+        let written = self.written.lock().unwrap();
+        *into = written.get(&gfn).copied().unwrap_or([0; PAGE_SIZE]);
         Ok(())
     }
 
@@ -301,7 +308,7 @@ impl Host<MemoryLink> for FuzzHost {
         }
         Ok(Arc::new(FuzzSink {
             layout: layout.clone(),
-            received: Mutex::new(0),
+            written: Mutex::default(),
             missing: Arc::clone(&self.missing),
         }))
     }

@@ -380,7 +380,7 @@ fn post_copy_to_a_host_where_it_is_forbidden() {
     let dir = tempfile::tempdir().unwrap();
     let closed = dir.path().join("closed");
     std::fs::write(&closed, "").unwrap();
-    std::fs::set_permissions(&closed, std::os::unix::fs::PermissionsExt::from_mode(0o0)).unwrap();
+    std::fs::set_permissions(&closed, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
     let destination = Host::receive_where(
         &format!("mount --bind {} /dev/userfaultfd", closed.display()),
         "setpriv --bounding-set=-sys_ptrace,-dac_override,-dac_read_search",

@@ -156,10 +156,11 @@ fn migration(verify: bool, channels: u16) -> Vec<u8> {
     };
     let mut stream = Stream::open(required, channels, 0);
     stream.pages(1, &[Run::new(0, 4), Run::new(64, 32)], false);
-    stream.pages(1, &[Run::new(5, 2)], true);
     for (encoding, body) in coded_bodies() {
         stream.coded(1, 5, encoding, &body);
     }
+    // In the end all of memory is zero.
+    stream.pages(1, &[Run::new(5, 2)], true);
     let round = u32::from(channels == 0);
     if channels == 0 {
         stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);

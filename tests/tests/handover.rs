@@ -183,6 +183,7 @@ fn take_over_at_the_destination() {
     let refused = destination.recover(false).unwrap_err();
     assert!(refused.contains("--take-over"), "{refused}");
     destination.recover(true).unwrap();
+    destination.reaches(State::Running);
     destination.proves_running();
     destination.verdict();
 }
@@ -203,6 +204,7 @@ fn a_source_learns_that_the_destination_took_over() {
     assert_eq!(migration.report().status, Status::InDoubt);
     both_in_doubt(&source, &destination);
     destination.recover(true).unwrap();
+    destination.reaches(State::Running);
     destination.proves_running();
     source.recover(false).unwrap();
     assert_eq!(source.ends(), Some(0));

@@ -209,13 +209,20 @@ fn postcopy(order: PushOrder) {
         timeout: Duration::from_secs(4),
         ..policy(PolicyKind::Postcopy)
     };
+    let faults = Cell::new(0);
     every_workload(&options, |work, report| {
         pages_follow(report);
-        assert!(!work.writes || report.faults.count > 0, "{report:#?}");
+        faults.set(faults.get() + report.faults.count);
+        // A push can be faster than a small guest on a busy machine; demand paging brings nothing unasked.
+        assert!(
+            order != PushOrder::Demand || !work.writes || report.faults.count > 0,
+            "{report:#?}"
+        );
         let pages = &report.pages;
         assert_eq!(pages.resent, 0, "{report:#?}");
         assert_eq!(pages.sent + pages.zero, pages.total, "{report:#?}");
     });
+    assert!(!guests_run() || faults.get() > 0, "no guest missed a page");
 }
 
 #[test]

@@ -3,14 +3,16 @@
 //!
 //! The source side is [`migrate`]; the destination side is a [`Receiver`].
 
+mod arrival;
 mod guest;
 mod host;
 mod link;
 mod receive;
 mod uri;
 
+pub use arrival::{Arrival, Following};
 pub use link::StreamLink;
-pub use receive::{Arrival, Following, ReceiveError, ReceiveState, Receiver, SerialFactory};
+pub use receive::{ReceiveError, ReceiveState, Receiver, SerialFactory};
 pub use uri::{Uri, UriError};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

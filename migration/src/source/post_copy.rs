@@ -45,6 +45,8 @@ struct Outgoing {
     push: Push,
     /// Pushed, and sent in answer to faults.
     sent: Sent,
+    /// Answers that were taken and are not counted in `sent` yet.
+    answering: u32,
     /// When the guest last missed a page.
     last_fault: Duration,
     failed: Option<SourceError>,
@@ -115,6 +117,7 @@ impl<'a> Serving<'a> {
             remaining: missing,
             push,
             sent: Sent::default(),
+            answering: 0,
             last_fault: clock.now(),
             failed: None,
         };
@@ -193,6 +196,7 @@ impl<'a> Serving<'a> {
             outgoing.take(wanted, &mut fault.runs);
             outgoing.push.fault(wanted.first);
             outgoing.last_fault = self.clock.now();
+            outgoing.answering += u32::from(!fault.runs.is_empty());
         }
         if fault.runs.is_empty() {
             let header = Header {
@@ -209,9 +213,23 @@ impl<'a> Serving<'a> {
             &fault.runs,
             self.mode(),
             self.clock,
-        )?;
-        self.outgoing().sent.add(sent);
+        );
+        let mut outgoing = self.outgoing();
+        outgoing.answering -= 1;
+        outgoing.sent.add(sent?);
         Ok(())
+    }
+
+    /// All that was sent: an answer may have arrived, and with it everything, before its thread has counted it.
+    fn counted(&self) -> Sent {
+        loop {
+            let outgoing = self.outgoing();
+            if outgoing.answering == 0 {
+                return outgoing.sent;
+            }
+            drop(outgoing);
+            self.clock.sleep(Duration::from_micros(100));
+        }
     }
 
     /// What the push stream sends next, into `runs`.
@@ -355,7 +373,11 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
     ) -> Result<(), SourceError> {
         let began = self.now();
         let result = self.push_and_confirm(serving, hashes);
-        let sent = serving.outgoing().sent;
+        let sent = match &result {
+            Ok(_) => serving.counted(),
+            // Who still answers waits for a connection that is gone.
+            Err(_) => serving.outgoing().sent,
+        };
         self.pages.sent += sent.data_pages;
         self.pages.zero += sent.zero_pages;
         self.codecs.join(&sent.codecs);
