@@ -27,6 +27,7 @@
 mod error;
 mod live;
 pub(crate) mod post_copy;
+mod queue;
 mod recover;
 mod stop;
 

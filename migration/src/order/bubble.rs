@@ -8,31 +8,45 @@
 //! A fault is a *pivot*: the guest will touch its neighbours next. A bubble begins there and grows
 //! by turns above and below its pivot, in steps that double, so that the nearest pages leave first and
 //! the stream soon consists of long runs. One bubble per stream of faults: a fault close to a bubble's
-//! edge is the same stream running ahead of it, and moves that bubble. An edge ends where it meets
-//! pages that another bubble has passed. Bubbles take turns, the newest first.
+//! edge is the same stream running ahead of it, and moves that bubble; where the stream runs upwards,
+//! say, the bubble grows upwards three turns of four. An edge ends where it meets pages that another bubble
+//! has passed. Every second turn is the newest bubble's, since there the guest is waiting or about
+//! to; the others share the rest.
 
 use crate::page::{Gfn, PageSet, Run};
 use std::collections::VecDeque;
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heading {
+    Unknown,
+    Up,
+    Down,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Bubble {
+    pivot: Gfn,
     /// Passed: `low..high`.
     low: Gfn,
     high: Gfn,
     /// Which edges still grow.
     down: bool,
     up: bool,
+    heading: Heading,
     /// Pages in the next step.
     step: u64,
-    /// The next step goes up.
-    turn_up: bool,
+    /// Steps so far.
+    turn: u32,
 }
 
-/// Several bubbles, the one whose turn it is first.
+/// Several bubbles.
 #[derive(Debug)]
 pub(super) struct Bubbles {
+    /// The newest first; the others take turns, the one whose turn it is first.
     list: VecDeque<Bubble>,
     most: usize,
+    /// The next step is one of the others'.
+    others: bool,
 }
 
 impl Bubbles {
@@ -45,6 +59,7 @@ impl Bubbles {
         Self {
             list: VecDeque::new(),
             most,
+            others: false,
         }
     }
 
@@ -54,55 +69,66 @@ impl Bubbles {
             gfn.saturating_add(Self::SAME_STREAM) >= b.low
                 && gfn <= b.high.saturating_add(Self::SAME_STREAM)
         };
+        let mut heading = Heading::Unknown;
         if let Some(at) = self.list.iter().position(near) {
-            self.list.remove(at);
+            if let Some(old) = self.list.remove(at) {
+                heading = if gfn >= old.pivot {
+                    Heading::Up
+                } else {
+                    Heading::Down
+                };
+            }
         } else if self.list.len() >= self.most {
             // The one that had its turn last is the oldest news.
             self.list.pop_back();
         }
         self.list.push_front(Bubble {
+            pivot: gfn,
             low: gfn,
             high: gfn.saturating_add(1),
             down: true,
             up: true,
+            heading,
             step: Self::FIRST_STEP,
-            turn_up: true,
+            turn: 0,
         });
+        self.others = false;
     }
 
     /// The next step of the bubble whose turn it is; `None` when no edge can grow.
     pub(super) fn next(&mut self, remaining: &PageSet, limit: u64) -> Option<Run> {
-        while let Some(mut bubble) = self.list.pop_front() {
-            let step = bubble.step.min(limit);
-            let up = if bubble.turn_up {
-                bubble.up
-            } else {
-                !bubble.down
+        loop {
+            let newest = !self.others || self.list.len() < 2;
+            self.others = newest;
+            let mut bubble = self.list.remove(usize::from(!newest))?;
+            let wants_up = match bubble.heading {
+                Heading::Unknown => bubble.turn % 2 == 0,
+                Heading::Up => bubble.turn % 4 != 3,
+                Heading::Down => bubble.turn % 4 == 3,
             };
+            let up = if wants_up { bubble.up } else { !bubble.down };
+            let step = bubble.step.min(limit);
             let run = if up {
                 self.grow_up(&mut bubble, remaining, step)
             } else {
                 self.grow_down(&mut bubble, remaining, step)
             };
-            bubble.turn_up = !up;
-            if !up || !bubble.down {
-                // One step on each side that grows was made.
-                bubble.step = bubble
-                    .step
-                    .saturating_mul(2)
-                    .min(limit.max(Self::FIRST_STEP));
+            if bubble.turn % 2 == 1 {
+                bubble.step = (bubble.step * 2).min(limit.max(Self::FIRST_STEP));
             }
-            match run {
-                Some(run) => {
+            bubble.turn = bubble.turn.wrapping_add(1);
+            // An edge that ended without a page may leave the other; a bubble without edges is done.
+            if run.is_some() || bubble.up || bubble.down {
+                if newest {
+                    self.list.push_front(bubble);
+                } else {
                     self.list.push_back(bubble);
-                    return Some(run);
                 }
-                // This edge ended without a page; perhaps the other goes on.
-                None if bubble.up || bubble.down => self.list.push_front(bubble),
-                None => {}
+            }
+            if run.is_some() {
+                return run;
             }
         }
-        None
     }
 
     fn grow_up(&self, bubble: &mut Bubble, remaining: &PageSet, step: u64) -> Option<Run> {

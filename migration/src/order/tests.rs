@@ -113,6 +113,42 @@ fn a_stream_that_runs_ahead_takes_its_bubble_along() {
     assert!(near(a, 1200) && near(b, 3000), "{a:?} {b:?}");
 }
 
+#[test]
+fn a_bubble_follows_its_stream() {
+    for (faults, up) in [([1000, 1100], true), ([1100, 1000], false)] {
+        let (mut push, mut remaining) = (Push::new(PushOrder::Bubble, 1), all());
+        for gfn in faults {
+            fault(&mut push, &mut remaining, gfn);
+        }
+        let pivot = faults[1];
+        let sides: Vec<bool> = (0..4)
+            .filter_map(|_| take(&mut push, &mut remaining, 1))
+            .map(|run| run.first > pivot)
+            .collect();
+        assert_eq!(sides, [up, up, up, !up]);
+    }
+}
+
+#[test]
+fn every_second_turn_is_the_newest_streams() {
+    let (mut push, mut remaining) = (Push::new(PushOrder::Bubble, 8), all());
+    let pivots = [500, 1500, 2500, 3500];
+    for gfn in pivots {
+        fault(&mut push, &mut remaining, gfn);
+    }
+    let nearest = |run: Run| {
+        pivots
+            .into_iter()
+            .min_by_key(|p| p.abs_diff(run.first))
+            .unwrap()
+    };
+    let turns: Vec<Gfn> = (0..6)
+        .filter_map(|_| take(&mut push, &mut remaining, 8))
+        .map(nearest)
+        .collect();
+    assert_eq!(turns, [3500, 2500, 3500, 1500, 3500, 500]);
+}
+
 proptest! {
     /// Whatever is missed, lost and pushed: nothing twice, and everything in the end.
     #[test]

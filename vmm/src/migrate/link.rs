@@ -230,7 +230,8 @@ impl Link for StreamLink {
     }
 
     fn bound_queue(&mut self, bytes: u32) {
-        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        // The kernel takes it twice, for its own book-keeping (socket(7)).
+        let bytes = usize::try_from(bytes / 2).unwrap_or(usize::MAX);
         let result = match &self.stream {
             Stream::Tcp(s) => setsockopt(s, SndBuf, &bytes),
             Stream::Unix(s) => setsockopt(s, SndBuf, &bytes),
