@@ -241,7 +241,10 @@ fn serves_each_route() {
         String::from_utf8_lossy(bad)
     );
     assert_eq!(status("PUT /v1/migrate", &rest), "400");
-    assert_eq!(*r.fake.calls.lock().unwrap(), ["pause", "pause"]);
+    assert_eq!(
+        *r.fake.calls.lock().unwrap(),
+        ["pause", "pause", "power-button"]
+    );
     let text = r.say(format!("POST /v1/pause HTTP/1.1\r\n{CLOSE}\r\n").as_bytes());
     assert!(text.contains("\r\nAllow: PUT\r\n"), "{text}");
     assert!(
