@@ -27,7 +27,6 @@
 mod error;
 mod live;
 pub(crate) mod post_copy;
-mod queue;
 mod recover;
 mod stop;
 

@@ -12,7 +12,6 @@
 //! before it is sent: what a broken connection loses with it, the destination lists as missing when
 //! the source reconnects.
 
-use super::queue::Queue;
 use super::{Source, SourceError, State, ms};
 use crate::order::{Push, PushOrder};
 use crate::page::{PageSet, RamLayout, Run};
@@ -25,8 +24,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Pages in a batch of the push stream: an answer waits behind at most one of them for the processor
-/// that both need, and behind what [`Queue`] lets wait for the link.
+/// that both need, and behind `QUEUE` bytes for the link.
 pub(crate) const PUSH_PAGES: u64 = 64;
+/// How much of the push stream may wait in a socket, not yet sent.
+const QUEUE: u32 = 128 << 10;
 /// How often threads look whether it is over.
 const TICK: Duration = Duration::from_millis(100);
 /// Demand paging ends when the guest has missed nothing for so long: what it has not touched
@@ -285,7 +286,6 @@ struct Pusher<'a, 'b, L, G> {
     sender: &'a mut Sender,
     /// When something was sent last.
     sent_at: Duration,
-    queue: &'a mut Queue,
 }
 
 impl<L: Link, G: Guest<L>> Pusher<'_, '_, L, G> {
@@ -309,8 +309,6 @@ impl<L: Link, G: Guest<L>> Pusher<'_, '_, L, G> {
                     .sender
                     .send(self.channel, self.guest, runs, mode, clock)?;
                 self.pacer.charge(sent.bytes, clock);
-                self.queue
-                    .pushed(sent.bytes, clock.now(), self.channel.link());
                 self.serving.outgoing().sent.add(sent);
                 self.sent_at = clock.now();
             }
@@ -416,6 +414,10 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         self.control
             .link()
             .set_timeout(Some(self.setup.timeouts.transfer));
+        self.control.link().bound_queue(QUEUE);
+        for (lane, _) in &mut self.lanes {
+            lane.link().bound_queue(QUEUE);
+        }
         let sent = self.send_rest(serving, hashes);
         match sent {
             // A destination whose guest has ended says so and hangs up: that may look like a failure here.
@@ -460,7 +462,6 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
     fn push_here(&mut self, serving: &Serving<'_>) -> Result<bool, SourceError> {
         let mut runs = Vec::with_capacity(64);
         let mut sent_at = self.now();
-        let mut queue = Queue::new(sent_at, self.control.link());
         loop {
             self.answer_here(serving)?;
             let mut pusher = Pusher {
@@ -470,7 +471,6 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                 channel: &mut self.control,
                 sender: &mut self.sender,
                 sent_at,
-                queue: &mut queue,
             };
             if !pusher.push(&mut runs)? {
                 return Ok(false);
@@ -507,16 +507,13 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                 .map(|(channel, sender)| {
                     scope.spawn(move || {
                         let mut runs = Vec::with_capacity(64);
-                        let now = serving.clock.now();
-                        let mut queue = Queue::new(now, channel.link());
                         let mut pusher = Pusher {
                             serving,
                             pacer,
                             guest,
                             channel,
                             sender,
-                            sent_at: now,
-                            queue: &mut queue,
+                            sent_at: serving.clock.now(),
                         };
                         loop {
                             match pusher.push(&mut runs) {

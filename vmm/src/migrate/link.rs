@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::port::Link;
 use ferry_migration::wire::Role;
-use nix::sys::socket::setsockopt;
-use nix::sys::socket::sockopt::SndBuf;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use socket2::SockRef;
 
 use super::{Handle, Uri};
 use crate::memory::SplicePipe;
@@ -230,11 +230,13 @@ impl Link for StreamLink {
     }
 
     fn bound_queue(&mut self, bytes: u32) {
-        // The kernel takes it twice, for its own book-keeping (socket(7)).
-        let bytes = usize::try_from(bytes / 2).unwrap_or(usize::MAX);
         let result = match &self.stream {
-            Stream::Tcp(s) => setsockopt(s, SndBuf, &bytes),
-            Stream::Unix(s) => setsockopt(s, SndBuf, &bytes),
+            // What was sent and not acknowledged is the congestion window's affair: bounding it too would make long
+            // links slow, and wait for delayed acknowledgements on short ones.
+            Stream::Tcp(s) => SockRef::from(s).set_tcp_notsent_lowat(bytes),
+            Stream::Unix(s) => {
+                SockRef::from(s).set_send_buffer_size(usize::try_from(bytes).unwrap_or(usize::MAX))
+            }
         };
         if let Err(error) = result {
             tracing::debug!(%error, "page faults may wait longer behind the pages that are pushed");
