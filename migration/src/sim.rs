@@ -11,6 +11,7 @@
 //! assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
 //! ```
 
+mod fault;
 mod guest;
 mod host;
 pub(crate) mod link;
@@ -24,12 +25,12 @@ use crate::report::{Event, Report, Status};
 pub use crate::rng::Rng;
 use crate::source::{self, CancelSwitch, Setup};
 use crate::wire::SessionId;
+pub use fault::{Fault, FaultKind, PortFault};
 use guest::SimGuest;
 use link::{Peer, SimClock, SimLink};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use world::World;
-pub use world::{Fault, FaultKind, PortFault};
 
 /// Everything that a simulated migration depends on.
 #[derive(Clone, Debug)]

@@ -1,8 +1,9 @@
 //! The simulated guest at the source.
 
+use super::fault::PortFault;
 use super::link::SimLink;
 use super::lock;
-use super::world::{PortFault, STATE, World, weight_of};
+use super::world::{STATE, World, weight_of};
 use crate::codec::content::{self, Content};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{Guest, PageSource, PortError};

@@ -1,9 +1,10 @@
 //! The simulated destination host.
 
+use super::fault::PortFault;
 use super::guest::{page_of, version_of};
 use super::link::SimLink;
 use super::lock;
-use super::world::{PortFault, STATE, World};
+use super::world::{STATE, World};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{Host, Link, PageFault, PageSink, PortError};
 use std::io;

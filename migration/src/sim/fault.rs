@@ -1,0 +1,99 @@
+//! What can go wrong in the simulated world.
+
+use super::Rng;
+
+/// A fault of the link or of a process, at a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The index of the message that it hits, counted over both directions.
+    pub at: u64,
+    /// What happens.
+    pub kind: FaultKind,
+}
+
+/// What can go wrong at a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// The connection breaks and the message is lost; the sender is told.
+    CutBefore,
+    /// The message arrives, then the connection breaks.
+    CutAfter,
+    /// A part of the message arrives, then the connection breaks.
+    CutWithin,
+    /// The sender believes that it was sent, but the connection is broken and it is lost.
+    LostSilently,
+    /// A bit flips (in what a checksum guards; anywhere when memory is verified).
+    Flip(u32),
+    /// Nothing arrives any more, and nobody is told.
+    Stall,
+    /// The source's process is killed.
+    SourceDies,
+    /// The destination's process is killed.
+    DestinationDies,
+    /// The user cancels.
+    Cancel,
+}
+
+impl FaultKind {
+    pub(super) fn random(rng: &mut Rng) -> Self {
+        match rng.below(9) {
+            0 => Self::CutBefore,
+            1 => Self::CutAfter,
+            2 => Self::CutWithin,
+            3 => Self::LostSilently,
+            4 => Self::Flip(u32::try_from(rng.below(1 << 20)).unwrap_or(0)),
+            5 => Self::Stall,
+            6 => Self::SourceDies,
+            7 => Self::DestinationDies,
+            _ => Self::Cancel,
+        }
+    }
+}
+
+/// A fault behind a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortFault {
+    /// The dirty log cannot be started.
+    StartTracking,
+    /// The n-th reading of the dirty log fails.
+    Collect(u64),
+    /// The n-th clearing of the dirty log fails.
+    Clear(u64),
+    /// The guest cannot be paused.
+    Pause,
+    /// Its state cannot be saved.
+    Save,
+    /// The commit cannot be written down.
+    Commit,
+    /// The destination refuses the guest.
+    Prepare,
+    /// The state does not fit.
+    Restore,
+    /// The guest does not start at the destination.
+    Run,
+    /// The destination cannot do post-copy.
+    CheckPostCopy,
+    /// Missing pages cannot be made to fault.
+    BeginPostCopy,
+    /// The n-th placing of a page finds no memory.
+    Place(u64),
+}
+
+impl PortFault {
+    pub(super) fn random(rng: &mut Rng) -> Self {
+        match rng.below(12) {
+            0 => Self::StartTracking,
+            1 => Self::Collect(rng.below(6)),
+            2 => Self::Clear(rng.below(12)),
+            3 => Self::Pause,
+            4 => Self::Save,
+            5 => Self::Commit,
+            6 => Self::Prepare,
+            7 => Self::Restore,
+            8 => Self::CheckPostCopy,
+            9 => Self::BeginPostCopy,
+            10 => Self::Place(rng.below(40)),
+            _ => Self::Run,
+        }
+    }
+}
