@@ -556,10 +556,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         // Pages may all be here and not all be compared.
         let compare = self.verify
             && self.follows()
-            && self
-                .arriving
-                .as_ref()
-                .is_some_and(|a| a.complete().is_none());
+            && self.arriving.as_ref().is_some_and(|a| !a.is_complete());
         let running = Running {
             start_us: micros(self.clock.now().saturating_sub(read).saturating_sub(since)),
             since_us: micros(since),

@@ -410,13 +410,15 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
         }
     }
 
-    /// Whether all is there and, where that is wanted, compared; with how many pages differ.
+    /// Whether all is there and, where that is wanted, compared.
+    pub(super) fn is_complete(&self) -> bool {
+        self.lock().as_ref().is_some_and(Pages::is_complete)
+    }
+
+    /// Once it is: what the faults were like, and how many pages differ.
     pub(super) fn complete(&self) -> Option<(Faults, u64)> {
         let guard = self.lock();
-        let pages = guard.as_ref()?;
-        if !pages.dismissed && (pages.left > 0 || pages.left_to_compare > 0) {
-            return None;
-        }
+        let pages = guard.as_ref().filter(|pages| pages.is_complete())?;
         let measured = pages.latencies.faults();
         let faults = Faults {
             count: measured.count + pages.late,
@@ -428,6 +430,10 @@ impl<L: Link, S: PageSink<L>> Arriving<L, S> {
 }
 
 impl<S> Pages<S> {
+    const fn is_complete(&self) -> bool {
+        self.dismissed || self.left == 0 && self.left_to_compare == 0
+    }
+
     fn hash(&mut self, gfn: Gfn) -> Option<&mut u64> {
         let at = usize::try_from(gfn).ok()?;
         self.hashes.get_mut(at)

@@ -67,7 +67,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
     pub(crate) fn can_complete(&self) -> bool {
         self.arriving
             .as_ref()
-            .is_some_and(|a| (self.pushed || a.is_dismissed()) && a.complete().is_some())
+            .is_some_and(|a| (self.pushed || a.is_dismissed()) && a.is_complete())
     }
 
     /// A frame of the push.

@@ -103,16 +103,8 @@ fn a_lost_write_is_noticed() {
     assert!(found >= 15, "only {found} of 20 noticed");
 }
 
-/// Every fault at every message of a short migration.
-#[test]
-fn every_fault_at_every_message() {
-    let base = |verify, compress| {
-        let mut scenario = Scenario::calm(7);
-        scenario.pages = 40;
-        scenario.options.verify = verify;
-        scenario.options.compress = compress;
-        scenario
-    };
+/// Every kind of fault, one at a time, at every message of a migration. No promise may be broken.
+fn at_every_message(base: &Scenario) -> Vec<Outcome> {
     let kinds = [
         FaultKind::CutBefore,
         FaultKind::CutAfter,
@@ -125,6 +117,38 @@ fn every_fault_at_every_message() {
         FaultKind::DestinationDies,
         FaultKind::Cancel,
     ];
+    let messages = run(base).messages;
+    let mut outcomes = Vec::new();
+    for at in 0..messages + 2 {
+        for kind in kinds {
+            let scenario = Scenario {
+                faults: vec![Fault { at, kind }],
+                ..base.clone()
+            };
+            let outcome = run(&scenario);
+            assert!(
+                outcome.violations.is_empty(),
+                "{kind:?} at {at} of {messages}: {:#?} {:?} {:?}",
+                outcome.violations,
+                outcome.report,
+                outcome.recovered,
+            );
+            outcomes.push(outcome);
+        }
+    }
+    outcomes
+}
+
+/// Every fault at every message of a short migration.
+#[test]
+fn every_fault_at_every_message() {
+    let base = |verify, compress| {
+        let mut scenario = Scenario::calm(7);
+        scenario.pages = 40;
+        scenario.options.verify = verify;
+        scenario.options.compress = compress;
+        scenario
+    };
     let cases = [
         (false, Compress::None),
         (true, Compress::None),
@@ -133,22 +157,8 @@ fn every_fault_at_every_message() {
         (false, Compress::Adaptive),
     ];
     for (verify, compress) in cases {
-        let messages = run(&base(verify, compress)).messages;
-        for at in 0..messages + 2 {
-            for kind in kinds {
-                let scenario = Scenario {
-                    faults: vec![Fault { at, kind }],
-                    ..base(verify, compress)
-                };
-                let outcome = run(&scenario);
-                assert!(
-                    outcome.violations.is_empty(),
-                    "{compress:?}, {kind:?} at {at}: {:#?} {:?}",
-                    outcome.violations,
-                    outcome.report
-                );
-            }
-        }
+        println!("{compress:?}, verify {verify}");
+        at_every_message(&base(verify, compress));
     }
 }
 
@@ -367,38 +377,14 @@ fn every_fault_at_every_message_of_post_copy() {
         scenario.options.verify = verify;
         scenario
     };
-    let kinds = [
-        FaultKind::CutBefore,
-        FaultKind::CutAfter,
-        FaultKind::CutWithin,
-        FaultKind::LostSilently,
-        FaultKind::Flip(3),
-        FaultKind::Flip(77_777),
-        FaultKind::Stall,
-        FaultKind::SourceDies,
-        FaultKind::DestinationDies,
-        FaultKind::Cancel,
-    ];
     let mut interrupted = 0;
     for (verify, order) in [(false, PushOrder::Demand), (true, PushOrder::Bubble)] {
-        let messages = run(&base(verify, order)).messages;
-        for at in 0..messages + 2 {
-            for kind in kinds {
-                let scenario = Scenario {
-                    faults: vec![Fault { at, kind }],
-                    ..base(verify, order)
-                };
-                let outcome = run(&scenario);
-                assert!(
-                    outcome.violations.is_empty(),
-                    "{kind:?} at {at} of {messages}: {:#?} {:?} {:?}",
-                    outcome.violations,
-                    outcome.report,
-                    outcome.recovered,
-                );
-                interrupted += u64::from(outcome.report.status == Status::Interrupted);
-            }
-        }
+        println!("{order:?}, verify {verify}");
+        let outcomes = at_every_message(&base(verify, order));
+        interrupted += outcomes
+            .iter()
+            .filter(|outcome| outcome.report.status == Status::Interrupted)
+            .count();
     }
     assert!(interrupted > 100, "{interrupted}");
 }
