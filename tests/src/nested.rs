@@ -186,6 +186,20 @@ impl<'a> NestedVmm<'a> {
         found.unwrap_or_else(|| panic!("the guest never printed {name}; {}", self.all()))
     }
 
+    /// Waits until its guest's disk writer (`ferry.disk=`) has made and verified this many writes; how many it has made.
+    pub fn disk_writes(&self, at_least: u64) -> u64 {
+        let found = self.process.until(NESTED_PATIENCE, |out, _| {
+            assert!(!out.contains("CORRUPT"), "{out}");
+            out.lines()
+                .filter_map(|l| {
+                    let writes = l.trim_end().strip_prefix("ferry-disk: writes=")?;
+                    writes.strip_suffix(" corrupt=0")?.parse().ok()
+                })
+                .find(|writes| *writes >= at_least)
+        });
+        found.unwrap_or_else(|| panic!("fewer than {at_least} writes; {}", self.all()))
+    }
+
     /// Types a line on the guest's console.
     pub fn types(&self, line: &str) {
         self.process.input(format!("{line}\n").as_bytes()).unwrap();
