@@ -1,4 +1,4 @@
-//! Which coders a lane uses, from what it measures: a pure object, batches in, a decision out.
+//! Which coders the lanes use, from what they measure: a pure object, batches in, a decision out.
 //!
 //! Every page costs time on the link, and coding costs time on a processor. While a batch is coded the link still
 //! drains what the socket holds, so that in the best case a page takes the *larger* of the two, and where the "link" is
@@ -57,7 +57,7 @@ struct Estimate {
     ratio: f64,
 }
 
-/// The decision of one lane.
+/// The decision, for all lanes of a migration.
 #[derive(Clone, Debug)]
 pub struct Chooser {
     level: Level,
@@ -217,6 +217,10 @@ impl Chooser {
         };
         self.link = Some(self.link.map_or(seen, |old| blend(old, seen, weight)));
         if let Some((_, left)) = &mut self.looking {
+            if level != Level::Raw {
+                // On its way on another lane when the look began.
+                return;
+            }
             *left -= 1;
             if *left == 0 {
                 self.looking = None;

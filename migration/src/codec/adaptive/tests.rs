@@ -218,3 +218,13 @@ fn nothing_is_divided_by_nothing() {
     }
     assert_eq!(chooser.level(), Level::Raw);
 }
+
+#[test]
+fn tmp_show() {
+    for b in [512,1024] { for wire in [gigabit(1.0), Wire{copy:1.0,..gigabit(1.0)}, Wire{buffer:8e6,..gigabit(1.0)}] { for l in [Level::Raw, Level::Full] {
+            let (raw, _) = send(HALF, wire, b, None);
+            let mut chooser = Chooser::new(l, 0.0);
+            let (auto, levels) = send(HALF, wire, b, Some(&mut chooser));
+            println!("{b} {levels:?} {:.3}", auto/raw);
+    } } }
+}
