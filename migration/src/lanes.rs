@@ -81,6 +81,8 @@ pub struct Lanes {
     trial: Option<Trial>,
     /// Fewer than this are too few, as far as is known.
     floor: u16,
+    /// Numbers of lanes were compared.
+    compared: bool,
     /// Of the present window: bytes that are not measured, those that were, and since when.
     skip: u64,
     bytes: u64,
@@ -99,6 +101,7 @@ impl Lanes {
             fixed,
             trial: None,
             floor: 1,
+            compared: false,
             skip: SETTLE,
             bytes: 0,
             since: None,
@@ -111,6 +114,20 @@ impl Lanes {
     #[must_use]
     pub const fn used(&self) -> u16 {
         self.used
+    }
+
+    /// What speaks for that number, after `why` so many were opened.
+    #[must_use]
+    pub fn reason(&self, why: &str) -> String {
+        if self.fixed || self.open == 0 {
+            why.to_owned()
+        } else if !self.compared {
+            format!("{why}; too little was sent to compare fewer with them")
+        } else if self.used < self.open {
+            format!("{why}; {} carried as much as more did", self.used)
+        } else {
+            format!("{why}; fewer carried less")
+        }
     }
 
     /// A round begins: the time since the last one tells nothing.
@@ -157,6 +174,7 @@ impl Lanes {
 
     fn decide(&mut self, rate: f64) {
         let fewer = self.used / 2;
+        self.compared |= self.trial.is_some();
         match self.trial.take() {
             // More were tried: are they worth it?
             Some(trial) if trial.before < self.used => {
@@ -276,6 +294,7 @@ mod tests {
         let mut lanes = Lanes::new(4, false);
         send(&mut lanes, 512, &mut 0.0, |n| 400.0 * f64::from(n.min(2)));
         assert_eq!(lanes.used(), 2);
+        assert_eq!(lanes.reason("x"), "x; 2 carried as much as more did");
     }
 
     #[test]

@@ -606,19 +606,11 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
     fn channels(&self) -> Channels {
         let opened = u16::try_from(self.lanes.len()).unwrap_or(u16::MAX);
         let used = self.lanes_used.used().min(opened);
-        let mut why = self.lanes_why.clone();
-        if self.setup.options.channels.is_none() && opened > 0 {
-            why = if used < opened {
-                format!("{why}; {used} of them carried as much as more did")
-            } else {
-                format!("{why}; fewer carried less, or too little was sent to tell")
-            };
-        }
         Channels {
             opened,
             used,
             bytes: self.lanes.iter().map(|(lane, _)| lane.sent()).collect(),
-            why,
+            why: self.lanes_used.reason(&self.lanes_why),
         }
     }
 

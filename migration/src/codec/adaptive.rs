@@ -175,11 +175,7 @@ impl Chooser {
     /// How the next batch is to be coded.
     #[must_use]
     pub const fn level(&self) -> Level {
-        if self.looking {
-            Level::Raw
-        } else {
-            self.level
-        }
+        if self.looking { Level::Raw } else { self.level }
     }
 
     /// What a raw page costs, in seconds.
