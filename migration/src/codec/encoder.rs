@@ -33,7 +33,7 @@ pub struct Coding {
     zstd: bool,
     /// What the destination has, where patches of it may be sent.
     cache: Option<Arc<DeltaCache>>,
-    /// Pages that were sent before: only those are worth a place in the cache, unless it has one for every page.
+    /// Pages that were sent before: only those are worth a place in the cache, unless one is free.
     seen: Arc<Marks>,
     /// The cache has a place for every page.
     roomy: bool,
@@ -74,6 +74,11 @@ impl Coding {
             cache: useful.then(|| Arc::new(cache)),
             chooser: start.map(|level| Arc::new(Mutex::new(Chooser::new(level, floor)))),
         }
+    }
+
+    fn has_room(&self) -> bool {
+        let cache = self.cache.as_ref();
+        cache.is_some_and(|cache| cache.len() < cache.capacity())
     }
 
     /// A lane's encoder.
@@ -325,7 +330,10 @@ impl Encoder {
             for gfn in run.first..run.end() {
                 let one = Run::new(gfn, 1);
                 let again = delta && (self.shared.roomy || self.shared.seen.contains(gfn));
-                if level == Level::Raw && !again {
+                // A place that is free is better filled: the page may be written to before the cache has others to choose.
+                let first = delta && !again && self.shared.has_room();
+                let enters = again || first;
+                if level == Level::Raw && !enters {
                     append(&mut self.raw_runs, one, run.first);
                     continue;
                 }
@@ -337,7 +345,9 @@ impl Encoder {
                 if again {
                     looked_up += 1;
                 }
-                match self.way_of(gfn, batch.round, waiting, level, again) {
+                // It is nobody's last use: whoever comes again may have its place.
+                let round = batch.round.saturating_sub(u32::from(first));
+                match self.way_of(gfn, round, waiting, level, enters) {
                     Way::Among(kind) => {
                         let bytes = self.patches.len() - before;
                         self.tags.extend_from_slice(&kind.tag(bytes).to_le_bytes());
@@ -374,12 +384,12 @@ impl Encoder {
     }
 
     /// Finds a page's way; the bytes of one that goes out among patches are appended.
-    fn way_of(&mut self, gfn: Gfn, round: u32, at: usize, level: Level, again: bool) -> Way {
+    fn way_of(&mut self, gfn: Gfn, round: u32, at: usize, level: Level, enters: bool) -> Way {
         let page = &self.copies[at];
         let patches = &mut self.patches;
         let crc = &mut self.patch_crc;
         let mut kind = None;
-        if again && let Some(cache) = &self.shared.cache {
+        if enters && let Some(cache) = &self.shared.cache {
             cache.exchange(gfn, round, page, |base| {
                 if let Some(base) = base
                     && patch::encode(base, page, PATCH_LIMIT, patches)
@@ -400,7 +410,7 @@ impl Encoder {
         if level == Level::Full && self.wants_zstd(at) {
             return Way::Compress;
         }
-        if again {
+        if enters {
             self.patches.extend_from_slice(page);
             return Way::Among(Kind::Literal);
         }

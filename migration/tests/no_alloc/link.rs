@@ -82,6 +82,7 @@ impl Pipe {
 }
 
 /// What a connection suffers from, on its way out.
+#[allow(dead_code, reason = "not every test that has this file wants trouble")]
 #[derive(Clone, Copy, Debug)]
 pub enum Trouble {
     /// Each write of a page takes so long.
