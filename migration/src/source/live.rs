@@ -137,6 +137,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let mode = BatchMode {
             round: self.round,
             paused,
+            tell: false,
         };
         let few = !worth_lanes(pages.len());
         let batches = Batches::new(pages, order, &self.heat, batch);
