@@ -1,4 +1,5 @@
 //! The bare guest in a machine of this process.
+#![allow(dead_code, reason = "not every benchmark asks how fast its guest is")]
 
 use anyhow::{Context, Result, bail, ensure};
 use ferry_guest_images::{BARE, Line, Manner, Work, Workload};

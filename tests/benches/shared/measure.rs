@@ -32,7 +32,17 @@ pub fn timed<T>(work: impl FnOnce() -> T) -> (T, Cost) {
     (result, cost)
 }
 
+/// Processor time of the whole process so far, in seconds.
+#[allow(dead_code, reason = "not every benchmark is alone in its process")]
+pub fn process_cpu() -> f64 {
+    cpu(ClockId::ProcessCPUTime)
+}
+
 fn thread_cpu() -> f64 {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
+    cpu(ClockId::ThreadCPUTime)
+}
+
+fn cpu(clock: ClockId) -> f64 {
+    let now = clock_gettime(clock);
     now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
 }
