@@ -38,6 +38,7 @@ use std::time::Duration;
 
 /// Pages of a batch, as a migration sends them.
 const BATCH: u64 = 256;
+const BATCH_WORDS: usize = 256 / 64;
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -167,7 +168,7 @@ fn collect(table: &Table, machine: &Machine) -> Result<()> {
         collected?;
         let (cleared, clear) = timed(|| {
             batches(machine.ram()).iter().try_for_each(|run| {
-                let words = [u64::MAX; BATCH as usize / 64];
+                let words = [u64::MAX; BATCH_WORDS];
                 log.clear(
                     run.first,
                     &words[..usize::try_from(run.count / 64).unwrap_or(0)],
@@ -222,7 +223,7 @@ fn read(table: &Table, ram: &GuestRam) -> Result<()> {
         )?;
     }
     let runs = batches(ram);
-    let mut page = [0; PAGE_SIZE as usize];
+    let mut page = [0; ferry_migration::page::PAGE_SIZE];
     table.stage("read", "a copy of each page", || {
         let (copied, cost) = timed(|| {
             runs.iter()

@@ -111,7 +111,7 @@ impl<'a> Pair<'a> {
         {
             for at in [8, 1000, 2000, 4000] {
                 let word =
-                    gfn.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(self.round) << at % 48;
+                    gfn.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(self.round) << (at % 48);
                 let address = GuestAddress(gfn * PAGE_SIZE as u64 + at);
                 self.from.memory().write_obj(word | 1, address)?;
             }
