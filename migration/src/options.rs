@@ -145,6 +145,8 @@ pub struct Options {
     /// Bytes of pages that the source keeps a copy of, so that they can be sent as differences; more than the guest
     /// has are never kept, and 0 keeps none. Memory is taken as the cache fills.
     pub delta_cache: u64,
+    /// Move the contents of the guest's disks too: they are on no storage that both hosts reach.
+    pub copy_disk: bool,
     /// Hash all memory on both sides in the pause and fail on a difference.
     pub verify: bool,
 }
@@ -167,6 +169,7 @@ impl Default for Options {
             channels: 1,
             compress: Compress::Auto,
             delta_cache: 64 << 20,
+            copy_disk: false,
             verify: false,
         }
     }

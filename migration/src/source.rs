@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!              HELLO-ACK        policy: stop      drained        READY, written down   RUNNING
-//!  Connecting ──────────▶ Running ──────▶ Draining ──────▶ Stopped ──────▶ Committed ──────▶ Discardable
+//!  Connecting ─(Disks)──▶ Running ──────▶ Draining ──────▶ Stopped ──────▶ Committed ──────▶ Discardable
 //!      │                   │  ▲             │ │               │               │
 //!      │                   │  └─────────────┘ │ (pending      │               │ no answer
 //!      │   any failure, cancel, give up       │  grew again)  │ resumes       ▼
@@ -10,6 +10,8 @@
 //!                 ▼
 //!              Aborted (the guest runs here)
 //! ```
+//!
+//! Disks that move with the guest (`source/blocks.rs`) are sent before memory is logged.
 //!
 //! In post-copy the guest is handed over before its pages, and Committed goes on with
 //!
@@ -24,6 +26,7 @@
 //! Up to and including Stopped, every failure ends in Aborted with the guest running at the
 //! source. From Committed on the source never runs the guest by itself.
 
+mod blocks;
 mod error;
 mod live;
 pub(crate) mod post_copy;
@@ -32,6 +35,7 @@ mod stop;
 
 pub use error::SourceError;
 pub use recover::recover;
+pub(crate) use blocks::{all_zero, block_hashes};
 pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;
@@ -48,6 +52,7 @@ use crate::sender::{Pacer, Sender, Sent};
 use crate::wire::{
     Channel, Features, FrameType, Header, Hello, HelloAck, Role, SessionId, WireError,
 };
+use blocks::Stores;
 use post_copy::FaultChannel;
 use std::collections::VecDeque;
 use std::io;
@@ -59,6 +64,8 @@ use std::time::Duration;
 pub enum State {
     /// Shaking hands.
     Connecting,
+    /// The guest runs, its disks go out.
+    Disks,
     /// The guest runs, pages go out.
     Running,
     /// The guest runs; the link is being emptied before the pause.
@@ -83,6 +90,7 @@ impl State {
     const fn phase(self) -> Phase {
         match self {
             Self::Connecting => Phase::Connecting,
+            Self::Disks => Phase::Disks,
             Self::Running => Phase::Live,
             Self::Draining => Phase::Draining,
             Self::Stopped => Phase::Stopped,
@@ -183,6 +191,8 @@ struct InFlight {
     started: Duration,
     /// When its last byte was handed to the link.
     ended: Duration,
+    /// Bytes of disks that went out right before it, and how long that took.
+    beside: (u64, Duration),
 }
 
 /// How the live phase ended.
@@ -201,6 +211,8 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     lanes: Vec<(Channel<L>, Sender)>,
     /// Post-copy's page requests come in on these.
     faults: Vec<FaultChannel<L>>,
+    /// Disks that move with the guest.
+    stores: Stores,
     sender: Sender,
     pacer: Pacer,
     policy: &'static str,
@@ -211,6 +223,8 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     heat: Heat,
     fresh: PageSet,
     began: Duration,
+    /// When memory began to move.
+    memory_began: Duration,
     rtt: Duration,
     collected_at: Duration,
     /// Pages found dirty since the round before, over which time, and after which round that was.
@@ -280,6 +294,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             control: Channel::new(link),
             lanes: Vec::new(),
             faults: Vec::new(),
+            stores: Stores::none(),
             sender: Sender::default(),
             policy,
             state: State::Connecting,
@@ -288,6 +303,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             heat: Heat::new(end),
             fresh: PageSet::new(end),
             began,
+            memory_began: began,
             rtt: Duration::ZERO,
             collected_at: began,
             dirtied: (0, Duration::ZERO),
@@ -337,6 +353,8 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
     fn run(&mut self, policy: &mut dyn Policy) -> Report {
         let result = self
             .handshake()
+            .and_then(|()| self.copy_disks())
+            .and_then(|()| self.start_tracking())
             .and_then(|()| self.live(policy))
             .and_then(|end| match end {
                 LiveEnd::Stop => self.stop_and_copy(),
@@ -369,6 +387,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
                 status
             }
         };
+        self.stores.stop();
         if self.state == State::Discardable {
             // After the guest runs elsewhere there is time for what was kept out of the pause.
             self.guest.stop_tracking();
@@ -395,7 +414,8 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         // Acknowledgements may still lie before it.
         for _ in 0..4 {
             match self.control.recv_header() {
-                Ok(header) if header.kind == FrameType::RoundAck => {}
+                Ok(header)
+                    if matches!(header.kind, FrameType::RoundAck | FrameType::BlocksStored) => {}
                 Ok(header) if header.kind == FrameType::Abort => {
                     return self.control.refuse(&header, "").into();
                 }
@@ -447,6 +467,12 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         };
         let mut faults = 0;
         let mut required = Features::default();
+        if options.copy_disk {
+            self.stores = Stores::new(self.guest.stores());
+        }
+        if !self.stores.is_empty() {
+            required = required.or(Features::STORES);
+        }
         if options.verify {
             required = required.or(Features::VERIFY);
         }
@@ -472,6 +498,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             layout: self.layout.clone(),
             channels,
             faults,
+            stores: self.stores.sizes(),
             policy: self.policy.to_owned(),
             machine: self
                 .guest
@@ -500,6 +527,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             self.layout.pages(),
             self.layout.end(),
         );
+        self.stores.agree(options, ack.features);
         self.sender = Sender::new(coding.encoder());
         for index in 0..channels {
             let channel = self.open_channel(Role::Data, index)?;
@@ -510,10 +538,20 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             self.faults.push(FaultChannel::new(channel));
         }
         self.control.link().set_timeout(Some(timeouts.transfer));
+        Ok(())
+    }
+
+    /// From here on memory moves.
+    fn start_tracking(&mut self) -> Result<(), SourceError> {
+        // A log that could not be started may have been started in part.
+        self.state = State::Running;
         self.guest
             .start_tracking()
             .map_err(|e| SourceError::guest("starting the dirty log", e))?;
         self.collected_at = self.now();
+        if !self.stores.is_empty() {
+            self.memory_began = self.now();
+        }
         self.enter(State::Running);
         Ok(())
     }
@@ -558,8 +596,9 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             bandwidth: self.bandwidth.estimate(),
             cap: self.setup.options.bandwidth.map(|cap| cap as f64),
             state_bytes: self.guest.state_bytes(),
+            store_bytes: self.stores.pending_bytes(),
             pause_overhead: 2 * self.rtt + policy::STOP_AND_START,
-            elapsed: self.now().saturating_sub(self.began),
+            elapsed: self.now().saturating_sub(self.memory_began),
         }
     }
 
@@ -583,6 +622,8 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         let moved = self.state == State::PostCopy;
         self.progress.predicted_downtime_ms = predicted.map(ms).filter(|_| !moved);
         self.progress.pending_pages = pending;
+        let disks = Some(self.stores.pending_bytes());
+        self.progress.disk_pending = disks.filter(|_| !self.stores.is_empty());
         self.progress.round = self.round + 1;
         self.progress.elapsed_ms = ms(self.now().saturating_sub(self.began));
         self.progress.dirtied_pages = self.dirtied.0;
@@ -611,6 +652,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             rounds_omitted: self.rounds_omitted,
             pages: self.pages.clone(),
             codecs: self.codecs,
+            disk: self.stores.report(),
             bytes_wire,
             mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
             faults: std::mem::take(&mut self.faults_there),
