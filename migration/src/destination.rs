@@ -365,10 +365,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             {
                 self.list_missing(&header)?;
             }
-            (
-                State::Filling,
-                FrameType::Blocks | FrameType::BlocksZero | FrameType::BlocksHash,
-            ) if self.takes_blocks(header.kind) => {
+            (State::Filling, FrameType::Blocks | FrameType::BlocksZero | FrameType::BlocksHash)
+                if self.takes_blocks(header.kind) =>
+            {
                 self.stores.receive(&mut self.channel, &header)?;
             }
             (State::Filling, FrameType::BlocksEnd) if self.takes_blocks(header.kind) => {
@@ -476,9 +475,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// Whether blocks of disks may come; their hashes only where they were announced.
     fn takes_blocks(&self, kind: FrameType) -> bool {
-        !self.stores.is_empty()
-            && !self.restored
-            && (self.verify || kind != FrameType::BlocksHash)
+        !self.stores.is_empty() && !self.restored && (self.verify || kind != FrameType::BlocksHash)
     }
 
     /// All blocks that were sent outlast a crash, and the source hears it.
@@ -690,7 +687,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 const fn expected_in(state: State) -> &'static str {
     match state {
         State::Waiting => "a greeting",
-        State::Filling => "pages, blocks, the end of the next round, hashes, missing pages or the state",
+        State::Filling => {
+            "pages, blocks, the end of the next round, hashes, missing pages or the state"
+        }
         State::Ready | State::InDoubt | State::Interrupted => "the commit",
         State::Running | State::Complete | State::Discarded => "nothing more",
     }

@@ -264,11 +264,8 @@ pub trait Host<L: Link> {
     ///
     /// # Errors
     /// Why this host cannot take the guest.
-    fn prepare(
-        &mut self,
-        layout: &RamLayout,
-        machine: &[u8],
-    ) -> Result<Arc<Self::Sink>, PortError>;
+    fn prepare(&mut self, layout: &RamLayout, machine: &[u8])
+    -> Result<Arc<Self::Sink>, PortError>;
     /// Whether this host can run a guest whose memory is not there yet; asked before anything is sent.
     ///
     /// # Errors

@@ -33,9 +33,9 @@ pub(crate) mod post_copy;
 mod recover;
 mod stop;
 
+pub(crate) use blocks::{all_zero, block_hashes};
 pub use error::SourceError;
 pub use recover::recover;
-pub(crate) use blocks::{all_zero, block_hashes};
 pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;

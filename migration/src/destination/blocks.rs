@@ -34,7 +34,9 @@ pub enum BlocksError {
         made: usize,
     },
     /// Blocks that no disk has.
-    #[error("the source sent block {first} (+{count}) of disk {disk}, which no disk of the guest has")]
+    #[error(
+        "the source sent block {first} (+{count}) of disk {disk}, which no disk of the guest has"
+    )]
     Outside {
         /// Which disk.
         disk: usize,
@@ -83,7 +85,9 @@ pub enum BlocksError {
         blocks: u64,
     },
     /// The hashes differ.
-    #[error("disk {disk} differs from the source's in {blocks} blocks of 64 KiB, the first is block {first}")]
+    #[error(
+        "disk {disk} differs from the source's in {blocks} blocks of 64 KiB, the first is block {first}"
+    )]
     Differs {
         /// The disk of the first.
         disk: usize,
@@ -93,7 +97,9 @@ pub enum BlocksError {
         first: u64,
     },
     /// With `--verify`.
-    #[error("the source hands the guest over with hashes of {compared} blocks of its disks, which have {total}")]
+    #[error(
+        "the source hands the guest over with hashes of {compared} blocks of its disks, which have {total}"
+    )]
     NotCompared {
         /// Compared.
         compared: u64,
@@ -313,10 +319,7 @@ impl Stores {
                 };
                 continue;
             }
-            plain.resize(
-                usize::try_from(BLOCK_BYTES.min(end - at)).unwrap_or(0),
-                0,
-            );
+            plain.resize(usize::try_from(BLOCK_BYTES.min(end - at)).unwrap_or(0), 0);
             let read = place.store.sink.read(at, &mut plain);
             read.map_err(failed("reading", disk))?;
             let number = at / BLOCK_BYTES;

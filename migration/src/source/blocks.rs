@@ -292,8 +292,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             } else {
                 if !paused {
                     let cancel = self.setup.cancel;
-                    self.pacer
-                        .wait(self.setup.clock, &|| cancel.is_cancelled());
+                    self.pacer.wait(self.setup.clock, &|| cancel.is_cancelled());
                 }
                 let run = Run::new(run.first, run.count.min(batch));
                 self.send_read_blocks(number, run, paused)?;

@@ -1,7 +1,7 @@
 //! Frames: the 32-byte header and the run table of the page frames.
 
-use crate::codec::{MAX_CODED_BYTES, MAX_CODED_PAGES};
 use super::MAX_BLOCKS;
+use crate::codec::{MAX_CODED_BYTES, MAX_CODED_PAGES};
 use crate::page::{Gfn, PAGE_SIZE, Run};
 use crate::port::BLOCK_BYTES;
 

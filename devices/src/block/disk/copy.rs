@@ -104,8 +104,8 @@ impl Disk {
                     .map_err(|e| self.io("written to its directory", e))?;
             }
         }
-        let here =
-            rustix::fs::seek(&self.file, Seek::End(0)).map_err(|e| self.io("measured", e.into()))?;
+        let here = rustix::fs::seek(&self.file, Seek::End(0))
+            .map_err(|e| self.io("measured", e.into()))?;
         if here != self.bytes {
             return Err(DiskError::OtherSize {
                 path: self.path.clone(),
@@ -232,14 +232,13 @@ mod tests {
     fn what_must_not_be_overwritten_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("other.img");
-        let refused = |bytes| {
-            Disk::arriving(&path, false, bytes)
-                .unwrap_err()
-                .to_string()
-        };
+        let refused = |bytes| Disk::arriving(&path, false, bytes).unwrap_err().to_string();
         fs::write(&path, [5; 512]).unwrap();
         let text = refused(SIZE);
-        assert!(text.contains("512 bytes") && text.contains("1048576"), "{text}");
+        assert!(
+            text.contains("512 bytes") && text.contains("1048576"),
+            "{text}"
+        );
         // The source's own disk, whichever way it is used there.
         for read_only in [false, true] {
             let source = Disk::open(&path, read_only).unwrap();
@@ -248,7 +247,9 @@ mod tests {
             assert!(text.contains("--copy-disk"), "{text}");
         }
         assert_eq!(fs::read(&path).unwrap(), [5; 512]);
-        let text = Disk::arriving(dir.path(), false, SIZE).unwrap_err().to_string();
+        let text = Disk::arriving(dir.path(), false, SIZE)
+            .unwrap_err()
+            .to_string();
         assert!(text.contains(&dir.path().display().to_string()), "{text}");
         let text = Disk::arriving(&dir.path().join("no/such"), false, 512)
             .unwrap_err()
