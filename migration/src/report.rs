@@ -321,6 +321,9 @@ pub struct Progress {
     pub round_sent: u64,
     /// Pages that the destination lacks or has stale, as last known.
     pub pending_pages: u64,
+    /// Bytes of disks that move with the guest; `null` where none does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_total: Option<u64>,
     /// Bytes of disks that the destination lacks or has stale, as last known; `null` where no disk moves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_pending: Option<u64>,

@@ -622,8 +622,10 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         let moved = self.state == State::PostCopy;
         self.progress.predicted_downtime_ms = predicted.map(ms).filter(|_| !moved);
         self.progress.pending_pages = pending;
-        let disks = Some(self.stores.pending_bytes());
-        self.progress.disk_pending = disks.filter(|_| !self.stores.is_empty());
+        if let Some(disk) = self.stores.report() {
+            self.progress.disk_total = Some(disk.total);
+            self.progress.disk_pending = Some(self.stores.pending_bytes().min(disk.total));
+        }
         self.progress.round = self.round + 1;
         self.progress.elapsed_ms = ms(self.now().saturating_sub(self.began));
         self.progress.dirtied_pages = self.dirtied.0;

@@ -87,6 +87,7 @@ impl Stream {
             layout: RamLayout::new(vec![Run::new(0, 32), Run::new(64, 32)]).unwrap(),
             channels,
             faults,
+            stores: Vec::new(),
             policy: "precopy".into(),
             machine: b"a machine".to_vec(),
         };

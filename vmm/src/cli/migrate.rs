@@ -74,7 +74,11 @@ pub struct Args {
     /// Copies of sent pages that the source keeps, so that it can send differences, for example 256M; 0 keeps none.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     delta_cache: Option<u64>,
-    /// Compare all memory of both sides in the pause, and fail on a difference.
+    /// Move the contents of the guest's disks too, before its memory; the destination's --disk is made, or written over if it
+    /// has the same size. --timeout counts from the end of the first pass over them.
+    #[arg(long)]
+    copy_disk: bool,
+    /// Compare all memory (and copied disks) of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
     /// Print the report as one JSON object.
@@ -112,6 +116,7 @@ impl Args {
             channels: self.channels.unwrap_or(default.channels),
             compress: self.compress.unwrap_or(default.compress),
             delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
+            copy_disk: self.copy_disk,
             verify: self.verify,
             ..default
         }
@@ -226,6 +231,7 @@ mod tests {
             "adaptive",
             "--delta-cache",
             "32M",
+            "--copy-disk",
             "--verify",
         ])
         .unwrap();
@@ -237,6 +243,7 @@ mod tests {
             channels: 4,
             compress: Compress::Adaptive,
             delta_cache: 32 << 20,
+            copy_disk: true,
             verify: true,
             ..Options::default()
         };
