@@ -380,3 +380,6 @@ impl Stores {
 fn failed(what: &'static str, disk: usize) -> impl FnOnce(PortError) -> BlocksError {
     move |error| BlocksError::Disk { what, disk, error }
 }
+
+#[cfg(test)]
+mod tests;
