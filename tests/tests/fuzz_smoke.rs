@@ -313,6 +313,7 @@ fn handshakes() {
         migration(true, 0),
         migration(false, 2),
         post_copy(),
+        with_disks(),
     ];
     // Unchanged they are migrations that succeed; mutations of anything else would test little.
     for (at, seed) in seeds.iter().enumerate() {
