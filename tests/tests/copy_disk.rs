@@ -185,6 +185,7 @@ fn what_cannot_be_a_copy_is_refused_and_the_guest_runs_on() {
     // And then it moves.
     let destination = place.destination("copy.img");
     source.migrate_well(destination.uri(), &options());
+    destination.proves_running();
     assert!(destination.verdict().writes > 0);
 }
 
