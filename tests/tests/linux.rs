@@ -123,7 +123,7 @@ fn linux_moves_between_hosts() {
     let Some(_turn) = nested_hosts() else { return };
     let (first, second, _cable) = NestedHost::pair();
     const DISK: [&str; 2] = ["--disk", "/tmp/copied"];
-    first.run_well(&["/init", "truncate", DISK[1], "8388608"]);
+    first.run_well(&["/init", "truncate", DISK[1], "4194304"]);
     let work = format!("{WRITER} ferry.disk=/dev/vda");
     let guest = first.guest(&[&["--linux", "--cmdline", &work][..], &DISK].concat());
     guest.line("ready", |line| {
@@ -140,7 +140,7 @@ fn linux_moves_between_hosts() {
     assert_eq!(guest.ends().code, 0);
     // As many writes again as the disk has blocks, twice over: what was written before the move is read after it.
     let here = there.disk_writes(0);
-    there.disk_writes(here + 4096);
+    there.disk_writes(here + 2048);
     there.line("a line after the move", |line| {
         matches!(line, Line::Stat { .. }).then_some(())
     });
@@ -151,7 +151,7 @@ fn linux_moves_between_hosts() {
         matches!(line, Line::Stat { .. }).then_some(())
     });
     let here = back.disk_writes(0);
-    back.disk_writes(here + 2048);
+    back.disk_writes(here + 1024);
     back.verdict();
 }
 
