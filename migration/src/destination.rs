@@ -11,6 +11,8 @@
 //!                                └───────────────────────────┘
 //! ```
 //!
+//! Where the source shares the guest's memory itself (`Features::SHARED_MEMORY`), no page comes in Filling.
+//!
 //! In post-copy the pages follow the guest: Running waits for them.
 //!
 //! ```text
@@ -142,6 +144,8 @@ pub struct Destination<L: Link, H: Host<L>> {
     sink: Option<Arc<H::Sink>>,
     lanes: Option<Arc<LaneSet<L, H::Sink>>>,
     clock: Arc<dyn Clock + Send + Sync>,
+    /// The guest's memory is the source's own: no page comes.
+    shared: bool,
     /// Pages that are to follow the guest, as far as they were listed.
     missing: Option<PageSet>,
     arriving: Option<Arc<Arriving<L, H::Sink>>>,
@@ -187,6 +191,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             sink: None,
             lanes: None,
             clock,
+            shared: false,
             missing: None,
             arriving: None,
             reattached: false,
@@ -345,7 +350,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         let header = self.channel.recv_header()?;
         match (self.state, header.kind) {
             (State::Waiting, FrameType::Hello) => self.hello(&header)?,
-            (State::Filling, FrameType::Pages | FrameType::Zero) if !self.restored => {
+            (State::Filling, FrameType::Pages | FrameType::Zero)
+                if !self.restored && !self.shared =>
+            {
                 self.pages(&header)?
             }
             (State::Filling, FrameType::RoundEnd) if !self.restored => self.round_end(&header)?,
@@ -390,20 +397,37 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             .take(32)
             .collect();
         self.verify = hello.required.has(Features::VERIFY);
-        if hello.required.has(Features::POST_COPY) {
-            if hello.faults == 0 {
-                return Err(DestinationError::NoFaultChannel);
-            }
+        let mut agreed = hello.offered.and(Features::SUPPORTED);
+        let adopted = if agreed.has(Features::SHARED_MEMORY) {
             self.host
-                .check_post_copy()
-                .map_err(DestinationError::Unfit)?;
-        }
-        let sink = self
-            .host
-            .prepare(&hello.layout, &hello.machine)
-            .map_err(DestinationError::Unfit)?;
+                .adopt(self.channel.link(), &hello.layout, &hello.machine)
+                .map_err(DestinationError::Unfit)?
+        } else {
+            None
+        };
+        self.shared = adopted.is_some();
+        let post_copy = hello.required.has(Features::POST_COPY) && !self.shared;
+        let sink = match adopted {
+            Some(sink) => sink,
+            None if hello.required.has(Features::SHARED_MEMORY) => {
+                return Err(DestinationError::NoMemory);
+            }
+            None => {
+                agreed = agreed.without(Features::SHARED_MEMORY);
+                if post_copy {
+                    if hello.faults == 0 {
+                        return Err(DestinationError::NoFaultChannel);
+                    }
+                    self.host
+                        .check_post_copy()
+                        .map_err(DestinationError::Unfit)?;
+                }
+                self.host
+                    .prepare(&hello.layout, &hello.machine)
+                    .map_err(DestinationError::Unfit)?
+            }
+        };
         self.channel.set_end(hello.layout.end());
-        let agreed = hello.offered.and(Features::SUPPORTED);
         let end = if agreed.has(Features::PATCH) {
             hello.layout.end()
         } else {
@@ -411,12 +435,12 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         };
         let copies = Arc::new(Marks::new(end));
         self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
-        if hello.required.has(Features::POST_COPY) {
+        if post_copy {
             let clock = Arc::clone(&self.clock);
             let arriving = Arriving::new(hello.layout.clone(), clock, self.verify, hello.faults);
             self.arriving = Some(Arc::new(arriving));
         }
-        if hello.channels > 0 {
+        if hello.channels > 0 && !self.shared {
             let set = LaneSet::new(
                 Arc::clone(&sink),
                 hello.layout.clone(),

@@ -106,6 +106,19 @@ pub enum OnTimeout {
     Postcopy,
 }
 
+/// Whether the guest's memory itself is given to a destination on the same host, so that no page need be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Handover {
+    /// Where the link can carry it and the destination takes it.
+    #[default]
+    Auto,
+    /// Or the migration fails.
+    On,
+    /// Never: pages are sent, as to another host.
+    Off,
+}
+
 /// The options of one migration; [`Default`] is what `ferry migrate` does without flags.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -147,6 +160,8 @@ pub struct Options {
     pub delta_cache: u64,
     /// Hash all memory on both sides in the pause and fail on a difference.
     pub verify: bool,
+    /// Whether memory is handed over instead of being sent.
+    pub handover: Handover,
 }
 
 impl Default for Options {
@@ -168,6 +183,7 @@ impl Default for Options {
             compress: Compress::Auto,
             delta_cache: 64 << 20,
             verify: false,
+            handover: Handover::Auto,
         }
     }
 }

@@ -25,6 +25,9 @@ impl Features {
     /// Pages may be sent as patches: without their zeros, or as the difference to what was sent before.
     pub const PATCH: Self = Self(1 << 9);
 
+    /// The guest's memory itself comes beside the greeting, and no page is sent. Agreed on only where it did come.
+    pub const SHARED_MEMORY: Self = Self(1 << 16);
+
     /// All that this build can do.
     pub const SUPPORTED: Self = Self(
         Self::VERIFY.0
@@ -32,8 +35,15 @@ impl Features {
             | Self::RECOVER.0
             | Self::POST_COPY.0
             | Self::ZSTD.0
-            | Self::PATCH.0,
+            | Self::PATCH.0
+            | Self::SHARED_MEMORY.0,
     );
+
+    /// These without `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
 
     /// Those of both.
     #[must_use]

@@ -5,7 +5,7 @@ use super::progress::Display;
 use super::serve::SAME_WISH;
 use super::summary::{sentence, table};
 use super::units::{duration, rate, size};
-use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
+use ferry_migration::options::{Compress, Handover, OnTimeout, Options, PolicyKind};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::Status;
 use ferry_vmm::api::client::{Action, Client};
@@ -77,6 +77,10 @@ pub struct Args {
     /// Compare all memory of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
+    /// To a destination on this host (unix:PATH): give it the memory itself, so that nothing is copied; auto does where it
+    /// can, off sends pages.
+    #[arg(long, value_name = "WHEN", value_parser = named::<Handover>)]
+    handover: Option<Handover>,
     /// Print the report as one JSON object.
     #[arg(long)]
     json: bool,
@@ -113,6 +117,7 @@ impl Args {
             compress: self.compress.unwrap_or(default.compress),
             delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
             verify: self.verify,
+            handover: self.handover.unwrap_or(default.handover),
             ..default
         }
     }
@@ -227,6 +232,8 @@ mod tests {
             "--delta-cache",
             "32M",
             "--verify",
+            "--handover",
+            "off",
         ])
         .unwrap();
         let expected = Options {
@@ -238,6 +245,7 @@ mod tests {
             compress: Compress::Adaptive,
             delta_cache: 32 << 20,
             verify: true,
+            handover: Handover::Off,
             ..Options::default()
         };
         assert_eq!(options, expected);

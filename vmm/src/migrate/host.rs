@@ -11,7 +11,9 @@ use ferry_migration::wire::MAX_RUNS;
 
 use super::{StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Backends, DeviceDescription, Machine, MachineDescription, MachineState};
-use crate::memory::{GuestRam, PageRun, Userfault, Waited, check_available, check_userfault};
+use crate::memory::{
+    GuestRam, PageRun, SharedRam, Userfault, Waited, check_available, check_userfault,
+};
 
 /// Makes the serial console's output for an arriving machine.
 pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Send + Sync>;
@@ -181,20 +183,27 @@ impl MachineHost {
     }
 }
 
-impl Host<StreamLink> for MachineHost {
-    type Sink = RamSink;
-
-    fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<RamSink>, PortError> {
+impl MachineHost {
+    /// Builds the machine, over new memory or over what the source has shared.
+    fn build(
+        &mut self,
+        layout: &RamLayout,
+        machine: &[u8],
+        memory: Option<SharedRam>,
+    ) -> Result<Arc<RamSink>, PortError> {
         let description: MachineDescription = serde_json::from_slice(machine)
             .map_err(|e| format!("the machine's description cannot be understood: {e}"))?;
         description.check_host()?;
         let serial = (self.serial)()
             .map_err(|e| format!("the serial console cannot be opened here: {e}"))?;
-        let machine = Machine::builder()
+        let mut builder = Machine::builder()
             .from_description(&description)
             .serial(serial)
-            .devices(self.backends.clone())
-            .build()?;
+            .devices(self.backends.clone());
+        if let Some(memory) = memory {
+            builder = builder.shared_memory(memory);
+        }
+        let machine = builder.build()?;
         if engine_layout(machine.ram())? != *layout {
             return Err(
                 "the source's memory layout is not that of its machine's description".into(),
@@ -208,6 +217,33 @@ impl Host<StreamLink> for MachineHost {
         self.machine = Some(Arc::new(machine));
         self.sink = Some(Arc::clone(&sink));
         Ok(sink)
+    }
+}
+
+impl Host<StreamLink> for MachineHost {
+    type Sink = RamSink;
+
+    fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<RamSink>, PortError> {
+        self.build(layout, machine, None)
+    }
+
+    fn adopt(
+        &mut self,
+        link: &mut StreamLink,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<Option<Arc<RamSink>>, PortError> {
+        /// Longer than this the guest's move is not to wait for what only saves time later.
+        const PATIENCE: Duration = Duration::from_secs(3);
+        let Some(beside) = link.beside() else {
+            return Ok(None);
+        };
+        let Some(memory) = beside.take()? else {
+            return Ok(None);
+        };
+        let sink = self.build(layout, machine, Some(memory))?;
+        sink.ram.populate_present(PATIENCE);
+        Ok(Some(sink))
     }
 
     fn check_post_copy(&self) -> Result<(), PortError> {
