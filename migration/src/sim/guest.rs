@@ -155,6 +155,10 @@ impl Guest<SimLink> for SimGuest {
         Ok(())
     }
 
+    fn share_memory(&self, _: &mut SimLink) -> Result<bool, PortError> {
+        Ok(lock(&self.world).shares)
+    }
+
     fn release(&self) {
         let mut world = lock(&self.world);
         if !world.committed {
