@@ -140,7 +140,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     if args.json {
         put_json(&report)?;
     } else if !args.quiet {
-        let rest = if report.rounds.is_empty() {
+        // A hand-over of memory has no rounds, and a pause to tell of.
+        let rest = if report.rounds.is_empty() && report.status != Status::Completed {
             String::new()
         } else {
             format!("\n{}", table(&report))

@@ -16,13 +16,18 @@
 //! - a **word** (an eventfd(2)) for each time that the memory was shared: whoever runs the guest first says so on it.
 //!   The saved state of the other side is then older than the memory, and must not be run in it.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fcntl_setfl, fstat, fstatfs};
+use rustix::fs::{
+    FlockOperation, OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fcntl_setfl, flock, fstat,
+    fstatfs,
+};
+
+use rustix::io::Errno;
 
 use super::{GuestRam, RamError, RamLayout};
 
@@ -129,7 +134,7 @@ impl GuestRam {
             .write(true)
             .open(path)
             .map_err(ShareError::Reopen)?;
-        let word = |e: rustix::io::Errno| ShareError::Word(e.into());
+        let word = |e: Errno| ShareError::Word(e.into());
         let ours = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(word)?;
         let theirs = ours.try_clone().map_err(ShareError::Word)?;
         self.begin();
@@ -166,10 +171,10 @@ impl GuestRam {
         let mut state = self.tenure.lock();
         let news = !state.held;
         if news {
-            match self.file().try_lock() {
+            match flock(self.file(), FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => state.held = true,
-                Err(TryLockError::WouldBlock) => return Err(ClaimError::Held),
-                Err(TryLockError::Error(error)) => return Err(error.into()),
+                Err(Errno::WOULDBLOCK) => return Err(ClaimError::Held),
+                Err(error) => return Err(io::Error::from(error).into()),
             }
         }
         for word in &state.words {
@@ -208,7 +213,7 @@ impl GuestRam {
     }
 
     fn unlock(&self, state: &mut State) -> io::Result<()> {
-        self.file().unlock()?;
+        flock(self.file(), FlockOperation::Unlock)?;
         state.held = false;
         Ok(())
     }
@@ -220,7 +225,7 @@ const HUGETLBFS: u64 = 0x9584_58f6;
 
 /// Whether what was given is memory for this guest, and stays so.
 fn check(memory: &OwnedFd, bytes: u64, hugepages: bool) -> Result<(), ShareError> {
-    let examine = |e: rustix::io::Errno| ShareError::Examine(e.into());
+    let examine = |e: Errno| ShareError::Examine(e.into());
     // Only files in memory know seals.
     let seals = fcntl_get_seals(memory).map_err(|_| ShareError::Kind)?;
     let found = fstat(memory).map_err(examine)?.st_size;

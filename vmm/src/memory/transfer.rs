@@ -7,7 +7,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
 
 use super::{GuestRam, PAGE_SIZE, RangeError};
 
@@ -319,30 +318,6 @@ impl GuestRam {
         let _ = unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_POPULATE_WRITE) };
     }
 
-    /// Makes the page tables for all memory that has contents, so that nobody who touches it first has to wait; for memory
-    /// that another process has filled. Stops after `patience`: it changes no contents, and saves time only.
-    pub fn populate_present(&self, patience: Duration) {
-        /// Pages in one call: some milliseconds.
-        const STEP: usize = 4096;
-        let until = Instant::now() + patience;
-        for region in self.regions() {
-            let (mut at, end) = (region.first_gfn, region.end_gfn());
-            while let Some(first) = self.next_data(at).filter(|first| *first < end) {
-                // A hole may be made at any time: it is worth nothing, but the loop must go on.
-                at = self.next_hole(first).clamp(first + 1, end);
-                for step in (first..at).step_by(STEP) {
-                    if Instant::now() >= until {
-                        return;
-                    }
-                    self.populate(step, (at - step).min(STEP as u64));
-                }
-                if at == end {
-                    break;
-                }
-            }
-        }
-    }
-
     /// The first part of the pages for which the memory file holds nothing: zeros without reading.
     /// Exact at the time of the call; a long part may come in pieces.
     ///
@@ -385,26 +360,16 @@ impl GuestRam {
 
     /// The first page at or after `gfn`, in its region, that has contents in the memory file.
     pub(super) fn next_data(&self, gfn: u64) -> Option<u64> {
-        self.seek(gfn, libc::SEEK_DATA)
-    }
-
-    /// The first page at or after `gfn`, in its region, that has none; the region's end where that is not known.
-    fn next_hole(&self, gfn: u64) -> u64 {
-        self.seek(gfn, libc::SEEK_HOLE).unwrap_or(u64::MAX)
-    }
-
-    /// Where the memory file's next data or hole begins, as a page; the end of the region where there is none.
-    fn seek(&self, gfn: u64, whence: libc::c_int) -> Option<u64> {
         let (region, page) = self.layout.find(gfn, 1).ok()?;
         let region = &self.layout.regions()[region];
         let from = libc::off_t::try_from(region.file_offset + page * PAGE_SIZE).ok()?;
         // SAFETY: lseek takes no pointers. The file's position, which it moves, is used by nobody: all access is
         // by mapping and by offset.
-        let found = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
-        match u64::try_from(found) {
-            Ok(found) => Some(
+        let data = unsafe { libc::lseek(self.file.as_raw_fd(), from, libc::SEEK_DATA) };
+        match u64::try_from(data) {
+            Ok(data) => Some(
                 region.first_gfn
-                    + (found / PAGE_SIZE).saturating_sub(region.file_offset / PAGE_SIZE),
+                    + (data / PAGE_SIZE).saturating_sub(region.file_offset / PAGE_SIZE),
             ),
             // ENXIO: nothing up to the end of the file.
             Err(_) if io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => {

@@ -233,17 +233,15 @@ impl Host<StreamLink> for MachineHost {
         layout: &RamLayout,
         machine: &[u8],
     ) -> Result<Option<Arc<RamSink>>, PortError> {
-        /// Longer than this the guest's move is not to wait for what only saves time later.
-        const PATIENCE: Duration = Duration::from_secs(3);
         let Some(beside) = link.beside() else {
             return Ok(None);
         };
         let Some(memory) = beside.take()? else {
             return Ok(None);
         };
-        let sink = self.build(layout, machine, Some(memory))?;
-        sink.ram.populate_present(PATIENCE);
-        Ok(Some(sink))
+        // Page tables are left to be made as the guest touches its pages. Made here for all of them they cost three times
+        // as much for each (3.7 µs against 1.3 µs measured) while the guest needs the processors, and it gained nothing.
+        self.build(layout, machine, Some(memory)).map(Some)
     }
 
     fn check_post_copy(&self) -> Result<(), PortError> {

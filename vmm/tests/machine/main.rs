@@ -8,6 +8,7 @@ mod absent;
 mod dirty;
 mod life;
 mod serial;
+mod shared;
 mod smp;
 mod state;
 mod support;
