@@ -26,7 +26,6 @@ use rustix::fs::{
     FlockOperation, OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fcntl_setfl, flock, fstat,
     fstatfs,
 };
-
 use rustix::io::Errno;
 
 use super::{GuestRam, RamError, RamLayout};
