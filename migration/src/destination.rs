@@ -11,6 +11,8 @@
 //!                                └───────────────────────────┘
 //! ```
 //!
+//! Where the source shares the guest's memory itself (`Features::SHARED_MEMORY`), no page comes in Filling.
+//!
 //! In post-copy the pages follow the guest: Running waits for them.
 //!
 //! ```text
@@ -145,6 +147,8 @@ pub struct Destination<L: Link, H: Host<L>> {
     sink: Option<Arc<H::Sink>>,
     lanes: Option<Arc<LaneSet<L, H::Sink>>>,
     clock: Arc<dyn Clock + Send + Sync>,
+    /// The guest's memory is the source's own: no page comes.
+    shared: bool,
     /// Pages that are to follow the guest, as far as they were listed.
     missing: Option<PageSet>,
     arriving: Option<Arc<Arriving<L, H::Sink>>>,
@@ -193,6 +197,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             sink: None,
             lanes: None,
             clock,
+            shared: false,
             missing: None,
             arriving: None,
             reattached: false,
@@ -353,7 +358,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         let header = self.channel.recv_header()?;
         match (self.state, header.kind) {
             (State::Waiting, FrameType::Hello) => self.hello(&header)?,
-            (State::Filling, FrameType::Pages | FrameType::Zero) if !self.restored => {
+            (State::Filling, FrameType::Pages | FrameType::Zero)
+                if !self.restored && !self.shared =>
+            {
                 self.pages(&header)?
             }
             (State::Filling, FrameType::RoundEnd) if !self.restored => self.round_end(&header)?,
@@ -406,7 +413,17 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             .take(32)
             .collect();
         self.verify = hello.required.has(Features::VERIFY);
-        if hello.required.has(Features::POST_COPY) {
+        let mut agreed = hello.offered.and(Features::SUPPORTED);
+        let adopted = if agreed.has(Features::SHARED_MEMORY) {
+            self.host
+                .adopt(self.channel.link(), &hello.layout, &hello.machine)
+                .map_err(DestinationError::Unfit)?
+        } else {
+            None
+        };
+        self.shared = adopted.is_some();
+        let post_copy = hello.required.has(Features::POST_COPY) && !self.shared;
+        if post_copy {
             if hello.faults == 0 {
                 return Err(DestinationError::NoFaultChannel);
             }
@@ -421,12 +438,19 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         } else {
             Vec::new()
         };
-        let sink = self
-            .host
-            .prepare(&hello.layout, &hello.machine)
-            .map_err(DestinationError::Unfit)?;
+        let sink = match adopted {
+            Some(sink) => sink,
+            None if hello.required.has(Features::SHARED_MEMORY) => {
+                return Err(DestinationError::NoMemory);
+            }
+            None => {
+                agreed = agreed.without(Features::SHARED_MEMORY);
+                self.host
+                    .prepare(&hello.layout, &hello.machine)
+                    .map_err(DestinationError::Unfit)?
+            }
+        };
         self.channel.set_end(hello.layout.end());
-        let agreed = hello.offered.and(Features::SUPPORTED);
         if hello.required.has(Features::STORES) {
             self.stores = Stores::new(&hello.stores, sinks, agreed)?;
         }
@@ -437,12 +461,12 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         };
         let copies = Arc::new(Marks::new(end));
         self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
-        if hello.required.has(Features::POST_COPY) {
+        if post_copy {
             let clock = Arc::clone(&self.clock);
             let arriving = Arriving::new(hello.layout.clone(), clock, self.verify, hello.faults);
             self.arriving = Some(Arc::new(arriving));
         }
-        if hello.channels > 0 {
+        if hello.channels > 0 && !self.shared {
             let set = LaneSet::new(
                 Arc::clone(&sink),
                 hello.layout.clone(),

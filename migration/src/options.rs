@@ -132,6 +132,19 @@ pub enum OnTimeout {
     Postcopy,
 }
 
+/// Whether the guest's memory itself is given to a destination on the same host, so that no page need be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Handover {
+    /// Where the link can carry it and the destination takes it.
+    #[default]
+    Auto,
+    /// Or the migration fails.
+    On,
+    /// Never: pages are sent, as to another host.
+    Off,
+}
+
 /// The options of one migration; [`Default`] is what `ferry migrate` does without flags.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -178,6 +191,8 @@ pub struct Options {
     pub copy_disk: bool,
     /// Hash all memory on both sides in the pause and fail on a difference.
     pub verify: bool,
+    /// Whether memory is handed over instead of being sent.
+    pub handover: Handover,
 }
 
 impl Default for Options {
@@ -201,6 +216,7 @@ impl Default for Options {
             dirty: Tracking::Auto,
             copy_disk: false,
             verify: false,
+            handover: Handover::Auto,
         }
     }
 }

@@ -117,7 +117,7 @@ pub trait Guest<L: Link>: PageSource<L> {
     /// # Errors
     /// When the host cannot log.
     fn start_tracking(&self) -> Result<(), PortError>;
-    /// Stops the dirty log; the guest may run or not.
+    /// Stops the dirty log, if it was started; the guest may run or not.
     fn stop_tracking(&self);
     /// Adds all pages of the log to `into`, those that the VMM itself wrote included.
     ///
@@ -154,6 +154,20 @@ pub trait Guest<L: Link>: PageSource<L> {
     /// [`Options::copy_disk`](crate::options::Options::copy_disk) is set.
     fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
         Vec::new()
+    }
+
+    /// Has the guest's memory itself go to the destination beside what is sent next on `link`, so that both sides map it
+    /// and no page need be sent; `false` where the link cannot carry it. The guest runs on, here.
+    ///
+    /// After that, whatever happens, one side at most may run the guest in this memory, and a side whose state is older
+    /// than the memory must not: that is for the implementation to see to, in [`resume`](Self::resume),
+    /// [`commit`](Self::commit) and [`Host::run`].
+    ///
+    /// # Errors
+    /// Why it cannot be, although the link can carry it.
+    fn share_memory(&self, link: &mut L) -> Result<bool, PortError> {
+        let _ = link;
+        Ok(false)
     }
     /// Channels for page faults that are worth having: about as many as the guest has vCPUs.
     fn fault_channels(&self) -> u16 {
@@ -270,6 +284,21 @@ pub trait Host<L: Link> {
     /// Why this host cannot take the guest.
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8])
     -> Result<Arc<Self::Sink>, PortError>;
+
+    /// As [`prepare`](Self::prepare), over the memory itself, which came beside what was received last on `link`; `None`
+    /// where none came. Until [`run`](Self::run) no byte of it may be changed: the guest runs in it, at the source.
+    ///
+    /// # Errors
+    /// As there, and that what came is not this guest's memory.
+    fn adopt(
+        &mut self,
+        link: &mut L,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<Option<Arc<Self::Sink>>, PortError> {
+        let _ = (link, layout, machine);
+        Ok(None)
+    }
     /// Whether this host can run a guest whose memory is not there yet; asked before anything is sent.
     ///
     /// # Errors

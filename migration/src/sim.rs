@@ -60,6 +60,8 @@ pub struct Scenario {
     /// Probability of a further write in the middle of reading a page and of clearing the log: to
     /// find races. 0 where the write rate is to be exact.
     pub racing_writes: f64,
+    /// Both processes are on one host: the destination maps the guest's memory itself.
+    pub shares: bool,
     /// What goes wrong.
     pub faults: Vec<Fault>,
     /// What goes wrong behind the ports.
@@ -124,6 +126,7 @@ impl Scenario {
                 ..Options::default()
             },
             racing_writes: 0.2,
+            shares: false,
             faults: Vec::new(),
             port_fault: None,
             forgetful_log: false,
@@ -203,6 +206,7 @@ impl Scenario {
                 scenario.port_fault = Some(PortFault::random_disk(&mut rng));
             }
         }
+        scenario.shares = rng.chance(0.15);
         scenario
     }
 }
@@ -311,13 +315,19 @@ fn operator(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>, violations: &mut
         engine.state(),
         destination::State::Ready | destination::State::InDoubt
     ) {
+        // Shared memory in which the source's guest went on is worth nothing to the state that was saved before.
+        let stale = lock(world).ran_since_shared;
         let result = engine.take_over();
         let world = lock(world);
+        if stale && result.is_ok() {
+            violations.push("an operator took over a guest whose memory has gone on".into());
+        }
         let lacks = world.missing.as_ref().is_some_and(|set| !set.is_empty());
         if lacks && result.is_ok() {
             violations.push("an operator took over a guest whose pages are gone".into());
         }
-        if !lacks && !world.start_fails() && (result.is_err() || !world.destination_runs) {
+        if !lacks && !stale && !world.start_fails() && (result.is_err() || !world.destination_runs)
+        {
             violations.push("an operator could not take over a complete guest".into());
         }
     }

@@ -12,6 +12,7 @@
 //! ```
 //!
 //! Disks that move with the guest (`source/blocks.rs`) are sent before memory is logged.
+//! Where the destination takes the guest's memory itself (`Features::SHARED_MEMORY`), Running goes on with Stopped at once.
 //!
 //! In post-copy the guest is handed over before its pages, and Committed goes on with
 //!
@@ -43,7 +44,7 @@ pub(crate) use stop::page_hash;
 use crate::bandwidth::Bandwidth;
 use crate::codec::Coding;
 use crate::lanes::{Channels, Lanes, to_open};
-use crate::options::{Compress, Options};
+use crate::options::{Compress, Handover, Options};
 use crate::order::PushOrder;
 use crate::page::{Heat, PageSet, RamLayout};
 use crate::policy::{self, Policy, View};
@@ -141,6 +142,9 @@ impl CancelSwitch {
     }
 }
 
+/// What the report calls a migration whose memory was handed over: no policy had anything to decide.
+const HANDOVER: &str = "handover";
+
 /// How long the engine waits for a peer.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
@@ -206,6 +210,8 @@ enum LiveEnd {
     Stop,
     /// Move the guest; its pages follow in this order.
     HandOver(PushOrder),
+    /// There was none: the destination has the memory already.
+    Shared,
 }
 
 /// The source engine: owns everything about one migration but the guest.
@@ -226,6 +232,8 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     sender: Sender,
     pacer: Pacer,
     policy: &'static str,
+    /// The destination maps the guest's memory itself.
+    shared: bool,
     state: State,
     layout: RamLayout,
     pending: PageSet,
@@ -314,6 +322,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             stores: Stores::none(),
             sender: Sender::default(),
             policy,
+            shared: false,
             state: State::Connecting,
             pending: layout.all(),
             sent_once: PageSet::new(end),
@@ -373,11 +382,17 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         let result = self
             .handshake()
             .and_then(|()| self.copy_disks())
-            .and_then(|()| self.start_tracking())
-            .and_then(|()| self.live(policy))
+            .and_then(|()| {
+                if self.shared {
+                    return Ok(LiveEnd::Shared);
+                }
+                self.start_tracking()?;
+                self.live(policy)
+            })
             .and_then(|end| match end {
                 LiveEnd::Stop => self.stop_and_copy(),
                 LiveEnd::HandOver(order) => self.hand_over(order),
+                LiveEnd::Shared => self.hand_memory_over(),
             });
         self.finish(result)
     }
@@ -509,8 +524,14 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
                 .fault_channels()
                 .clamp(1, Self::MOST_FAULT_CHANNELS);
         }
+        let mut offered = Features::SUPPORTED;
+        if !self.share_memory()? {
+            offered = offered.without(Features::SHARED_MEMORY);
+        } else if options.handover == Handover::On {
+            required = required.or(Features::SHARED_MEMORY);
+        }
         let hello = Hello {
-            offered: Features::SUPPORTED,
+            offered,
             required,
             layout: self.layout.clone(),
             channels,
@@ -538,6 +559,15 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             });
         }
         self.control.set_end(self.layout.end());
+        if ack.features.and(offered).has(Features::SHARED_MEMORY) {
+            self.control.link().set_timeout(Some(timeouts.transfer));
+            self.shared = true;
+            self.policy = HANDOVER;
+            HANDOVER.clone_into(&mut self.progress.policy);
+            self.pending.clear();
+            self.enter(State::Running);
+            return Ok(());
+        }
         let coding = Coding::new(
             options,
             ack.features,
@@ -572,6 +602,32 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         }
         self.enter(State::Running);
         Ok(())
+    }
+
+    /// Has the guest's memory itself go out with the greeting, where that is wanted and can be.
+    fn share_memory(&mut self) -> Result<bool, SourceError> {
+        let wanted = self.setup.options.handover;
+        if wanted == Handover::Off {
+            return Ok(false);
+        }
+        // Disks are copied from host to host: that is another kind of move.
+        let shared = if self.stores.is_empty() {
+            self.guest.share_memory(self.control.link())
+        } else {
+            Ok(false)
+        };
+        match (shared, wanted) {
+            (Ok(true), _) => Ok(true),
+            (Ok(false), Handover::On) => Err(SourceError::NotShared(
+                "that needs a destination on this host, given as unix:PATH, and no --copy-disk".into(),
+            )),
+            (Err(error), Handover::On) => Err(SourceError::NotShared(error.to_string())),
+            (Ok(false), _) => Ok(false),
+            (Err(error), _) => {
+                tracing::warn!(%error, "the guest's memory is sent instead of being handed over");
+                Ok(false)
+            }
+        }
     }
 
     /// More fault channels than this serve nobody: answers wait for the link then.

@@ -14,11 +14,13 @@ mod host;
 mod nested;
 pub mod peer;
 mod proxy;
+mod relay;
 
 pub use ferry::{Ran, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
 pub use nested::{NESTED_PATIENCE, NestedHost, NestedVmm, Turn, nested_hosts};
 pub use proxy::{Action, Proxy, Way};
+pub use relay::{Relay, UnixLink};
 
 use std::time::{Duration, Instant};
 

@@ -41,11 +41,18 @@ impl Link for RawLink {
 
 /// Where "ready" begins in the stream of answers of a migration with two rounds before it.
 pub fn ready_at() -> u64 {
-    let ack = HelloAck {
-        features: Features::SUPPORTED,
-    };
-    let ack = serde_json::to_vec(&ack).unwrap().len();
-    (PREAMBLE_BYTES + HEADER_BYTES + ack + 2 * HEADER_BYTES) as u64
+    answered(Features::SUPPORTED.without(Features::SHARED_MEMORY)) + 2 * HEADER_BYTES as u64
+}
+
+/// Where "ready" begins in the stream of answers of a migration whose memory is handed over.
+pub fn shared_ready_at() -> u64 {
+    answered(Features::SUPPORTED)
+}
+
+/// Where the answer to a greeting ends.
+fn answered(features: Features) -> u64 {
+    let ack = serde_json::to_vec(&HelloAck { features }).unwrap();
+    (PREAMBLE_BYTES + HEADER_BYTES + ack.len()) as u64
 }
 
 /// Connects.
@@ -58,7 +65,12 @@ pub fn dial(to: SocketAddr) -> RawLink {
 
 /// Connects and exchanges preambles.
 pub fn greet(to: SocketAddr, role: Role, index: u16, session: SessionId) -> Channel<RawLink> {
-    let mut channel = Channel::new(dial(to));
+    greet_on(dial(to), role, index, session)
+}
+
+/// Exchanges preambles.
+pub fn greet_on<L: Link>(link: L, role: Role, index: u16, session: SessionId) -> Channel<L> {
+    let mut channel = Channel::new(link);
     channel
         .send_preamble(&Preamble::new(role, index, session))
         .unwrap();
@@ -100,7 +112,7 @@ pub fn rest(link: &mut RawLink) -> Vec<u8> {
 }
 
 /// Reads the peer's ABORT; the sentence in it. Other frames before it are skipped.
-pub fn abort_of(channel: &mut Channel<RawLink>) -> String {
+pub fn abort_of<L: Link>(channel: &mut Channel<L>) -> String {
     loop {
         let header = channel.recv_header().unwrap();
         let mut bytes = Vec::new();

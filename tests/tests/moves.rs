@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::{Class, Kernel, Line, Problem};
-use ferry_migration::options::{Compress, Options};
+use ferry_migration::options::{Compress, Handover, Options};
 use ferry_migration::report::{Report, Status};
 use ferry_tests::{Host, Proxy, State, Way, guests_run, run};
 use ferry_vmm::api::client::Action;
@@ -38,7 +38,12 @@ fn moves(work: &str, cpus: u32, unix: bool) {
     } else {
         Host::receive()
     };
-    let report = source.migrate_well(destination.uri(), &Host::options());
+    // Over a Unix socket as well, pages are what is to be tested here.
+    let options = Options {
+        handover: Handover::Off,
+        ..Host::options()
+    };
+    let report = source.migrate_well(destination.uri(), &options);
     assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
     assert!(
         source

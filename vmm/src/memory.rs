@@ -19,6 +19,7 @@ mod bitmap;
 mod error;
 mod layout;
 mod memfd;
+mod shared;
 mod transfer;
 mod userfault;
 
@@ -35,6 +36,7 @@ pub use bitmap::DirtyBitmap;
 pub use error::{RamError, RangeError};
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
 pub(crate) use memfd::{available_memory, check_available};
+pub use shared::{ClaimError, ShareError, SharedRam};
 pub use transfer::{PageRun, SplicePipe};
 pub use userfault::{
     Fault, PlaceError, Placed, Userfault, UserfaultBy, UserfaultError, Waited, check_userfault,
@@ -58,6 +60,7 @@ pub struct GuestRam {
     bitmaps: Vec<DirtyBitmap>,
     file: Arc<File>,
     hugepages: bool,
+    tenure: shared::Tenure,
 }
 
 // SAFETY: `bases` are addresses of mappings that `memory` owns for as long as `self` lives; they are
@@ -122,6 +125,7 @@ impl GuestRam {
             bitmaps,
             file,
             hugepages,
+            tenure: shared::Tenure::default(),
         })
     }
 

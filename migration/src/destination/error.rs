@@ -21,6 +21,11 @@ pub enum DestinationError {
         /// The missing ones.
         missing: u64,
     },
+    /// A promise that was not kept.
+    #[error(
+        "the source hands the guest's memory over instead of sending it, and none came with its greeting: connect the two directly by unix:, or migrate with --handover off"
+    )]
+    NoMemory,
     /// A page that is not the guest's RAM.
     #[error("the source sent page {gfn:#x} (+{count}), which is not the guest's memory")]
     NotRam {

@@ -164,6 +164,10 @@ impl Guest<SimLink> for SimGuest {
         vec![Arc::new(SimDisk(Arc::clone(&self.world)))]
     }
 
+    fn share_memory(&self, _: &mut SimLink) -> Result<bool, PortError> {
+        Ok(lock(&self.world).shares)
+    }
+
     fn release(&self) {
         let mut world = lock(&self.world);
         if !world.committed {

@@ -35,7 +35,7 @@ impl PageSink<SimLink> for SimSink {
         for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
             let mut version = [0; 8];
             link.recv(&mut version)?;
-            lock(&self.world).destination_memory[index(gfn)] = u64::from_le_bytes(version);
+            lock(&self.world).fill(gfn, u64::from_le_bytes(version));
         }
         Ok(())
     }
@@ -51,7 +51,7 @@ impl PageSink<SimLink> for SimSink {
                 let wrong = format!("page {gfn} was decoded to what no page ever was");
                 world.violations.push(wrong);
             }
-            world.destination_memory[index(gfn)] = version;
+            world.fill(gfn, version);
         }
         if pages.len() as u64 != run.count || !rest.is_empty() {
             let wrong = format!("{} bytes were decoded for {run:?}", bytes.len());
@@ -62,12 +62,12 @@ impl PageSink<SimLink> for SimSink {
 
     fn zero(&self, run: Run) -> Result<(), PortError> {
         let mut world = lock(&self.world);
-        world.destination_memory[index(run.first)..index(run.end())].fill(0);
+        (run.first..run.end()).for_each(|gfn| world.fill(gfn, 0));
         Ok(())
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
-        page_of(lock(&self.world).destination_memory[index(gfn)], into);
+        page_of(lock(&self.world).at_destination(gfn), into);
         Ok(())
     }
 
@@ -128,6 +128,20 @@ impl Host<SimLink> for SimHost {
         }))
     }
 
+    fn adopt(
+        &mut self,
+        _: &mut SimLink,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<Option<Arc<SimSink>>, PortError> {
+        if !lock(&self.world).shares {
+            return Ok(None);
+        }
+        let sink = self.prepare(layout, machine)?;
+        lock(&self.world).shared = true;
+        Ok(Some(sink))
+    }
+
     fn check_post_copy(&self) -> Result<(), PortError> {
         lock(&self.world).port_fails(PortFault::CheckPostCopy)
     }
@@ -158,6 +172,9 @@ impl Host<SimLink> for SimHost {
     fn run(&mut self) -> Result<Duration, PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Run)?;
+        if world.shared {
+            world.claim()?;
+        }
         world.destination_starts();
         Ok(Duration::ZERO)
     }

@@ -1,6 +1,6 @@
 //! The engines under injected faults. `FERRY_SIM_SEEDS=a..b` replays or widens the search.
 use super::*;
-use crate::options::{Compress, PolicyKind};
+use crate::options::{Compress, Handover, PolicyKind};
 
 fn seeds() -> std::ops::Range<u64> {
     let range = std::env::var("FERRY_SIM_SEEDS").unwrap_or_else(|_| "0..10000".into());
@@ -137,6 +137,64 @@ fn at_every_message(base: &Scenario) -> Vec<Outcome> {
         }
     }
     outcomes
+}
+
+/// A hand-over of memory sends none of it, whatever policy was asked for.
+#[test]
+fn shared_memory_is_not_sent() {
+    for (seed, &policy) in (0..).zip(PolicyKind::ALL) {
+        let mut scenario = Scenario::calm(seed);
+        scenario.shares = true;
+        scenario.options.policy = policy;
+        scenario.options.channels = Some(4);
+        scenario.options.verify = seed % 2 == 0;
+        let outcome = run(&scenario);
+        assert_eq!(outcome.violations, Vec::<String>::new(), "{policy:?}");
+        let report = &outcome.report;
+        assert_eq!(report.status, Status::Completed, "{report:?}");
+        assert_eq!(report.policy, "handover");
+        assert_eq!((report.pages.sent, report.pages.zero), (0, 0), "{report:?}");
+        assert_eq!(report.verified, scenario.options.verify.then_some(true));
+        assert!(report.rounds.is_empty() && report.bytes_wire < 3 * 4096 + 512 * 8);
+        assert_eq!(
+            (outcome.source, outcome.destination),
+            (Fate::Holds, Fate::Runs)
+        );
+        // The same two processes, told to copy.
+        scenario.options.handover = Handover::Off;
+        // The simulator has no data channels to copy on.
+        scenario.options.channels = Some(1);
+        let outcome = run(&scenario);
+        assert_eq!(outcome.violations, Vec::<String>::new(), "{policy:?}");
+        assert_eq!(outcome.report.status, Status::Completed);
+        assert_eq!(outcome.report.policy, policy.name());
+        assert!(outcome.report.pages.sent > 0);
+    }
+    // Asked for where it cannot be.
+    let mut scenario = Scenario::calm(1);
+    scenario.options.handover = Handover::On;
+    let outcome = run(&scenario);
+    let why = outcome.report.error.unwrap();
+    assert_eq!(outcome.report.status, Status::Failed);
+    assert!(why.contains("unix:PATH"), "{why}");
+}
+
+/// Every fault at every message of a hand-over of memory: the source runs on, or the doubt is said, and whoever runs the
+/// guest does so in the memory that belongs to its state.
+#[test]
+fn every_fault_at_every_message_of_a_memory_hand_over() {
+    let (mut doubts, mut failures) = (0, 0);
+    for verify in [false, true] {
+        let mut base = Scenario::calm(7);
+        base.pages = 40;
+        base.shares = true;
+        base.options.verify = verify;
+        for outcome in at_every_message(&base) {
+            doubts += usize::from(outcome.report.status == Status::InDoubt);
+            failures += usize::from(outcome.report.status == Status::Failed);
+        }
+    }
+    assert!(doubts > 10 && failures > 20, "{doubts} {failures}");
 }
 
 /// Every fault at every message of a short migration.

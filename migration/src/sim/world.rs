@@ -62,6 +62,11 @@ pub(super) struct World {
     pub destination_runs: bool,
     pub destination_has: bool,
     pub committed: bool,
+    /// Whether the link carries memory itself, and whether the destination has taken it.
+    pub shares: bool,
+    pub shared: bool,
+    /// Somebody has run the guest in the shared memory since its state was saved.
+    pub ran_since_shared: bool,
     pub source_dead: bool,
     pub destination_dead: bool,
     pub connections: Vec<Connection>,
@@ -130,6 +135,9 @@ impl World {
             destination_runs: false,
             destination_has: false,
             committed: false,
+            shares: scenario.shares,
+            shared: false,
+            ran_since_shared: false,
             source_dead: false,
             destination_dead: false,
             connections: Vec::new(),
@@ -436,6 +444,40 @@ impl World {
                 .push("two owners: the source resumed while the destination runs".into());
         }
         self.source_runs = true;
+        self.ran_since_shared |= self.shared;
+    }
+
+    /// The destination's claim on shared memory, as the kernel would decide it.
+    pub fn claim(&mut self) -> Result<(), crate::port::PortError> {
+        if self.ran_since_shared {
+            return Err("the guest has run in this memory since".into());
+        }
+        if !(self.committed || self.source_dead) {
+            return Err("the source has the guest's memory".into());
+        }
+        self.destination_memory = self.source_memory.clone();
+        self.ran_since_shared = true;
+        Ok(())
+    }
+
+    /// What the destination has of a page.
+    pub fn at_destination(&self, gfn: Gfn) -> u64 {
+        let memory = if self.shared {
+            &self.source_memory
+        } else {
+            &self.destination_memory
+        };
+        memory[index(gfn)]
+    }
+
+    /// The destination puts a page in place.
+    pub fn fill(&mut self, gfn: Gfn, version: u64) {
+        if self.shared {
+            let wrong = format!("page {gfn} was written into memory that the source's guest has");
+            self.violations.push(wrong);
+        } else {
+            self.destination_memory[index(gfn)] = version;
+        }
     }
 
     pub fn destination_starts(&mut self) {

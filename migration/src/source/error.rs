@@ -27,6 +27,9 @@ pub enum SourceError {
         /// The missing ones.
         missing: u64,
     },
+    /// Memory cannot be handed over to where the guest is to go.
+    #[error("the guest's memory cannot be handed over: {0}; without --handover on it is sent")]
+    NotShared(String),
     /// The guest or this host.
     #[error("{what} failed: {error}")]
     Guest {

@@ -28,6 +28,23 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         Ok(())
     }
 
+    /// Pauses the guest and commits: the destination has its memory.
+    pub(super) fn hand_memory_over(&mut self) -> Result<(), SourceError> {
+        self.why = Some(
+            "both processes are on this host and map the same memory, so that no page was sent"
+                .into(),
+        );
+        let stopped_at = self.pause()?;
+        let stopped = self.now();
+        self.downtime.quiesce_ms = ms(stopped.saturating_sub(stopped_at));
+        if self.setup.options.verify {
+            self.send_hashes(&self.layout.all())?;
+        }
+        self.move_guest(stopped)?;
+        self.enter(State::Discardable);
+        Ok(())
+    }
+
     /// Pauses the guest, moves it, and lets what is left follow.
     pub(super) fn hand_over(&mut self, order: PushOrder) -> Result<(), SourceError> {
         // What is dirty already will be missing in any case: the destination drops it before the pause.
@@ -92,6 +109,18 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
 
     /// Pauses the guest and takes the last of the dirty log; returns when that was done.
     fn stop(&mut self) -> Result<Duration, SourceError> {
+        let stopped_at = self.pause()?;
+        self.collect()?;
+        let collected = self.now();
+        self.downtime.quiesce_ms = ms(collected.saturating_sub(stopped_at));
+        // The last of the disks: the guest must not run there without it.
+        self.stores.collect()?;
+        self.send_blocks(true)?;
+        Ok(collected)
+    }
+
+    /// Pauses the guest; returns when it did its last.
+    fn pause(&mut self) -> Result<Duration, SourceError> {
         self.check_cancel()?;
         let ago = self
             .guest
@@ -103,13 +132,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.control
             .link()
             .set_timeout(Some(self.setup.timeouts.ready));
-        self.collect()?;
-        let collected = self.now();
-        self.downtime.quiesce_ms = ms(collected.saturating_sub(stopped_at));
-        // The last of the disks: the guest must not run there without it.
-        self.stores.collect()?;
-        self.send_blocks(true)?;
-        Ok(collected)
+        Ok(stopped_at)
     }
 
     /// Sends the state and hands the guest over, once the destination is ready.

@@ -27,6 +27,8 @@ impl Features {
 
     /// The contents of disks move too.
     pub const STORES: Self = Self(1 << 16);
+    /// The guest's memory itself comes beside the greeting, and no page is sent. Agreed on only where it did come.
+    pub const SHARED_MEMORY: Self = Self(1 << 17);
 
     /// All that this build can do.
     pub const SUPPORTED: Self = Self(
@@ -36,8 +38,15 @@ impl Features {
             | Self::POST_COPY.0
             | Self::ZSTD.0
             | Self::PATCH.0
-            | Self::STORES.0,
+            | Self::STORES.0
+            | Self::SHARED_MEMORY.0,
     );
+
+    /// These without `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
 
     /// Those of both.
     #[must_use]

@@ -5,7 +5,7 @@ use super::progress::Display;
 use super::serve::SAME_WISH;
 use super::summary::{sentence, table};
 use super::units::{duration, rate, size};
-use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind, Tracking};
+use ferry_migration::options::{Compress, Handover, OnTimeout, Options, PolicyKind, Tracking};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::Status;
 use ferry_vmm::api::client::{Action, Client};
@@ -84,6 +84,10 @@ pub struct Args {
     /// Compare all memory (and copied disks) of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
+    /// To a destination on this host (unix:PATH): give it the memory itself, so that nothing is copied; auto does where it
+    /// can, off sends pages.
+    #[arg(long, value_name = "WHEN", value_parser = named::<Handover>)]
+    handover: Option<Handover>,
     /// Print the report as one JSON object.
     #[arg(long)]
     json: bool,
@@ -134,6 +138,7 @@ impl Args {
             dirty: self.dirty.unwrap_or(default.dirty),
             copy_disk: self.copy_disk,
             verify: self.verify,
+            handover: self.handover.unwrap_or(default.handover),
             ..default
         }
     }
@@ -156,7 +161,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     if args.json {
         put_json(&report)?;
     } else if !args.quiet {
-        let rest = if report.rounds.is_empty() {
+        // A hand-over of memory has no rounds, and a pause to tell of.
+        let rest = if report.rounds.is_empty() && report.status != Status::Completed {
             String::new()
         } else {
             format!("\n{}", table(&report))
@@ -251,6 +257,8 @@ mod tests {
             "ring",
             "--copy-disk",
             "--verify",
+            "--handover",
+            "off",
         ])
         .unwrap();
         let expected = Options {
@@ -264,6 +272,7 @@ mod tests {
             dirty: Tracking::Ring,
             copy_disk: true,
             verify: true,
+            handover: Handover::Off,
             ..Options::default()
         };
         assert_eq!(options, expected);

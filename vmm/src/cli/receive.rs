@@ -23,10 +23,14 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// The guest's size and processors come with it; what is behind its disks and network cards here is to be given, in the
 /// same order. A migration that fails before the guest has moved leaves this waiting for
 /// the next. The keys and signals of `ferry run` work here too.
+///
+/// On unix:PATH the guest comes from a process on this host, which hands over the memory itself instead of copying it: the
+/// way to go on under a newer ferry.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock
-  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock --disk /net/disk.img --net tap=tap0")]
+  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock --disk /net/disk.img --net tap=tap0
+  ferry receive unix:/tmp/link --api /tmp/b.sock")]
 pub struct Args {
     /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH.
     #[arg(value_name = "URI")]

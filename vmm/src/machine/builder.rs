@@ -16,7 +16,7 @@ use super::description::{DescriptionError, FORMAT, MachineDescription};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::{Devices, Machine, lock};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
-use crate::memory::{GuestRam, RamError};
+use crate::memory::{GuestRam, RamError, ShareError, SharedRam};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +27,9 @@ pub enum BuildError {
     /// The guest's memory cannot be had.
     #[error(transparent)]
     Ram(#[from] RamError),
+    /// The memory that was shared is not the guest's.
+    #[error(transparent)]
+    Shared(#[from] ShareError),
     /// KVM refused the VM or a vCPU.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -78,6 +81,8 @@ pub struct Builder {
     opened_disks: Option<Vec<Arc<Disk>>>,
     /// Of a machine that exists already.
     description: Option<MachineDescription>,
+    /// That another process has shared.
+    shared: Option<SharedRam>,
 }
 
 impl Default for Builder {
@@ -93,6 +98,7 @@ impl Default for Builder {
             ring_entries: None,
             opened_disks: None,
             description: None,
+            shared: None,
         }
     }
 }
@@ -188,7 +194,15 @@ impl Builder {
         self
     }
 
-    /// Builds the machine: paused, its vCPUs as after reset, its memory zero.
+    /// The memory of a guest that runs in another process of this host, instead of new memory: for a machine from that
+    /// guest's description. Until the machine is resumed it changes nothing there.
+    #[must_use]
+    pub fn shared_memory(mut self, memory: SharedRam) -> Self {
+        self.shared = Some(memory);
+        self
+    }
+
+    /// Builds the machine: paused, its vCPUs as after reset, its memory zero unless it was shared.
     ///
     /// # Errors
     /// [`BuildError`].
@@ -208,7 +222,10 @@ impl Builder {
             Some(d) => d.cpuid.clone(),
             None => host.guest_cpuid().map_err(BuildError::Cpuid)?,
         };
-        let ram = Arc::new(GuestRam::new(self.memory, self.hugepages)?);
+        let ram = Arc::new(match self.shared {
+            Some(shared) => GuestRam::adopt(self.memory, self.hugepages, shared)?,
+            None => GuestRam::new(self.memory, self.hugepages)?,
+        });
         let entries = match self.dirty {
             Tracking::Log => 0,
             Tracking::Ring if !host.has_dirty_rings() => return Err(BuildError::NoDirtyRing),
@@ -267,7 +284,14 @@ impl Builder {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
             .map_err(io_error("the event of its end"))?;
-        let control = Arc::new(Control::new(kickers, wish, exit_event, virtio.clone()));
+        let control = Control::new(
+            kickers,
+            wish,
+            exit_event,
+            virtio.clone(),
+            Arc::clone(vm.ram()),
+        );
+        let control = Arc::new(control);
         let machine = Machine {
             control: control.clone(),
             threads: Mutex::new(Vec::new()),

@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::devices::VirtioSet;
 use super::lock;
 use crate::kvm::{Kicker, Vcpu, VmExit};
+use crate::memory::GuestRam;
 
 /// How long a pause waits for a vCPU. It takes microseconds; the only thing that can take long is a
 /// device whose output blocks.
@@ -81,6 +82,9 @@ pub enum ResumeError {
     /// Its disk is not its own; a sentence.
     #[error("the machine cannot be resumed: {0}")]
     Disk(String),
+    /// Its memory is not its own; a sentence.
+    #[error("the machine cannot be resumed: {0}")]
+    Memory(String),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,6 +119,8 @@ pub(super) struct Control {
     exit_event: EventFd,
     /// At rest whenever the vCPUs are.
     virtio: Arc<VirtioSet>,
+    /// Claimed before the vCPUs run: another process may have it too.
+    ram: Arc<GuestRam>,
     /// Entry times are nanoseconds after this, plus one; 0 is none. Stored without a lock as the last
     /// thing before KVM_RUN.
     origin: Instant,
@@ -127,6 +133,7 @@ impl Control {
         wish: EndWish,
         exit_event: EventFd,
         virtio: Arc<VirtioSet>,
+        ram: Arc<GuestRam>,
     ) -> Self {
         let inner = Inner {
             mode: Mode::Paused,
@@ -143,6 +150,7 @@ impl Control {
             wish,
             exit_event,
             virtio,
+            ram,
             origin: Instant::now(),
             entered: kickers.iter().map(|_| AtomicU64::new(0)).collect(),
             kickers,
@@ -234,12 +242,19 @@ impl Control {
         Ok(())
     }
 
-    /// Sets the devices going, and then the vCPUs: the guest must not wait for a device at rest. A guest whose disk
-    /// somebody else has must not run at all.
+    /// Sets the devices going, and then the vCPUs: the guest must not wait for a device at rest. A guest whose memory or
+    /// disk somebody else has must not run at all.
     fn start(&self, inner: &mut Inner) -> Result<(), ResumeError> {
-        self.virtio
-            .lock_disks()
-            .map_err(|e| ResumeError::Disk(e.to_string()))?;
+        let claim = self.ram.claim();
+        let news = claim.map_err(|e| ResumeError::Memory(e.to_string()))?;
+        if let Err(error) = self.virtio.lock_disks() {
+            // Not run, and so nobody else is kept from it.
+            if let (true, Err(error)) = (news, self.ram.give_up()) {
+                tracing::warn!(%error, "the lock on the guest's memory stays");
+            }
+            return Err(ResumeError::Disk(error.to_string()));
+        }
+        self.ram.begin();
         self.virtio.resume();
         self.run(inner);
         Ok(())

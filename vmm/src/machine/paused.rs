@@ -186,7 +186,7 @@ impl Drop for PausedMachine<'_> {
             match self.machine.control.release(self.was_running) {
                 // A machine that was stopped meanwhile has nothing to resume.
                 Ok(()) | Err(ResumeError::Ended(_)) => {}
-                Err(error @ ResumeError::Disk(_)) => {
+                Err(error @ (ResumeError::Disk(_) | ResumeError::Memory(_))) => {
                     tracing::error!(%error, "the guest stays paused");
                 }
             }

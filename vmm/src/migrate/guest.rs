@@ -160,8 +160,9 @@ impl Guest<StreamLink> for MachineGuest<'_> {
     }
 
     fn commit(&self, session: SessionId) -> Result<(), PortError> {
-        // From here on the other side may take the disks. Where that fails the guest stays.
+        // From here on the other side may take the disks and the memory. Where that fails the guest stays.
         self.machine.release_disks()?;
+        self.machine.ram().give_up()?;
         tracing::info!(%session, "the guest is handed over");
         self.handle.committed();
         self.keep();
@@ -175,6 +176,14 @@ impl Guest<StreamLink> for MachineGuest<'_> {
     fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
         let store = |disk: &Arc<_>| Arc::new(DiskStore(Arc::clone(disk))) as _;
         self.machine.disks().iter().map(store).collect()
+    }
+
+    fn share_memory(&self, link: &mut StreamLink) -> Result<bool, PortError> {
+        let Some(beside) = link.beside() else {
+            return Ok(false);
+        };
+        beside.put(self.machine.ram().share()?);
+        Ok(true)
     }
 
     fn fault_channels(&self) -> u16 {

@@ -13,7 +13,9 @@ use ferry_migration::wire::MAX_RUNS;
 use super::disks::ArrivingDisks;
 use super::{StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Backends, DeviceDescription, Machine, MachineDescription, MachineState};
-use crate::memory::{GuestRam, PageRun, Userfault, Waited, check_available, check_userfault};
+use crate::memory::{
+    GuestRam, PageRun, SharedRam, Userfault, Waited, check_available, check_userfault,
+};
 
 /// Makes the serial console's output for an arriving machine.
 pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Send + Sync>;
@@ -188,27 +190,29 @@ impl MachineHost {
     }
 }
 
-impl Host<StreamLink> for MachineHost {
-    type Sink = RamSink;
-
-    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
-        self.disks.make(&self.backends.disks, bytes)?;
-        Ok(self.disks.sinks())
-    }
-
-    fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<RamSink>, PortError> {
+impl MachineHost {
+    /// Builds the machine, over new memory or over what the source has shared.
+    fn build(
+        &mut self,
+        layout: &RamLayout,
+        machine: &[u8],
+        memory: Option<SharedRam>,
+    ) -> Result<Arc<RamSink>, PortError> {
         let description: MachineDescription = serde_json::from_slice(machine)
             .map_err(|e| format!("the machine's description cannot be understood: {e}"))?;
         description.check_host()?;
         let serial = (self.serial)()
             .map_err(|e| format!("the serial console cannot be opened here: {e}"))?;
-        let machine = Machine::builder()
+        let mut builder = Machine::builder()
             .from_description(&description)
             .serial(serial)
             .devices(self.backends.clone())
             .dirty(self.dirty)
-            .opened_disks(self.disks.disks())
-            .build()?;
+            .opened_disks(self.disks.disks());
+        if let Some(memory) = memory {
+            builder = builder.shared_memory(memory);
+        }
+        let machine = builder.build()?;
         if engine_layout(machine.ram())? != *layout {
             return Err(
                 "the source's memory layout is not that of its machine's description".into(),
@@ -222,6 +226,36 @@ impl Host<StreamLink> for MachineHost {
         self.machine = Some(Arc::new(machine));
         self.sink = Some(Arc::clone(&sink));
         Ok(sink)
+    }
+}
+
+impl Host<StreamLink> for MachineHost {
+    type Sink = RamSink;
+
+    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        self.disks.make(&self.backends.disks, bytes)?;
+        Ok(self.disks.sinks())
+    }
+
+    fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<RamSink>, PortError> {
+        self.build(layout, machine, None)
+    }
+
+    fn adopt(
+        &mut self,
+        link: &mut StreamLink,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<Option<Arc<RamSink>>, PortError> {
+        let Some(beside) = link.beside() else {
+            return Ok(None);
+        };
+        let Some(memory) = beside.take()? else {
+            return Ok(None);
+        };
+        // Page tables are left to be made as the guest touches its pages. Made here for all of them they cost three times
+        // as much for each (3.7 µs against 1.3 µs measured) while the guest needs the processors, and it gained nothing.
+        self.build(layout, machine, Some(memory)).map(Some)
     }
 
     fn check_post_copy(&self) -> Result<(), PortError> {

@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use socket2::SockRef;
 
+use super::beside::Beside;
 use super::{Handle, Uri};
 use crate::memory::SplicePipe;
 
@@ -36,6 +37,8 @@ pub struct StreamLink {
     timeout: Option<Duration>,
     cancel: Option<Handle>,
     pipe: Option<SplicePipe>,
+    /// Files on their way beside the bytes; over Unix sockets only.
+    beside: Option<Beside>,
 }
 
 /// Decides whether a wait goes on.
@@ -64,6 +67,16 @@ impl Patience<'_> {
             _ => Ok(()),
         }
     }
+
+    /// Whether to go on after an error of a system call; since when there was no progress.
+    fn retry(mut self, error: io::Error) -> io::Result<Option<Instant>> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.tick(false)?,
+            _ => return Err(error),
+        }
+        Ok(self.since)
+    }
 }
 
 impl StreamLink {
@@ -82,6 +95,7 @@ impl StreamLink {
             timeout: None,
             cancel: None,
             pipe: None,
+            beside: None,
         })
     }
 
@@ -98,7 +112,20 @@ impl StreamLink {
             timeout: None,
             cancel: None,
             pipe: None,
+            beside: Some(Beside::default()),
         })
+    }
+
+    /// Takes a Unix connection of a source, which may bring the guest's memory.
+    ///
+    /// # Errors
+    /// When its options cannot be set.
+    pub(super) fn accepted(stream: UnixStream) -> io::Result<Self> {
+        let mut link = Self::unix(stream)?;
+        if let Some(beside) = link.beside() {
+            beside.expect();
+        }
+        Ok(link)
     }
 
     /// Connects to a receiver.
@@ -133,14 +160,15 @@ impl StreamLink {
             Stream::Tcp(s) => s.as_fd(),
             Stream::Unix(s) => s.as_fd(),
         };
-        (
-            fd,
-            Patience {
-                timeout: self.timeout,
-                cancel: self.cancel.as_ref(),
-                since: None,
-            },
-        )
+        (fd, self.patience(None))
+    }
+
+    const fn patience(&self, since: Option<Instant>) -> Patience<'_> {
+        Patience {
+            timeout: self.timeout,
+            cancel: self.cancel.as_ref(),
+            since,
+        }
     }
 
     /// A pipe for moving pages off this socket, made when first needed; `None` where that fails.
@@ -152,27 +180,25 @@ impl StreamLink {
         self.pipe.as_ref().map(|pipe| (fd, patience, pipe))
     }
 
-    fn write_vectored(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        match &self.stream {
-            Stream::Tcp(s) => (&mut &*s).write_vectored(parts),
-            Stream::Unix(s) => (&mut &*s).write_vectored(parts),
+    /// What goes, and came, beside the bytes; `None` where the connection carries nothing but bytes.
+    pub(super) const fn beside(&mut self) -> Option<&mut Beside> {
+        self.beside.as_mut()
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        match (&self.stream, &mut self.beside) {
+            (Stream::Tcp(s), _) => (&mut &*s).write_vectored(parts),
+            (Stream::Unix(s), Some(beside)) if beside.leaves() => beside.send(s, parts),
+            (Stream::Unix(s), _) => (&mut &*s).write_vectored(parts),
         }
     }
 
-    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
-        match &self.stream {
-            Stream::Tcp(s) => (&mut &*s).read(buf),
-            Stream::Unix(s) => (&mut &*s).read(buf),
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match (&self.stream, &mut self.beside) {
+            (Stream::Tcp(s), _) => (&mut &*s).read(buf),
+            (Stream::Unix(s), Some(beside)) if beside.expected() => beside.receive(s, buf),
+            (Stream::Unix(s), _) => (&mut &*s).read(buf),
         }
-    }
-}
-
-/// Whether to go on after an error of a system call.
-fn retry(error: io::Error, patience: &mut Patience<'_>) -> io::Result<()> {
-    match error.kind() {
-        io::ErrorKind::Interrupted => Ok(()),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => patience.tick(false),
-        _ => Err(error),
     }
 }
 
@@ -181,22 +207,22 @@ impl Link for StreamLink {
         let mut slices = [IoSlice::new(head), IoSlice::new(body)];
         let mut left = &mut slices[..];
         IoSlice::advance_slices(&mut left, 0);
-        let (_, mut patience) = self.parts();
+        let mut since = None;
         while !left.is_empty() {
             match self.write_vectored(left) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => {
                     IoSlice::advance_slices(&mut left, n);
-                    patience.tick(true)?;
+                    since = None;
                 }
-                Err(error) => retry(error, &mut patience)?,
+                Err(error) => since = self.patience(since).retry(error)?,
             }
         }
         Ok(())
     }
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        let (_, mut patience) = self.parts();
+        let mut since = None;
         let mut done = 0;
         while done < buf.len() {
             match self.read(&mut buf[done..]) {
@@ -208,9 +234,9 @@ impl Link for StreamLink {
                 }
                 Ok(n) => {
                     done += n;
-                    patience.tick(true)?;
+                    since = None;
                 }
-                Err(error) => retry(error, &mut patience)?,
+                Err(error) => since = self.patience(since).retry(error)?,
             }
         }
         Ok(())

@@ -325,7 +325,9 @@ fn accept(shared: &Arc<Shared>, listener: &Listener) {
         }
         let link = match listener {
             Listener::Tcp(l) => l.accept().and_then(|(stream, _)| StreamLink::tcp(stream)),
-            Listener::Unix(l, _) => l.accept().and_then(|(stream, _)| StreamLink::unix(stream)),
+            Listener::Unix(l, _) => l
+                .accept()
+                .and_then(|(stream, _)| StreamLink::accepted(stream)),
         };
         match link {
             Ok(link) => spawn(shared, link),

@@ -9,6 +9,7 @@ mod copy_disk;
 mod dirty;
 mod life;
 mod serial;
+mod shared;
 mod smp;
 mod state;
 mod support;

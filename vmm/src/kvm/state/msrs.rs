@@ -15,6 +15,8 @@ pub const MAX_MSRS: usize = 512;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// `MSR_KVM_WALL_CLOCK` and its new number: writing it has KVM write the time into guest memory at once.
+const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
 /// The MSRs that this vCPU lets itself be read; found out once, so that saving, which happens in the
 /// guest's pause, is one ioctl for each 256 of them.
@@ -69,6 +71,9 @@ impl Vcpu {
     /// Writes the MSRs, TSC_DEADLINE last: arming the deadline compares it with the guest's TSC, so
     /// the TSC must be right by then (and the local APIC's timer in deadline mode, which the caller
     /// sees to). Returns what could not be written and matters.
+    ///
+    /// The wall clock is left out. It is a request rather than a state: a guest writes the register each time that it wants
+    /// to know. And nothing may be written into guest memory here, which may still belong to the guest at its source.
     pub(super) fn restore_msrs(&self, saved: &[(u32, u64)]) -> Result<Vec<SkippedMsr>, IoctlError> {
         let entry = |&(index, data): &(u32, u64)| kvm_msr_entry {
             index,
@@ -80,7 +85,8 @@ impl Vcpu {
             IA32_TSC_DEADLINE => 2,
             _ => 0,
         };
-        let mut entries: Vec<kvm_msr_entry> = saved.iter().map(entry).collect();
+        let states = saved.iter().filter(|(i, _)| !KVM_WALL_CLOCK.contains(i));
+        let mut entries: Vec<kvm_msr_entry> = states.map(entry).collect();
         // Stable: all else stays in KVM's order. The TSC comes late, close to the moment it counts.
         entries.sort_by_key(|e| rank(e.index));
         let mut refused = Vec::new();

@@ -1,0 +1,162 @@
+use super::*;
+use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
+use std::os::unix::fs::MetadataExt;
+use vm_memory::{Bytes, GuestAddress};
+
+const BYTES: u64 = 4 << 20;
+
+fn pair() -> (GuestRam, GuestRam) {
+    let a = GuestRam::new(BYTES, false).unwrap();
+    let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
+    (a, b)
+}
+
+fn runs(ram: &GuestRam) -> Result<bool, ClaimError> {
+    ram.claim().inspect(|_| ram.begin())
+}
+
+#[test]
+fn both_sides_see_the_same_memory() {
+    let a = GuestRam::new(BYTES, false).unwrap();
+    let at = GuestAddress(0x3000);
+    a.memory().write_obj(1_u64, at).unwrap();
+    let blocks = || a.file().metadata().unwrap().blocks();
+    let before = blocks();
+    let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
+    assert_eq!(blocks(), before, "taking it over fills no holes");
+    assert_eq!(b.memory().read_obj::<u64>(at).unwrap(), 1);
+    b.memory().write_obj(2_u64, at).unwrap();
+    assert_eq!(a.memory().read_obj::<u64>(at).unwrap(), 2);
+    // It lives as long as one of them maps it.
+    drop(a);
+    assert_eq!(b.memory().read_obj::<u64>(at).unwrap(), 2);
+}
+
+#[test]
+fn one_side_at_a_time_runs_the_guest() {
+    let (a, b) = pair();
+    assert!(runs(&a).unwrap(), "news");
+    assert!(!runs(&a).unwrap(), "held already");
+    assert!(matches!(runs(&b), Err(ClaimError::Held)));
+}
+
+/// The way of a hand-over that works: the source gives it up, the destination takes it, and the source has nothing left.
+#[test]
+fn after_a_commit_the_destination_runs_the_guest_and_the_source_never_again() {
+    let a = GuestRam::new(BYTES, false).unwrap();
+    runs(&a).unwrap();
+    let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
+    a.give_up().unwrap();
+    runs(&b).unwrap();
+    assert!(matches!(runs(&a), Err(ClaimError::Held)));
+    // Also when the destination is gone: the memory went on without the source's state.
+    drop(b);
+    assert!(matches!(runs(&a), Err(ClaimError::Stale)));
+    assert!(matches!(runs(&a), Err(ClaimError::Stale)), "for good");
+}
+
+/// Committed, and the destination died before it ran: the source may.
+#[test]
+fn a_commit_that_nobody_read_can_be_taken_back() {
+    let a = GuestRam::new(BYTES, false).unwrap();
+    runs(&a).unwrap();
+    let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
+    a.give_up().unwrap();
+    drop(b);
+    assert!(runs(&a).unwrap());
+}
+
+/// The source resumed its guest and died later: what the destination kept of it is older than the memory.
+#[test]
+fn a_source_that_went_on_leaves_nothing_to_run() {
+    let a = GuestRam::new(BYTES, false).unwrap();
+    runs(&a).unwrap();
+    let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
+    runs(&a).unwrap();
+    assert!(matches!(runs(&b), Err(ClaimError::Held)));
+    drop(a);
+    assert!(matches!(runs(&b), Err(ClaimError::Stale)));
+}
+
+/// The source died in the pause: the kernel has freed its lock, and the memory is as it was.
+#[test]
+fn a_source_that_died_in_the_pause_leaves_all() {
+    let a = GuestRam::new(BYTES, false).unwrap();
+    runs(&a).unwrap();
+    let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
+    drop(a);
+    assert!(runs(&b).unwrap());
+}
+
+/// Sharing once more takes the memory back from whoever was given it before.
+#[test]
+fn the_last_who_was_given_it_counts() {
+    let a = GuestRam::new(BYTES, false).unwrap();
+    let give = || GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
+    let (b, c) = (give(), give());
+    assert!(matches!(runs(&b), Err(ClaimError::Stale)));
+    assert!(runs(&c).unwrap());
+    assert!(matches!(runs(&a), Err(ClaimError::Held)));
+}
+
+fn memfd(bytes: u64, seals: SealFlags) -> OwnedFd {
+    let file = memfd_create("a test's", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&file, bytes).unwrap();
+    fcntl_add_seals(&file, seals).unwrap();
+    file
+}
+
+#[test]
+fn what_is_not_the_guests_memory_is_refused() {
+    let word = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let adopt = |memory: OwnedFd, bytes, hugepages| {
+        let word = word();
+        let error = GuestRam::adopt(bytes, hugepages, SharedRam { memory, word }).unwrap_err();
+        let sentence = error.to_string();
+        assert!(
+            !sentence.contains('\n') && sentence.len() > 20,
+            "{sentence}"
+        );
+        error
+    };
+    let sealed = SealFlags::SHRINK | SealFlags::GROW;
+    let wrong = adopt(memfd(BYTES - 4096, sealed), BYTES, false);
+    assert!(matches!(wrong, ShareError::Size { .. }), "{wrong}");
+    let wrong = adopt(memfd(BYTES * 2, sealed), BYTES, false);
+    assert!(matches!(wrong, ShareError::Size { .. }), "{wrong}");
+    let wrong = adopt(memfd(BYTES, SealFlags::GROW), BYTES, false);
+    assert!(matches!(wrong, ShareError::Unsealed), "{wrong}");
+    for write in [SealFlags::WRITE, SealFlags::FUTURE_WRITE] {
+        let wrong = adopt(memfd(BYTES, sealed | write), BYTES, false);
+        assert!(matches!(wrong, ShareError::ReadOnly), "{wrong}");
+    }
+    let path = |file: &OwnedFd| format!("/proc/self/fd/{}", file.as_raw_fd());
+    let good = memfd(BYTES, sealed);
+    let read_only = File::open(path(&good)).unwrap().into();
+    let wrong = adopt(read_only, BYTES, false);
+    assert!(matches!(wrong, ShareError::ReadOnly), "{wrong}");
+    let wrong = adopt(good, BYTES, true);
+    assert!(matches!(wrong, ShareError::Pages), "{wrong}");
+    let on_disk = tempfile::tempfile().unwrap();
+    on_disk.set_len(BYTES).unwrap();
+    let pipe = rustix::pipe::pipe().unwrap().0;
+    let zeros = File::open("/dev/zero").unwrap();
+    for other in [on_disk.into(), pipe, zeros.into(), word()] {
+        let wrong = adopt(other, BYTES, false);
+        assert!(matches!(wrong, ShareError::Kind), "{wrong}");
+    }
+    let wrong = adopt(memfd(0, sealed), 0, false);
+    assert!(matches!(wrong, ShareError::Ram(RamError::Zero)), "{wrong}");
+}
+
+/// A word that is no event, from a source that means no good, costs it its own guest and stops nobody here.
+#[test]
+fn a_word_that_is_no_event_stops_nobody() {
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    for word in [read, write] {
+        let memory = memfd(BYTES, SealFlags::SHRINK);
+        let ram = GuestRam::adopt(BYTES, false, SharedRam { memory, word }).unwrap();
+        // Whatever it comes to, it comes.
+        let _ = runs(&ram);
+    }
+}

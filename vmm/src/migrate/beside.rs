@@ -1,0 +1,115 @@
+//! Open files beside the bytes of a Unix socket (`SCM_RIGHTS`, unix(7)): how a guest's memory goes to another process.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+use crate::memory::SharedRam;
+
+/// The memory and its word.
+const FILES: usize = 2;
+
+/// What goes, and what came, beside the bytes of a connection.
+#[derive(Debug, Default)]
+pub(super) struct Beside {
+    /// To go with the next bytes.
+    outgoing: Option<SharedRam>,
+    /// Whether files are wanted: else the kernel closes what comes.
+    expected: bool,
+    incoming: Vec<OwnedFd>,
+    /// More came than can be meant.
+    excess: bool,
+}
+
+impl Beside {
+    /// The memory leaves with the next bytes.
+    pub(super) fn put(&mut self, memory: SharedRam) {
+        self.outgoing = Some(memory);
+    }
+
+    /// From now on files that come are kept, until [`take`](Self::take).
+    pub(super) const fn expect(&mut self) {
+        self.expected = true;
+    }
+
+    /// The memory that came, if any. Nothing more is taken in.
+    ///
+    /// # Errors
+    /// What came cannot be a guest's memory; a sentence.
+    pub(super) fn take(&mut self) -> Result<Option<SharedRam>, &'static str> {
+        self.expected = false;
+        if std::mem::take(&mut self.excess) {
+            self.incoming.clear();
+            return Err(
+                "the source has sent more files beside its greeting than the guest's memory",
+            );
+        }
+        let mut files = self.incoming.drain(..);
+        match (files.next(), files.next()) {
+            (Some(memory), Some(word)) => Ok(Some(SharedRam { memory, word })),
+            (None, _) => Ok(None),
+            (Some(_), None) => {
+                Err("the source has sent a part only of what makes up the guest's memory")
+            }
+        }
+    }
+
+    pub(super) const fn leaves(&self) -> bool {
+        self.outgoing.is_some()
+    }
+
+    pub(super) const fn expected(&self) -> bool {
+        self.expected
+    }
+
+    /// Sends bytes, and what is to leave beside the first of them.
+    pub(super) fn send(&mut self, socket: &UnixStream, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let files = self
+            .outgoing
+            .as_ref()
+            .map(|ram| [ram.memory.as_fd(), ram.word.as_fd()]);
+        if let Some(files) = &files
+            && !control.push(SendAncillaryMessage::ScmRights(files))
+        {
+            return Err(io::Error::other(
+                "no room for the guest's memory beside the greeting",
+            ));
+        }
+        let sent = sendmsg(socket, parts, &mut control, SendFlags::NOSIGNAL)?;
+        // The files have left with the first byte.
+        if sent > 0 {
+            self.outgoing = None;
+        }
+        Ok(sent)
+    }
+
+    /// Receives bytes, and keeps the files that come beside them: as many as can be meant, and no more.
+    pub(super) fn receive(&mut self, socket: &UnixStream, into: &mut [u8]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(into)];
+        let got = recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        // What does not fit was closed by the kernel, what is not kept is closed here.
+        self.excess |= got.flags.contains(ReturnFlags::CTRUNC);
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(files) = message {
+                for file in files {
+                    if self.incoming.len() < FILES {
+                        self.incoming.push(file);
+                    } else {
+                        self.excess = true;
+                    }
+                }
+            }
+        }
+        Ok(got.bytes)
+    }
+}
