@@ -4,6 +4,7 @@
 
 mod latency;
 
+pub use crate::lanes::Channels;
 pub use latency::{Bucket, Latencies};
 
 use serde::{Deserialize, Serialize};
@@ -206,6 +207,9 @@ pub struct Report {
     /// Disks that moved with the guest; `null` where that was not asked for.
     #[serde(default)]
     pub disk: Option<Disk>,
+    /// The connections that pages went out on.
+    #[serde(default)]
+    pub channels: Channels,
     /// All bytes that the source wrote to its channels.
     pub bytes_wire: u64,
     /// `bytes_wire` over `total_ms`, in 10⁶ bytes per second.
@@ -240,6 +244,7 @@ impl Report {
             pages: Pages::default(),
             codecs: Codecs::default(),
             disk: None,
+            channels: Channels::default(),
             bytes_wire: 0,
             mbps: 0.0,
             faults: Faults::default(),

@@ -105,6 +105,7 @@ pub fn report() -> Report {
         pages: report::Pages::default(),
         codecs: Default::default(),
         disk: None,
+        channels: Default::default(),
         bytes_wire: 1,
         mbps: 1.0,
         faults: report::Faults::default(),
