@@ -91,7 +91,7 @@ fn a_disk_arrives_whole_and_sparse() {
         let options = Options {
             policy,
             compress,
-            channels,
+            channels: Some(channels),
             ..options()
         };
         let report = source.migrate_well(destination.uri(), &options);
