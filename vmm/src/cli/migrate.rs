@@ -5,7 +5,7 @@ use super::progress::Display;
 use super::serve::SAME_WISH;
 use super::summary::{sentence, table};
 use super::units::{duration, rate, size};
-use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
+use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind, Tracking};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::Status;
 use ferry_vmm::api::client::{Action, Client};
@@ -78,6 +78,9 @@ pub struct Args {
     /// has the same size. --timeout counts from the end of the first pass over them.
     #[arg(long)]
     copy_disk: bool,
+    /// How dirty pages are to be found: auto takes what the guest's VMM was started with, log and ring insist on it.
+    #[arg(long, value_name = "HOW", value_parser = named::<Tracking>)]
+    dirty: Option<Tracking>,
     /// Compare all memory (and copied disks) of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
@@ -129,6 +132,7 @@ impl Args {
             compress: self.compress.unwrap_or(default.compress),
             delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
             copy_disk: self.copy_disk,
+            dirty: self.dirty.unwrap_or(default.dirty),
             verify: self.verify,
             ..default
         }
@@ -244,6 +248,8 @@ mod tests {
             "--delta-cache",
             "32M",
             "--copy-disk",
+            "--dirty",
+            "ring",
             "--verify",
         ])
         .unwrap();
@@ -256,6 +262,7 @@ mod tests {
             compress: Compress::Adaptive,
             delta_cache: 32 << 20,
             copy_disk: true,
+            dirty: Tracking::Ring,
             verify: true,
             ..Options::default()
         };

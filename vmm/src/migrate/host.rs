@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ferry_migration::codec::marks::Marks;
+use ferry_migration::options::Tracking;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{BlockSink, Host, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
@@ -155,6 +156,7 @@ pub struct MachineHost {
     backends: Backends,
     /// Those that are copied here.
     disks: ArrivingDisks,
+    dirty: Tracking,
     machine: Option<Arc<Machine>>,
     sink: Option<Arc<RamSink>>,
     run_after: bool,
@@ -162,11 +164,12 @@ pub struct MachineHost {
 }
 
 impl MachineHost {
-    pub(super) fn new(serial: SerialFactory, backends: Backends) -> Self {
+    pub(super) fn new(serial: SerialFactory, backends: Backends, dirty: Tracking) -> Self {
         Self {
             serial,
             backends,
             disks: ArrivingDisks::default(),
+            dirty,
             machine: None,
             sink: None,
             run_after: true,
@@ -204,6 +207,7 @@ impl Host<StreamLink> for MachineHost {
             .serial(serial)
             .devices(self.backends.clone())
             .opened_disks(self.disks.disks())
+            .dirty(self.dirty)
             .build()?;
         if engine_layout(machine.ram())? != *layout {
             return Err(
