@@ -172,10 +172,10 @@ pub struct Options {
     /// Bytes of pages that the source keeps a copy of, so that they can be sent as differences; more than the guest
     /// has are never kept, and 0 keeps none. Memory is taken as the cache fills.
     pub delta_cache: u64,
-    /// Move the contents of the guest's disks too: they are on no storage that both hosts reach.
-    pub copy_disk: bool,
     /// How dirty pages are to be found; a migration of a guest that has it otherwise is refused.
     pub dirty: Tracking,
+    /// Move the contents of the guest's disks too: they are on no storage that both hosts reach.
+    pub copy_disk: bool,
     /// Hash all memory on both sides in the pause and fail on a difference.
     pub verify: bool,
 }
@@ -198,8 +198,8 @@ impl Default for Options {
             channels: None,
             compress: Compress::Auto,
             delta_cache: 64 << 20,
-            copy_disk: false,
             dirty: Tracking::Auto,
+            copy_disk: false,
             verify: false,
         }
     }

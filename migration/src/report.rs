@@ -204,12 +204,12 @@ pub struct Report {
     /// Pages by coder.
     #[serde(default)]
     pub codecs: Codecs,
-    /// Disks that moved with the guest; `null` where that was not asked for.
-    #[serde(default)]
-    pub disk: Option<Disk>,
     /// The connections that pages went out on.
     #[serde(default)]
     pub channels: Channels,
+    /// Disks that moved with the guest; `null` where that was not asked for.
+    #[serde(default)]
+    pub disk: Option<Disk>,
     /// All bytes that the source wrote to its channels.
     pub bytes_wire: u64,
     /// `bytes_wire` over `total_ms`, in 10⁶ bytes per second.
@@ -243,8 +243,8 @@ impl Report {
             rounds_omitted: 0,
             pages: Pages::default(),
             codecs: Codecs::default(),
-            disk: None,
             channels: Channels::default(),
+            disk: None,
             bytes_wire: 0,
             mbps: 0.0,
             faults: Faults::default(),

@@ -74,13 +74,13 @@ pub struct Args {
     /// Copies of sent pages that the source keeps, so that it can send differences, for example 256M; 0 keeps none.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     delta_cache: Option<u64>,
+    /// How dirty pages are to be found: auto takes what the guest's VMM was started with, log and ring insist on it.
+    #[arg(long, value_name = "HOW", value_parser = named::<Tracking>)]
+    dirty: Option<Tracking>,
     /// Move the contents of the guest's disks too, before its memory; the destination's --disk is made, or written over if it
     /// has the same size. --timeout counts from the end of the first pass over them.
     #[arg(long)]
     copy_disk: bool,
-    /// How dirty pages are to be found: auto takes what the guest's VMM was started with, log and ring insist on it.
-    #[arg(long, value_name = "HOW", value_parser = named::<Tracking>)]
-    dirty: Option<Tracking>,
     /// Compare all memory (and copied disks) of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
@@ -131,8 +131,8 @@ impl Args {
             channels: self.channels.filter(|n| *n > 0),
             compress: self.compress.unwrap_or(default.compress),
             delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
-            copy_disk: self.copy_disk,
             dirty: self.dirty.unwrap_or(default.dirty),
+            copy_disk: self.copy_disk,
             verify: self.verify,
             ..default
         }
@@ -247,9 +247,9 @@ mod tests {
             "adaptive",
             "--delta-cache",
             "32M",
-            "--copy-disk",
             "--dirty",
             "ring",
+            "--copy-disk",
             "--verify",
         ])
         .unwrap();
@@ -261,8 +261,8 @@ mod tests {
             channels: Some(4),
             compress: Compress::Adaptive,
             delta_cache: 32 << 20,
-            copy_disk: true,
             dirty: Tracking::Ring,
+            copy_disk: true,
             verify: true,
             ..Options::default()
         };

@@ -73,9 +73,9 @@ pub struct Builder {
     name: String,
     serial: Box<dyn Write + Send>,
     backends: Backends,
-    opened_disks: Option<Vec<Arc<Disk>>>,
     dirty: Tracking,
     ring_entries: Option<u32>,
+    opened_disks: Option<Vec<Arc<Disk>>>,
     /// Of a machine that exists already.
     description: Option<MachineDescription>,
 }
@@ -89,9 +89,9 @@ impl Default for Builder {
             name: "ferry".to_owned(),
             serial: Box::new(io::sink()),
             backends: Backends::default(),
-            opened_disks: None,
             dirty: Tracking::Auto,
             ring_entries: None,
+            opened_disks: None,
             description: None,
         }
     }
@@ -152,13 +152,6 @@ impl Builder {
         self
     }
 
-    /// The disks, where they are open already: those of [`devices`](Self::devices) are not opened then.
-    #[must_use]
-    pub fn opened_disks(mut self, disks: Option<Vec<Arc<Disk>>>) -> Self {
-        self.opened_disks = disks;
-        self
-    }
-
     /// How the pages that the guest dirties are found while it is migrated. By default as [`DirtyLog`] finds better on
     /// this host. A machine has it for good.
     #[must_use]
@@ -173,6 +166,13 @@ impl Builder {
     #[must_use]
     pub fn dirty_ring_entries(mut self, entries: u32) -> Self {
         self.ring_entries = Some(entries);
+        self
+    }
+
+    /// The disks, where they are open already: those of [`devices`](Self::devices) are not opened then.
+    #[must_use]
+    pub fn opened_disks(mut self, disks: Option<Vec<Arc<Disk>>>) -> Self {
+        self.opened_disks = disks;
         self
     }
 

@@ -154,9 +154,9 @@ impl PageSink<StreamLink> for RamSink {
 pub struct MachineHost {
     serial: SerialFactory,
     backends: Backends,
+    dirty: Tracking,
     /// Those that are copied here.
     disks: ArrivingDisks,
-    dirty: Tracking,
     machine: Option<Arc<Machine>>,
     sink: Option<Arc<RamSink>>,
     run_after: bool,
@@ -168,8 +168,8 @@ impl MachineHost {
         Self {
             serial,
             backends,
-            disks: ArrivingDisks::default(),
             dirty,
+            disks: ArrivingDisks::default(),
             machine: None,
             sink: None,
             run_after: true,
@@ -206,8 +206,8 @@ impl Host<StreamLink> for MachineHost {
             .from_description(&description)
             .serial(serial)
             .devices(self.backends.clone())
-            .opened_disks(self.disks.disks())
             .dirty(self.dirty)
+            .opened_disks(self.disks.disks())
             .build()?;
         if engine_layout(machine.ram())? != *layout {
             return Err(

@@ -104,6 +104,7 @@ pub fn report() -> Report {
         rounds_omitted: 0,
         pages: report::Pages::default(),
         codecs: Default::default(),
+        channels: Default::default(),
         disk: None,
         channels: Default::default(),
         bytes_wire: 1,
