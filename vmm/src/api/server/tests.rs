@@ -106,7 +106,6 @@ pub fn report() -> Report {
         codecs: Default::default(),
         channels: Default::default(),
         disk: None,
-        channels: Default::default(),
         bytes_wire: 1,
         mbps: 1.0,
         faults: report::Faults::default(),
