@@ -299,6 +299,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 run.end()
             };
             self.take_acks()?;
+            // Data channels are silent while blocks go out on this one, and must not be taken for dead.
+            self.keep_lanes_alive()?;
             self.tell_progress();
             let due = self.stores.since_asked >= PIECE
                 || self.now().saturating_sub(self.stores.asked_at) >= PIECE_TIME;
@@ -416,12 +418,6 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let round = self.stores.asked;
         self.control
             .send(Header::bare(FrameType::BlocksEnd, round), &[])?;
-        if !paused {
-            // Data channels are silent while blocks go out on this one, and must not be taken for dead.
-            for (lane, _) in &mut self.lanes {
-                lane.send(Header::bare(FrameType::Alive, 0), &[])?;
-            }
-        }
         Ok(())
     }
 

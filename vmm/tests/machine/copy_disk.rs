@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
+use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind, Tracking};
 use ferry_migration::report::Status;
 use ferry_vmm::machine::Machine;
 use ferry_vmm::migrate::{Arrival, Handle, Receiver, Uri, migrate};
@@ -49,7 +49,7 @@ fn moves(policy: PolicyKind) {
     let source = Arc::new(writer(Machine::builder().devices(backends(file.path()))));
     let uri = Uri::Unix(dir.path().join("link"));
     let serial = Arc::new(|| Ok(Box::new(std::io::sink()) as _));
-    let receiver = Receiver::bind_with(&uri, serial, backends(&copy)).unwrap();
+    let receiver = Receiver::bind_with(&uri, serial, backends(&copy), Tracking::Auto).unwrap();
     source.resume().unwrap();
     progresses(&source, COUNTER);
     let options = Options {
