@@ -174,6 +174,8 @@ pub struct Options {
     pub delta_cache: u64,
     /// How dirty pages are to be found; a migration of a guest that has it otherwise is refused.
     pub dirty: Tracking,
+    /// Move the contents of the guest's disks too: they are on no storage that both hosts reach.
+    pub copy_disk: bool,
     /// Hash all memory on both sides in the pause and fail on a difference.
     pub verify: bool,
 }
@@ -197,6 +199,7 @@ impl Default for Options {
             compress: Compress::Auto,
             delta_cache: 64 << 20,
             dirty: Tracking::Auto,
+            copy_disk: false,
             verify: false,
         }
     }

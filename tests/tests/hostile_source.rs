@@ -138,6 +138,14 @@ fn a_receiver_survives_lies() {
             "outside the guest's memory",
         ),
         (
+            "a block",
+            checked(
+                Header::of_blocks(FrameType::Blocks, 0, Run::new(0, 1)),
+                vec![1; 65536],
+            ),
+            "a greeting",
+        ),
+        (
             "a huge greeting",
             raw(
                 Header {
@@ -189,6 +197,11 @@ fn a_receiver_survives_lies() {
             ..hello.clone()
         }
     };
+    let with_disks = |bytes: &[u64]| Hello {
+        required: Features::STORES,
+        stores: bytes.to_vec(),
+        ..hello.clone()
+    };
     for (name, hello) in [
         (
             "an enormous machine",
@@ -221,6 +234,11 @@ fn a_receiver_survives_lies() {
                 ..hello.clone()
             },
         ),
+        ("a disk that is not here", with_disks(&[1 << 20])),
+        ("an empty disk", with_disks(&[0])),
+        ("no disks", with_disks(&[])),
+        ("endless disks", with_disks(&[u64::MAX; 64])),
+        ("many disks", with_disks(&[512; 10_000])),
         (
             "too many channels",
             Hello {
@@ -254,6 +272,14 @@ fn a_receiver_survives_lies() {
         (
             "a commit",
             raw(bare(FrameType::Commit), vec![]),
+            "was expected",
+        ),
+        (
+            "a block of a disk that was not announced",
+            checked(
+                Header::of_blocks(FrameType::Blocks, 0, Run::new(0, 1)),
+                vec![1; 65536],
+            ),
             "was expected",
         ),
         (

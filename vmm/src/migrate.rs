@@ -4,6 +4,7 @@
 //! The source side is [`migrate`]; the destination side is a [`Receiver`].
 
 mod arrival;
+mod disks;
 mod guest;
 mod host;
 mod link;

@@ -26,7 +26,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             while self.in_flight.len() > 1 {
                 self.take_ack()?;
             }
+            // While the link is drained nothing more goes out, but what the pause would have to send is known.
+            if self.state != State::Draining {
+                self.send_written_blocks()?;
+            }
             self.collect()?;
+            self.stores.collect()?;
             let decision = policy.next(&self.view());
             let (end, why) = match decision {
                 Decision::Send { mut pages, order } => {
@@ -46,13 +51,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                     (LiveEnd::HandOver(order), why)
                 }
             };
-            if self.in_flight.is_empty() {
+            if self.in_flight.is_empty() && !self.stores.is_awaiting() {
                 self.why = Some(why);
                 return Ok(end);
             }
             // What still lies in socket buffers would be paid for in the pause.
             self.enter(State::Draining);
-            while !self.in_flight.is_empty() {
+            while !self.in_flight.is_empty() || self.stores.is_awaiting() {
                 self.check_cancel()?;
                 self.take_ack()?;
             }
@@ -170,6 +175,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             link,
             started,
             ended,
+            beside: self.stores.take_beside(),
         });
         Ok(sent)
     }
@@ -201,11 +207,16 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             total.add(sent);
             self.take_acks()?;
             self.keep_lanes_alive()?;
-            if self.now().saturating_sub(self.last_event) >= PROGRESS_EVERY {
-                self.emit_progress();
-            }
+            self.tell_progress();
         }
         Ok(total)
+    }
+
+    /// Tells the progress, unless that was done a moment ago.
+    pub(super) fn tell_progress(&mut self) {
+        if self.now().saturating_sub(self.last_event) >= PROGRESS_EVERY {
+            self.emit_progress();
+        }
     }
 
     /// Waits for the user's cap. Not in the pause: there it would cost the guest.
@@ -235,7 +246,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     }
 
     /// Takes what has arrived, without waiting: acknowledgements, or the peer's reason to give up.
-    fn take_acks(&mut self) -> Result<(), SourceError> {
+    pub(super) fn take_acks(&mut self) -> Result<(), SourceError> {
         while self.control.link().readable().map_err(WireError::Io)? {
             self.take_ack()?;
         }
@@ -245,6 +256,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     /// Waits for the next acknowledgement.
     pub(super) fn take_ack(&mut self) -> Result<(), SourceError> {
         let header = self.control.recv_header()?;
+        if self.stores.take_answer(&header) {
+            return Ok(());
+        }
         let expected = self.in_flight.front().copied();
         match expected {
             Some(flight) if header.kind == FrameType::RoundAck && header.round == flight.round => {
@@ -252,18 +266,19 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 let now = self.now();
                 let took = now.saturating_sub(flight.started);
                 // What the link took: the time in its calls and until the last byte was placed.
-                let link = flight.link + now.saturating_sub(flight.ended);
-                if flight.sent.bytes < MEASURABLE {
+                let (blocks, beside) = flight.beside;
+                let link = flight.link + now.saturating_sub(flight.ended) + beside;
+                if flight.sent.bytes + blocks < MEASURABLE {
                     // A small round measures the round trip, and the greeting's was measured while
                     // the destination had other things to do.
                     self.rtt = self.rtt.min(now.saturating_sub(flight.ended));
                 }
-                if flight.sent.data_pages * PAGE_BYTES >= MEASURABLE
+                if flight.sent.data_pages * PAGE_BYTES + blocks >= MEASURABLE
                     || self.bandwidth.estimate().is_none() && flight.sent.pages() > 0
                 {
                     // Of pages as they are in memory: it is pending pages that the estimate is for.
                     let bytes = flight.sent.bytes.max(flight.sent.data_pages * PAGE_BYTES);
-                    self.bandwidth.record(bytes.max(1), link);
+                    self.bandwidth.record((bytes + blocks).max(1), link);
                 }
                 if let Some(round) = self.rounds.iter_mut().find(|r| r.n == flight.round) {
                     round.ms = ms(took);

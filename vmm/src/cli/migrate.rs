@@ -77,7 +77,11 @@ pub struct Args {
     /// How dirty pages are to be found: auto takes what the guest's VMM was started with, log and ring insist on it.
     #[arg(long, value_name = "HOW", value_parser = named::<Tracking>)]
     dirty: Option<Tracking>,
-    /// Compare all memory of both sides in the pause, and fail on a difference.
+    /// Move the contents of the guest's disks too, before its memory; the destination's --disk is made, or written over if it
+    /// has the same size. --timeout counts from the end of the first pass over them.
+    #[arg(long)]
+    copy_disk: bool,
+    /// Compare all memory (and copied disks) of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
     /// Print the report as one JSON object.
@@ -128,6 +132,7 @@ impl Args {
             compress: self.compress.unwrap_or(default.compress),
             delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
             dirty: self.dirty.unwrap_or(default.dirty),
+            copy_disk: self.copy_disk,
             verify: self.verify,
             ..default
         }
@@ -244,6 +249,7 @@ mod tests {
             "32M",
             "--dirty",
             "ring",
+            "--copy-disk",
             "--verify",
         ])
         .unwrap();
@@ -256,6 +262,7 @@ mod tests {
             compress: Compress::Adaptive,
             delta_cache: 32 << 20,
             dirty: Tracking::Ring,
+            copy_disk: true,
             verify: true,
             ..Options::default()
         };

@@ -108,6 +108,22 @@ pub fn table(report: &Report) -> String {
             format!("{}, in {}", parts.join("; "), span(c.encode_ms)),
         );
     }
+    if let Some(d) = &report.disk {
+        row(
+            "disks",
+            format!(
+                "{} sent and {} zero ({} of them again, {} in the pause), of {}; {} on the wire, {} rounds, {}",
+                traffic(d.sent),
+                traffic(d.zero),
+                traffic(d.resent),
+                traffic(d.in_pause),
+                traffic(d.total),
+                traffic(d.bytes_wire),
+                d.rounds,
+                span(d.ms)
+            ),
+        );
+    }
     let f = &report.faults;
     if f.count > 0 {
         row(
@@ -254,6 +270,7 @@ pub mod tests {
             },
             codecs: Default::default(),
             channels: Default::default(),
+            disk: None,
             bytes_wire: 430_880_678,
             mbps: 214.1,
             faults: Faults::default(),

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use ferry_devices::acpi_pm::{ACPI_PM_BASE, ACPI_PM_IRQ, ACPI_PM_LEN, AcpiPm};
+use ferry_devices::block::Disk;
 use ferry_devices::bus::{Bus, BusError};
 use ferry_devices::i8042::{I8042, I8042_BASE, I8042_LEN};
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN, Serial};
@@ -74,6 +75,7 @@ pub struct Builder {
     backends: Backends,
     dirty: Tracking,
     ring_entries: Option<u32>,
+    opened_disks: Option<Vec<Arc<Disk>>>,
     /// Of a machine that exists already.
     description: Option<MachineDescription>,
 }
@@ -89,6 +91,7 @@ impl Default for Builder {
             backends: Backends::default(),
             dirty: Tracking::Auto,
             ring_entries: None,
+            opened_disks: None,
             description: None,
         }
     }
@@ -166,6 +169,13 @@ impl Builder {
         self
     }
 
+    /// The disks, where they are open already: those of [`devices`](Self::devices) are not opened then.
+    #[must_use]
+    pub fn opened_disks(mut self, disks: Option<Vec<Arc<Disk>>>) -> Self {
+        self.opened_disks = disks;
+        self
+    }
+
     /// The same machine as another one, which may be on another host: memory, vCPUs, huge pages, name
     /// and CPU features are taken from its description.
     #[must_use]
@@ -225,7 +235,12 @@ impl Builder {
         pio.insert(ACPI_PM_BASE, ACPI_PM_LEN, acpi_pm.clone())?;
         let mut mmio = Bus::new();
         let described = self.description.as_ref().map(|d| d.devices.as_slice());
-        let (virtio, devices) = VirtioSet::build(&vm, &self.backends, described, &mut mmio)?;
+        let (virtio, devices) = VirtioSet::build(
+            &vm,
+            (&self.backends, self.opened_disks),
+            described,
+            &mut mmio,
+        )?;
         let virtio = Arc::new(virtio);
         let buses = Arc::new((pio, mmio));
 

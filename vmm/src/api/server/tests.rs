@@ -105,6 +105,7 @@ pub fn report() -> Report {
         pages: report::Pages::default(),
         codecs: Default::default(),
         channels: Default::default(),
+        disk: None,
         bytes_wire: 1,
         mbps: 1.0,
         faults: report::Faults::default(),
