@@ -50,6 +50,9 @@ pub struct Scenario {
     pub zero_share: f64,
     /// Share of writes that make their page zero.
     pub zero_writes: f64,
+    /// Share of writes that give their page back instead (a balloon, or free-page reporting): it holds nothing then, which
+    /// is known without reading it, until it is written again.
+    pub given_back: f64,
     /// Bytes per second.
     pub bandwidth: f64,
     /// The user's options.
@@ -110,6 +113,7 @@ impl Scenario {
             walk: false,
             zero_share: 0.3,
             zero_writes: 0.1,
+            given_back: 0.0,
             bandwidth: 100e6,
             options: Options {
                 downtime: Duration::from_millis(5),
@@ -188,6 +192,9 @@ impl Scenario {
         }
         if rng.chance(0.25) {
             scenario.port_fault = Some(PortFault::random(&mut rng));
+        }
+        if rng.chance(0.5) {
+            scenario.given_back = rng.unit() * 0.7;
         }
         scenario
     }
