@@ -95,11 +95,15 @@ impl World {
         let layout = RamLayout::new(runs).unwrap_or_else(|error| unreachable_layout(&error));
         let ram: Vec<Gfn> = layout.all().iter().collect();
         let mut source_memory = vec![0; index(layout.end())];
+        let mut holes = PageSet::new(layout.end());
         let mut next_version = 1;
         for &gfn in &ram {
             if !rng.chance(scenario.zero_share) {
                 source_memory[index(gfn)] = next_version;
                 next_version += 1;
+            } else if scenario.given_back > 0.0 {
+                // Never written.
+                holes.insert(gfn);
             }
         }
         let mut hot = ram;
@@ -121,7 +125,7 @@ impl World {
             bandwidth: scenario.bandwidth,
             verified: scenario.options.verify,
             forgetful: scenario.forgetful_log,
-            holes: PageSet::new(layout.end()),
+            holes,
             layout,
             source_memory,
             paused_memory: Vec::new(),
