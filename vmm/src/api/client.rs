@@ -2,7 +2,8 @@
 
 use super::socket::dial;
 use super::types::{
-    BalloonRequest, BalloonStatus, ErrorBody, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, Status,
+    BalloonRequest, BalloonStatus, ErrorBody, MigrateRequest, MigrationStatus, RecordRequest,
+    RecoverRequest, Status,
 };
 use ferry_migration::report::{Event, Report};
 use serde::Serialize;

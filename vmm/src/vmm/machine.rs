@@ -143,9 +143,7 @@ impl Guest for MachineGuest {
                 self.machine.set_balloon_auto(wish.settings(ram)?);
                 Ok(())
             }
-            _ => {
-                Err("a balloon has a size_bytes or is moved by auto; give one of the two".into())
-            }
+            _ => Err("a balloon has a size_bytes or is moved by auto; give one of the two".into()),
         }
     }
 

@@ -4,7 +4,8 @@ use super::super::Refusal;
 use super::super::client::{Action, Client, ClientError};
 use super::super::events::Publisher;
 use super::super::types::{
-    BalloonRequest, BalloonStatus, GuestInfo, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, StateName, Status,
+    BalloonRequest, BalloonStatus, GuestInfo, MigrateRequest, MigrationStatus, RecordRequest,
+    RecoverRequest, StateName, Status,
 };
 use super::*;
 use ferry_migration::options::Options;
