@@ -310,7 +310,7 @@ impl<M: Memory> Device<M> for Balloon {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Balloon(self.state.clone())
+        DeviceState::Balloon(Box::new(self.state.clone()))
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
@@ -320,7 +320,7 @@ impl<M: Memory> Device<M> for Balloon {
                 here: NAME,
             });
         };
-        self.state = state.clone();
+        self.state.clone_from(state);
         self.held = None;
         self.told = None;
         Ok(())
