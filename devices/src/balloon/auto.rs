@@ -128,6 +128,8 @@ pub struct Controller {
     last: Option<Seen>,
     /// Since the balloon was last moved.
     still: Duration,
+    /// Since the guest last gave or took pages.
+    idle: Duration,
     /// Until it may be inflated.
     calm: Duration,
 }
@@ -143,6 +145,7 @@ impl Controller {
             interval: settings.interval(),
             last: None,
             still: Duration::ZERO,
+            idle: Duration::ZERO,
             calm: Duration::ZERO,
         }
     }
@@ -170,6 +173,10 @@ impl Controller {
             faults: told.major_faults,
         };
         let last = self.last.replace(seen);
+        self.idle = match last {
+            Some(last) if last.actual == sample.actual => self.idle.saturating_add(passed),
+            _ => Duration::ZERO,
+        };
         let Some(available) = told.available_memory.or(told.free_memory) else {
             return (sample.target, Step::Keep);
         };
@@ -194,8 +201,7 @@ impl Controller {
         }
         if sample.actual < sample.target {
             // It gives as it can. What it could not give for an interval it needs.
-            let gives = last.is_none_or(|last| sample.actual > last.actual);
-            if gives || self.still < self.interval {
+            if self.idle.min(self.still) < self.interval {
                 return (sample.target, Step::Keep);
             }
             self.moved(CALM);
