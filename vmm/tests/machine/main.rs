@@ -6,6 +6,7 @@
 
 mod absent;
 mod balloon;
+mod copy_disk;
 mod dirty;
 mod life;
 mod serial;
