@@ -7,9 +7,11 @@
 //! The driver may leave out the statistics, or the reporting: the queues are numbered without a gap, as Linux' driver
 //! does on MMIO, so which queue is which depends on the features.
 
+pub mod auto;
 mod statistics;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
@@ -59,6 +61,19 @@ pub struct BalloonState {
     pub actual: u32,
     /// The last statistics.
     pub statistics: Option<Statistics>,
+    /// Whether the host moves the target by itself, and how.
+    pub auto: Option<auto::Settings>,
+}
+
+/// When the last statistics came to this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Told {
+    /// The number of statistics that have come so far.
+    pub times: u64,
+    /// When they came.
+    pub at: Instant,
+    /// Pages that were in the balloon then, as the driver said.
+    pub actual: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +92,7 @@ pub struct Balloon {
     features: u64,
     /// The statistics' buffer, which the device keeps until it wants new ones.
     held: Option<u16>,
+    told: Option<Told>,
 }
 
 impl std::fmt::Debug for Balloon {
@@ -94,6 +110,7 @@ impl Balloon {
             state: BalloonState::default(),
             features: 0,
             held: None,
+            told: None,
         }
     }
 
@@ -119,6 +136,24 @@ impl Balloon {
     #[must_use]
     pub fn statistics(&self) -> Option<&Statistics> {
         self.state.statistics.as_ref()
+    }
+
+    /// When it said that; `None` when it said it to another host.
+    #[must_use]
+    pub fn told(&self) -> Option<Told> {
+        self.told
+    }
+
+    /// Whether the target is to be moved automatically, and how. Who owns the device does it, by [`auto::Controller`]; here
+    /// the wish is kept, since it goes where the guest goes.
+    pub fn set_auto(&mut self, settings: Option<auto::Settings>) {
+        self.state.auto = settings;
+    }
+
+    /// As set by [`set_auto`](Self::set_auto), here or where the guest came from.
+    #[must_use]
+    pub fn auto(&self) -> Option<auto::Settings> {
+        self.state.auto
     }
 
     /// Asks the guest for new statistics, which come when it is ready. `false` when it has not answered the last
@@ -226,8 +261,9 @@ impl<M: Memory> Device<M> for Balloon {
     fn reset(&mut self) {
         self.features = 0;
         self.held = None;
-        // A driver that starts anew has an empty balloon.
+        // A driver that starts anew has an empty balloon, and has said nothing.
         self.state.actual = 0;
+        self.state.statistics = None;
     }
 
     fn queue_ready(&mut self, index: usize, cx: &mut Context<'_, M>) -> Result<(), Violation> {
@@ -245,6 +281,11 @@ impl<M: Memory> Device<M> for Balloon {
                     let mut bytes = [0; statistics::ENTRY * statistics::MOST];
                     let n = chain.readable.read(cx.memory, &mut bytes)?;
                     self.state.statistics = Some(Statistics::parse(&bytes[..n]));
+                    self.told = Some(Told {
+                        times: self.told.map_or(0, |told| told.times).wrapping_add(1),
+                        at: Instant::now(),
+                        actual: self.state.actual,
+                    });
                     // Kept; a driver that gives a second gets the first back.
                     if let Some(old) = self.held.replace(head) {
                         cx.queues[index].complete(cx.memory, old, 0)?;
@@ -269,7 +310,7 @@ impl<M: Memory> Device<M> for Balloon {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Balloon(self.state.clone())
+        DeviceState::Balloon(Box::new(self.state.clone()))
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
@@ -279,8 +320,9 @@ impl<M: Memory> Device<M> for Balloon {
                 here: NAME,
             });
         };
-        self.state = state.clone();
+        self.state.clone_from(state);
         self.held = None;
+        self.told = None;
         Ok(())
     }
 }

@@ -88,8 +88,9 @@ pub trait PageSource<L: Link>: Sync {
     /// Whether the page holds only zeros. Must look at memory anew each time.
     fn is_zero(&self, gfn: Gfn) -> bool;
 
-    /// The first part of the run that was never written, if that is known without reading it:
-    /// reading would make the host populate it. Must be true at the time of the call.
+    /// The first part of the run that holds nothing (never written, or given back to the host), if that is known without
+    /// reading it: reading would make the host populate it. Must be true at the time of the call. A page that comes to
+    /// hold nothing must be in the dirty log afterwards, like one that is written.
     fn unpopulated(&self, run: Run) -> Option<Run> {
         let _ = run;
         None

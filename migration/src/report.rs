@@ -64,11 +64,11 @@ pub struct Pages {
     pub total: u64,
     /// Sent with their contents, re-sends included.
     pub sent: u64,
-    /// Of those and of the zero pages, how many crossed more than once.
+    /// Of all of these, how many crossed, or were told of, more than once.
     pub resent: u64,
-    /// Announced as zero.
+    /// Found to be zero, and told as such.
     pub zero: u64,
-    /// Neither sent nor announced (known free).
+    /// Known to hold nothing without being read (never written, in the balloon, or reported free): told in runs.
     pub skipped: u64,
 }
 

@@ -32,6 +32,8 @@ pub(crate) enum SendError {
 pub(crate) struct Sent {
     pub data_pages: u64,
     pub zero_pages: u64,
+    /// Known to hold nothing without a look at them, and told as such.
+    pub skipped_pages: u64,
     pub bytes: u64,
     /// Time spent on the link and waiting for the user's cap, summed over the lanes; looking for
     /// zero pages and coding are not part of it.
@@ -46,6 +48,7 @@ impl Sent {
     pub(crate) const fn add(&mut self, other: Self) {
         self.data_pages += other.data_pages;
         self.zero_pages += other.zero_pages;
+        self.skipped_pages += other.skipped_pages;
         self.bytes += other.bytes;
         self.link = self.link.saturating_add(other.link);
         self.coding = self.coding.saturating_add(other.coding);
@@ -53,7 +56,7 @@ impl Sent {
     }
 
     pub(crate) const fn pages(&self) -> u64 {
-        self.data_pages + self.zero_pages
+        self.data_pages + self.zero_pages + self.skipped_pages
     }
 }
 
@@ -231,8 +234,9 @@ impl Sender {
                 .clear_dirty(runs, &mut self.scratch)
                 .map_err(SendError::Guest)?;
         }
-        self.split(guest, runs);
-        let zero_pages = self.zero.iter().map(|run| run.count).sum();
+        let skipped_pages = self.split(guest, runs);
+        let told: u64 = self.zero.iter().map(|run| run.count).sum();
+        let zero_pages = told.saturating_sub(skipped_pages);
         self.head.clear();
         if let Some(first) = self.zero.first().copied() {
             let at = self.reserve_header();
@@ -306,6 +310,7 @@ impl Sender {
         Ok(Sent {
             data_pages: coded.pages,
             zero_pages,
+            skipped_pages,
             bytes,
             link,
             coding: coded.took,
@@ -313,8 +318,11 @@ impl Sender {
         })
     }
 
-    /// Sorts the pages into zero and data runs.
-    fn split<L: Link, G: Guest<L> + ?Sized>(&mut self, guest: &G, runs: &[Run]) {
+    /// Sorts the pages into zero and data runs; returns how many of the zero ones nobody has read.
+    ///
+    /// Those are told too, at a few bytes a run: the destination may have what they held before they were given back.
+    fn split<L: Link, G: Guest<L> + ?Sized>(&mut self, guest: &G, runs: &[Run]) -> u64 {
+        let mut skipped = 0;
         self.zero.clear();
         self.data.clear();
         for run in runs {
@@ -325,6 +333,7 @@ impl Sender {
                     && gfn >= empty.first
                 {
                     append(&mut self.zero, Run::new(gfn, empty.end() - gfn), run.first);
+                    skipped += empty.end() - gfn;
                     gfn = empty.end();
                     hole = guest.unpopulated(Run::new(gfn, run.end() - gfn));
                     continue;
@@ -338,6 +347,7 @@ impl Sender {
                 gfn += 1;
             }
         }
+        skipped
     }
 
     fn crc_of_pages<L: Link, G: Guest<L> + ?Sized>(

@@ -51,6 +51,9 @@ pub struct Scenario {
     pub zero_share: f64,
     /// Share of writes that make their page zero.
     pub zero_writes: f64,
+    /// Share of writes that give their page back instead (a balloon, or free-page reporting): it holds nothing then, which
+    /// is known without reading it, until it is written again.
+    pub given_back: f64,
     /// Blocks of the guest's disk; 0 is no disk. It moves where `options.copy_disk` is set.
     pub disk_blocks: u64,
     /// Bytes per second.
@@ -117,6 +120,7 @@ impl Scenario {
             walk: false,
             zero_share: 0.3,
             zero_writes: 0.1,
+            given_back: 0.0,
             disk_blocks: 0,
             bandwidth: 100e6,
             options: Options {
@@ -198,6 +202,9 @@ impl Scenario {
         }
         if rng.chance(0.25) {
             scenario.port_fault = Some(PortFault::random(&mut rng));
+        }
+        if rng.chance(0.5) {
+            scenario.given_back = rng.unit() * 0.7;
         }
         if rng.chance(0.1) {
             scenario.disk_blocks = 1 + rng.below(20);

@@ -52,7 +52,12 @@ pub struct NestedHost {
 impl NestedHost {
     /// One by itself.
     pub fn start() -> Self {
-        Self::start_with(None)
+        Self::start_with(None, Config::default().memory_mib)
+    }
+
+    /// One by itself with so much memory.
+    pub fn start_of(memory_mib: u32) -> Self {
+        Self::start_with(None, memory_mib)
     }
 
     /// Two that are joined by a cable.
@@ -65,15 +70,16 @@ impl NestedHost {
         };
         let (first, second) = (cable(true, 1), cable(false, 2));
         (
-            Self::start_with(Some(first)),
-            Self::start_with(Some(second)),
+            Self::start_with(Some(first), Config::default().memory_mib),
+            Self::start_with(Some(second), Config::default().memory_mib),
             dir,
         )
     }
 
-    fn start_with(cable: Option<Cable>) -> Self {
+    fn start_with(cable: Option<Cable>, memory_mib: u32) -> Self {
         let address = cable.as_ref().map_or([127, 0, 0, 1], |c| c.address);
         let config = Config {
+            memory_mib,
             programs: vec![ferry().to_owned()],
             cable,
             ..Config::default()

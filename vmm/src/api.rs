@@ -10,6 +10,8 @@
 //! | `GET /v1/migration` | | 200, [`types::MigrationStatus`]: progress now, and the last report |
 //! | `PUT /v1/recover` | [`types::RecoverRequest`] | 204 |
 //! | `PUT /v1/record` | [`types::RecordRequest`] | 200, a stream of `application/octet-stream`: a dirty trace ([`ferry_migration::trace`]), as it is recorded |
+//! | `GET /v1/balloon` | | 200, [`types::BalloonStatus`] |
+//! | `PUT /v1/balloon` | [`types::BalloonRequest`] | 204 |
 //!
 //! Every failure is `{"error": "one sentence"}` with 400, 404, 405, 409 or 500 (and 408, 411, 413, 417, 431, 503 where
 //! HTTP asks for them). `HEAD` works wherever `GET` does.
@@ -31,7 +33,10 @@ pub mod socket;
 pub mod types;
 
 use events::Subscription;
-use types::{MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, Status};
+use types::{
+    BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
+    Status,
+};
 
 /// Why a request was refused. The text is one sentence for the user.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -105,4 +110,16 @@ pub trait Control: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal`] when it cannot begin.
     fn record(&self, request: &RecordRequest) -> Result<Pieces, Refusal>;
+
+    /// The guest's balloon, and what the guest says of its memory.
+    ///
+    /// # Errors
+    /// [`Refusal`] when there is none.
+    fn balloon(&self) -> Result<BalloonStatus, Refusal>;
+
+    /// Sets the balloon's size, or has it moved automatically.
+    ///
+    /// # Errors
+    /// [`Refusal`] when there is none, the guest is not here any more, or the size cannot be.
+    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal>;
 }

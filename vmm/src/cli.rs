@@ -2,6 +2,7 @@
 //!
 //! Errors are one sentence on stderr, exit status 1, or 2 for a command line that cannot be meant.
 
+mod balloon;
 mod bench;
 mod console;
 mod demo;
@@ -65,6 +66,7 @@ enum Command {
     Stop(manage::Stop),
     PowerButton(manage::PowerButton),
     Recover(manage::Recover),
+    Balloon(balloon::Args),
     Record(record::Args),
     Doctor(doctor::Args),
     Nas(nas::Args),
@@ -91,6 +93,7 @@ pub fn main() -> ExitCode {
         Command::Stop(args) => args.run(),
         Command::PowerButton(args) => args.run(),
         Command::Recover(args) => args.run(),
+        Command::Balloon(args) => balloon::run(&args),
         Command::Record(args) => record::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Nas(args) => nas::run(&args),

@@ -48,6 +48,8 @@ use ferry_devices::i8042::I8042;
 use ferry_devices::serial::Serial;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use ferry_devices::balloon::auto::Settings as BalloonAuto;
+
 pub use builder::{BuildError, Builder};
 pub use control::{Exit, PauseError, ResumeError, RunState};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
@@ -239,10 +241,16 @@ impl Machine {
         self.virtio.announce();
     }
 
-    /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it gives them as it can.
-    /// `false` when it has no balloon.
+    /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it gives them as it can, and
+    /// the size is not moved automatically any more. `false` when it has no balloon.
     pub fn set_balloon(&self, bytes: u64) -> bool {
         self.virtio.set_balloon(bytes)
+    }
+
+    /// From now on the balloon takes what the guest does not use (dynamic self-ballooning), here and wherever the guest
+    /// goes. `false` when it has no balloon.
+    pub fn set_balloon_auto(&self, settings: BalloonAuto) -> bool {
+        self.virtio.set_balloon_auto(settings)
     }
 
     /// What the balloon holds and what the guest last said of its memory, if it has a balloon. Asks it for newer figures.

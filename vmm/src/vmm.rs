@@ -37,7 +37,7 @@ pub use recording::Recording;
 pub use state::{Ending, Outcome};
 
 use crate::api::events::Publisher;
-use crate::api::types::GuestInfo;
+use crate::api::types::{BalloonRequest, BalloonStatus, GuestInfo};
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Event, Progress, Report};
 use serde::{Deserialize, Serialize};
@@ -99,6 +99,21 @@ pub trait Guest: Send + Sync + 'static {
     /// What has not arrived of a guest that runs already (post-copy); `None` when it is complete.
     fn lacks(&self) -> Option<Lacks> {
         None
+    }
+
+    /// Its balloon, if it has one.
+    fn balloon(&self) -> Option<BalloonStatus> {
+        None
+    }
+
+    /// Sets its balloon's size, or has it moved automatically.
+    ///
+    /// # Errors
+    /// A sentence about the request.
+    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), String> {
+        Err(format!(
+            "the guest has no balloon that could be set to {request:?}"
+        ))
     }
 }
 

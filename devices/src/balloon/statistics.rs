@@ -23,11 +23,17 @@ pub struct Statistics {
     pub hugetlb_allocations: Option<u64>,
     /// Huge pages that were not.
     pub hugetlb_failures: Option<u64>,
+    /// Processes that were killed for want of memory (Linux 6.12).
+    #[serde(default)]
+    pub oom_kills: Option<u64>,
+    /// Allocations that had to wait for memory (Linux 6.12).
+    #[serde(default)]
+    pub allocation_stalls: Option<u64>,
 }
 
 /// Bytes of an entry: a tag of 16 bits and a value of 64, packed.
 pub(super) const ENTRY: usize = 10;
-/// Entries that are looked at; the specification has ten tags.
+/// Entries that are looked at; Linux has sixteen tags.
 pub(super) const MOST: usize = 64;
 
 impl Statistics {
@@ -48,6 +54,8 @@ impl Statistics {
                 7 => statistics.disk_caches = value,
                 8 => statistics.hugetlb_allocations = value,
                 9 => statistics.hugetlb_failures = value,
+                10 => statistics.oom_kills = value,
+                11 => statistics.allocation_stalls = value,
                 _ => {}
             }
         }

@@ -59,7 +59,7 @@ pub enum DeviceState {
     /// A source of random numbers.
     Rng(RngState),
     /// A balloon.
-    Balloon(BalloonState),
+    Balloon(Box<BalloonState>),
 }
 
 impl DeviceState {

@@ -1,5 +1,7 @@
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 
+use ferry_devices::balloon::auto::Settings;
 use ferry_devices::balloon::{Balloon, FreePages};
 use ferry_devices::virtio::{AnyVirtio, DeviceState};
 
@@ -126,6 +128,54 @@ fn free_pages_are_reported_whole() {
     assert_eq!(pages.take(), [Event::Free(0x100, 4), Event::Free(0x201, 1)]);
 }
 
+/// Pages that take their time to go.
+struct Slow {
+    begun: AtomicBool,
+    go: Mutex<mpsc::Receiver<()>>,
+}
+
+impl FreePages for Slow {
+    fn inflated(&self, _: u64, _: u64) {}
+    fn deflated(&self, _: u64, _: u64) {}
+    fn reported(&self, _: u64, _: u64) {
+        self.begun.store(true, Ordering::SeqCst);
+        self.go.lock().unwrap().recv().unwrap();
+    }
+}
+
+/// The guest may use a page again once it has its report back: by then it must be gone, and not go later.
+#[test]
+fn a_report_comes_back_after_its_pages_have_gone() {
+    let (sender, go) = mpsc::channel();
+    let pages = Arc::new(Slow {
+        begun: AtomicBool::new(false),
+        go: Mutex::new(go),
+    });
+    let balloon = Balloon::new(Arc::clone(&pages) as _);
+    let mut d = Driver::start(balloon, memory(), u64::MAX, 16);
+    d.add(REPORTING, &[], &[(0x10_0000, 0x4000)]);
+    d.kick(REPORTING);
+    eventually("the pages go", || pages.begun.load(Ordering::SeqCst));
+    assert!(d.take(REPORTING).is_none());
+    sender.send(()).unwrap();
+    d.wait(REPORTING);
+}
+
+/// In the pause nothing goes: a report that is on its way moves, and is dealt with where the guest runs.
+#[test]
+fn a_report_in_the_pause_moves_with_the_guest() {
+    let (mut d, pages) = start(u64::MAX);
+    d.device.pause().unwrap();
+    d.add(REPORTING, &[], &[(0x10_0000, 0x4000)]);
+    d.kick(REPORTING);
+    assert!(d.take(REPORTING).is_none());
+    let there = Arc::new(Pages::default());
+    let mut d = d.migrate(|_| Balloon::new(Arc::clone(&there) as _));
+    d.wait(REPORTING);
+    assert_eq!(there.take(), [Event::Free(0x100, 4)]);
+    assert_eq!(pages.take(), []);
+}
+
 #[test]
 fn queues_are_numbered_without_those_that_the_driver_left_out() {
     let (mut d, pages) = start(PAGE_REPORTING);
@@ -144,7 +194,7 @@ fn queues_are_numbered_without_those_that_the_driver_left_out() {
 
 fn statistics(d: &mut Driver<Balloon>, free: u64) {
     let mut bytes = Vec::new();
-    for (tag, value) in [(4u16, free), (5, 1 << 30), (99, 5)] {
+    for (tag, value) in [(4u16, free), (5, 1 << 30), (10, 3), (11, 4), (99, 5)] {
         bytes.extend(tag.to_le_bytes());
         bytes.extend(value.to_le_bytes());
     }
@@ -170,6 +220,9 @@ fn statistics_are_asked_for_and_move_with_the_guest() {
         d.device.with(|b| b.statistics().unwrap().available_memory),
         None
     );
+    let said = d.device.with(|b| b.statistics().cloned().unwrap());
+    assert_eq!((said.oom_kills, said.allocation_stalls), (Some(3), Some(4)));
+    assert_eq!(d.device.with(|b| b.told().unwrap().times), 1);
     assert!(d.take(STATISTICS).is_none(), "the buffer is kept");
     assert_eq!(d.device.with_queues(Balloon::ask_statistics), Some(true));
     d.wait(STATISTICS);
@@ -191,6 +244,8 @@ fn statistics_are_asked_for_and_move_with_the_guest() {
     let pages = Arc::new(Pages::default());
     let mut d = d.migrate(|_| Balloon::new(pages));
     assert_eq!(free_memory(&d), Some(3000));
+    // When that was said is the other host's to know.
+    assert_eq!(d.device.with(|b| b.told()), None);
     eventually("the buffer has moved too", || {
         d.device.with_queues(Balloon::ask_statistics) == Some(true)
     });
@@ -201,8 +256,11 @@ fn statistics_are_asked_for_and_move_with_the_guest() {
 fn the_size_moves_with_the_guest() {
     let (d, _) = start(u64::MAX);
     d.device.reconfigure(|b| b.set_target(10));
+    let auto = Some(Settings::for_ram(1 << 30));
+    d.device.with(|b| b.set_auto(auto));
     d.write(0x104, 7);
     let d = d.migrate(|_| Balloon::new(Arc::new(Pages::default())));
+    assert_eq!(d.device.with(|b| b.auto()), auto);
     assert_eq!(d.config::<8>(0), [10, 0, 0, 0, 7, 0, 0, 0]);
     d.device.pause().unwrap();
     assert!(matches!(d.device.save().device, DeviceState::Balloon(s) if s.actual == 7));

@@ -15,7 +15,7 @@ use crate::{http, work};
 /// This program, which is the first process.
 const SELF: &str = "/init";
 
-const HELP: &str = "commands: status, run WORK (such as run mg.S), disk PATH, q (ends the work, then the guest), poweroff, reboot";
+const HELP: &str = "commands: status, run WORK (such as run mg.S), disk PATH, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
 
 /// Works until the guest is told to end.
 pub fn serve(options: &Options) {
@@ -128,6 +128,7 @@ fn console(working: &Mutex<Option<Child>>) {
             }
             ["run", spec] => drop(begin(&["work", spec, &processors().to_string(), "1"])),
             ["disk", path] => drop(begin(&["disk", path])),
+            ["memory", keep, free] => drop(begin(&["memory", keep, free])),
             _ => println!("{HELP}"),
         }
     }

@@ -28,6 +28,7 @@ mod disk;
 mod guest;
 mod http;
 mod machine;
+mod memory;
 mod options;
 mod sys;
 mod work;
@@ -45,13 +46,14 @@ pub fn main() {
     let done = match words.as_slice() {
         ["work", spec, threads, repeat] => work::run(spec, threads, repeat),
         ["disk", path] => disk::run(path),
+        ["memory", keep, free] => memory::run(keep, free),
         ["get", address, path] => http::get(address, path),
         ["cat", path] => machine::cat(path),
         ["write", path] => machine::write(path),
         ["truncate", path, bytes] => machine::truncate(path, bytes),
         ["tap", network] => machine::tap(network),
         _ => Err(
-            "init is the first process; its parts are work, disk, get, cat, write, truncate and tap".to_owned(),
+            "init is the first process; its parts are work, disk, memory, get, cat, write, truncate and tap".to_owned(),
         ),
     };
     if let Err(sentence) = done {

@@ -64,7 +64,7 @@ impl PageSource<SimLink> for SimGuest {
         let mut pages = 0;
         for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
             let mut world = lock(&self.world);
-            bytes.extend_from_slice(&world.source_memory[index(gfn)].to_le_bytes());
+            bytes.extend_from_slice(&world.read(gfn).to_le_bytes());
             // The guest runs on while its memory is being read.
             world.sneak_a_write();
             pages += 1;
@@ -74,16 +74,25 @@ impl PageSource<SimLink> for SimGuest {
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
         let mut world = lock(&self.world);
-        page_of(world.source_memory[index(gfn)], into);
+        page_of(world.read(gfn), into);
         world.sneak_a_write();
         Ok(())
     }
 
     fn is_zero(&self, gfn: Gfn) -> bool {
         let mut world = lock(&self.world);
-        let zero = world.source_memory[index(gfn)] == 0;
+        let zero = world.read(gfn) == 0;
         world.sneak_a_write();
         zero
+    }
+
+    fn unpopulated(&self, run: Run) -> Option<Run> {
+        let mut world = lock(&self.world);
+        let hole = world.holes.next_run(run.first, run.count);
+        let hole = hole.filter(|hole| hole.first < run.end());
+        let hole = hole.map(|hole| Run::new(hole.first, hole.end().min(run.end()) - hole.first));
+        world.sneak_a_write();
+        hole
     }
 }
 

@@ -449,6 +449,37 @@ fn every_fault_at_every_message_of_post_copy() {
     assert!(interrupted > 100, "{interrupted}");
 }
 
+/// A balloon and a free-page reporter at work while the guest moves: pages that were sent are given back, and used again.
+#[test]
+fn what_the_guest_gives_back_is_neither_read_nor_stale() {
+    for &policy in PolicyKind::ALL {
+        for seed in 0..6 {
+            let mut scenario = Scenario::calm(seed);
+            scenario.write_rate = 20_000.0;
+            scenario.zero_writes = 0.0;
+            scenario.given_back = 0.4;
+            scenario.racing_writes = 0.0;
+            scenario.options.policy = policy;
+            scenario.options.verify = true;
+            scenario.options.compress =
+                [Compress::None, Compress::Delta, Compress::Adaptive][seed as usize % 3];
+            let outcome = run(&scenario);
+            // No page that holds nothing was read, the destination has what the source had, and both said so.
+            assert_eq!(outcome.violations, Vec::<String>::new(), "{policy:?}");
+            let report = &outcome.report;
+            assert_eq!(report.status, Status::Completed, "{report:?}");
+            assert_eq!(report.verified, Some(true), "{report:?}");
+            let pages = &report.pages;
+            assert!(pages.skipped > 0, "{report:?}");
+            assert_eq!(
+                pages.sent + pages.zero + pages.skipped - pages.resent,
+                pages.total,
+                "{report:?}"
+            );
+        }
+    }
+}
+
 /// A guest whose disk moves with it.
 fn with_disk(seed: u64) -> Scenario {
     let mut scenario = Scenario::calm(seed);

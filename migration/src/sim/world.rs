@@ -42,6 +42,7 @@ pub(super) struct World {
     write_rate: f64,
     racing_writes: f64,
     zero_writes: f64,
+    given_back: f64,
     owed_writes: f64,
     /// The working set, shuffled, and where a walk through it stands (`None`: writes go anywhere).
     hot: Vec<Gfn>,
@@ -51,6 +52,8 @@ pub(super) struct World {
     forgetful: bool,
     pub layout: RamLayout,
     pub source_memory: Vec<u64>,
+    /// Pages at the source that hold nothing, as the host knows.
+    pub holes: PageSet,
     /// Memory as it was when the guest was last paused: what a destination must run with. (A
     /// source that resumed and later died has moved on; an operator who takes over goes back.)
     pub paused_memory: Vec<u64>,
@@ -99,11 +102,15 @@ impl World {
         let layout = RamLayout::new(runs).unwrap_or_else(|error| unreachable_layout(&error));
         let ram: Vec<Gfn> = layout.all().iter().collect();
         let mut source_memory = vec![0; index(layout.end())];
+        let mut holes = PageSet::new(layout.end());
         let mut next_version = 1;
         for &gfn in &ram {
             if !rng.chance(scenario.zero_share) {
                 source_memory[index(gfn)] = next_version;
                 next_version += 1;
+            } else if scenario.given_back > 0.0 {
+                // Never written.
+                holes.insert(gfn);
             }
         }
         let mut hot = ram;
@@ -118,12 +125,14 @@ impl World {
             write_rate: scenario.write_rate,
             racing_writes: scenario.racing_writes,
             zero_writes: scenario.zero_writes,
+            given_back: scenario.given_back,
             owed_writes: 0.0,
             hot,
             walked: scenario.walk.then_some(0),
             bandwidth: scenario.bandwidth,
             verified: scenario.options.verify,
             forgetful: scenario.forgetful_log,
+            holes,
             layout,
             source_memory,
             paused_memory: Vec::new(),
@@ -244,8 +253,17 @@ impl World {
         self.hot[at]
     }
 
-    /// One write of the guest, wherever it runs; sometimes it clears the page.
+    /// One write of the guest, wherever it runs; sometimes it clears the page, or gives it back.
     pub fn write(&mut self, gfn: Gfn) {
+        let gives = self.given_back > 0.0 && self.rng.chance(self.given_back);
+        if gives && self.source_runs {
+            self.holes.insert(gfn);
+            self.source_memory[index(gfn)] = 0;
+            if let Some(log) = &mut self.log {
+                log.insert(gfn);
+            }
+            return;
+        }
         let version = if self.rng.chance(self.zero_writes) {
             0
         } else {
@@ -254,12 +272,22 @@ impl World {
         };
         if self.source_runs {
             self.source_memory[index(gfn)] = version;
+            self.holes.remove(gfn);
             if let Some(log) = &mut self.log {
                 log.insert(gfn);
             }
         } else if self.destination_runs {
             self.destination_memory[index(gfn)] = version;
         }
+    }
+
+    /// Somebody reads a page of the running or resting source. Without races the engine knows beforehand that it is empty.
+    pub fn read(&mut self, gfn: Gfn) -> u64 {
+        if self.racing_writes == 0.0 && self.holes.contains(gfn) {
+            self.violations
+                .push(format!("page {gfn} holds nothing and was read"));
+        }
+        self.source_memory[index(gfn)]
     }
 
     /// Some of the guest's writes go to its disk.

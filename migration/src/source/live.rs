@@ -241,6 +241,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         }
         self.pages.sent += sent.data_pages;
         self.pages.zero += sent.zero_pages;
+        self.pages.skipped += sent.skipped_pages;
         self.codecs.join(&sent.codecs);
         self.progress.round_sent += sent.pages();
     }

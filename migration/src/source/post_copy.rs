@@ -475,6 +475,7 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         };
         self.pages.sent += sent.data_pages;
         self.pages.zero += sent.zero_pages;
+        self.pages.skipped += sent.skipped_pages;
         self.codecs.join(&sent.codecs);
         let round = Round {
             n: self.rounds.last().map_or(1, |last| last.n + 1),

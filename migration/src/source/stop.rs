@@ -2,7 +2,7 @@
 
 use super::{InFlight, Source, SourceError, State, ms};
 use crate::order::PushOrder;
-use crate::page::{Gfn, PAGE_SIZE, PageSet};
+use crate::page::{Gfn, PAGE_SIZE, PageSet, Run};
 use crate::policy::SendOrder;
 use crate::port::{Guest, Link};
 use crate::sender::Sent;
@@ -215,10 +215,19 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         while let Some(run) = pages.next_run(at, VERIFY_PAGES) {
             at = run.end();
             hashes.clear();
+            // The guest stands still: what holds nothing stays so, and reading it would make the host populate it.
+            let mut hole = self.guest.unpopulated(run);
             for gfn in run.first..run.end() {
-                self.guest
-                    .copy_page(gfn, &mut page)
-                    .map_err(|e| SourceError::guest("hashing guest memory", e))?;
+                if hole.is_some_and(|hole| gfn >= hole.end()) {
+                    hole = self.guest.unpopulated(Run::new(gfn, run.end() - gfn));
+                }
+                if hole.is_some_and(|hole| gfn >= hole.first) {
+                    page.fill(0);
+                } else {
+                    self.guest
+                        .copy_page(gfn, &mut page)
+                        .map_err(|e| SourceError::guest("hashing guest memory", e))?;
+                }
                 hashes.extend_from_slice(&page_hash(gfn, &page).to_le_bytes());
             }
             let header = Header {

@@ -2,7 +2,8 @@
 
 use super::socket::dial;
 use super::types::{
-    ErrorBody, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, Status,
+    BalloonRequest, BalloonStatus, ErrorBody, MigrateRequest, MigrationStatus, RecordRequest,
+    RecoverRequest, Status,
 };
 use ferry_migration::report::{Event, Report};
 use serde::Serialize;
@@ -137,6 +138,24 @@ impl Client {
     /// [`ClientError`].
     pub fn act(&self, action: Action) -> Result<(), ClientError> {
         self.request("PUT", action.path(), Some(b"{}".to_vec()), Some(PATIENCE))
+            .map(drop)
+    }
+
+    /// `GET /v1/balloon`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn balloon(&self) -> Result<BalloonStatus, ClientError> {
+        self.read_json(self.request("GET", "/v1/balloon", None, Some(PATIENCE))?)
+    }
+
+    /// `PUT /v1/balloon`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn set_balloon(&self, request: &BalloonRequest) -> Result<(), ClientError> {
+        let body = self.to_json(request)?;
+        self.request("PUT", "/v1/balloon", Some(body), Some(PATIENCE))
             .map(drop)
     }
 

@@ -2,7 +2,7 @@
 
 use super::events::Subscription;
 use super::http::Head;
-use super::types::{ErrorBody, MigrateRequest, RecordRequest, RecoverRequest};
+use super::types::{BalloonRequest, ErrorBody, MigrateRequest, RecordRequest, RecoverRequest};
 use super::{Control, Pieces, Refusal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,6 +20,8 @@ pub enum Route {
     Migrate,
     Recover,
     Record,
+    Balloon,
+    SetBalloon,
 }
 
 /// An answer.
@@ -38,6 +40,7 @@ pub enum Answer {
 
 const READ: &str = "GET, HEAD";
 const WRITE: &str = "PUT";
+const BOTH: &str = "GET, HEAD, PUT";
 
 /// Finds the route, or the answer that says that there is none.
 pub fn find(head: &Head) -> Result<Route, Answer> {
@@ -52,6 +55,8 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         "/v1/migrate" => (Route::Migrate, WRITE),
         "/v1/recover" => (Route::Recover, WRITE),
         "/v1/record" => (Route::Record, WRITE),
+        "/v1/balloon" if head.method == WRITE => (Route::SetBalloon, BOTH),
+        "/v1/balloon" => (Route::Balloon, BOTH),
         path => {
             // Somebody else's bytes in our sentence: shortened, and escaped by the JSON.
             let shown: String = path.chars().take(80).collect();
@@ -63,7 +68,10 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         let sentence = format!("{} takes {allow} only", head.path);
         return Err(Answer::Error(405, Some(allow), sentence));
     }
-    let needs_body = matches!(route, Route::Migrate | Route::Recover | Route::Record);
+    let needs_body = matches!(
+        route,
+        Route::Migrate | Route::Recover | Route::Record | Route::SetBalloon
+    );
     if needs_body && head.length.is_none() {
         let sentence = format!("{} needs a JSON body and a Content-Length", head.path);
         return Err(Answer::Error(411, None, sentence));
@@ -117,6 +125,11 @@ fn answer(control: &dyn Control, route: Route, body: &[u8]) -> Result<Answer, Re
             let request: RecordRequest = parse(body)?;
             request.check().map_err(Refusal::Invalid)?;
             control.record(&request).map(Answer::Bytes)
+        }
+        Route::Balloon => control.balloon().map(|balloon| json(200, &balloon)),
+        Route::SetBalloon => {
+            let request: BalloonRequest = parse(body)?;
+            control.set_balloon(&request).map(|()| Answer::Done)
         }
     }
 }

@@ -129,6 +129,9 @@ fn text(status: &StatusBody) -> String {
             guest.cpus
         );
     }
+    if let Some(balloon) = &status.balloon {
+        text += &super::balloon::text(balloon);
+    }
     if let Some(progress) = &status.migration {
         text += &format!("migration  {}\n", line(progress));
     } else if status.state == StateName::InDoubt {
@@ -183,6 +186,7 @@ mod tests {
             }),
             listening: None,
             lacks: None,
+            balloon: None,
         };
         assert_eq!(
             text(&status),

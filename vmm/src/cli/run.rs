@@ -1,5 +1,6 @@
 //! `ferry run`.
 
+use super::balloon::Setting;
 use super::devices;
 use super::migrate::named;
 use super::output::{Failure, say};
@@ -82,9 +83,16 @@ pub struct Args {
     name: Option<String>,
     #[command(flatten)]
     devices: devices::Args,
-    /// A memory balloon: the guest can give memory back to the host, and says how much it has free.
-    #[arg(long)]
-    balloon: bool,
+    /// A memory balloon: the guest can give memory back to the host, and says how much it has free. With auto it gives what
+    /// it does not use, every 5s, and gets it back when it is short; see `ferry balloon`.
+    #[arg(
+        long,
+        value_name = "auto|SIZE",
+        num_args = 0..=1,
+        default_missing_value = "on",
+        value_parser = Setting::parse
+    )]
+    balloon: Option<Setting>,
 }
 
 /// What the bare guest takes for the time between two lines.
@@ -106,7 +114,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         .hugepages(args.hugepages)
         .dirty(args.dirty)
         .devices(Backends {
-            balloon: args.balloon,
+            balloon: args.balloon.is_some(),
             // The built-in guest has no use for random numbers.
             rng: args.nas.is_none(),
             ..args.devices.backends()
@@ -118,6 +126,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let machine = Arc::new(builder.build()?);
     load(args, &machine)?;
     let guest = MachineGuest::with_workload(machine, workload(args));
+    if let Some(setting) = args.balloon {
+        guest.set_balloon(&setting.request()).map_err(Failure)?;
+    }
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;
     let server = bind(args.api.as_deref(), args.name.as_deref(), &vmm)?;

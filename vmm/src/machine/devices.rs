@@ -5,6 +5,7 @@
 //! destination.
 
 mod balloon;
+mod ballooning;
 mod error;
 mod place;
 
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use ferry_devices::balloon::Balloon;
+use ferry_devices::balloon::auto::Settings;
 use ferry_devices::block::{Block, Disk};
 use ferry_devices::bus::Bus;
 use ferry_devices::net::{MacAddress, Net};
@@ -30,6 +32,7 @@ use crate::kvm::Vm;
 use crate::memory::GuestMemory;
 use crate::tap::Tap;
 use balloon::HostPages;
+use ballooning::Ballooning;
 
 /// A disk as it is given on a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,8 +94,7 @@ pub(super) struct VirtioSet {
     all: Vec<Arc<dyn AnyVirtio>>,
     disks: Vec<Arc<Disk>>,
     nets: Vec<Arc<VirtioDevice<Net, Memory>>>,
-    balloon: Option<Arc<VirtioDevice<Balloon, Memory>>>,
-    pages: Option<Arc<HostPages>>,
+    balloon: Option<Ballooning>,
 }
 
 impl VirtioSet {
@@ -153,8 +155,9 @@ impl VirtioSet {
                 DeviceDescription::Balloon => {
                     let pages = Arc::new(HostPages::new(Arc::clone(vm.ram())));
                     let balloon = Balloon::new(Arc::clone(&pages) as _);
-                    set.pages = Some(pages);
-                    set.balloon = Some(set.plug(&socket, balloon, bus)?);
+                    let balloon = set.plug(&socket, balloon, bus)?;
+                    let ballooning = Ballooning::start(balloon, pages, vm.ram().size());
+                    set.balloon = Some(ballooning.map_err(DeviceError::Resources)?);
                 }
                 DeviceDescription::Rng => drop(set.plug(&socket, Rng::new(), bus)?),
             }
@@ -196,7 +199,12 @@ impl VirtioSet {
         self.all
             .iter()
             .zip(states)
-            .try_for_each(|(device, state)| device.restore(state))
+            .try_for_each(|(device, state)| device.restore(state))?;
+        if let Some(balloon) = &self.balloon {
+            // Whether it is moved automatically came along.
+            balloon.look();
+        }
+        Ok(())
     }
 
     pub(super) fn disks(&self) -> &[Arc<Disk>] {
@@ -230,23 +238,21 @@ impl VirtioSet {
 
     pub(super) fn set_balloon(&self, bytes: u64) -> bool {
         let pages = u32::try_from(bytes / ferry_devices::balloon::PAGE).unwrap_or(u32::MAX);
-        if let Some(balloon) = &self.balloon {
-            balloon.reconfigure(|balloon| balloon.set_target(pages));
-        }
-        self.balloon.is_some()
+        self.balloon.as_ref().map(|b| b.set_size(pages)).is_some()
+    }
+
+    pub(super) fn set_balloon_auto(&self, settings: Settings) -> bool {
+        let balloon = self.balloon.as_ref();
+        balloon.map(|b| b.set_auto(settings)).is_some()
     }
 
     pub(super) fn balloon(&self) -> Option<BalloonInfo> {
-        let (balloon, pages) = (self.balloon.as_ref()?, self.pages.as_ref()?);
-        let info = balloon.with(|balloon| BalloonInfo::of(balloon, pages));
-        // For the next time; a guest that is paused, or has no driver, is not asked.
-        let _ = balloon.with_queues(Balloon::ask_statistics);
-        Some(info)
+        self.balloon.as_ref().map(Ballooning::info)
     }
 
     pub(super) fn keep_free_pages(&self, keep: bool) {
-        if let Some(pages) = &self.pages {
-            pages.keep(keep);
+        if let Some(balloon) = &self.balloon {
+            balloon.pages().keep(keep);
         }
     }
 }

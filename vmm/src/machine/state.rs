@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::kvm::{MAX_CPUS, VcpuState, VmState};
 
 const MAGIC: [u8; 8] = *b"FRYSTATE";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = 24;
 /// The largest state that is believed: 254 vCPUs of 70 KiB are 17 MiB.
 const MAX_BYTES: usize = 32 << 20;

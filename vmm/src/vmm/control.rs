@@ -4,7 +4,10 @@ use super::recording;
 use super::state::{Lost, State};
 use super::{Core, Lacks, Migration, Vmm};
 use crate::api::events::{Publisher, Subscription};
-use crate::api::types::{MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, Status};
+use crate::api::types::{
+    BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
+    Status,
+};
 use crate::api::{Control, Pieces, Refusal};
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Report};
@@ -62,6 +65,7 @@ impl Control for Vmm {
                 _ => None,
             },
             lacks,
+            balloon: inner.guest.as_ref().and_then(|guest| guest.balloon()),
             listening: match &inner.state {
                 State::Receiving { listening } => Some(listening.clone()),
                 _ => None,
@@ -196,6 +200,29 @@ impl Control for Vmm {
         inner.recording = true;
         Ok(Box::new(pieces))
     }
+
+    fn balloon(&self) -> Result<BalloonStatus, Refusal> {
+        let inner = self.core.lock();
+        let Some(guest) = &inner.guest else {
+            return Err(conflict("tell of a balloon", &inner.state));
+        };
+        guest.balloon().ok_or_else(no_balloon)
+    }
+
+    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal> {
+        let inner = self.core.lock();
+        match (&inner.state, &inner.guest) {
+            (State::Running | State::Paused | State::Migrating { .. }, Some(guest)) => {
+                guest.balloon().ok_or_else(no_balloon)?;
+                guest.set_balloon(request).map_err(Refusal::Invalid)
+            }
+            (state, _) => Err(conflict("set a balloon", state)),
+        }
+    }
+}
+
+fn no_balloon() -> Refusal {
+    Refusal::Conflict("the guest has no balloon; start it with `ferry run --balloon`".into())
 }
 
 impl Core {

@@ -1,7 +1,7 @@
 //! A [`Machine`] as a [`Guest`].
 
 use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
-use crate::api::types::GuestInfo;
+use crate::api::types::{BalloonRequest, BalloonStatus, GuestInfo};
 use crate::machine::{Exit, Machine};
 use crate::migrate::{Following, Handle, Receiver, Uri, migrate, recover};
 use crate::record::MachineRecording;
@@ -123,6 +123,28 @@ impl Guest for MachineGuest {
             waiting: following.waiting() as u64,
             lost: following.lost(),
         })
+    }
+
+    fn balloon(&self) -> Option<BalloonStatus> {
+        self.machine.balloon().map(BalloonStatus::from)
+    }
+
+    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), String> {
+        let ram = self.machine.description().memory;
+        match (request.size_bytes, request.auto) {
+            (Some(size), None) if size <= ram => {
+                self.machine.set_balloon(size);
+                Ok(())
+            }
+            (Some(size), None) => Err(format!(
+                "a balloon of {size} bytes was asked for, but the guest has {ram}; give less"
+            )),
+            (None, Some(wish)) => {
+                self.machine.set_balloon_auto(wish.settings(ram)?);
+                Ok(())
+            }
+            _ => Err("a balloon has a size_bytes or is moved by auto; give one of the two".into()),
+        }
     }
 
     fn power_button(&self) -> Result<(), String> {

@@ -4,7 +4,8 @@ use super::super::Refusal;
 use super::super::client::{Action, Client, ClientError};
 use super::super::events::Publisher;
 use super::super::types::{
-    GuestInfo, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, StateName, Status,
+    BalloonRequest, BalloonStatus, GuestInfo, MigrateRequest, MigrationStatus, RecordRequest,
+    RecoverRequest, StateName, Status,
 };
 use super::*;
 use ferry_migration::options::Options;
@@ -50,6 +51,7 @@ impl Control for Fake {
             uptime_ms: 1,
             migration: None,
             lacks: None,
+            balloon: None,
             listening: None,
         }
     }
@@ -87,6 +89,15 @@ impl Control for Fake {
     }
     fn recover(&self, _: &RecoverRequest) -> Result<(), Refusal> {
         Err(Refusal::Failed("it broke".into()))
+    }
+    fn balloon(&self) -> Result<BalloonStatus, Refusal> {
+        Ok(BalloonStatus {
+            actual_bytes: 4096,
+            ..BalloonStatus::default()
+        })
+    }
+    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal> {
+        self.called(&format!("balloon {request:?}"))
     }
 }
 
@@ -243,9 +254,23 @@ fn serves_each_route() {
         String::from_utf8_lossy(bad)
     );
     assert_eq!(status("PUT /v1/migrate", &rest), "400");
-    assert_eq!(
-        *r.fake.calls.lock().unwrap(),
-        ["pause", "pause", "power-button"]
+    assert_eq!(status("GET /v1/balloon", "\r\n"), "200");
+    assert_eq!(status("PUT /v1/balloon", "\r\n"), "411");
+    assert_eq!(status("DELETE /v1/balloon", "\r\n"), "405");
+    for (body, answer) in [
+        (r#"{"size_bytes":4096}"#, "204"),
+        (r#"{"auto":{"interval_ms":1000}}"#, "204"),
+        (r#"{"size":4096}"#, "400"),
+        (r#"{"size_bytes":-1}"#, "400"),
+    ] {
+        let rest = format!("Content-Length: {}\r\n\r\n{body}", body.len());
+        assert_eq!(status("PUT /v1/balloon", &rest), answer, "{body}");
+    }
+    let calls = r.fake.calls.lock().unwrap().clone();
+    assert_eq!(calls[..3], ["pause", "pause", "power-button"]);
+    assert!(
+        calls.len() == 5 && calls[3].contains("4096") && calls[4].contains("1000"),
+        "{calls:?}"
     );
     let text = r.say(format!("POST /v1/pause HTTP/1.1\r\n{CLOSE}\r\n").as_bytes());
     assert!(text.contains("\r\nAllow: PUT\r\n"), "{text}");
