@@ -31,7 +31,10 @@ pub mod socket;
 pub mod types;
 
 use events::Subscription;
-use types::{MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, Status};
+use types::{
+    MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest, SnapshotReport,
+    SnapshotRequest, Status,
+};
 
 /// Why a request was refused. The text is one sentence for the user.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -105,4 +108,15 @@ pub trait Control: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal`] when it cannot begin.
     fn record(&self, request: &RecordRequest) -> Result<Pieces, Refusal>;
+
+    /// Writes the guest to a file; blocks until it is there.
+    ///
+    /// # Errors
+    /// [`Refusal`] when the guest cannot be written; it goes on as before.
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal> {
+        let _ = request;
+        Err(Refusal::Conflict(
+            "nothing here can be written to a file".into(),
+        ))
+    }
 }

@@ -16,10 +16,12 @@ mod plot;
 mod progress;
 mod receive;
 mod record;
+mod restore;
 mod run;
 mod serial;
 mod serve;
 mod sim;
+mod snapshot;
 mod summary;
 mod units;
 
@@ -66,6 +68,8 @@ enum Command {
     PowerButton(manage::PowerButton),
     Recover(manage::Recover),
     Record(record::Args),
+    Snapshot(snapshot::Args),
+    Restore(restore::Args),
     Doctor(doctor::Args),
     Nas(nas::Args),
     Sim(sim::Args),
@@ -92,6 +96,8 @@ pub fn main() -> ExitCode {
         Command::PowerButton(args) => args.run(),
         Command::Recover(args) => args.run(),
         Command::Record(args) => record::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
+        Command::Restore(args) => restore::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Nas(args) => nas::run(&args),
         Command::Sim(args) => sim::run(&args),

@@ -4,12 +4,13 @@
 //! The source side is [`migrate`]; the destination side is a [`Receiver`].
 
 mod arrival;
-mod guest;
-mod host;
+pub(crate) mod guest;
+pub(crate) mod host;
 mod link;
 mod receive;
 mod uri;
 
+pub(crate) use arrival::Awaited;
 pub use arrival::{Arrival, Following};
 pub use link::StreamLink;
 pub use receive::{ReceiveError, ReceiveState, Receiver, SerialFactory};
@@ -211,7 +212,7 @@ pub fn recover(
     )
 }
 
-fn new_session() -> Result<SessionId, getrandom::Error> {
+pub(crate) fn new_session() -> Result<SessionId, getrandom::Error> {
     let mut id = [0; 16];
     getrandom::fill(&mut id)?;
     Ok(SessionId(id))
@@ -230,10 +231,10 @@ fn parse_session(text: &str) -> Option<SessionId> {
 
 /// The host's monotonic clock.
 #[derive(Debug)]
-struct MonotonicClock(Instant);
+pub(crate) struct MonotonicClock(Instant);
 
 impl MonotonicClock {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Instant::now())
     }
 }

@@ -170,6 +170,11 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
         self.lock().failed.clone()
     }
 
+    /// The rest cannot be had, for this reason: the threads end.
+    pub fn fail(&self, why: &str) {
+        self.lock().failed.get_or_insert_with(|| why.to_owned());
+    }
+
     /// The guest has ended: the threads end.
     pub fn dismiss(&self) {
         self.lock().dismissed = true;
@@ -227,7 +232,7 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
     /// An error ends all threads.
     fn noting(&self, result: Result<(), SnapshotError>) -> Result<(), SnapshotError> {
         if let Err(error) = &result {
-            self.lock().failed.get_or_insert_with(|| error.to_string());
+            self.fail(&error.to_string());
         }
         result
     }

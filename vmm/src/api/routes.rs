@@ -2,7 +2,7 @@
 
 use super::events::Subscription;
 use super::http::Head;
-use super::types::{ErrorBody, MigrateRequest, RecordRequest, RecoverRequest};
+use super::types::{ErrorBody, MigrateRequest, RecordRequest, RecoverRequest, SnapshotRequest};
 use super::{Control, Pieces, Refusal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,6 +20,7 @@ pub enum Route {
     Migrate,
     Recover,
     Record,
+    Snapshot,
 }
 
 /// An answer.
@@ -52,6 +53,7 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         "/v1/migrate" => (Route::Migrate, WRITE),
         "/v1/recover" => (Route::Recover, WRITE),
         "/v1/record" => (Route::Record, WRITE),
+        "/v1/snapshot" => (Route::Snapshot, WRITE),
         path => {
             // Somebody else's bytes in our sentence: shortened, and escaped by the JSON.
             let shown: String = path.chars().take(80).collect();
@@ -63,7 +65,10 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         let sentence = format!("{} takes {allow} only", head.path);
         return Err(Answer::Error(405, Some(allow), sentence));
     }
-    let needs_body = matches!(route, Route::Migrate | Route::Recover | Route::Record);
+    let needs_body = matches!(
+        route,
+        Route::Migrate | Route::Recover | Route::Record | Route::Snapshot
+    );
     if needs_body && head.length.is_none() {
         let sentence = format!("{} needs a JSON body and a Content-Length", head.path);
         return Err(Answer::Error(411, None, sentence));
@@ -117,6 +122,10 @@ fn answer(control: &dyn Control, route: Route, body: &[u8]) -> Result<Answer, Re
             let request: RecordRequest = parse(body)?;
             request.check().map_err(Refusal::Invalid)?;
             control.record(&request).map(Answer::Bytes)
+        }
+        Route::Snapshot => {
+            let request: SnapshotRequest = parse(body)?;
+            Ok(json(200, &control.snapshot(&request)?))
         }
     }
 }

@@ -1,14 +1,17 @@
 //! A [`Machine`] as a [`Guest`].
 
 use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
-use crate::api::types::GuestInfo;
+use crate::api::types::{GuestInfo, SnapshotReport, SnapshotRequest};
 use crate::machine::{Exit, Machine};
 use crate::migrate::{Following, Handle, Receiver, Uri, migrate, recover};
 use crate::record::MachineRecording;
+use crate::snapshot;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// A machine, owned by a [`Vmm`].
 #[derive(Debug)]
@@ -122,7 +125,16 @@ impl Guest for MachineGuest {
             pages,
             waiting: following.waiting() as u64,
             lost: following.lost(),
+            file: following.file().map(Path::to_owned),
         })
+    }
+
+    fn snapshot(
+        &self,
+        request: &SnapshotRequest,
+        cancelled: &AtomicBool,
+    ) -> Result<SnapshotReport, String> {
+        snapshot::save(&self.machine, request, cancelled).map_err(|e| e.to_string())
     }
 
     fn power_button(&self) -> Result<(), String> {
