@@ -3,8 +3,8 @@
 use super::{
     BLOCK_PAGES, END_BYTES, ENTRY_BYTES, HEAD_END, SnapshotError, Trailer, decode_head, long,
 };
-use crate::codec::Decoder;
 use crate::codec::marks::Marks;
+use crate::codec::{Decoder, ZSTD_PAGES};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::wire::{
     Encoding, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, Limits, RUN_BYTES,
@@ -409,7 +409,7 @@ impl BlockReader {
         let end = snapshot.layout().end();
         let header = header(&snapshot.file, frame, Limits { end })?;
         let body = frame + HEADER_BYTES as u64;
-        let most = (BLOCK_PAGES as usize) * (PAGE_SIZE + RUN_BYTES + 8);
+        let most = ZSTD_PAGES * (PAGE_SIZE + RUN_BYTES + 8);
         if header.kind != FrameType::Pages
             || u64::from(header.count) > BLOCK_PAGES
             || header.length as usize > most
