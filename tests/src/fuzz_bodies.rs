@@ -155,16 +155,15 @@ pub fn machine_state(bytes: &[u8]) {
 }
 
 /// A snapshot, as it is and with its checksums made right: it is refused, or its pages are what its index says, inside the
-/// guest's memory and each there once.
-pub fn snapshot(bytes: &[u8]) {
-    read_snapshot(bytes.to_vec());
-    read_snapshot(mend_snapshot(bytes));
+/// guest's memory and each there once. Returns how many pages could be read once its checksums were right; `None` when it
+/// was refused as a whole.
+pub fn snapshot(bytes: &[u8]) -> Option<u64> {
+    let _ = read_snapshot(bytes.to_vec());
+    read_snapshot(mend_snapshot(bytes))
 }
 
-fn read_snapshot(bytes: Vec<u8>) {
-    let Ok(snapshot) = Snapshot::open(bytes) else {
-        return;
-    };
+fn read_snapshot(bytes: Vec<u8>) -> Option<u64> {
+    let snapshot = Snapshot::open(bytes).ok()?;
     let mut reader = BlockReader::default();
     let mut pages = 0;
     for frame in snapshot.frames() {
@@ -181,6 +180,7 @@ fn read_snapshot(bytes: Vec<u8>) {
         }
     }
     assert!(pages <= snapshot.data_pages());
+    Some(pages)
 }
 
 /// Makes the checksums of a snapshot right, as far as its trailer can be followed.

@@ -15,6 +15,7 @@ use ferry_tests::{fuzz_bodies, guests_run};
 use ferry_vmm::machine::{Backends, Machine};
 use std::io;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
@@ -409,7 +410,15 @@ fn snapshots() {
             file.into_inner().unwrap()
         })
         .collect();
-    mutations(&seeds, 6000, fuzz_bodies::snapshot);
+    static READ: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+    mutations(&seeds, 6000, |bytes| {
+        let depth = fuzz_bodies::snapshot(bytes).map_or(0, |pages| 1 + usize::from(pages > 0));
+        READ[depth].fetch_add(1, Ordering::Relaxed);
+    });
+    // Some are refused as a whole, some opened without a page to be had, many read: all of the reader is reached.
+    let read = READ.each_ref().map(|count| count.load(Ordering::Relaxed));
+    assert!(read.iter().all(|count| *count > 20), "{read:?}");
+    eprintln!("refused, without a page, read: {read:?}");
 }
 
 /// A driver's first steps, as a script of `fuzz_bodies::virtio`: negotiates, sets each queue up, and offers a chain of a

@@ -485,21 +485,19 @@ pub fn save<L: Link, G: Guest<L>, W: WriteAt>(
         let machine = describe().map_err(SaveError::Guest)?;
         Ok((state, machine))
     });
-    if options.live {
-        guest.stop_tracking();
-    }
-    let (state, machine) = match result {
-        Ok(parts) => parts,
-        Err(error) => {
-            // Nothing, when it was not paused yet.
-            guest.resume();
-            return Err(error);
-        }
-    };
     for lane in &lanes {
         saved.codecs.join(&lane.codecs);
     }
-    release(&saved);
+    match &result {
+        Ok(_) => release(&saved),
+        // Nothing, when it was not paused yet.
+        Err(_) => guest.resume(),
+    }
+    if options.live {
+        // Not in the pause: it takes as long as the guest has memory.
+        guest.stop_tracking();
+    }
+    let (state, machine) = result?;
     finish(&shared, session, &machine, &state, &mut saved)?;
     Ok(saved)
 }
