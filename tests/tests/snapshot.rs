@@ -4,7 +4,7 @@
 use ferry_guest_images::Line;
 use ferry_migration::options::Compress;
 use ferry_migration::snapshot::Snapshot;
-use ferry_tests::{Host, State, guests_run, run};
+use ferry_tests::{Host, State, can_pretend, guests_run, run};
 use ferry_vmm::api::client::Action;
 use ferry_vmm::api::types::{SnapshotReport, SnapshotRequest, Then};
 use ferry_vmm::snapshot::RestoreReport;
@@ -309,6 +309,28 @@ fn damaged_files_make_no_guest() {
             "{line}"
         );
     }
+}
+
+/// Where a guest's page faults may not be handled, all of it is read first, and the user is told why.
+#[test]
+fn without_userfaultfd_memory_is_read_first() {
+    if !guests_run() || !can_pretend() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (path, closed) = (dir.path().join("guest"), dir.path().join("closed"));
+    let source = Host::run(WORK, "64M", 1);
+    snapshot(&source, &request(&path));
+    std::fs::write(&closed, "").unwrap();
+    std::fs::set_permissions(&closed, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
+    let restored = Host::start_where(
+        &format!("mount --bind {} /dev/userfaultfd", closed.display()),
+        "setpriv --bounding-set=-sys_ptrace,-dac_override,-dac_read_search",
+        &["restore", path.to_str().unwrap(), "--serial", "stdio"],
+    );
+    let line = restored.says("all memory was read before the guest ran");
+    assert!(line.contains("/dev/userfaultfd"), "{line}");
+    assert!(restored.verdict().writes > 0);
 }
 
 /// A disk is not in the file, so it must be as it was.

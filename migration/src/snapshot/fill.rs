@@ -28,7 +28,8 @@ const PUSH_PAGES: u64 = super::BLOCK_PAGES;
 /// Fault streams that are bubbled around.
 const PIVOTS: usize = 8;
 
-/// Writes all pages of a snapshot into memory that nobody uses yet; returns the bytes that were read.
+/// Writes all pages of a snapshot into memory that nobody uses yet, unless `cancelled` says so meanwhile; returns the
+/// bytes that were read.
 ///
 /// # Errors
 /// [`SnapshotError`]; the memory is then worth nothing.
@@ -36,6 +37,7 @@ pub fn fill_all<L: Link, S: PageSink<L>, F: ReadAt>(
     snapshot: &Snapshot<F>,
     sink: &S,
     threads: u16,
+    cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<u64, SnapshotError> {
     let frames = Mutex::new(snapshot.frames());
     let failed = AtomicBool::new(false);
@@ -45,6 +47,9 @@ pub fn fill_all<L: Link, S: PageSink<L>, F: ReadAt>(
         while !failed.load(Ordering::Relaxed) {
             let next = frames.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some(frame) = next else { break };
+            if cancelled() {
+                return Err(SnapshotError::Cancelled);
+            }
             let block = reader.read(snapshot, frame)?;
             for (run, bytes) in block.pieces() {
                 sink.write(run, bytes)

@@ -224,7 +224,7 @@ fn saved(guest: &Writer, options: SaveOptions) -> (Vec<u8>, Saved) {
 fn restored(bytes: Vec<u8>) -> Result<Memory, SnapshotError> {
     let snapshot = Snapshot::open(bytes)?;
     let sink = Sink::default();
-    fill_all::<NoLink, _, _>(&snapshot, &sink, 2)?;
+    fill_all::<NoLink, _, _>(&snapshot, &sink, 2, &|| false)?;
     Ok(sink.0.into_inner().unwrap())
 }
 

@@ -62,7 +62,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         eager: args.eager,
         force: args.force,
     };
-    let restored = restore(&options, Arc::new(serial), args.devices.backends())?;
+    let restored = restore(&options, Arc::new(serial), args.devices.backends(), &|| {
+        signals.came()
+    })?;
     let running = restored.is_running();
     let guest = MachineGuest::followed(restored.machine, restored.following);
     vmm.arrived(Arc::clone(&guest) as _, running);
@@ -100,6 +102,12 @@ fn tell_when_done(
 fn sentence(report: &RestoreReport) -> String {
     if let Some(error) = &report.error {
         return error.clone();
+    }
+    if report.unread_pages > 0 {
+        return format!(
+            "the guest ended before {} pages of its memory were read",
+            grouped(report.unread_pages)
+        );
     }
     let faults = &report.faults;
     let waits = match faults.count {

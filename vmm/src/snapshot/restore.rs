@@ -106,8 +106,10 @@ pub struct RestoreReport {
     pub start_ms: f64,
     /// Pages of RAM.
     pub pages: u64,
-    /// Pages that were read of the file; the others are zero.
+    /// Pages that are in the file; the others are zero.
     pub data_pages: u64,
+    /// Of those, how many were not read, for the guest ended before.
+    pub unread_pages: u64,
     /// Bytes that were read of the file.
     pub bytes_read: u64,
     /// The guest's waits for pages.
@@ -173,12 +175,15 @@ impl Awaited for FromFile {
 /// If that cannot be done here (userfaultfd is not allowed, huge pages), all is read first, and the report says why. If the
 /// file turns out to be damaged later the machine [fails](Machine::fail), before the guest has seen any of that.
 ///
+/// Reading all of it first ends when `cancelled` says so.
+///
 /// # Errors
 /// [`RestoreError`]; nothing runs.
 pub fn restore(
     options: &RestoreOptions,
     serial: SerialFactory,
     backends: Backends,
+    cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Restored, RestoreError> {
     let began = Instant::now();
     let path = &options.path;
@@ -229,7 +234,7 @@ pub fn restore(
             Err(error) => report.why_eager = Some(error.to_string()),
         }
     }
-    report.bytes_read = fill_all(&snapshot, &*sink, threads()).map_err(format)?;
+    report.bytes_read = fill_all(&snapshot, &*sink, threads(), cancelled).map_err(format)?;
     let start = host
         .restore(&state)
         .and_then(|()| host.run())
@@ -312,6 +317,7 @@ fn on_demand(
         host.end_post_copy();
         let filled = pages.filled();
         report.total_ms = ms(began.elapsed());
+        report.unread_pages = pages.left();
         report.bytes_read = filled.bytes;
         report.faults = filled.faults;
         report.zero_faults = filled.zero_faults;
