@@ -28,6 +28,7 @@
 //! ```
 
 mod fill;
+mod places;
 mod read;
 mod save;
 

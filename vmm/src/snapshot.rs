@@ -6,6 +6,8 @@
 //! What is restored is the guest as it was: its clock goes on where it stood, and a second restore of the same file is a
 //! second guest with the same identity.
 
+#![forbid(unsafe_code)]
+
 mod restore;
 mod save;
 

@@ -8,7 +8,8 @@
 //! What is in the file is the guest at the moment of its pause, either way. Each lane takes blocks of pages in turn, codes
 //! them and writes them to a place of its own in the file.
 
-use super::{BLOCK_PAGES, HEAD_END, Trailer, encode_head};
+use super::places::Places;
+use super::{BLOCK_PAGES, Trailer, encode_head};
 use crate::codec::{Batch, Coding, Encoder};
 use crate::options::{Compress, Options};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
@@ -123,55 +124,6 @@ pub struct Saved {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Where each page's last contents are.
-struct Places {
-    /// By frame: where it begins.
-    frames: Vec<u64>,
-    /// By page: one more than its frame's number; 0 is zero.
-    of_page: Vec<u32>,
-    /// Where the next frame goes.
-    end: u64,
-    written: u64,
-}
-
-impl Places {
-    fn set(&mut self, run: Run, place: u32) {
-        let at = |gfn: Gfn| usize::try_from(gfn).unwrap_or(usize::MAX);
-        if let Some(pages) = self.of_page.get_mut(at(run.first)..at(run.end())) {
-            pages.fill(place);
-        }
-    }
-
-    /// The index: runs of pages in one frame, within a region, of at most a block.
-    fn entries(&self, layout: &RamLayout) -> (Vec<u8>, u64) {
-        let mut bytes = Vec::new();
-        let mut pages = 0;
-        let place = |gfn: Gfn| {
-            usize::try_from(gfn)
-                .ok()
-                .and_then(|at| self.of_page.get(at))
-        };
-        for region in layout.runs() {
-            let mut gfn = region.first;
-            while gfn < region.end() {
-                let here = place(gfn).copied().unwrap_or(0);
-                let first = gfn;
-                while gfn < region.end() && gfn - first < BLOCK_PAGES && place(gfn) == Some(&here) {
-                    gfn += 1;
-                }
-                let frame = (here as usize).checked_sub(1);
-                if let Some(offset) = frame.and_then(|at| self.frames.get(at)) {
-                    let count = gfn - first;
-                    pages += count;
-                    encode_runs(&[Run::new(first, count)], &mut bytes);
-                    bytes.extend_from_slice(&offset.to_le_bytes());
-                }
-            }
-        }
-        (bytes, pages)
-    }
 }
 
 /// A thread's buffers.
@@ -454,18 +406,12 @@ pub fn save<L: Link, G: Guest<L>, W: WriteAt>(
             ..Lane::default()
         })
         .collect();
-    let end = usize::try_from(layout.end()).unwrap_or(usize::MAX);
     let shared = Shared {
         guest,
         file,
         clock,
         cancelled,
-        places: Mutex::new(Places {
-            frames: Vec::new(),
-            of_page: vec![0; end],
-            end: HEAD_END,
-            written: 0,
-        }),
+        places: Mutex::new(Places::new(&layout)),
         layout,
     };
     write(file, &encode_head(session), 0)?;
