@@ -32,6 +32,7 @@ pub mod rng;
 mod sender;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+pub mod snapshot;
 pub mod source;
 pub mod trace;
 pub mod wire;

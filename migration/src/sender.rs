@@ -4,7 +4,7 @@
 use crate::codec::{Batch, Encoder, MAX_CODED_PAGES, append};
 use crate::page::{Gfn, Heat, PAGE_BYTES, PAGE_SIZE, PageSet, Run};
 use crate::policy::{SendOrder, pages_in, seconds};
-use crate::port::{Clock, Guest, Link, PortError};
+use crate::port::{Clock, Guest, Link, PageSource, PortError};
 use crate::report::Codecs;
 use crate::wire::{
     Channel, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, MAX_RUNS, RUN_BYTES, WireError,
@@ -234,7 +234,7 @@ impl Sender {
                 .clear_dirty(runs, &mut self.scratch)
                 .map_err(SendError::Guest)?;
         }
-        let skipped_pages = self.split(guest, runs);
+        let skipped_pages = split(guest, runs, &mut self.zero, &mut self.data);
         let told: u64 = self.zero.iter().map(|run| run.count).sum();
         let zero_pages = told.saturating_sub(skipped_pages);
         self.head.clear();
@@ -318,38 +318,6 @@ impl Sender {
         })
     }
 
-    /// Sorts the pages into zero and data runs; returns how many of the zero ones nobody has read.
-    ///
-    /// Those are told too, at a few bytes a run: the destination may have what they held before they were given back.
-    fn split<L: Link, G: Guest<L> + ?Sized>(&mut self, guest: &G, runs: &[Run]) -> u64 {
-        let mut skipped = 0;
-        self.zero.clear();
-        self.data.clear();
-        for run in runs {
-            let mut gfn = run.first;
-            let mut hole = guest.unpopulated(*run);
-            while gfn < run.end() {
-                if let Some(empty) = hole
-                    && gfn >= empty.first
-                {
-                    append(&mut self.zero, Run::new(gfn, empty.end() - gfn), run.first);
-                    skipped += empty.end() - gfn;
-                    gfn = empty.end();
-                    hole = guest.unpopulated(Run::new(gfn, run.end() - gfn));
-                    continue;
-                }
-                let list = if guest.is_zero(gfn) {
-                    &mut self.zero
-                } else {
-                    &mut self.data
-                };
-                append(list, Run::new(gfn, 1), run.first);
-                gfn += 1;
-            }
-        }
-        skipped
-    }
-
     fn crc_of_pages<L: Link, G: Guest<L> + ?Sized>(
         &self,
         guest: &G,
@@ -388,8 +356,51 @@ impl Sender {
     }
 }
 
+/// Sorts pages into runs of zeros and of data, by what they hold now; returns how many of the zero ones nobody has read.
+///
+/// Those are told too, at a few bytes a run: the destination may have what they held before they were given back.
+pub(crate) fn split<L: Link, S: PageSource<L> + ?Sized>(
+    source: &S,
+    runs: &[Run],
+    zero: &mut Vec<Run>,
+    data: &mut Vec<Run>,
+) -> u64 {
+    let mut skipped = 0;
+    zero.clear();
+    data.clear();
+    for run in runs {
+        let mut gfn = run.first;
+        let mut hole = source.unpopulated(*run);
+        while gfn < run.end() {
+            if let Some(empty) = hole
+                && gfn >= empty.first
+            {
+                append(zero, Run::new(gfn, empty.end() - gfn), run.first);
+                skipped += empty.end() - gfn;
+                gfn = empty.end();
+                hole = source.unpopulated(Run::new(gfn, run.end() - gfn));
+                continue;
+            }
+            let list = if source.is_zero(gfn) {
+                &mut *zero
+            } else {
+                &mut *data
+            };
+            append(list, Run::new(gfn, 1), run.first);
+            gfn += 1;
+        }
+    }
+    skipped
+}
+
 /// A page frame's header. A batch is at most 1 MiB, so nothing here can exceed its field.
-fn table_header(kind: FrameType, gfn: Gfn, runs: usize, pages: u64, round: u32) -> Header {
+pub(crate) fn table_header(
+    kind: FrameType,
+    gfn: Gfn,
+    runs: usize,
+    pages: u64,
+    round: u32,
+) -> Header {
     let length = runs as u64 * RUN_BYTES as u64 + pages * PAGE_SIZE as u64;
     Header {
         gfn,

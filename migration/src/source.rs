@@ -619,7 +619,8 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         match (shared, wanted) {
             (Ok(true), _) => Ok(true),
             (Ok(false), Handover::On) => Err(SourceError::NotShared(
-                "that needs a destination on this host, given as unix:PATH, and no --copy-disk".into(),
+                "that needs a destination on this host, given as unix:PATH, and no --copy-disk"
+                    .into(),
             )),
             (Err(error), Handover::On) => Err(SourceError::NotShared(error.to_string())),
             (Ok(false), _) => Ok(false),

@@ -83,3 +83,18 @@ pub fn guests_run() -> bool {
     }
     ready
 }
+
+/// Whether this process may change what another sees of this host; says so loudly where not.
+#[must_use]
+pub fn can_pretend() -> bool {
+    let tried = Command::new("unshare")
+        .args(["--mount", "setpriv", "--version"])
+        .output();
+    let can = tried.is_ok_and(|out| out.status.success());
+    if !can {
+        eprintln!(
+            "NOT RUN: guests on hosts that cannot do something (needs root, unshare and setpriv)"
+        );
+    }
+    can
+}

@@ -10,6 +10,7 @@ use ferry_migration::codec::marks::Marks;
 use ferry_migration::destination::{Destination, State, Step, Timeouts, greet};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{BlockSink, Clock, Host, Link, PageSink, PortError, blocks_in};
+use ferry_migration::snapshot::{BlockReader, Snapshot};
 use ferry_migration::wire::{
     Encoding, FLAG_CRC, Features, HEADER_BYTES, Header, Hello, Limits, PREAMBLE_BYTES, Preamble,
     decode_runs, encode_runs,
@@ -151,6 +152,77 @@ pub fn machine_state(bytes: &[u8]) {
             assert_eq!(again.cpus(), state.cpus());
         }
     }
+}
+
+/// A snapshot, as it is and with its checksums made right: it is refused, or its pages are what its index says, inside the
+/// guest's memory and each there once. Returns how many pages could be read once its checksums were right; `None` when it
+/// was refused as a whole.
+pub fn snapshot(bytes: &[u8]) -> Option<u64> {
+    let _ = read_snapshot(bytes.to_vec());
+    read_snapshot(mend_snapshot(bytes))
+}
+
+fn read_snapshot(bytes: Vec<u8>) -> Option<u64> {
+    let snapshot = Snapshot::open(bytes).ok()?;
+    let mut reader = BlockReader::default();
+    let mut pages = 0;
+    for frame in snapshot.frames() {
+        let Ok(block) = reader.read(&snapshot, frame) else {
+            continue;
+        };
+        let mut next = 0;
+        for (run, bytes) in block.pieces() {
+            assert!(run.first >= next && snapshot.layout().contains(run));
+            assert_eq!(bytes.len() as u64, run.count * PAGE_SIZE as u64);
+            assert_eq!(snapshot.frame_of(run.first), Some(frame));
+            next = run.end();
+            pages += run.count;
+        }
+    }
+    assert!(pages <= snapshot.data_pages());
+    Some(pages)
+}
+
+/// Makes the checksums of a snapshot right, as far as its trailer can be followed.
+fn mend_snapshot(bytes: &[u8]) -> Vec<u8> {
+    const END: usize = 64;
+    let mut bytes = bytes.to_vec();
+    if bytes.len() < 2 * END {
+        return bytes;
+    }
+    let end = bytes.len() - END;
+    let long = |bytes: &[u8], at: usize| {
+        let at = at.min(bytes.len() - 8);
+        let value = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        usize::try_from(value).unwrap()
+    };
+    let index = long(&bytes, end + 24).min(end);
+    let parts = [long(&bytes, end + 8), long(&bytes, end + 16)];
+    let entries = bytes[index..end].chunks_exact(16);
+    let frames: Vec<usize> = entries.map(|entry| long(entry, 8)).chain(parts).collect();
+    for at in frames {
+        mend_frame(&mut bytes, at, end);
+    }
+    let crc = crc32c::crc32c(&bytes[index..end]);
+    bytes[end + 40..end + 44].copy_from_slice(&crc.to_le_bytes());
+    for at in [0, end] {
+        let crc = crc32c::crc32c(&bytes[at..at + 60]);
+        bytes[at + 60..at + 64].copy_from_slice(&crc.to_le_bytes());
+    }
+    bytes
+}
+
+fn mend_frame(bytes: &mut [u8], at: usize, end: usize) {
+    let Some(body) = at.checked_add(HEADER_BYTES).filter(|body| *body <= end) else {
+        return;
+    };
+    let length = u32::from_le_bytes(bytes[at + 4..at + 8].try_into().unwrap()) as usize;
+    if let Some(to) = body.checked_add(length).filter(|to| *to <= end) {
+        let crc = crc32c::crc32c(&bytes[body..to]);
+        bytes[at + 24..at + 28].copy_from_slice(&crc.to_le_bytes());
+    }
+    let crc = crc32c::crc32c(&bytes[at..at + 28]);
+    bytes[at + 28..at + 32].copy_from_slice(&crc.to_le_bytes());
 }
 
 /// Makes the checksums right as far as the stream can be followed.

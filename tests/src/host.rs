@@ -112,10 +112,15 @@ impl Host {
     /// As [`Host::receive`], started by a shell that first runs `preparation` in a mount namespace of its own, where it
     /// may change what the receiver sees of this host; `wrapper` then starts ferry. Needs root.
     pub fn receive_where(preparation: &str, wrapper: &str) -> Self {
+        let args = ["receive", "tcp:127.0.0.1:0", "--serial", "stdio"];
+        Self::listening(Self::start_where(preparation, wrapper, &args))
+    }
+
+    /// As [`Host::start`], in such a place.
+    pub fn start_where(preparation: &str, wrapper: &str, args: &[&str]) -> Self {
         let script = format!("{preparation} && exec {wrapper} \"$@\"");
         let shell = ["unshare", "--mount", "sh", "-c", &script, "sh"];
-        let args = ["receive", "tcp:127.0.0.1:0", "--serial", "stdio"];
-        Self::listening(Self::start_in(tempfile::tempdir().unwrap(), &shell, &args))
+        Self::start_in(tempfile::tempdir().unwrap(), &shell, args)
     }
 
     fn listening(mut host: Self) -> Self {

@@ -16,7 +16,7 @@ pub mod peer;
 mod proxy;
 mod relay;
 
-pub use ferry::{Ran, ferry, guests_run, run};
+pub use ferry::{Ran, can_pretend, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
 pub use nested::{NESTED_PATIENCE, NestedHost, NestedVmm, Turn, nested_hosts};
 pub use proxy::{Action, Proxy, Way};

@@ -5,7 +5,7 @@
 use ferry_guest_images::BARE;
 use ferry_migration::options::{OnTimeout, Options, PolicyKind};
 use ferry_migration::report::{Report, Status};
-use ferry_tests::{Host, State, guests_run, run, until};
+use ferry_tests::{Host, State, can_pretend, guests_run, run, until};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -348,20 +348,6 @@ fn destinations() {
     }
     host.proves_running();
     host.verdict();
-}
-
-/// Whether this process may change what another sees of this host; says so loudly where not.
-fn can_pretend() -> bool {
-    let tried = std::process::Command::new("unshare")
-        .args(["--mount", "setpriv", "--version"])
-        .output();
-    let can = tried.is_ok_and(|out| out.status.success());
-    if !can {
-        eprintln!(
-            "NOT RUN: receivers on hosts that cannot take a guest (needs root, unshare and setpriv)"
-        );
-    }
-    can
 }
 
 fn post_copy() -> Options {

@@ -4,12 +4,19 @@
 use ferry_migration::codec::patch::encode;
 use ferry_migration::codec::words::pack;
 use ferry_migration::destination::State;
-use ferry_migration::page::{RamLayout, Run};
+use ferry_migration::options::Compress;
+use ferry_migration::page::{PageSet, RamLayout, Run};
+use ferry_migration::port::{Clock, Guest, Link, PageSource, PortError};
+use ferry_migration::snapshot::{SaveOptions, SaveSetup, save};
 use ferry_migration::wire::{
     Encoding, FLAG_CRC, Features, FrameType, Header, Hello, Preamble, Role, SessionId, encode_runs,
 };
 use ferry_tests::{fuzz_bodies, guests_run};
 use ferry_vmm::machine::{Backends, Machine};
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 struct Random(u64);
@@ -351,6 +358,122 @@ fn machine_states() {
         }
     }
     mutations(&seeds, 4000, fuzz_bodies::machine_state);
+}
+
+/// A guest of a few pages that stands still, for a snapshot of it.
+struct Still(Vec<Vec<u8>>);
+
+/// Nothing is sent.
+struct NoLink;
+
+impl Link for NoLink {
+    fn send(&mut self, _: &[u8], _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn recv(&mut self, _: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
+        Ok(false)
+    }
+    fn set_timeout(&mut self, _: Option<Duration>) {}
+}
+
+impl PageSource<NoLink> for Still {
+    fn transmit(&self, _: &mut NoLink, _: &[u8], _: &[Run]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn copy_page(&self, gfn: u64, into: &mut [u8; 4096]) -> Result<(), PortError> {
+        into.copy_from_slice(&self.0[usize::try_from(gfn)?]);
+        Ok(())
+    }
+    fn is_zero(&self, gfn: u64) -> bool {
+        self.0[usize::try_from(gfn).unwrap()]
+            .iter()
+            .all(|byte| *byte == 0)
+    }
+}
+
+impl Guest<NoLink> for Still {
+    fn layout(&self) -> RamLayout {
+        RamLayout::new(vec![Run::new(0, self.0.len() as u64)]).unwrap()
+    }
+    fn description(&self) -> Result<Vec<u8>, PortError> {
+        Ok(Vec::new())
+    }
+    fn state_bytes(&self) -> u64 {
+        0
+    }
+    fn start_tracking(&self) -> Result<(), PortError> {
+        Err("it stands still".into())
+    }
+    fn stop_tracking(&self) {}
+    fn collect_dirty(&self, _: &mut PageSet) -> Result<(), PortError> {
+        Ok(())
+    }
+    fn clear_dirty(&self, _: &[Run], _: &mut Vec<u64>) -> Result<(), PortError> {
+        Ok(())
+    }
+    fn pause(&self) -> Result<Duration, PortError> {
+        Ok(Duration::ZERO)
+    }
+    fn save(&self) -> Result<Vec<u8>, PortError> {
+        Ok(b"state".to_vec())
+    }
+    fn resume(&self) {}
+    fn commit(&self, _: SessionId) -> Result<(), PortError> {
+        Err("nothing is handed over".into())
+    }
+    fn release(&self) {}
+}
+
+struct NoTime;
+
+impl Clock for NoTime {
+    fn now(&self) -> Duration {
+        Duration::ZERO
+    }
+    fn sleep(&self, _: Duration) {}
+}
+
+#[test]
+fn snapshots() {
+    let mut random = Random(1);
+    let mut pages = vec![vec![0; 4096]; 12];
+    pages[1].fill(7);
+    pages[4][100..300].fill(9);
+    pages[5] = (0..4096).map(|_| random.next().to_le_bytes()[0]).collect();
+    pages[9] = pages[5].iter().map(|byte| byte & 0x11).collect();
+    let seeds: Vec<_> = [Compress::None, Compress::Zstd, Compress::Adaptive]
+        .into_iter()
+        .map(|compress| {
+            let file = Mutex::default();
+            let setup = SaveSetup {
+                session: SessionId([7; 16]),
+                options: SaveOptions {
+                    compress,
+                    threads: 1,
+                    live: false,
+                    downtime: Duration::ZERO,
+                },
+                clock: &NoTime,
+                cancelled: &|| false,
+                describe: &mut || Ok(b"machine".to_vec()),
+                release: &mut |_| {},
+            };
+            save::<NoLink, _, _>(&Still(pages.clone()), &file, setup).unwrap();
+            file.into_inner().unwrap()
+        })
+        .collect();
+    static READ: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+    mutations(&seeds, 6000, |bytes| {
+        let depth = fuzz_bodies::snapshot(bytes).map_or(0, |pages| 1 + usize::from(pages > 0));
+        READ[depth].fetch_add(1, Ordering::Relaxed);
+    });
+    // Some are refused as a whole, some opened without a page to be had, many read: all of the reader is reached.
+    let read = READ.each_ref().map(|count| count.load(Ordering::Relaxed));
+    assert!(read.iter().all(|count| *count > 20), "{read:?}");
+    eprintln!("refused, without a page, read: {read:?}");
 }
 
 /// A driver's first steps, as a script of `fuzz_bodies::virtio`: negotiates, sets each queue up, and offers a chain of a

@@ -35,7 +35,7 @@ pub mod types;
 use events::Subscription;
 use types::{
     BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
-    Status,
+    SnapshotReport, SnapshotRequest, Status,
 };
 
 /// Why a request was refused. The text is one sentence for the user.
@@ -122,4 +122,15 @@ pub trait Control: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal`] when there is none, the guest is not here any more, or the size cannot be.
     fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal>;
+
+    /// Writes the guest to a file; blocks until it is there.
+    ///
+    /// # Errors
+    /// [`Refusal`] when the guest cannot be written; it goes on as before.
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal> {
+        let _ = request;
+        Err(Refusal::Conflict(
+            "nothing here can be written to a file".into(),
+        ))
+    }
 }

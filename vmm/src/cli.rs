@@ -17,10 +17,12 @@ mod plot;
 mod progress;
 mod receive;
 mod record;
+mod restore;
 mod run;
 mod serial;
 mod serve;
 mod sim;
+mod snapshot;
 mod summary;
 mod units;
 
@@ -68,6 +70,8 @@ enum Command {
     Recover(manage::Recover),
     Balloon(balloon::Args),
     Record(record::Args),
+    Snapshot(snapshot::Args),
+    Restore(restore::Args),
     Doctor(doctor::Args),
     Nas(nas::Args),
     Sim(sim::Args),
@@ -95,6 +99,8 @@ pub fn main() -> ExitCode {
         Command::Recover(args) => args.run(),
         Command::Balloon(args) => balloon::run(&args),
         Command::Record(args) => record::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
+        Command::Restore(args) => restore::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Nas(args) => nas::run(&args),
         Command::Sim(args) => sim::run(&args),

@@ -14,5 +14,6 @@ pub mod machine;
 pub mod memory;
 pub mod migrate;
 pub mod record;
+pub mod snapshot;
 mod tap;
 pub mod vmm;

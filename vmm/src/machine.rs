@@ -162,6 +162,11 @@ impl Machine {
         self.control.end(Exit::Stopped);
     }
 
+    /// Ends the machine as [`stop`](Self::stop) does, because it cannot go on: `why` is the sentence that says so.
+    pub fn fail(&self, why: String) {
+        self.control.end(Exit::Failure(why));
+    }
+
     /// Why the machine ended, if it has.
     #[must_use]
     pub fn exit_reason(&self) -> Option<Exit> {

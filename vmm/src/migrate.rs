@@ -6,12 +6,13 @@
 mod arrival;
 mod beside;
 mod disks;
-mod guest;
-mod host;
+pub(crate) mod guest;
+pub(crate) mod host;
 mod link;
 mod receive;
 mod uri;
 
+pub(crate) use arrival::Awaited;
 pub use arrival::{Arrival, Following};
 pub use link::StreamLink;
 pub use receive::{ReceiveError, ReceiveState, Receiver, SerialFactory};
@@ -228,7 +229,7 @@ pub fn recover(
     )
 }
 
-fn new_session() -> Result<SessionId, getrandom::Error> {
+pub(crate) fn new_session() -> Result<SessionId, getrandom::Error> {
     let mut id = [0; 16];
     getrandom::fill(&mut id)?;
     Ok(SessionId(id))
@@ -247,10 +248,10 @@ fn parse_session(text: &str) -> Option<SessionId> {
 
 /// The host's monotonic clock.
 #[derive(Debug)]
-struct MonotonicClock(Instant);
+pub(crate) struct MonotonicClock(Instant);
 
 impl MonotonicClock {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Instant::now())
     }
 }

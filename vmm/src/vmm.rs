@@ -30,6 +30,7 @@
 mod control;
 mod machine;
 mod recording;
+mod snapshot;
 mod state;
 
 pub use machine::MachineGuest;
@@ -37,13 +38,17 @@ pub use recording::Recording;
 pub use state::{Ending, Outcome};
 
 use crate::api::events::Publisher;
-use crate::api::types::{BalloonRequest, BalloonStatus, GuestInfo};
+use crate::api::types::{
+    BalloonRequest, BalloonStatus, GuestInfo, SnapshotReport, SnapshotRequest,
+};
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Event, Progress, Report};
 use serde::{Deserialize, Serialize};
 use state::{Lost, State};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -96,6 +101,20 @@ pub trait Guest: Send + Sync + 'static {
     /// A sentence.
     fn recording(&self) -> Result<Box<dyn Recording>, String>;
 
+    /// Writes the guest to a file, unless `cancelled` is set meanwhile; blocks. Afterwards it stands still if the request
+    /// says so, and else goes on as before.
+    ///
+    /// # Errors
+    /// A sentence; the guest goes on as before.
+    fn snapshot(
+        &self,
+        request: &SnapshotRequest,
+        cancelled: &AtomicBool,
+    ) -> Result<SnapshotReport, String> {
+        let _ = (request, cancelled);
+        Err("this guest cannot be written to a file".into())
+    }
+
     /// What has not arrived of a guest that runs already (post-copy); `None` when it is complete.
     fn lacks(&self) -> Option<Lacks> {
         None
@@ -126,6 +145,9 @@ pub struct Lacks {
     pub waiting: u64,
     /// Why none comes any more, when the connection to the source is lost.
     pub lost: Option<String>,
+    /// The snapshot that they are read from; `null` when a source sends them.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
 }
 
 /// A guest that is complete here and was never handed over.
@@ -166,6 +188,8 @@ struct Inner {
     ending: Option<Ending>,
     /// The guest's dirty trace is being recorded: the dirty log is taken.
     recording: bool,
+    /// The guest is being written to a file: the file, and how to end that.
+    snapshot: Option<(PathBuf, Arc<AtomicBool>)>,
 }
 
 struct Core {
@@ -210,6 +234,7 @@ impl Vmm {
             options: Options::default(),
             ending: None,
             recording: false,
+            snapshot: None,
         });
         let finished = EventFd::new(EFD_NONBLOCK)?;
         Ok(Self {
@@ -354,6 +379,9 @@ impl Core {
             | State::Paused
             | State::InDoubt(_)
             | State::Interrupted(_) => {
+                if let Some((_, cancelled)) = &inner.snapshot {
+                    cancelled.store(true, Ordering::Relaxed);
+                }
                 if let Some(guest) = &inner.guest {
                     guest.stop();
                 }

@@ -3,7 +3,7 @@
 use super::socket::dial;
 use super::types::{
     BalloonRequest, BalloonStatus, ErrorBody, MigrateRequest, MigrationStatus, RecordRequest,
-    RecoverRequest, Status,
+    RecoverRequest, SnapshotReport, SnapshotRequest, Status,
 };
 use ferry_migration::report::{Event, Report};
 use serde::Serialize;
@@ -168,6 +168,16 @@ impl Client {
         // No timeout: what the destination lacks is sent before the answer comes.
         self.request("PUT", "/v1/recover", Some(body), None)
             .map(drop)
+    }
+
+    /// `PUT /v1/snapshot`: blocks until the file is there.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, ClientError> {
+        let body = self.to_json(request)?;
+        // No timeout: memory is written before the answer comes.
+        self.read_json(self.request("PUT", "/v1/snapshot", Some(body), None)?)
     }
 
     /// `PUT /v1/migrate`: blocks until the migration has ended, and tells `on_event` what happens meanwhile. The

@@ -2,7 +2,9 @@
 
 use super::events::Subscription;
 use super::http::Head;
-use super::types::{BalloonRequest, ErrorBody, MigrateRequest, RecordRequest, RecoverRequest};
+use super::types::{
+    BalloonRequest, ErrorBody, MigrateRequest, RecordRequest, RecoverRequest, SnapshotRequest,
+};
 use super::{Control, Pieces, Refusal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -22,6 +24,7 @@ pub enum Route {
     Record,
     Balloon,
     SetBalloon,
+    Snapshot,
 }
 
 /// An answer.
@@ -57,6 +60,7 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         "/v1/record" => (Route::Record, WRITE),
         "/v1/balloon" if head.method == WRITE => (Route::SetBalloon, BOTH),
         "/v1/balloon" => (Route::Balloon, BOTH),
+        "/v1/snapshot" => (Route::Snapshot, WRITE),
         path => {
             // Somebody else's bytes in our sentence: shortened, and escaped by the JSON.
             let shown: String = path.chars().take(80).collect();
@@ -70,7 +74,7 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
     }
     let needs_body = matches!(
         route,
-        Route::Migrate | Route::Recover | Route::Record | Route::SetBalloon
+        Route::Migrate | Route::Recover | Route::Record | Route::SetBalloon | Route::Snapshot
     );
     if needs_body && head.length.is_none() {
         let sentence = format!("{} needs a JSON body and a Content-Length", head.path);
@@ -130,6 +134,10 @@ fn answer(control: &dyn Control, route: Route, body: &[u8]) -> Result<Answer, Re
         Route::SetBalloon => {
             let request: BalloonRequest = parse(body)?;
             control.set_balloon(&request).map(|()| Answer::Done)
+        }
+        Route::Snapshot => {
+            let request: SnapshotRequest = parse(body)?;
+            Ok(json(200, &control.snapshot(&request)?))
         }
     }
 }

@@ -2,9 +2,10 @@
 
 use crate::machine::{BalloonAuto, BalloonInfo};
 use crate::vmm::Lacks;
-use ferry_migration::options::Options;
-use ferry_migration::report::{Progress, Report};
+use ferry_migration::options::{Compress, Options};
+use ferry_migration::report::{Codecs, Progress, Report};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// Where the guest is, as far as this VMM is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -281,6 +282,73 @@ impl BalloonWish {
         }
         Ok(wanted)
     }
+}
+
+/// What becomes of the guest when its snapshot is complete.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Then {
+    /// It goes on as it did before: it runs if it ran.
+    #[default]
+    Resume,
+    /// It stands still.
+    Pause,
+    /// It is ended: the file is the guest now.
+    Stop,
+}
+
+/// The body of `PUT /v1/snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// The file to make, as the VMM finds it: an absolute path.
+    pub path: PathBuf,
+    /// How pages are made smaller.
+    #[serde(default)]
+    pub compress: Compress,
+    /// The guest runs while most of its memory is written.
+    #[serde(default)]
+    pub live: bool,
+    /// A file of that name is replaced.
+    #[serde(default)]
+    pub force: bool,
+    /// What becomes of the guest.
+    #[serde(default)]
+    pub then: Then,
+}
+
+/// The answer to `PUT /v1/snapshot`: what was written.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// Version of this object; grows when a field is added.
+    pub schema: u32,
+    /// The file.
+    pub path: PathBuf,
+    /// Names the snapshot.
+    pub session: String,
+    /// From the request until the file was on the disk under its name, in milliseconds.
+    pub total_ms: f64,
+    /// From the last guest instruction to the next one, in milliseconds; to the end of writing its memory and state when
+    /// it was not to run again.
+    pub downtime_ms: f64,
+    /// Of that, stopping it.
+    pub quiesce_ms: f64,
+    /// Of that, writing memory.
+    pub pages_ms: f64,
+    /// Of that, reading its state.
+    pub state_ms: f64,
+    /// Bytes in the file.
+    pub bytes: u64,
+    /// Pages of RAM.
+    pub pages: u64,
+    /// Of those, how many are in the file; the others are zero and take no room.
+    pub data_pages: u64,
+    /// Pages that were written more than once (live).
+    pub superseded: u64,
+    /// Passes over memory, the one in the pause included.
+    pub rounds: u32,
+    /// Pages by coder.
+    pub codecs: Codecs,
 }
 
 /// Every failure's body.

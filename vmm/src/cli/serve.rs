@@ -47,6 +47,11 @@ impl Signals {
             .map(Self)
             .map_err(|e: nix::errno::Errno| Failure(format!("cannot watch for signals ({e})")))
     }
+
+    /// Whether one has come; for what is done before [`serve`].
+    pub fn came(&self) -> bool {
+        matches!(self.0.read_signal(), Ok(Some(_)))
+    }
 }
 
 /// The control socket's path where none was given.

@@ -4,6 +4,7 @@ use super::StreamLink;
 use super::host::RamSink;
 use crate::machine::Machine;
 use ferry_migration::destination::Arriving;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,12 +29,25 @@ pub enum Arrival {
     Interrupted(String),
 }
 
+/// Where the pages of a guest come from that runs here already.
+pub(crate) trait Awaited: Send + Sync {
+    /// Pages that are not here yet.
+    fn left(&self) -> u64;
+    /// How many waits for a page are under way.
+    fn waiting(&self) -> usize;
+    /// Why nothing comes any more.
+    fn lost(&self) -> Option<String>;
+    /// The file that they are read from, if it is one.
+    fn file(&self) -> Option<&Path> {
+        None
+    }
+    /// The machine has ended.
+    fn abandon(&self);
+}
+
 /// Pages that follow a guest which runs here already.
 #[derive(Clone)]
-pub struct Following {
-    pub(super) pages: Arc<Arriving<StreamLink, RamSink>>,
-    pub(super) sink: Arc<RamSink>,
-}
+pub struct Following(Arc<dyn Awaited>);
 
 impl std::fmt::Debug for Following {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -42,27 +56,61 @@ impl std::fmt::Debug for Following {
 }
 
 impl Following {
+    pub(crate) fn new(pages: impl Awaited + 'static) -> Self {
+        Self(Arc::new(pages))
+    }
+
     /// Pages that are not here yet.
     #[must_use]
     pub fn left(&self) -> u64 {
-        self.pages.left()
+        self.0.left()
     }
 
     /// How many waits for a page are under way.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.pages.waiting()
+        self.0.waiting()
     }
 
     /// Why nothing comes any more, when the connection to the source is lost.
     #[must_use]
     pub fn lost(&self) -> Option<String> {
-        self.pages.lost()
+        self.0.lost()
+    }
+
+    /// The snapshot that they are read from; `None` when a source sends them.
+    #[must_use]
+    pub fn file(&self) -> Option<&Path> {
+        self.0.file()
     }
 
     /// For a machine that has ended: whoever waits for a page goes on, with zeros, and the source is told that
     /// nothing more is needed, if it can be at once.
     pub fn abandon(&self) {
+        self.0.abandon();
+    }
+}
+
+/// Pages that a source sends.
+pub(super) struct Sent {
+    pub pages: Arc<Arriving<StreamLink, RamSink>>,
+    pub sink: Arc<RamSink>,
+}
+
+impl Awaited for Sent {
+    fn left(&self) -> u64 {
+        self.pages.left()
+    }
+
+    fn waiting(&self) -> usize {
+        self.pages.waiting()
+    }
+
+    fn lost(&self) -> Option<String> {
+        self.pages.lost()
+    }
+
+    fn abandon(&self) {
         const MOMENT: Duration = Duration::from_millis(500);
         self.pages.dismiss();
         self.sink.end_faults();

@@ -13,14 +13,14 @@ use super::{Handle, StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Machine, PausedMachine};
 
 /// The guest of a machine while it is migrated away.
-pub(super) struct MachineGuest<'a> {
+pub(crate) struct MachineGuest<'a> {
     machine: &'a Arc<Machine>,
     handle: &'a Handle,
     paused: Mutex<Option<PausedMachine<'a>>>,
 }
 
 impl<'a> MachineGuest<'a> {
-    pub(super) const fn new(machine: &'a Arc<Machine>, handle: &'a Handle) -> Self {
+    pub(crate) const fn new(machine: &'a Arc<Machine>, handle: &'a Handle) -> Self {
         Self {
             machine,
             handle,
@@ -29,7 +29,7 @@ impl<'a> MachineGuest<'a> {
     }
 
     /// Never lets the guest run again through this guard.
-    pub(super) fn keep(&self) {
+    pub(crate) fn keep(&self) {
         if let Some(paused) = lock(&self.paused).take() {
             paused.keep_paused();
         }

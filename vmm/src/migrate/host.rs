@@ -39,7 +39,7 @@ impl RamSink {
     }
 
     /// Nobody waits for a page any more: all are in place, or the guest is at its end.
-    pub(super) fn end_faults(&self) {
+    pub(crate) fn end_faults(&self) {
         // Who waits in there holds it too, and drops it when the wait ends.
         if let Some(faults) = lock(&self.faults).take()
             && let Err(error) = faults.interrupt()
@@ -166,7 +166,7 @@ pub struct MachineHost {
 }
 
 impl MachineHost {
-    pub(super) fn new(serial: SerialFactory, backends: Backends, dirty: Tracking) -> Self {
+    pub(crate) fn new(serial: SerialFactory, backends: Backends, dirty: Tracking) -> Self {
         Self {
             serial,
             backends,
@@ -185,7 +185,7 @@ impl MachineHost {
     }
 
     /// The machine, once it is built.
-    pub(super) const fn machine(&self) -> Option<&Arc<Machine>> {
+    pub(crate) const fn machine(&self) -> Option<&Arc<Machine>> {
         self.machine.as_ref()
     }
 }

@@ -27,7 +27,7 @@ use ferry_migration::options::Tracking;
 use ferry_migration::wire::{Channel, Preamble, Role, SessionId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::arrival::{Arrival, Following};
+use super::arrival::{Arrival, Following, Sent};
 use super::host::{MachineHost, RamSink};
 use super::{MonotonicClock, StreamLink, Uri};
 use crate::machine::Backends;
@@ -304,7 +304,7 @@ impl Shared {
             let sink = engine.host().sink().cloned();
             let following = pages
                 .zip(sink)
-                .map(|(pages, sink)| Following { pages, sink });
+                .map(|(pages, sink)| Following::new(Sent { pages, sink }));
             self.tell(Arrival::Arrived { machine, following });
         }
     }

@@ -29,6 +29,12 @@ pub enum UriError {
         "'{0}' has no port between 0 and 65535; write tcp:HOST:PORT, for instance tcp:10.0.0.2:7000"
     )]
     Port(String),
+    /// A file takes a snapshot.
+    #[error(
+        "'file:{0}' is a file: `ferry snapshot --api SOCKET {0} --then stop` puts the guest there, and `ferry restore {0}` \
+         takes it from there; a migration goes to tcp:HOST:PORT or unix:PATH"
+    )]
+    File(String),
     /// Longer than a socket's address can be.
     #[error("the socket path '{0}' is longer than 107 bytes; choose a shorter one")]
     Long(String),
@@ -54,6 +60,9 @@ impl FromStr for Uri {
                 host: host.into(),
                 port,
             });
+        }
+        if let Some(path) = text.strip_prefix("file:") {
+            return Err(UriError::File(path.into()));
         }
         match text.strip_prefix("unix:") {
             Some(path) if path.len() > 107 => Err(UriError::Long(path.into())),
@@ -95,6 +104,7 @@ mod tests {
             "tcp:host:99999",
             "tcp:host:x",
             "unix:",
+            "file:/tmp/x",
             "http://x",
             "/run/x",
         ] {

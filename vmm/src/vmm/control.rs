@@ -6,16 +6,17 @@ use super::{Core, Lacks, Migration, Vmm};
 use crate::api::events::{Publisher, Subscription};
 use crate::api::types::{
     BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
-    Status,
+    SnapshotReport, SnapshotRequest, Status,
 };
 use crate::api::{Control, Pieces, Refusal};
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Report};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// A refusal that says what is and what can be done.
-fn conflict(wish: &str, state: &State) -> Refusal {
+pub(super) fn conflict(wish: &str, state: &State) -> Refusal {
     Refusal::Conflict(format!("cannot {wish}: {}", state.explanation()))
 }
 
@@ -27,15 +28,20 @@ fn explanation(state: &State, lacks: Option<&Lacks>) -> String {
             Some(Lacks {
                 pages, lost: None, ..
             }),
-        ) => {
-            format!("the guest runs here; {pages} of its pages follow from the source")
-        }
+        ) => match lacks.and_then(|lacks| lacks.file.as_ref()) {
+            Some(file) => format!(
+                "the guest runs here; {pages} of its pages are still to be read from {}",
+                file.display()
+            ),
+            None => format!("the guest runs here; {pages} of its pages follow from the source"),
+        },
         (
             State::Running,
             Some(Lacks {
                 pages,
                 waiting,
                 lost: Some(why),
+                ..
             }),
         ) => format!(
             "the guest runs here and lacks {pages} pages ({waiting} waits for one), for the connection to the source is \
@@ -54,7 +60,12 @@ impl Control for Vmm {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             state: inner.state.name(),
-            explanation: explanation(&inner.state, lacks.as_ref()),
+            explanation: match &inner.snapshot {
+                Some((path, _)) if matches!(inner.state, State::Running | State::Paused) => {
+                    super::snapshot::explanation(path)
+                }
+                _ => explanation(&inner.state, lacks.as_ref()),
+            },
             guest: inner.guest.as_ref().map(|g| g.info()),
             uptime_ms: u64::try_from(self.core.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             migration: match &inner.state {
@@ -75,6 +86,7 @@ impl Control for Vmm {
 
     fn pause(&self) -> Result<(), Refusal> {
         let mut inner = self.core.lock();
+        inner.not_in_a_snapshot("pause")?;
         match (&inner.state, &inner.guest) {
             (State::Paused, _) => Ok(()),
             (State::Running, Some(guest)) => {
@@ -88,6 +100,7 @@ impl Control for Vmm {
 
     fn resume(&self) -> Result<(), Refusal> {
         let mut inner = self.core.lock();
+        inner.not_in_a_snapshot("resume")?;
         match (&inner.state, &inner.guest) {
             (State::Running, _) => Ok(()),
             (State::Paused, Some(guest)) => {
@@ -114,7 +127,12 @@ impl Control for Vmm {
     }
 
     fn cancel(&self) -> Result<(), Refusal> {
-        match &self.core.lock().state {
+        let inner = self.core.lock();
+        if let Some((_, cancelled)) = &inner.snapshot {
+            cancelled.store(true, Ordering::Relaxed);
+            return Ok(());
+        }
+        match &inner.state {
             State::Migrating { handle, .. } if handle.cancel() => Ok(()),
             State::Migrating { to, .. } => Err(Refusal::Conflict(format!(
                 "too late to cancel: the guest was just handed over to {to}"
@@ -134,6 +152,7 @@ impl Control for Vmm {
             (State::Paused, Some(guest)) => (guest, true),
             (state, _) => return Err(conflict("migrate", state)),
         };
+        inner.not_in_a_snapshot("migrate")?;
         if inner.recording {
             return Err(Refusal::Conflict(
                 "cannot migrate: the guest's dirty trace is being recorded; end `ferry record` or wait for its end"
@@ -187,6 +206,7 @@ impl Control for Vmm {
     fn record(&self, request: &RecordRequest) -> Result<Pieces, Refusal> {
         request.check().map_err(Refusal::Invalid)?;
         let mut inner = self.core.lock();
+        inner.not_in_a_snapshot("record")?;
         let guest = match (&inner.state, &inner.guest) {
             (State::Running | State::Paused, Some(guest)) => Arc::clone(guest),
             (state, _) => return Err(conflict("record", state)),
@@ -199,6 +219,10 @@ impl Control for Vmm {
         let pieces = recording::Frames::begin(&self.core, &*guest, request)?;
         inner.recording = true;
         Ok(Box::new(pieces))
+    }
+
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal> {
+        self.core.snapshot(request)
     }
 
     fn balloon(&self) -> Result<BalloonStatus, Refusal> {

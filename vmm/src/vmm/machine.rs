@@ -1,14 +1,19 @@
 //! A [`Machine`] as a [`Guest`].
 
 use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
-use crate::api::types::{BalloonRequest, BalloonStatus, GuestInfo};
+use crate::api::types::{
+    BalloonRequest, BalloonStatus, GuestInfo, SnapshotReport, SnapshotRequest,
+};
 use crate::machine::{Exit, Machine};
 use crate::migrate::{Following, Handle, Receiver, Uri, migrate, recover};
 use crate::record::MachineRecording;
+use crate::snapshot;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// A machine, owned by a [`Vmm`].
 #[derive(Debug)]
@@ -122,6 +127,7 @@ impl Guest for MachineGuest {
             pages,
             waiting: following.waiting() as u64,
             lost: following.lost(),
+            file: following.file().map(Path::to_owned),
         })
     }
 
@@ -145,6 +151,14 @@ impl Guest for MachineGuest {
             }
             _ => Err("a balloon has a size_bytes or is moved by auto; give one of the two".into()),
         }
+    }
+
+    fn snapshot(
+        &self,
+        request: &SnapshotRequest,
+        cancelled: &AtomicBool,
+    ) -> Result<SnapshotReport, String> {
+        snapshot::save(&self.machine, request, cancelled).map_err(|e| e.to_string())
     }
 
     fn power_button(&self) -> Result<(), String> {

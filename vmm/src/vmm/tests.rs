@@ -1,6 +1,7 @@
 //! Every state against every request, with a guest and a migration that do as the test says.
 
 mod recording;
+mod snapshot;
 
 use super::*;
 use crate::api::events::{Next, Subscription};

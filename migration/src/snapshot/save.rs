@@ -1,0 +1,557 @@
+//! Writing a snapshot of a guest.
+//!
+//! ```text
+//!  paused    pause ─▶ all pages, by all lanes ─▶ state ─▶ the caller lets it run ─▶ index, trailer
+//!  live      log on ─▶ all pages ─▶ what was dirtied … ─▶ pause ─▶ the rest ─▶ state ─▶ …
+//! ```
+//!
+//! What is in the file is the guest at the moment of its pause, either way. Each lane takes blocks of pages in turn, codes
+//! them and writes them to a place of its own in the file.
+
+use super::places::Places;
+use super::{BLOCK_PAGES, Trailer, encode_head};
+use crate::codec::{Batch, Coding, Encoder};
+use crate::options::{Compress, Options};
+use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use crate::port::{Clock, Guest, Link, PortError};
+use crate::report::Codecs;
+use crate::sender::{split, table_header};
+use crate::wire::{
+    FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, Limits, SessionId, decode_runs,
+    encode_runs,
+};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Bytes that can be written anywhere, by several threads.
+pub trait WriteAt: Sync {
+    /// Writes all of `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+}
+
+impl WriteAt for File {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+}
+
+impl WriteAt for Mutex<Vec<u8>> {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let at = usize::try_from(offset).map_err(io::Error::other)?;
+        let mut all = lock(self);
+        let end = at + bytes.len();
+        if all.len() < end {
+            all.resize(end, 0);
+        }
+        all[at..end].copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+/// How a snapshot is written.
+#[derive(Clone, Copy, Debug)]
+pub struct SaveOptions {
+    /// How pages are made smaller. Differences are never used.
+    pub compress: Compress,
+    /// Threads that code and write.
+    pub threads: u16,
+    /// The guest runs while most of its memory is written; what it dirties is written again.
+    pub live: bool,
+    /// With `live`: the pause that is good enough.
+    pub downtime: Duration,
+}
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The guest.
+    #[error("{0}")]
+    Guest(PortError),
+    /// The file.
+    #[error("writing at byte {offset} failed: {source}")]
+    Write {
+        /// Where.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// The machine's configuration or state is too long for a frame.
+    #[error("the machine's {what} has {bytes} bytes, which is more than a snapshot takes")]
+    Long {
+        /// Which.
+        what: &'static str,
+        /// How long it is.
+        bytes: usize,
+    },
+    /// Somebody did not want it any more.
+    #[error("the snapshot was cancelled")]
+    Cancelled,
+    /// A lane failed inside.
+    #[error("a thread that writes failed inside; the VMM's output says where")]
+    Broken,
+}
+
+/// What was written.
+#[derive(Clone, Debug, Default)]
+pub struct Saved {
+    /// Size of the file.
+    pub bytes: u64,
+    /// Pages of RAM.
+    pub pages: u64,
+    /// Of those, how many are in the file; the others are zero.
+    pub data_pages: u64,
+    /// Pages that were written and superseded (live).
+    pub superseded: u64,
+    /// Passes over memory, the one in the pause included.
+    pub rounds: u32,
+    /// When the last guest instruction was, by the clock.
+    pub paused_at: Duration,
+    /// Stopping the guest.
+    pub quiesce: Duration,
+    /// Writing pages while it stood still.
+    pub pages_took: Duration,
+    /// Reading and writing its state.
+    pub state_took: Duration,
+    /// Pages by coder.
+    pub codecs: Codecs,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A thread's buffers.
+#[derive(Default)]
+struct Lane {
+    encoder: Encoder,
+    batch: Vec<Run>,
+    zero: Vec<Run>,
+    data: Vec<Run>,
+    out: Vec<u8>,
+    table: Vec<Run>,
+    scratch: Vec<u64>,
+    codecs: Codecs,
+}
+
+/// What the lanes share.
+struct Shared<'a, G, W> {
+    guest: &'a G,
+    file: &'a W,
+    clock: &'a dyn Clock,
+    cancelled: &'a (dyn Fn() -> bool + Sync),
+    layout: RamLayout,
+    places: Mutex<Places>,
+}
+
+/// One pass over a set of pages: what is left of it.
+struct Pass<'a> {
+    pages: &'a PageSet,
+    at: Mutex<Gfn>,
+    /// Pages are taken off the dirty log before they are read.
+    live: bool,
+}
+
+impl Pass<'_> {
+    /// The next block; `false` when there is none.
+    fn next(&self, layout: &RamLayout, into: &mut Vec<Run>) -> bool {
+        into.clear();
+        let mut at = lock(&self.at);
+        let mut room = BLOCK_PAGES;
+        while room > 0 {
+            let Some(mut run) = self.pages.next_run(*at, room) else {
+                break;
+            };
+            // A run lies in one region.
+            let region = layout.runs().iter().find(|r| run.first < r.end());
+            if let Some(region) = region {
+                run.count = run.count.min(region.end().saturating_sub(run.first)).max(1);
+            }
+            *at = run.end();
+            room -= run.count;
+            into.push(run);
+        }
+        !into.is_empty()
+    }
+}
+
+impl<G, W: WriteAt> Shared<'_, G, W> {
+    /// Writes the pages of a set as they are now.
+    fn pass<L: Link>(
+        &self,
+        lanes: &mut [Lane],
+        pages: &PageSet,
+        live: bool,
+    ) -> Result<(), SaveError>
+    where
+        G: Guest<L>,
+    {
+        let pass = Pass {
+            pages,
+            at: Mutex::new(0),
+            live,
+        };
+        let work = |lane: &mut Lane| -> Result<(), SaveError> {
+            while pass.next(&self.layout, &mut lane.batch) {
+                if (self.cancelled)() {
+                    return Err(SaveError::Cancelled);
+                }
+                self.block::<L>(lane, pass.live)?;
+            }
+            Ok(())
+        };
+        let Some((first, others)) = lanes.split_first_mut() else {
+            return Ok(());
+        };
+        std::thread::scope(|scope| {
+            let work = &work;
+            let threads: Vec<_> = others
+                .iter_mut()
+                .map(|lane| scope.spawn(move || work(lane)))
+                .collect();
+            let mut result = work(first);
+            for thread in threads {
+                let other = thread.join().unwrap_or(Err(SaveError::Broken));
+                result = result.and(other);
+            }
+            result
+        })
+    }
+
+    /// Codes and writes a lane's block.
+    fn block<L: Link>(&self, lane: &mut Lane, live: bool) -> Result<(), SaveError>
+    where
+        G: Guest<L>,
+    {
+        if live {
+            // Taken off first, read after: what is written from here on is dirty again.
+            self.guest
+                .clear_dirty(&lane.batch, &mut lane.scratch)
+                .map_err(SaveError::Guest)?;
+        }
+        split(self.guest, &lane.batch, &mut lane.zero, &mut lane.data);
+        lane.out.clear();
+        let coded = lane.encoder.encode(
+            &mut Batch {
+                data: &mut lane.data,
+                round: 0,
+                copy: &mut |gfn, into| self.guest.copy_page(gfn, into),
+                out: &mut lane.out,
+            },
+            self.clock,
+        );
+        let coded = coded.map_err(SaveError::Guest)?;
+        lane.codecs.join(&coded.codecs);
+        self.put_raw::<L>(lane, coded.raw)?;
+        let offset = {
+            let mut places = lock(&self.places);
+            let offset = places.end;
+            places.end += lane.out.len() as u64;
+            offset
+        };
+        let began = self.clock.now();
+        write(self.file, &lane.out, offset)?;
+        let link = self.clock.now().saturating_sub(began);
+        lane.encoder.sent(&coded, lane.out.len() as u64, link);
+        self.note(lane, offset);
+        Ok(())
+    }
+
+    /// Appends a frame of what no coder took. From a copy: the checksum is of what is written, whatever the guest does.
+    fn put_raw<L: Link>(&self, lane: &mut Lane, pages: u64) -> Result<(), SaveError>
+    where
+        G: Guest<L>,
+    {
+        let Some(first) = lane.data.first() else {
+            return Ok(());
+        };
+        let at = lane.out.len();
+        lane.out.resize(at + HEADER_BYTES, 0);
+        encode_runs(&lane.data, &mut lane.out);
+        let mut page = [0; PAGE_SIZE];
+        for gfn in lane.data.iter().flat_map(|run| run.first..run.end()) {
+            self.guest
+                .copy_page(gfn, &mut page)
+                .map_err(SaveError::Guest)?;
+            lane.out.extend_from_slice(&page);
+        }
+        let header = Header {
+            flags: FLAG_CRC,
+            payload_crc: crc32c::crc32c(&lane.out[at + HEADER_BYTES..]),
+            ..table_header(FrameType::Pages, first.first, lane.data.len(), pages, 0)
+        };
+        lane.out[at..at + HEADER_BYTES].copy_from_slice(&header.encode());
+        Ok(())
+    }
+
+    /// Enters the frames of a block that was written at `offset`.
+    fn note(&self, lane: &mut Lane, offset: u64) {
+        let limits = Limits {
+            end: self.layout.end(),
+        };
+        let mut places = lock(&self.places);
+        lane.zero.iter().for_each(|run| places.set(*run, 0));
+        let mut at = 0;
+        while let Some(head) = lane.out.get(at..).and_then(|rest| rest.first_chunk()) {
+            // Our own frames, a moment ago.
+            let Ok(header) = Header::decode(head, limits) else {
+                debug_assert!(false, "a frame of our own cannot be read");
+                return;
+            };
+            let table = at + HEADER_BYTES;
+            let entries = &lane.out[table..table + header.table_bytes()];
+            places.written += decode_runs(entries, &mut lane.table);
+            places.frames.push(offset + at as u64);
+            let place = u32::try_from(places.frames.len()).unwrap_or(u32::MAX);
+            lane.table.iter().for_each(|run| places.set(*run, place));
+            at = table + header.length as usize;
+        }
+    }
+}
+
+fn write<W: WriteAt>(file: &W, bytes: &[u8], offset: u64) -> Result<(), SaveError> {
+    file.write_at(bytes, offset)
+        .map_err(|source| SaveError::Write { offset, source })
+}
+
+/// A frame of configuration or state.
+fn frame(kind: FrameType, what: &'static str, payload: &[u8]) -> Result<Vec<u8>, SaveError> {
+    let long = SaveError::Long {
+        what,
+        bytes: payload.len(),
+    };
+    let length = u32::try_from(payload.len()).ok();
+    let Some(length) = length.filter(|length| *length <= kind.max_payload()) else {
+        return Err(long);
+    };
+    let header = Header {
+        flags: FLAG_CRC,
+        length,
+        payload_crc: crc32c::crc32c(payload),
+        ..Header::bare(kind, 0)
+    };
+    Ok([&header.encode()[..], payload].concat())
+}
+
+/// Passes of a live snapshot before its pause.
+const MOST_ROUNDS: u32 = 8;
+
+/// What [`save`] needs besides a guest and a file.
+pub struct SaveSetup<'a> {
+    /// Names the snapshot.
+    pub session: SessionId,
+    /// How.
+    pub options: SaveOptions,
+    /// Time.
+    pub clock: &'a dyn Clock,
+    /// Whether somebody wants it to end.
+    pub cancelled: &'a (dyn Fn() -> bool + Sync),
+    /// The machine's configuration; asked for in the pause.
+    pub describe: &'a mut dyn FnMut() -> Result<Vec<u8>, PortError>,
+    /// Called when the guest is no longer needed: what is still to be written is small.
+    pub release: &'a mut dyn FnMut(&Saved),
+}
+
+impl std::fmt::Debug for SaveSetup<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SaveSetup")
+            .field("session", &self.session)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Writes a snapshot of the guest to an empty file. Afterwards the guest stands still, unless `release` lets it run;
+/// after an error it goes on as it did before.
+///
+/// # Errors
+/// [`SaveError`]; the file is then worth nothing.
+pub fn save<L: Link, G: Guest<L>, W: WriteAt>(
+    guest: &G,
+    file: &W,
+    setup: SaveSetup<'_>,
+) -> Result<Saved, SaveError> {
+    let SaveSetup {
+        session,
+        ref options,
+        clock,
+        cancelled,
+        describe,
+        release,
+    } = setup;
+    let layout = guest.layout();
+    let threads = options.threads.clamp(1, 64);
+    let coding = Coding::new(
+        &Options {
+            compress: match options.compress {
+                Compress::Delta => Compress::Adaptive,
+                other => other,
+            },
+            // Every page by itself: it is read without the others.
+            delta_cache: 0,
+            ..Options::default()
+        },
+        Features::SUPPORTED,
+        layout.pages(),
+        layout.end(),
+    );
+    let mut lanes: Vec<Lane> = (0..threads)
+        .map(|_| Lane {
+            encoder: coding.encoder(),
+            ..Lane::default()
+        })
+        .collect();
+    let shared = Shared {
+        guest,
+        file,
+        clock,
+        cancelled,
+        places: Mutex::new(Places::new(&layout)),
+        layout,
+    };
+    write(file, &encode_head(session), 0)?;
+    let mut saved = Saved {
+        pages: shared.layout.pages(),
+        ..Saved::default()
+    };
+    let mut pending = shared.layout.all();
+    if options.live {
+        guest.start_tracking().map_err(SaveError::Guest)?;
+    }
+    let live = options
+        .live
+        .then(|| rounds::<L, G, W>(&shared, &mut lanes, options, &mut pending, &mut saved));
+    let result = live.unwrap_or(Ok(())).and_then(|()| {
+        let state = stop::<L, G, W>(&shared, &mut lanes, options, &mut pending, &mut saved)?;
+        let machine = describe().map_err(SaveError::Guest)?;
+        Ok((state, machine))
+    });
+    for lane in &lanes {
+        saved.codecs.join(&lane.codecs);
+    }
+    match &result {
+        Ok(_) => release(&saved),
+        // Nothing, when it was not paused yet.
+        Err(_) => guest.resume(),
+    }
+    if options.live {
+        // Not in the pause: it takes as long as the guest has memory.
+        guest.stop_tracking();
+    }
+    let (state, machine) = result?;
+    finish(&shared, session, &machine, &state, &mut saved)?;
+    Ok(saved)
+}
+
+/// The live rounds; leaves what is to be written in the pause in `pending`.
+fn rounds<L: Link, G: Guest<L>, W: WriteAt>(
+    shared: &Shared<'_, G, W>,
+    lanes: &mut [Lane],
+    options: &SaveOptions,
+    pending: &mut PageSet,
+    saved: &mut Saved,
+) -> Result<(), SaveError> {
+    loop {
+        let began = shared.clock.now();
+        let pages = pending.len();
+        shared.pass::<L>(lanes, pending, true)?;
+        saved.rounds += 1;
+        let took = shared.clock.now().saturating_sub(began).as_secs_f64();
+        pending.clear();
+        shared
+            .guest
+            .collect_dirty(pending)
+            .map_err(SaveError::Guest)?;
+        let left = pending.len();
+        let predicted = took / pages.max(1) as f64 * left as f64;
+        // Each further round costs the file as much as it saves the pause; where it saves little, it is not worth it.
+        let shrinks = left * 4 < pages * 3;
+        if predicted <= options.downtime.as_secs_f64() || !shrinks || saved.rounds >= MOST_ROUNDS {
+            return Ok(());
+        }
+    }
+}
+
+/// Stops the guest and writes what is pending; returns its state.
+fn stop<L: Link, G: Guest<L>, W: WriteAt>(
+    shared: &Shared<'_, G, W>,
+    lanes: &mut [Lane],
+    options: &SaveOptions,
+    pending: &mut PageSet,
+    saved: &mut Saved,
+) -> Result<Vec<u8>, SaveError> {
+    let now = || shared.clock.now();
+    let asked = now();
+    let ago = shared.guest.pause().map_err(SaveError::Guest)?;
+    saved.paused_at = now().saturating_sub(ago);
+    if options.live {
+        shared
+            .guest
+            .collect_dirty(pending)
+            .map_err(SaveError::Guest)?;
+    }
+    let stopped = now();
+    saved.quiesce = stopped.saturating_sub(asked.min(saved.paused_at));
+    shared.pass::<L>(lanes, pending, false)?;
+    saved.rounds += 1;
+    let written = now();
+    saved.pages_took = written.saturating_sub(stopped);
+    let state = shared.guest.save().map_err(SaveError::Guest)?;
+    saved.state_took = now().saturating_sub(written);
+    Ok(state)
+}
+
+/// Configuration, state, index and trailer.
+fn finish<G, W: WriteAt>(
+    shared: &Shared<'_, G, W>,
+    session: SessionId,
+    machine: &[u8],
+    state: &[u8],
+    saved: &mut Saved,
+) -> Result<(), SaveError> {
+    let places = lock(&shared.places);
+    let used = saved.codecs;
+    let mut required = 0;
+    if used.zstd.pages > 0 {
+        required |= Features::ZSTD.0;
+    }
+    if used.sparse.pages + used.copied.pages > 0 {
+        required |= Features::PATCH.0;
+    }
+    let hello = Hello {
+        offered: Features(required),
+        required: Features(required),
+        layout: shared.layout.clone(),
+        channels: 0,
+        stores: Vec::new(),
+        faults: 0,
+        policy: "snapshot".into(),
+        machine: machine.to_vec(),
+    };
+    let contents = places.end;
+    let mut tail = frame(FrameType::Hello, "configuration", &hello.encode())?;
+    let state_at = contents + tail.len() as u64;
+    tail.extend(frame(FrameType::State, "state", state)?);
+    let index_at = contents + tail.len() as u64;
+    let (index, pages) = places.entries(&shared.layout);
+    let trailer = Trailer {
+        contents,
+        state: state_at,
+        index: index_at,
+        entries: (index.len() / super::ENTRY_BYTES) as u64,
+        index_crc: crc32c::crc32c(&index),
+        session,
+    };
+    tail.extend_from_slice(&index);
+    tail.extend_from_slice(&trailer.encode());
+    write(shared.file, &tail, contents)?;
+    saved.bytes = contents + tail.len() as u64;
+    saved.data_pages = pages;
+    saved.superseded = places.written - pages;
+    Ok(())
+}

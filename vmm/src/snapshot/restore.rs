@@ -1,0 +1,367 @@
+//! A guest from a file: at once, its memory following on demand, or after all of its memory was read.
+
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use ferry_migration::options::Tracking;
+use ferry_migration::port::{Host, PortError};
+use ferry_migration::report::Faults;
+use ferry_migration::snapshot::{Filling, Snapshot, SnapshotError as FormatError, fill_all};
+use serde::{Deserialize, Serialize};
+
+use super::{Contents, modified, ms, threads};
+use crate::machine::{Backends, Machine, RunState};
+use crate::migrate::host::{MachineHost, RamSink};
+use crate::migrate::{Awaited, Following, MonotonicClock, SerialFactory, StreamLink};
+
+/// How a guest is restored.
+#[derive(Debug, Clone)]
+pub struct RestoreOptions {
+    /// The file.
+    pub path: PathBuf,
+    /// All memory is read before the guest runs.
+    pub eager: bool,
+    /// Disks that are not as they were are taken all the same.
+    pub force: bool,
+    /// How the pages that the guest dirties are found when it is migrated on.
+    pub dirty: Tracking,
+}
+
+/// Why a guest was not restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// There is no such file.
+    #[error("the snapshot {} cannot be opened: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It cannot be used.
+    #[error("the snapshot {} cannot be restored: {source}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: FormatError,
+    },
+    /// Not a machine's.
+    #[error("the snapshot {} has a description that cannot be understood: {source}", path.display())]
+    Description {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A disk is not as it was.
+    #[error(
+        "the disk {} {what} since the snapshot {} was taken of the guest ({was}), which would destroy its files; give a copy of \
+         the disk from that time (with its time of change, as `cp -p` keeps it), or --force if you know better",
+        disk.display(),
+        path.display()
+    )]
+    Disk {
+        /// The disk that was given here.
+        disk: PathBuf,
+        /// The snapshot.
+        path: PathBuf,
+        /// What is different.
+        what: &'static str,
+        /// What it was in the snapshot.
+        was: String,
+    },
+    /// This host cannot run it.
+    #[error("the guest of the snapshot {} cannot run here: {source}", path.display())]
+    Host {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: PortError,
+    },
+    /// A thread cannot be started.
+    #[error("a thread that reads the guest's memory cannot be started: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// What a restore did.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct RestoreReport {
+    /// Version of this object; grows when a field is added.
+    pub schema: u32,
+    /// The file.
+    pub path: PathBuf,
+    /// The snapshot's name.
+    pub session: String,
+    /// Why memory could not be read to the end, in a sentence: the guest was ended then.
+    pub error: Option<String>,
+    /// Whether all memory was read before the guest ran.
+    pub eager: bool,
+    /// Why, when it was not asked for.
+    pub why_eager: Option<String>,
+    /// From the request until all memory was there, in milliseconds.
+    pub total_ms: f64,
+    /// From the request until the guest ran (or was ready to, when it was paused), in milliseconds.
+    pub start_ms: f64,
+    /// Pages of RAM.
+    pub pages: u64,
+    /// Pages that are in the file; the others are zero.
+    pub data_pages: u64,
+    /// Of those, how many were not read, for the guest ended before.
+    pub unread_pages: u64,
+    /// Bytes that were read of the file.
+    pub bytes_read: u64,
+    /// The guest's waits for pages.
+    pub faults: Faults,
+    /// Waits for pages that turned out to be zero, which takes no reading.
+    pub zero_faults: u64,
+}
+
+/// A guest that was restored.
+#[derive(Debug)]
+pub struct Restored {
+    /// Its machine, which runs, or is paused as the guest was when it was saved.
+    pub machine: Arc<Machine>,
+    /// Pages that are still to be read.
+    pub following: Option<Following>,
+    /// The report, once all memory is there.
+    pub report: JoinHandle<RestoreReport>,
+}
+
+impl Restored {
+    /// Whether the guest runs.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.machine.run_state() == RunState::Running
+    }
+}
+
+type Pages = Filling<StreamLink, RamSink, File>;
+
+/// Pages that are read from a file.
+struct FromFile {
+    pages: Arc<Pages>,
+    sink: Arc<RamSink>,
+    path: PathBuf,
+}
+
+impl Awaited for FromFile {
+    fn left(&self) -> u64 {
+        self.pages.left()
+    }
+
+    fn waiting(&self) -> usize {
+        self.pages.waiting()
+    }
+
+    fn lost(&self) -> Option<String> {
+        self.pages.failed()
+    }
+
+    fn file(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+
+    fn abandon(&self) {
+        self.pages.dismiss();
+        self.sink.end_faults();
+    }
+}
+
+/// Builds the machine of a snapshot and lets its guest run on, if it ran when it was saved.
+///
+/// Unless all is to be read first, memory is read while the guest runs; it waits where it touches what has not been read.
+/// If that cannot be done here (userfaultfd is not allowed, huge pages), all is read first, and the report says why. If the
+/// file turns out to be damaged later the machine [fails](Machine::fail), before the guest has seen any of that.
+///
+/// Reading all of it first ends when `cancelled` says so.
+///
+/// # Errors
+/// [`RestoreError`]; nothing runs.
+pub fn restore(
+    options: &RestoreOptions,
+    serial: SerialFactory,
+    backends: Backends,
+    cancelled: &(dyn Fn() -> bool + Sync),
+) -> Result<Restored, RestoreError> {
+    let began = Instant::now();
+    let path = &options.path;
+    let file = File::open(path).map_err(|source| RestoreError::Open {
+        path: path.clone(),
+        source,
+    })?;
+    let format = |source| RestoreError::Format {
+        path: path.clone(),
+        source,
+    };
+    let snapshot = Snapshot::open(file).map_err(format)?;
+    let understood = |source| RestoreError::Description {
+        path: path.clone(),
+        source,
+    };
+    let contents: Contents = serde_json::from_slice(snapshot.machine()).map_err(understood)?;
+    if !options.force {
+        check_disks(path, &contents, &backends)?;
+    }
+    let description = serde_json::to_vec(&contents.description).map_err(understood)?;
+    let refused = |source| RestoreError::Host {
+        path: path.clone(),
+        source,
+    };
+    let mut host = MachineHost::new(serial, backends, options.dirty);
+    let sink = host
+        .prepare(snapshot.layout(), &description)
+        .map_err(refused)?;
+    let machine = host.machine().cloned();
+    let machine = machine.ok_or_else(|| refused("there is no machine".into()))?;
+    let mut report = RestoreReport {
+        schema: 1,
+        path: path.clone(),
+        session: snapshot.session().to_string(),
+        pages: snapshot.layout().pages(),
+        data_pages: snapshot.data_pages(),
+        eager: true,
+        ..RestoreReport::default()
+    };
+    let state = snapshot.state().to_vec();
+    if !options.eager {
+        match host.begin_post_copy(&snapshot.data()) {
+            Ok(()) => {
+                report.eager = false;
+                return on_demand(began, host, snapshot, &sink, machine, report).map_err(refused);
+            }
+            Err(error) => report.why_eager = Some(error.to_string()),
+        }
+    }
+    report.bytes_read = fill_all(&snapshot, &*sink, threads(), cancelled).map_err(format)?;
+    let start = host
+        .restore(&state)
+        .and_then(|()| host.run())
+        .map_err(refused)?;
+    report.total_ms = ms(began.elapsed());
+    report.start_ms = ms(began.elapsed().saturating_sub(start));
+    let report = std::thread::Builder::new().spawn(move || report)?;
+    Ok(Restored {
+        machine,
+        following: None,
+        report,
+    })
+}
+
+/// The guest runs; its pages follow.
+fn on_demand(
+    began: Instant,
+    mut host: MachineHost,
+    snapshot: Snapshot<File>,
+    sink: &Arc<RamSink>,
+    machine: Arc<Machine>,
+    mut report: RestoreReport,
+) -> Result<Restored, PortError> {
+    let state = snapshot.state().to_vec();
+    let clock = Arc::new(MonotonicClock::new());
+    let pages = Arc::new(Pages::new(snapshot, Arc::clone(sink), clock));
+    let servers = usize::try_from(machine.description().cpus).map_or(1, |cpus| cpus.clamp(1, 8));
+    let mut threads = Vec::new();
+    let thread = |name: &str, work: fn(&Pages) -> Result<(), FormatError>| {
+        let pages = Arc::clone(&pages);
+        let thread = std::thread::Builder::new().name(name.into());
+        thread.spawn(move || {
+            // A thread that did not say that it ended would be waited for.
+            if catch_unwind(AssertUnwindSafe(|| work(&pages))).is_err() {
+                pages.fail("a thread that reads it failed inside; the output says where");
+            }
+        })
+    };
+    let started = (|| {
+        // KVM itself may touch memory when it takes the state: faults are served from here on.
+        for _ in 0..servers {
+            threads.push(thread("ferry-faults", Pages::serve)?);
+        }
+        host.restore(&state)?;
+        let ran_for = host.run()?;
+        report.start_ms = ms(began.elapsed().saturating_sub(ran_for));
+        threads.push(thread("ferry-push", Pages::push)?);
+        Ok(())
+    })();
+    if let Err(error) = started {
+        pages.dismiss();
+        machine.stop();
+        host.end_post_copy();
+        for thread in threads {
+            let _ = thread.join();
+        }
+        return Err(error);
+    }
+    let following = Following::new(FromFile {
+        pages: Arc::clone(&pages),
+        sink: Arc::clone(sink),
+        path: report.path.clone(),
+    });
+    let ending = Arc::clone(&machine);
+    let finish = move || {
+        for thread in threads {
+            // It has said why, if it did not get to the end.
+            let _ = thread.join();
+        }
+        if let Some(why) = pages.failed() {
+            // In this order: who waits for a page goes on with zeros, straight out of the guest.
+            let why = format!(
+                "its memory cannot be read from the snapshot {}: {why}",
+                report.path.display()
+            );
+            ending.fail(why.clone());
+            pages.dismiss();
+            report.error = Some(why);
+        }
+        host.end_post_copy();
+        let filled = pages.filled();
+        report.total_ms = ms(began.elapsed());
+        report.unread_pages = pages.left();
+        report.bytes_read = filled.bytes;
+        report.faults = filled.faults;
+        report.zero_faults = filled.zero_faults;
+        report
+    };
+    let report = std::thread::Builder::new()
+        .name("ferry-restore".into())
+        .spawn(finish)?;
+    Ok(Restored {
+        machine,
+        following: Some(following),
+        report,
+    })
+}
+
+/// The disks that are given here are those of the snapshot, and nobody has written to them since.
+fn check_disks(path: &Path, contents: &Contents, backends: &Backends) -> Result<(), RestoreError> {
+    // How many there must be is checked with the machine.
+    for (mark, disk) in contents.disks.iter().zip(&backends.disks) {
+        let error = |what, was: String| {
+            Err(RestoreError::Disk {
+                disk: disk.path.clone(),
+                path: path.to_owned(),
+                what,
+                was,
+            })
+        };
+        // What cannot be opened is said better where it is opened.
+        let Ok(now) = modified(&disk.path) else {
+            continue;
+        };
+        match (now, mark.modified_ns) {
+            (Some(now), Some(then)) if now == then => {}
+            (Some(_), Some(_)) => return error("was changed", format!("then at {}", mark.path)),
+            _ => {
+                return error(
+                    "may have been changed",
+                    "of a block device nobody can tell".into(),
+                );
+            }
+        }
+    }
+    Ok(())
+}

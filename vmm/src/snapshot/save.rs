@@ -1,0 +1,186 @@
+//! Writing a machine's guest to a file: whole, under its name, or not at all.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use ferry_migration::port::{Clock, Guest};
+use ferry_migration::snapshot::{self as format, SaveError, SaveOptions, SaveSetup};
+
+use super::{Contents, DiskMark, ms, threads};
+use crate::api::types::{SnapshotReport, SnapshotRequest, Then};
+use crate::machine::Machine;
+use crate::migrate::guest::MachineGuest;
+use crate::migrate::{Handle, MonotonicClock, new_session};
+
+/// The pause that ends a live snapshot's rounds.
+const LIVE_DOWNTIME: Duration = Duration::from_millis(50);
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// There is a file.
+    #[error("{} exists already; choose another name, or replace it with --force", .0.display())]
+    Exists(PathBuf),
+    /// No file can be made.
+    #[error("no snapshot can be made in {}: {source}; the guest goes on as before", path.display())]
+    Create {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It was not written to the end.
+    #[error("the snapshot {} was not written: {source}; the guest goes on as before", path.display())]
+    Save {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: SaveError,
+    },
+    /// It did not reach the disk or its name.
+    #[error("the snapshot {} could not be {what}: {source}; the guest goes on as before", path.display())]
+    Finish {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The system has no random numbers.
+    #[error("no random session id could be made: {0}")]
+    Session(getrandom::Error),
+}
+
+/// Writes the machine's guest to a file, unless `cancelled` is set meanwhile. Blocks. The guest stands still while it is
+/// written, or for the last part of it only (live). Afterwards it is as the request says: as before, or paused; a guest
+/// that is to be stopped is left paused for the caller to stop.
+///
+/// The file has its name only when it is complete and on the disk, and can be read by this user alone.
+///
+/// # Errors
+/// [`SnapshotError`]: there is no file then (a file that was to be replaced is untouched), and the guest goes on as before.
+pub fn save(
+    machine: &Arc<Machine>,
+    request: &SnapshotRequest,
+    cancelled: &AtomicBool,
+) -> Result<SnapshotReport, SnapshotError> {
+    let began = Instant::now();
+    let path = &request.path;
+    if !request.force && path.symlink_metadata().is_ok() {
+        return Err(SnapshotError::Exists(path.clone()));
+    }
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let file = tempfile::Builder::new()
+        .prefix(&format!("{name}."))
+        .suffix(".tmp")
+        .tempfile_in(directory)
+        .map_err(|source| SnapshotError::Create {
+            path: directory.to_owned(),
+            source,
+        })?;
+    let session = new_session().map_err(SnapshotError::Session)?;
+    let clock = MonotonicClock::new();
+    let handle = Handle::new();
+    let guest = MachineGuest::new(machine, &handle);
+    let mut downtime = Duration::ZERO;
+    let setup = SaveSetup {
+        session,
+        options: SaveOptions {
+            compress: request.compress,
+            threads: threads(),
+            live: request.live,
+            downtime: LIVE_DOWNTIME,
+        },
+        clock: &clock,
+        cancelled: &|| cancelled.load(Ordering::Relaxed),
+        describe: &mut || {
+            let marks = machine.disks().iter().map(|disk| DiskMark::of(disk));
+            let contents = Contents {
+                description: machine.description().clone(),
+                disks: marks.collect::<io::Result<_>>()?,
+            };
+            Ok(serde_json::to_vec(&contents)?)
+        },
+        release: &mut |saved| {
+            downtime = clock.now().saturating_sub(saved.paused_at);
+            if request.then == Then::Resume {
+                let asked = Instant::now();
+                guest.resume();
+                // A guest that did not run before has no first instruction.
+                if machine.run_state() == crate::machine::RunState::Running {
+                    let first = machine.wait_first_entry(Duration::from_secs(1));
+                    downtime +=
+                        first.map_or(Duration::ZERO, |at| at.saturating_duration_since(asked));
+                }
+            }
+        },
+    };
+    let saved =
+        format::save(&guest, file.as_file(), setup).map_err(|source| SnapshotError::Save {
+            path: path.clone(),
+            source,
+        })?;
+    // Where this fails, the guard that is dropped lets the guest go on.
+    publish(file, path, directory, request.force)?;
+    guest.keep();
+    tracing::info!(%session, path = %path.display(), bytes = saved.bytes, "the guest was written to a file");
+    Ok(SnapshotReport {
+        schema: 1,
+        path: path.clone(),
+        session: session.to_string(),
+        total_ms: ms(began.elapsed()),
+        downtime_ms: ms(downtime),
+        quiesce_ms: ms(saved.quiesce),
+        pages_ms: ms(saved.pages_took),
+        state_ms: ms(saved.state_took),
+        bytes: saved.bytes,
+        pages: saved.pages,
+        data_pages: saved.data_pages,
+        superseded: saved.superseded,
+        rounds: saved.rounds,
+        codecs: saved.codecs,
+    })
+}
+
+/// Puts the file on the disk, and then under its name.
+fn publish(
+    file: tempfile::NamedTempFile,
+    path: &Path,
+    directory: &Path,
+    force: bool,
+) -> Result<(), SnapshotError> {
+    let failed = |what, source| SnapshotError::Finish {
+        path: path.to_owned(),
+        what,
+        source,
+    };
+    file.as_file()
+        .sync_all()
+        .map_err(|e| failed("put on the disk", e))?;
+    let named = if force {
+        file.persist(path)
+    } else {
+        file.persist_noclobber(path)
+    };
+    match named {
+        Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
+            return Err(SnapshotError::Exists(path.to_owned()));
+        }
+        Err(e) => return Err(failed("given its name", e.error)),
+        Ok(_) => {}
+    }
+    // The name, too, shall outlive a crash; the file is there either way.
+    if let Err(error) = File::open(directory).and_then(|directory| directory.sync_all()) {
+        tracing::warn!(%error, "the snapshot's name may be lost if the host fails now");
+    }
+    Ok(())
+}
