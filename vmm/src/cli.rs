@@ -11,6 +11,7 @@ mod findings;
 mod manage;
 mod migrate;
 mod nas;
+mod nested;
 mod output;
 mod plot;
 mod progress;
@@ -21,6 +22,7 @@ mod serial;
 mod serve;
 mod sim;
 mod summary;
+mod timeline;
 mod units;
 
 use clap::error::ErrorKind;
