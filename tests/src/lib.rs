@@ -17,7 +17,7 @@ mod proxy;
 
 pub use ferry::{Ran, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
-pub use nested::{NESTED_PATIENCE, NestedHost, NestedVmm, Turn, nested_hosts};
+pub use nested::{NESTED_PATIENCE, NestedClient, NestedHost, NestedVmm, Turn, nested_hosts};
 pub use proxy::{Action, Proxy, Way};
 
 use std::time::{Duration, Instant};
