@@ -129,6 +129,16 @@ fn linux_moves_between_hosts_and_keeps_its_connections() {
             lap.gap_us / 1000,
             lap.answered - answered,
         );
+        let faults = &report.faults;
+        if faults.count > 0 {
+            eprintln!(
+                "  {} faults crossed the network: median {:.0} ms, longest {:.0} ms, {:.0} ms stalled in all",
+                faults.count,
+                faults.p50_us / 1e3,
+                faults.max_us / 1e3,
+                faults.stalled_ms
+            );
+        }
         answered = lap.answered;
         guest = there;
     }
