@@ -456,7 +456,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .into());
         }
         if let Some(lanes) = &self.lanes {
-            lanes.wait(header.round)?;
+            lanes.end_round(header.round)?;
         }
         self.round = header.round;
         self.channel

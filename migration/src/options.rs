@@ -138,8 +138,9 @@ pub struct Options {
     pub order: PushOrder,
     /// Post-copy with bubbling: how many streams of faults have a bubble each; 1 is the single-pivot form.
     pub pivots: u16,
-    /// Data channels beside the control channel; 1 means that pages share the control channel.
-    pub channels: u16,
+    /// Data channels beside the control channel; 1 means that pages share the control channel. `None` opens as many as
+    /// processors and link may be worth, and uses those that turn out to be; see [`crate::lanes`].
+    pub channels: Option<u16>,
     /// How pages are made smaller on their way.
     pub compress: Compress,
     /// Bytes of pages that the source keeps a copy of, so that they can be sent as differences; more than the guest
@@ -164,7 +165,7 @@ impl Default for Options {
             reorder: false,
             order: PushOrder::Bubble,
             pivots: 8,
-            channels: 1,
+            channels: None,
             compress: Compress::Auto,
             delta_cache: 64 << 20,
             verify: false,
@@ -220,8 +221,10 @@ impl Options {
     /// # Errors
     /// [`OptionsError`], in a sentence for the user.
     pub fn check(&self) -> Result<(), OptionsError> {
-        if self.channels == 0 || self.channels > Self::MAX_CHANNELS {
-            return Err(OptionsError::Channels(self.channels));
+        if let Some(channels) = self.channels
+            && (channels == 0 || channels > Self::MAX_CHANNELS)
+        {
+            return Err(OptionsError::Channels(channels));
         }
         if let Some(rate) = self.bandwidth
             && rate < 4096

@@ -149,6 +149,10 @@ pub trait Guest<L: Link>: PageSource<L> {
     fn fault_channels(&self) -> u16 {
         1
     }
+    /// Processors of this host that lanes of pages may be sent with.
+    fn processors(&self) -> u16 {
+        1
+    }
 }
 
 /// Somebody has begun to wait for a page.

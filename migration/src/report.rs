@@ -4,6 +4,7 @@
 
 mod latency;
 
+pub use crate::lanes::Channels;
 pub use latency::{Bucket, Latencies};
 
 use serde::{Deserialize, Serialize};
@@ -178,6 +179,9 @@ pub struct Report {
     /// Pages by coder.
     #[serde(default)]
     pub codecs: Codecs,
+    /// The connections that pages went out on.
+    #[serde(default)]
+    pub channels: Channels,
     /// All bytes that the source wrote to its channels.
     pub bytes_wire: u64,
     /// `bytes_wire` over `total_ms`, in 10⁶ bytes per second.
@@ -211,6 +215,7 @@ impl Report {
             rounds_omitted: 0,
             pages: Pages::default(),
             codecs: Codecs::default(),
+            channels: Channels::default(),
             bytes_wire: 0,
             mbps: 0.0,
             faults: Faults::default(),

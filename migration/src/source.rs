@@ -25,6 +25,7 @@
 //! source. From Committed on the source never runs the guest by itself.
 
 mod error;
+mod lanes;
 mod live;
 pub(crate) mod post_copy;
 mod recover;
@@ -37,6 +38,7 @@ pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;
 use crate::codec::Coding;
+use crate::lanes::{Channels, Lanes, to_open};
 use crate::options::{Compress, Options};
 use crate::order::PushOrder;
 use crate::page::{Heat, PageSet, RamLayout};
@@ -181,6 +183,8 @@ pub struct Setup<'a, L: Link> {
 struct InFlight {
     round: u32,
     sent: Sent,
+    /// Of the time until `ended`, what the link took.
+    link: Duration,
     started: Duration,
     /// When its last byte was handed to the link.
     ended: Duration,
@@ -200,6 +204,11 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     guest: &'g G,
     control: Channel<L>,
     lanes: Vec<(Channel<L>, Sender)>,
+    lanes_used: Lanes,
+    /// Why so many.
+    lanes_why: String,
+    /// When something was last sent on all of them.
+    lanes_at: Duration,
     /// Post-copy's page requests come in on these.
     faults: Vec<FaultChannel<L>>,
     sender: Sender,
@@ -284,6 +293,9 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             guest,
             control: Channel::new(link),
             lanes: Vec::new(),
+            lanes_used: Lanes::new(0, true),
+            lanes_why: String::new(),
+            lanes_at: began,
             faults: Vec::new(),
             sender: Sender::default(),
             policy,
@@ -447,11 +459,9 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         self.control.open(Role::Control, 0, session)?;
         self.rtt = self.now().saturating_sub(sent);
         let options = self.setup.options;
-        let channels = if options.channels > 1 {
-            options.channels
-        } else {
-            0
-        };
+        let (channels, why) = to_open(options, self.guest.processors());
+        self.lanes_used = Lanes::new(channels, options.channels.is_some());
+        self.lanes_why = why;
         let mut faults = 0;
         let mut required = Features::default();
         if options.verify {
@@ -516,6 +526,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             let channel = self.open_channel(Role::Fault, index)?;
             self.faults.push(FaultChannel::new(channel));
         }
+        self.lanes_at = self.now();
         self.control.link().set_timeout(Some(timeouts.transfer));
         self.guest
             .start_tracking()
@@ -599,6 +610,17 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         (self.setup.events)(Event::Progress(self.progress.clone()));
     }
 
+    fn channels(&self) -> Channels {
+        let opened = u16::try_from(self.lanes.len()).unwrap_or(u16::MAX);
+        let used = self.lanes_used.used().min(opened);
+        Channels {
+            opened,
+            used,
+            bytes: self.lanes.iter().map(|(lane, _)| lane.sent()).collect(),
+            why: self.lanes_used.reason(&self.lanes_why),
+        }
+    }
+
     fn report(&mut self, status: Status, error: Option<String>) -> Report {
         self.drop_unacknowledged();
         let ended = self.ended.unwrap_or_else(|| self.now());
@@ -618,6 +640,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             rounds_omitted: self.rounds_omitted,
             pages: self.pages.clone(),
             codecs: self.codecs,
+            channels: self.channels(),
             bytes_wire,
             mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
             faults: std::mem::take(&mut self.faults_there),

@@ -6,12 +6,12 @@
 use ferry_migration::page::Run;
 use ferry_migration::port::Link;
 use ferry_migration::wire::{
-    Channel, FLAG_CRC, Features, FrameType, Header, Hello, PREAMBLE_BYTES, Preamble, Role,
-    SessionId,
+    Channel, Encoding, FLAG_CRC, Features, FrameType, Header, Hello, PREAMBLE_BYTES, Preamble,
+    Role, SessionId,
 };
 use ferry_tests::peer::{
-    Opening, RawLink, SESSION, abort_of, checked, dial, greet, greeted, page_frame, preamble_of,
-    rest, send, zero_frame,
+    Opening, RawLink, SESSION, abort_of, checked, coded_frame, dial, greet, greeted, page_frame,
+    preamble_of, rest, send, zero_frame,
 };
 use ferry_tests::{Host, Proxy, State, guests_run, until};
 use std::io::Write;
@@ -244,6 +244,7 @@ fn a_receiver_survives_lies() {
     }
     // After a good greeting.
     let end = hello.layout.end();
+    let compressed = zstd::bulk::compress(&[7; 2 * 4096], 1).unwrap();
     for (name, frame, expected) in [
         (
             "a second greeting",
@@ -347,6 +348,21 @@ fn a_receiver_survives_lies() {
                 vec![],
             ),
             "that cannot be",
+        ),
+        (
+            "pages that decompress to more",
+            coded_frame(Encoding::Zstd, &[Run::new(16, 1)], &compressed),
+            "cannot be decompressed",
+        ),
+        (
+            "pages that decompress to less",
+            coded_frame(Encoding::Zstd, &[Run::new(16, 3)], &compressed),
+            "8192 bytes for 3 pages",
+        ),
+        (
+            "a difference to a page that was never sent",
+            coded_frame(Encoding::Patch, &[Run::new(16, 1)], &[0; 6]),
+            "never sent here",
         ),
         (
             "a damaged table",

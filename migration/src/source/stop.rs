@@ -80,6 +80,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.in_flight.push_back(InFlight {
             round: self.round,
             sent: Sent::default(),
+            link: Duration::ZERO,
             started: now,
             ended: now,
         });

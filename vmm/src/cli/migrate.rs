@@ -65,8 +65,8 @@ pub struct Args {
     /// The most to send per second, for example 2.5Gbit, or 100M in bytes.
     #[arg(long, value_name = "RATE", value_parser = rate)]
     bandwidth: Option<u64>,
-    /// Connections that carry pages.
-    #[arg(long, value_name = "N")]
+    /// Connections that carry pages; auto takes as many as are measured to pay.
+    #[arg(long, value_name = "N", value_parser = channels)]
     channels: Option<u16>,
     /// How pages are made smaller on their way: auto takes to a coder only where that is measured to pay.
     #[arg(long, value_name = "HOW", value_parser = named::<Compress>)]
@@ -94,6 +94,18 @@ pub fn named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
         .map_err(|e| e.to_string().replace('`', "'"))
 }
 
+/// A number of connections; 0 stands for `auto`.
+fn channels(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(0),
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err(format!(
+            "give auto, or a number from 1 to {}",
+            Options::MAX_CHANNELS
+        )),
+    }
+}
+
 impl Args {
     fn options(&self) -> Options {
         let default = Options::default();
@@ -109,7 +121,7 @@ impl Args {
             reorder: self.reorder,
             order: self.order.unwrap_or(default.order),
             pivots: self.pivots.unwrap_or(default.pivots),
-            channels: self.channels.unwrap_or(default.channels),
+            channels: self.channels.filter(|n| *n > 0),
             compress: self.compress.unwrap_or(default.compress),
             delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
             verify: self.verify,
@@ -234,7 +246,7 @@ mod tests {
             timeout: Duration::from_secs(120),
             on_timeout: OnTimeout::Stop,
             bandwidth: Some(125_000_000),
-            channels: 4,
+            channels: Some(4),
             compress: Compress::Adaptive,
             delta_cache: 32 << 20,
             verify: true,

@@ -73,6 +73,18 @@ pub fn table(report: &Report) -> String {
         "wire",
         format!("{} at {:.1} MB/s", traffic(report.bytes_wire), report.mbps),
     );
+    let channels = &report.channels;
+    if channels.opened > 0 {
+        row(
+            "channels",
+            format!(
+                "{} of {}: {}",
+                channels.used,
+                channels.opened,
+                clean(&channels.why)
+            ),
+        );
+    }
     let c = &report.codecs;
     if !c.is_empty() {
         let coders = [
@@ -241,6 +253,7 @@ pub mod tests {
                 skipped: 0,
             },
             codecs: Default::default(),
+            channels: Default::default(),
             bytes_wire: 430_880_678,
             mbps: 214.1,
             faults: Faults::default(),

@@ -174,4 +174,9 @@ impl Guest<StreamLink> for MachineGuest<'_> {
     fn fault_channels(&self) -> u16 {
         u16::try_from(self.machine.description().cpus).unwrap_or(u16::MAX)
     }
+
+    fn processors(&self) -> u16 {
+        let here = std::thread::available_parallelism();
+        here.map_or(1, |n| u16::try_from(n.get()).unwrap_or(u16::MAX))
+    }
 }
