@@ -104,6 +104,7 @@ pub fn report() -> Report {
         rounds_omitted: 0,
         pages: report::Pages::default(),
         codecs: Default::default(),
+        channels: report::Channels::default(),
         bytes_wire: 1,
         mbps: 1.0,
         faults: report::Faults::default(),
