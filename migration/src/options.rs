@@ -92,6 +92,32 @@ impl Compress {
     }
 }
 
+/// How the guest's dirty pages are found. The engine does not care: it is for the guest's side, which was built with one
+/// of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tracking {
+    /// By whatever is better there.
+    #[default]
+    Auto,
+    /// By a bit for each page.
+    Log,
+    /// By a ring for each processor.
+    Ring,
+}
+
+impl Tracking {
+    /// The name that the command line uses.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Log => "log",
+            Self::Ring => "ring",
+        }
+    }
+}
+
 /// What to do when the time is up, or the rounds, or pending pages stop shrinking.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -146,6 +172,8 @@ pub struct Options {
     /// Bytes of pages that the source keeps a copy of, so that they can be sent as differences; more than the guest
     /// has are never kept, and 0 keeps none. Memory is taken as the cache fills.
     pub delta_cache: u64,
+    /// How dirty pages are to be found; a migration of a guest that has it otherwise is refused.
+    pub dirty: Tracking,
     /// Hash all memory on both sides in the pause and fail on a difference.
     pub verify: bool,
 }
@@ -168,6 +196,7 @@ impl Default for Options {
             channels: None,
             compress: Compress::Auto,
             delta_cache: 64 << 20,
+            dirty: Tracking::Auto,
             verify: false,
         }
     }

@@ -19,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ferry_migration::options::Options;
+use ferry_migration::options::{Options, Tracking};
 use ferry_migration::port::Clock;
 use ferry_migration::report::{Event, Phase, Progress, Report, Status};
 use ferry_migration::source::{self, CancelSwitch, Setup};
@@ -91,7 +91,9 @@ pub fn migrate(
             );
         }
     };
-    if let Err(why) = check_cache(options, machine.ram().size(), available_memory()) {
+    let check = check_tracking(options.dirty, machine.dirty_log().kind().tracking())
+        .and_then(|()| check_cache(options, machine.ram().size(), available_memory()));
+    if let Err(why) = check {
         return Report::bare(
             session.to_string(),
             options.policy.name().to_owned(),
@@ -161,6 +163,19 @@ fn engine(
             )
         }
     }
+}
+
+/// Whether dirty pages are found as was asked for: that was decided when the machine was built.
+fn check_tracking(asked: Tracking, has: Tracking) -> Result<(), String> {
+    if asked == Tracking::Auto || asked == has {
+        return Ok(());
+    }
+    Err(format!(
+        "this guest's dirty pages are found by the {}, and --dirty {} was asked for: leave it out here, and give it to \
+         the `ferry run` or `ferry receive` that the guest is built by",
+        has.name(),
+        asked.name()
+    ))
 }
 
 /// Whether this host has the memory that copies of sent pages may come to take: found out now, and not by the OOM killer

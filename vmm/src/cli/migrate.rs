@@ -5,7 +5,7 @@ use super::progress::Display;
 use super::serve::SAME_WISH;
 use super::summary::{sentence, table};
 use super::units::{duration, rate, size};
-use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
+use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind, Tracking};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::Status;
 use ferry_vmm::api::client::{Action, Client};
@@ -74,6 +74,9 @@ pub struct Args {
     /// Copies of sent pages that the source keeps, so that it can send differences, for example 256M; 0 keeps none.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     delta_cache: Option<u64>,
+    /// How dirty pages are to be found: auto takes what the guest's VMM was started with, log and ring insist on it.
+    #[arg(long, value_name = "HOW", value_parser = named::<Tracking>)]
+    dirty: Option<Tracking>,
     /// Compare all memory of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
@@ -124,6 +127,7 @@ impl Args {
             channels: self.channels.filter(|n| *n > 0),
             compress: self.compress.unwrap_or(default.compress),
             delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
+            dirty: self.dirty.unwrap_or(default.dirty),
             verify: self.verify,
             ..default
         }
@@ -238,6 +242,8 @@ mod tests {
             "adaptive",
             "--delta-cache",
             "32M",
+            "--dirty",
+            "ring",
             "--verify",
         ])
         .unwrap();
@@ -249,6 +255,7 @@ mod tests {
             channels: Some(4),
             compress: Compress::Adaptive,
             delta_cache: 32 << 20,
+            dirty: Tracking::Ring,
             verify: true,
             ..Options::default()
         };

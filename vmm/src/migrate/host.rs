@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ferry_migration::codec::marks::Marks;
+use ferry_migration::options::Tracking;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{Host, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
@@ -152,6 +153,7 @@ impl PageSink<StreamLink> for RamSink {
 pub struct MachineHost {
     serial: SerialFactory,
     backends: Backends,
+    dirty: Tracking,
     machine: Option<Arc<Machine>>,
     sink: Option<Arc<RamSink>>,
     run_after: bool,
@@ -159,10 +161,11 @@ pub struct MachineHost {
 }
 
 impl MachineHost {
-    pub(super) fn new(serial: SerialFactory, backends: Backends) -> Self {
+    pub(super) fn new(serial: SerialFactory, backends: Backends, dirty: Tracking) -> Self {
         Self {
             serial,
             backends,
+            dirty,
             machine: None,
             sink: None,
             run_after: true,
@@ -194,6 +197,7 @@ impl Host<StreamLink> for MachineHost {
             .from_description(&description)
             .serial(serial)
             .devices(self.backends.clone())
+            .dirty(self.dirty)
             .build()?;
         if engine_layout(machine.ram())? != *layout {
             return Err(
