@@ -27,6 +27,8 @@ pub mod linux;
 pub mod nested;
 mod workload;
 
+pub use ferry_linux_init::START as LINUX_INIT_START;
+pub use ferry_linux_init::client::Lap;
 pub use ferry_nas::dirty::{Corruption, Dirty, Fill, Pattern, Verdict};
 pub use ferry_nas::host::run_on_threads;
 pub use ferry_nas::line::{Gaps, KernelResult, Line, PREFIX, Work};

@@ -41,6 +41,7 @@ const HOST_MODULES: &[&str] = &[
     "virtio_net",
     "virtio-rng",
     "tun",
+    "bridge",
     "sch_netem",
     "sch_tbf",
 ];

@@ -18,7 +18,7 @@ mod relay;
 
 pub use ferry::{Ran, can_pretend, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
-pub use nested::{NESTED_PATIENCE, NestedHost, NestedVmm, Turn, nested_hosts};
+pub use nested::{NESTED_PATIENCE, NestedClient, NestedHost, NestedVmm, Turn, nested_hosts};
 pub use proxy::{Action, Proxy, Way};
 pub use relay::{Relay, UnixLink};
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ferry_guest_images::linux::Kernel;
 use ferry_guest_images::nested::{Cable, Config, Nested, Process, QEMU, Ran};
-use ferry_guest_images::{Line, Verdict};
+use ferry_guest_images::{Lap, Line, Verdict};
 use ferry_migration::report::{Report, Status};
 
 use crate::ferry;
@@ -115,6 +115,25 @@ impl NestedHost {
         ran.stdout
     }
 
+    /// A bridge with this host's address (`10.9.0.1/24`) that joins these interfaces and new taps for guests' cards.
+    pub fn bridge(&self, address: &str, interfaces: &[&str], taps: &[&str]) {
+        for tap in taps {
+            self.run_well(&["/init", "tap", tap]);
+        }
+        let network = format!("br0={address}");
+        let command = [&["/init", "bridge", &network], interfaces, taps].concat();
+        self.run_well(&command);
+    }
+
+    /// A client that makes requests to a guest's server, on one connection, from now on.
+    pub fn client(&self, server: &str) -> NestedClient {
+        let process = self.nested.spawn(&["/init", "client", server]);
+        NestedClient {
+            process: process.unwrap_or_else(|e| panic!("{e}")),
+            laps: 0,
+        }
+    }
+
     /// `ferry receive` on a free port of this host, once it listens.
     pub fn receive(&self) -> NestedVmm<'_> {
         self.receive_with(&[])
@@ -131,6 +150,42 @@ impl NestedHost {
         });
         vmm.uri = uri.unwrap_or_else(|| panic!("it does not listen; {}", vmm.all()));
         vmm
+    }
+}
+
+/// A client in a nested host; see `ferry_linux_init::client`.
+#[derive(Debug)]
+pub struct NestedClient {
+    process: Process,
+    laps: u64,
+}
+
+impl NestedClient {
+    /// What it saw since the last lap. None of its requests may have been lost, changed or answered out of turn.
+    pub fn lap(&mut self) -> Lap {
+        self.laps += 1;
+        self.process.input(b"l").unwrap();
+        let lap = self.process.until(NESTED_PATIENCE, |out, _| {
+            out.lines()
+                .filter_map(Lap::parse)
+                .find(|lap| lap.number == self.laps)
+        });
+        let lap = lap.unwrap_or_else(|| panic!("{}", self.said()));
+        assert_eq!(lap.answered, lap.made, "{lap}");
+        lap
+    }
+
+    /// It ends, still on its one connection.
+    pub fn ends(self) {
+        self.process.end_input().unwrap();
+        let ran = self.process.wait(NESTED_PATIENCE);
+        let ran = ran.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(ran.code, 0, "{ran:?}");
+        assert_eq!(ran.stdout.matches("connected to").count(), 1, "{ran:?}");
+    }
+
+    fn said(&self) -> String {
+        format!("{}\n{}", self.process.stdout(), self.process.stderr())
     }
 }
 
@@ -206,6 +261,16 @@ impl<'a> NestedVmm<'a> {
         found.unwrap_or_else(|| panic!("fewer than {at_least} writes; {}", self.all()))
     }
 
+    /// The longest time that the guest itself stood still, by the lines that it printed here once a second, in milliseconds.
+    pub fn longest_gap_ms(&self) -> u64 {
+        let out = self.process.stdout();
+        let gaps = out.lines().filter_map(Line::parse).filter_map(|l| match l {
+            Line::Stat { gaps, .. } => Some(gaps.last_us / 1000),
+            _ => None,
+        });
+        gaps.max().unwrap_or(0)
+    }
+
     /// Types a line on the guest's console.
     pub fn types(&self, line: &str) {
         self.process.input(format!("{line}\n").as_bytes()).unwrap();
@@ -217,14 +282,15 @@ impl<'a> NestedVmm<'a> {
             .run(&[&["ferry"], arguments, &["--api", &self.api]].concat())
     }
 
-    /// Migrates to `uri` with these further options and expects that all went well and all memory is equal.
+    /// Migrates to `uri` with these further options and expects that all went well; with `--verify`, that all memory is equal.
     pub fn migrate(&self, uri: &str, options: &[&str]) -> Report {
-        let ran = self.command(&[&["migrate", uri, "--verify", "--json"], options].concat());
+        let ran = self.command(&[&["migrate", uri, "--json"], options].concat());
         let report: Report = serde_json::from_str(&ran.stdout)
             .unwrap_or_else(|e| panic!("{e}: {ran:?}; {}", self.all()));
+        let verified = options.contains(&"--verify").then_some(true);
         assert_eq!(
             (report.status, report.verified),
-            (Status::Completed, Some(true)),
+            (Status::Completed, verified),
             "{report:#?} {}",
             self.all()
         );

@@ -6,6 +6,7 @@ use ferry_migration::report::Status;
 use ferry_tests::{Host, State, guests_run, run, until};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const WORK: &str = "dirty:wss=8M,rate=2000";
 
@@ -127,6 +128,11 @@ fn disks_and_cards_that_cannot_be_are_refused_with_a_sentence() {
     assert!(text.contains("ip tuntap add dev no-such-tap"), "{text}");
 }
 
+fn ip(args: &[&str]) -> Option<()> {
+    let ran = Command::new("ip").args(args).output();
+    ran.is_ok_and(|out| out.status.success()).then_some(())
+}
+
 /// Tap devices, while it lives.
 struct Taps(Vec<String>);
 
@@ -134,18 +140,12 @@ impl Taps {
     fn make(count: usize) -> Option<Self> {
         let mut taps = Self(Vec::new());
         for n in 0..count {
-            let name = format!("ft{}x{n}", std::process::id());
-            let ip = |args: &[&str]| {
-                Command::new("ip")
-                    .args(args)
-                    .output()
-                    .is_ok_and(|out| out.status.success())
-            };
-            if !ip(&["tuntap", "add", "dev", &name, "mode", "tap"]) {
-                return None;
-            }
+            static COUNT: AtomicU32 = AtomicU32::new(0);
+            let unique = COUNT.fetch_add(1, Ordering::Relaxed);
+            let name = format!("ft{}x{unique}x{n}", std::process::id());
+            ip(&["tuntap", "add", "dev", &name, "mode", "tap"])?;
             taps.0.push(name.clone());
-            ip(&["link", "set", &name, "up"]).then_some(())?;
+            ip(&["link", "set", &name, "up"])?;
         }
         Some(taps)
     }
@@ -164,7 +164,7 @@ impl Taps {
 impl Drop for Taps {
     fn drop(&mut self) {
         for name in &self.0 {
-            let _ = Command::new("ip").args(["link", "del", name]).status();
+            let _ = ip(&["link", "del", name]);
         }
     }
 }
@@ -194,5 +194,74 @@ fn the_network_is_told_where_the_guest_is() {
     // The guest has no driver for its card: what comes is the host's announcement, four times.
     until("the guest was announced", || taps.frames(1) >= 4);
     assert_eq!(taps.frames(0), 0);
+    assert!(destination.verdict().writes > 0);
+}
+
+/// A bridge between taps, while it lives.
+struct Bridge(String);
+
+impl Bridge {
+    fn between(taps: &Taps) -> Option<Self> {
+        let name = format!("fb{}", std::process::id());
+        ip(&["link", "add", &name, "type", "bridge"])?;
+        let bridge = Self(name);
+        for tap in &taps.0 {
+            ip(&["link", "set", tap, "master", &bridge.0])?;
+        }
+        ip(&["link", "set", &bridge.0, "up"])?;
+        Some(bridge)
+    }
+
+    /// The number of the port behind which it takes this address to be (Linux `struct __fdb_entry` of `linux/if_bridge.h`).
+    fn port_of(&self, mac: [u8; 6]) -> Option<u8> {
+        let path = format!("/sys/class/net/{}/brforward", self.0);
+        let table = std::fs::read(path).unwrap();
+        let entry = table.chunks_exact(16).find(|e| e[..6] == mac)?;
+        Some(entry[6])
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        let _ = ip(&["link", "del", &self.0]);
+    }
+}
+
+/// A bridge that takes the guest to be where it was learns from the announcements alone where it is now: this guest says
+/// nothing by itself.
+#[test]
+fn a_bridge_learns_where_the_guest_is() {
+    const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 7];
+    if !guests_run() {
+        return;
+    }
+    let made = Taps::make(2).and_then(|taps| Bridge::between(&taps).map(|bridge| (bridge, taps)));
+    let Some((bridge, taps)) = made else {
+        eprintln!(
+            "NOT RUN: a_bridge_learns_where_the_guest_is: no bridge can be made here (root, ip and the module bridge are needed)"
+        );
+        return;
+    };
+    let port = |n: usize| {
+        let path = format!("/sys/class/net/{}/brport/port_no", taps.0[n]);
+        let text = std::fs::read_to_string(path).unwrap();
+        u8::from_str_radix(text.trim().trim_start_matches("0x"), 16).unwrap()
+    };
+    let net = |n: usize| format!("tap={},mac=52:54:00:00:00:07", taps.0[n]);
+    let mut source = Host::run_with(WORK, "64M", 1, &["--net", &net(0)]);
+    // As if the guest had sent something from there.
+    let learnt = Command::new("bridge")
+        .args(["fdb", "replace", "52:54:00:00:00:07", "dev", &taps.0[0]])
+        .args(["master", "dynamic"])
+        .status();
+    assert!(learnt.is_ok_and(|status| status.success()));
+    assert_eq!(bridge.port_of(MAC), Some(port(0)));
+    let tap = format!("tap={}", taps.0[1]);
+    let destination = Host::receive_with(&["--net", &tap]);
+    source.migrate_well(destination.uri(), &Host::options());
+    until("the bridge has learnt", || {
+        bridge.port_of(MAC) == Some(port(1))
+    });
+    assert_eq!(source.ends(), Some(0));
     assert!(destination.verdict().writes > 0);
 }

@@ -4,6 +4,7 @@
 //! test decides what becomes of it.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use ferry_devices::block::Disk;
 use ferry_migration::options::Options;
 use ferry_migration::report::Status;
 use ferry_tests::peer::ready_at;
@@ -20,8 +21,13 @@ struct Pair {
 
 /// A migration whose source is committed, and whose commit is held back.
 fn committed() -> Pair {
-    let source = Host::run(WORK, "64M", 1);
-    let destination = Host::receive();
+    committed_with(&[])
+}
+
+/// The same, of a guest with these devices.
+fn committed_with(devices: &[&str]) -> Pair {
+    let source = Host::run_with(WORK, "64M", 1, devices);
+    let destination = Host::receive_with(devices);
     let proxy = Proxy::to(destination.address());
     proxy.plan(Way::Back, ready_at(), Action::Freeze(Way::Forth));
     let options = Options {
@@ -276,4 +282,133 @@ fn a_killed_process_on_the_way() {
     source.migrate_well(destination.uri(), &Host::options());
     assert_eq!(source.ends(), Some(0));
     destination.verdict();
+}
+
+/// A disk's image, and who has its lock.
+struct Image {
+    path: tempfile::NamedTempFile,
+}
+
+impl Image {
+    fn new() -> Self {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        path.as_file().set_len(1 << 20).unwrap();
+        Self { path }
+    }
+
+    fn option(&self) -> &str {
+        self.path.path().to_str().unwrap()
+    }
+
+    /// Somebody has it: a host that may run the guest.
+    fn is_locked(&self) -> bool {
+        let disk = Disk::open(self.path.path(), false).unwrap();
+        disk.lock().is_err()
+    }
+}
+
+/// Up to the commit the disk is the source's, whatever becomes of the destination; in doubt it is nobody's; and then it is
+/// that side's which runs the guest, and by it the other side cannot, not even by an operator's mistaken word.
+#[test]
+fn in_doubt_the_disk_is_of_whoever_may_run_the_guest() {
+    if !guests_run() {
+        return;
+    }
+    let image = Image::new();
+    let devices = ["--disk", image.option()];
+    let Pair {
+        source,
+        destination,
+        proxy,
+        migration,
+    } = committed_with(&devices);
+    proxy.cut();
+    assert_eq!(migration.report().status, Status::InDoubt);
+    both_in_doubt(&source, &destination);
+    assert!(!image.is_locked(), "neither side may run the guest");
+    destination.recover(true).unwrap();
+    destination.reaches(State::Running);
+    assert!(image.is_locked());
+    let refused = source.recover(true).unwrap_err();
+    assert!(refused.contains("in use"), "{refused}");
+    assert_eq!(source.state(), State::InDoubt);
+    destination.proves_running();
+    // What the source was told to do it would still do, were the destination gone.
+    drop(destination);
+    until("the destination's lock is gone", || !image.is_locked());
+    source.recover(true).unwrap();
+    source.proves_running();
+    assert!(image.is_locked());
+    source.verdict();
+}
+
+/// The destination of a guest with a disk is killed before the commit, and with the commit on its way.
+#[test]
+fn a_killed_destination_leaves_the_disk_to_the_source() {
+    if !guests_run() {
+        return;
+    }
+    let image = Image::new();
+    let devices = ["--disk", image.option()];
+    let source = Host::run_with(WORK, "64M", 1, &devices);
+    let mut destination = Host::receive_with(&devices);
+    let proxy = Proxy::to(destination.address());
+    proxy.plan(Way::Back, ready_at(), Action::Freeze(Way::Back));
+    let options = Options {
+        max_rounds: Some(1),
+        ..Host::options()
+    };
+    let migration = source.begin_migration(&proxy.uri(), &options);
+    proxy.wait_hits(1);
+    // It is ready, and the source does not know.
+    assert!(image.is_locked());
+    destination.kill();
+    proxy.cut();
+    assert_eq!(migration.report().status, Status::Failed);
+    source.proves_running();
+    assert!(image.is_locked());
+    source.verdict();
+    assert!(!image.is_locked());
+
+    let Pair {
+        source,
+        mut destination,
+        proxy,
+        migration,
+    } = committed_with(&devices);
+    destination.kill();
+    proxy.cut();
+    assert_eq!(migration.report().status, Status::InDoubt);
+    source.reaches(State::InDoubt);
+    assert!(!image.is_locked());
+    source.recover(true).unwrap();
+    assert!(image.is_locked());
+    source.proves_running();
+    source.verdict();
+}
+
+/// The source of a guest with a disk is killed with its commit unsent: its lock died with it.
+#[test]
+fn a_killed_source_leaves_the_disk_to_the_destination() {
+    if !guests_run() {
+        return;
+    }
+    let image = Image::new();
+    let Pair {
+        mut source,
+        destination,
+        proxy,
+        migration,
+    } = committed_with(&["--disk", image.option()]);
+    source.kill();
+    proxy.cut();
+    assert!(migration.outcome().is_err());
+    destination.reaches(State::InDoubt);
+    assert!(!image.is_locked());
+    destination.recover(true).unwrap();
+    destination.reaches(State::Running);
+    assert!(image.is_locked());
+    destination.proves_running();
+    destination.verdict();
+    assert!(!image.is_locked());
 }

@@ -42,79 +42,179 @@ fn linux_boots_and_ends_as_it_wants() {
     assert!(ran.code == 0 && ran.stderr.contains("shut down"), "{ran:?}");
 }
 
-/// The power button reaches the guest, also after a move: the button's enable bit and interrupt came along.
+/// The boot's stages, as they are measured on a host that runs Linux guests itself.
 #[test]
-fn linux_heeds_the_power_button() {
+fn a_boot_is_measured_stage_by_stage() {
     let Some(_turn) = nested_hosts() else { return };
     let host = NestedHost::start();
-    let guest = host.guest(&["--linux"]);
-    guest.prints("ferry-guest: ready");
-    let destination = host.receive();
-    guest.migrate(destination.uri(), &[]);
-    let pressed = destination.command(&["power-button"]);
-    assert_eq!(pressed.code, 0, "{pressed:?}");
-    destination.prints("the power button was pressed");
-    let ran = destination.ends();
-    assert!(ran.code == 0 && ran.stderr.contains("shut down"), "{ran:?}");
+    let told = host.run_well(&["ferry", "bench", "boot", "--runs", "1", "--json"]);
+    let boots: serde_json::Value = serde_json::from_str(&told).unwrap();
+    let stages = boots["stages"].as_array().unwrap();
+    let names: Vec<&str> = stages.iter().filter_map(|s| s["name"].as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "start", "machine", "images", "load", "entry", "console", "init", "ready"
+        ]
+    );
+    let mut sum = 0.0;
+    for stage in stages {
+        let (took, at) = (&stage["ms"]["median"], &stage["since_start_ms"]);
+        sum += took.as_f64().unwrap();
+        eprintln!("{}: {took} ms, at {at} ms (emulated)", stage["name"]);
+        assert!((at.as_f64().unwrap() - sum).abs() < 1e-3, "{told}");
+    }
+    assert!((boots["total_ms"]["median"].as_f64().unwrap() - sum).abs() < 1e-3);
 }
 
-/// One guest with two processors hops from process to process, once with each policy, and verifies its memory in the end.
+/// Two hosts, two kernels, and a network between them to which both bridge the guest's card: one guest with two processors
+/// moves from host to host, once with each policy, while a client on the first host makes requests to it on one connection.
 #[test]
-fn linux_moves_with_every_policy() {
+fn linux_moves_between_hosts_and_keeps_its_connections() {
     let Some(_turn) = nested_hosts() else { return };
-    let host = NestedHost::start();
-    let mut guest = host.guest(&["--linux", "--cpus", "2", "--cmdline", WRITER]);
+    let (first, second, _cable) = NestedHost::pair();
+    first.bridge("10.9.0.1/24", &["eth1"], &["tap0"]);
+    second.bridge("10.9.0.2/24", &["eth1"], &["tap0"]);
+    let card = ["--net", "tap=tap0"];
+    let cmdline = format!("{WRITER} ferry.net=eth0=10.9.0.100/24");
+    let mut guest = first.guest(
+        &[
+            &[
+                "--linux",
+                "--memory",
+                "128M",
+                "--cpus",
+                "2",
+                "--cmdline",
+                &cmdline,
+            ],
+            card.as_slice(),
+        ]
+        .concat(),
+    );
     guest.line("ready", |line| {
         matches!(line, Line::Ready { .. }).then_some(())
     });
-    for policy in PolicyKind::ALL {
-        let destination = host.receive();
-        let report = guest.migrate(destination.uri(), &["--policy", policy.name()]);
-        eprintln!(
-            "{}: {} rounds, {:.0} ms, downtime {:.0} ms (emulated)",
-            policy.name(),
-            report.rounds.len(),
-            report.total_ms,
-            report.downtime_ms
-        );
+    let mut client = first.client("10.9.0.100:80");
+    client.lap();
+    guest.line("a line before the moves", |line| {
+        matches!(line, Line::Stat { .. }).then_some(())
+    });
+    let quiet = client.lap();
+    let mut answered = quiet.answered;
+    eprintln!(
+        "before any move: longest gap of the guest {} ms, of its client {} ms (emulated)",
+        guest.longest_gap_ms(),
+        quiet.gap_us / 1000
+    );
+    // The pause of the first move is that of a move as it is; the others look at all memory in theirs.
+    let plain = ["--policy", "precopy", "--channels", "2"];
+    let verified = |policy: &PolicyKind| vec!["--verify", "--policy", policy.name()];
+    let moves = std::iter::once(plain.to_vec()).chain(PolicyKind::ALL.iter().map(verified));
+    for (options, to) in moves.zip([&second, &first].into_iter().cycle()) {
+        let there = to.receive_with(&card);
+        let report = guest.migrate(there.uri(), &options);
         assert_eq!(guest.ends().code, 0);
-        destination.line("a line after the move", |line| {
+        there.line("a line after the move", |line| {
             matches!(line, Line::Stat { .. }).then_some(())
         });
-        guest = destination;
+        let lap = client.lap();
+        eprintln!(
+            "{options:?}: {} rounds, {:.0} ms, downtime {:.0} ms; longest gap of the guest {} ms, of its client {} ms; \
+             {} requests, none lost (emulated)",
+            report.rounds.len(),
+            report.total_ms,
+            report.downtime_ms,
+            there.longest_gap_ms(),
+            lap.gap_us / 1000,
+            lap.answered - answered,
+        );
+        let faults = &report.faults;
+        if faults.count > 0 {
+            eprintln!(
+                "  {} faults crossed the network: median {:.0} ms, longest {:.0} ms, {:.0} ms stalled in all",
+                faults.count,
+                faults.p50_us / 1e3,
+                faults.max_us / 1e3,
+                faults.stalled_ms
+            );
+        }
+        answered = lap.answered;
+        guest = there;
     }
+    client.lap();
+    client.ends();
     guest.verdict();
 }
 
-/// A disk on storage that both processes reach: the guest writes all over it and verifies, before, during and after a move.
+/// Twenty moves with all devices at work: a disk on storage that both processes reach, written all over and verified, a network
+/// card with a client, random numbers that must not repeat, a balloon. The guest's clock must not drift by more than the pauses.
 #[test]
-fn linux_moves_with_its_disk() {
+fn linux_moves_twenty_times_with_all_devices_busy() {
+    const MOVES: usize = 20;
+    /// What the readings of two clocks can be off beside the pauses and what is known of the readings, in milliseconds.
+    const TOLERANCE_MS: f64 = 50.0;
     let Some(_turn) = nested_hosts() else { return };
     let host = NestedHost::start();
-    host.run_well(&["/init", "truncate", "/tmp/disk", "16777216"]);
-    let guest = host.guest(&[
+    host.run_well(&["/init", "truncate", "/tmp/disk", "4194304"]);
+    host.bridge("10.8.0.1/24", &[], &["tap0", "tap1"]);
+    let devices = |tap| ["--disk", "/tmp/disk", "--net", tap];
+    let cmdline = "ferry.disk=/dev/vda ferry.rng=/dev/hwrng ferry.net=eth0=10.8.0.2/24";
+    let linux = [
         "--linux",
-        "--disk",
-        "/tmp/disk",
+        "--memory",
+        "160M",
         "--balloon",
         "--cmdline",
-        "ferry.disk=/dev/vda",
-    ]);
-    guest.prints("blocks=vda");
-    guest.disk_writes(512);
-    let destination = host.receive_with(&["--disk", "/tmp/disk"]);
-    guest.migrate(destination.uri(), &[]);
-    // As many writes again as the disk has blocks, twice over: what was written before the move is read after it. Any whole
-    // line tells: one of them may have been printed half on either side, or be torn by a word of the kernel's.
-    let here = destination.disk_writes(0);
-    destination.disk_writes(here + 8192);
-    assert!(
-        !destination.all().contains("CORRUPT"),
-        "{}",
-        destination.all()
+        cmdline,
+    ];
+    let mut guest = host.guest(&[linux.as_slice(), &devices("tap=tap0")].concat());
+    guest.prints("ferry-guest: ready");
+    let mut client = host.client("10.8.0.2:80");
+    let before = client.lap();
+    let mut paused_ms = 0.0;
+    for n in 1..=MOVES {
+        let tap = if n % 2 == 1 { "tap=tap1" } else { "tap=tap0" };
+        let policy = if n % 3 == 0 { "postcopy" } else { "precopy" };
+        let there = host.receive_with(&devices(tap));
+        // Looking at all memory takes longer than all else, and what the guest does is verified anyway.
+        let verify: &[&str] = if n % 5 == 0 { &["--verify"] } else { &[] };
+        let report = guest.migrate(there.uri(), &[&["--policy", policy], verify].concat());
+        paused_ms += report.downtime_ms;
+        assert_eq!(guest.ends().code, 0);
+        guest = there;
+        let lap = client.lap();
+        eprintln!(
+            "move {n}, {policy}: {:.0} ms, downtime {:.0} ms, the client's longest gap {} ms (emulated)",
+            report.total_ms,
+            report.downtime_ms,
+            lap.gap_us / 1000
+        );
+    }
+    let here = guest.disk_writes(0);
+    // As many writes again as the disk has blocks, several times over: what was written before the moves is read after them.
+    guest.disk_writes(here + 4096);
+    guest.prints("ferry-rng: blocks=");
+    assert!(!guest.all().contains("CORRUPT"), "{}", guest.all());
+    let after = client.lap();
+    let drift_ms = ms(after.clock_us - before.clock_us);
+    let unknown_ms = ms(after.clock_error_us) + ms(before.clock_error_us);
+    eprintln!(
+        "{MOVES} moves: {paused_ms:.0} ms of downtime in all, {} requests, none lost; the guest's clock drifted by \
+         {drift_ms:.3} ms, known to {unknown_ms:.3} ms (emulated)",
+        after.answered
     );
-    destination.types("poweroff");
-    assert_eq!(destination.ends().code, 0);
+    assert!(
+        drift_ms.abs() <= paused_ms + unknown_ms + TOLERANCE_MS,
+        "{before} {after}"
+    );
+    client.ends();
+    // The power button's enable bit and interrupt came along, too.
+    let pressed = guest.command(&["power-button"]);
+    assert_eq!(pressed.code, 0, "{pressed:?}");
+    guest.prints("the power button was pressed");
+    let ran = guest.ends();
+    assert!(ran.code == 0 && ran.stderr.contains("shut down"), "{ran:?}");
 }
 
 /// Two hosts, two kernels, a network between them; no storage that both reach: the disk comes along.
@@ -131,7 +231,7 @@ fn linux_moves_between_hosts() {
     });
     guest.disk_writes(512);
     let there = second.receive_with(&DISK);
-    let report = guest.migrate(there.uri(), &["--copy-disk"]);
+    let report = guest.migrate(there.uri(), &["--copy-disk", "--verify"]);
     eprintln!(
         "between hosts: {:.0} ms, downtime {:.0} ms (emulated), {:?}",
         report.total_ms, report.downtime_ms, report.disk
@@ -146,7 +246,7 @@ fn linux_moves_between_hosts() {
     });
     // Back over what was left there.
     let back = first.receive_with(&DISK);
-    there.migrate(back.uri(), &["--copy-disk"]);
+    there.migrate(back.uri(), &["--copy-disk", "--verify"]);
     back.line("a line after the way back", |line| {
         matches!(line, Line::Stat { .. }).then_some(())
     });
@@ -155,33 +255,7 @@ fn linux_moves_between_hosts() {
     back.verdict();
 }
 
-/// A network card: the guest's server counts on, on the other host's tap.
-#[test]
-fn linux_moves_with_its_network_card() {
-    let Some(_turn) = nested_hosts() else { return };
-    let (first, second, _cable) = NestedHost::pair();
-    for host in [&first, &second] {
-        host.run_well(&["/init", "tap", "tap0=10.8.0.1/24"]);
-    }
-    let count = |host: &NestedHost| {
-        let answer = host.run_well(&["/init", "get", "10.8.0.2:80", "/"]);
-        let count = answer.lines().find_map(|l| l.strip_prefix("X-Count: "));
-        count
-            .and_then(|n| n.trim().parse::<u64>().ok())
-            .unwrap_or_else(|| panic!("{answer}"))
-    };
-    let guest = first.guest(&[
-        "--linux",
-        "--net",
-        "tap=tap0",
-        "--cmdline",
-        "ferry.net=eth0=10.8.0.2/24",
-    ]);
-    guest.prints("ferry-guest: ready");
-    assert_eq!([count(&first), count(&first)], [1, 2]);
-    let there = second.receive_with(&["--net", "tap=tap0"]);
-    guest.migrate(there.uri(), &[]);
-    assert_eq!([count(&second), count(&second)], [3, 4]);
-    there.types("poweroff");
-    assert_eq!(there.ends().code, 0);
+/// Microseconds in milliseconds, exact far beyond any test.
+fn ms(us: impl TryInto<i32, Error: std::fmt::Debug>) -> f64 {
+    f64::from(us.try_into().unwrap()) / 1e3
 }

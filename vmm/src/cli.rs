@@ -12,6 +12,7 @@ mod findings;
 mod manage;
 mod migrate;
 mod nas;
+mod nested;
 mod output;
 mod plot;
 mod progress;
@@ -24,6 +25,7 @@ mod serve;
 mod sim;
 mod snapshot;
 mod summary;
+mod timeline;
 mod units;
 
 use clap::error::ErrorKind;

@@ -5,6 +5,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
+use crate::content::content;
+
 /// `O_DIRECT` of x86-64 Linux.
 const O_DIRECT: i32 = 0o40_000;
 /// Size of a block in bytes, and how many are used at most: 256 MiB.
@@ -32,14 +34,6 @@ impl Block {
             .find(|(i, word)| **word != content(number, generation, *i).to_le_bytes())
             .map(|(i, _)| i * 8)
     }
-}
-
-/// What belongs into word `word`: a mixture (splitmix64) of all three numbers.
-fn content(number: u64, generation: u64, word: u64) -> u64 {
-    let mut z = (number << 40 ^ generation << 10 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// `init disk PATH`: writes and verifies for ever; ends only when the disk fails or is not what was written.

@@ -30,6 +30,9 @@ pub fn serve(options: &Options) {
     if let Some(path) = &options.disk {
         begin(&["disk", path]);
     }
+    if let Some(path) = &options.rng {
+        begin(&["rng", path]);
+    }
     match &options.run {
         Some(run) => {
             let repeat = options.repeat.clone().unwrap_or_else(|| "1".to_owned());

@@ -2,8 +2,9 @@
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::machine::uptime_ms;
 
@@ -32,14 +33,14 @@ pub fn serve() {
         }
         std::thread::spawn(move || {
             // Whoever breaks off a request knows it.
-            let _ = connection(stream);
+            let _ = connection(stream, &COUNT);
             OPEN.fetch_sub(1, Ordering::Relaxed);
         });
     }
 }
 
 /// Requests, one after the other, until the other side closes.
-fn connection(mut stream: TcpStream) -> io::Result<()> {
+pub(crate) fn connection(mut stream: TcpStream, counter: &AtomicU64) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut bytes = Vec::new();
     loop {
@@ -47,12 +48,7 @@ fn connection(mut stream: TcpStream) -> io::Result<()> {
             return Ok(());
         };
         let text = String::from_utf8_lossy(&bytes[..head]).into_owned();
-        let length = text.lines().find_map(|line| {
-            let (name, value) = line.split_once(':')?;
-            name.eq_ignore_ascii_case("content-length")
-                .then(|| value.trim().parse::<usize>().ok())?
-        });
-        let length = length.unwrap_or(0);
+        let length = field(&text, "Content-Length").unwrap_or(0);
         if length > MAX_BODY {
             return Err(io::Error::other("a body of more than 1 MiB"));
         }
@@ -63,10 +59,11 @@ fn connection(mut stream: TcpStream) -> io::Result<()> {
         }
         let body = &bytes[head..head + length];
         // The number is counted once per request answered: a doubled or lost request shows.
-        let count = COUNT.fetch_add(1, Ordering::SeqCst) + 1;
+        let count = counter.fetch_add(1, Ordering::SeqCst) + 1;
         let answer = format!(
-            "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nX-Count: {count}\r\nX-Uptime-Ms: {}\r\n\r\n",
-            uptime_ms()
+            "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nX-Count: {count}\r\nX-Uptime-Ms: {}\r\nX-Time-Us: {}\r\n\r\n",
+            uptime_ms(),
+            time_us()
         );
         let mut answer = answer.into_bytes();
         answer.extend(body);
@@ -75,8 +72,23 @@ fn connection(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
+/// The number in a field of a head.
+pub(crate) fn field<T: FromStr>(head: &str, name: &str) -> Option<T> {
+    head.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        key.eq_ignore_ascii_case(name)
+            .then(|| value.trim().parse().ok())?
+    })
+}
+
+/// The guest's clock: microseconds since 1970.
+fn time_us() -> u128 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |d| d.as_micros())
+}
+
 /// Reads until `bytes` begins with a whole head: its length. `None` at the end of the connection.
-fn head(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<Option<usize>> {
+pub(crate) fn head(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<Option<usize>> {
     loop {
         if let Some(at) = bytes.windows(4).position(|w| w == b"\r\n\r\n") {
             return Ok(Some(at + 4));
@@ -90,7 +102,7 @@ fn head(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<Option<usize>
     }
 }
 
-fn more(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<usize> {
+pub(crate) fn more(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<usize> {
     let mut buffer = [0; 4096];
     let n = stream.read(&mut buffer)?;
     bytes.extend(&buffer[..n]);
@@ -122,7 +134,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (server, _) = listener.accept().unwrap();
-        let thread = std::thread::spawn(move || connection(server));
+        let thread = std::thread::spawn(move || connection(server, &AtomicU64::new(0)));
         let mut counts = Vec::new();
         for body in ["hello", "", "again"] {
             let request = format!(
@@ -143,7 +155,7 @@ mod tests {
                 .unwrap();
             counts.push(count.parse::<u64>().unwrap());
         }
-        assert_eq!(counts, [counts[0], counts[0] + 1, counts[0] + 2]);
+        assert_eq!(counts, [1, 2, 3]);
         drop(client);
         thread.join().unwrap().unwrap();
     }

@@ -13,6 +13,7 @@
 //! | `ferry.repeat=N` | runs of a kernel; 1 if left out, 0 for until told to stop |
 //! | `ferry.cpus=N` | threads of the work; as many as there are processors if left out |
 //! | `ferry.disk=/dev/vda` | a disk that the guest writes all over, again and again, and verifies |
+//! | `ferry.rng=/dev/hwrng` | random numbers that the guest reads all the time, none of which may come twice |
 //!
 //! A guest also answers HTTP on port 80 (a counter and an echo) and takes commands on its console.
 //!
@@ -21,19 +22,25 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 pub mod agent;
+pub mod client;
 pub mod frames;
 pub mod tsc;
 
+mod content;
 mod disk;
 mod guest;
 mod http;
 mod machine;
 mod memory;
 mod options;
+mod rng;
 mod sys;
 mod work;
 
 use options::Options;
+
+/// The first thing that init prints.
+pub const START: &str = "ferry-linux: init";
 
 /// Everything: `/init` when it is process 1, else one of its parts by name.
 pub fn main() {
@@ -47,13 +54,17 @@ pub fn main() {
         ["work", spec, threads, repeat] => work::run(spec, threads, repeat),
         ["disk", path] => disk::run(path),
         ["memory", keep, free] => memory::run(keep, free),
+        ["rng", path] => rng::run(path),
         ["get", address, path] => http::get(address, path),
+        ["client", address] => client::run(address),
         ["cat", path] => machine::cat(path),
         ["write", path] => machine::write(path),
         ["truncate", path, bytes] => machine::truncate(path, bytes),
-        ["tap", network] => machine::tap(network),
+        ["tap", name] => machine::tap(name),
+        ["bridge", network, ports @ ..] => machine::bridge(network, ports),
         _ => Err(
-            "init is the first process; its parts are work, disk, memory, get, cat, write, truncate and tap".to_owned(),
+            "init is the first process; its parts are work, disk, memory, rng, get, client, cat, write, truncate, tap and bridge"
+                .to_owned(),
         ),
     };
     if let Err(sentence) = done {
@@ -64,6 +75,8 @@ pub fn main() {
 
 /// Process 1 must not end: the kernel would panic. So it says what went wrong, and goes on with what works.
 fn init() {
+    // For whoever measures how long a boot takes: before anything is loaded.
+    println!("{START}");
     for sentence in machine::set_up() {
         println!("init: {sentence}");
     }

@@ -121,10 +121,30 @@ pub fn truncate(path: &str, bytes: &str) -> Result<(), String> {
     made.map_err(|e| format!("{path} cannot be made ({e})"))
 }
 
-/// `init tap NAME=ADDRESS/PREFIX`: a tap device for a guest's network card.
+/// `init tap NAME[=ADDRESS/PREFIX]`: a tap device for a guest's network card; without an address for a bridge.
 pub fn tap(text: &str) -> Result<(), String> {
+    let network = match text.contains('=') {
+        true => Some(network(text).ok_or_else(|| format!("`{text}` is not NAME=ADDRESS/PREFIX"))?),
+        false => None,
+    };
+    let name = network.as_ref().map_or(text, |n| &n.name);
+    sys::make_tap(name).map_err(|e| format!("the tap device {name} cannot be made ({e})"))?;
+    network.as_ref().map_or(Ok(()), configure)
+}
+
+/// `init bridge NAME=ADDRESS/PREFIX PORT…`: a bridge with an address, to which interfaces are joined; theirs are taken away.
+pub fn bridge(text: &str, ports: &[&str]) -> Result<(), String> {
     let network = network(text).ok_or_else(|| format!("`{text}` is not NAME=ADDRESS/PREFIX"))?;
-    sys::make_tap(&network.name)
-        .map_err(|e| format!("the tap device {} cannot be made ({e})", network.name))?;
+    let name = &network.name;
+    sys::make_bridge(name).map_err(|e| format!("the bridge {name} cannot be made ({e})"))?;
+    for port in ports {
+        let index = fs::read_to_string(format!("/sys/class/net/{port}/ifindex"));
+        let index = index
+            .ok()
+            .and_then(|text| text.trim().parse::<u32>().ok())
+            .ok_or_else(|| format!("there is no network interface {port} to join to {name}"))?;
+        sys::join_bridge(name, port, index)
+            .map_err(|e| format!("{port} cannot be joined to the bridge {name} ({e})"))?;
+    }
     configure(&network)
 }

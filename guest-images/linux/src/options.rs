@@ -30,6 +30,8 @@ pub struct Options {
     pub cpus: Option<String>,
     /// The disk that a guest tries.
     pub disk: Option<String>,
+    /// The random numbers that a guest reads.
+    pub rng: Option<String>,
     /// Tokens that are not understood.
     pub odd: Vec<String>,
 }
@@ -56,6 +58,7 @@ impl Options {
                 ("repeat", _) => options.repeat = text,
                 ("cpus", _) => options.cpus = text,
                 ("disk", _) => options.disk = text,
+                ("rng", _) => options.rng = text,
                 ("net", _) => match network(value) {
                     Some(network) => options.networks.push(network),
                     None => options.odd.push(token.to_owned()),

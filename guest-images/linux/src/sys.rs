@@ -112,6 +112,8 @@ const SIOCADDRT: c_ulong = 0x890b;
 const SIOCSIFFLAGS: c_ulong = 0x8914;
 const SIOCSIFADDR: c_ulong = 0x8916;
 const SIOCSIFNETMASK: c_ulong = 0x891c;
+const SIOCBRADDBR: c_ulong = 0x89a0;
+const SIOCBRADDIF: c_ulong = 0x89a2;
 const IFF_UP_RUNNING: u16 = 0x41;
 const RTF_UP_GATEWAY: u16 = 3;
 
@@ -165,10 +167,30 @@ pub fn make_tap(name: &str) -> io::Result<()> {
     checked(unsafe { c::ioctl(device.as_raw_fd(), TUNSETPERSIST, c_ulong::from(1u8)) })
 }
 
+/// Any socket of the family does for asking about interfaces; this one has no more than a free port of this machine.
+fn for_requests() -> io::Result<UdpSocket> {
+    UdpSocket::bind("0.0.0.0:0")
+}
+
+/// Makes a bridge (Linux `net/bridge/br_ioctl.c`).
+pub fn make_bridge(name: &str) -> io::Result<()> {
+    let socket = for_requests()?;
+    let ifreq = InterfaceRequest::new(name, &[]);
+    // SAFETY: SIOCBRADDBR copies a name of 16 bytes, as which an `ifreq` begins, and only reads it.
+    checked(unsafe { c::ioctl(socket.as_raw_fd(), SIOCBRADDBR, &raw const ifreq) })
+}
+
+/// Brings an interface up, without an address, as a port of a bridge.
+pub fn join_bridge(bridge: &str, port: &str, index: u32) -> io::Result<()> {
+    let socket = for_requests()?;
+    set(&socket, port, SIOCSIFADDR, &socket_address([0; 4]))?;
+    set(&socket, port, SIOCSIFFLAGS, &IFF_UP_RUNNING.to_le_bytes())?;
+    set(&socket, bridge, SIOCBRADDIF, &index.to_le_bytes())
+}
+
 /// Gives an interface an address and brings it up.
 pub fn configure(network: &Network) -> io::Result<()> {
-    // Any socket of the family does; this one is never bound to more than a free port of this machine.
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let socket = for_requests()?;
     let mask = u32::MAX
         .checked_shl(32 - network.prefix)
         .unwrap_or(0)

@@ -3,8 +3,7 @@
 //! A Debian package has no `modules.dep`: that file is made when it is installed. But every module says in its
 //! `.modinfo` what it needs, as `depends=a,b`.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Module names use `-` and `_` alike.
 pub(super) fn plain(name: &str) -> String {
@@ -34,24 +33,6 @@ pub(super) fn depends(module: &[u8]) -> Vec<String> {
         .filter(|n| !n.is_empty())
         .map(plain)
         .collect()
-}
-
-/// The modules by name, those of a tree of files.
-pub(super) fn index(directory: &Path) -> BTreeMap<String, PathBuf> {
-    let mut found = BTreeMap::new();
-    let mut directories = vec![directory.to_owned()];
-    while let Some(directory) = directories.pop() {
-        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-            let path = entry.path();
-            // A link is not followed: a tree of modules has none, and a loop would never end.
-            if entry.file_type().is_ok_and(|t| t.is_dir()) {
-                directories.push(path);
-            } else if let Some(name) = name_of(&path) {
-                found.insert(name, path);
-            }
-        }
-    }
-    found
 }
 
 #[cfg(test)]

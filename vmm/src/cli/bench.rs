@@ -1,9 +1,10 @@
-//! `ferry bench`: migrations on this machine, measured: ferry's policies, and QEMU's beside them.
+//! `ferry bench`: migrations on this machine, measured: ferry's policies, and QEMU's beside them; and how Linux boots.
 //!
 //! A matrix of guests, links and policies; of every cell several runs, each with fresh processes of this very program (or of
 //! QEMU), the same guest and the same link, and the guest's own word for it that nothing was lost. Every run is written down
 //! as soon as it is over, so that an interrupted benchmark goes on where it ended.
 
+mod boot;
 mod cell;
 mod charts;
 mod ferry;
@@ -73,6 +74,7 @@ enum What {
         after_help = "Example:\n  ferry bench paper stord --runs 1"
     )]
     Paper(paper::Paper),
+    Boot(boot::Args),
     /// Show the results of a directory again.
     #[command(after_help = "Example:\n  ferry bench report ferry-bench")]
     Report {
@@ -123,6 +125,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
             let verdict = |spec: &Spec, runs: &[Run]| experiment.verdict(spec, runs);
             measure(experiment.spec.clone(), paper.common(), verdict)
         }
+        Some(What::Boot(args)) => boot::run(args),
         Some(What::Report { directory, file }) => report(directory, file.as_deref()),
         Some(What::Legend) => {
             put(&table::legend())?;

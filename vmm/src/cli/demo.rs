@@ -1,16 +1,16 @@
 //! `ferry demo`: the main job, on this host, with nothing but this program; with a Linux guest, in a nested host where this
 //! host's KVM cannot run one.
 
+use super::nested::{Elsewhere, linux_runs_here, why};
 use super::output::{Failure, put, say};
 use super::progress::Display;
 use super::summary::{sentence, table};
-use ferry_guest_images::nested::{Config, Nested, QEMU};
 use ferry_guest_images::{Line, Workload};
 use ferry_migration::options::Options;
 use ferry_migration::report::{Report, Status};
 use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::MigrateRequest;
-use ferry_vmm::doctor::{Kind, examine};
+use ferry_vmm::doctor::examine;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -171,8 +171,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         return moves(&run);
     }
     let found = examine();
-    if found.kind != Kind::Hardware || !found.ready {
-        return in_nested_host(&found.kind, &work, &cpus);
+    if !linux_runs_here(&found) {
+        return in_nested_host(&why(&found), &work, &cpus);
     }
     put(&format!(
         "1. Linux boots on this host's own KVM ({}, Debian's kernel unchanged), and runs {work} on {cpus} vCPU in a process, \
@@ -199,25 +199,16 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
 const LINUX_ITSELF: u64 = 224 << 20;
 
 /// The same demo, in a nested host.
-fn in_nested_host(kind: &Kind, work: &str, cpus: &str) -> Result<ExitCode, Failure> {
+fn in_nested_host(why: &str, work: &str, cpus: &str) -> Result<ExitCode, Failure> {
     put(&format!(
-        "This host's KVM cannot run Linux guests ({}).\nSo {QEMU} emulates a host with hardware KVM, and the demo runs in it: \
-         about half a minute on an idle machine, at some twentieth of its speed.\n",
-        kind.meaning()
+        "{why}\nThe demo runs in it: about half a minute on an idle machine, at some twentieth of its speed.\n"
     ))?;
-    let config = Config {
-        programs: vec![std::env::current_exe()?],
-        ..Config::default()
-    };
-    let name = config.programs.first().and_then(|p| p.file_name());
-    let name = name.unwrap_or_default().to_string_lossy().into_owned();
-    let nested = Nested::start(&config, &|sentence| say(sentence))?;
+    let nested = Elsewhere::start(&|sentence| say(sentence))?;
     put(&format!(
         "The emulated host is up after {:.0} s.\n\n",
         nested.took().as_secs_f64()
     ))?;
-    let demo = [&name, "demo", "--linux", "--nas", work, "--cpus", cpus];
-    let process = nested.spawn(&demo)?;
+    let process = nested.ferry(&["demo", "--linux", "--nas", work, "--cpus", cpus])?;
     let mut seen = 0;
     while let Some(bytes) = process.stdout_after(seen, PATIENCE) {
         seen += bytes.len();

@@ -6,6 +6,7 @@ use super::migrate::named;
 use super::output::{Failure, say};
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
+use super::timeline::Timeline;
 use super::units::{duration, memory, size};
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
 use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
@@ -20,10 +21,12 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// RAM of `--linux` where none is asked for.
 const LINUX_MEMORY: u64 = 256 << 20;
+/// A thread that was woken is in the guest long before.
+const FIRST_ENTRY: Duration = Duration::from_secs(5);
 /// There is no PCI, and looking for it takes time; a guest that panics shall end.
 const LINUX_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 
@@ -93,6 +96,9 @@ pub struct Args {
         value_parser = Setting::parse
     )]
     balloon: Option<Setting>,
+    /// Where to write when each stage of the start was reached, for ferry bench boot.
+    #[arg(long, value_name = "PATH", hide = true)]
+    timeline: Option<PathBuf>,
 }
 
 /// What the bare guest takes for the time between two lines.
@@ -105,6 +111,8 @@ fn stat_interval(text: &str) -> Result<Duration, String> {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    let mut timeline = Timeline::new(args.timeline.as_deref());
+    timeline.mark("start");
     let signals = Signals::take()?;
     let memory = ram(args)?;
     let spool = args.serial.open()?;
@@ -124,8 +132,10 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         builder = builder.name(name);
     }
     let machine = Arc::new(builder.build()?);
-    load(args, &machine)?;
-    let guest = MachineGuest::with_workload(machine, workload(args));
+    timeline.mark("machine");
+    load(args, &machine, &mut timeline)?;
+    timeline.mark("load");
+    let guest = MachineGuest::with_workload(Arc::clone(&machine), workload(args));
     if let Some(setting) = args.balloon {
         guest.set_balloon(&setting.request()).map_err(Failure)?;
     }
@@ -134,6 +144,11 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let server = bind(args.api.as_deref(), args.name.as_deref(), &vmm)?;
     // Through the VMM, which keeps the state: the last thing that can fail is behind us.
     ferry_vmm::api::Control::resume(&vmm)?;
+    if timeline.is_wanted() {
+        let entered = machine.wait_first_entry(FIRST_ENTRY);
+        timeline.mark_at("entry", entered.unwrap_or_else(Instant::now));
+        timeline.write()?;
+    }
     tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
     serve(&vmm, server, signals, &args.serial, &spool)
 }
@@ -171,9 +186,10 @@ fn workload(args: &Args) -> Option<String> {
     nas.or_else(|| args.cmdline.clone())
 }
 
-fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
+fn load(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), Failure> {
     if let Some(path) = &args.kernel {
         let cmdline = args.cmdline.clone().unwrap_or_default();
+        timeline.mark("images");
         machine.load(&Kernel {
             path: path.clone(),
             initrd: args.initrd.clone(),
@@ -182,7 +198,7 @@ fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
         return Ok(());
     }
     let Some(workload) = &args.nas else {
-        return load_linux(args, machine);
+        return load_linux(args, machine, timeline);
     };
     let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
     let tsc_khz = machine.tsc_khz().map(u64::from);
@@ -194,6 +210,7 @@ fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
     };
     let cmdline = workload.command_line_with(cpus, tsc_khz, manner);
     let (path, _image) = in_memory("the built-in guest", BARE)?;
+    timeline.mark("images");
     machine.load(&Kernel {
         path,
         initrd: None,
@@ -202,7 +219,7 @@ fn load(args: &Args, machine: &Machine) -> Result<(), Failure> {
     Ok(())
 }
 
-fn load_linux(args: &Args, machine: &Machine) -> Result<(), Failure> {
+fn load_linux(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), Failure> {
     let kernel = linux::Kernel::get(&|sentence| say(sentence))?;
     let disk = RamDisk::new(&kernel.modules(GUEST_MODULES)?)?.finish();
     let (initrd, _disk) = in_memory("the initial RAM disk", &disk)?;
@@ -210,8 +227,10 @@ fn load_linux(args: &Args, machine: &Machine) -> Result<(), Failure> {
         Some(more) => format!("{LINUX_CMDLINE} {more}"),
         None => LINUX_CMDLINE.to_owned(),
     };
+    let path = kernel.image()?;
+    timeline.mark("images");
     machine.load(&Kernel {
-        path: kernel.image()?,
+        path,
         initrd: Some(initrd),
         cmdline,
     })?;

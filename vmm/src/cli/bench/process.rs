@@ -10,7 +10,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::{Child, ChildStdout, Command};
 use std::time::Duration;
 
 /// A child process; killed when dropped.
@@ -84,6 +84,12 @@ impl Process {
             stdin.ok_or_else(|| Failure(format!("the stdin of {} is closed", self.name)))?;
         stdin.write_all(bytes)?;
         Ok(stdin.flush()?)
+    }
+
+    /// Its stdout, where that is a pipe; once.
+    pub fn take_stdout(&mut self) -> Result<ChildStdout, Failure> {
+        let stdout = self.child.stdout.take();
+        stdout.ok_or_else(|| Failure(format!("the stdout of {} is taken", self.name)))
     }
 
     /// Waits for its end.
