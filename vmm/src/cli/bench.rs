@@ -103,6 +103,10 @@ struct Common {
     /// When a migration that does not end is given up.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10m")]
     patience: Duration,
+    /// How long to measure: runs are made in rounds, one of every cell, and no round is begun that is not expected to end in
+    /// time. The first goes as far as the time does.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    budget: Option<Duration>,
     /// Only cells whose guest, link and policy contain all of these words.
     #[arg(long, value_name = "WORD")]
     only: Vec<String>,
@@ -180,7 +184,13 @@ fn measure(
         say("this ferry is a debug build: its figures say nothing; use cargo build --release");
     }
     let mut journal = Journal::open(&out.join("results.jsonl"), host::describe(&machine))?;
-    let result = runner::run(&machine, &mut journal, &spec.cells, spec.runs);
+    let result = runner::run(
+        &machine,
+        &mut journal,
+        &spec.cells,
+        spec.runs,
+        common.budget,
+    );
     let verdict = verdict(&spec, &journal.runs);
     show(out, &journal.host, &spec, &journal.runs, &verdict)?;
     if interrupt::wanted() {

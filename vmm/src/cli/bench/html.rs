@@ -169,6 +169,7 @@ mod tests {
             number,
             shaping: Shaping::Loopback,
             load: String::new(),
+            took_s: 0.0,
             figures: good.then(|| figures.clone()),
             error: (!good).then(|| "it was <killed>".to_owned()),
         };

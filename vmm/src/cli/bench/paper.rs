@@ -202,6 +202,7 @@ mod tests {
                 number: 1,
                 shaping: Shaping::Tc,
                 load: String::new(),
+                took_s: 0.0,
                 figures: Some(figures),
                 error: None,
             }
