@@ -9,6 +9,7 @@ mod charts;
 mod ferry;
 mod flags;
 mod goals;
+mod heard;
 mod host;
 mod html;
 mod interrupt;

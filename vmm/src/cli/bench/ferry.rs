@@ -1,6 +1,7 @@
 //! ferry itself, as the benchmark runs it: two processes of this program.
 
 use super::cell::Cell;
+use super::heard::BEAT_MS;
 use super::interrupt;
 use super::log::STAT_MS;
 use super::measure::Told;
@@ -54,23 +55,25 @@ pub fn start(
             .args(["--serial", "stdio", "--api"])
             .arg(files.path("b.sock"))
             .stdin(Stdio::piped())
-            .stdout(File::create(files.destination().0)?)
+            .stdout(Stdio::piped())
             .stderr(File::create(files.path("b.err"))?),
-    )?;
+    )?
+    .heard_in(&files.destination())?;
     let source = Process::start(
         "ferry run",
         net.at_source(&machine.ferry)
             .args(["run", "--nas", &cell.guest.work.to_string()])
             .args(["--repeat", "0", "--stat", &format!("{STAT_MS}ms")])
+            .args(["--beat", &format!("{BEAT_MS}ms")])
             .args(["--memory", &format!("{}M", cell.guest.mib())])
             .args(["--cpus", &cell.guest.cpus.to_string(), "--api"])
             .arg(files.path("a.sock"))
-            .arg("--serial")
-            .arg(format!("file:{}", files.source().0.display()))
+            .args(["--serial", "stdio"])
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(File::create(files.path("a.err"))?),
-    )?;
+    )?
+    .heard_in(&files.source())?;
     let receiver = Client::new(&files.path("b.sock"));
     let uri = interrupt::until(
         Duration::from_secs(30),

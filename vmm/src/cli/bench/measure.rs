@@ -46,6 +46,9 @@ pub struct Figures {
     pub told: Told,
     /// What the guest saw.
     pub seen: Seen,
+    /// The longest silence that a listener outside heard at the move, to [`super::heard::BEAT_MS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outside_ms: Option<f64>,
     /// Bytes that the link carried meanwhile, with all headers; on loopback other people's too.
     pub link_bytes: u64,
     /// Bytes that it carried back: acknowledgements and requests for pages. Loopback does not tell them apart: 0.

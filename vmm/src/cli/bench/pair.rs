@@ -1,6 +1,7 @@
 //! A run: two fresh VMMs, a guest that moves from one to the other, and what came of it.
 
 use super::cell::Cell;
+use super::heard::{BEAT_MS, silence_ms};
 use super::interrupt;
 use super::log::{Log, STAT_MS, seen};
 use super::measure::{Figures, Told, watched};
@@ -8,7 +9,7 @@ use super::net::Net;
 use super::process::{Process, said};
 use super::{ferry, qemu};
 use crate::cli::output::Failure;
-use ferry_guest_images::{Line, STOP, Workload};
+use ferry_guest_images::{BARE, Line, Manner, STOP, Workload};
 use ferry_nas::workload::Workload as Kind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -57,6 +58,15 @@ impl Files {
         self.directory.path().join(name)
     }
 
+    /// The guest's image, for VMMs that do not have it built in.
+    pub fn image(&self) -> Result<PathBuf, Failure> {
+        let image = self.path("bare.elf");
+        if !image.exists() {
+            std::fs::write(&image, BARE)?;
+        }
+        Ok(image)
+    }
+
     /// What the source's serial port prints.
     pub fn source(&self) -> Log {
         Log(self.path("source"))
@@ -66,6 +76,18 @@ impl Files {
     pub fn destination(&self) -> Log {
         Log(self.path("destination"))
     }
+}
+
+/// What a guest is told, whoever runs it.
+pub fn guest_command_line(cell: &Cell, tsc_khz: u64) -> String {
+    let cpus = usize::try_from(cell.guest.cpus).unwrap_or(usize::MAX);
+    let manner = Manner {
+        repeat: Some(0),
+        stat_ms: Some(STAT_MS),
+        beat_ms: Some(BEAT_MS),
+    };
+    let work = &cell.guest.work;
+    work.command_line_with(cpus, Some(tsc_khz), manner)
 }
 
 /// Asks a small guest for the rate of the time-stamp counter.
@@ -131,10 +153,13 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
     let counted = net.counters()?.since(counted);
     runs_on(&arrived, pair.processes()[1])?;
     let until = arrived.text().len();
+    let [source, destination] = pair.processes();
+    let outside_ms = silence_ms(&source.heard(true), &destination.heard(false));
     let verified = verdict(pair.processes()[1], &arrived, &cell.guest.work)?;
     Ok(Figures {
         told: moved.result,
         seen: seen(&log.text(), before, &arrived.text(), until)?,
+        outside_ms,
         link_bytes: counted.sent,
         back_bytes: counted.received,
         source: moved.source,

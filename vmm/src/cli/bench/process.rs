@@ -1,6 +1,8 @@
 //! Processes that are measured, and that never outlive a run.
 
+use super::heard::Ear;
 use super::interrupt;
+use super::log::Log;
 use crate::cli::output::Failure;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -11,12 +13,13 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A child process; killed when dropped.
 pub struct Process {
     child: Child,
     name: &'static str,
+    ear: Option<Ear>,
 }
 
 /// Resident memory in KiB, as `/proc/PID/status` has it.
@@ -64,7 +67,31 @@ impl Process {
                 "{name} ({program}) cannot be started ({e}); is it installed?"
             ))
         })?;
-        Ok(Self { child, name })
+        Ok(Self {
+            child,
+            name,
+            ear: None,
+        })
+    }
+
+    /// Has what it says on its stdout, which must be a pipe, heard and written into a file.
+    pub fn heard_in(mut self, log: &Log) -> Result<Self, Failure> {
+        let stdout = self.child.stdout.take();
+        let stdout =
+            stdout.ok_or_else(|| Failure(format!("the stdout of {} is no pipe", self.name)))?;
+        self.ear = Some(Ear::listen(stdout, &log.0)?);
+        Ok(self)
+    }
+
+    /// When it said something, so far; all of it once it has `ended`.
+    pub fn heard(&mut self, ended: bool) -> Vec<Instant> {
+        let Some(ear) = &mut self.ear else {
+            return Vec::new();
+        };
+        if ended {
+            ear.end();
+        }
+        ear.arrivals()
     }
 
     /// Its number.

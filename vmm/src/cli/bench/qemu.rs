@@ -2,17 +2,15 @@
 
 use super::cell::{Cell, Qemu, QemuMode};
 use super::interrupt;
-use super::log::STAT_MS;
 use super::measure::Told;
 use super::net::Net;
-use super::pair::{Files, Machine, Pair};
+use super::pair::{Files, Machine, Pair, guest_command_line};
 use super::process::Process;
 use super::qmp::Qmp;
 use crate::cli::output::Failure;
-use ferry_guest_images::{BARE, Manner};
 use ferry_migration::report::Faults;
 use serde_json::{Value, json};
-use std::fs::{self, File};
+use std::fs::File;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -56,19 +54,8 @@ fn machine(
     files: &Files,
     qmp: &Path,
 ) -> Result<Command, Failure> {
-    let cpus = usize::try_from(cell.guest.cpus).unwrap_or(usize::MAX);
-    let manner = Manner {
-        repeat: Some(0),
-        stat_ms: Some(STAT_MS),
-    };
-    let command_line = cell
-        .guest
-        .work
-        .command_line_with(cpus, Some(tsc_khz), manner);
-    let image = files.path("bare.elf");
-    if !image.exists() {
-        fs::write(&image, BARE)?;
-    }
+    let command_line = guest_command_line(cell, tsc_khz);
+    let image = files.image()?;
     command
         // Without arch-capabilities: software KVM offers the MSR and then refuses to set it.
         .args([
@@ -110,18 +97,19 @@ pub fn start(
         side(net.at_destination(&of.qemu), "b.qmp")?
             .args(["-incoming", "defer", "-serial", "stdio"])
             .stdin(Stdio::piped())
-            .stdout(File::create(files.destination().0)?)
+            .stdout(Stdio::piped())
             .stderr(File::create(files.path("b.err"))?),
-    )?;
+    )?
+    .heard_in(&files.destination())?;
     let source = Process::start(
         "the sending QEMU",
         side(net.at_source(&of.qemu), "a.qmp")?
-            .arg("-serial")
-            .arg(format!("file:{}", files.source().0.display()))
+            .args(["-serial", "stdio"])
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(File::create(files.path("a.err"))?),
-    )?;
+    )?
+    .heard_in(&files.source())?;
     let mut pair = Pairing {
         processes: [source, destination],
         source: Qmp::connect(&files.path("a.qmp"))?,
