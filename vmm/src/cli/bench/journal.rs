@@ -39,6 +39,8 @@ pub struct Host {
     pub ferry: String,
     /// QEMU, if it is there.
     pub qemu: Option<String>,
+    /// Cloud Hypervisor, if it is there.
+    pub cloud: Option<String>,
 }
 
 /// A run.

@@ -7,10 +7,11 @@ use super::log::{Log, STAT_MS, seen};
 use super::measure::{Figures, Told, watched};
 use super::net::Net;
 use super::process::{Process, said};
-use super::{ferry, qemu};
+use super::{cloud, ferry, qemu};
 use crate::cli::output::Failure;
 use ferry_guest_images::{BARE, Line, Manner, STOP, Workload};
 use ferry_nas::workload::Workload as Kind;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -32,6 +33,8 @@ pub struct Machine {
     pub ferry: PathBuf,
     /// QEMU's.
     pub qemu: PathBuf,
+    /// Cloud Hypervisor's.
+    pub cloud: PathBuf,
     /// The rate of the time-stamp counter, so that every VMM's guests are told the same.
     pub tsc_khz: u64,
     /// How long a migration may take.
@@ -90,6 +93,11 @@ pub fn guest_command_line(cell: &Cell, tsc_khz: u64) -> String {
     work.command_line_with(cpus, Some(tsc_khz), manner)
 }
 
+/// A port that nobody has. Another process may take it before it is used; in a namespace of its own every port is free.
+pub fn free_port() -> Result<u16, Failure> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
 /// Asks a small guest for the rate of the time-stamp counter.
 pub fn tsc_khz(ferry: &Path) -> Result<u64, Failure> {
     let files = files()?;
@@ -125,10 +133,12 @@ pub fn run(machine: &Machine, cell: &Cell) -> Result<Figures, Failure> {
 
 fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Failure> {
     let net = Net::up(&cell.link)?;
-    let mut pair: Box<dyn Pair> = match (&cell.policy.ferry, &cell.policy.qemu) {
-        (Some(options), _) => Box::new(ferry::start(machine, cell, options, &net, files)?),
-        (None, Some(qemu)) => Box::new(qemu::start(machine, cell, qemu, &net, files)?),
-        (None, None) => return Err(Failure(format!("{cell} does not say who moves the guest"))),
+    let policy = &cell.policy;
+    let mut pair: Box<dyn Pair> = match (&policy.ferry, &policy.qemu, &policy.cloud) {
+        (Some(options), _, _) => Box::new(ferry::start(machine, cell, options, &net, files)?),
+        (_, Some(qemu), _) => Box::new(qemu::start(machine, cell, qemu, &net, files)?),
+        (_, _, Some(cloud)) => Box::new(cloud::start(machine, cell, cloud, &net, files)?),
+        _ => return Err(Failure(format!("{cell} does not say who moves the guest"))),
     };
     let (log, arrived) = (files.source(), files.destination());
     let pids = pair.processes().map(|process| process.id());

@@ -1,12 +1,12 @@
 //! Makes the runs that are missing, one after the other, and writes each down.
 
-use super::cell::Cell;
+use super::cell::{Cell, Policy};
 use super::interrupt;
 use super::journal::{Journal, Run};
 use super::measure::{Figures, load};
 use super::net::Shaping;
 use super::pair::{self, Machine};
-use super::qemu;
+use super::{cloud, qemu};
 use crate::cli::output::{Failure, say};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
@@ -96,21 +96,27 @@ fn possible(machine: &Machine, missing: Vec<(Cell, u32)>) -> Vec<(Cell, u32)> {
             "only root may shape a link: the senders' own caps stand in for it, and the results say so",
         );
     }
-    let theirs = missing
-        .iter()
-        .filter(|(cell, _)| !cell.policy.ours())
-        .count();
-    if theirs == 0 || qemu::installed(&machine.qemu) {
-        return missing;
+    type Theirs = fn(&Policy) -> bool;
+    let peers: [(&str, Theirs, Option<String>); 2] = [
+        ("QEMU", |p| p.qemu.is_some(), qemu::missing(&machine.qemu)),
+        (
+            "Cloud Hypervisor",
+            |p| p.cloud.is_some(),
+            cloud::missing(&machine.cloud),
+        ),
+    ];
+    let mut possible = missing;
+    for (name, theirs, why) in peers {
+        let count = possible
+            .iter()
+            .filter(|(cell, _)| theirs(&cell.policy))
+            .count();
+        if let Some(why) = why.filter(|_| count > 0) {
+            say(&format!("NOT RUN: {count} runs of {name}: {why}"));
+            possible.retain(|(cell, _)| !theirs(&cell.policy));
+        }
     }
-    say(&format!(
-        "NOT RUN: {theirs} runs of QEMU: {} is not installed; give --qemu PATH",
-        machine.qemu.display()
-    ));
-    missing
-        .into_iter()
-        .filter(|(cell, _)| cell.policy.ours())
-        .collect()
+    possible
 }
 
 /// How much of the time that is left may be used.

@@ -147,7 +147,7 @@ pub const METRICS: [Metric; 23] = [
         "wire MiB",
         1,
         "what the VMM says it sent",
-        |f, _| Some(f.told.wire_bytes as f64 / MIB),
+        |f, _| Some(f.told.wire_bytes? as f64 / MIB),
     ),
     metric(
         false,
@@ -155,7 +155,7 @@ pub const METRICS: [Metric; 23] = [
         "pages",
         0,
         "pages sent with their contents",
-        |f, _| Some(f.told.pages_sent as f64),
+        |f, _| Some(f.told.pages_sent? as f64),
     ),
     metric(
         true,
@@ -163,7 +163,7 @@ pub const METRICS: [Metric; 23] = [
         "resent",
         0,
         "pages that crossed more than once",
-        |f, _| Some(f.told.pages_resent as f64),
+        |f, _| Some(f.told.pages_resent? as f64),
     ),
     metric(
         false,
@@ -171,7 +171,7 @@ pub const METRICS: [Metric; 23] = [
         "zero",
         0,
         "pages announced as zero",
-        |f, _| Some(f.told.pages_zero as f64),
+        |f, _| Some(f.told.pages_zero? as f64),
     ),
     metric(
         true,
