@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write, stdin};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::{Child, Command, ExitCode};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 struct Fake {
@@ -54,9 +54,10 @@ impl Fake {
             .args(["--memory", self.option("--memory").unwrap()])
             .args(["--cpus", self.option("--cpus").unwrap()])
             .args(["--serial", "stdio", "--api", &self.api()])
+            .stdin(Stdio::piped())
             .spawn()
             .unwrap();
-        self.vmm = Some(child);
+        self.vmm = Some(typed_to(child));
     }
 
     /// Waits for a guest.
@@ -66,9 +67,10 @@ impl Fake {
         let child = self
             .ferry()
             .args(["receive", url, "--serial", "stdio", "--api", &api])
+            .stdin(Stdio::piped())
             .spawn()
             .map_err(|e| e.to_string())?;
-        self.vmm = Some(child);
+        self.vmm = Some(typed_to(child));
         loop {
             std::thread::sleep(Duration::from_millis(5));
             if let Some(ended) = self.vmm.as_mut().unwrap().try_wait().unwrap() {
@@ -164,6 +166,17 @@ impl Fake {
         }
         more
     }
+}
+
+/// Passes on what is typed: ferry itself does not read a terminal that is not its own.
+fn typed_to(mut child: Child) -> Child {
+    let mut to = child.stdin.take().unwrap();
+    std::thread::spawn(move || {
+        let mut from = stdin();
+        let mut byte = [0];
+        while from.read_exact(&mut byte).is_ok() && to.write_all(&byte).is_ok() {}
+    });
+    child
 }
 
 fn respond(stream: &mut UnixStream, status: &str, body: &Value) {
