@@ -119,8 +119,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         std::thread::sleep(Duration::from_millis(1));
     }
     let verdict = there.wait("its verdict", |line| matches!(line, Line::Verdict { .. }))?;
-    println!("{verdict}");
-    machine.wait();
+    println!("{verdict}\nthe machine has ended: {:?}", machine.wait());
     match Line::parse(&verdict) {
         Some(Line::Verdict { verdict, .. }) if verdict.verified && verdict.corrupt == 0 => Ok(()),
         _ => Err("the guest's memory is not what it wrote".into()),
