@@ -562,6 +562,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             since_us: micros(since),
             missing: left,
             verify: compare,
+            tells: true,
         };
         self.channel
             .link()

@@ -7,7 +7,8 @@ use crate::policy::{SendOrder, pages_in, seconds};
 use crate::port::{Clock, Guest, Link, PortError};
 use crate::report::Codecs;
 use crate::wire::{
-    Channel, FLAG_CRC, FrameType, HEADER_BYTES, Header, MAX_RUNS, RUN_BYTES, WireError, encode_runs,
+    Channel, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, MAX_RUNS, RUN_BYTES, WireError,
+    encode_runs,
 };
 use std::sync::Mutex;
 use std::time::Duration;
@@ -196,6 +197,8 @@ pub(crate) struct BatchMode {
     pub round: u32,
     /// The guest stands still: nothing needs to be cleared, and checksums can cover the pages.
     pub paused: bool,
+    /// The destination is asked to say when the batch is in place.
+    pub tell: bool,
 }
 
 impl Sender {
@@ -268,6 +271,9 @@ impl Sender {
                 flags = FLAG_CRC;
                 crc = self.crc_of_pages(guest, crc)?;
             }
+            if mode.tell {
+                flags |= FLAG_TELL;
+            }
             let header = Header {
                 flags,
                 payload_crc: crc,
@@ -283,6 +289,9 @@ impl Sender {
             began = clock.now();
             guest.transmit(channel.link(), &self.head, &self.data)
         } else {
+            if mode.tell {
+                self.ask_at_the_end();
+            }
             began = clock.now();
             channel.link().send(&self.head, &[])
         };
@@ -342,6 +351,20 @@ impl Sender {
             crc = crc32c::crc32c_append(crc, &page);
         }
         Ok(crc)
+    }
+
+    /// The last frame of the batch asks for the destination's word; all of them are in `head`.
+    fn ask_at_the_end(&mut self) {
+        let mut rest = self.head.as_mut_slice();
+        while let Some((header, after)) = rest.split_first_chunk_mut::<HEADER_BYTES>() {
+            let length = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
+            let length = usize::try_from(length).unwrap_or(usize::MAX);
+            if length >= after.len() {
+                Header::add_flags(header, FLAG_TELL);
+                return;
+            }
+            rest = &mut after[length..];
+        }
     }
 
     fn reserve_header(&mut self) -> usize {

@@ -29,6 +29,7 @@ mod live;
 pub(crate) mod post_copy;
 mod recover;
 mod stop;
+mod window;
 
 pub use error::SourceError;
 pub use recover::recover;
@@ -231,6 +232,10 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     ended: Option<Duration>,
     /// The guest's page faults, as the destination measured them.
     faults_there: Faults,
+    /// The destination says when pages that follow the guest are in place.
+    tells: bool,
+    /// A frame that was read while the push went on, and ends it.
+    heard: Option<Header>,
     last_event: Duration,
     progress: Progress,
 }
@@ -308,6 +313,8 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             paused_at: None,
             ended: None,
             faults_there: Faults::default(),
+            tells: false,
+            heard: None,
             last_event: began,
             progress: Progress {
                 session: setup.session.to_string(),

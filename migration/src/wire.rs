@@ -45,8 +45,8 @@ mod set;
 
 pub use channel::{Channel, WireError, check_crc};
 pub use frame::{
-    Encoding, FLAG_CRC, FrameType, HEADER_BYTES, Header, HeaderError, Limits, MAX_BATCH_PAGES,
-    MAX_RUNS, RUN_BYTES, decode_runs, encode_runs,
+    Encoding, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, HeaderError, Limits,
+    MAX_BATCH_PAGES, MAX_RUNS, RUN_BYTES, decode_runs, encode_runs,
 };
 pub use hello::{Arrived, Features, Hello, HelloAck, HelloError, Ready, Running};
 pub use preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId, VERSION};

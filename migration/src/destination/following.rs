@@ -3,8 +3,19 @@
 use super::{Destination, DestinationError, State, Step};
 use crate::page::PageSet;
 use crate::port::{Host, Link};
-use crate::wire::{Arrived, FrameType, Header, WireError, recv_set};
+use crate::wire::{Arrived, Channel, FLAG_TELL, FrameType, Header, WireError, recv_set};
 use std::time::Duration;
+
+/// Says that the pages of a frame are in place, if it asks for that.
+pub(super) fn tell_placed<L: Link>(
+    channel: &mut Channel<L>,
+    header: &Header,
+) -> Result<(), DestinationError> {
+    if header.flags & FLAG_TELL != 0 {
+        channel.send(Header::bare(FrameType::Placed, header.round), &[])?;
+    }
+    Ok(())
+}
 
 impl<L: Link, H: Host<L>> Destination<L, H> {
     /// Whether pages follow the guest, or did.
@@ -82,7 +93,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         match kind {
             FrameType::Pages | FrameType::Zero if !self.pushed => {
                 self.receiver
-                    .receive_to(&mut self.channel, header, arriving)
+                    .receive_to(&mut self.channel, header, arriving)?;
+                tell_placed(&mut self.channel, header)
             }
             FrameType::RoundEnd if !self.pushed && header.round == self.round + 1 => {
                 if let Some(lanes) = &self.lanes {

@@ -2,6 +2,7 @@
 
 use super::DestinationError;
 use super::arriving::Arriving;
+use super::following::tell_placed;
 use super::pages::PageReceiver;
 use crate::codec::Decoder;
 use crate::codec::marks::Marks;
@@ -167,6 +168,7 @@ impl<L: Link, S: PageSink<L>> Lane<L, S> {
                         Some(arriving) => {
                             self.receiver
                                 .receive_to(&mut self.channel, &header, arriving)?;
+                            tell_placed(&mut self.channel, &header)?;
                         }
                         None => self.receiver.receive(
                             &mut self.channel,

@@ -361,8 +361,10 @@ fn bubbling_takes_fewer_faults_than_demand() {
             outcome.faults
         };
         let (demand, bubble) = (faults(PushOrder::Demand), faults(PushOrder::Bubble));
+        // Here each message, and each word about what is in place, stops everything for 20 µs: by far more are hidden elsewhere
+        // (see the model's tests, and `ferry bench goals`).
         assert!(
-            bubble * 2 < demand,
+            bubble * 3 < demand * 2,
             "walk {walk}: {bubble} against {demand}"
         );
     }

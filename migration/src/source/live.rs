@@ -138,6 +138,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let mode = BatchMode {
             round: self.round,
             paused,
+            tell: false,
         };
         let batches = Batches::new(pages, order, &self.heat, batch);
         let sent = if self.lanes.is_empty() {

@@ -8,10 +8,14 @@
 //!             ▼ control or data channel                                        ▼ fault channel
 //! ```
 //!
+//! Where the destination says when batches are in place, the push keeps no more under way than the link needs
+//! ([`Window`]): answers do not wait behind it.
+//!
 //! The guest stands still here, so pages are read without a lock. A page is taken out of the set
 //! before it is sent: what a broken connection loses with it, the destination lists as missing when
 //! the source reconnects.
 
+use super::window::Window;
 use super::{Source, SourceError, State, ms};
 use crate::order::{Push, PushOrder};
 use crate::page::{PageSet, RamLayout, Run};
@@ -23,8 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Pages in a batch of the push stream: an answer waits behind at most one of them for the processor
-/// that both need, and behind `QUEUE` bytes for the link.
+/// Pages in a batch of the push stream at most: an answer waits behind one of them for the processor that both need.
 pub(crate) const PUSH_PAGES: u64 = 64;
 /// How much of the push stream may wait in a socket, not yet sent.
 const QUEUE: u32 = 128 << 10;
@@ -136,10 +139,11 @@ impl<'a> Serving<'a> {
         self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    const fn mode(&self) -> BatchMode {
+    const fn mode(&self, tell: bool) -> BatchMode {
         BatchMode {
             round: self.round,
             paused: true,
+            tell,
         }
     }
 
@@ -211,7 +215,7 @@ impl<'a> Serving<'a> {
             &mut fault.channel,
             guest,
             &fault.runs,
-            self.mode(),
+            self.mode(false),
             self.clock,
         );
         let mut outgoing = self.outgoing();
@@ -232,15 +236,21 @@ impl<'a> Serving<'a> {
         }
     }
 
+    /// Whether there is more to push.
+    fn goes_on(&self) -> Result<bool, SourceError> {
+        let mut outgoing = self.outgoing();
+        match outgoing.failed.take() {
+            Some(error) => Err(error),
+            None => Ok(!self.stopped() && outgoing.left > 0),
+        }
+    }
+
     /// What the push stream sends next, into `runs`.
     fn next_push(&self, limit: u64, runs: &mut Vec<Run>) -> Result<Next, SourceError> {
-        let mut outgoing = self.outgoing();
-        if let Some(error) = outgoing.failed.take() {
-            return Err(error);
-        }
-        if self.stopped() || outgoing.left == 0 {
+        if !self.goes_on()? {
             return Ok(Next::Done);
         }
+        let mut outgoing = self.outgoing();
         if outgoing.next_push(limit, runs) {
             return Ok(Next::Send);
         }
@@ -277,43 +287,129 @@ impl<L: Link> FaultChannel<L> {
     }
 }
 
-/// One stream of pushes: takes, waits for the cap, sends, until nothing is left.
+/// What a stream of pushes remembers from batch to batch.
+struct Stream {
+    runs: Vec<Run>,
+    /// When something was sent last.
+    sent_at: Duration,
+    /// Where the destination tells what is in place.
+    window: Option<Window>,
+}
+
+impl Stream {
+    fn new(tells: bool, now: Duration) -> Self {
+        Self {
+            runs: Vec::with_capacity(64),
+            sent_at: now,
+            window: tells.then(|| Window::new(now)),
+        }
+    }
+}
+
+/// What became of a turn of the push.
+enum Pushed {
+    /// There may be more.
+    More,
+    /// Everything has been taken.
+    All,
+    /// The destination has said this, which is not about what is in place.
+    Heard(Header),
+}
+
+/// One stream of pushes: takes, waits for the cap and for the window, sends, until nothing is left.
 struct Pusher<'a, 'b, L, G> {
     serving: &'a Serving<'b>,
     pacer: &'a Pacer,
     guest: &'a G,
     channel: &'a mut Channel<L>,
     sender: &'a mut Sender,
-    /// When something was sent last.
-    sent_at: Duration,
+    stream: &'a mut Stream,
+    /// How long the destination may say nothing of what it was sent.
+    patience: Duration,
 }
 
 impl<L: Link, G: Guest<L>> Pusher<'_, '_, L, G> {
-    /// One batch; `false` when there is no more.
-    fn push(&mut self, runs: &mut Vec<Run>) -> Result<bool, SourceError> {
+    /// One batch, or a wait of at most `wait` for the destination's word.
+    fn push(&mut self, wait: Duration) -> Result<Pushed, SourceError> {
         let clock = self.serving.clock;
-        let limit = PUSH_PAGES.min(self.pacer.batch_pages());
-        match self.serving.next_push(limit, runs)? {
-            Next::Done => return Ok(false),
+        if let Some(header) = self.hear(wait)? {
+            return Ok(Pushed::Heard(header));
+        }
+        if self.is_full() {
+            return Ok(if self.serving.goes_on()? {
+                Pushed::More
+            } else {
+                Pushed::All
+            });
+        }
+        let most = self
+            .stream
+            .window
+            .as_ref()
+            .map_or(PUSH_PAGES, |w| w.batch_pages(PUSH_PAGES));
+        let limit = most.min(self.pacer.batch_pages());
+        match self.serving.next_push(limit, &mut self.stream.runs)? {
+            Next::Done => return Ok(Pushed::All),
             Next::Wait => {
                 clock.sleep(Duration::from_millis(1));
-                if clock.now().saturating_sub(self.sent_at) >= ALIVE {
+                if clock.now().saturating_sub(self.stream.sent_at) >= ALIVE {
                     self.channel.send(Header::bare(FrameType::Alive, 0), &[])?;
-                    self.sent_at = clock.now();
+                    self.stream.sent_at = clock.now();
                 }
             }
             Next::Send => {
                 self.pacer.wait(clock, &|| self.serving.stopped());
-                let mode = self.serving.mode();
+                let (runs, mode) = (
+                    &self.stream.runs,
+                    self.serving.mode(self.stream.window.is_some()),
+                );
+                let began = clock.now();
                 let sent = self
                     .sender
                     .send(self.channel, self.guest, runs, mode, clock)?;
                 self.pacer.charge(sent.bytes, clock);
                 self.serving.outgoing().sent.add(sent);
-                self.sent_at = clock.now();
+                self.stream.sent_at = clock.now();
+                if let Some(window) = &mut self.stream.window {
+                    window.sent(sent.bytes, began);
+                }
             }
         }
-        Ok(true)
+        Ok(Pushed::More)
+    }
+
+    fn is_full(&mut self) -> bool {
+        self.stream.window.as_mut().is_some_and(Window::is_full)
+    }
+
+    /// Takes the destination's words about what is in place, waiting for one if the window is full; returns another
+    /// word of its.
+    fn hear(&mut self, wait: Duration) -> Result<Option<Header>, SourceError> {
+        let mut wait = if self.is_full() { wait } else { Duration::ZERO };
+        while self
+            .channel
+            .link()
+            .wait_readable(wait)
+            .map_err(WireError::Io)?
+        {
+            let header = self.channel.recv_header()?;
+            if header.kind != FrameType::Placed {
+                return Ok(Some(header));
+            }
+            let now = self.serving.clock.now();
+            let known = self.stream.window.as_mut().map(|w| w.placed(now));
+            if known != Some(true) {
+                let expected = "a word about pages that were sent";
+                return Err(self.channel.refuse(&header, expected).into());
+            }
+            wait = Duration::ZERO;
+        }
+        let now = self.serving.clock.now();
+        let waiting = self.stream.window.as_ref().map(|w| w.waiting(now));
+        if waiting.is_some_and(|waiting| waiting >= self.patience) {
+            return Err(SourceError::Silent("that pages are in place"));
+        }
+        Ok(None)
     }
 }
 
@@ -460,8 +556,13 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
 
     /// Everything on the control channel, from this thread. Says whether the destination has spoken before the end.
     fn push_here(&mut self, serving: &Serving<'_>) -> Result<bool, SourceError> {
-        let mut runs = Vec::with_capacity(64);
-        let mut sent_at = self.now();
+        let mut stream = Stream::new(self.tells, self.now());
+        // Without threads faults are answered by this one.
+        let wait = if self.setup.threads {
+            TICK
+        } else {
+            Duration::from_micros(100)
+        };
         loop {
             self.answer_here(serving)?;
             let mut pusher = Pusher {
@@ -470,15 +571,17 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                 guest: self.guest,
                 channel: &mut self.control,
                 sender: &mut self.sender,
-                sent_at,
+                stream: &mut stream,
+                patience: self.setup.timeouts.transfer,
             };
-            if !pusher.push(&mut runs)? {
-                return Ok(false);
-            }
-            sent_at = pusher.sent_at;
-            if self.control.link().readable().map_err(WireError::Io)? {
-                // Its guest has ended, or it gives up.
-                return Ok(true);
+            match pusher.push(wait)? {
+                Pushed::All => return Ok(false),
+                Pushed::More => {}
+                Pushed::Heard(header) => {
+                    // Its guest has ended, or it gives up.
+                    self.heard = Some(header);
+                    return Ok(true);
+                }
             }
             if self.now().saturating_sub(self.last_event) >= TICK {
                 self.pending.clone_from(&serving.outgoing().remaining);
@@ -500,27 +603,34 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
     /// Several channels: each takes the next batch when it is free.
     fn push_on_lanes(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
         let (guest, pacer) = (self.guest, &self.pacer);
+        let (tells, patience) = (self.tells, self.setup.timeouts.transfer);
         let lanes = &mut self.lanes;
         std::thread::scope(|scope| {
             let threads: Vec<_> = lanes
                 .iter_mut()
                 .map(|(channel, sender)| {
                     scope.spawn(move || {
-                        let mut runs = Vec::with_capacity(64);
+                        let mut stream = Stream::new(tells, serving.clock.now());
                         let mut pusher = Pusher {
                             serving,
                             pacer,
                             guest,
                             channel,
                             sender,
-                            sent_at: serving.clock.now(),
+                            stream: &mut stream,
+                            patience,
                         };
                         loop {
-                            match pusher.push(&mut runs) {
-                                Ok(true) => {}
-                                Ok(false) => return,
-                                Err(error) => return serving.fail(error),
-                            }
+                            let error = match pusher.push(TICK) {
+                                Ok(Pushed::More) => continue,
+                                Ok(Pushed::All) => return,
+                                Ok(Pushed::Heard(header)) => {
+                                    let expected = "a word about pages that were sent";
+                                    pusher.channel.refuse(&header, expected).into()
+                                }
+                                Err(error) => error,
+                            };
+                            return serving.fail(error);
                         }
                     })
                 })
@@ -542,21 +652,23 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         patience: Duration,
     ) -> Result<Arrived, SourceError> {
         let until = self.now() + patience;
-        loop {
+        let header = loop {
             self.answer_here(serving)?;
-            if self
-                .control
-                .link()
-                .wait_readable(TICK)
-                .map_err(WireError::Io)?
-            {
-                break;
+            if let Some(header) = self.heard.take() {
+                break header;
+            }
+            let control = self.control.link();
+            if control.wait_readable(TICK).map_err(WireError::Io)? {
+                let header = self.control.recv_header()?;
+                // The last batches need no window any more.
+                if header.kind != FrameType::Placed {
+                    break header;
+                }
             }
             if self.now() >= until {
                 return Err(SourceError::Silent("that every page has arrived"));
             }
-        }
-        let header = self.control.recv_header()?;
+        };
         if header.kind != FrameType::Arrived {
             return Err(self
                 .control

@@ -172,7 +172,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 .refuse(&header, "the confirmation that the guest runs")
                 .into());
         }
-        Ok(self.control.recv_json(&header)?)
+        let running: Running = self.control.recv_json(&header)?;
+        self.tells = running.tells;
+        Ok(running)
     }
 
     /// Sends a hash of every page of the set, so that the destination can compare.

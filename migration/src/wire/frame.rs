@@ -14,6 +14,9 @@ pub const MAX_RUNS: u32 = 512;
 pub const MAX_BATCH_PAGES: u64 = 4096;
 /// Flag: the header's `payload_crc` guards the whole payload.
 pub const FLAG_CRC: u8 = 1;
+/// Flag of a page frame that follows the guest: the destination says [`FrameType::Placed`] when it is in place. Only to
+/// one that said that it would ([`Running::tells`](super::Running::tells)).
+pub const FLAG_TELL: u8 = 2;
 
 /// How the pages of a frame are coded; see [`crate::codec`] for what the coded ones hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,6 +81,8 @@ pub enum FrameType {
     Arrived = 17,
     /// Source: nothing is to be sent, and the connection lives.
     Alive = 18,
+    /// Destination: the pages up to the next frame of this channel that asked for it are in place (post-copy).
+    Placed = 19,
 }
 
 impl FrameType {
@@ -101,6 +106,7 @@ impl FrameType {
             16 => Self::MissingBits,
             17 => Self::Arrived,
             18 => Self::Alive,
+            19 => Self::Placed,
             _ => return None,
         })
     }
@@ -121,7 +127,8 @@ impl FrameType {
             | Self::Commit
             | Self::PageRequest
             | Self::OnItsWay
-            | Self::Alive => 0,
+            | Self::Alive
+            | Self::Placed => 0,
         }
     }
 
@@ -148,7 +155,7 @@ pub struct Limits {
 pub struct Header {
     /// What follows.
     pub kind: FrameType,
-    /// [`FLAG_CRC`].
+    /// [`FLAG_CRC`], [`FLAG_TELL`].
     pub flags: u8,
     /// How pages are coded: an [`Encoding`]; 0 is raw.
     pub encoding: u8,
@@ -255,6 +262,13 @@ impl Header {
         bytes
     }
 
+    /// Sets flags in the bytes of a header.
+    pub fn add_flags(bytes: &mut [u8; HEADER_BYTES], flags: u8) {
+        bytes[1] |= flags;
+        let crc = crc32c::crc32c(&bytes[..28]);
+        bytes[28..].copy_from_slice(&crc.to_le_bytes());
+    }
+
     /// Checks and reads a header: after this, `length` is what such a frame can have and may be
     /// used to size a read.
     ///
@@ -288,7 +302,11 @@ impl Header {
             Some(_) => kind == FrameType::Pages && checked,
             None => false,
         };
-        if header.flags & !FLAG_CRC != 0
+        let known = match kind {
+            FrameType::Pages | FrameType::Zero => FLAG_CRC | FLAG_TELL,
+            _ => FLAG_CRC,
+        };
+        if header.flags & !known != 0
             || !encoded
             || (kind.always_checked() && header.length > 0 && !checked)
         {

@@ -105,6 +105,10 @@ pub struct Running {
     /// Whether hashes of all pages are wanted once those have arrived.
     #[serde(default)]
     pub verify: bool,
+    /// Whether the destination says when pages that follow the guest are in place, where asked to
+    /// ([`FLAG_TELL`](super::FLAG_TELL)).
+    #[serde(default)]
+    pub tells: bool,
 }
 
 /// Post-copy is over: every page is in place, or the guest has ended.
