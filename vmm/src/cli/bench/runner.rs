@@ -8,7 +8,7 @@ use super::net::Shaping;
 use super::pair::{self, Machine};
 use super::{cloud, qemu};
 use crate::cli::output::{Failure, say};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -25,9 +25,7 @@ impl Display {
             let target = ProgressDrawTarget::stderr();
             let bar = ProgressBar::with_draw_target(Some(all as u64), target);
             // A template that does not parse would leave indicatif's own style, which does as well.
-            if let Ok(style) =
-                ProgressStyle::with_template("{bar:24} {pos}/{len}, {eta} left  {msg}")
-            {
+            if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len}{prefix}  {msg}") {
                 bar.set_style(style.progress_chars("━╸ "));
             }
             bar.enable_steady_tick(Duration::from_millis(500));
@@ -36,9 +34,13 @@ impl Display {
         Self { bar, all, done: 0 }
     }
 
-    fn begin(&self, what: &str) {
+    /// A run begins; `left` is how long all that are left are expected to take, if that is known.
+    fn begin(&self, what: &str, left: Duration) {
         if let Some(bar) = &self.bar {
             bar.set_message(what.to_owned());
+            if !left.is_zero() {
+                bar.set_prefix(format!(", about {} left", HumanDuration(left)));
+            }
         }
     }
 
@@ -137,7 +139,7 @@ impl Budget {
     }
 
     /// Whether the first of `left` may be begun. A round other than the first is begun only if all of it is expected to fit,
-    /// so that every cell has as many runs as the others; the first goes as far as the time does.
+    /// so that every cell has as many runs as the others; the first goes as far as the time is expected to.
     fn allows(&mut self, journal: &Journal, left: &[(Cell, u32)]) -> bool {
         let (Some(all), Some((_, number))) = (self.all, left.first()) else {
             return true;
@@ -152,7 +154,8 @@ impl Budget {
             let expected: Duration = round.map(|(cell, _)| journal.expected(cell)).sum();
             expected <= time
         } else {
-            !time.is_zero()
+            // What was never run may take as long as the others did.
+            !time.is_zero() && left.first().map(|(cell, _)| journal.expected(cell)) <= Some(time)
         }
     }
 }
@@ -183,7 +186,9 @@ pub fn run(
             ));
             return Ok(());
         }
-        display.begin(&cell.to_string());
+        let left = missing[at..].iter();
+        let left = left.map(|(cell, _)| journal.expected(cell)).sum();
+        display.begin(&cell.to_string(), left);
         let before = load();
         let began = Instant::now();
         let result = pair::run(machine, cell);
