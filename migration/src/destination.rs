@@ -29,6 +29,7 @@
 //! real destination calls [`Destination::run`].
 
 mod arriving;
+mod blocks;
 mod error;
 mod faults;
 mod following;
@@ -36,6 +37,7 @@ mod lanes;
 mod pages;
 
 pub use arriving::Arriving;
+pub use blocks::BlocksError;
 pub use error::DestinationError;
 pub use faults::FaultLane;
 pub use lanes::{Lane, LaneSet};
@@ -50,6 +52,7 @@ use crate::wire::{
     Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Ready, Role, Running,
     SessionId, WireError, send_set,
 };
+use blocks::Stores;
 use pages::PageReceiver;
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,6 +153,9 @@ pub struct Destination<L: Link, H: Host<L>> {
     /// The source has said that it pushed everything.
     pushed: bool,
     receiver: PageReceiver,
+    /// Disks that move with the guest.
+    stores: Stores,
+    block_round: u32,
     round: u32,
     restored: bool,
     restore_us: u64,
@@ -192,6 +198,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             reattached: false,
             pushed: false,
             receiver: PageReceiver::default(),
+            stores: Stores::none(),
+            block_round: 0,
             round: 0,
             restored: false,
             restore_us: 0,
@@ -357,6 +365,14 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             {
                 self.list_missing(&header)?;
             }
+            (State::Filling, FrameType::Blocks | FrameType::BlocksZero | FrameType::BlocksHash)
+                if self.takes_blocks(header.kind) =>
+            {
+                self.stores.receive(&mut self.channel, &header)?;
+            }
+            (State::Filling, FrameType::BlocksEnd) if self.takes_blocks(header.kind) => {
+                self.blocks_end(&header)?;
+            }
             (State::Filling, FrameType::State) => self.restore(&header)?,
             (
                 State::Ready | State::InDoubt | State::Running | State::Interrupted,
@@ -398,12 +414,22 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .check_post_copy()
                 .map_err(DestinationError::Unfit)?;
         }
+        let sinks = if hello.required.has(Features::STORES) {
+            Stores::check(&hello.stores)?;
+            let sinks = self.host.take_stores(&hello.stores);
+            sinks.map_err(DestinationError::Unfit)?
+        } else {
+            Vec::new()
+        };
         let sink = self
             .host
             .prepare(&hello.layout, &hello.machine)
             .map_err(DestinationError::Unfit)?;
         self.channel.set_end(hello.layout.end());
         let agreed = hello.offered.and(Features::SUPPORTED);
+        if hello.required.has(Features::STORES) {
+            self.stores = Stores::new(&hello.stores, sinks, agreed)?;
+        }
         let end = if agreed.has(Features::PATCH) {
             hello.layout.end()
         } else {
@@ -447,6 +473,26 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             .receive(&mut self.channel, header, sink.as_ref(), layout)
     }
 
+    /// Whether blocks of disks may come; their hashes only where they were announced.
+    fn takes_blocks(&self, kind: FrameType) -> bool {
+        !self.stores.is_empty() && !self.restored && (self.verify || kind != FrameType::BlocksHash)
+    }
+
+    /// All blocks that were sent outlast a crash, and the source hears it.
+    fn blocks_end(&mut self, header: &Header) -> Result<(), DestinationError> {
+        if header.round != self.block_round + 1 {
+            return Err(self
+                .channel
+                .refuse(header, "the end of the next round of blocks")
+                .into());
+        }
+        self.stores.flush()?;
+        self.block_round = header.round;
+        self.channel
+            .send(Header::bare(FrameType::BlocksStored, header.round), &[])?;
+        Ok(())
+    }
+
     /// All pages of a round are in place once every data channel has ended it too.
     fn round_end(&mut self, header: &Header) -> Result<(), DestinationError> {
         if header.round != self.round + 1 {
@@ -456,7 +502,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .into());
         }
         if let Some(lanes) = &self.lanes {
-            lanes.wait(header.round)?;
+            lanes.end_round(header.round)?;
         }
         self.round = header.round;
         self.channel
@@ -501,6 +547,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 first,
             });
         }
+        self.stores.complete(self.verify)?;
         let total = self.layout.as_ref().map_or(0, RamLayout::pages);
         let to_follow = self.missing.as_ref().map_or(0, PageSet::len);
         if self.verify && self.hashes.compared != total - to_follow {
@@ -641,7 +688,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 const fn expected_in(state: State) -> &'static str {
     match state {
         State::Waiting => "a greeting",
-        State::Filling => "pages, the end of the next round, hashes, missing pages or the state",
+        State::Filling => {
+            "pages, blocks, the end of the next round, hashes, missing pages or the state"
+        }
         State::Ready | State::InDoubt | State::Interrupted => "the commit",
         State::Running | State::Complete | State::Discarded => "nothing more",
     }

@@ -20,6 +20,7 @@
 mod bandwidth;
 pub mod codec;
 pub mod destination;
+pub mod lanes;
 pub mod model;
 pub mod options;
 pub mod order;

@@ -92,6 +92,32 @@ impl Compress {
     }
 }
 
+/// How the guest's dirty pages are found. The engine does not care: it is for the guest's side, which was built with one
+/// of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tracking {
+    /// By whatever is better there.
+    #[default]
+    Auto,
+    /// By a bit for each page.
+    Log,
+    /// By a ring for each processor.
+    Ring,
+}
+
+impl Tracking {
+    /// The name that the command line uses.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Log => "log",
+            Self::Ring => "ring",
+        }
+    }
+}
+
 /// What to do when the time is up, or the rounds, or pending pages stop shrinking.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -138,13 +164,18 @@ pub struct Options {
     pub order: PushOrder,
     /// Post-copy with bubbling: how many streams of faults have a bubble each; 1 is the single-pivot form.
     pub pivots: u16,
-    /// Data channels beside the control channel; 1 means that pages share the control channel.
-    pub channels: u16,
+    /// Data channels beside the control channel; 1 means that pages share the control channel. `None` opens as many as
+    /// processors and link may be worth, and uses those that turn out to be; see [`crate::lanes`].
+    pub channels: Option<u16>,
     /// How pages are made smaller on their way.
     pub compress: Compress,
     /// Bytes of pages that the source keeps a copy of, so that they can be sent as differences; more than the guest
     /// has are never kept, and 0 keeps none. Memory is taken as the cache fills.
     pub delta_cache: u64,
+    /// How dirty pages are to be found; a migration of a guest that has it otherwise is refused.
+    pub dirty: Tracking,
+    /// Move the contents of the guest's disks too: they are on no storage that both hosts reach.
+    pub copy_disk: bool,
     /// Hash all memory on both sides in the pause and fail on a difference.
     pub verify: bool,
 }
@@ -164,9 +195,11 @@ impl Default for Options {
             reorder: false,
             order: PushOrder::Bubble,
             pivots: 8,
-            channels: 1,
+            channels: None,
             compress: Compress::Auto,
             delta_cache: 64 << 20,
+            dirty: Tracking::Auto,
+            copy_disk: false,
             verify: false,
         }
     }
@@ -220,8 +253,10 @@ impl Options {
     /// # Errors
     /// [`OptionsError`], in a sentence for the user.
     pub fn check(&self) -> Result<(), OptionsError> {
-        if self.channels == 0 || self.channels > Self::MAX_CHANNELS {
-            return Err(OptionsError::Channels(self.channels));
+        if let Some(channels) = self.channels
+            && (channels == 0 || channels > Self::MAX_CHANNELS)
+        {
+            return Err(OptionsError::Channels(channels));
         }
         if let Some(rate) = self.bandwidth
             && rate < 4096

@@ -51,9 +51,11 @@ pub struct View<'a> {
     pub cap: Option<f64>,
     /// Bytes of CPU and device state that the pause will have to send.
     pub state_bytes: u64,
+    /// Bytes of blocks of disks that the destination lacks or has stale; what is pending of them is sent before each round.
+    pub store_bytes: u64,
     /// What a pause costs beside sending: a few round trips, stopping and starting.
     pub pause_overhead: Duration,
-    /// Since the migration began.
+    /// Since the migration of memory began.
     pub elapsed: Duration,
 }
 
@@ -62,9 +64,15 @@ impl View<'_> {
     /// measured bandwidth, and the fixed costs.
     #[must_use]
     pub fn predicted_downtime(&self) -> Option<Duration> {
-        let bytes = self.pending_pages * PAGE_BYTES + self.state_bytes;
+        let bytes = self.pending_bytes() + self.state_bytes;
         self.bandwidth
             .map(|rate| seconds(bytes as f64 / rate.max(1.0)) + self.pause_overhead)
+    }
+
+    /// Bytes that are pending: pages, and blocks of disks.
+    #[must_use]
+    pub const fn pending_bytes(&self) -> u64 {
+        self.pending_pages * PAGE_BYTES + self.store_bytes
     }
 
     /// Bytes per second at which rounds go out while the guest runs: the link's, under the cap.
@@ -76,11 +84,11 @@ impl View<'_> {
         }
     }
 
-    /// The part of the predicted pause that sending the pending pages takes: what another round
+    /// The part of the predicted pause that sending the pending pages and blocks takes: what another round
     /// can save.
     #[must_use]
     pub fn predicted_last_pages(&self) -> Option<Duration> {
-        let bytes = self.pending_pages * PAGE_BYTES;
+        let bytes = self.pending_bytes();
         self.bandwidth
             .map(|rate| seconds(bytes as f64 / rate.max(1.0)))
     }

@@ -9,9 +9,14 @@
 //! The engines never hold a reference into guest memory, because a running guest writes to it:
 //! pages go from [`PageSource`] to [`Link`] and from [`Link`] to [`PageSink`] behind these traits.
 
+mod blocks;
+
+pub use blocks::{BLOCK_BYTES, BlockSink, BlockSource, blocks_in};
+
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::wire::SessionId;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Why something behind a port failed: the message goes to the user as it is.
@@ -145,8 +150,17 @@ pub trait Guest<L: Link>: PageSource<L> {
     fn commit(&self, session: SessionId) -> Result<(), PortError>;
     /// The destination runs the guest: what is left here may be discarded.
     fn release(&self);
+    /// What the guest keeps outside its memory and can move with it, in the order in which it knows them: asked for where
+    /// [`Options::copy_disk`](crate::options::Options::copy_disk) is set.
+    fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
+        Vec::new()
+    }
     /// Channels for page faults that are worth having: about as many as the guest has vCPUs.
     fn fault_channels(&self) -> u16 {
+        1
+    }
+    /// Processors of this host that lanes of pages may be sent with.
+    fn processors(&self) -> u16 {
         1
     }
 }
@@ -240,16 +254,22 @@ pub trait Host<L: Link> {
     /// The guest's memory here.
     type Sink: PageSink<L> + 'static;
 
+    /// Makes room for copies of the guest's stores, of so many bytes each, or refuses in one sentence. Called before
+    /// [`Host::prepare`], if the stores are to move; what was made is to go with [`Host::discard`].
+    ///
+    /// # Errors
+    /// Why this host cannot take them.
+    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        let _ = bytes;
+        Err("this destination takes no copies of disks".into())
+    }
     /// Builds the machine, paused, with empty memory, or refuses in one sentence: everything
     /// that can be checked before a page is sent is checked here (CPU features, memory).
     ///
     /// # Errors
     /// Why this host cannot take the guest.
-    fn prepare(
-        &mut self,
-        layout: &RamLayout,
-        machine: &[u8],
-    ) -> Result<std::sync::Arc<Self::Sink>, PortError>;
+    fn prepare(&mut self, layout: &RamLayout, machine: &[u8])
+    -> Result<Arc<Self::Sink>, PortError>;
     /// Whether this host can run a guest whose memory is not there yet; asked before anything is sent.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 
 mod latency;
 
+pub use crate::lanes::Channels;
 pub use latency::{Bucket, Latencies};
 
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,31 @@ pub struct Pages {
     pub zero: u64,
     /// Neither sent nor announced (known free).
     pub skipped: u64,
+}
+
+/// Disks whose contents moved with the guest. Bytes are counted in whole blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Disk {
+    /// How many disks.
+    pub disks: u64,
+    /// Their size in bytes.
+    pub total: u64,
+    /// Sent with their contents, re-sends included.
+    pub sent: u64,
+    /// Announced as zero, holes among them.
+    pub zero: u64,
+    /// Of those two, what crossed more than once.
+    pub resent: u64,
+    /// Of those two, what crossed in the pause.
+    pub in_pause: u64,
+    /// What that came to on the wire, headers included.
+    pub bytes_wire: u64,
+    /// Passes over what was written; the first is over all.
+    pub rounds: u32,
+    /// From the first block until the destination had all but what was written meanwhile, in milliseconds; memory began to
+    /// move after that.
+    pub ms: f64,
 }
 
 /// What one coder did.
@@ -178,6 +204,12 @@ pub struct Report {
     /// Pages by coder.
     #[serde(default)]
     pub codecs: Codecs,
+    /// The connections that pages went out on.
+    #[serde(default)]
+    pub channels: Channels,
+    /// Disks that moved with the guest; `null` where that was not asked for.
+    #[serde(default)]
+    pub disk: Option<Disk>,
     /// All bytes that the source wrote to its channels.
     pub bytes_wire: u64,
     /// `bytes_wire` over `total_ms`, in 10⁶ bytes per second.
@@ -211,6 +243,8 @@ impl Report {
             rounds_omitted: 0,
             pages: Pages::default(),
             codecs: Codecs::default(),
+            channels: Channels::default(),
+            disk: None,
             bytes_wire: 0,
             mbps: 0.0,
             faults: Faults::default(),
@@ -249,6 +283,8 @@ pub enum Phase {
     /// Connecting and shaking hands.
     #[default]
     Connecting,
+    /// The guest runs and its disks are being sent.
+    Disks,
     /// The guest runs and its memory is being sent.
     Live,
     /// The guest runs; waiting until the link is empty, before the pause.
@@ -290,6 +326,12 @@ pub struct Progress {
     pub round_sent: u64,
     /// Pages that the destination lacks or has stale, as last known.
     pub pending_pages: u64,
+    /// Bytes of disks that move with the guest; `null` where none does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_total: Option<u64>,
+    /// Bytes of disks that the destination lacks or has stale, as last known; `null` where no disk moves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_pending: Option<u64>,
     /// Pages found dirty in the last collection.
     pub dirtied_pages: u64,
     /// Bytes written to the channels so far.

@@ -11,6 +11,7 @@
 //! assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
 //! ```
 
+mod disk;
 mod fault;
 mod guest;
 mod host;
@@ -50,6 +51,8 @@ pub struct Scenario {
     pub zero_share: f64,
     /// Share of writes that make their page zero.
     pub zero_writes: f64,
+    /// Blocks of the guest's disk; 0 is no disk. It moves where `options.copy_disk` is set.
+    pub disk_blocks: u64,
     /// Bytes per second.
     pub bandwidth: f64,
     /// The user's options.
@@ -64,6 +67,8 @@ pub struct Scenario {
     /// Makes the simulated guest's dirty log forget a page: only to show that the simulator
     /// notices.
     pub forgetful_log: bool,
+    /// The same of its disk and what is written to that.
+    pub forgetful_disk: bool,
 }
 
 /// Where a process of the simulation ended up.
@@ -110,6 +115,7 @@ impl Scenario {
             walk: false,
             zero_share: 0.3,
             zero_writes: 0.1,
+            disk_blocks: 0,
             bandwidth: 100e6,
             options: Options {
                 downtime: Duration::from_millis(5),
@@ -121,6 +127,7 @@ impl Scenario {
             faults: Vec::new(),
             port_fault: None,
             forgetful_log: false,
+            forgetful_disk: false,
         }
     }
 
@@ -188,6 +195,13 @@ impl Scenario {
         }
         if rng.chance(0.25) {
             scenario.port_fault = Some(PortFault::random(&mut rng));
+        }
+        if rng.chance(0.1) {
+            scenario.disk_blocks = 1 + rng.below(20);
+            scenario.options.copy_disk = true;
+            if scenario.port_fault.is_none() && rng.chance(0.2) {
+                scenario.port_fault = Some(PortFault::random_disk(&mut rng));
+            }
         }
         scenario
     }

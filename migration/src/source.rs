@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!              HELLO-ACK        policy: stop      drained        READY, written down   RUNNING
-//!  Connecting ──────────▶ Running ──────▶ Draining ──────▶ Stopped ──────▶ Committed ──────▶ Discardable
+//!  Connecting ─(Disks)──▶ Running ──────▶ Draining ──────▶ Stopped ──────▶ Committed ──────▶ Discardable
 //!      │                   │  ▲             │ │               │               │
 //!      │                   │  └─────────────┘ │ (pending      │               │ no answer
 //!      │   any failure, cancel, give up       │  grew again)  │ resumes       ▼
@@ -10,6 +10,8 @@
 //!                 ▼
 //!              Aborted (the guest runs here)
 //! ```
+//!
+//! Disks that move with the guest (`source/blocks.rs`) are sent before memory is logged.
 //!
 //! In post-copy the guest is handed over before its pages, and Committed goes on with
 //!
@@ -24,19 +26,23 @@
 //! Up to and including Stopped, every failure ends in Aborted with the guest running at the
 //! source. From Committed on the source never runs the guest by itself.
 
+mod blocks;
 mod error;
+mod lanes;
 mod live;
 pub(crate) mod post_copy;
 mod recover;
 mod stop;
 mod window;
 
+pub(crate) use blocks::{all_zero, block_hashes};
 pub use error::SourceError;
 pub use recover::recover;
 pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;
 use crate::codec::Coding;
+use crate::lanes::{Channels, Lanes, to_open};
 use crate::options::{Compress, Options};
 use crate::order::PushOrder;
 use crate::page::{Heat, PageSet, RamLayout};
@@ -49,6 +55,7 @@ use crate::sender::{Pacer, Sender, Sent};
 use crate::wire::{
     Channel, Features, FrameType, Header, Hello, HelloAck, Role, SessionId, WireError,
 };
+use blocks::Stores;
 use post_copy::FaultChannel;
 use std::collections::VecDeque;
 use std::io;
@@ -60,6 +67,8 @@ use std::time::Duration;
 pub enum State {
     /// Shaking hands.
     Connecting,
+    /// The guest runs, its disks go out.
+    Disks,
     /// The guest runs, pages go out.
     Running,
     /// The guest runs; the link is being emptied before the pause.
@@ -84,6 +93,7 @@ impl State {
     const fn phase(self) -> Phase {
         match self {
             Self::Connecting => Phase::Connecting,
+            Self::Disks => Phase::Disks,
             Self::Running => Phase::Live,
             Self::Draining => Phase::Draining,
             Self::Stopped => Phase::Stopped,
@@ -181,9 +191,13 @@ pub struct Setup<'a, L: Link> {
 struct InFlight {
     round: u32,
     sent: Sent,
+    /// Of the time until `ended`, what the link took.
+    link: Duration,
     started: Duration,
     /// When its last byte was handed to the link.
     ended: Duration,
+    /// Bytes of disks that went out right before it, and how long that took.
+    beside: (u64, Duration),
 }
 
 /// How the live phase ended.
@@ -200,8 +214,15 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     guest: &'g G,
     control: Channel<L>,
     lanes: Vec<(Channel<L>, Sender)>,
+    lanes_used: Lanes,
+    /// Why so many.
+    lanes_why: String,
+    /// When something was last sent on all of them.
+    lanes_at: Duration,
     /// Post-copy's page requests come in on these.
     faults: Vec<FaultChannel<L>>,
+    /// Disks that move with the guest.
+    stores: Stores,
     sender: Sender,
     pacer: Pacer,
     policy: &'static str,
@@ -212,6 +233,8 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     heat: Heat,
     fresh: PageSet,
     began: Duration,
+    /// When memory began to move.
+    memory_began: Duration,
     rtt: Duration,
     collected_at: Duration,
     /// Pages found dirty since the round before, over which time, and after which round that was.
@@ -284,7 +307,11 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             guest,
             control: Channel::new(link),
             lanes: Vec::new(),
+            lanes_used: Lanes::new(0, true),
+            lanes_why: String::new(),
+            lanes_at: began,
             faults: Vec::new(),
+            stores: Stores::none(),
             sender: Sender::default(),
             policy,
             state: State::Connecting,
@@ -293,6 +320,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             heat: Heat::new(end),
             fresh: PageSet::new(end),
             began,
+            memory_began: began,
             rtt: Duration::ZERO,
             collected_at: began,
             dirtied: (0, Duration::ZERO),
@@ -344,6 +372,8 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
     fn run(&mut self, policy: &mut dyn Policy) -> Report {
         let result = self
             .handshake()
+            .and_then(|()| self.copy_disks())
+            .and_then(|()| self.start_tracking())
             .and_then(|()| self.live(policy))
             .and_then(|end| match end {
                 LiveEnd::Stop => self.stop_and_copy(),
@@ -376,6 +406,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
                 status
             }
         };
+        self.stores.stop();
         if self.state == State::Discardable {
             // After the guest runs elsewhere there is time for what was kept out of the pause.
             self.guest.stop_tracking();
@@ -402,7 +433,8 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         // Acknowledgements may still lie before it.
         for _ in 0..4 {
             match self.control.recv_header() {
-                Ok(header) if header.kind == FrameType::RoundAck => {}
+                Ok(header)
+                    if matches!(header.kind, FrameType::RoundAck | FrameType::BlocksStored) => {}
                 Ok(header) if header.kind == FrameType::Abort => {
                     return self.control.refuse(&header, "").into();
                 }
@@ -447,13 +479,17 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         self.control.open(Role::Control, 0, session)?;
         self.rtt = self.now().saturating_sub(sent);
         let options = self.setup.options;
-        let channels = if options.channels > 1 {
-            options.channels
-        } else {
-            0
-        };
+        let (channels, why) = to_open(options, self.guest.processors());
+        self.lanes_used = Lanes::new(channels, options.channels.is_some());
+        self.lanes_why = why;
         let mut faults = 0;
         let mut required = Features::default();
+        if options.copy_disk {
+            self.stores = Stores::new(self.guest.stores());
+        }
+        if !self.stores.is_empty() {
+            required = required.or(Features::STORES);
+        }
         if options.verify {
             required = required.or(Features::VERIFY);
         }
@@ -479,6 +515,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             layout: self.layout.clone(),
             channels,
             faults,
+            stores: self.stores.sizes(),
             policy: self.policy.to_owned(),
             machine: self
                 .guest
@@ -507,6 +544,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             self.layout.pages(),
             self.layout.end(),
         );
+        self.stores.agree(options, ack.features);
         self.sender = Sender::new(coding.encoder());
         for index in 0..channels {
             let channel = self.open_channel(Role::Data, index)?;
@@ -516,11 +554,22 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             let channel = self.open_channel(Role::Fault, index)?;
             self.faults.push(FaultChannel::new(channel));
         }
+        self.lanes_at = self.now();
         self.control.link().set_timeout(Some(timeouts.transfer));
+        Ok(())
+    }
+
+    /// From here on memory moves.
+    fn start_tracking(&mut self) -> Result<(), SourceError> {
+        // A log that could not be started may have been started in part.
+        self.state = State::Running;
         self.guest
             .start_tracking()
             .map_err(|e| SourceError::guest("starting the dirty log", e))?;
         self.collected_at = self.now();
+        if !self.stores.is_empty() {
+            self.memory_began = self.now();
+        }
         self.enter(State::Running);
         Ok(())
     }
@@ -565,8 +614,9 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             bandwidth: self.bandwidth.estimate(),
             cap: self.setup.options.bandwidth.map(|cap| cap as f64),
             state_bytes: self.guest.state_bytes(),
+            store_bytes: self.stores.pending_bytes(),
             pause_overhead: 2 * self.rtt + policy::STOP_AND_START,
-            elapsed: self.now().saturating_sub(self.began),
+            elapsed: self.now().saturating_sub(self.memory_began),
         }
     }
 
@@ -590,6 +640,10 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         let moved = self.state == State::PostCopy;
         self.progress.predicted_downtime_ms = predicted.map(ms).filter(|_| !moved);
         self.progress.pending_pages = pending;
+        if let Some(disk) = self.stores.report() {
+            self.progress.disk_total = Some(disk.total);
+            self.progress.disk_pending = Some(self.stores.pending_bytes().min(disk.total));
+        }
         self.progress.round = self.round + 1;
         self.progress.elapsed_ms = ms(self.now().saturating_sub(self.began));
         self.progress.dirtied_pages = self.dirtied.0;
@@ -597,6 +651,17 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         self.progress.mbps = self.bandwidth.estimate().unwrap_or(0.0) / 1e6;
         self.last_event = self.now();
         (self.setup.events)(Event::Progress(self.progress.clone()));
+    }
+
+    fn channels(&self) -> Channels {
+        let opened = u16::try_from(self.lanes.len()).unwrap_or(u16::MAX);
+        let used = self.lanes_used.used().min(opened);
+        Channels {
+            opened,
+            used,
+            bytes: self.lanes.iter().map(|(lane, _)| lane.sent()).collect(),
+            why: self.lanes_used.reason(&self.lanes_why),
+        }
     }
 
     fn report(&mut self, status: Status, error: Option<String>) -> Report {
@@ -618,6 +683,8 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             rounds_omitted: self.rounds_omitted,
             pages: self.pages.clone(),
             codecs: self.codecs,
+            channels: self.channels(),
+            disk: self.stores.report(),
             bytes_wire,
             mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
             faults: std::mem::take(&mut self.faults_there),

@@ -19,6 +19,8 @@
 //!    │ ◀───────────────────────────── RUNNING   │
 //! ```
 //!
+//! The guest's disks move where they are asked for: see `wire/blocks.rs`.
+//!
 //! Either side may send ABORT with a reason at any time before the commit.
 //!
 //! In post-copy the pause sends no pages but the set of those that will follow, and they follow
@@ -37,12 +39,14 @@
 //! When a connection is lost in between, the source opens one of role recover, says COMMIT again,
 //! and is answered with RUNNING and MISSING: the pages to send.
 
+mod blocks;
 mod channel;
 mod frame;
 mod hello;
 mod preamble;
 mod set;
 
+pub use blocks::{MAX_BLOCKS, MAX_STORE_BLOCKS, MAX_STORES};
 pub use channel::{Channel, WireError, check_crc};
 pub use frame::{
     Encoding, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, HeaderError, Limits,

@@ -83,7 +83,7 @@ fn migrate(bytes: usize, channels: u16, compress: Compress) -> (Report, Stats) {
     let memory = arrived.clone();
     let peer = std::thread::spawn(move || serve(connections, &memory));
     let options = Options {
-        channels,
+        channels: Some(channels),
         compress,
         delta_cache: CACHE,
         max_rounds: Some(4),

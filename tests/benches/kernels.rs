@@ -9,10 +9,13 @@
 
 #[path = "shared/binary.rs"]
 mod binary;
+#[path = "shared/median.rs"]
+mod median;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use ferry_guest_images::{Line, Workload};
+use median::median;
 use serde::Serialize;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -125,17 +128,6 @@ impl Measured {
                 ""
             }
         )
-    }
-}
-
-/// The middle one; the mean of the two in the middle.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match (values.get(middle.wrapping_sub(1)), values.get(middle)) {
-        (Some(low), Some(high)) if values.len().is_multiple_of(2) => (low + high) / 2.0,
-        (_, Some(high)) => *high,
-        _ => f64::NAN,
     }
 }
 

@@ -9,7 +9,7 @@ use ferry_migration::codec::Decoder;
 use ferry_migration::codec::marks::Marks;
 use ferry_migration::destination::{Destination, State, Step, Timeouts, greet};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{Clock, Host, Link, PageSink, PortError};
+use ferry_migration::port::{BlockSink, Clock, Host, Link, PageSink, PortError, blocks_in};
 use ferry_migration::wire::{
     Encoding, FLAG_CRC, Features, HEADER_BYTES, Header, Hello, Limits, PREAMBLE_BYTES, Preamble,
     decode_runs, encode_runs,
@@ -299,8 +299,53 @@ struct FuzzHost {
     missing: Arc<Mutex<Option<PageSet>>>,
 }
 
+/// A disk that checks that it is only asked for what it has.
+#[derive(Debug)]
+struct FuzzDisk(Mutex<Vec<u8>>);
+
+impl FuzzDisk {
+    /// Blocks of all disks that are worth having here.
+    const MOST: u64 = 8;
+
+    fn with(&self, offset: u64, len: usize, then: impl FnOnce(&mut [u8])) -> Result<(), PortError> {
+        let at = usize::try_from(offset).unwrap();
+        then(&mut self.0.lock().unwrap()[at..at + len]);
+        Ok(())
+    }
+}
+
+impl BlockSink for FuzzDisk {
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), PortError> {
+        self.with(offset, bytes.len(), |disk| disk.copy_from_slice(bytes))
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> Result<(), PortError> {
+        let len = usize::try_from(len).unwrap();
+        self.with(offset, len, |disk| disk.fill(0))
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PortError> {
+        self.with(offset, into.len(), |disk| into.copy_from_slice(disk))
+    }
+
+    fn flush(&self) -> Result<(), PortError> {
+        Ok(())
+    }
+}
+
 impl Host<MemoryLink> for FuzzHost {
     type Sink = FuzzSink;
+
+    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        if bytes.iter().map(|bytes| blocks_in(*bytes)).sum::<u64>() > FuzzDisk::MOST {
+            return Err("too large".into());
+        }
+        let make = |bytes: &u64| {
+            let disk = vec![0; usize::try_from(*bytes).unwrap()];
+            Arc::new(FuzzDisk(Mutex::new(disk))) as _
+        };
+        Ok(bytes.iter().map(make).collect())
+    }
 
     fn prepare(&mut self, layout: &RamLayout, _: &[u8]) -> Result<Arc<FuzzSink>, PortError> {
         if layout.pages() > MOST_PAGES {

@@ -265,6 +265,8 @@ impl Host {
             timeout: Duration::from_secs(15),
             on_timeout: OnTimeout::Stop,
             verify: true,
+            // One connection, whatever processors this host has.
+            channels: Some(1),
             ..Options::default()
         }
     }

@@ -4,8 +4,8 @@ use crate::PATIENCE;
 use ferry_migration::page::Run;
 use ferry_migration::port::Link;
 use ferry_migration::wire::{
-    Channel, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, HelloAck, Limits,
-    PREAMBLE_BYTES, Preamble, Role, SessionId, encode_runs,
+    Channel, Encoding, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, HelloAck,
+    Limits, PREAMBLE_BYTES, Preamble, Role, SessionId, encode_runs,
 };
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -245,6 +245,16 @@ pub fn page_frame(runs: &[Run], pages: usize) -> Frame {
         ..header
     };
     (header, payload)
+}
+
+/// These pages, coded: `body` is what the decoder gets.
+pub fn coded_frame(encoding: Encoding, runs: &[Run], body: &[u8]) -> Frame {
+    let (header, table) = of_runs(FrameType::Pages, 0, runs);
+    let header = Header {
+        encoding: encoding as u8,
+        ..header
+    };
+    checked(header, [&table[..], body].concat())
 }
 
 /// All pages of these runs, of a guest that stands still: the checksum covers them.

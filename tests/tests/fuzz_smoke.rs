@@ -81,12 +81,18 @@ struct Stream(Vec<u8>);
 impl Stream {
     /// Of a guest of two times 32 pages.
     fn open(required: Features, channels: u16, faults: u16) -> Self {
+        Self::open_with(required, channels, faults, Vec::new())
+    }
+
+    /// As [`open`](Self::open), with disks of so many bytes.
+    fn open_with(required: Features, channels: u16, faults: u16, stores: Vec<u64>) -> Self {
         let hello = Hello {
             offered: Features::SUPPORTED,
             required,
             layout: RamLayout::new(vec![Run::new(0, 32), Run::new(64, 32)]).unwrap(),
             channels,
             faults,
+            stores,
             policy: "precopy".into(),
             machine: b"a machine".to_vec(),
         };
@@ -179,6 +185,54 @@ fn migration(verify: bool, channels: u16) -> Vec<u8> {
     stream.0
 }
 
+/// A whole migration with two disks, of one block and a bit, and of four.
+fn with_disks() -> Vec<u8> {
+    const BLOCK: usize = 64 << 10;
+    let required = Features::STORES.or(Features::VERIFY);
+    let mut stream = Stream::open_with(required, 0, 0, vec![(BLOCK + 512) as u64, 4 << 16]);
+    let blocks = |kind, store, first, count| Header::of_blocks(kind, store, Run::new(first, count));
+    let mut put = |header: Header, encoding, payload: &[u8]| {
+        stream.put_coded(encoding, header.kind, 0, header.gfn, header.count, payload);
+    };
+    let two = blocks(FrameType::Blocks, 0, 0, 2);
+    put(two, Encoding::Raw, &vec![7; BLOCK + 512]);
+    put(blocks(FrameType::BlocksZero, 1, 0, 4), Encoding::Raw, &[]);
+    let packed = zstd::bulk::compress(&vec![9; 2 * BLOCK], 1).unwrap();
+    put(blocks(FrameType::Blocks, 1, 1, 2), Encoding::Zstd, &packed);
+    stream.put(FrameType::BlocksEnd, 1, 0, 0, &[]);
+    let hash = |store: u64, block: u64, bytes: &[u8]| {
+        xxhash_rust::xxh3::xxh3_64_with_seed(bytes, store << 48 ^ block).to_le_bytes()
+    };
+    for (store, first, bytes) in [
+        (0, 0, &[7; BLOCK][..]),
+        (0, 1, &[7; 512]),
+        (1, 1, &[9; BLOCK]),
+    ] {
+        let header = blocks(FrameType::BlocksHash, store, first, 1);
+        let hash = hash(store as u64, first, bytes);
+        stream.put(header.kind, 0, header.gfn, header.count, &hash);
+    }
+    let hash = hash(1, 2, &[9; BLOCK]);
+    let header = blocks(FrameType::BlocksHash, 1, 2, 1);
+    stream.put(header.kind, 0, header.gfn, header.count, &hash);
+    for first in [0, 3] {
+        let header = blocks(FrameType::BlocksHash, 1, first, 1);
+        stream.put(header.kind, 0, header.gfn, header.count, &[]);
+    }
+    stream.pages(1, &[Run::new(0, 32), Run::new(64, 32)], false);
+    stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);
+    for first in [0, 64] {
+        let hash = |gfn| xxhash_rust::xxh3::xxh3_64_with_seed(&[0; 4096], gfn);
+        let hashes: Vec<u8> = (first..first + 32)
+            .flat_map(|gfn| hash(gfn).to_le_bytes())
+            .collect();
+        stream.put(FrameType::Verify, 1, first, 32, &hashes);
+    }
+    stream.put(FrameType::State, 1, 0, 0, b"a state");
+    stream.put(FrameType::Commit, 1, 0, 0, &[]);
+    stream.0
+}
+
 /// A whole post-copy migration, its missing pages listed in both ways.
 fn post_copy() -> Vec<u8> {
     let mut stream = Stream::open(Features::POST_COPY, 0, 1);
@@ -259,6 +313,7 @@ fn handshakes() {
         migration(true, 0),
         migration(false, 2),
         post_copy(),
+        with_disks(),
     ];
     // Unchanged they are migrations that succeed; mutations of anything else would test little.
     for (at, seed) in seeds.iter().enumerate() {

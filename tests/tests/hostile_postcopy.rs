@@ -44,6 +44,7 @@ impl Made {
             layout: RamLayout::new(vec![Run::new(0, PAGES)]).unwrap(),
             channels: 0,
             faults: 1,
+            stores: Vec::new(),
             policy: "postcopy".into(),
             machine: serde_json::to_vec(machine.description()).unwrap(),
         };

@@ -6,12 +6,12 @@
 use ferry_migration::page::Run;
 use ferry_migration::port::Link;
 use ferry_migration::wire::{
-    Channel, FLAG_CRC, Features, FrameType, Header, Hello, PREAMBLE_BYTES, Preamble, Role,
-    SessionId,
+    Channel, Encoding, FLAG_CRC, Features, FrameType, Header, Hello, PREAMBLE_BYTES, Preamble,
+    Role, SessionId,
 };
 use ferry_tests::peer::{
-    Opening, RawLink, SESSION, abort_of, checked, dial, greet, greeted, page_frame, preamble_of,
-    rest, send, zero_frame,
+    Opening, RawLink, SESSION, abort_of, checked, coded_frame, dial, greet, greeted, page_frame,
+    preamble_of, rest, send, zero_frame,
 };
 use ferry_tests::{Host, Proxy, State, guests_run, until};
 use std::io::Write;
@@ -138,6 +138,14 @@ fn a_receiver_survives_lies() {
             "outside the guest's memory",
         ),
         (
+            "a block",
+            checked(
+                Header::of_blocks(FrameType::Blocks, 0, Run::new(0, 1)),
+                vec![1; 65536],
+            ),
+            "a greeting",
+        ),
+        (
             "a huge greeting",
             raw(
                 Header {
@@ -189,6 +197,11 @@ fn a_receiver_survives_lies() {
             ..hello.clone()
         }
     };
+    let with_disks = |bytes: &[u64]| Hello {
+        required: Features::STORES,
+        stores: bytes.to_vec(),
+        ..hello.clone()
+    };
     for (name, hello) in [
         (
             "an enormous machine",
@@ -221,6 +234,11 @@ fn a_receiver_survives_lies() {
                 ..hello.clone()
             },
         ),
+        ("a disk that is not here", with_disks(&[1 << 20])),
+        ("an empty disk", with_disks(&[0])),
+        ("no disks", with_disks(&[])),
+        ("endless disks", with_disks(&[u64::MAX; 64])),
+        ("many disks", with_disks(&[512; 10_000])),
         (
             "too many channels",
             Hello {
@@ -244,6 +262,7 @@ fn a_receiver_survives_lies() {
     }
     // After a good greeting.
     let end = hello.layout.end();
+    let compressed = zstd::bulk::compress(&[7; 2 * 4096], 1).unwrap();
     for (name, frame, expected) in [
         (
             "a second greeting",
@@ -253,6 +272,14 @@ fn a_receiver_survives_lies() {
         (
             "a commit",
             raw(bare(FrameType::Commit), vec![]),
+            "was expected",
+        ),
+        (
+            "a block of a disk that was not announced",
+            checked(
+                Header::of_blocks(FrameType::Blocks, 0, Run::new(0, 1)),
+                vec![1; 65536],
+            ),
             "was expected",
         ),
         (
@@ -347,6 +374,21 @@ fn a_receiver_survives_lies() {
                 vec![],
             ),
             "that cannot be",
+        ),
+        (
+            "pages that decompress to more",
+            coded_frame(Encoding::Zstd, &[Run::new(16, 1)], &compressed),
+            "cannot be decompressed",
+        ),
+        (
+            "pages that decompress to less",
+            coded_frame(Encoding::Zstd, &[Run::new(16, 3)], &compressed),
+            "8192 bytes for 3 pages",
+        ),
+        (
+            "a difference to a page that was never sent",
+            coded_frame(Encoding::Patch, &[Run::new(16, 1)], &[0; 6]),
+            "never sent here",
         ),
         (
             "a damaged table",

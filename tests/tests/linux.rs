@@ -117,30 +117,41 @@ fn linux_moves_with_its_disk() {
     assert_eq!(destination.ends().code, 0);
 }
 
-/// Two hosts, two kernels, a network between them.
+/// Two hosts, two kernels, a network between them; no storage that both reach: the disk comes along.
 #[test]
 fn linux_moves_between_hosts() {
     let Some(_turn) = nested_hosts() else { return };
     let (first, second, _cable) = NestedHost::pair();
-    let guest = first.guest(&["--linux", "--cmdline", WRITER]);
+    const DISK: [&str; 2] = ["--disk", "/tmp/copied"];
+    first.run_well(&["/init", "truncate", DISK[1], "4194304"]);
+    let work = format!("{WRITER} ferry.disk=/dev/vda");
+    let guest = first.guest(&[&["--linux", "--cmdline", &work][..], &DISK].concat());
     guest.line("ready", |line| {
         matches!(line, Line::Ready { .. }).then_some(())
     });
-    let there = second.receive();
-    let report = guest.migrate(there.uri(), &[]);
+    guest.disk_writes(512);
+    let there = second.receive_with(&DISK);
+    let report = guest.migrate(there.uri(), &["--copy-disk"]);
     eprintln!(
-        "between hosts: {:.0} ms, downtime {:.0} ms (emulated)",
-        report.total_ms, report.downtime_ms
+        "between hosts: {:.0} ms, downtime {:.0} ms (emulated), {:?}",
+        report.total_ms, report.downtime_ms, report.disk
     );
+    assert!(report.disk.is_some_and(|disk| disk.sent > 0), "{report:#?}");
     assert_eq!(guest.ends().code, 0);
+    // As many writes again as the disk has blocks, twice over: what was written before the move is read after it.
+    let here = there.disk_writes(0);
+    there.disk_writes(here + 2048);
     there.line("a line after the move", |line| {
         matches!(line, Line::Stat { .. }).then_some(())
     });
-    let back = first.receive();
-    there.migrate(back.uri(), &[]);
+    // Back over what was left there.
+    let back = first.receive_with(&DISK);
+    there.migrate(back.uri(), &["--copy-disk"]);
     back.line("a line after the way back", |line| {
         matches!(line, Line::Stat { .. }).then_some(())
     });
+    let here = back.disk_writes(0);
+    back.disk_writes(here + 1024);
     back.verdict();
 }
 

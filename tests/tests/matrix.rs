@@ -271,7 +271,7 @@ fn a_round_trip_with_another_policy_at_each_hop() {
         policy(PolicyKind::Hybrid),
         Options {
             order: PushOrder::Flush,
-            channels: 2,
+            channels: Some(2),
             ..policy(PolicyKind::Postcopy)
         },
         policy(PolicyKind::Stord),

@@ -172,7 +172,7 @@ fn four_channels_and_every_byte_is_counted() {
         let destination = Host::receive();
         let proxy = Proxy::to(destination.address());
         let options = Options {
-            channels,
+            channels: Some(channels),
             ..Host::options()
         };
         let report = source.migrate_well(&proxy.uri(), &options);
@@ -209,7 +209,7 @@ fn every_coder_moves_a_guest_whole() {
             let destination = Host::receive();
             let options = Options {
                 compress,
-                channels,
+                channels: Some(channels),
                 delta_cache: 4 << 20,
                 // A slow link, so that there is something to gain and several rounds.
                 bandwidth: Some(100_000_000),

@@ -37,10 +37,14 @@ struct Pushing {
 
 impl Pushing {
     fn begin(order: PushOrder, cpus: u32) -> Self {
+        Self::begin_with(&options(order), cpus)
+    }
+
+    fn begin_with(options: &Options, cpus: u32) -> Self {
         let source = Host::run(WORK, MEMORY, cpus);
         let destination = Host::receive();
         let proxy = Proxy::to(destination.address());
-        let migration = source.begin_migration(&proxy.uri(), &options(order));
+        let migration = source.begin_migration(&proxy.uri(), options);
         until("pages follow the guest", || {
             proxy.total(Way::Forth) >= BEGUN && lacks(&destination).is_some()
         });
@@ -187,6 +191,25 @@ fn a_cut_interrupts_and_recover_goes_on() {
         recovers(&source, Some(&proxy.uri()));
         complete(source, destination);
     }
+}
+
+/// The push has channels of its own, and one of them is cut: what was on it is asked for again.
+#[test]
+fn a_lost_lane_of_the_push_interrupts() {
+    if !guests_run() {
+        return;
+    }
+    let options = Options {
+        channels: Some(2),
+        ..options(PushOrder::Bubble)
+    };
+    let pushing = Pushing::begin_with(&options, 2);
+    assert_eq!(pushing.proxy.connections(), 5);
+    pushing.proxy.cut_one(2);
+    let proxy = Proxy::to(pushing.destination.address());
+    let (source, destination) = pushing.interrupted();
+    recovers(&source, Some(&proxy.uri()));
+    complete(source, destination);
 }
 
 /// Interrupted again while it recovers, and reached at another address each time.

@@ -9,6 +9,7 @@
 
 mod cpuid;
 mod dirty_log;
+mod dirty_ring;
 mod entry;
 mod error;
 mod host;

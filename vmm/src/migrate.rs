@@ -4,6 +4,7 @@
 //! The source side is [`migrate`]; the destination side is a [`Receiver`].
 
 mod arrival;
+mod disks;
 mod guest;
 mod host;
 mod link;
@@ -19,7 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ferry_migration::options::Options;
+use ferry_migration::options::{Options, Tracking};
 use ferry_migration::port::Clock;
 use ferry_migration::report::{Event, Phase, Progress, Report, Status};
 use ferry_migration::source::{self, CancelSwitch, Setup};
@@ -91,7 +92,9 @@ pub fn migrate(
             );
         }
     };
-    if let Err(why) = check_cache(options, machine.ram().size()) {
+    let check = check_tracking(options.dirty, machine.dirty_log().kind().tracking())
+        .and_then(|()| check_cache(options, machine.ram().size(), available_memory()));
+    if let Err(why) = check {
         return Report::bare(
             session.to_string(),
             options.policy.name().to_owned(),
@@ -163,14 +166,27 @@ fn engine(
     }
 }
 
+/// Whether dirty pages are found as was asked for: that was decided when the machine was built.
+fn check_tracking(asked: Tracking, has: Tracking) -> Result<(), String> {
+    if asked == Tracking::Auto || asked == has {
+        return Ok(());
+    }
+    Err(format!(
+        "this guest's dirty pages are found by the {}, and --dirty {} was asked for: leave it out here, and give it to \
+         the `ferry run` or `ferry receive` that the guest is built by",
+        has.name(),
+        asked.name()
+    ))
+}
+
 /// Whether this host has the memory that copies of sent pages may come to take: found out now, and not by the OOM killer
 /// in the middle of a migration. The cache is never larger than the guest.
-fn check_cache(options: &Options, guest_bytes: u64) -> Result<(), String> {
+fn check_cache(options: &Options, guest_bytes: u64, available: Option<u64>) -> Result<(), String> {
     if !options.compress.patches() {
         return Ok(());
     }
     let bytes = options.delta_cache.min(guest_bytes);
-    match available_memory() {
+    match available {
         Some(available) if bytes > available => Err(format!(
             "a delta cache of {} MiB is more than the {} MiB of memory that this host has available; \
              give a smaller --delta-cache, or 0 for none",
@@ -275,4 +291,38 @@ fn page_runs<'a>(
         *to = (run.first, run.count);
     }
     Ok(room)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferry_migration::options::Compress;
+
+    #[test]
+    fn a_cache_larger_than_memory_is_refused_before_anything_is_sent() {
+        let check = |compress, delta_cache, guest, available| {
+            let options = Options {
+                compress,
+                delta_cache,
+                ..Options::default()
+            };
+            check_cache(&options, guest, available)
+        };
+        let refused = check(Compress::Delta, 1 << 40, 2 << 30, Some(1 << 30)).unwrap_err();
+        assert!(
+            refused.contains("2048 MiB") && refused.contains("1024 MiB"),
+            "{refused}"
+        );
+        assert!(refused.contains("--delta-cache"), "{refused}");
+        // Never larger than the guest; and nobody needs one who sends no differences.
+        assert_eq!(
+            check(Compress::Auto, u64::MAX, 1 << 29, Some(1 << 30)),
+            Ok(())
+        );
+        assert_eq!(
+            check(Compress::Zstd, 1 << 40, 2 << 30, Some(1 << 30)),
+            Ok(())
+        );
+        assert_eq!(check(Compress::Delta, 1 << 40, 2 << 30, None), Ok(()));
+    }
 }

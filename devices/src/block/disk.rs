@@ -1,5 +1,7 @@
 //! The file behind a disk: opened, locked, read, written.
 
+mod copy;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -55,6 +57,28 @@ pub enum DiskError {
     Locked {
         /// The file.
         path: PathBuf,
+    },
+    /// Somebody else has what a copy is to be made into.
+    #[error(
+        "the disk {path} is in use (by the guest at the source, if it is the same file), and a copy would overwrite it: give \
+         another path with --disk, or leave --copy-disk out where both hosts share the disk"
+    )]
+    Target {
+        /// The file.
+        path: PathBuf,
+    },
+    /// What a copy is to be made into is something else.
+    #[error(
+        "the disk {path} has {here} bytes, and a disk of {wanted} bytes is to be copied into it: remove the file, or give one of \
+         exactly that size, which is overwritten"
+    )]
+    OtherSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        here: u64,
+        /// The size of the guest's disk.
+        wanted: u64,
     },
     /// It cannot be locked, or given up.
     #[error("the disk {path} could not be {what}: {source}")]

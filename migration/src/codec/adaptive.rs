@@ -1,4 +1,4 @@
-//! Which coders a lane uses, from what it measures: a pure object, batches in, a decision out.
+//! Which coders the lanes use, from what they measure: a pure object, batches in, a decision out.
 //!
 //! Every page costs time on the link, and coding costs time on a processor. While a batch is coded the link still
 //! drains what the socket holds, so that in the best case a page takes the *larger* of the two, and where the "link" is
@@ -57,7 +57,40 @@ struct Estimate {
     ratio: f64,
 }
 
-/// The decision of one lane.
+/// What batches of one level came to.
+#[derive(Clone, Copy, Debug)]
+struct Lately {
+    batches: u32,
+    pages: u64,
+    bytes: u64,
+    encode: Duration,
+    link: Duration,
+}
+
+impl Lately {
+    const NONE: Self = Self {
+        batches: 0,
+        pages: 0,
+        bytes: 0,
+        encode: Duration::ZERO,
+        link: Duration::ZERO,
+    };
+
+    fn add(&mut self, outcome: &Outcome) {
+        self.batches += 1;
+        self.pages = self.pages.saturating_add(outcome.pages);
+        self.bytes = self.bytes.saturating_add(outcome.bytes);
+        self.encode = self.encode.saturating_add(outcome.encode);
+        self.link = self.link.saturating_add(outcome.link);
+    }
+
+    fn is_enough(&self) -> bool {
+        self.encode.saturating_add(self.link) >= ENOUGH_TIME
+            || self.batches >= ENOUGH_BATCHES && self.bytes >= ENOUGH_BYTES
+    }
+}
+
+/// The decision, for all lanes of a migration.
 #[derive(Clone, Debug)]
 pub struct Chooser {
     level: Level,
@@ -73,33 +106,40 @@ pub struct Chooser {
     wall: Option<f64>,
     /// Batches since the level was chosen.
     batches: u32,
-    /// The coded level that a look at raw pages interrupts, and how many batches it goes on.
-    looking: Option<(Level, u32)>,
+    /// A look at raw pages interrupts the level.
+    looking: bool,
+    /// What the last batches came to, until there are enough of them to tell.
+    lately: Lately,
     /// Batches after which the next such look is due.
     look_after: u32,
     sampled: Duration,
     elapsed: Duration,
 }
 
-/// A new measurement's weight.
-const WEIGHT: f64 = 0.2;
+/// A sample's weight.
+const SAMPLE_WEIGHT: f64 = 0.2;
+/// The weight of what enough batches came to.
+const WEIGHT: f64 = 0.5;
 /// The same while raw pages are looked at.
-const LOOK_WEIGHT: f64 = 0.5;
+const LOOK_WEIGHT: f64 = 0.7;
+/// Batches are judged together until they have taken so long, or are so many and so large: a sender that waits for room in
+/// its socket is woken when a third of it is free, so that of several batches one waits for all.
+const ENOUGH_TIME: Duration = Duration::from_millis(25);
+const ENOUGH_BATCHES: u32 = 4;
+const ENOUGH_BYTES: u64 = 4 << 20;
 /// A level is tried where it promises to cost at most this much of what raw pages cost.
 const TRY: f64 = 0.8;
 /// Another coded level is taken when it promises at most this much of what the present one costs.
 const BETTER: f64 = 0.9;
 /// Batches after which a level is judged: the socket's buffer hides what the first cost.
 const SETTLE: u32 = 8;
-/// Batches of raw pages in a look at what they cost now.
-const LOOK: u32 = 4;
 /// The first look comes after this many batches, each further one after twice as many.
 const FIRST_LOOK: u32 = 32;
-/// A page that takes longer than this (1.3 Gbit/s) is most likely held up by the link, and not by what the receiver
-/// makes of it: the first look can wait.
-const SLOW_LINK: f64 = 25e-6;
+/// A coded page that takes longer than this (2.2 Gbit/s, at two to one) is most likely held up by the link, and not by what
+/// the receiver makes of it: the first look can wait.
+const SLOW_LINK: f64 = 15e-6;
 /// Batches until then.
-const FIRST_LOOK_SLOW: u32 = 128;
+const FIRST_LOOK_SLOW: u32 = 1024;
 /// Seconds that patching a page takes at least: a copy, a comparison, and a copy into the cache.
 const PATCH: f64 = 3e-6;
 /// Share of the time that samples may take.
@@ -124,7 +164,8 @@ impl Chooser {
             refuted: [None; 3],
             wall: None,
             batches: 0,
-            looking: None,
+            looking: false,
+            lately: Lately::NONE,
             look_after: FIRST_LOOK,
             sampled: Duration::ZERO,
             elapsed: Duration::ZERO,
@@ -134,10 +175,7 @@ impl Chooser {
     /// How the next batch is to be coded.
     #[must_use]
     pub const fn level(&self) -> Level {
-        match self.looking {
-            Some(_) => Level::Raw,
-            None => self.level,
-        }
+        if self.looking { Level::Raw } else { self.level }
     }
 
     /// What a raw page costs, in seconds.
@@ -162,17 +200,17 @@ impl Chooser {
     #[must_use]
     pub fn wants_sample(&self) -> bool {
         self.level() == Level::Raw
-            && self.looking.is_none()
+            && !self.looking
             && self.sampled.as_secs_f64() <= SAMPLE_SHARE * self.elapsed.as_secs_f64()
     }
 
     /// What coding a few pages at `level` came to: bytes that would go out, and the time it took.
     pub fn sample(&mut self, level: Level, pages: u64, bytes: u64, took: Duration) {
         self.sampled += took;
-        self.learn(level, pages, bytes, took);
+        self.learn(level, pages, bytes, took, SAMPLE_WEIGHT);
     }
 
-    fn learn(&mut self, level: Level, pages: u64, bytes: u64, took: Duration) {
+    fn learn(&mut self, level: Level, pages: u64, bytes: u64, took: Duration, weight: f64) {
         if pages == 0 || level == Level::Raw {
             return;
         }
@@ -182,25 +220,31 @@ impl Chooser {
         };
         let slot = &mut self.estimates[level.index()];
         *slot = Some(slot.map_or(seen, |old| Estimate {
-            encode: blend(old.encode, seen.encode, WEIGHT),
-            ratio: blend(old.ratio, seen.ratio, WEIGHT),
+            encode: blend(old.encode, seen.encode, weight),
+            ratio: blend(old.ratio, seen.ratio, weight),
         }));
     }
 
     /// Takes what a batch came to, and decides anew.
     pub fn record(&mut self, outcome: Outcome) {
-        let Outcome {
-            level,
+        self.elapsed += outcome.encode + outcome.link;
+        // What was on its way on another lane when the level changed tells nothing about this one.
+        if outcome.pages == 0 || outcome.bytes == 0 || outcome.level != self.level() {
+            return;
+        }
+        self.lately.add(&outcome);
+        if !self.lately.is_enough() {
+            return;
+        }
+        let level = outcome.level;
+        let Lately {
+            batches,
             pages,
             bytes,
             encode,
             link,
-        } = outcome;
-        self.elapsed += encode + link;
-        if pages == 0 || bytes == 0 {
-            return;
-        }
-        self.learn(level, pages, bytes, encode);
+        } = std::mem::replace(&mut self.lately, Lately::NONE);
+        self.learn(level, pages, bytes, encode, WEIGHT);
         let at_least = link.as_secs_f64() / bytes as f64;
         let at_most = (encode + link).as_secs_f64() / bytes as f64;
         let seen = match self.link {
@@ -210,33 +254,23 @@ impl Chooser {
             Some(known) => known.clamp(at_least, at_most),
         };
         // A look is short, and meant to replace what was believed.
-        let weight = if self.looking.is_some() {
-            LOOK_WEIGHT
-        } else {
-            WEIGHT
-        };
+        let weight = if self.looking { LOOK_WEIGHT } else { WEIGHT };
         self.link = Some(self.link.map_or(seen, |old| blend(old, seen, weight)));
-        if let Some((_, left)) = &mut self.looking {
-            *left -= 1;
-            if *left == 0 {
-                self.looking = None;
-                self.batches = 0;
-                self.judge(true);
-            }
-            return;
-        }
-        if level != self.level {
+        if self.looking {
+            self.looking = false;
+            self.batches = 0;
+            self.judge(true);
             return;
         }
         let wall = (encode + link).as_secs_f64() / pages as f64;
         self.wall = Some(self.wall.map_or(wall, |old| blend(old, wall, WEIGHT)));
-        self.batches = self.batches.saturating_add(1);
+        self.batches = self.batches.saturating_add(batches);
         self.judge(false);
         let slow = self.wall.is_some_and(|wall| wall > SLOW_LINK);
         let after = self.look_after.max(if slow { FIRST_LOOK_SLOW } else { 0 });
         // The cap is known, and no look would show it.
         if self.level > Level::Raw && self.batches >= after && self.floor == 0.0 {
-            self.looking = Some((self.level, LOOK));
+            self.looking = true;
             self.look_after = after.saturating_mul(2);
         }
     }
@@ -296,6 +330,7 @@ impl Chooser {
     fn go_to(&mut self, level: Level) {
         self.level = level;
         self.wall = None;
+        self.lately = Lately::NONE;
         self.batches = 0;
         self.look_after = FIRST_LOOK;
     }

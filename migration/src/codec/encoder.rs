@@ -14,7 +14,7 @@ use crate::report::Codecs;
 use crate::wire::{
     Encoding, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, RUN_BYTES, encode_runs,
 };
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use zstd::bulk::Compressor;
 
@@ -33,12 +33,12 @@ pub struct Coding {
     zstd: bool,
     /// What the destination has, where patches of it may be sent.
     cache: Option<Arc<DeltaCache>>,
-    /// Pages that were sent before: only those are worth a place in the cache, unless it has one for every page.
+    /// Pages that were sent before: only those are worth a place in the cache, unless one is free.
     seen: Arc<Marks>,
     /// The cache has a place for every page.
     roomy: bool,
-    /// Seconds that a lane needs for a byte, by the user's cap.
-    floor: f64,
+    /// What is decided for all of them: they share link and processors, and one that is seldom used has no time to learn.
+    chooser: Option<Arc<Mutex<Chooser>>>,
 }
 
 impl Coding {
@@ -50,33 +50,41 @@ impl Coding {
         let zstd = kind.zstd() && agreed.has(Features::ZSTD);
         let cache = DeltaCache::new(options.delta_cache, guest_pages);
         let useful = patches && cache.capacity() > 0;
-        let lanes = f64::from(options.channels.max(1));
+        // Lanes that nobody has asked for are opened only where a cap is no bound for one of them.
+        let lanes = f64::from(options.channels.unwrap_or(1).max(1));
+        // Seconds that a lane needs for a byte, by the user's cap.
+        let floor = options.bandwidth.map_or(0.0, |cap| lanes / cap as f64);
+        let kind = if patches || zstd {
+            kind
+        } else {
+            Compress::None
+        };
+        let start = match kind {
+            Compress::Auto => Some(Level::Raw),
+            Compress::Adaptive if zstd => Some(Level::Full),
+            Compress::Adaptive => Some(Level::Patch),
+            Compress::None | Compress::Zstd | Compress::Delta => None,
+        };
         Self {
-            kind: if patches || zstd {
-                kind
-            } else {
-                Compress::None
-            },
+            kind,
             patches,
             zstd,
             roomy: cache.capacity() >= guest_pages,
             seen: Arc::new(Marks::new(if useful { end } else { 0 })),
             cache: useful.then(|| Arc::new(cache)),
-            floor: options.bandwidth.map_or(0.0, |cap| lanes / cap as f64),
+            chooser: start.map(|level| Arc::new(Mutex::new(Chooser::new(level, floor)))),
         }
+    }
+
+    fn has_room(&self) -> bool {
+        let cache = self.cache.as_ref();
+        cache.is_some_and(|cache| cache.len() < cache.capacity())
     }
 
     /// A lane's encoder.
     #[must_use]
     pub fn encoder(&self) -> Encoder {
-        let start = match self.kind {
-            Compress::Auto => Some(Level::Raw),
-            Compress::Adaptive if self.zstd => Some(Level::Full),
-            Compress::Adaptive => Some(Level::Patch),
-            Compress::None | Compress::Zstd | Compress::Delta => None,
-        };
         Encoder {
-            chooser: start.map(|level| Chooser::new(level, self.floor)),
             shared: self.clone(),
             ..Encoder::default()
         }
@@ -142,7 +150,6 @@ pub struct Coded {
 #[derive(Default)]
 pub struct Encoder {
     shared: Coding,
-    chooser: Option<Chooser>,
     proof: Proof,
     /// Copies of pages: those waiting for zstd, and the one in hand after them.
     copies: Vec<Page>,
@@ -160,7 +167,6 @@ impl std::fmt::Debug for Encoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Encoder")
             .field("shared", &self.shared)
-            .field("chooser", &self.chooser)
             .finish_non_exhaustive()
     }
 }
@@ -225,11 +231,11 @@ impl Encoder {
                 level.max(Level::Patch)
             })
         } else {
-            if self.chooser.as_ref().is_some_and(Chooser::wants_sample) {
+            if self.chooser().is_some_and(|chooser| chooser.wants_sample()) {
                 self.sample(batch, clock)?;
             }
             self.mark_seen(batch.data);
-            self.chooser.as_ref().map(|_| Level::Raw)
+            self.shared.chooser.as_ref().map(|_| Level::Raw)
         };
         let raw = batch.data.iter().map(|run| run.count).sum();
         let took = clock.now().saturating_sub(began);
@@ -244,8 +250,8 @@ impl Encoder {
     }
 
     /// A batch has been sent: `bytes` for its data pages, in `link`.
-    pub fn sent(&mut self, coded: &Coded, bytes: u64, link: Duration) {
-        if let (Some(chooser), Some(level)) = (&mut self.chooser, coded.level) {
+    pub fn sent(&self, coded: &Coded, bytes: u64, link: Duration) {
+        if let (Some(mut chooser), Some(level)) = (self.chooser(), coded.level) {
             chooser.record(Outcome {
                 level,
                 pages: coded.pages,
@@ -268,8 +274,13 @@ impl Encoder {
         }
     }
 
+    fn chooser(&self) -> Option<MutexGuard<'_, Chooser>> {
+        let chooser = self.shared.chooser.as_ref()?;
+        Some(chooser.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn level(&self) -> Level {
-        match (&self.chooser, self.shared.kind) {
+        match (self.chooser(), self.shared.kind) {
             (Some(chooser), _) if self.shared.zstd => chooser.level(),
             (Some(chooser), _) => chooser.level().min(Level::Patch),
             (None, Compress::Zstd) => Level::Full,
@@ -283,10 +294,10 @@ impl Encoder {
         if self.shared.cache.is_none() {
             return false;
         }
-        let Some(chooser) = &self.chooser else {
+        let Some(has_time) = self.chooser().map(|chooser| chooser.link_has_time()) else {
             return true;
         };
-        if !chooser.link_has_time() {
+        if !has_time {
             return false;
         }
         if self.proof.holds() {
@@ -319,7 +330,10 @@ impl Encoder {
             for gfn in run.first..run.end() {
                 let one = Run::new(gfn, 1);
                 let again = delta && (self.shared.roomy || self.shared.seen.contains(gfn));
-                if level == Level::Raw && !again {
+                // A place that is free is better filled: the page may be written to before the cache has others to choose.
+                let first = delta && !again && self.shared.has_room();
+                let enters = again || first;
+                if level == Level::Raw && !enters {
                     append(&mut self.raw_runs, one, run.first);
                     continue;
                 }
@@ -331,7 +345,9 @@ impl Encoder {
                 if again {
                     looked_up += 1;
                 }
-                match self.way_of(gfn, batch.round, waiting, level, again) {
+                // It is nobody's last use: whoever comes again may have its place.
+                let round = batch.round.saturating_sub(u32::from(first));
+                match self.way_of(gfn, round, waiting, level, enters) {
                     Way::Among(kind) => {
                         let bytes = self.patches.len() - before;
                         self.tags.extend_from_slice(&kind.tag(bytes).to_le_bytes());
@@ -368,12 +384,12 @@ impl Encoder {
     }
 
     /// Finds a page's way; the bytes of one that goes out among patches are appended.
-    fn way_of(&mut self, gfn: Gfn, round: u32, at: usize, level: Level, again: bool) -> Way {
+    fn way_of(&mut self, gfn: Gfn, round: u32, at: usize, level: Level, enters: bool) -> Way {
         let page = &self.copies[at];
         let patches = &mut self.patches;
         let crc = &mut self.patch_crc;
         let mut kind = None;
-        if again && let Some(cache) = &self.shared.cache {
+        if enters && let Some(cache) = &self.shared.cache {
             cache.exchange(gfn, round, page, |base| {
                 if let Some(base) = base
                     && patch::encode(base, page, PATCH_LIMIT, patches)
@@ -394,7 +410,7 @@ impl Encoder {
         if level == Level::Full && self.wants_zstd(at) {
             return Way::Compress;
         }
-        if again {
+        if enters {
             self.patches.extend_from_slice(page);
             return Way::Among(Kind::Literal);
         }
@@ -511,7 +527,7 @@ impl Encoder {
             with_zstd += self.pack(regular, room)?.unwrap_or(room) as u64;
         }
         let compressed = clock.now();
-        if let Some(chooser) = &mut self.chooser {
+        if let Some(mut chooser) = self.chooser() {
             let bytes = bytes + kept as u64 * PAGE_BYTES;
             chooser.sample(Level::Patch, taken, bytes, patched.saturating_sub(began));
             if self.shared.zstd {

@@ -1,5 +1,6 @@
 //! Why a migration ended at the destination other than by completing.
 
+use super::BlocksError;
 use crate::codec::CodecError;
 use crate::options::Options;
 use crate::port::PortError;
@@ -31,6 +32,9 @@ pub enum DestinationError {
     /// A coded frame.
     #[error(transparent)]
     Codec(#[from] CodecError),
+    /// Blocks of a disk.
+    #[error(transparent)]
+    Blocks(#[from] BlocksError),
     /// Memory cannot be written or read here.
     #[error("writing guest memory failed: {0}")]
     Memory(PortError),

@@ -98,7 +98,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             }
             FrameType::RoundEnd if !self.pushed && header.round == self.round + 1 => {
                 if let Some(lanes) = &self.lanes {
-                    lanes.wait(header.round)?;
+                    lanes.end_round(header.round)?;
                 }
                 self.round = header.round;
                 self.pushed = true;

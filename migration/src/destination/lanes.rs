@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// What the lanes have told.
 #[derive(Debug, Default)]
 struct Told {
-    /// The last round that each lane has ended.
+    /// The last round that each lane has ended, the control channel's last.
     rounds: Vec<u32>,
     attached: Vec<bool>,
     failed: Option<(u16, String)>,
@@ -55,7 +55,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         timeout: Duration,
     ) -> Self {
         let told = Told {
-            rounds: vec![0; usize::from(count)],
+            rounds: vec![0; usize::from(count) + 1],
             attached: vec![false; usize::from(count)],
             ..Told::default()
         };
@@ -108,8 +108,17 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         })
     }
 
-    /// Waits until every lane has ended `round`.
-    pub(super) fn wait(&self, round: u32) -> Result<(), DestinationError> {
+    /// The control channel has ended `round`; waits until every lane has.
+    pub(super) fn end_round(&self, round: u32) -> Result<(), DestinationError> {
+        if let Some(ended) = self.told().rounds.last_mut() {
+            *ended = round;
+        }
+        self.change.notify_all();
+        self.wait(round)
+    }
+
+    /// Waits until every lane and the control channel have ended `round`.
+    fn wait(&self, round: u32) -> Result<(), DestinationError> {
         let until = Instant::now() + self.timeout;
         let mut told = self.told();
         loop {
@@ -193,7 +202,7 @@ impl<L: Link, S: PageSink<L>> Lane<L, S> {
                     *ended = header.round;
                     drop(told);
                     self.set.change.notify_all();
-                    // A page of the next round may have been sent in this one on another lane, and be still on its
+                    // A page of the next round may have been sent in this one on another channel, and be still on its
                     // way there: it must not be placed over the newer one, and it may be what that one differs from.
                     self.set.wait(header.round)?;
                 }

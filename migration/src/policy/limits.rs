@@ -40,15 +40,16 @@ impl Limits {
         }
     }
 
-    /// Whether pending pages have stopped shrinking.
+    /// Whether what is pending has stopped shrinking.
     fn stalled(&mut self, view: &View<'_>) -> bool {
+        let pending = view.pending_bytes();
         match self.least {
             // A new minimum counts when it is a real one: 5 % below the last.
-            Some((least, round)) if view.pending_pages as f64 > least as f64 * 0.95 => {
+            Some((least, round)) if pending as f64 > least as f64 * 0.95 => {
                 view.round >= round + Self::STALLED_ROUNDS * self.rounds_per_set
             }
             _ => {
-                self.least = Some((view.pending_pages, view.round));
+                self.least = Some((pending, view.round));
                 false
             }
         }

@@ -71,6 +71,14 @@ pub enum PortFault {
     Restore,
     /// The guest does not start at the destination.
     Run,
+    /// The destination has no room for the disk.
+    TakeStores,
+    /// The n-th reading of the disk fails.
+    DiskRead(u64),
+    /// The n-th writing of the disk at the destination fails.
+    DiskWrite(u64),
+    /// The destination cannot flush its disk.
+    DiskFlush,
     /// The destination cannot do post-copy.
     CheckPostCopy,
     /// Missing pages cannot be made to fault.
@@ -80,6 +88,15 @@ pub enum PortFault {
 }
 
 impl PortFault {
+    pub(super) fn random_disk(rng: &mut Rng) -> Self {
+        match rng.below(4) {
+            0 => Self::TakeStores,
+            1 => Self::DiskRead(rng.below(8)),
+            2 => Self::DiskWrite(rng.below(8)),
+            _ => Self::DiskFlush,
+        }
+    }
+
     pub(super) fn random(rng: &mut Rng) -> Self {
         match rng.below(12) {
             0 => Self::StartTracking,

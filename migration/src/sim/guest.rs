@@ -1,12 +1,13 @@
 //! The simulated guest at the source.
 
+use super::disk::SimDisk;
 use super::fault::PortFault;
 use super::link::SimLink;
 use super::lock;
 use super::world::{STATE, World, weight_of};
 use crate::codec::content::{self, Content};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{Guest, PageSource, PortError};
+use crate::port::{BlockSource, Guest, PageSource, PortError};
 use crate::wire::SessionId;
 use std::io;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -136,6 +137,7 @@ impl Guest<SimLink> for SimGuest {
         world.pass(Duration::from_micros(50));
         world.source_runs = false;
         world.paused_memory = world.source_memory.clone();
+        world.disks.pause();
         Ok(Duration::ZERO)
     }
 
@@ -153,6 +155,13 @@ impl Guest<SimLink> for SimGuest {
         world.port_fails(PortFault::Commit)?;
         world.committed = true;
         Ok(())
+    }
+
+    fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
+        if lock(&self.world).disks.bytes == 0 {
+            return Vec::new();
+        }
+        vec![Arc::new(SimDisk(Arc::clone(&self.world)))]
     }
 
     fn release(&self) {

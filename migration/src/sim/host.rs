@@ -1,12 +1,13 @@
 //! The simulated destination host.
 
+use super::disk::SimCopy;
 use super::fault::PortFault;
 use super::guest::{page_of, version_of};
 use super::link::SimLink;
 use super::lock;
 use super::world::{STATE, World};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{Host, Link, PageFault, PageSink, PortError};
+use crate::port::{BlockSink, Host, Link, PageFault, PageSink, PortError};
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -111,6 +112,12 @@ impl PageSink<SimLink> for SimSink {
 impl Host<SimLink> for SimHost {
     type Sink = SimSink;
 
+    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        lock(&self.world).port_fails(PortFault::TakeStores)?;
+        let make = |bytes: &u64| SimCopy::make(&self.world, *bytes);
+        Ok(bytes.iter().map(make).collect())
+    }
+
     fn prepare(&mut self, layout: &RamLayout, _: &[u8]) -> Result<Arc<SimSink>, PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Prepare)?;
@@ -164,5 +171,6 @@ impl Host<SimLink> for SimHost {
         }
         world.destination_has = false;
         world.destination_memory = Vec::new();
+        world.disks.discard();
     }
 }

@@ -1,5 +1,6 @@
 //! The state of the simulated world: memories, pipes, time, who runs, and what goes wrong.
 
+use super::disk::Disks;
 use super::fault::{FaultKind, PortFault};
 use super::link::Peer;
 use super::{Fate, Rng, Scenario};
@@ -54,6 +55,7 @@ pub(super) struct World {
     /// source that resumed and later died has moved on; an operator who takes over goes back.)
     pub paused_memory: Vec<u64>,
     pub destination_memory: Vec<u64>,
+    pub disks: Disks,
     next_version: u64,
     pub log: Option<PageSet>,
     pub source_runs: bool,
@@ -66,7 +68,7 @@ pub(super) struct World {
     pub messages: u64,
     pub faults: Vec<super::Fault>,
     port_fault: Option<PortFault>,
-    port_calls: [u64; 3],
+    port_calls: [u64; 5],
     /// Post-copy: pages that the destination lacks, what the guest waits for, and whom that was told.
     pub missing: Option<PageSet>,
     blocked: Option<Gfn>,
@@ -121,6 +123,7 @@ impl World {
             source_memory,
             paused_memory: Vec::new(),
             destination_memory: Vec::new(),
+            disks: Disks::new(scenario.disk_blocks, scenario.forgetful_disk),
             next_version,
             log: None,
             source_runs: true,
@@ -133,7 +136,7 @@ impl World {
             messages: 0,
             faults: scenario.faults.clone(),
             port_fault: scenario.port_fault,
-            port_calls: [0; 3],
+            port_calls: [0; 5],
             missing: None,
             blocked: None,
             faults_heard: VecDeque::new(),
@@ -146,6 +149,7 @@ impl World {
     /// Lets time pass; the guest writes meanwhile.
     pub fn pass(&mut self, time: Duration) {
         self.now += time;
+        self.disks.settle();
         if !(self.source_runs || self.destination_runs) || self.blocked.is_some() {
             return;
         }
@@ -166,6 +170,7 @@ impl World {
                 return;
             }
             self.write(gfn);
+            self.write_disk();
         }
     }
 
@@ -249,11 +254,21 @@ impl World {
         }
     }
 
+    /// Some of the guest's writes go to its disk.
+    fn write_disk(&mut self) {
+        let blocks = self.disks.source.len() as u64;
+        if self.source_runs && blocks > 0 && self.rng.chance(0.05) {
+            let (block, clear) = (self.rng.below(blocks), self.rng.chance(self.zero_writes));
+            self.disks.write(index(block), clear);
+        }
+    }
+
     /// The guest gets to write something in the middle of whatever the engine is doing.
     pub fn sneak_a_write(&mut self) {
         if self.write_rate > 0.0 && self.rng.chance(self.racing_writes) {
             let gfn = self.next_written();
             self.write(gfn);
+            self.write_disk();
         }
     }
 
@@ -282,6 +297,14 @@ impl World {
             (Some(PortFault::Place(n)), PortFault::Place(_)) => {
                 self.port_calls[2] += 1;
                 self.port_calls[2] == n + 1
+            }
+            (Some(PortFault::DiskRead(n)), PortFault::DiskRead(_)) => {
+                self.port_calls[3] += 1;
+                self.port_calls[3] == n + 1
+            }
+            (Some(PortFault::DiskWrite(n)), PortFault::DiskWrite(_)) => {
+                self.port_calls[4] += 1;
+                self.port_calls[4] == n + 1
             }
             (Some(fault), port) => fault == port,
             (None, _) => false,
@@ -436,6 +459,7 @@ impl World {
                 ));
             }
         }
+        self.violations.extend(self.disks.wrong());
         self.destination_runs = true;
     }
 

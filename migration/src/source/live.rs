@@ -1,18 +1,17 @@
 //! The live phase: collect, decide, send; and draining the link before the pause.
 
+use super::lanes::worth_lanes;
 use super::{InFlight, LiveEnd, Source, SourceError, State, ms};
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{Decision, Policy, SendOrder};
 use crate::port::{Guest, Link};
 use crate::report::{Event, Round};
-use crate::sender::{BATCH_PAGES, BatchMode, Batches, SendError, Sent};
+use crate::sender::{BATCH_PAGES, BatchMode, Batches, Sent};
 use crate::wire::{FrameType, Header, WireError};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Progress is told this often.
-const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 /// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
 const MEASURABLE: u64 = 64 << 10;
 
@@ -27,7 +26,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             while self.in_flight.len() > 1 {
                 self.take_ack()?;
             }
+            // While the link is drained nothing more goes out, but what the pause would have to send is known.
+            if self.state != State::Draining {
+                self.send_written_blocks()?;
+            }
             self.collect()?;
+            self.stores.collect()?;
             let decision = policy.next(&self.view());
             let (end, why) = match decision {
                 Decision::Send { mut pages, order } => {
@@ -47,13 +51,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                     (LiveEnd::HandOver(order), why)
                 }
             };
-            if self.in_flight.is_empty() {
+            if self.in_flight.is_empty() && !self.stores.is_awaiting() {
                 self.why = Some(why);
                 return Ok(end);
             }
             // What still lies in socket buffers would be paid for in the pause.
             self.enter(State::Draining);
-            while !self.in_flight.is_empty() {
+            while !self.in_flight.is_empty() || self.stores.is_awaiting() {
                 self.check_cancel()?;
                 self.take_ack()?;
             }
@@ -140,8 +144,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             paused,
             tell: false,
         };
+        let few = !worth_lanes(pages.len());
         let batches = Batches::new(pages, order, &self.heat, batch);
-        let sent = if self.lanes.is_empty() {
+        let sent = if few || self.lanes.is_empty() {
             self.send_here(batches, mode)?
         } else {
             self.send_on_lanes(batches, mode)?
@@ -161,11 +166,16 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         });
         self.barrier(self.round)?;
         let ended = self.now();
+        // Lanes send at the same time, and each looks for zero pages while others send: more than the time that went by
+        // cannot have been the link's.
+        let link = (sent.link + sent.coding).min(ended.saturating_sub(started));
         self.in_flight.push_back(InFlight {
             round: self.round,
             sent,
+            link,
             started,
             ended,
+            beside: self.stores.take_beside(),
         });
         Ok(sent)
     }
@@ -175,12 +185,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         for (lane, _) in &mut self.lanes {
             lane.send(Header::bare(FrameType::RoundEnd, round), &[])?;
         }
+        self.lanes_at = self.now();
         self.control
             .send(Header::bare(FrameType::RoundEnd, round), &[])?;
         Ok(())
     }
 
-    /// One channel: everything on the control channel, in this thread.
+    /// Everything on the control channel, in this thread: there is no other, or little to send.
     fn send_here(&mut self, mut batches: Batches, mode: BatchMode) -> Result<Sent, SourceError> {
         let mut total = Sent::default();
         let mut runs = Vec::with_capacity(64);
@@ -195,11 +206,17 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             self.delivered(&runs, sent);
             total.add(sent);
             self.take_acks()?;
-            if self.now().saturating_sub(self.last_event) >= PROGRESS_EVERY {
-                self.emit_progress();
-            }
+            self.keep_lanes_alive()?;
+            self.tell_progress();
         }
         Ok(total)
+    }
+
+    /// Tells the progress, unless that was done a moment ago.
+    pub(super) fn tell_progress(&mut self) {
+        if self.now().saturating_sub(self.last_event) >= PROGRESS_EVERY {
+            self.emit_progress();
+        }
     }
 
     /// Waits for the user's cap. Not in the pause: there it would cost the guest.
@@ -213,7 +230,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
 
     /// Takes pages that were handed to the link off the pending set; before this they are still
     /// pending, whatever failed.
-    fn delivered(&mut self, runs: &[Run], sent: Sent) {
+    pub(super) fn delivered(&mut self, runs: &[Run], sent: Sent) {
         for run in runs {
             self.pending.remove_run(*run);
             for gfn in run.first..run.end() {
@@ -228,110 +245,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.progress.round_sent += sent.pages();
     }
 
-    /// Several channels: each lane takes the next batch when it is free, so a slow lane holds
-    /// nobody up.
-    fn send_on_lanes(&mut self, batches: Batches, mode: BatchMode) -> Result<Sent, SourceError> {
-        struct Done {
-            runs: Vec<Run>,
-            sent: Sent,
-            error: Option<SendError>,
-        }
-        let work = Mutex::new(batches);
-        let stop = AtomicBool::new(false);
-        let progress = AtomicU64::new(0);
-        let finished = (Mutex::new(0_usize), Condvar::new());
-        let (guest, pacer, clock) = (self.guest, &self.pacer, self.setup.clock);
-        let cancel = self.setup.cancel;
-        let count = self.lanes.len();
-        let events = &mut self.setup.events;
-        let snapshot = &mut self.progress;
-        let results: Vec<Done> = std::thread::scope(|scope| {
-            let handles: Vec<_> = self
-                .lanes
-                .iter_mut()
-                .map(|(channel, sender)| {
-                    let (work, stop, progress, finished) = (&work, &stop, &progress, &finished);
-                    scope.spawn(move || {
-                        let mut done = Done {
-                            runs: Vec::new(),
-                            sent: Sent::default(),
-                            error: None,
-                        };
-                        let mut runs = Vec::with_capacity(64);
-                        while !stop.load(Ordering::Relaxed) && !cancel.is_cancelled() {
-                            let more = work
-                                .lock()
-                                .unwrap_or_else(PoisonError::into_inner)
-                                .next(&mut runs);
-                            if !more {
-                                break;
-                            }
-                            let waited = if mode.paused {
-                                Duration::ZERO
-                            } else {
-                                pacer.wait(clock, &|| cancel.is_cancelled())
-                            };
-                            match sender.send(channel, guest, &runs, mode, clock) {
-                                Ok(mut sent) => {
-                                    pacer.charge(sent.bytes, clock);
-                                    sent.link += waited;
-                                    done.runs.extend_from_slice(&runs);
-                                    done.sent.add(sent);
-                                    progress.fetch_add(sent.pages(), Ordering::Relaxed);
-                                }
-                                Err(error) => {
-                                    done.error = Some(error);
-                                    stop.store(true, Ordering::Relaxed);
-                                    break;
-                                }
-                            }
-                        }
-                        *finished.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-                        finished.1.notify_one();
-                        done
-                    })
-                })
-                .collect();
-            // This thread tells the progress meanwhile.
-            let mut ended = finished.0.lock().unwrap_or_else(PoisonError::into_inner);
-            while *ended < count {
-                let (guard, timeout) = finished
-                    .1
-                    .wait_timeout(ended, PROGRESS_EVERY)
-                    .unwrap_or_else(PoisonError::into_inner);
-                ended = guard;
-                if timeout.timed_out() {
-                    snapshot.round_sent = progress.load(Ordering::Relaxed);
-                    events(Event::Progress(snapshot.clone()));
-                }
-            }
-            drop(ended);
-            handles
-                .into_iter()
-                .filter_map(|handle| handle.join().ok())
-                .collect()
-        });
-        self.progress.round_sent = 0;
-        let lost = results.len() < count;
-        let mut total = Sent::default();
-        let mut failure = None;
-        for done in results {
-            self.delivered(&done.runs, done.sent);
-            total.add(done.sent);
-            failure = failure.or(done.error);
-        }
-        match failure {
-            Some(error) => Err(error.into()),
-            None if lost => Err(SourceError::guest(
-                "sending on a lane",
-                "a sender thread panicked".into(),
-            )),
-            None => self.check_cancel().map(|()| total),
-        }
-    }
-
     /// Takes what has arrived, without waiting: acknowledgements, or the peer's reason to give up.
-    fn take_acks(&mut self) -> Result<(), SourceError> {
+    pub(super) fn take_acks(&mut self) -> Result<(), SourceError> {
         while self.control.link().readable().map_err(WireError::Io)? {
             self.take_ack()?;
         }
@@ -341,6 +256,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     /// Waits for the next acknowledgement.
     pub(super) fn take_ack(&mut self) -> Result<(), SourceError> {
         let header = self.control.recv_header()?;
+        if self.stores.take_answer(&header) {
+            return Ok(());
+        }
         let expected = self.in_flight.front().copied();
         match expected {
             Some(flight) if header.kind == FrameType::RoundAck && header.round == flight.round => {
@@ -348,20 +266,19 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 let now = self.now();
                 let took = now.saturating_sub(flight.started);
                 // What the link took: the time in its calls and until the last byte was placed.
-                let lanes = u32::try_from(self.lanes.len().max(1)).unwrap_or(1);
-                let sending = flight.sent.link + flight.sent.coding;
-                let link = sending / lanes + now.saturating_sub(flight.ended);
-                if flight.sent.bytes < MEASURABLE {
+                let (blocks, beside) = flight.beside;
+                let link = flight.link + now.saturating_sub(flight.ended) + beside;
+                if flight.sent.bytes + blocks < MEASURABLE {
                     // A small round measures the round trip, and the greeting's was measured while
                     // the destination had other things to do.
                     self.rtt = self.rtt.min(now.saturating_sub(flight.ended));
                 }
-                if flight.sent.data_pages * PAGE_BYTES >= MEASURABLE
+                if flight.sent.data_pages * PAGE_BYTES + blocks >= MEASURABLE
                     || self.bandwidth.estimate().is_none() && flight.sent.pages() > 0
                 {
                     // Of pages as they are in memory: it is pending pages that the estimate is for.
                     let bytes = flight.sent.bytes.max(flight.sent.data_pages * PAGE_BYTES);
-                    self.bandwidth.record(bytes.max(1), link);
+                    self.bandwidth.record((bytes + blocks).max(1), link);
                 }
                 if let Some(round) = self.rounds.iter_mut().find(|r| r.n == flight.round) {
                     round.ms = ms(took);

@@ -15,6 +15,7 @@
 //! before it is sent: what a broken connection loses with it, the destination lists as missing when
 //! the source reconnects.
 
+use super::lanes::ALIVE;
 use super::window::Window;
 use super::{Source, SourceError, State, ms};
 use crate::order::{Push, PushOrder};
@@ -38,8 +39,6 @@ const TICK: Duration = Duration::from_millis(100);
 pub(crate) const QUIET: Duration = Duration::from_secs(2);
 /// How long after a failed send the destination's last word may take.
 const PARTING: Duration = Duration::from_millis(500);
-/// Something is sent at least so often, so that the destination knows that the source lives.
-const ALIVE: Duration = Duration::from_secs(5);
 
 /// What is still to be sent.
 struct Outgoing {
@@ -538,7 +537,8 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         serving: &Serving<'_>,
         hashes: Option<&PageSet>,
     ) -> Result<(), SourceError> {
-        let over = if self.lanes.is_empty() {
+        // Lanes that nobody has asked for are for rounds: here answers to page faults need link and processors.
+        let over = if self.lanes.is_empty() || self.setup.options.channels.is_none() {
             self.push_here(serving)?
         } else {
             self.push_on_lanes(serving)?;
@@ -583,6 +583,7 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                     return Ok(true);
                 }
             }
+            self.keep_lanes_alive()?;
             if self.now().saturating_sub(self.last_event) >= TICK {
                 self.pending.clone_from(&serving.outgoing().remaining);
                 self.emit_progress();

@@ -20,6 +20,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         // The state is small: it follows the pages without waiting for them.
         self.send_round(self.pending.clone(), SendOrder::Address, true)?;
         if self.setup.options.verify {
+            self.send_block_hashes()?;
             self.send_hashes(&self.layout.all())?;
         }
         self.move_guest(collected)?;
@@ -49,6 +50,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         if self.setup.options.verify {
             let mut there = self.layout.all();
             there.subtract(&missing);
+            self.send_block_hashes()?;
             self.send_hashes(&there)?;
         }
         let layout = self.layout.clone();
@@ -80,8 +82,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.in_flight.push_back(InFlight {
             round: self.round,
             sent: Sent::default(),
+            link: Duration::ZERO,
             started: now,
             ended: now,
+            beside: (0, Duration::ZERO),
         });
         self.take_ack()
     }
@@ -102,6 +106,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.collect()?;
         let collected = self.now();
         self.downtime.quiesce_ms = ms(collected.saturating_sub(stopped_at));
+        // The last of the disks: the guest must not run there without it.
+        self.stores.collect()?;
+        self.send_blocks(true)?;
         Ok(collected)
     }
 
@@ -113,9 +120,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             .map_err(|e| SourceError::guest("saving the machine's state", e))?;
         self.control
             .send(Header::bare(FrameType::State, self.round), &state)?;
-        while !self.in_flight.is_empty() {
+        while !self.in_flight.is_empty() || self.stores.is_awaiting() {
             self.take_ack()
-                .map_err(|e| silent(e, "that the last pages arrived"))?;
+                .map_err(|e| silent(e, "that the last pages and blocks arrived"))?;
         }
         let placed = self.now();
         self.downtime.last_pages_ms = ms(placed.saturating_sub(collected));

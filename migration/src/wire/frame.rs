@@ -1,7 +1,9 @@
 //! Frames: the 32-byte header and the run table of the page frames.
 
+use super::MAX_BLOCKS;
 use crate::codec::{MAX_CODED_BYTES, MAX_CODED_PAGES};
 use crate::page::{Gfn, PAGE_SIZE, Run};
+use crate::port::BLOCK_BYTES;
 
 /// Bytes in a header.
 pub const HEADER_BYTES: usize = 32;
@@ -83,6 +85,16 @@ pub enum FrameType {
     Alive = 18,
     /// Destination: the pages up to the next frame of this channel that asked for it are in place (post-copy).
     Placed = 19,
+    /// Source: blocks of a store.
+    Blocks = 32,
+    /// Source: blocks of a store that are zero.
+    BlocksZero = 33,
+    /// Source: hashes of blocks of a store.
+    BlocksHash = 34,
+    /// Source: these were the blocks of round `round`.
+    BlocksEnd = 35,
+    /// Destination: all blocks up to round `round` are where they outlast a crash.
+    BlocksStored = 36,
 }
 
 impl FrameType {
@@ -107,6 +119,11 @@ impl FrameType {
             17 => Self::Arrived,
             18 => Self::Alive,
             19 => Self::Placed,
+            32 => Self::Blocks,
+            33 => Self::BlocksZero,
+            34 => Self::BlocksHash,
+            35 => Self::BlocksEnd,
+            36 => Self::BlocksStored,
             _ => return None,
         })
     }
@@ -121,14 +138,21 @@ impl FrameType {
             Self::Zero => MAX_RUNS * 8,
             Self::State => 64 << 20,
             Self::Abort => 4 << 10,
-            Self::Verify | Self::MissingRuns | Self::MissingBits => 1 << 20,
+            Self::Verify
+            | Self::MissingRuns
+            | Self::MissingBits
+            | Self::Blocks
+            | Self::BlocksHash => 1 << 20,
             Self::RoundEnd
             | Self::RoundAck
             | Self::Commit
             | Self::PageRequest
             | Self::OnItsWay
             | Self::Alive
-            | Self::Placed => 0,
+            | Self::Placed
+            | Self::BlocksZero
+            | Self::BlocksEnd
+            | Self::BlocksStored => 0,
         }
     }
 
@@ -298,6 +322,7 @@ impl Header {
         let checked = header.flags & FLAG_CRC != 0;
         let encoded = match Encoding::from_byte(header.encoding) {
             Some(Encoding::Raw) => true,
+            Some(Encoding::Zstd) if kind == FrameType::Blocks => checked,
             // Coded pages hold still: they are always checked.
             Some(_) => kind == FrameType::Pages && checked,
             None => false,
@@ -348,7 +373,14 @@ impl Header {
             FrameType::MissingBits => {
                 self.count >= 1 && length == count * 8 && self.gfn.is_multiple_of(64)
             }
-            FrameType::PageRequest | FrameType::OnItsWay => self.count >= 1,
+            FrameType::PageRequest | FrameType::OnItsWay | FrameType::BlocksZero => self.count >= 1,
+            FrameType::Blocks => {
+                self.count >= 1
+                    && self.count <= MAX_BLOCKS
+                    && length >= 1
+                    && length <= count * BLOCK_BYTES
+            }
+            FrameType::BlocksHash => self.count >= 1 && (length == 0 || length == count * 8),
             _ => true,
         };
         if fits && self.length <= self.kind.max_payload() {

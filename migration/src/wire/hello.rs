@@ -25,6 +25,9 @@ impl Features {
     /// Pages may be sent as patches: without their zeros, or as the difference to what was sent before.
     pub const PATCH: Self = Self(1 << 9);
 
+    /// The contents of disks move too.
+    pub const STORES: Self = Self(1 << 16);
+
     /// All that this build can do.
     pub const SUPPORTED: Self = Self(
         Self::VERIFY.0
@@ -32,7 +35,8 @@ impl Features {
             | Self::RECOVER.0
             | Self::POST_COPY.0
             | Self::ZSTD.0
-            | Self::PATCH.0,
+            | Self::PATCH.0
+            | Self::STORES.0,
     );
 
     /// Those of both.
@@ -68,6 +72,9 @@ pub struct Hello {
     /// Channels for page faults that the source will open.
     #[serde(default)]
     pub faults: u16,
+    /// Bytes of each of the guest's stores, in order, whose contents move.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stores: Vec<u64>,
     /// The policy's name, for the destination's log.
     pub policy: String,
     /// The machine's configuration, opaque here.
@@ -173,6 +180,7 @@ mod tests {
             layout: RamLayout::new(vec![Run::new(0, 100), Run::new(200, 7)]).unwrap(),
             channels: 3,
             faults: 2,
+            stores: vec![1 << 30, 512],
             policy: "precopy".into(),
             machine: vec![1, 2, 3],
         };

@@ -81,11 +81,50 @@ impl Pipe {
     }
 }
 
+/// What a connection suffers from, on its way out.
+#[allow(dead_code, reason = "not every test that has this file wants trouble")]
+#[derive(Clone, Copy, Debug)]
+pub enum Trouble {
+    /// Each write of a page takes so long.
+    Slow(Duration),
+    /// After so many bytes it is gone.
+    Dies(u64),
+    /// After so many bytes the peer takes nothing more: the wait for it times out.
+    Stalls(u64),
+}
+
 /// One end.
 #[derive(Debug)]
 pub struct MemoryLink {
     out: Arc<Pipe>,
     into: Arc<Pipe>,
+    trouble: Option<Trouble>,
+    sent: u64,
+}
+
+impl MemoryLink {
+    /// From now on it has this trouble.
+    #[allow(dead_code, reason = "not every test that has this file wants trouble")]
+    pub const fn suffers(mut self, trouble: Option<Trouble>) -> Self {
+        self.trouble = trouble;
+        self
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.sent += bytes.len() as u64;
+        match self.trouble {
+            Some(Trouble::Slow(each)) if bytes.len() >= 4096 => std::thread::sleep(each),
+            Some(Trouble::Dies(after)) if self.sent > after => {
+                self.out.close();
+                self.into.close();
+            }
+            Some(Trouble::Stalls(after)) if self.sent > after => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            _ => {}
+        }
+        self.out.write(bytes)
+    }
 }
 
 /// Two ends.
@@ -94,10 +133,14 @@ pub fn pair() -> (MemoryLink, MemoryLink) {
     let ours = MemoryLink {
         out: Arc::clone(&there),
         into: Arc::clone(&back),
+        trouble: None,
+        sent: 0,
     };
     let theirs = MemoryLink {
         out: back,
         into: there,
+        trouble: None,
+        sent: 0,
     };
     (ours, theirs)
 }
@@ -111,8 +154,8 @@ impl Drop for MemoryLink {
 
 impl Link for MemoryLink {
     fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
-        self.out.write(head)?;
-        self.out.write(body)
+        self.write(head)?;
+        self.write(body)
     }
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {

@@ -5,7 +5,7 @@ use super::progress::Display;
 use super::serve::SAME_WISH;
 use super::summary::{sentence, table};
 use super::units::{duration, rate, size};
-use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
+use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind, Tracking};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::Status;
 use ferry_vmm::api::client::{Action, Client};
@@ -65,8 +65,8 @@ pub struct Args {
     /// The most to send per second, for example 2.5Gbit, or 100M in bytes.
     #[arg(long, value_name = "RATE", value_parser = rate)]
     bandwidth: Option<u64>,
-    /// Connections that carry pages.
-    #[arg(long, value_name = "N")]
+    /// Connections that carry pages; auto takes as many as are measured to pay.
+    #[arg(long, value_name = "N", value_parser = channels)]
     channels: Option<u16>,
     /// How pages are made smaller on their way: auto takes to a coder only where that is measured to pay.
     #[arg(long, value_name = "HOW", value_parser = named::<Compress>)]
@@ -74,7 +74,14 @@ pub struct Args {
     /// Copies of sent pages that the source keeps, so that it can send differences, for example 256M; 0 keeps none.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     delta_cache: Option<u64>,
-    /// Compare all memory of both sides in the pause, and fail on a difference.
+    /// How dirty pages are to be found: auto takes what the guest's VMM was started with, log and ring insist on it.
+    #[arg(long, value_name = "HOW", value_parser = named::<Tracking>)]
+    dirty: Option<Tracking>,
+    /// Move the contents of the guest's disks too, before its memory; the destination's --disk is made, or written over if it
+    /// has the same size. --timeout counts from the end of the first pass over them.
+    #[arg(long)]
+    copy_disk: bool,
+    /// Compare all memory (and copied disks) of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
     /// Print the report as one JSON object.
@@ -94,6 +101,18 @@ pub fn named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
         .map_err(|e| e.to_string().replace('`', "'"))
 }
 
+/// A number of connections; 0 stands for `auto`.
+fn channels(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(0),
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err(format!(
+            "give auto, or a number from 1 to {}",
+            Options::MAX_CHANNELS
+        )),
+    }
+}
+
 impl Args {
     fn options(&self) -> Options {
         let default = Options::default();
@@ -109,9 +128,11 @@ impl Args {
             reorder: self.reorder,
             order: self.order.unwrap_or(default.order),
             pivots: self.pivots.unwrap_or(default.pivots),
-            channels: self.channels.unwrap_or(default.channels),
+            channels: self.channels.filter(|n| *n > 0),
             compress: self.compress.unwrap_or(default.compress),
             delta_cache: self.delta_cache.unwrap_or(default.delta_cache),
+            dirty: self.dirty.unwrap_or(default.dirty),
+            copy_disk: self.copy_disk,
             verify: self.verify,
             ..default
         }
@@ -226,6 +247,9 @@ mod tests {
             "adaptive",
             "--delta-cache",
             "32M",
+            "--dirty",
+            "ring",
+            "--copy-disk",
             "--verify",
         ])
         .unwrap();
@@ -234,9 +258,11 @@ mod tests {
             timeout: Duration::from_secs(120),
             on_timeout: OnTimeout::Stop,
             bandwidth: Some(125_000_000),
-            channels: 4,
+            channels: Some(4),
             compress: Compress::Adaptive,
             delta_cache: 32 << 20,
+            dirty: Tracking::Ring,
+            copy_disk: true,
             verify: true,
             ..Options::default()
         };

@@ -1,6 +1,6 @@
 //! A running migration, shown: a bar on a terminal, lines elsewhere, or nothing.
 
-use super::units::{grouped, span};
+use super::units::{grouped, span, traffic};
 use ferry_migration::report::{Event, Phase, Progress, Round};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
@@ -47,8 +47,12 @@ impl Display {
     pub fn show(&mut self, event: &Event) {
         match (self, event) {
             (Self::Bar(bar), Event::Progress(p)) => {
-                bar.set_length(p.round_pages.max(1));
-                bar.set_position(p.round_sent.min(p.round_pages));
+                let (all, sent) = match (p.phase, p.disk_total, p.disk_pending) {
+                    (Phase::Disks, Some(total), Some(left)) => (total, total.saturating_sub(left)),
+                    _ => (p.round_pages, p.round_sent),
+                };
+                bar.set_length(all.max(1));
+                bar.set_position(sent.min(all));
                 bar.set_message(line(p));
             }
             (Self::Lines { last }, Event::Progress(p)) if due(*last) => {
@@ -105,6 +109,7 @@ pub fn line(p: &Progress) -> String {
     );
     match p.phase {
         Phase::Connecting => "connecting".into(),
+        Phase::Disks => format!("disks, {} pending", traffic(p.disk_pending.unwrap_or(0))),
         Phase::Live => format!("round {}, {pending}", p.round),
         Phase::Draining => format!("draining, {pending}"),
         Phase::Stopped => format!("the guest stands still, {pending}"),
@@ -142,6 +147,7 @@ mod tests {
             })
         };
         assert_eq!(p(Phase::Connecting), "connecting");
+        assert_eq!(p(Phase::Disks), "disks, 0 B pending");
         assert_eq!(p(Phase::Live), "round 2, 1,000 pages pending");
         assert_eq!(p(Phase::Draining), "draining, 1,000 pages pending");
         assert_eq!(

@@ -1,9 +1,11 @@
 //! `ferry receive`.
 
 use super::devices;
+use super::migrate::named;
 use super::output::{Failure, say};
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
+use ferry_migration::options::Tracking;
 use ferry_vmm::machine::RunState;
 use ferry_vmm::migrate::{Arrival, ReceiveState, Receiver, Uri};
 use ferry_vmm::vmm::{MachineGuest, Vmm};
@@ -35,6 +37,9 @@ pub struct Args {
     /// Where the guest's serial port goes: stdio, file:PATH or null.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: Serial,
+    /// How the pages that the guest dirties are found when it is migrated on: by KVM's log, by its rings, or auto.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
+    dirty: Tracking,
     #[command(flatten)]
     devices: devices::Args,
 }
@@ -48,6 +53,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         &args.uri,
         Arc::new(serial),
         args.devices.backends(),
+        args.dirty,
     )?);
     let uri = receiver.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;

@@ -1,12 +1,14 @@
 //! `ferry run`.
 
 use super::devices;
+use super::migrate::named;
 use super::output::{Failure, say};
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
 use super::units::{duration, memory, size};
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
 use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
+use ferry_migration::options::Tracking;
 use ferry_vmm::boot::Kernel;
 use ferry_vmm::machine::{Backends, Machine};
 use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
@@ -76,6 +78,9 @@ pub struct Args {
     /// RAM from the host's pool of huge pages.
     #[arg(long)]
     hugepages: bool,
+    /// How the pages that the guest dirties are found while it is migrated: by KVM's log, by its rings, or auto.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
+    dirty: Tracking,
     /// The guest's name, for people.
     #[arg(long)]
     name: Option<String>,
@@ -114,6 +119,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         .memory(memory)
         .cpus(args.cpus)
         .hugepages(args.hugepages)
+        .dirty(args.dirty)
         .devices(Backends {
             balloon: args.balloon,
             // The built-in guest has no use for random numbers.

@@ -73,6 +73,18 @@ pub fn table(report: &Report) -> String {
         "wire",
         format!("{} at {:.1} MB/s", traffic(report.bytes_wire), report.mbps),
     );
+    let channels = &report.channels;
+    if channels.opened > 0 {
+        row(
+            "channels",
+            format!(
+                "{} of {}: {}",
+                channels.used,
+                channels.opened,
+                clean(&channels.why)
+            ),
+        );
+    }
     let c = &report.codecs;
     if !c.is_empty() {
         let coders = [
@@ -94,6 +106,22 @@ pub fn table(report: &Report) -> String {
         row(
             "codecs",
             format!("{}, in {}", parts.join("; "), span(c.encode_ms)),
+        );
+    }
+    if let Some(d) = &report.disk {
+        row(
+            "disks",
+            format!(
+                "{} sent and {} zero ({} of them again, {} in the pause), of {}; {} on the wire, {} rounds, {}",
+                traffic(d.sent),
+                traffic(d.zero),
+                traffic(d.resent),
+                traffic(d.in_pause),
+                traffic(d.total),
+                traffic(d.bytes_wire),
+                d.rounds,
+                span(d.ms)
+            ),
         );
     }
     let f = &report.faults;
@@ -241,6 +269,8 @@ pub mod tests {
                 skipped: 0,
             },
             codecs: Default::default(),
+            channels: Default::default(),
+            disk: None,
             bytes_wire: 430_880_678,
             mbps: 214.1,
             faults: Faults::default(),

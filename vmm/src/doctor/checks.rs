@@ -37,6 +37,7 @@ pub fn all(files: &Files) -> Vec<Check> {
             checks.push(capabilities(&facts));
             checks.push(guest());
             checks.extend(features(&facts));
+            checks.push(huge_page_split(files));
         }
         Err(e) => checks.push(no_kvm(files, &e)),
     }
@@ -163,8 +164,13 @@ fn features(facts: &KvmFacts) -> Vec<Check> {
         "dirty-ring",
         facts.dirty_ring_entries > 0,
         format!(
-            "dirty pages can be reported by a ring of up to {} entries",
-            facts.dirty_ring_entries
+            "dirty pages can be reported by a ring of up to {} entries for each processor (--dirty ring{})",
+            facts.dirty_ring_entries,
+            if facts.manual_dirty_log {
+                "; auto takes the log, which sends fewer pages twice"
+            } else {
+                ", and auto takes it"
+            }
         ),
         "no dirty ring: the dirty log is used",
         "nothing need be done; Linux 5.11 and later have the dirty ring",
@@ -200,6 +206,33 @@ fn features(facts: &KvmFacts) -> Vec<Check> {
         "nothing need be done unless guests run guests; `modprobe kvm_intel nested=1` (or kvm_amd) offers it",
     );
     checks
+}
+
+/// Whether KVM splits huge pages ahead of the guest's writes; only a parameter of its module decides.
+fn huge_page_split(files: &Files) -> Check {
+    let name = "huge-page-split";
+    match files
+        .read("sys/module/kvm/parameters/eager_page_split")
+        .as_str()
+    {
+        "Y" => good(
+            name,
+            Need::Useful,
+            "a migration's own threads split guests' huge pages (eager_page_split)",
+        ),
+        "" => bad(
+            name,
+            Need::Useful,
+            "guests' huge pages are split by the guests' writes during a migration, if there are any",
+            "nothing need be done without --hugepages; Linux 5.18 and later split them ahead",
+        ),
+        _ => bad(
+            name,
+            Need::Useful,
+            "guests' huge pages are split by the guests' writes during a migration: eager_page_split is off",
+            "only for --hugepages: load the module kvm with eager_page_split=1",
+        ),
+    }
 }
 
 fn memfd() -> Check {

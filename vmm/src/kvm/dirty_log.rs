@@ -1,4 +1,4 @@
-//! Which pages were dirtied: KVM's dirty log united with what the VMM itself wrote.
+//! Which pages were dirtied: KVM's dirty log or rings, united with what the VMM itself wrote.
 //!
 //! Two operations matter, and they are apart on purpose:
 //!
@@ -16,7 +16,25 @@
 //! Where KVM has only the plain log, KVM_GET_DIRTY_LOG clears what it reads (and protects those pages
 //! again); what it returned is then kept in the bitmap of the VMM's own writes until it is cleared
 //! there. The pages are then cleared earlier than need be, and so sent twice more often: correct, and
-//! slower.
+//! slower. So it is with [rings](super::dirty_ring), out of which a page must be taken to be seen.
+//!
+//! | | turning it on protects | collecting costs | protected again |
+//! |---|---|---|---|
+//! | manual log, all set at first | nothing | a bit per page there is | just before the page is sent |
+//! | manual log | all | a bit per page there is | just before the page is sent |
+//! | plain log | all | a bit per page there is | when collected |
+//! | rings | all | an entry per page dirtied | when collected |
+//!
+//! A page that is protected again when it is collected is likely to be dirty once more by the time it is sent, and then
+//! it is sent twice; with the manual log the same writes come before its sending and cost nothing. That is why
+//! `--dirty auto` takes to rings only where there is no manual log; `cargo bench -p
+//! ferry-tests --bench dirty` measures both. What rings are better at is a large memory of which little is dirtied:
+//! their cost does not grow with it.
+//!
+//! **Huge pages** behind the guest's memory have to be split before KVM can tell small ones apart. It does so when a
+//! write faults, in the vCPU's time, unless its parameter `eager_page_split` is on (Linux 5.18 and later have it on;
+//! `ferry doctor` looks): then it splits when pages are protected, in the time of whoever turns the log on, or, with all
+//! bits set at first, of the sender that clears a range, a batch ahead of the guest. User space has no other say in it.
 //!
 //! From [`start`](DirtyLog::start) on, *every* page counts as dirty until it is first cleared, on any
 //! KVM: the first round of a migration is nothing special.
@@ -24,10 +42,10 @@
 //! Threads: one may collect while others clear and the guest runs. Only `start`, `stop` and the
 //! buffer of `collect` are behind a lock, so that two collectors wait for each other.
 
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ferry_migration::options::Tracking;
 use kvm_bindings::{
     KVM_DIRTY_LOG_INITIALLY_SET, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
     kvm_dirty_log, kvm_dirty_log__bindgen_ty_1,
@@ -37,7 +55,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
 use super::error::IoctlError;
-use super::vm::{Vm, VmError};
+use super::vm::{Vm, VmError, VmRef};
 use crate::memory::RangeError;
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
@@ -74,6 +92,24 @@ pub enum DirtyLogKind {
     Manual,
     /// Reading clears.
     Plain,
+    /// Rings of so many entries, one for each vCPU.
+    Ring(u32),
+}
+
+impl DirtyLogKind {
+    /// Whether pages are protected again when they are cleared, and not before.
+    const fn is_manual(self) -> bool {
+        matches!(self, Self::ManualInitiallySet | Self::Manual)
+    }
+
+    /// What `--dirty` calls it.
+    #[must_use]
+    pub const fn tracking(self) -> Tracking {
+        match self {
+            Self::ManualInitiallySet | Self::Manual | Self::Plain => Tracking::Log,
+            Self::Ring(_) => Tracking::Ring,
+        }
+    }
 }
 
 /// The dirty log of a VM. At most one is on at a time.
@@ -90,10 +126,12 @@ impl DirtyLog {
     /// The log of `vm`, off.
     #[must_use]
     pub fn new(vm: Arc<Vm>) -> Self {
-        let kind = match vm.manual_dirty_log_flags() {
-            0 => DirtyLogKind::Plain,
-            f if f & KVM_DIRTY_LOG_INITIALLY_SET != 0 => DirtyLogKind::ManualInitiallySet,
-            _ => DirtyLogKind::Manual,
+        let rings = vm.dirty_rings().map(|rings| rings.entries());
+        let kind = match (rings, vm.manual_dirty_log_flags()) {
+            (Some(entries), _) => DirtyLogKind::Ring(entries),
+            (_, 0) => DirtyLogKind::Plain,
+            (_, f) if f & KVM_DIRTY_LOG_INITIALLY_SET != 0 => DirtyLogKind::ManualInitiallySet,
+            (..) => DirtyLogKind::Manual,
         };
         Self {
             vm,
@@ -127,6 +165,8 @@ impl DirtyLog {
         let ram = self.vm.ram();
         let words = ram.regions().iter().map(|r| r.words()).max().unwrap_or(0);
         buffer.resize(words, 0);
+        // What an earlier migration left in the rings; whatever it was, all pages are dirty from here on.
+        self.harvest()?;
         if self.kind == DirtyLogKind::ManualInitiallySet {
             // KVM's bits say it for all pages.
             ram.clear_all_dirty();
@@ -154,6 +194,8 @@ impl DirtyLog {
         self.on.store(false, Ordering::Release);
         *buffer = Vec::new();
         self.vm.log_dirty_pages(false)?;
+        // No vCPU shall come out for a ring that nobody wants any more.
+        self.harvest()?;
         Ok(())
     }
 
@@ -168,9 +210,14 @@ impl DirtyLog {
             return Err(DirtyLogError::Off);
         }
         let ram = self.vm.ram();
+        self.harvest()?;
         for (index, region) in ram.regions().iter().enumerate() {
             let words = &mut buffer[..region.words()];
-            self.get(slot(index), words)?;
+            if matches!(self.kind, DirtyLogKind::Ring(_)) {
+                words.fill(0);
+            } else {
+                self.get(slot(index), words)?;
+            }
             let own = ram.dirty_bitmap(index);
             if self.kind == DirtyLogKind::Plain {
                 // KVM has forgotten these bits by now.
@@ -206,12 +253,26 @@ impl DirtyLog {
         let words = &words[start..end];
         let word = word + start;
         ram.dirty_bitmap(index).and_not(word, words);
-        if self.kind != DirtyLogKind::Plain {
+        if self.kind.is_manual() {
             let region = &ram.regions()[index];
             let first_page = u64::try_from(word).unwrap_or(u64::MAX).saturating_mul(64);
             self.clear_in_kvm(slot(index), first_page, region.pages, words)?;
         }
         Ok(())
+    }
+
+    /// Empties the rings into the RAM's own bitmaps.
+    fn harvest(&self) -> Result<(), IoctlError> {
+        match self.vm.dirty_rings() {
+            Some(rings) => rings.harvest(&self.vm),
+            None => Ok(()),
+        }
+    }
+
+    /// How often a vCPU had to stop to empty its own ring since the machine was built; 0 where there are none.
+    #[must_use]
+    pub fn full_rings(&self) -> u64 {
+        self.vm.dirty_rings().map_or(0, |rings| rings.full_exits())
     }
 
     fn get(&self, slot: u32, words: &mut [u64]) -> Result<(), IoctlError> {
@@ -280,14 +341,6 @@ impl Drop for DirtyLog {
 /// Slots are numbered as the regions are.
 fn slot(region: usize) -> u32 {
     u32::try_from(region).unwrap_or(u32::MAX)
-}
-
-struct VmRef<'a>(&'a Vm);
-
-impl AsRawFd for VmRef<'_> {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.raw_fd()
-    }
 }
 
 #[cfg(test)]

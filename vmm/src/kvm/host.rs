@@ -13,12 +13,13 @@ use kvm_bindings::{
     KVM_CAP_NESTED_STATE, KVM_CAP_NR_MEMSLOTS, KVM_CAP_PIT_STATE2, KVM_CAP_PIT2,
     KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SREGS2, KVM_CAP_TSC_CONTROL,
     KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_USER_MEMORY, KVM_CAP_VCPU_EVENTS, KVM_CAP_XCRS,
-    KVM_CAP_XSAVE, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES,
+    KVM_CAP_XSAVE, KVM_CAP_XSAVE2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
 };
 use kvm_ioctls::Kvm;
 use serde::Serialize;
 
 use super::cpuid::{self, CpuidEntry};
+use super::dirty_ring::{self, ENTRY_BYTES};
 use super::error::{IoctlError, Named};
 
 /// The only version of the KVM API there is.
@@ -102,6 +103,8 @@ pub struct Capabilities {
     pub manual_dirty_log_protect: u32,
     /// Entries that a dirty ring can have (KVM_CAP_DIRTY_LOG_RING or _ACQ_REL); 0 for none.
     pub dirty_ring_entries: u32,
+    /// KVM_CAP_DIRTY_LOG_RING_ACQ_REL.
+    pub dirty_ring_acq_rel: bool,
     /// KVM_CAP_NESTED_STATE: size of the state of a nested hypervisor; 0 for none.
     pub nested_state_size: u32,
     /// KVM_CAP_EXIT_ON_EMULATION_FAILURE.
@@ -184,6 +187,25 @@ impl Host {
         &self.caps
     }
 
+    /// Whether KVM can report dirty pages by rings.
+    #[must_use]
+    pub fn has_dirty_rings(&self) -> bool {
+        self.caps.dirty_ring_entries > 0
+    }
+
+    /// Whether rings are the better choice here: see [`DirtyLog`](super::DirtyLog).
+    #[must_use]
+    pub fn prefers_dirty_rings(&self) -> bool {
+        self.caps.manual_dirty_log_protect & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0
+            && self.has_dirty_rings()
+    }
+
+    /// How many entries the ring of each of so many vCPUs should have.
+    #[must_use]
+    pub fn dirty_ring_entries(&self, cpus: u32) -> u32 {
+        dirty_ring::default_entries(self.caps.dirty_ring_entries, cpus)
+    }
+
     /// KVM_GET_SUPPORTED_CPUID: the CPU features that this host can give to a guest.
     ///
     /// # Errors
@@ -239,10 +261,11 @@ impl Capabilities {
             adjust_clock: number(KVM_CAP_ADJUST_CLOCK),
             kvmclock_ctrl: has(KVM_CAP_KVMCLOCK_CTRL),
             manual_dirty_log_protect: number(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2),
-            // The capability's value is the size of the ring in bytes, 16 for each entry.
+            // The capability's value is the size of the ring in bytes.
             dirty_ring_entries: number(KVM_CAP_DIRTY_LOG_RING)
                 .max(number(KVM_CAP_DIRTY_LOG_RING_ACQ_REL))
-                / 16,
+                / ENTRY_BYTES,
+            dirty_ring_acq_rel: has(KVM_CAP_DIRTY_LOG_RING_ACQ_REL),
             nested_state_size: number(KVM_CAP_NESTED_STATE),
             exit_on_emulation_failure: has(KVM_CAP_EXIT_ON_EMULATION_FAILURE),
             max_vcpus: number(KVM_CAP_MAX_VCPUS),

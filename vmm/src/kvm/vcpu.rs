@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use ferry_devices::bus::Bus;
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
-    KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
-    KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT,
+    KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO,
 };
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl;
@@ -45,13 +45,21 @@ pub struct Vcpu {
     page: Arc<RunPage>,
     kicker: Kicker,
     id: u32,
+    /// The number of its dirty ring, where there are rings.
+    ring: Option<usize>,
     pub(super) msrs: super::state::MsrList,
     // Last, so that it is dropped last: the guest's memory must outlive the vCPU.
     vm: Arc<Vm>,
 }
 
 impl Vcpu {
-    pub(super) fn new(vm: Arc<Vm>, fd: VcpuFd, run_size: usize, id: u32) -> Result<Self, VmError> {
+    pub(super) fn new(
+        vm: Arc<Vm>,
+        fd: VcpuFd,
+        run_size: usize,
+        id: u32,
+        ring: Option<usize>,
+    ) -> Result<Self, VmError> {
         let page = RunPage::map(fd.as_raw_fd(), run_size).map_err(|source| VmError::Io {
             what: "mapping a vCPU's run page",
             source,
@@ -63,6 +71,7 @@ impl Vcpu {
             page,
             kicker,
             id,
+            ring,
             msrs: super::state::MsrList::default(),
             vm,
         })
@@ -116,6 +125,7 @@ impl Vcpu {
             KVM_EXIT_IO => self.port_io(pio),
             KVM_EXIT_MMIO => self.mmio(mmio),
             KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_SET_TPR => VmExit::Handled,
+            KVM_EXIT_DIRTY_RING_FULL => self.dirty_ring_full(),
             KVM_EXIT_SHUTDOWN => VmExit::Shutdown,
             KVM_EXIT_SYSTEM_EVENT => self.system_event(),
             KVM_EXIT_INTERNAL_ERROR => self.internal_error(),
@@ -197,6 +207,19 @@ impl Vcpu {
             unsafe { (*self.page.get()).__bindgen_anon_1.mmio.data = mmio.data };
         }
         VmExit::Handled
+    }
+
+    /// Nothing of the guest's is pending in this exit: KVM leaves before it enters the guest.
+    fn dirty_ring_full(&self) -> VmExit {
+        let Some((rings, ring)) = self.vm.dirty_rings().zip(self.ring) else {
+            return self.failure("KVM reported a full dirty ring where there is none");
+        };
+        match rings.make_room(&self.vm, ring) {
+            Ok(()) => VmExit::Handled,
+            Err(error) => self.failure(&format!(
+                "its dirty ring is full and could not be emptied ({error})"
+            )),
+        }
     }
 
     fn system_event(&self) -> VmExit {

@@ -5,15 +5,17 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::IoEventAddress;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::cpuid::{self, CpuidEntry};
+use super::dirty_ring::{self, DirtyRings};
 use super::error::{IoctlError, Named};
 use super::host::{Capabilities, Host};
 use super::irq::IrqLine;
@@ -62,6 +64,8 @@ pub enum VmError {
 /// A virtual machine with its RAM.
 #[derive(Debug)]
 pub struct Vm {
+    /// Where dirty pages are found by rings.
+    rings: Option<DirtyRings>,
     fd: VmFd,
     caps: Capabilities,
     /// KVM_GET_MSR_INDEX_LIST of the host.
@@ -71,18 +75,36 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM over `ram`, with the interrupt controllers and, where there is one, the timer.
+    /// A VM over `ram`, with the interrupt controllers and, where there is one, the timer. Its dirty pages are found by
+    /// KVM's log.
     ///
     /// # Errors
     /// [`VmError`].
     pub fn new(host: &Host, ram: Arc<GuestRam>) -> Result<Self, VmError> {
+        Self::with_dirty_rings(host, ram, 0)
+    }
+
+    /// As [`new`](Self::new); dirty pages are found by a ring of about `entries` for each vCPU, where that is not 0 and
+    /// the host has rings. KVM wants to know before there is a vCPU, and it is for good.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_dirty_rings(
+        host: &Host,
+        ram: Arc<GuestRam>,
+        entries: u32,
+    ) -> Result<Self, VmError> {
         let caps = host.capabilities().clone();
         let fd = host.kvm().create_vm().named("KVM_CREATE_VM")?;
         let list = host
             .kvm()
             .get_msr_index_list()
             .named("KVM_GET_MSR_INDEX_LIST")?;
+        let max = caps.dirty_ring_entries;
+        let rings =
+            (entries > 0 && max > 0).then(|| DirtyRings::new(dirty_ring::fit(entries, max)));
         let vm = Self {
+            rings,
             fd,
             caps,
             msr_indices: list.as_slice().to_vec(),
@@ -112,6 +134,16 @@ impl Vm {
             // A failed emulation then ends the machine with the instruction's bytes in the message,
             // where otherwise the guest would get an #UD that it did nothing to deserve.
             vm.enable(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)?;
+        }
+        if let Some(rings) = &vm.rings {
+            // They differ in what user space owes to weakly ordered processors, which it does anyway.
+            let cap = if vm.caps.dirty_ring_acq_rel {
+                KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+            } else {
+                KVM_CAP_DIRTY_LOG_RING
+            };
+            let bytes = u64::from(rings.entries()) * u64::from(dirty_ring::ENTRY_BYTES);
+            vm.enable(cap, bytes)?;
         }
         let manual = vm.manual_dirty_log_flags();
         if manual != 0 {
@@ -154,7 +186,14 @@ impl Vm {
         let fd = self.fd.create_vcpu(id.into()).named("KVM_CREATE_VCPU")?;
         let list = cpuid::for_vcpu(cpuid, id, count).ok_or(VmError::Cpuid(cpuid.len()))?;
         fd.set_cpuid2(&list).named("KVM_SET_CPUID2")?;
-        let mut vcpu = Vcpu::new(self.clone(), fd, self.fd.run_size(), id)?;
+        let ring = match &self.rings {
+            Some(rings) => Some(rings.add(fd.as_raw_fd()).map_err(|source| VmError::Io {
+                what: "mapping a vCPU's dirty ring",
+                source,
+            })?),
+            None => None,
+        };
+        let mut vcpu = Vcpu::new(self.clone(), fd, self.fd.run_size(), id, ring)?;
         vcpu.probe_msrs(&self.msr_indices)?;
         Ok(vcpu)
     }
@@ -196,8 +235,18 @@ impl Vm {
         Ok(())
     }
 
+    /// The rings, where dirty pages are found by them.
+    pub(super) fn dirty_rings(&self) -> Option<&DirtyRings> {
+        self.rings.as_ref()
+    }
+
     /// The flags of manual dirty log protection that this VM runs with; 0 for the plain log.
     pub(super) fn manual_dirty_log_flags(&self) -> u32 {
+        if self.rings.is_some() {
+            // Then there is no log to protect by hand; and with INITIALLY_SET turning tracking on would protect nothing,
+            // so that no write would ever get into a ring.
+            return 0;
+        }
         let known = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         let flags = self.caps.manual_dirty_log_protect & known;
         // INITIALLY_SET means nothing without the first.
@@ -215,10 +264,6 @@ impl Vm {
 
     pub(super) fn fd(&self) -> &VmFd {
         &self.fd
-    }
-
-    pub(super) fn raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
     }
 
     fn set_slots(&self, flags: u32) -> Result<(), VmError> {
@@ -246,5 +291,14 @@ impl Vm {
         };
         request.args[0] = arg;
         self.fd.enable_cap(&request).named("KVM_ENABLE_CAP")
+    }
+}
+
+/// A VM where an ioctl wants a descriptor.
+pub(super) struct VmRef<'a>(pub(super) &'a Vm);
+
+impl AsRawFd for VmRef<'_> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.fd.as_raw_fd()
     }
 }

@@ -4,9 +4,11 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use ferry_devices::acpi_pm::{ACPI_PM_BASE, ACPI_PM_IRQ, ACPI_PM_LEN, AcpiPm};
+use ferry_devices::block::Disk;
 use ferry_devices::bus::{Bus, BusError};
 use ferry_devices::i8042::{I8042, I8042_BASE, I8042_LEN};
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN, Serial};
+use ferry_migration::options::Tracking;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, EndWish};
@@ -31,6 +33,11 @@ pub enum BuildError {
     /// KVM did not tell what CPU it can offer.
     #[error("the host's CPU features could not be read: {0}")]
     Cpuid(#[source] IoctlError),
+    /// Rings were asked for.
+    #[error(
+        "this host's KVM has no dirty ring, which --dirty ring asked for: leave --dirty out, or use Linux 5.11 or later"
+    )]
+    NoDirtyRing,
     /// Too many vCPUs, or none.
     #[error("a machine with {asked} vCPUs was asked for, but 1 to {max} are possible on this host")]
     Cpus {
@@ -66,6 +73,9 @@ pub struct Builder {
     name: String,
     serial: Box<dyn Write + Send>,
     backends: Backends,
+    dirty: Tracking,
+    ring_entries: Option<u32>,
+    opened_disks: Option<Vec<Arc<Disk>>>,
     /// Of a machine that exists already.
     description: Option<MachineDescription>,
 }
@@ -79,6 +89,9 @@ impl Default for Builder {
             name: "ferry".to_owned(),
             serial: Box::new(io::sink()),
             backends: Backends::default(),
+            dirty: Tracking::Auto,
+            ring_entries: None,
+            opened_disks: None,
             description: None,
         }
     }
@@ -139,6 +152,30 @@ impl Builder {
         self
     }
 
+    /// How the pages that the guest dirties are found while it is migrated. By default as [`DirtyLog`] finds better on
+    /// this host. A machine has it for good.
+    #[must_use]
+    pub fn dirty(mut self, tracking: Tracking) -> Self {
+        self.dirty = tracking;
+        self
+    }
+
+    /// Entries of each vCPU's dirty ring, where there are rings: a power of two, 16 bytes of the kernel's memory each.
+    /// By default as many as KVM takes on a small machine, and fewer on large ones. A vCPU whose ring is full stops for
+    /// as long as it takes to empty it.
+    #[must_use]
+    pub fn dirty_ring_entries(mut self, entries: u32) -> Self {
+        self.ring_entries = Some(entries);
+        self
+    }
+
+    /// The disks, where they are open already: those of [`devices`](Self::devices) are not opened then.
+    #[must_use]
+    pub fn opened_disks(mut self, disks: Option<Vec<Arc<Disk>>>) -> Self {
+        self.opened_disks = disks;
+        self
+    }
+
     /// The same machine as another one, which may be on another host: memory, vCPUs, huge pages, name
     /// and CPU features are taken from its description.
     #[must_use]
@@ -172,7 +209,15 @@ impl Builder {
             None => host.guest_cpuid().map_err(BuildError::Cpuid)?,
         };
         let ram = Arc::new(GuestRam::new(self.memory, self.hugepages)?);
-        let vm = Arc::new(Vm::new(&host, ram)?);
+        let entries = match self.dirty {
+            Tracking::Log => 0,
+            Tracking::Ring if !host.has_dirty_rings() => return Err(BuildError::NoDirtyRing),
+            Tracking::Auto if !host.prefers_dirty_rings() => 0,
+            Tracking::Auto | Tracking::Ring => self
+                .ring_entries
+                .unwrap_or_else(|| host.dirty_ring_entries(self.cpus)),
+        };
+        let vm = Arc::new(Vm::with_dirty_rings(&host, ram, entries)?);
 
         let wish = EndWish::default();
         let serial_irq = vm.irq_line(COM1_IRQ)?;
@@ -190,7 +235,12 @@ impl Builder {
         pio.insert(ACPI_PM_BASE, ACPI_PM_LEN, acpi_pm.clone())?;
         let mut mmio = Bus::new();
         let described = self.description.as_ref().map(|d| d.devices.as_slice());
-        let (virtio, devices) = VirtioSet::build(&vm, &self.backends, described, &mut mmio)?;
+        let (virtio, devices) = VirtioSet::build(
+            &vm,
+            (&self.backends, self.opened_disks),
+            described,
+            &mut mmio,
+        )?;
         let virtio = Arc::new(virtio);
         let buses = Arc::new((pio, mmio));
 

@@ -97,14 +97,18 @@ pub(super) struct VirtioSet {
 
 impl VirtioSet {
     /// Makes the devices and puts them on `bus`: those of `described`, or, for a new machine, those that `backends` asks
-    /// for. A new machine's disks are locked; those of one that arrives belong to its source still.
+    /// for. A new machine's disks are locked; those of one that arrives belong to its source still. Disks that are `opened`
+    /// already are taken as they are.
     pub(super) fn build(
         vm: &Arc<Vm>,
-        backends: &Backends,
+        (backends, opened): (&Backends, Option<Vec<Arc<Disk>>>),
         described: Option<&[DeviceDescription]>,
         bus: &mut Bus,
     ) -> Result<(Self, Vec<DeviceDescription>), BuildError> {
-        let disks = open_disks(backends)?;
+        let disks = match opened {
+            Some(disks) => disks,
+            None => open_disks(backends)?,
+        };
         let devices = match described {
             Some(devices) => {
                 check(devices, backends, &disks)?;

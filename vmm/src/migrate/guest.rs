@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{Guest, PageSource, PortError};
+use ferry_migration::port::{BlockSource, Guest, PageSource, PortError};
 use ferry_migration::wire::{MAX_RUNS, SessionId};
 
+use super::disks::DiskStore;
 use super::{Handle, StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Machine, PausedMachine};
 
@@ -171,7 +172,17 @@ impl Guest<StreamLink> for MachineGuest<'_> {
         self.machine.stop();
     }
 
+    fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
+        let store = |disk: &Arc<_>| Arc::new(DiskStore(Arc::clone(disk))) as _;
+        self.machine.disks().iter().map(store).collect()
+    }
+
     fn fault_channels(&self) -> u16 {
         u16::try_from(self.machine.description().cpus).unwrap_or(u16::MAX)
+    }
+
+    fn processors(&self) -> u16 {
+        let here = std::thread::available_parallelism();
+        here.map_or(1, |n| u16::try_from(n.get()).unwrap_or(u16::MAX))
     }
 }

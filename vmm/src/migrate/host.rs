@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ferry_migration::codec::marks::Marks;
+use ferry_migration::options::Tracking;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{Host, PageFault, PageSink, PortError};
+use ferry_migration::port::{BlockSink, Host, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
 
+use super::disks::ArrivingDisks;
 use super::{StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Backends, DeviceDescription, Machine, MachineDescription, MachineState};
 use crate::memory::{GuestRam, PageRun, Userfault, Waited, check_available, check_userfault};
@@ -152,6 +154,9 @@ impl PageSink<StreamLink> for RamSink {
 pub struct MachineHost {
     serial: SerialFactory,
     backends: Backends,
+    dirty: Tracking,
+    /// Those that are copied here.
+    disks: ArrivingDisks,
     machine: Option<Arc<Machine>>,
     sink: Option<Arc<RamSink>>,
     run_after: bool,
@@ -159,10 +164,12 @@ pub struct MachineHost {
 }
 
 impl MachineHost {
-    pub(super) fn new(serial: SerialFactory, backends: Backends) -> Self {
+    pub(super) fn new(serial: SerialFactory, backends: Backends, dirty: Tracking) -> Self {
         Self {
             serial,
             backends,
+            dirty,
+            disks: ArrivingDisks::default(),
             machine: None,
             sink: None,
             run_after: true,
@@ -184,6 +191,11 @@ impl MachineHost {
 impl Host<StreamLink> for MachineHost {
     type Sink = RamSink;
 
+    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        self.disks.make(&self.backends.disks, bytes)?;
+        Ok(self.disks.sinks())
+    }
+
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<RamSink>, PortError> {
         let description: MachineDescription = serde_json::from_slice(machine)
             .map_err(|e| format!("the machine's description cannot be understood: {e}"))?;
@@ -194,6 +206,8 @@ impl Host<StreamLink> for MachineHost {
             .from_description(&description)
             .serial(serial)
             .devices(self.backends.clone())
+            .dirty(self.dirty)
+            .opened_disks(self.disks.disks())
             .build()?;
         if engine_layout(machine.ram())? != *layout {
             return Err(
@@ -262,6 +276,7 @@ impl Host<StreamLink> for MachineHost {
     fn run(&mut self) -> Result<Duration, PortError> {
         let machine = self.machine.as_ref().ok_or("there is no machine")?;
         self.started = true;
+        self.disks.arrived()?;
         if !self.run_after {
             return Ok(Duration::ZERO);
         }
@@ -277,6 +292,7 @@ impl Host<StreamLink> for MachineHost {
             self.end_post_copy();
             self.sink = None;
             self.machine = None;
+            self.disks.remove();
         }
     }
 }

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use ferry_migration::destination::{
     self, Arriving, Destination, DestinationError, LaneSet, State, Step,
 };
+use ferry_migration::options::Tracking;
 use ferry_migration::wire::{Channel, Preamble, Role, SessionId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -94,6 +95,7 @@ struct Shared {
     changed: Condvar,
     serial: SerialFactory,
     backends: Backends,
+    dirty: Tracking,
     arrivals: Mutex<mpsc::Sender<Arrival>>,
     stop: AtomicBool,
     connections: AtomicUsize,
@@ -118,11 +120,11 @@ impl Receiver {
     /// # Errors
     /// [`ReceiveError`].
     pub fn bind(uri: &Uri, serial: SerialFactory) -> Result<Self, ReceiveError> {
-        Self::bind_with(uri, serial, Backends::default())
+        Self::bind_with(uri, serial, Backends::default(), Tracking::Auto)
     }
 
-    /// Listens on `uri`; `serial` makes the console of an arriving guest, and `backends` is what is behind its disks and
-    /// network cards here.
+    /// Listens on `uri`; `serial` makes the console of an arriving guest, `backends` is what is behind its disks and
+    /// network cards here, and `dirty` how the pages that it dirties will be found here.
     ///
     /// # Errors
     /// [`ReceiveError`].
@@ -130,6 +132,7 @@ impl Receiver {
         uri: &Uri,
         serial: SerialFactory,
         backends: Backends,
+        dirty: Tracking,
     ) -> Result<Self, ReceiveError> {
         let error = |error: io::Error| ReceiveError::Bind {
             uri: uri.to_string(),
@@ -174,6 +177,7 @@ impl Receiver {
             changed: Condvar::new(),
             serial,
             backends,
+            dirty,
             arrivals: Mutex::new(sender),
             stop: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
@@ -414,7 +418,11 @@ fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
     if let Some(why) = busy {
         return refuse(channel, why);
     }
-    let host = MachineHost::new(Arc::clone(&shared.serial), shared.backends.clone());
+    let host = MachineHost::new(
+        Arc::clone(&shared.serial),
+        shared.backends.clone(),
+        shared.dirty,
+    );
     let timeouts = destination::Timeouts::default();
     let clock = Arc::new(MonotonicClock::new());
     let engine = Destination::new(channel, preamble, host, timeouts, clock);

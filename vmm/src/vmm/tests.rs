@@ -289,7 +289,7 @@ fn bad_requests_change_nothing() {
     let result = rig.vmm.migrate(&request("bad")).map(drop);
     assert_eq!(result, Err(Refusal::Invalid("bad is no URI".into())));
     let options = Options {
-        channels: 0,
+        channels: Some(0),
         ..Options::default()
     };
     let result = rig.vmm.migrate(&MigrateRequest {

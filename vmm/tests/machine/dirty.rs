@@ -1,10 +1,11 @@
-//! The dirty log against an oracle that knows what was written.
+//! The dirty log and rings against an oracle that knows what was written.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use ferry_vmm::kvm::DirtyLogError;
-use ferry_vmm::machine::Machine;
+use ferry_migration::options::Tracking;
+use ferry_vmm::kvm::{DirtyLogError, DirtyLogKind, Host};
+use ferry_vmm::machine::{Builder, Machine};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::support::{COUNT, COUNTER, MIB, eventually, kvm, machine, progresses, read};
@@ -65,12 +66,32 @@ fn clear(m: &Machine, pages: &BTreeSet<u64>) {
 
 #[test]
 fn exactly_what_was_written_is_dirty_until_it_is_cleared() {
+    each_tracking(|builder| exactly_what_was_written_is_dirty(&machine(builder, &MAILBOX)));
+}
+
+/// By the log, and by rings where there are any.
+fn each_tracking(test: impl Fn(Builder)) {
     if !kvm() {
         return;
     }
-    let m = machine(Machine::builder(), &MAILBOX);
+    test(Machine::builder().dirty(Tracking::Log));
+    if rings() {
+        test(Machine::builder().dirty(Tracking::Ring));
+    }
+}
+
+fn rings() -> bool {
+    let has = kvm() && Host::open().unwrap().has_dirty_rings();
+    if !has {
+        let test = std::thread::current().name().unwrap_or("?").to_owned();
+        eprintln!("NOT RUN: {test}: no dirty rings here");
+    }
+    has
+}
+
+fn exactly_what_was_written_is_dirty(m: &Machine) {
     m.resume().unwrap();
-    guest_writes(&m, &[700]);
+    guest_writes(m, &[700]);
     let log = m.dirty_log();
     assert!(matches!(log.collect(|_, _| ()), Err(DirtyLogError::Off)));
     log.start().unwrap();
@@ -78,13 +99,13 @@ fn exactly_what_was_written_is_dirty_until_it_is_cleared() {
     println!("dirty log: {:?}", log.kind());
 
     let everything: BTreeSet<u64> = (0..PAGES).collect();
-    assert_eq!(dirty(&m), everything, "every page is dirty at the start");
-    clear(&m, &everything);
-    assert_eq!(dirty(&m), BTreeSet::new());
+    assert_eq!(dirty(m), everything, "every page is dirty at the start");
+    clear(m, &everything);
+    assert_eq!(dirty(m), BTreeSet::new());
 
     // The guest's writes, at and across the edges of words, and the VMM's own.
     let written = [600, 639, 640, 1000, 1023, 1024, 4095];
-    guest_writes(&m, &written);
+    guest_writes(m, &written);
     m.ram()
         .memory()
         .write_slice(&[1; 5000], GuestAddress(2000 * 4096))
@@ -92,25 +113,32 @@ fn exactly_what_was_written_is_dirty_until_it_is_cleared() {
     m.ram().discard(3000, 2).unwrap();
     let mut oracle: BTreeSet<u64> = written.into_iter().collect();
     oracle.extend([MAILBOX_PAGE, 2000, 2001, 3000, 3001]);
-    assert_eq!(dirty(&m), oracle);
-    assert_eq!(dirty(&m), oracle, "collecting clears nothing");
+    assert_eq!(dirty(m), oracle);
+    assert_eq!(dirty(m), oracle, "collecting clears nothing");
 
     // Clearing some leaves the others, of the same word too.
     let some: BTreeSet<u64> = [639, 1024, 2000].into();
-    clear(&m, &some);
+    clear(m, &some);
     let rest: BTreeSet<u64> = oracle.difference(&some).copied().collect();
-    assert_eq!(dirty(&m), rest);
+    assert_eq!(dirty(m), rest);
 
     // Written again after it was cleared: dirty again. Between collect and clear: cleared, since the
-    // sender reads the page after clearing it, and so sends this write too.
-    guest_writes(&m, &[639]);
-    let seen = dirty(&m);
+    // sender reads the page after clearing it, and so sends this write too. Rings tell of it all the
+    // same, for they protect what was collected: it is sent once more than need be.
+    guest_writes(m, &[639]);
+    let seen = dirty(m);
     assert!(seen.contains(&639));
-    guest_writes(&m, &[640]);
-    clear(&m, &seen);
-    assert_eq!(dirty(&m), BTreeSet::new());
-    guest_writes(&m, &[640]);
-    assert_eq!(dirty(&m), [640, MAILBOX_PAGE].into());
+    guest_writes(m, &[640]);
+    clear(m, &seen);
+    let again: BTreeSet<u64> = match log.kind() {
+        DirtyLogKind::Ring(_) => [640, MAILBOX_PAGE].into(),
+        _ => BTreeSet::new(),
+    };
+    assert_eq!(dirty(m), again);
+    clear(m, &again);
+    assert_eq!(dirty(m), BTreeSet::new());
+    guest_writes(m, &[640]);
+    assert_eq!(dirty(m), [640, MAILBOX_PAGE].into());
 
     // Words that are not where words can be.
     assert!(log.clear(1, &[1]).is_err());
@@ -124,25 +152,25 @@ fn exactly_what_was_written_is_dirty_until_it_is_cleared() {
     log.stop().unwrap();
     log.stop().unwrap();
     assert!(matches!(log.clear(0, &[1]), Err(DirtyLogError::Off)));
-    guest_writes(&m, &[5]);
+    guest_writes(m, &[5]);
     log.start().unwrap();
-    assert_eq!(dirty(&m), everything);
+    assert_eq!(dirty(m), everything);
 }
 
 /// A sender copies the counter's page whenever it is dirty, while the guest counts. What it copied last
 /// must be what is there once the guest stands still: a lost bit would show as an old number.
 #[test]
 fn a_racing_sender_never_misses_the_last_write() {
-    if !kvm() {
-        return;
-    }
-    let m = machine(Machine::builder(), &COUNT);
+    each_tracking(|builder| racing_sender_never_misses(&machine(builder, &COUNT)));
+}
+
+fn racing_sender_never_misses(m: &Machine) {
     m.resume().unwrap();
-    progresses(&m, COUNTER);
+    progresses(m, COUNTER);
     m.dirty_log().start().unwrap();
     let all: BTreeSet<u64> = (0..PAGES).collect();
-    clear(&m, &all);
-    let copy = AtomicU64::new(read(&m, COUNTER));
+    clear(m, &all);
+    let copy = AtomicU64::new(read(m, COUNTER));
     let send = || {
         let mut found = false;
         m.dirty_log()
@@ -152,8 +180,8 @@ fn a_racing_sender_never_misses_the_last_write() {
             })
             .unwrap();
         if found {
-            clear(&m, &[MAILBOX_PAGE].into());
-            copy.store(read(&m, COUNTER), Ordering::SeqCst);
+            clear(m, &[MAILBOX_PAGE].into());
+            copy.store(read(m, COUNTER), Ordering::SeqCst);
         }
     };
     for _ in 0..30 {
@@ -170,7 +198,78 @@ fn a_racing_sender_never_misses_the_last_write() {
             paused.keep_paused();
         });
         send();
-        assert_eq!(copy.load(Ordering::SeqCst), read(&m, COUNTER));
+        assert_eq!(copy.load(Ordering::SeqCst), read(m, COUNTER));
         m.resume().unwrap();
+    }
+}
+
+/// Writes the number of the sweep to each page from 4 MiB to 16 MiB, over and over; the number is in the mailbox.
+///
+/// ```text
+/// 1: mov rbx, 0x400000
+///    mov rax, [0x200000]
+///    inc rax
+///    mov [0x200000], rax
+/// 2: mov [rbx], rax
+///    add rbx, 0x1000
+///    cmp rbx, 0x1000000
+///    jb 2b
+///    jmp 1b
+/// ```
+const SWEEP: [u8; 48] = [
+    0x48, 0xc7, 0xc3, 0x00, 0x00, 0x40, 0x00, 0x48, 0x8b, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0x48,
+    0xff, 0xc0, 0x48, 0x89, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0x48, 0x89, 0x03, 0x48, 0x81, 0xc3,
+    0x00, 0x10, 0x00, 0x00, 0x48, 0x81, 0xfb, 0x00, 0x00, 0x00, 0x01, 0x72, 0xed, 0xeb, 0xd1, 0x90,
+];
+const SWEPT: std::ops::Range<u64> = 1024..4096;
+
+/// A guest that dirties three times as many pages as its ring has entries, and nobody to take them: it stops for its
+/// own ring, goes on, and every page is known. A sender that then copies what is dirty has what the guest has.
+#[test]
+fn a_burst_larger_than_the_ring_loses_nothing() {
+    if !rings() {
+        return;
+    }
+    let builder = Machine::builder()
+        .dirty(Tracking::Ring)
+        .dirty_ring_entries(1024);
+    let m = machine(builder, &SWEEP);
+    let log = m.dirty_log();
+    assert_eq!(log.kind(), DirtyLogKind::Ring(1024));
+    m.resume().unwrap();
+    let all: BTreeSet<u64> = (0..PAGES).collect();
+    let mut copy = vec![0; usize::try_from(PAGES).unwrap()];
+    for round in 0..5 {
+        let full = log.full_rings();
+        log.start().unwrap();
+        clear(&m, &all);
+        copy.fill(u64::MAX);
+        let begun = read(&m, COUNTER);
+        for page in 0..PAGES {
+            copy[usize::try_from(page).unwrap()] = read(&m, page * 4096);
+        }
+        eventually("two sweeps", &m, || read(&m, COUNTER) > begun + 2);
+        assert!(log.full_rings() > full, "the ring was never full");
+        let mut send = |pages: &BTreeSet<u64>| {
+            clear(&m, pages);
+            for page in pages {
+                copy[usize::try_from(*page).unwrap()] = read(&m, page * 4096);
+            }
+        };
+        // Some rounds of a migration, then its pause.
+        let found = dirty(&m);
+        assert!(SWEPT.into_iter().all(|page| found.contains(&page)));
+        send(&found);
+        for _ in 0..round {
+            send(&dirty(&m));
+        }
+        let paused = m.pause().unwrap();
+        send(&dirty(&m));
+        for page in 0..PAGES {
+            let (sent, there) = (copy[usize::try_from(page).unwrap()], read(&m, page * 4096));
+            assert_eq!(sent, there, "page {page}, round {round}");
+        }
+        log.stop().unwrap();
+        drop(paused);
     }
 }

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod absent;
+mod copy_disk;
 mod dirty;
 mod life;
 mod serial;

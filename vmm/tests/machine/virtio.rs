@@ -50,16 +50,16 @@ const REGISTERS: u64 = 0xd000_0000;
 const DESCRIPTORS: u32 = 0x40_0000;
 const AVAILABLE: u32 = 0x40_1000;
 const USED: u32 = 0x40_2000;
-const HEADER: u32 = 0x40_3000;
+pub const HEADER: u32 = 0x40_3000;
 const STATUS: u32 = 0x40_3100;
 
-fn disk() -> NamedTempFile {
+pub fn disk() -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
     file.as_file().set_len(1 << 20).unwrap();
     file
 }
 
-fn backends(path: &Path) -> Backends {
+pub fn backends(path: &Path) -> Backends {
     Backends {
         disks: vec![DiskOptions {
             path: path.to_owned(),
@@ -80,7 +80,7 @@ fn counted(path: &Path) -> u64 {
 }
 
 /// A machine that runs [`WRITER`] on its first virtio device.
-fn writer(builder: Builder) -> Machine {
+pub fn writer(builder: Builder) -> Machine {
     let registers = [
         (0x70, 0),
         (0x70, 1),
@@ -142,7 +142,7 @@ fn writer(builder: Builder) -> Machine {
     machine
 }
 
-fn status(machine: &Machine) -> u8 {
+pub fn status(machine: &Machine) -> u8 {
     let at = GuestAddress(STATUS.into());
     machine.ram().memory().read_obj(at).unwrap()
 }

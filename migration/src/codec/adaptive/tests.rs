@@ -92,7 +92,11 @@ fn send(guest: Guest, wire: Wire, batches: u32, chooser: Option<&mut Chooser>) -
         } else {
             0.0
         };
-        now = (now + wired * wire.copy).max(queued_until - fits);
+        now += wired * wire.copy;
+        if queued_until - fits > now {
+            // It waits, and is woken when a third of the buffer is free.
+            now = queued_until - fits * 2.0 / 3.0;
+        }
         if adaptive {
             chooser.record(Outcome {
                 level,

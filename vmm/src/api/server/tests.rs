@@ -104,6 +104,8 @@ pub fn report() -> Report {
         rounds_omitted: 0,
         pages: report::Pages::default(),
         codecs: Default::default(),
+        channels: Default::default(),
+        disk: None,
         bytes_wire: 1,
         mbps: 1.0,
         faults: report::Faults::default(),

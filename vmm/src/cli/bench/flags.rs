@@ -249,7 +249,7 @@ mod tests {
         let options = spec.cells[0].policy.ferry.clone().unwrap();
         assert_eq!(
             (options.policy, options.channels),
-            (PolicyKind::Postcopy, 2)
+            (PolicyKind::Postcopy, Some(2))
         );
         assert_eq!(options.downtime, Duration::from_millis(20));
         assert_eq!(spec.cells[1].policy.qemu.as_ref().unwrap().downtime_ms, 20);

@@ -1,4 +1,4 @@
-//! All three kinds of log on one KVM, by hiding what it has. `tests/machine/dirty.rs` has the log of
+//! All kinds of log, and rings, on one KVM, by hiding what it has. `tests/machine/dirty.rs` has the log of
 //! this host under a running guest.
 
 use vm_memory::{Bytes, GuestAddress};
@@ -13,7 +13,7 @@ const PAGES: u64 = 512;
 /// `inc dword ptr [ebx]; out 0x80, al; jmp .`
 const CODE: [u8; 6] = [0xff, 0x03, 0xe6, 0x80, 0xeb, 0xfe];
 
-fn vm(flags: u32) -> Option<(Arc<Vm>, Vcpu)> {
+fn vm(flags: u32, ring: u32) -> Option<(Arc<Vm>, Vcpu)> {
     let mut host = match Host::open() {
         Ok(host) => host,
         Err(error) => {
@@ -26,7 +26,7 @@ fn vm(flags: u32) -> Option<(Arc<Vm>, Vcpu)> {
     ram.memory()
         .write_slice(&CODE, GuestAddress(0x1000))
         .unwrap();
-    let vm = Arc::new(Vm::new(&host, ram).unwrap());
+    let vm = Arc::new(Vm::with_dirty_rings(&host, ram, ring).unwrap());
     let cpuid = host.guest_cpuid().unwrap();
     let vcpu = vm.create_vcpu(0, 1, &cpuid).unwrap();
     Some((vm, vcpu))
@@ -67,15 +67,15 @@ fn dirty(log: &DirtyLog) -> Vec<u64> {
 #[test]
 fn all_kinds_of_log_say_the_same() {
     let manual = kvm_bindings::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
-    for (flags, kind) in [
-        (0, DirtyLogKind::Plain),
-        (manual, DirtyLogKind::Manual),
-        (
-            manual | KVM_DIRTY_LOG_INITIALLY_SET,
-            DirtyLogKind::ManualInitiallySet,
-        ),
+    let initially_set = manual | KVM_DIRTY_LOG_INITIALLY_SET;
+    for (flags, ring, kind) in [
+        (0, 0, DirtyLogKind::Plain),
+        (manual, 0, DirtyLogKind::Manual),
+        (initially_set, 0, DirtyLogKind::ManualInitiallySet),
+        // Whatever the log could do: a VM has one of them.
+        (initially_set, 1024, DirtyLogKind::Ring(1024)),
     ] {
-        let Some((vm, mut vcpu)) = vm(flags) else {
+        let Some((vm, mut vcpu)) = vm(flags, ring) else {
             return;
         };
         let log = DirtyLog::new(vm.clone());
@@ -110,5 +110,33 @@ fn all_kinds_of_log_say_the_same() {
         log.stop().unwrap();
         guest_writes(&mut vcpu, 1);
         assert!(matches!(log.collect(|_, _| ()), Err(DirtyLogError::Off)));
+    }
+}
+
+/// Pages that were reported and not taken when the tracking ended are not dirty in the next one.
+#[test]
+fn a_ring_forgets_what_an_earlier_migration_left() {
+    let Some((vm, mut vcpu)) = vm(0, 1024) else {
+        return;
+    };
+    let log = DirtyLog::new(vm.clone());
+    if log.kind() == DirtyLogKind::Plain {
+        eprintln!("NOT RUN: this KVM has no dirty ring");
+        return;
+    }
+    for page in [10, 20, 30] {
+        log.start().unwrap();
+        log.clear(0, &[u64::MAX; 8]).unwrap();
+        guest_writes(&mut vcpu, page);
+        // Not collected. The VM is told to report no more, past the log, so that this stays in the ring.
+        vm.log_dirty_pages(false).unwrap();
+        guest_writes(&mut vcpu, page + 1);
+        log.stop().unwrap();
+        log.start().unwrap();
+        log.clear(0, &[u64::MAX; 8]).unwrap();
+        assert!(dirty(&log).is_empty(), "{page}");
+        guest_writes(&mut vcpu, page);
+        assert_eq!(dirty(&log), [page]);
+        log.stop().unwrap();
     }
 }

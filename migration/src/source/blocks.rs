@@ -1,0 +1,563 @@
+//! Disks that move with the guest ([`Options::copy_disk`](crate::options::Options::copy_disk)): the case without shared
+//! storage, as between two sites (Svärd 2012, ch. 2).
+//!
+//! ```text
+//!  guest runs   every block once ─▶ what was written meanwhile, round by round, until little is left or it shrinks no more
+//!               (only now memory is logged)
+//!               rounds of pages, before each of them the blocks written since
+//!  pause        the blocks written since ─▶ flushed there ─▶ pages, state, READY, COMMIT
+//! ```
+//!
+//! The disks are complete at the destination before it says READY, whatever the policy: no block follows a guest that was
+//! moved by post-copy. Their loop is apart from the policies, which see of it only the bytes that are still to be sent
+//! ([`View::store_bytes`](crate::policy::View::store_bytes)): they are part of the predicted pause.
+//!
+//! Why no write is lost: a block is pending until it was handed to the link, and is read after it was taken from what was
+//! written. A write that was done before it was taken is in what is read; one that was not is marked when it is done, and
+//! is found the next time. The last time is in the pause, when the devices have drained. A failure before the commit
+//! leaves the guest with its own disk, which was only read.
+
+use super::{Source, SourceError, State, ms};
+use crate::codec::ZSTD_LEVEL;
+use crate::options::{Compress, Options};
+use crate::page::{PAGE_BYTES, PageSet, Run};
+use crate::port::{BLOCK_BYTES, BlockSource, Guest, Link, PortError, blocks_in};
+use crate::report::Disk;
+use crate::wire::{Encoding, Features, FrameType, HEADER_BYTES, Header, MAX_BLOCKS};
+use std::sync::Arc;
+use std::time::Duration;
+use zstd::bulk::Compressor;
+
+/// The destination is asked to flush after so many bytes or so much time, and is never more than two such pieces behind:
+/// a flush then takes seconds at most, and a destination that has fallen silent is noticed.
+const PIECE: u64 = 32 << 20;
+const PIECE_TIME: Duration = Duration::from_secs(5);
+/// What is left when the live rounds end: little beside any memory.
+const LITTLE: u64 = 1 << 20;
+/// A round that leaves more than this share of what it found has shrunk nothing worth another.
+const SHRUNK: f64 = 0.9;
+
+/// A store and what is known of it.
+struct Store {
+    source: Arc<dyn BlockSource>,
+    bytes: u64,
+    pending: PageSet,
+    sent_once: PageSet,
+}
+
+impl Store {
+    /// Bytes of a run of blocks; the last block may be short.
+    const fn bytes_of(&self, run: Run) -> u64 {
+        let end = run.end().saturating_mul(BLOCK_BYTES);
+        let end = if end < self.bytes { end } else { self.bytes };
+        end.saturating_sub(run.first * BLOCK_BYTES)
+    }
+
+    /// The first blocks of the run that are zero and need not be read.
+    fn hole(&self, run: Run) -> Run {
+        let len = self.bytes_of(run);
+        let hole = self.source.hole(run.first * BLOCK_BYTES, len);
+        let blocks = if hole >= len {
+            run.count
+        } else {
+            hole / BLOCK_BYTES
+        };
+        Run::new(run.first, blocks)
+    }
+}
+
+/// The stores of a guest that move with it.
+pub(super) struct Stores {
+    all: Vec<Store>,
+    coder: Coder,
+    buffer: Vec<u8>,
+    /// Ends of rounds that were sent, and that were answered.
+    asked: u32,
+    answered: u32,
+    since_asked: u64,
+    asked_at: Duration,
+    /// Bytes that went out since the last round of pages, and how long that took.
+    beside: (u64, Duration),
+    report: Disk,
+}
+
+impl Stores {
+    /// None.
+    pub(super) fn none() -> Self {
+        Self {
+            all: Vec::new(),
+            coder: Coder::default(),
+            buffer: Vec::new(),
+            asked: 0,
+            answered: 0,
+            since_asked: 0,
+            asked_at: Duration::ZERO,
+            beside: (0, Duration::ZERO),
+            report: Disk::default(),
+        }
+    }
+
+    /// Those of a guest; nothing of them was sent.
+    pub(super) fn new(sources: Vec<Arc<dyn BlockSource>>) -> Self {
+        let all: Vec<_> = sources
+            .into_iter()
+            .map(|source| {
+                let bytes = source.bytes();
+                let end = blocks_in(bytes);
+                let mut pending = PageSet::new(end);
+                pending.insert_run(Run::new(0, end));
+                Store {
+                    source,
+                    bytes,
+                    pending,
+                    sent_once: PageSet::new(end),
+                }
+            })
+            .collect();
+        let report = Disk {
+            disks: all.len() as u64,
+            total: all.iter().map(|store| store.bytes).sum(),
+            ..Disk::default()
+        };
+        Self {
+            all,
+            report,
+            ..Self::none()
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// Their sizes, for the greeting.
+    pub(super) fn sizes(&self) -> Vec<u64> {
+        self.all.iter().map(|store| store.bytes).collect()
+    }
+
+    /// Codes blocks as the options want and the destination can.
+    pub(super) fn agree(&mut self, options: &Options, agreed: Features) {
+        self.coder = Coder::new(options, agreed);
+    }
+
+    /// Bytes that are known to be pending.
+    pub(super) fn pending_bytes(&self) -> u64 {
+        let blocks: u64 = self.all.iter().map(|store| store.pending.len()).sum();
+        blocks * BLOCK_BYTES
+    }
+
+    /// Whether an answer to the end of a round is still to come.
+    pub(super) const fn is_awaiting(&self) -> bool {
+        self.answered < self.asked
+    }
+
+    /// Takes an answer to the end of a round; whether it is the one that comes next.
+    pub(super) const fn take_answer(&mut self, header: &Header) -> bool {
+        let expected = matches!(header.kind, FrameType::BlocksStored)
+            && self.is_awaiting()
+            && header.round == self.answered + 1;
+        if expected {
+            self.answered += 1;
+        }
+        expected
+    }
+
+    /// What went out since the last round of pages: that round's time on the link is measured with it.
+    pub(super) fn take_beside(&mut self) -> (u64, Duration) {
+        std::mem::take(&mut self.beside)
+    }
+
+    pub(super) fn report(&self) -> Option<Disk> {
+        (!self.is_empty()).then_some(self.report)
+    }
+
+    fn start(&self) -> Result<(), PortError> {
+        self.all.iter().try_for_each(|store| store.source.start())
+    }
+
+    /// Writes are not remembered any more.
+    pub(super) fn stop(&self) {
+        self.all.iter().for_each(|store| store.source.stop());
+    }
+
+    /// Unites what was written with what is pending.
+    pub(super) fn collect(&mut self) -> Result<(), SourceError> {
+        for store in &mut self.all {
+            let words = store
+                .source
+                .take_written()
+                .map_err(|e| SourceError::guest("asking which blocks of a disk were written", e))?;
+            store.pending.insert_words(0, &words);
+        }
+        Ok(())
+    }
+
+    /// Blocks of this run went out.
+    fn delivered(&mut self, store: usize, run: Run, zero: bool, paused: bool) {
+        let bytes = run.count * BLOCK_BYTES;
+        let report = &mut self.report;
+        *(if zero {
+            &mut report.zero
+        } else {
+            &mut report.sent
+        }) += bytes;
+        if paused {
+            report.in_pause += bytes;
+        }
+        if !zero {
+            self.beside.0 += bytes;
+        }
+        let Some(store) = self.all.get_mut(store) else {
+            return;
+        };
+        store.pending.remove_run(run);
+        let mut at = run.first;
+        while let Some(again) = store
+            .sent_once
+            .next_run(at, u64::MAX)
+            .filter(|again| again.first < run.end())
+        {
+            report.resent += (again.end().min(run.end()) - again.first) * BLOCK_BYTES;
+            at = again.end();
+        }
+        store.sent_once.insert_run(run);
+    }
+}
+
+impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+    /// Sends the disks while the guest runs, until little of them is left. Memory is not logged yet: it would only slow the
+    /// guest down.
+    pub(super) fn copy_disks(&mut self) -> Result<(), SourceError> {
+        if self.stores.is_empty() {
+            return Ok(());
+        }
+        self.enter(State::Disks);
+        let began = self.now();
+        self.stores
+            .start()
+            .map_err(|e| SourceError::guest("watching what is written to a disk", e))?;
+        loop {
+            let found = self.stores.pending_bytes();
+            self.send_blocks(false)?;
+            // What the destination has not taken yet is being written over meanwhile.
+            self.await_blocks(self.stores.asked)?;
+            self.stores.collect()?;
+            let left = self.stores.pending_bytes();
+            if left <= LITTLE || left as f64 > found as f64 * SHRUNK {
+                break;
+            }
+        }
+        self.stores.report.ms = ms(self.now().saturating_sub(began));
+        self.stores.beside = (0, Duration::ZERO);
+        Ok(())
+    }
+
+    /// Sends the blocks written since the last time, before a round of pages.
+    pub(super) fn send_written_blocks(&mut self) -> Result<(), SourceError> {
+        let began = self.now();
+        self.stores.collect()?;
+        self.send_blocks(false)?;
+        self.stores.beside.1 += self.now().saturating_sub(began);
+        Ok(())
+    }
+
+    /// Sends all blocks that are pending, and ends the round.
+    pub(super) fn send_blocks(&mut self, paused: bool) -> Result<(), SourceError> {
+        if self.stores.pending_bytes() == 0 {
+            return Ok(());
+        }
+        for store in 0..self.stores.all.len() {
+            self.send_store(store, paused)?;
+        }
+        self.stores.report.rounds += 1;
+        self.end_blocks(paused)
+    }
+
+    fn send_store(&mut self, number: usize, paused: bool) -> Result<(), SourceError> {
+        // As many as the cap lets through in a moment, and at least one.
+        let batch = if paused {
+            u64::from(MAX_BLOCKS)
+        } else {
+            (self.pacer.batch_pages() * PAGE_BYTES / BLOCK_BYTES).clamp(1, u64::from(MAX_BLOCKS))
+        };
+        let mut at = 0;
+        while let Some(store) = self.stores.all.get(number)
+            && let Some(run) = store.pending.next_run(at, u64::from(u32::MAX))
+        {
+            self.check_cancel()?;
+            let hole = store.hole(run);
+            at = if hole.count > 0 {
+                self.send_zero_blocks(number, hole, paused)?;
+                hole.end()
+            } else {
+                if !paused {
+                    let cancel = self.setup.cancel;
+                    self.pacer.wait(self.setup.clock, &|| cancel.is_cancelled());
+                }
+                let run = Run::new(run.first, run.count.min(batch));
+                self.send_read_blocks(number, run, paused)?;
+                run.end()
+            };
+            self.take_acks()?;
+            self.tell_progress();
+            let due = self.stores.since_asked >= PIECE
+                || self.now().saturating_sub(self.stores.asked_at) >= PIECE_TIME;
+            if due && !paused {
+                self.end_blocks(false)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads blocks and sends them: those that are zero as such.
+    fn send_read_blocks(
+        &mut self,
+        number: usize,
+        run: Run,
+        paused: bool,
+    ) -> Result<(), SourceError> {
+        let mut buffer = std::mem::take(&mut self.stores.buffer);
+        self.read_blocks(number, run, &mut buffer)?;
+        let block = usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX);
+        let is_zero = |n: u64| {
+            let at = usize::try_from(n).unwrap_or(0) * block;
+            let bytes = buffer.get(at..).unwrap_or_default();
+            all_zero(&bytes[..bytes.len().min(block)])
+        };
+        let mut from = 0;
+        while from < run.count {
+            let zero = is_zero(from);
+            let to = (from + 1..run.count)
+                .find(|n| is_zero(*n) != zero)
+                .unwrap_or(run.count);
+            let part = Run::new(run.first + from, to - from);
+            if zero {
+                self.send_zero_blocks(number, part, paused)?;
+            } else {
+                let at = |n| usize::try_from(n).unwrap_or(0) * block;
+                let bytes = &buffer[at(from)..at(to).min(buffer.len())];
+                self.send_data_blocks(number, part, bytes, paused)?;
+            }
+            from = to;
+        }
+        self.stores.buffer = buffer;
+        Ok(())
+    }
+
+    fn read_blocks(
+        &self,
+        number: usize,
+        run: Run,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), SourceError> {
+        let Some(store) = self.stores.all.get(number) else {
+            return Ok(());
+        };
+        buffer.resize(usize::try_from(store.bytes_of(run)).unwrap_or(0), 0);
+        store
+            .source
+            .read(run.first * BLOCK_BYTES, buffer)
+            .map_err(|e| SourceError::guest("reading a disk of the guest", e))
+    }
+
+    fn send_data_blocks(
+        &mut self,
+        number: usize,
+        run: Run,
+        bytes: &[u8],
+        paused: bool,
+    ) -> Result<(), SourceError> {
+        let clock = self.setup.clock;
+        let mut header = Header::of_blocks(FrameType::Blocks, number, run);
+        let (length, began) = {
+            let coded = self.stores.coder.code(bytes, &|| clock.now());
+            if coded.is_some() {
+                header.encoding = Encoding::Zstd as u8;
+            }
+            let payload = coded.unwrap_or(bytes);
+            let began = clock.now();
+            self.control.send(header, payload)?;
+            (payload.len(), began)
+        };
+        let took = clock.now().saturating_sub(began);
+        self.stores.coder.sent(length, took);
+        self.charge_blocks((HEADER_BYTES + length) as u64);
+        self.stores.delivered(number, run, false, paused);
+        Ok(())
+    }
+
+    fn send_zero_blocks(
+        &mut self,
+        number: usize,
+        run: Run,
+        paused: bool,
+    ) -> Result<(), SourceError> {
+        let header = Header::of_blocks(FrameType::BlocksZero, number, run);
+        self.control.send(header, &[])?;
+        self.charge_blocks(HEADER_BYTES as u64);
+        self.stores.delivered(number, run, true, paused);
+        Ok(())
+    }
+
+    fn charge_blocks(&mut self, wire: u64) {
+        self.pacer.charge(wire, self.setup.clock);
+        self.stores.report.bytes_wire += wire;
+        self.stores.since_asked += wire;
+    }
+
+    /// Asks the destination to flush what it has, once it has done so for the piece before.
+    fn end_blocks(&mut self, paused: bool) -> Result<(), SourceError> {
+        if !paused {
+            self.await_blocks(self.stores.asked)?;
+        }
+        self.stores.asked += 1;
+        self.stores.since_asked = 0;
+        self.stores.asked_at = self.now();
+        let round = self.stores.asked;
+        self.control
+            .send(Header::bare(FrameType::BlocksEnd, round), &[])?;
+        if !paused {
+            // Data channels are silent while blocks go out on this one, and must not be taken for dead.
+            for (lane, _) in &mut self.lanes {
+                lane.send(Header::bare(FrameType::Alive, 0), &[])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the answer to the end of this round.
+    pub(super) fn await_blocks(&mut self, round: u32) -> Result<(), SourceError> {
+        while self.stores.answered < round {
+            self.check_cancel()?;
+            self.take_ack()?;
+        }
+        Ok(())
+    }
+
+    /// Sends hashes of all blocks, in the pause, so that the destination can compare.
+    pub(super) fn send_block_hashes(&mut self) -> Result<(), SourceError> {
+        let mut buffer = Vec::new();
+        for number in 0..self.stores.all.len() {
+            let mut at = 0;
+            while let Some(store) = self.stores.all.get(number)
+                && at < store.pending.end()
+            {
+                let left = (store.pending.end() - at).min(u64::from(u32::MAX));
+                let hole = store.hole(Run::new(at, left));
+                let mut hashes = Vec::new();
+                let run = if hole.count > 0 {
+                    hole
+                } else {
+                    let run = Run::new(at, left.min(u64::from(MAX_BLOCKS)));
+                    self.read_blocks(number, run, &mut buffer)?;
+                    hashes.extend(block_hashes(number, run.first, &buffer));
+                    run
+                };
+                at = run.end();
+                let header = Header::of_blocks(FrameType::BlocksHash, number, run);
+                self.control.send(header, &hashes)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether all bytes are zero: compared with themselves one further, which the library does fast.
+pub(crate) fn all_zero(bytes: &[u8]) -> bool {
+    bytes
+        .split_first()
+        .is_none_or(|(first, rest)| *first == 0 && *rest == bytes[..bytes.len() - 1])
+}
+
+/// The hashes by which `--verify` compares blocks; the place is the seed, so that blocks that were swapped do not pass.
+pub(crate) fn block_hashes(store: usize, first: u64, bytes: &[u8]) -> impl Iterator<Item = u8> {
+    let block = usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX);
+    (first..)
+        .zip(bytes.chunks(block))
+        .flat_map(move |(number, bytes)| {
+            let seed = (store as u64) << 48 ^ number;
+            xxhash_rust::xxh3::xxh3_64_with_seed(bytes, seed).to_le_bytes()
+        })
+}
+
+/// Compresses blocks, where that pays.
+///
+/// `--compress auto` compares what a byte costs on the link (as measured, or by the user's cap) with what coding it costs
+/// and leaves of it: the slow link between two sites is where it pays.
+#[derive(Default)]
+struct Coder {
+    always: bool,
+    zstd: Option<Compressor<'static>>,
+    coded: Vec<u8>,
+    /// Seconds per byte: by the cap, on the link, in the coder; and what is left of a byte.
+    floor: f64,
+    link: f64,
+    coding: f64,
+    ratio: f64,
+    /// Frames since the last that was coded.
+    uncoded: u32,
+}
+
+impl Coder {
+    /// One in so many frames is coded to see whether it pays.
+    const SAMPLE: u32 = 32;
+    /// The newest measurement's part in the average.
+    const NEWEST: f64 = 0.2;
+    /// What must be saved of a frame for the destination to decode it.
+    const WORTH: f64 = 0.9;
+
+    fn new(options: &Options, agreed: Features) -> Self {
+        let wanted = match options.compress {
+            Compress::Zstd | Compress::Adaptive => Some(true),
+            Compress::Auto => Some(false),
+            Compress::None | Compress::Delta => None,
+        };
+        let zstd = wanted
+            .filter(|_| agreed.has(Features::ZSTD))
+            // Without memory for a compressor the blocks go as they are.
+            .and_then(|_| Compressor::new(ZSTD_LEVEL).ok());
+        Self {
+            always: wanted == Some(true),
+            zstd,
+            floor: options.bandwidth.map_or(0.0, |cap| 1.0 / cap as f64),
+            ratio: 1.0,
+            // The first frame is a sample.
+            uncoded: Self::SAMPLE,
+            ..Self::default()
+        }
+    }
+
+    fn pays(&self) -> bool {
+        let link = self.link.max(self.floor);
+        self.coding + self.ratio * link < link
+    }
+
+    /// The coded bytes, where they are to be sent instead.
+    fn code(&mut self, bytes: &[u8], now: &dyn Fn() -> Duration) -> Option<&[u8]> {
+        let sample = self.uncoded >= Self::SAMPLE;
+        let wanted = self.always || sample || self.pays();
+        let zstd = self.zstd.as_mut().filter(|_| wanted)?;
+        let began = now();
+        self.coded.resize(bytes.len(), 0);
+        // Longer than it was is an error here, and no reason to send it.
+        let length = zstd
+            .compress_to_buffer(bytes, &mut self.coded[..])
+            .unwrap_or(bytes.len());
+        let of = |new: f64, old: f64| old + Self::NEWEST * (new - old);
+        let len = bytes.len().max(1) as f64;
+        let took = now().saturating_sub(began).as_secs_f64() / len;
+        self.coding = of(took, self.coding);
+        self.ratio = of(length as f64 / len, self.ratio);
+        if sample {
+            self.uncoded = 0;
+        }
+        let worth = (length as f64) < len * Self::WORTH;
+        worth.then(|| self.coded.get(..length)).flatten()
+    }
+
+    fn sent(&mut self, bytes: usize, took: Duration) {
+        self.uncoded = self.uncoded.saturating_add(1);
+        let cost = took.as_secs_f64() / bytes.max(1) as f64;
+        self.link += Self::NEWEST * (cost - self.link);
+    }
+}

@@ -1,0 +1,235 @@
+//! Sending a round on several data channels.
+//!
+//! Each lane takes the next batch when it is free, so that a slow lane holds nobody up; the lanes that are not in use
+//! (see [`crate::lanes`]) wait for the round's end.
+
+use super::{Source, SourceError};
+use crate::lanes::Lanes;
+use crate::page::{PAGE_BYTES, Run};
+use crate::port::{Clock, Guest, Link};
+use crate::report::Event;
+use crate::sender::{BATCH_PAGES, BatchMode, Batches, Pacer, SendError, Sender, Sent};
+use crate::source::CancelSwitch;
+use crate::source::live::PROGRESS_EVERY;
+use crate::wire::{Channel, FrameType, Header, WireError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Something is sent on an open lane at least so often, so that the destination does not take it for dead.
+pub(super) const ALIVE: Duration = Duration::from_secs(5);
+/// How often a lane that is not in use looks whether the user has cancelled.
+const TICK: Duration = Duration::from_millis(100);
+/// A round of at most so many pages goes out on the control channel: starting the lanes would take as long.
+const SMALL: u64 = 2 * BATCH_PAGES;
+
+/// Whether so many pages are worth starting the lanes for.
+pub(super) const fn worth_lanes(pages: u64) -> bool {
+    pages > SMALL
+}
+
+/// What the lanes of a round share.
+struct Shared<'a> {
+    state: Mutex<State<'a>>,
+    change: Condvar,
+    pacer: &'a Pacer,
+    clock: &'a dyn Clock,
+    cancel: &'a CancelSwitch,
+    mode: BatchMode,
+}
+
+struct State<'a> {
+    batches: Batches,
+    lanes: &'a mut Lanes,
+    /// Nothing is left, or nothing more is to be sent.
+    over: bool,
+    sent_pages: u64,
+    ended: usize,
+}
+
+/// What a lane has done.
+struct Done {
+    runs: Vec<Run>,
+    sent: Sent,
+    error: Option<SendError>,
+}
+
+/// What a lane does next.
+enum Turn {
+    Send,
+    Wait,
+    End,
+}
+
+impl<'a> Shared<'a> {
+    fn state(&self) -> MutexGuard<'_, State<'a>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What lane `index` does next; a batch goes into `runs`.
+    fn turn(&self, index: usize, runs: &mut Vec<Run>) -> Turn {
+        let mut state = self.state();
+        if state.over || self.cancel.is_cancelled() {
+            return Turn::End;
+        }
+        if index < usize::from(state.lanes.used()) {
+            if state.batches.next(runs) {
+                return Turn::Send;
+            }
+            state.over = true;
+            self.change.notify_all();
+            return Turn::End;
+        }
+        let waited = self.change.wait_timeout(state, TICK);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        Turn::Wait
+    }
+
+    /// A lane: batches until there are no more.
+    fn run<L: Link, G: Guest<L>>(
+        &self,
+        index: usize,
+        (channel, sender): &mut (Channel<L>, Sender),
+        guest: &G,
+    ) -> Done {
+        let mut done = Done {
+            runs: Vec::new(),
+            sent: Sent::default(),
+            error: None,
+        };
+        let mut runs = Vec::with_capacity(64);
+        let mut sent_at = self.clock.now();
+        loop {
+            let result = match self.turn(index, &mut runs) {
+                Turn::End => break,
+                Turn::Wait if self.clock.now().saturating_sub(sent_at) < ALIVE => continue,
+                Turn::Wait => channel
+                    .send(Header::bare(FrameType::Alive, 0), &[])
+                    .map_err(SendError::from),
+                Turn::Send => self.batch(channel, sender, guest, &runs, &mut done),
+            };
+            sent_at = self.clock.now();
+            if let Err(error) = result {
+                done.error = Some(error);
+                self.state().over = true;
+                break;
+            }
+        }
+        self.state().ended += 1;
+        self.change.notify_all();
+        done
+    }
+
+    fn batch<L: Link, G: Guest<L>>(
+        &self,
+        channel: &mut Channel<L>,
+        sender: &mut Sender,
+        guest: &G,
+        runs: &[Run],
+        done: &mut Done,
+    ) -> Result<(), SendError> {
+        let waited = if self.mode.paused {
+            Duration::ZERO
+        } else {
+            self.pacer.wait(self.clock, &|| self.cancel.is_cancelled())
+        };
+        let mut sent = sender.send(channel, guest, runs, self.mode, self.clock)?;
+        self.pacer.charge(sent.bytes, self.clock);
+        sent.link += waited;
+        done.runs.extend_from_slice(runs);
+        done.sent.add(sent);
+        let now = self.clock.now();
+        let mut state = self.state();
+        state.sent_pages += sent.pages();
+        if state.lanes.sent(sent.data_pages * PAGE_BYTES, now) {
+            self.change.notify_all();
+        }
+        Ok(())
+    }
+}
+
+impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+    /// Sends the batches on as many lanes as are in use.
+    pub(super) fn send_on_lanes(
+        &mut self,
+        batches: Batches,
+        mode: BatchMode,
+    ) -> Result<Sent, SourceError> {
+        self.lanes_used.begin_round();
+        let guest = self.guest;
+        let count = self.lanes.len();
+        let shared = Shared {
+            state: Mutex::new(State {
+                batches,
+                lanes: &mut self.lanes_used,
+                over: false,
+                sent_pages: 0,
+                ended: 0,
+            }),
+            change: Condvar::new(),
+            pacer: &self.pacer,
+            clock: self.setup.clock,
+            cancel: self.setup.cancel,
+            mode,
+        };
+        let events = &mut self.setup.events;
+        let snapshot = &mut self.progress;
+        let results: Vec<Done> = std::thread::scope(|scope| {
+            let shared = &shared;
+            let handles: Vec<_> = self
+                .lanes
+                .iter_mut()
+                .enumerate()
+                .map(|(index, lane)| scope.spawn(move || shared.run(index, lane, guest)))
+                .collect();
+            // This thread tells the progress meanwhile.
+            let mut told = self.setup.clock.now();
+            let mut state = shared.state();
+            while state.ended < count && !handles.iter().all(|handle| handle.is_finished()) {
+                let waited = shared.change.wait_timeout(state, PROGRESS_EVERY);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                let now = self.setup.clock.now();
+                if now.saturating_sub(told) >= PROGRESS_EVERY {
+                    told = now;
+                    snapshot.round_sent = state.sent_pages;
+                    events(Event::Progress(snapshot.clone()));
+                }
+            }
+            drop(state);
+            handles
+                .into_iter()
+                .filter_map(|handle| handle.join().ok())
+                .collect()
+        });
+        drop(shared);
+        self.progress.round_sent = 0;
+        let lost = results.len() < count;
+        let mut total = Sent::default();
+        let mut failure = None;
+        for done in results {
+            self.delivered(&done.runs, done.sent);
+            total.add(done.sent);
+            failure = failure.or(done.error);
+        }
+        match failure {
+            Some(error) => Err(error.into()),
+            None if lost => Err(SourceError::guest(
+                "sending on a lane",
+                "a sender thread panicked".into(),
+            )),
+            None => self.check_cancel().map(|()| total),
+        }
+    }
+
+    /// Lanes that nothing is sent on for a while: says on each that the source lives.
+    pub(super) fn keep_lanes_alive(&mut self) -> Result<(), WireError> {
+        let now = self.now();
+        if self.lanes.is_empty() || now.saturating_sub(self.lanes_at) < ALIVE {
+            return Ok(());
+        }
+        self.lanes_at = now;
+        for (lane, _) in &mut self.lanes {
+            lane.send(Header::bare(FrameType::Alive, 0), &[])?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,178 @@
+//! Several data channels, source and destination in this process with real threads: what a lane that is slow, dies or
+//! stalls does to the others and to the guest, and how many lanes are used. Counts and contents are asserted, never times.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod no_alloc {
+    pub mod guest;
+    pub mod link;
+}
+
+use ferry_migration::destination::{self, Destination, State};
+use ferry_migration::options::{Compress, OnTimeout, Options};
+use ferry_migration::page::PAGE_SIZE;
+use ferry_migration::port::Clock;
+use ferry_migration::report::{Report, Status};
+use ferry_migration::source::{self, CancelSwitch, Setup};
+use ferry_migration::wire::{Role, SessionId};
+use no_alloc::guest::{Memory, TestGuest, TestHost};
+use no_alloc::link::{MemoryLink, Trouble, pair};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+struct Real(Instant);
+
+impl Clock for Real {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+
+    fn sleep(&self, duration: Duration) {
+        std::thread::sleep(duration);
+    }
+}
+
+/// The destination's process; the state that it ends in.
+fn serve(connections: Receiver<MemoryLink>, memory: &Memory) -> State {
+    let timeout = Duration::from_secs(60);
+    let (channel, preamble) = destination::greet(connections.recv().unwrap(), timeout).unwrap();
+    let host = TestHost::new(memory.clone());
+    let clock = Arc::new(Real(Instant::now()));
+    let timeouts = destination::Timeouts::default();
+    let mut engine = Destination::new(channel, &preamble, host, timeouts, clock);
+    engine.step().unwrap();
+    std::thread::scope(|scope| {
+        if let Some(lanes) = engine.lanes().cloned() {
+            scope.spawn(move || {
+                for link in connections {
+                    let Ok((channel, preamble)) = destination::greet(link, timeout) else {
+                        return;
+                    };
+                    assert_eq!(preamble.role, Role::Data);
+                    let lane = lanes.attach(channel, preamble.channel).unwrap();
+                    scope.spawn(move || lane.run());
+                }
+            });
+        }
+        let _ = engine.run();
+    });
+    engine.state()
+}
+
+struct Outcome {
+    report: Report,
+    destination: State,
+    equal: bool,
+}
+
+/// Migrates a guest of so many MiB; `trouble` is that of lane 1.
+fn migrate(mib: usize, channels: Option<u16>, trouble: Option<Trouble>) -> Outcome {
+    let pages = (mib << 20) / PAGE_SIZE;
+    let guest = TestGuest::new(pages);
+    let arrived = Memory::new(pages);
+    let (sender, connections) = channel();
+    let memory = arrived.clone();
+    let peer = std::thread::spawn(move || serve(connections, &memory));
+    let options = Options {
+        channels,
+        compress: Compress::None,
+        max_rounds: Some(4),
+        on_timeout: OnTimeout::Stop,
+        ..Options::default()
+    };
+    let connect = |role, index| {
+        let (ours, theirs) = pair();
+        sender.send(theirs).map_err(|_| io::Error::other("gone"))?;
+        let trouble = trouble.filter(|_| role == Role::Data && index == 1);
+        Ok(ours.suffers(trouble))
+    };
+    let report = source::migrate(
+        &guest,
+        Setup {
+            connect: &mut { connect },
+            clock: &Real(Instant::now()),
+            options: &options,
+            session: SessionId([7; 16]),
+            cancel: &CancelSwitch::default(),
+            events: &mut |_| {},
+            timeouts: source::Timeouts::default(),
+            threads: true,
+        },
+    );
+    drop(sender);
+    let destination = peer.join().unwrap();
+    Outcome {
+        report,
+        destination,
+        equal: guest.memory() == &arrived,
+    }
+}
+
+#[test]
+fn a_slow_lane_does_not_hold_the_others() {
+    // 2 ms for each page: 2 MB/s. Who gave it its share of the pages would wait half a minute for it.
+    let slow = Trouble::Slow(Duration::from_millis(2));
+    let outcome = migrate(64, Some(3), Some(slow));
+    let report = outcome.report;
+    assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+    assert!(outcome.equal);
+    let bytes = &report.channels.bytes;
+    assert_eq!(bytes.len(), 3);
+    // It got a batch when it was free, and no more: the others carried what it did not.
+    assert!(bytes[1] > 0, "{bytes:?}");
+    assert!(2 * bytes[1] < bytes[0].min(bytes[2]), "{bytes:?}");
+    assert!(bytes.iter().sum::<u64>() >= report.pages.sent * PAGE_SIZE as u64);
+}
+
+#[test]
+fn a_lane_that_dies_or_stalls_leaves_the_guest_where_it_is() {
+    for trouble in [
+        Trouble::Dies(3 << 20),
+        Trouble::Stalls(3 << 20),
+        // Between two batches, or in a table of runs.
+        Trouble::Dies((1 << 20) + 80),
+        Trouble::Stalls(100),
+    ] {
+        let outcome = migrate(32, Some(3), Some(trouble));
+        let report = outcome.report;
+        assert_eq!(report.status, Status::Failed, "{trouble:?}");
+        let error = report.error.unwrap();
+        assert!(!error.is_empty() && !error.contains('\n'), "{error}");
+        assert_eq!(outcome.destination, State::Discarded, "{trouble:?}");
+        assert_eq!(report.channels.opened, 3);
+    }
+}
+
+/// Small rounds go out on the control channel, large ones on the lanes; whatever overtakes whatever, the newer page wins.
+#[test]
+fn rounds_of_all_sizes_arrive_in_order() {
+    for (mib, lanes) in [(1, 2), (3, 2), (9, 4), (24, 7)] {
+        let outcome = migrate(mib, Some(lanes), None);
+        let report = outcome.report;
+        assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+        assert!(outcome.equal, "{mib} MiB on {lanes} lanes");
+        assert!(report.pages.resent > 0);
+        assert_eq!(
+            (report.channels.opened, report.channels.used),
+            (lanes, lanes)
+        );
+        let on_lanes: u64 = report.channels.bytes.iter().sum();
+        // What is small is not worth the lanes: they carry the ends of rounds.
+        let small = mib <= 1;
+        assert_eq!(on_lanes < 4096, small, "{mib} MiB: {:?}", report.channels);
+    }
+}
+
+/// One processor here, as far as the guest's port says: nothing is opened that was not asked for.
+#[test]
+fn nobody_asked_for_lanes() {
+    let report = migrate(4, None, None).report;
+    assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+    assert_eq!(report.channels.opened, 0);
+    assert!(
+        report.channels.why.contains("one processor"),
+        "{:?}",
+        report.channels
+    );
+}
