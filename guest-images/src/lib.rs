@@ -32,7 +32,7 @@ pub use ferry_linux_init::client::Lap;
 pub use ferry_nas::dirty::{Corruption, Dirty, Fill, Pattern, Verdict};
 pub use ferry_nas::host::run_on_threads;
 pub use ferry_nas::line::{Gaps, KernelResult, Line, PREFIX, Work};
-pub use ferry_nas::{Class, Kernel, Outcome, Problem, RunError};
+pub use ferry_nas::{Class, Facts, Kernel, Outcome, Problem, RunError};
 pub use workload::{Error, MAX_CPUS, Manner, Workload};
 
 /// The bare guest: an x86-64 ELF image with a PVH entry, to be loaded as a kernel.

@@ -19,11 +19,18 @@ pub struct Manner {
     pub repeat: Option<u64>,
     /// Milliseconds between two lines about its progress: [`Manner::STAT_MS`].
     pub stat_ms: Option<u64>,
+    /// Milliseconds between two bytes on COM1 that are no text, signs of life for those who listen there:
+    /// [`Manner::BEAT_MS`].
+    pub beat_ms: Option<u64>,
 }
 
 impl Manner {
     /// What a guest takes for [`Manner::stat_ms`].
     pub const STAT_MS: std::ops::RangeInclusive<u64> = 20..=60_000;
+    /// What a guest takes for [`Manner::beat_ms`]. A byte costs it two exits.
+    pub const BEAT_MS: std::ops::RangeInclusive<u64> = 1..=1000;
+    /// That byte.
+    pub const BEAT: u8 = 0;
 }
 
 /// A workload of the bare guest.
@@ -69,6 +76,9 @@ impl Workload {
         }
         if let Some(ms) = manner.stat_ms {
             text.push_str(&format!(" ferry.stat_ms={ms}"));
+        }
+        if let Some(ms) = manner.beat_ms {
+            text.push_str(&format!(" ferry.beat_ms={ms}"));
         }
         text
     }
@@ -122,6 +132,7 @@ mod tests {
         let manner = Manner {
             repeat: Some(3),
             stat_ms: Some(100),
+            beat_ms: Some(2),
         };
         let line = workload.command_line_with(2, Some(1), manner);
         let run = line
@@ -130,7 +141,9 @@ mod tests {
             .unwrap();
         assert_eq!(Workload::parse(run), Ok(workload));
         assert!(
-            line.ends_with(" ferry.cpus=2 ferry.tsc_khz=1 ferry.repeat=3 ferry.stat_ms=100"),
+            line.ends_with(
+                " ferry.cpus=2 ferry.tsc_khz=1 ferry.repeat=3 ferry.stat_ms=100 ferry.beat_ms=2"
+            ),
             "{line}"
         );
     }

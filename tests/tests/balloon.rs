@@ -75,7 +75,7 @@ fn moves(
         let destination = host.receive();
         let report = guest.migrate(
             destination.uri(),
-            &["--policy", policy.name(), "--compress", "none"],
+            &["--policy", policy.name(), "--compress", "none", "--verify"],
         );
         eprintln!(
             "{} MiB of RAM, {} kept, {} freed, {more:?}, {}: {} used, {:.1} MiB on the wire; {:?}",

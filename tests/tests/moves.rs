@@ -96,6 +96,16 @@ const PATTERNS: [(&str, &str); 6] = [
     ("zipf", "zero-rich"),
 ];
 
+/// The results that a host's guest has printed: run and value.
+fn results(host: &Host) -> Vec<(u64, f64)> {
+    let lines = host.guest_lines();
+    let results = lines.iter().filter_map(|line| match Line::parse(line)? {
+        Line::Result(result) => Some((result.run, result.value)),
+        _ => None,
+    });
+    results.collect()
+}
+
 /// Kernels compute on while they move, and their results agree with the published references.
 #[test]
 fn kernels_compute_on_while_they_move() {
@@ -117,8 +127,18 @@ fn kernels_compute_on_while_they_move() {
         let destination = Host::receive();
         let report = source.migrate_well(destination.uri(), &Host::options());
         assert_eq!(source.ends(), Some(0));
+        let before = results(&source);
         destination.guest_line("a result", |l| matches!(l, Line::Result(_)));
         show(&format!("{kernel} on {cpus}"), &report, &destination);
+        // The run that was moved is the one after the last that ended before, or that whose line the move has torn; it and
+        // every other came to the very same value.
+        let after = results(&destination);
+        let (run, value) = after[0];
+        let last = before.last().map_or(0, |(run, _)| *run);
+        assert!((last + 1..=last + 2).contains(&run), "{before:?} {after:?}");
+        for (_, other) in before.iter().chain(&after) {
+            assert_eq!(*other, value, "{kernel}: {before:?} {after:?}");
+        }
         destination.result();
     }
 }

@@ -63,13 +63,14 @@ struct Options {
     tsc_khz: Option<u64>,
     repeat: u64,
     stat_ms: u64,
+    beat_ms: Option<u64>,
 }
 
 impl Options {
     /// Reads the command line. Tokens without the `ferry.` prefix are somebody else's.
     fn parse(command_line: &str) -> Result<Self, Error> {
         let (mut run, mut cpus, mut tsc_khz, mut repeat) = (None, 1, None, 1);
-        let mut stat_ms = 1000;
+        let (mut stat_ms, mut beat_ms) = (1000, None);
         for token in command_line.split_ascii_whitespace() {
             let Some(option) = token.strip_prefix("ferry.") else {
                 continue;
@@ -98,6 +99,13 @@ impl Options {
                         .filter(|ms| (20..=60_000).contains(ms))
                         .ok_or_else(bad)?;
                 }
+                "beat_ms" => {
+                    beat_ms = Some(
+                        number
+                            .filter(|ms| (1..=1000).contains(ms))
+                            .ok_or_else(bad)?,
+                    );
+                }
                 _ => return Err(bad()),
             }
         }
@@ -108,6 +116,7 @@ impl Options {
             tsc_khz,
             repeat,
             stat_ms,
+            beat_ms,
         })
     }
 }
@@ -129,7 +138,7 @@ pub fn run(start_info: u64) -> Result<(), Error> {
     let memory_mib = (memory + (1 << 20) - 1) >> 20;
     let run = Text::new(format_args!("{}", options.workload));
     let writer = matches!(options.workload, Workload::Dirty(_));
-    let monitor = Monitor::new(khz, writer, options.stat_ms);
+    let monitor = Monitor::new(khz, writer, options.stat_ms, options.beat_ms);
     console::print(&Line::Start {
         run: &run,
         cpus: options.cpus as u64,

@@ -81,8 +81,13 @@ pub struct Monitor {
     scale: u64,
     /// Ticks between two lines.
     rhythm: u64,
+    /// Ticks between two signs of life.
+    beat: Option<u64>,
     next_stat: AtomicU64,
+    /// When to look for input.
     next_poll: AtomicU64,
+    /// When to look around at all.
+    next_look: AtomicU64,
     stop: AtomicBool,
     ready: AtomicBool,
     writer: bool,
@@ -93,8 +98,9 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Starts the clock. `writer` says what kind of progress there is to report, every `stat_ms` milliseconds.
-    pub fn new(khz: u64, writer: bool, stat_ms: u64) -> Self {
+    /// Starts the clock. `writer` says what kind of progress there is to report, every `stat_ms` milliseconds; every `beat_ms`
+    /// there is a sign of life.
+    pub fn new(khz: u64, writer: bool, stat_ms: u64, beat_ms: Option<u64>) -> Self {
         let start = tsc();
         begin(0);
         let rhythm = khz.saturating_mul(stat_ms);
@@ -105,6 +111,8 @@ impl Monitor {
             rhythm,
             next_stat: AtomicU64::new(start + rhythm),
             next_poll: AtomicU64::new(start),
+            next_look: AtomicU64::new(start),
+            beat: beat_ms.map(|ms| khz.saturating_mul(ms)),
             stop: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             writer,
@@ -162,10 +170,18 @@ impl Monitor {
     #[cold]
     #[inline(never)]
     fn look_around(&self, now: u64) {
-        self.next_poll.store(now + self.khz * 10, Relaxed);
-        if console::receive() == Some(b'q') {
-            self.stop.store(true, Relaxed);
+        let poll = self.khz * 10;
+        if now >= self.next_poll.load(Relaxed) {
+            self.next_poll.store(now + poll, Relaxed);
+            if console::receive() == Some(b'q') {
+                self.stop.store(true, Relaxed);
+            }
         }
+        if self.beat.is_some() {
+            console::beat();
+        }
+        self.next_look
+            .store(now + self.beat.map_or(poll, |beat| beat.min(poll)), Relaxed);
         if now < self.next_stat.load(Relaxed) {
             return;
         }
@@ -211,7 +227,7 @@ impl Hooks for Monitor {
     #[inline(always)]
     fn tick(&self, rank: usize) {
         let now = note(rank);
-        if rank == 0 && now >= self.next_poll.load(Relaxed) {
+        if rank == 0 && now >= self.next_look.load(Relaxed) {
             self.look_around(now);
         }
     }

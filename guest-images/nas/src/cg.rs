@@ -4,7 +4,7 @@
 mod matrix;
 
 use crate::math::inverse_sqrt;
-use crate::problem::{Check, Class, Needs, Outcome, Problem, Verification};
+use crate::problem::{Check, Class, Facts, Needs, Outcome, Problem, Verification};
 use crate::team::{Hooks, Team, over_pairs, over_units, ranks_for};
 use matrix::Matrix;
 
@@ -52,6 +52,11 @@ impl Parameters {
         let inner = f64::from(INNER) * (5.0 + elements);
         2.0 * f64::from(self.iterations) * self.order as f64 * (3.0 + elements + inner + 3.0)
     }
+}
+
+pub(crate) fn facts(class: Class) -> Facts {
+    let p = parameters(class);
+    Facts::of(p.order as u64, p.iterations, Facts::FLOATING_POINT)
 }
 
 pub(crate) fn needs(class: Class) -> Needs {

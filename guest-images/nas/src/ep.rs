@@ -1,7 +1,7 @@
 //! EP: Gaussian deviates by Marsaglia's polar method, tallied by annulus (NAS-95-020, section 2.1).
 
 use crate::math::{index, inverse_sqrt, ln};
-use crate::problem::{Check, Class, Outcome, Problem, Verification};
+use crate::problem::{Check, Class, Facts, Outcome, Problem, Verification};
 use crate::random::Random;
 use crate::team::{Hooks, Parts, Team, ranks_for, share};
 
@@ -34,6 +34,12 @@ struct Tally {
     y: f64,
     /// How many deviates fell into each square annulus; NPB prints these without verifying them.
     annuli: [u64; 10],
+}
+
+/// NPB counts the random numbers, two for each pair.
+pub(crate) fn facts(class: Class) -> Facts {
+    let numbers = 2u64 << parameters(class).log_pairs;
+    Facts::of(numbers, 0, "random numbers generated")
 }
 
 pub(crate) fn run(problem: Problem, team: &impl Team, hooks: &impl Hooks) -> Outcome {

@@ -14,7 +14,7 @@ pub(crate) use grid::{AXES, Damping, Grid, diffusion, dissipation, gas};
 
 use crate::lines::Point;
 use crate::math::sqrt;
-use crate::problem::{Check, Class, Needs, Outcome, Problem, Verification};
+use crate::problem::{Check, Class, Facts, Needs, Outcome, Problem, Verification};
 use crate::team::{Hooks, Team, over_units, ranks_for};
 
 /// Components of a point.
@@ -107,6 +107,15 @@ pub(crate) trait Method<const P: usize, const L: usize>: Sync + Sized {
 
     /// Adds the solution of all systems to a row.
     fn add(&self, u: &mut [f64], solution: &[f64], auxiliary: &[f64]);
+}
+
+/// The size of a class of the method that `new` makes.
+pub(crate) fn facts<const P: usize, const L: usize, M: Method<P, L>>(
+    _new: fn(&Grid) -> M,
+    class: Class,
+) -> Facts {
+    let p = M::parameters(class);
+    Facts::grid([p.points; 3], p.steps)
 }
 
 /// The memory that a class of the method that `new` makes needs on `ranks` processors.

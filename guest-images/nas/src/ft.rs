@@ -10,7 +10,7 @@ mod sums;
 use crate::lines::{Point, gather_across, gather_along, packs, points};
 use crate::lines::{scatter_across, scatter_along};
 use crate::math::{exp, ln, sqrt};
-use crate::problem::{Check, Class, Needs, Outcome, Problem, Verification};
+use crate::problem::{Check, Class, Facts, Needs, Outcome, Problem, Verification};
 use crate::random::Random;
 use crate::team::{Hooks, Team, over_pairs, over_strips, over_units, over_units_with, ranks_for};
 use fourier::{Direction, Roots};
@@ -79,6 +79,13 @@ impl Parameters {
         let log = ln(points);
         points * (14.8157 + 7.19641 * log + (5.23518 + 7.21113 * log) * self.sums.len() as f64)
     }
+}
+
+pub(crate) fn facts(class: Class) -> Facts {
+    let p = parameters(class);
+    // No class has more iterations than MAX_STEPS.
+    let iterations = u32::try_from(p.sums.len()).unwrap_or(u32::MAX);
+    Facts::grid([p.width, p.height, p.depth], iterations)
 }
 
 pub(crate) fn needs(class: Class, ranks: usize) -> Needs {

@@ -3,7 +3,7 @@
 //! Each rank scatters its own share of the keys into its own share of the buffer, bucket by bucket; then each rank
 //! counts the keys of its own range of buckets out of all shares. So every write goes to a disjoint slice.
 
-use crate::problem::{Check, Class, Needs, Outcome, Problem, Verification};
+use crate::problem::{Check, Class, Facts, Needs, Outcome, Problem, Verification};
 use crate::random::Random;
 use crate::team::{Hooks, MAX_RANKS, Parts, Team, over_units, ranks_for, share};
 
@@ -99,6 +99,10 @@ impl Parameters {
         };
         i64::from(self.test_rank[test]) + self.moves[test] * (i64::from(iteration) - offset)
     }
+}
+
+pub(crate) fn facts(class: Class) -> Facts {
+    Facts::of(1 << parameters(class).log_keys, ITERATIONS, "keys ranked")
 }
 
 pub(crate) fn needs(class: Class, ranks: usize) -> Needs {

@@ -37,5 +37,5 @@ mod sp;
 pub mod team;
 pub mod workload;
 
-pub use problem::{Check, Class, Kernel, Needs, Outcome, Problem, RunError, Workspace, run};
+pub use problem::{Check, Class, Facts, Kernel, Needs, Outcome, Problem, RunError, Workspace, run};
 pub use team::{Hooks, Solo, Team};

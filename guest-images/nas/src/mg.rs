@@ -7,7 +7,7 @@ mod start;
 mod stencil;
 
 use crate::math::sqrt;
-use crate::problem::{Check, Class, Needs, Outcome, Problem, Verification};
+use crate::problem::{Check, Class, Facts, Needs, Outcome, Problem, Verification};
 use crate::team::{Hooks, Team};
 use start::charges;
 use stencil::{Grid, interpolate, norm, residual, restrict, smooth, zero};
@@ -69,6 +69,11 @@ const fn points(level: usize) -> usize {
 /// Where `level` begins in an array of all levels, coarsest first.
 fn offset(level: usize) -> usize {
     (1..level).map(points).sum()
+}
+
+pub(crate) fn facts(class: Class) -> Facts {
+    let p = parameters(class);
+    Facts::grid([1 << p.level; 3], p.iterations)
 }
 
 pub(crate) fn needs(class: Class) -> Needs {

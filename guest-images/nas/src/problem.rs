@@ -109,6 +109,40 @@ impl fmt::Display for Problem {
     }
 }
 
+/// What NPB prints of a problem besides its results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// The problem's size: points along each direction of a grid, or one number, and ones.
+    pub size: [u64; 3],
+    /// Iterations of the timed part; 0 where it is done in one go.
+    pub iterations: u32,
+    /// What is counted as an operation.
+    pub operation: &'static str,
+}
+
+impl Facts {
+    /// What most kernels count.
+    pub(crate) const FLOATING_POINT: &'static str = "floating point";
+
+    /// Of a problem that is one number.
+    pub(crate) const fn of(size: u64, iterations: u32, operation: &'static str) -> Self {
+        Self {
+            size: [size, 1, 1],
+            iterations,
+            operation,
+        }
+    }
+
+    /// Of a grid that is computed in floating point.
+    pub(crate) fn grid(edges: [usize; 3], iterations: u32) -> Self {
+        Self {
+            size: edges.map(|edge| edge as u64),
+            iterations,
+            operation: Self::FLOATING_POINT,
+        }
+    }
+}
+
 /// The memory a run takes, in elements.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
@@ -135,6 +169,19 @@ pub struct Workspace<'a> {
 }
 
 impl Problem {
+    /// Its published size, and how NPB counts.
+    pub fn facts(self) -> Facts {
+        match self.kernel {
+            Kernel::Ep => ep::facts(self.class),
+            Kernel::Is => is::facts(self.class),
+            Kernel::Cg => cg::facts(self.class),
+            Kernel::Mg => mg::facts(self.class),
+            Kernel::Ft => ft::facts(self.class),
+            Kernel::Bt => flow::facts(BlockTridiagonal::new, self.class),
+            Kernel::Sp => flow::facts(Pentadiagonal::new, self.class),
+        }
+    }
+
     /// The memory that a team of `ranks` needs for it.
     pub fn needs(self, ranks: usize) -> Needs {
         let ranks = ranks.clamp(1, MAX_RANKS);

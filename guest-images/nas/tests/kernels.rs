@@ -19,6 +19,37 @@ fn long(kernel: Kernel) -> bool {
     matches!(kernel, Kernel::Bt | Kernel::Sp)
 }
 
+/// As NPB's own programs print them.
+#[test]
+fn sizes_and_iterations_are_the_published_ones() {
+    let facts = |kernel, class| {
+        let facts = Problem { kernel, class }.facts();
+        (facts.size, facts.iterations, facts.operation)
+    };
+    let float = "floating point";
+    for (kernel, class, size, iterations, operation) in [
+        (
+            Kernel::Ep,
+            Class::S,
+            [33_554_432, 1, 1],
+            0,
+            "random numbers generated",
+        ),
+        (Kernel::Is, Class::A, [8_388_608, 1, 1], 10, "keys ranked"),
+        (Kernel::Cg, Class::A, [14_000, 1, 1], 15, float),
+        (Kernel::Mg, Class::B, [256, 256, 256], 20, float),
+        (Kernel::Ft, Class::W, [128, 128, 32], 6, float),
+        (Kernel::Bt, Class::A, [64, 64, 64], 200, float),
+        (Kernel::Sp, Class::S, [12, 12, 12], 100, float),
+    ] {
+        assert_eq!(
+            facts(kernel, class),
+            (size, iterations, operation),
+            "{kernel:?}"
+        );
+    }
+}
+
 #[test]
 fn class_s_verifies_on_one_and_more_threads() {
     for kernel in Kernel::ALL {

@@ -245,6 +245,22 @@ impl Client {
         }
     }
 
+    /// Any request of any server: its status and its body, whatever they are. Waits for the answer for `patience`, or for
+    /// half a minute.
+    ///
+    /// # Errors
+    /// [`ClientError`], other than [`ClientError::Refused`].
+    pub fn call(
+        &self,
+        method: &str,
+        target: &str,
+        body: Option<Vec<u8>>,
+        patience: Option<Duration>,
+    ) -> Result<(u16, Vec<u8>), ClientError> {
+        let reply = self.exchange(method, target, body, Some(patience.unwrap_or(PATIENCE)))?;
+        Ok((reply.status, self.read_all(reply.body)?))
+    }
+
     fn to_json<T: Serialize>(&self, value: &T) -> Result<Vec<u8>, ClientError> {
         serde_json::to_vec(value)
             .map_err(|e| self.foreign(format!("the request cannot be written: {e}")))
@@ -298,6 +314,30 @@ impl Client {
         body: Option<Vec<u8>>,
         patience: Option<Duration>,
     ) -> Result<Reply, ClientError> {
+        let reply = self.exchange(method, target, body, patience)?;
+        if (200..300).contains(&reply.status) {
+            return Ok(reply);
+        }
+        let status = reply.status;
+        let text = self.read_all(reply.body)?;
+        match serde_json::from_slice::<ErrorBody>(&text) {
+            Ok(body) => Err(ClientError::Refused {
+                status,
+                sentence: one_line(&body.error),
+            }),
+            Err(_) => {
+                Err(self.foreign(format!("it answers {status} without a ferry's explanation")))
+            }
+        }
+    }
+
+    fn exchange(
+        &self,
+        method: &str,
+        target: &str,
+        body: Option<Vec<u8>>,
+        patience: Option<Duration>,
+    ) -> Result<Reply, ClientError> {
         let stream = self.connect()?;
         let body = body.unwrap_or_default();
         let mut bytes = format!(
@@ -335,24 +375,10 @@ impl Client {
         } else {
             Body::Plain(reader.take(limit))
         };
-        let reply = Reply {
+        Ok(Reply {
             status: head.status,
             body,
-        };
-        if (200..300).contains(&reply.status) {
-            return Ok(reply);
-        }
-        let status = reply.status;
-        let text = self.read_all(reply.body)?;
-        match serde_json::from_slice::<ErrorBody>(&text) {
-            Ok(body) => Err(ClientError::Refused {
-                status,
-                sentence: one_line(&body.error),
-            }),
-            Err(_) => {
-                Err(self.foreign(format!("it answers {status} without a ferry's explanation")))
-            }
-        }
+        })
     }
 }
 

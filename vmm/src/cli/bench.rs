@@ -7,9 +7,11 @@
 mod boot;
 mod cell;
 mod charts;
+mod cloud;
 mod ferry;
 mod flags;
 mod goals;
+mod heard;
 mod host;
 mod html;
 mod interrupt;
@@ -102,9 +104,16 @@ struct Common {
     /// QEMU.
     #[arg(long, value_name = "PATH", default_value = qemu::PROGRAM)]
     qemu: PathBuf,
+    /// Cloud Hypervisor; by default $FERRY_CLOUD_HYPERVISOR, or cloud-hypervisor.
+    #[arg(long, value_name = "PATH")]
+    cloud_hypervisor: Option<PathBuf>,
     /// When a migration that does not end is given up.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10m")]
     patience: Duration,
+    /// How long to measure: runs are made in rounds, one of every cell, and no round is begun that is not expected to end in
+    /// time. The first goes as far as the time does.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    budget: Option<Duration>,
     /// Only cells whose guest, link and policy contain all of these words.
     #[arg(long, value_name = "WORD")]
     only: Vec<String>,
@@ -117,13 +126,15 @@ const RUNS: u32 = 5;
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     match &args.what {
-        Some(What::Goals(common)) => measure(Spec::parse("goals.toml", GOALS)?, common, |_, _| {
-            String::new()
-        }),
+        Some(What::Goals(common)) => {
+            measure(Spec::parse("goals.toml", GOALS)?, common, None, |_, _| {
+                String::new()
+            })
+        }
         Some(What::Paper(paper)) => {
             let experiment = paper.experiment()?;
             let verdict = |spec: &Spec, runs: &[Run]| experiment.verdict(spec, runs);
-            measure(experiment.spec.clone(), paper.common(), verdict)
+            measure(experiment.spec.clone(), paper.common(), None, verdict)
         }
         Some(What::Boot(args)) => boot::run(args),
         Some(What::Report { directory, file }) => report(directory, file.as_deref()),
@@ -131,7 +142,10 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
             put(&table::legend())?;
             Ok(ExitCode::SUCCESS)
         }
-        None => measure(spec(args)?, &args.common, |_, _| String::new()),
+        None => {
+            let named = args.flags.cloud();
+            measure(spec(args)?, &args.common, named, |_, _| String::new())
+        }
     }
 }
 
@@ -152,10 +166,12 @@ fn spec(args: &Args) -> Result<Spec, Failure> {
     }
 }
 
-/// Measures what is not measured yet, and shows everything; `verdict` says what it means.
+/// Measures what is not measured yet, and shows everything; `named` is the binary of Cloud Hypervisor that flags name,
+/// `verdict` says what it means.
 fn measure(
     mut spec: Spec,
     common: &Common,
+    named: Option<&Path>,
     verdict: impl Fn(&Spec, &[Run]) -> String,
 ) -> Result<ExitCode, Failure> {
     if let Some(runs) = common.runs {
@@ -177,13 +193,20 @@ fn measure(
         tsc_khz: pair::tsc_khz(&ferry)?,
         ferry,
         qemu: common.qemu.clone(),
+        cloud: cloud::program(named.or(common.cloud_hypervisor.as_deref())),
         patience: common.patience,
     };
     if cfg!(debug_assertions) {
         say("this ferry is a debug build: its figures say nothing; use cargo build --release");
     }
     let mut journal = Journal::open(&out.join("results.jsonl"), host::describe(&machine))?;
-    let result = runner::run(&machine, &mut journal, &spec.cells, spec.runs);
+    let result = runner::run(
+        &machine,
+        &mut journal,
+        &spec.cells,
+        spec.runs,
+        common.budget,
+    );
     let verdict = verdict(&spec, &journal.runs);
     show(out, &journal.host, &spec, &journal.runs, &verdict)?;
     if interrupt::wanted() {

@@ -1,7 +1,7 @@
 //! `ferry nas`.
 
 use super::output::{Failure, put, put_json};
-use ferry_guest_images::{Outcome, Problem, Workload, run_on_threads};
+use ferry_guest_images::{Facts, Outcome, Problem, Workload, run_on_threads};
 use serde_json::json;
 use std::process::ExitCode;
 
@@ -33,11 +33,18 @@ fn problem(text: &str) -> Result<Problem, String> {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    let facts = args.problem.facts();
+    if !args.json {
+        put(&banner(args.problem, &facts, args.threads))?;
+    }
     let outcome = run_on_threads(args.problem, args.threads)?;
     if args.json {
         put_json(&json!({
             "schema": 1,
             "kernel": outcome.problem.to_string(),
+            "class": outcome.problem.class.name(),
+            "size": size(&facts),
+            "iterations": facts.iterations,
             "threads": args.threads,
             "verified": outcome.verified,
             "value": outcome.check.value,
@@ -45,9 +52,11 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
             "error": outcome.error,
             "seconds": outcome.seconds,
             "mops": outcome.mops,
+            "mops_per_thread": per_thread(&outcome, args.threads),
+            "operation": facts.operation,
         }))?;
     } else {
-        put(&text(&outcome))?;
+        put(&text(&outcome, &facts, args.threads))?;
     }
     Ok(if outcome.verified {
         ExitCode::SUCCESS
@@ -56,14 +65,54 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     })
 }
 
-fn text(o: &Outcome) -> String {
-    let verdict = if o.verified {
-        "verified"
-    } else {
-        "NOT VERIFIED"
-    };
+/// A size as NPB writes it.
+fn size(facts: &Facts) -> String {
+    let edges = facts.size;
+    match edges {
+        [one, 1, 1] => one.to_string(),
+        _ => edges.map(|edge| edge.to_string()).join(" x "),
+    }
+}
+
+fn per_thread(outcome: &Outcome, threads: usize) -> f64 {
+    outcome.mops / threads.max(1) as f64
+}
+
+/// What NPB prints before it computes.
+fn banner(problem: Problem, facts: &Facts, threads: usize) -> String {
+    let name = problem.kernel.name().to_uppercase();
     format!(
-        "{}  {verdict}  {:.2} s  {:.1} Mop/s  value {:.13e}  reference {:.13e}  error {:.1e}\n",
-        o.problem, o.seconds, o.mops, o.check.value, o.check.reference, o.error
+        "NAS Parallel Benchmarks, {name}: ferry's own implementation of the published specification\n\
+         size {}, iterations {}, threads {threads}\n\n",
+        size(facts),
+        facts.iterations
     )
+}
+
+/// What NPB prints of a result, field by field, and the value that was verified.
+fn text(o: &Outcome, facts: &Facts, threads: usize) -> String {
+    let verdict = if o.verified {
+        "SUCCESSFUL"
+    } else {
+        "UNSUCCESSFUL"
+    };
+    let fields = [
+        ("class", o.problem.class.name().to_owned()),
+        ("size", size(facts)),
+        ("iterations", facts.iterations.to_string()),
+        ("time in seconds", format!("{:.2}", o.seconds)),
+        ("total threads", threads.to_string()),
+        ("Mop/s total", format!("{:.2}", o.mops)),
+        ("Mop/s/thread", format!("{:.2}", per_thread(o, threads))),
+        ("operation type", facts.operation.to_owned()),
+        ("verification", verdict.to_owned()),
+        ("value", format!("{:.13e}", o.check.value)),
+        ("reference", format!("{:.13e}", o.check.reference)),
+        ("relative error", format!("{:.1e}", o.error)),
+    ];
+    let mut text = format!("{} completed\n", o.problem.kernel.name().to_uppercase());
+    for (name, value) in fields {
+        text.push_str(&format!("  {name:<16}= {value:>24}\n"));
+    }
+    text
 }

@@ -17,6 +17,7 @@ use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::io::Write;
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -63,6 +64,9 @@ pub struct Args {
     /// How often --nas prints a line about its progress; a second if left out.
     #[arg(long, value_name = "TIME", requires = "nas", value_parser = stat_interval)]
     stat: Option<Duration>,
+    /// How often --nas sends a zero byte between its lines, a sign of life for those who listen on the serial port.
+    #[arg(long, value_name = "TIME", requires = "nas", value_parser = beat_interval)]
+    beat: Option<Duration>,
     /// RAM, such as 512M; what the work needs, with --nas; 256M with --linux.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory: Option<u64>,
@@ -103,10 +107,21 @@ pub struct Args {
 
 /// What the bare guest takes for the time between two lines.
 fn stat_interval(text: &str) -> Result<Duration, String> {
+    let refusal = "the guest prints a line every 20ms to 60s; give a time between";
+    interval(text, &Manner::STAT_MS, refusal)
+}
+
+/// What the bare guest takes for the time between two signs of life.
+fn beat_interval(text: &str) -> Result<Duration, String> {
+    let refusal = "the guest sends a byte every 1ms to 1s; give a time between";
+    interval(text, &Manner::BEAT_MS, refusal)
+}
+
+fn interval(text: &str, ms: &RangeInclusive<u64>, refusal: &str) -> Result<Duration, String> {
     let interval = duration(text)?;
     match u64::try_from(interval.as_millis()) {
-        Ok(ms) if Manner::STAT_MS.contains(&ms) => Ok(interval),
-        _ => Err("the guest prints a line every 20ms to 60s; give a time between".into()),
+        Ok(found) if ms.contains(&found) => Ok(interval),
+        _ => Err(refusal.into()),
     }
 }
 
@@ -201,12 +216,12 @@ fn load(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), F
         return load_linux(args, machine, timeline);
     };
     let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
+    let millis = |interval: Duration| u64::try_from(interval.as_millis()).ok();
     let tsc_khz = machine.tsc_khz().map(u64::from);
     let manner = Manner {
         repeat: args.repeat,
-        stat_ms: args
-            .stat
-            .and_then(|interval| u64::try_from(interval.as_millis()).ok()),
+        stat_ms: args.stat.and_then(millis),
+        beat_ms: args.beat.and_then(millis),
     };
     let cmdline = workload.command_line_with(cpus, tsc_khz, manner);
     let (path, _image) = in_memory("the built-in guest", BARE)?;

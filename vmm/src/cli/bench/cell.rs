@@ -47,6 +47,72 @@ pub struct Policy {
     /// QEMU, with these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<Qemu>,
+    /// Cloud Hypervisor, with these.
+    #[serde(
+        default,
+        rename = "cloud-hypervisor",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub cloud: Option<Cloud>,
+}
+
+/// What Cloud Hypervisor is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cloud {
+    /// Which of its ways.
+    pub mode: CloudMode,
+    /// Its `downtime_ms`.
+    #[serde(default = "downtime")]
+    pub downtime_ms: u64,
+    /// Its `connections`, for pre-copy.
+    #[serde(default = "single")]
+    pub connections: u32,
+    /// When a migration that does not converge is ended by stopping the guest; it counts in seconds.
+    #[serde(default)]
+    pub stop_after_ms: Option<u64>,
+}
+
+/// Cloud Hypervisor's ways to move a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CloudMode {
+    /// Pre-copy.
+    Precopy,
+    /// Post-copy from the start.
+    Postcopy,
+}
+
+impl CloudMode {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Precopy, Self::Postcopy];
+
+    /// As bench files write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Precopy => "precopy",
+            Self::Postcopy => "postcopy",
+        }
+    }
+}
+
+impl Cloud {
+    /// The way, and nothing else than the defaults.
+    pub const fn new(mode: CloudMode, downtime_ms: u64) -> Self {
+        Self {
+            mode,
+            downtime_ms,
+            connections: single(),
+            stop_after_ms: None,
+        }
+    }
+
+    /// The most connections that it takes.
+    const MOST: u32 = 128;
+}
+
+const fn single() -> u32 {
+    1
 }
 
 /// What QEMU is told.
@@ -237,23 +303,62 @@ impl Guest {
 impl Policy {
     /// What is wrong with it, if anything.
     pub fn check(&self) -> Result<(), String> {
-        match (&self.ferry, &self.qemu) {
-            (Some(options), None) => options
+        match (&self.ferry, &self.qemu, &self.cloud) {
+            (Some(options), None, None) => options
                 .check()
                 .map_err(|e| format!("policy `{}`: {e}", self.name)),
-            (None, Some(qemu)) if qemu.channels == 0 => Err(format!(
+            (None, Some(qemu), None) if qemu.channels == 0 => Err(format!(
                 "policy `{}` has no channels; give at least 1",
                 self.name
             )),
-            (None, Some(qemu)) if !qemu.cache.is_power_of_two() => Err(format!(
+            (None, Some(qemu), None) if !qemu.cache.is_power_of_two() => Err(format!(
                 "policy `{}` has a cache of {} bytes; QEMU takes a power of two, such as 64M",
                 self.name, qemu.cache
             )),
-            (None, Some(_)) => Ok(()),
+            (None, None, Some(cloud)) if !(1..=Cloud::MOST).contains(&cloud.connections) => {
+                Err(format!(
+                    "policy `{}` has {} connections; Cloud Hypervisor takes 1 to {}",
+                    self.name,
+                    cloud.connections,
+                    Cloud::MOST
+                ))
+            }
+            (None, Some(_), None) | (None, None, Some(_)) => Ok(()),
             _ => Err(format!(
-                "policy `{}` does not say who moves the guest; give it either `ferry = {{ … }}` or `qemu = {{ … }}`",
+                "policy `{}` does not say who moves the guest; give it either `ferry = {{ … }}`, `qemu = {{ … }}` or \
+                 `cloud-hypervisor = {{ … }}`",
                 self.name
             )),
+        }
+    }
+
+    /// A policy of ferry's.
+    pub fn of_ferry(name: &str, options: Options) -> Self {
+        Self {
+            name: name.to_owned(),
+            ferry: Some(options),
+            qemu: None,
+            cloud: None,
+        }
+    }
+
+    /// One of QEMU's.
+    pub fn of_qemu(name: &str, qemu: Qemu) -> Self {
+        Self {
+            name: name.to_owned(),
+            ferry: None,
+            qemu: Some(qemu),
+            cloud: None,
+        }
+    }
+
+    /// One of Cloud Hypervisor's.
+    pub fn of_cloud(name: &str, cloud: Cloud) -> Self {
+        Self {
+            name: name.to_owned(),
+            ferry: None,
+            qemu: None,
+            cloud: Some(cloud),
         }
     }
 

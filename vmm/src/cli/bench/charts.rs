@@ -104,6 +104,11 @@ pub fn group(rows: &[Row<'_>]) -> Result<Vec<String>, Failure> {
             "ms",
         ),
         (
+            "outside_ms",
+            "Downtime: the longest silence that a listener outside heard at the move",
+            "ms",
+        ),
+        (
             "stall_ms",
             "Time that vCPUs waited for pages (post-copy)",
             "ms",

@@ -1,6 +1,7 @@
 //! ferry itself, as the benchmark runs it: two processes of this program.
 
 use super::cell::Cell;
+use super::heard::BEAT_MS;
 use super::interrupt;
 use super::log::STAT_MS;
 use super::measure::Told;
@@ -54,23 +55,25 @@ pub fn start(
             .args(["--serial", "stdio", "--api"])
             .arg(files.path("b.sock"))
             .stdin(Stdio::piped())
-            .stdout(File::create(files.destination().0)?)
+            .stdout(Stdio::piped())
             .stderr(File::create(files.path("b.err"))?),
-    )?;
+    )?
+    .heard_in(&files.destination())?;
     let source = Process::start(
         "ferry run",
         net.at_source(&machine.ferry)
             .args(["run", "--nas", &cell.guest.work.to_string()])
             .args(["--repeat", "0", "--stat", &format!("{STAT_MS}ms")])
+            .args(["--beat", &format!("{BEAT_MS}ms")])
             .args(["--memory", &format!("{}M", cell.guest.mib())])
             .args(["--cpus", &cell.guest.cpus.to_string(), "--api"])
             .arg(files.path("a.sock"))
-            .arg("--serial")
-            .arg(format!("file:{}", files.source().0.display()))
+            .args(["--serial", "stdio"])
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(File::create(files.path("a.err"))?),
-    )?;
+    )?
+    .heard_in(&files.source())?;
     let receiver = Client::new(&files.path("b.sock"));
     let uri = interrupt::until(
         Duration::from_secs(30),
@@ -106,28 +109,54 @@ impl Pair for Ferry {
 
     fn migrate(&mut self) -> Result<Told, Failure> {
         let began = Instant::now();
-        let mut dirtied = Vec::new();
+        let mut dirtied = Dirtied::default();
         let report = self.client.migrate(&self.request, &mut |event| {
-            // A round's own time may overlap with that of the next.
             if let Event::Round(round) = event
                 && !round.follows
-                && round.ms > 0.0
-                && dirtied.len() < ROUNDS
             {
-                let rate = round.dirtied as f64 / round.ms * 1e3;
-                dirtied.push((began.elapsed().as_secs_f64() * 1e3, rate));
+                dirtied.round(began.elapsed().as_secs_f64() * 1e3, round.dirtied);
             }
         })?;
         if report.status != Status::Completed {
             let why = report.error.as_deref().unwrap_or("no reason given");
             return Err(Failure(format!("the migration did not complete: {why}")));
         }
-        told(report, dirtied)
+        told(report, dirtied.rates)
     }
 }
 
-/// The most rounds whose dirty rates are kept.
-const ROUNDS: usize = 5000;
+/// The guest's dirty rate over time, from what each round found. Rounds of a moment are taken together: of so few pages in so
+/// little time no rate can be told.
+#[derive(Debug, Default)]
+struct Dirtied {
+    /// Milliseconds since the request, and the pages per second until then.
+    rates: Vec<(f64, f64)>,
+    since: f64,
+    pages: u64,
+}
+
+impl Dirtied {
+    /// The shortest time that a rate is told of, in milliseconds.
+    const MOMENT: f64 = 50.0;
+    /// The most rates that are kept.
+    const MOST: usize = 5000;
+
+    /// A round ended at that time, and found so many pages.
+    fn round(&mut self, now: f64, pages: u64) {
+        self.pages += pages;
+        let span = now - self.since;
+        if span < Self::MOMENT || self.rates.len() >= Self::MOST {
+            return;
+        }
+        let rate = self.pages as f64 / span * 1e3;
+        if self.rates.is_empty() {
+            // A curve from the beginning.
+            self.rates.push((0.0, rate));
+        }
+        self.rates.push((now, rate));
+        (self.since, self.pages) = (now, 0);
+    }
+}
 
 fn told(report: Report, dirtied: Vec<(f64, f64)>) -> Result<Told, Failure> {
     let post_copy = report.faults.count > 0 || report.rounds.iter().any(|round| round.follows);
@@ -135,13 +164,31 @@ fn told(report: Report, dirtied: Vec<(f64, f64)>) -> Result<Told, Failure> {
         total_ms: report.total_ms,
         downtime_ms: Some(report.downtime_ms),
         odd: None,
-        wire_bytes: report.bytes_wire,
-        pages_sent: report.pages.sent,
-        pages_resent: report.pages.resent,
+        wire_bytes: Some(report.bytes_wire),
+        pages_sent: Some(report.pages.sent),
+        pages_resent: Some(report.pages.resent),
         // QEMU counts both as one.
-        pages_zero: report.pages.zero + report.pages.skipped,
+        pages_zero: Some(report.pages.zero + report.pages.skipped),
         faults: post_copy.then(|| report.faults.clone()),
         dirtied,
         report: serde_json::to_value(report)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_told_of_more_than_a_moment() {
+        let mut dirtied = Dirtied::default();
+        dirtied.round(400.0, 800);
+        // Three pages in a tenth of a millisecond are no thirty thousand a second.
+        dirtied.round(400.1, 3);
+        dirtied.round(500.0, 97);
+        assert_eq!(
+            dirtied.rates,
+            [(0.0, 2000.0), (400.0, 2000.0), (500.0, 1000.0)]
+        );
+    }
 }

@@ -1,12 +1,13 @@
 //! A matrix in flags, for what is not worth a file.
 
-use super::cell::{Cell, Guest, Link, Policy, Qemu, QemuMode};
+use super::cell::{Cell, Cloud, CloudMode, Guest, Link, Policy, Qemu, QemuMode};
 use super::spec::{Spec, product};
 use crate::cli::output::Failure;
 use crate::cli::units::{duration, rate, size};
 use ferry_guest_images::Workload;
 use ferry_migration::options::Options;
 use serde_json::{Map, Value};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Guests, links and policies.
@@ -27,9 +28,9 @@ pub struct Flags {
     /// ferry's policy and its options, such as precopy or postcopy,order=flush,channels=2; may be repeated.
     #[arg(long, value_name = "NAME[,OPTION=VALUE…]", value_parser = ours)]
     policy: Vec<Policy>,
-    /// Whom to measure beside ferry on the same guests and links: qemu, with all of its ways, or one, such as
-    /// qemu:multifd; may be repeated.
-    #[arg(long, value_name = "PEER[:MODE]", value_parser = peer)]
+    /// Whom to measure beside ferry on the same guests and links: qemu or cloud-hypervisor, with all of its ways, or one, such
+    /// as qemu:multifd; may be repeated. A binary of Cloud Hypervisor can be named here, as cloud-hypervisor=PATH.
+    #[arg(long, value_name = "PEER[:MODE][=PATH]", value_parser = peer)]
     peer: Vec<Peer>,
     /// The longest acceptable pause, for all.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "20ms")]
@@ -38,7 +39,10 @@ pub struct Flags {
 
 /// A peer's ways.
 #[derive(Clone, Debug)]
-struct Peer(Vec<QemuMode>);
+enum Peer {
+    Qemu(Vec<QemuMode>),
+    Cloud(Vec<CloudMode>, Option<PathBuf>),
+}
 
 /// A guest is called as it was typed: its full form has every default in it.
 fn guest(text: &str) -> Result<(String, Workload), String> {
@@ -75,27 +79,45 @@ fn ours(text: &str) -> Result<Policy, String> {
     let options: Options = serde_json::from_value(Value::Object(object))
         .map_err(|e| e.to_string().replace('`', "'"))?;
     options.check().map_err(|e| e.to_string())?;
-    Ok(Policy {
-        name: format!("ferry {}", text.replace(',', " ")),
-        ferry: Some(options),
-        qemu: None,
-    })
+    let name = format!("ferry {}", text.replace(',', " "));
+    Ok(Policy::of_ferry(&name, options))
 }
 
 fn peer(text: &str) -> Result<Peer, String> {
-    let (who, way) = text
-        .split_once(':')
-        .map_or((text, None), |(who, way)| (who, Some(way)));
-    if who != "qemu" {
-        return Err(format!("`{who}` is no known peer; give qemu"));
-    }
-    let Some(way) = way else {
-        return Ok(Peer(QemuMode::ALL.to_vec()));
+    let (text, path) = match text.split_once('=') {
+        Some((text, path)) => (text, Some(PathBuf::from(path))),
+        None => (text, None),
     };
-    let mode = QemuMode::ALL.into_iter().find(|mode| mode.name() == way);
-    mode.map(|mode| Peer(vec![mode])).ok_or_else(|| {
-        let known = QemuMode::ALL.map(QemuMode::name).join(", ");
-        format!("`{way}` is none of QEMU's ways; choose one of {known}")
+    let (who, way) = match text.split_once(':') {
+        Some((who, way)) => (who, Some(way)),
+        None => (text, None),
+    };
+    match who {
+        "qemu" if path.is_some() => Err("QEMU's binary is named by --qemu PATH".into()),
+        "qemu" => ways("QEMU", &QemuMode::ALL, QemuMode::name, way).map(Peer::Qemu),
+        "cloud-hypervisor" => ways("Cloud Hypervisor", &CloudMode::ALL, CloudMode::name, way)
+            .map(|modes| Peer::Cloud(modes, path)),
+        _ => Err(format!(
+            "`{who}` is no known peer; give qemu or cloud-hypervisor"
+        )),
+    }
+}
+
+/// The way that was named, or all.
+fn ways<M: Copy>(
+    who: &str,
+    all: &[M],
+    name: fn(M) -> &'static str,
+    way: Option<&str>,
+) -> Result<Vec<M>, String> {
+    let Some(way) = way else {
+        return Ok(all.to_vec());
+    };
+    let found = all.iter().find(|mode| name(**mode) == way);
+    found.map(|mode| vec![*mode]).ok_or_else(|| {
+        let known: Vec<&str> = all.iter().map(|mode| name(*mode)).collect();
+        let known = known.join(", ");
+        format!("`{way}` is none of {who}'s ways; choose one of {known}")
     })
 }
 
@@ -109,6 +131,14 @@ impl Flags {
             && self.policy.is_empty()
             && self.peer.is_empty()
             && self.link.is_empty()
+    }
+
+    /// The binary of Cloud Hypervisor, if it was named.
+    pub fn cloud(&self) -> Option<&Path> {
+        self.peer.iter().find_map(|peer| match peer {
+            Peer::Cloud(_, path) => path.as_deref(),
+            Peer::Qemu(_) => None,
+        })
     }
 
     /// What they ask for.
@@ -149,12 +179,17 @@ impl Flags {
                 options.downtime = self.downtime;
             }
         }
-        for mode in self.peer.iter().flat_map(|Peer(modes)| modes) {
-            policies.push(Policy {
-                name: format!("qemu {}", mode.name()),
-                ferry: None,
-                qemu: Some(Qemu::new(*mode, downtime_ms)),
-            });
+        for peer in &self.peer {
+            match peer {
+                Peer::Qemu(modes) => policies.extend(modes.iter().map(|mode| {
+                    let name = format!("qemu {}", mode.name());
+                    Policy::of_qemu(&name, Qemu::new(*mode, downtime_ms))
+                })),
+                Peer::Cloud(modes, _) => policies.extend(modes.iter().map(|mode| {
+                    let name = format!("cloud-hypervisor {}", mode.name());
+                    Policy::of_cloud(&name, Cloud::new(*mode, downtime_ms))
+                })),
+            }
         }
         for guest in &guests {
             guest.check().map_err(Failure)?;
@@ -226,6 +261,18 @@ mod tests {
     }
 
     #[test]
+    fn cloud_hypervisor_is_a_peer_with_a_binary_of_its_own() {
+        let cli = Cli::try_parse_from(["bench", "--peer", "cloud-hypervisor:precopy=/opt/ch"]);
+        let flags = cli.unwrap_or_else(|e| panic!("{e}")).flags;
+        assert_eq!(flags.cloud(), Some(Path::new("/opt/ch")));
+        let cells = flags.spec(1).map_err(|e| e.0).unwrap().cells;
+        assert_eq!(cells[1].policy.name, "cloud-hypervisor precopy");
+        let key: Cell = serde_json::from_str(&cells[1].key()).unwrap();
+        assert_eq!(key, cells[1]);
+        assert!(cells[1].key().contains("\"cloud-hypervisor\":{\"mode\""));
+    }
+
+    #[test]
     fn what_cannot_be_meant_is_refused_in_a_sentence() {
         for (flags, part) in [
             (["--policy", "magic"], "magic"),
@@ -233,6 +280,8 @@ mod tests {
             (["--policy", "precopy,channels"], "channels=…"),
             (["--policy", "precopy,channels=0"], "0 channels"),
             (["--peer", "vmware"], "vmware"),
+            (["--peer", "cloud-hypervisor:multifd"], "postcopy"),
+            (["--peer", "qemu=/bin/qemu"], "--qemu PATH"),
             (["--peer", "qemu:teleport"], "auto-converge"),
             (["--link", "fast"], "2.5Gbit"),
             (["--guest", "mg.Q"], "`Q`"),

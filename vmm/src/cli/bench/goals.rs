@@ -148,6 +148,7 @@ mod tests {
                 number,
                 shaping: Shaping::Loopback,
                 load: String::new(),
+                took_s: 0.0,
                 figures: Some(figures),
                 error: None,
             }

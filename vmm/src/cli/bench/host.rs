@@ -2,7 +2,7 @@
 
 use super::journal::Host;
 use super::pair::Machine;
-use super::qemu;
+use super::process::version_of;
 use ferry_vmm::doctor;
 use std::fs;
 use std::time::SystemTime;
@@ -46,6 +46,7 @@ pub fn describe(machine: &Machine) -> Host {
                 "release build"
             }
         ),
-        qemu: qemu::version(&machine.qemu),
+        qemu: version_of(&machine.qemu),
+        cloud: version_of(&machine.cloud),
     }
 }

@@ -50,7 +50,7 @@ fn line(text: &mut String, class: &str, tag: &str, cells: &[String]) {
 pub fn page(host: &Host, spec: &Spec, runs: &[Run], verdict: &str) -> Result<String, Failure> {
     let title = escaped(&spec.title);
     let mut text = format!(
-        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title>\
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>{title}</title>\
          <style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{}</p>\n",
         escaped(&table::machine(host))
     );
@@ -169,6 +169,7 @@ mod tests {
             number,
             shaping: Shaping::Loopback,
             load: String::new(),
+            took_s: 0.0,
             figures: good.then(|| figures.clone()),
             error: (!good).then(|| "it was <killed>".to_owned()),
         };
@@ -183,14 +184,33 @@ mod tests {
         assert!(page.contains("1/2 verified") == figures.verified);
         assert!(page.contains("it was &lt;killed&gt;") && page.contains("MISSED"));
         // Bars of total, gap, stall and bytes; curves of throughput and latency.
-        assert_eq!(page.matches("<svg").count(), 6);
-        assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
+        well_formed(&page, 6);
     }
+
+    /// It is XML too, with so many plots, each with something in it.
+    fn well_formed(page: &str, plots: usize) {
+        let options = roxmltree::ParsingOptions {
+            allow_dtd: true,
+            ..Default::default()
+        };
+        let document = roxmltree::Document::parse_with_options(page, options).unwrap();
+        let nodes = || document.descendants().filter(|node| node.is_element());
+        let svgs: Vec<_> = nodes().filter(|n| n.has_tag_name(SVG)).collect();
+        assert_eq!(svgs.len(), plots);
+        for svg in svgs {
+            assert!(svg.descendants().filter(|n| n.is_element()).count() > 5);
+        }
+        let rows = nodes().filter(|node| node.has_tag_name("table")).count();
+        assert!(rows > 0);
+    }
+
+    const SVG: (&str, &str) = ("http://www.w3.org/2000/svg", "svg");
 
     #[test]
     fn without_runs_there_is_a_page_all_the_same() {
         let spec = Spec::parse("x", FILE).unwrap();
         let page = page(&Host::default(), &spec, &[], "").unwrap();
         assert!(page.contains("not run") && page.ends_with("</html>\n"));
+        well_formed(&page, 0);
     }
 }

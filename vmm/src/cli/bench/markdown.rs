@@ -100,6 +100,7 @@ mod tests {
                     number: 1,
                     shaping: Shaping::Loopback,
                     load: String::new(),
+                    took_s: 0.0,
                     figures: Some(figures),
                     error: None,
                 }

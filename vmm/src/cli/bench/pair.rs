@@ -1,15 +1,17 @@
 //! A run: two fresh VMMs, a guest that moves from one to the other, and what came of it.
 
 use super::cell::Cell;
+use super::heard::{BEAT_MS, silence_ms};
 use super::interrupt;
 use super::log::{Log, STAT_MS, seen};
 use super::measure::{Figures, Told, watched};
 use super::net::Net;
 use super::process::{Process, said};
-use super::{ferry, qemu};
+use super::{cloud, ferry, qemu};
 use crate::cli::output::Failure;
-use ferry_guest_images::{Line, STOP, Workload};
+use ferry_guest_images::{BARE, Line, Manner, STOP, Workload};
 use ferry_nas::workload::Workload as Kind;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -31,6 +33,8 @@ pub struct Machine {
     pub ferry: PathBuf,
     /// QEMU's.
     pub qemu: PathBuf,
+    /// Cloud Hypervisor's.
+    pub cloud: PathBuf,
     /// The rate of the time-stamp counter, so that every VMM's guests are told the same.
     pub tsc_khz: u64,
     /// How long a migration may take.
@@ -57,6 +61,15 @@ impl Files {
         self.directory.path().join(name)
     }
 
+    /// The guest's image, for VMMs that do not have it built in.
+    pub fn image(&self) -> Result<PathBuf, Failure> {
+        let image = self.path("bare.elf");
+        if !image.exists() {
+            std::fs::write(&image, BARE)?;
+        }
+        Ok(image)
+    }
+
     /// What the source's serial port prints.
     pub fn source(&self) -> Log {
         Log(self.path("source"))
@@ -66,6 +79,23 @@ impl Files {
     pub fn destination(&self) -> Log {
         Log(self.path("destination"))
     }
+}
+
+/// What a guest is told, whoever runs it.
+pub fn guest_command_line(cell: &Cell, tsc_khz: u64) -> String {
+    let cpus = usize::try_from(cell.guest.cpus).unwrap_or(usize::MAX);
+    let manner = Manner {
+        repeat: Some(0),
+        stat_ms: Some(STAT_MS),
+        beat_ms: Some(BEAT_MS),
+    };
+    let work = &cell.guest.work;
+    work.command_line_with(cpus, Some(tsc_khz), manner)
+}
+
+/// A port that nobody has. Another process may take it before it is used; in a namespace of its own every port is free.
+pub fn free_port() -> Result<u16, Failure> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// Asks a small guest for the rate of the time-stamp counter.
@@ -103,10 +133,12 @@ pub fn run(machine: &Machine, cell: &Cell) -> Result<Figures, Failure> {
 
 fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Failure> {
     let net = Net::up(&cell.link)?;
-    let mut pair: Box<dyn Pair> = match (&cell.policy.ferry, &cell.policy.qemu) {
-        (Some(options), _) => Box::new(ferry::start(machine, cell, options, &net, files)?),
-        (None, Some(qemu)) => Box::new(qemu::start(machine, cell, qemu, &net, files)?),
-        (None, None) => return Err(Failure(format!("{cell} does not say who moves the guest"))),
+    let policy = &cell.policy;
+    let mut pair: Box<dyn Pair> = match (&policy.ferry, &policy.qemu, &policy.cloud) {
+        (Some(options), _, _) => Box::new(ferry::start(machine, cell, options, &net, files)?),
+        (_, Some(qemu), _) => Box::new(qemu::start(machine, cell, qemu, &net, files)?),
+        (_, _, Some(cloud)) => Box::new(cloud::start(machine, cell, cloud, &net, files)?),
+        _ => return Err(Failure(format!("{cell} does not say who moves the guest"))),
     };
     let (log, arrived) = (files.source(), files.destination());
     let pids = pair.processes().map(|process| process.id());
@@ -131,10 +163,13 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
     let counted = net.counters()?.since(counted);
     runs_on(&arrived, pair.processes()[1])?;
     let until = arrived.text().len();
+    let [source, destination] = pair.processes();
+    let outside_ms = silence_ms(&source.heard(true), &destination.heard(false));
     let verified = verdict(pair.processes()[1], &arrived, &cell.guest.work)?;
     Ok(Figures {
         told: moved.result,
         seen: seen(&log.text(), before, &arrived.text(), until)?,
+        outside_ms,
         link_bytes: counted.sent,
         back_bytes: counted.received,
         source: moved.source,

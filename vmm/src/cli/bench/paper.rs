@@ -118,11 +118,7 @@ impl Results<'_> {
 
 /// A policy of ferry's.
 fn ours(name: &str, options: Options) -> Policy {
-    Policy {
-        name: name.to_owned(),
-        ferry: Some(options),
-        qemu: None,
-    }
+    Policy::of_ferry(name, options)
 }
 
 /// A figure, or that there is none.
@@ -192,7 +188,7 @@ mod tests {
         let run = |(place, cell): (usize, &Cell)| {
             let mut figures = Figures::default();
             figures.told.total_ms = 1000.0 * (place + 1) as f64;
-            figures.told.pages_sent = 1000;
+            figures.told.pages_sent = Some(1000);
             figures.told.faults = Some(ferry_migration::report::Faults {
                 count: 10,
                 ..Default::default()
@@ -202,6 +198,7 @@ mod tests {
                 number: 1,
                 shaping: Shaping::Tc,
                 load: String::new(),
+                took_s: 0.0,
                 figures: Some(figures),
                 error: None,
             }

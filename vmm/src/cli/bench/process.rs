@@ -1,22 +1,26 @@
 //! Processes that are measured, and that never outlive a run.
 
+use super::heard::Ear;
 use super::interrupt;
+use super::log::Log;
 use crate::cli::output::Failure;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A child process; killed when dropped.
 pub struct Process {
     child: Child,
     name: &'static str,
+    ear: Option<Ear>,
+    terminal: Option<File>,
 }
 
 /// Resident memory in KiB, as `/proc/PID/status` has it.
@@ -64,7 +68,38 @@ impl Process {
                 "{name} ({program}) cannot be started ({e}); is it installed?"
             ))
         })?;
-        Ok(Self { child, name })
+        Ok(Self {
+            child,
+            name,
+            ear: None,
+            terminal: None,
+        })
+    }
+
+    /// Has what it says on its stdout, which must be a pipe, heard and written into a file.
+    pub fn heard_in(mut self, log: &Log) -> Result<Self, Failure> {
+        let stdout = self.child.stdout.take();
+        let stdout =
+            stdout.ok_or_else(|| Failure(format!("the stdout of {} is no pipe", self.name)))?;
+        self.ear = Some(Ear::listen(stdout, &log.0)?);
+        Ok(self)
+    }
+
+    /// Types into this file instead of its stdin.
+    pub fn typed_at(mut self, terminal: File) -> Self {
+        self.terminal = Some(terminal);
+        self
+    }
+
+    /// When it said something, so far; all of it once it has `ended`.
+    pub fn heard(&mut self, ended: bool) -> Vec<Instant> {
+        let Some(ear) = &mut self.ear else {
+            return Vec::new();
+        };
+        if ended {
+            ear.end();
+        }
+        ear.arrivals()
     }
 
     /// Its number.
@@ -79,6 +114,9 @@ impl Process {
 
     /// Writes to its stdin.
     pub fn type_in(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        if let Some(terminal) = &mut self.terminal {
+            return Ok(terminal.write_all(bytes)?);
+        }
         let stdin = self.child.stdin.as_mut();
         let stdin =
             stdin.ok_or_else(|| Failure(format!("the stdin of {} is closed", self.name)))?;
@@ -108,6 +146,16 @@ impl Process {
         }
         Err(Failure(format!("{} ended too early", self.name)))
     }
+}
+
+/// What a program calls itself; nothing if it cannot be run.
+pub fn version_of(program: &Path) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    output
+        .status
+        .success()
+        .then(|| text.lines().next().unwrap_or_default().to_owned())
 }
 
 /// Ends a process by force, wherever it stands.

@@ -2,18 +2,15 @@
 
 use super::cell::{Cell, Qemu, QemuMode};
 use super::interrupt;
-use super::log::STAT_MS;
 use super::measure::Told;
 use super::net::Net;
-use super::pair::{Files, Machine, Pair};
-use super::process::Process;
+use super::pair::{Files, Machine, Pair, free_port, guest_command_line};
+use super::process::{Process, version_of};
 use super::qmp::Qmp;
 use crate::cli::output::Failure;
-use ferry_guest_images::{BARE, Manner};
 use ferry_migration::report::Faults;
 use serde_json::{Value, json};
-use std::fs::{self, File};
-use std::net::TcpListener;
+use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -23,19 +20,12 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 /// Far beyond what any link here carries. QEMU's default would be 128 MiB/s.
 const BANDWIDTH: u64 = 1 << 40;
 
-/// Whether it is there.
-pub fn installed(program: &Path) -> bool {
-    version(program).is_some()
-}
-
-/// What it calls itself.
-pub fn version(program: &Path) -> Option<String> {
-    let output = Command::new(program).arg("--version").output().ok()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    output
-        .status
-        .success()
-        .then(|| text.lines().next().unwrap_or_default().to_owned())
+/// Why its runs cannot be made, if so.
+pub fn missing(program: &Path) -> Option<String> {
+    version_of(program).is_none().then(|| {
+        let program = program.display();
+        format!("{program} is not installed; give --qemu PATH")
+    })
 }
 
 /// The two QEMUs.
@@ -56,19 +46,8 @@ fn machine(
     files: &Files,
     qmp: &Path,
 ) -> Result<Command, Failure> {
-    let cpus = usize::try_from(cell.guest.cpus).unwrap_or(usize::MAX);
-    let manner = Manner {
-        repeat: Some(0),
-        stat_ms: Some(STAT_MS),
-    };
-    let command_line = cell
-        .guest
-        .work
-        .command_line_with(cpus, Some(tsc_khz), manner);
-    let image = files.path("bare.elf");
-    if !image.exists() {
-        fs::write(&image, BARE)?;
-    }
+    let command_line = guest_command_line(cell, tsc_khz);
+    let image = files.image()?;
     command
         // Without arch-capabilities: software KVM offers the MSR and then refuses to set it.
         .args([
@@ -110,18 +89,19 @@ pub fn start(
         side(net.at_destination(&of.qemu), "b.qmp")?
             .args(["-incoming", "defer", "-serial", "stdio"])
             .stdin(Stdio::piped())
-            .stdout(File::create(files.destination().0)?)
+            .stdout(Stdio::piped())
             .stderr(File::create(files.path("b.err"))?),
-    )?;
+    )?
+    .heard_in(&files.destination())?;
     let source = Process::start(
         "the sending QEMU",
         side(net.at_source(&of.qemu), "a.qmp")?
-            .arg("-serial")
-            .arg(format!("file:{}", files.source().0.display()))
+            .args(["-serial", "stdio"])
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(File::create(files.path("a.err"))?),
-    )?;
+    )?
+    .heard_in(&files.source())?;
     let mut pair = Pairing {
         processes: [source, destination],
         source: Qmp::connect(&files.path("a.qmp"))?,
@@ -168,7 +148,7 @@ fn configure(qmp: &mut Qmp, how: &Qemu, cap: Option<u64>, receives: bool) -> Res
 fn listen(qmp: &mut Qmp, address: &str) -> Result<String, Failure> {
     let mut last = Failure("no port is free".into());
     for _ in 0..5 {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = free_port()?;
         let uri = format!("tcp:{address}:{port}");
         match qmp.command("migrate-incoming", &json!({ "uri": uri })) {
             Ok(_) => return Ok(uri),
@@ -315,10 +295,10 @@ fn told(
         total_ms,
         downtime_ms: possible.then_some(downtime),
         odd: (!possible).then(|| format!("{downtime:.0} ms of a total of {total_ms:.0} ms")),
-        wire_bytes: count("/ram/transferred")?,
-        pages_sent: sent,
-        pages_resent: (sent + zero).saturating_sub(pages),
-        pages_zero: zero,
+        wire_bytes: Some(count("/ram/transferred")?),
+        pages_sent: Some(sent),
+        pages_resent: Some((sent + zero).saturating_sub(pages)),
+        pages_zero: Some(zero),
         faults,
         dirtied,
         report: json!({ "source": report, "destination": arrived }),
@@ -340,7 +320,7 @@ mod tests {
         assert_eq!((told.total_ms, told.downtime_ms), (1140.0, Some(4.0)));
         assert_eq!(
             (told.pages_sent, told.pages_zero, told.pages_resent),
-            (900, 200, 100)
+            (Some(900), Some(200), Some(100))
         );
         let faults = told.faults.unwrap();
         assert_eq!((faults.count, faults.stalled_ms), (7, 180.0));

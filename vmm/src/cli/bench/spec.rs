@@ -23,6 +23,10 @@
 //! name = "qemu multifd×4"
 //! qemu = { mode = "multifd", channels = 4, downtime_ms = 20 }
 //!
+//! [[policy]]
+//! name = "cloud-hypervisor ×4"
+//! cloud-hypervisor = { mode = "precopy", connections = 4, downtime_ms = 20 }
+//!
 //! # Without a matrix, every guest meets every policy on every link.
 //! [[matrix]]
 //! guests = ["writer"]

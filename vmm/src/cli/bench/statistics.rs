@@ -44,7 +44,7 @@ pub struct Metric {
 const MIB: f64 = (1 << 20) as f64;
 
 /// Every metric; all are better when they are smaller.
-pub const METRICS: [Metric; 22] = [
+pub const METRICS: [Metric; 23] = [
     metric(
         true,
         "total_ms",
@@ -60,6 +60,14 @@ pub const METRICS: [Metric; 22] = [
         1,
         "the longest time that the guest did not run, by its own clock, in the tenth of a second of the move",
         |f, _| Some(f.seen.gap_ms),
+    ),
+    metric(
+        true,
+        "outside_ms",
+        "outside",
+        1,
+        "the longest silence at the move, in ms, for a listener on the serial port, to which the guest sends a byte every 2 ms",
+        |f, _| f.outside_ms,
     ),
     metric(
         true,
@@ -139,7 +147,7 @@ pub const METRICS: [Metric; 22] = [
         "wire MiB",
         1,
         "what the VMM says it sent",
-        |f, _| Some(f.told.wire_bytes as f64 / MIB),
+        |f, _| Some(f.told.wire_bytes? as f64 / MIB),
     ),
     metric(
         false,
@@ -147,7 +155,7 @@ pub const METRICS: [Metric; 22] = [
         "pages",
         0,
         "pages sent with their contents",
-        |f, _| Some(f.told.pages_sent as f64),
+        |f, _| Some(f.told.pages_sent? as f64),
     ),
     metric(
         true,
@@ -155,7 +163,7 @@ pub const METRICS: [Metric; 22] = [
         "resent",
         0,
         "pages that crossed more than once",
-        |f, _| Some(f.told.pages_resent as f64),
+        |f, _| Some(f.told.pages_resent? as f64),
     ),
     metric(
         false,
@@ -163,7 +171,7 @@ pub const METRICS: [Metric; 22] = [
         "zero",
         0,
         "pages announced as zero",
-        |f, _| Some(f.told.pages_zero as f64),
+        |f, _| Some(f.told.pages_zero? as f64),
     ),
     metric(
         true,

@@ -11,19 +11,11 @@ use std::fmt::Write;
 
 /// The machine in a sentence.
 pub fn machine(host: &Host) -> String {
+    let peers = host.qemu.iter().chain(&host.cloud);
+    let peers: String = peers.map(|peer| format!(", {peer}")).collect();
     format!(
-        "{} × {}, {} MiB, Linux {}, {}; {}{}; clock {} kHz",
-        host.cpus,
-        host.processor,
-        host.memory_mib,
-        host.kernel,
-        host.kvm,
-        host.ferry,
-        host.qemu
-            .as_ref()
-            .map(|q| format!(", {q}"))
-            .unwrap_or_default(),
-        host.tsc_khz
+        "{} × {}, {} MiB, Linux {}, {}; {}{peers}; clock {} kHz",
+        host.cpus, host.processor, host.memory_mib, host.kernel, host.kvm, host.ferry, host.tsc_khz
     )
 }
 

@@ -101,14 +101,12 @@ pub fn experiment(args: &Args) -> Result<Experiment, Failure> {
     if !args.no_qemu {
         for seconds in [TARGETS[0], TARGETS[4]] {
             let downtime_ms = u64::try_from(target(seconds).as_millis()).unwrap_or(u64::MAX);
-            policies.push(Policy {
-                name: format!("qemu {}", pre_copy_name(seconds)),
-                ferry: None,
-                qemu: Some(Qemu {
-                    stop_after_ms: Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
-                    ..Qemu::new(QemuMode::Precopy, downtime_ms)
-                }),
-            });
+            let qemu = Qemu {
+                stop_after_ms: Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+                ..Qemu::new(QemuMode::Precopy, downtime_ms)
+            };
+            let name = format!("qemu {}", pre_copy_name(seconds));
+            policies.push(Policy::of_qemu(&name, qemu));
         }
     }
     let sizes: Vec<String> = guests
