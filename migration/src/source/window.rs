@@ -44,7 +44,8 @@ const MOST: u64 = 64 << 20;
 const PERIOD: Duration = Duration::from_millis(10);
 const BATCHES: u32 = 50;
 const KEPT: usize = 20;
-/// The best rate is that which one in five is above: what waited elsewhere and comes at once is not the path's rate.
+/// The best rate is that which one in five is above, or both of the last two: what waited elsewhere and comes at once is not the
+/// path's rate.
 const BEST: usize = 5;
 /// A shortest round trip counts for one to two times so long: paths change. Then the window is the smallest for a moment, so that
 /// what it holds itself is not taken for the path.
@@ -115,7 +116,13 @@ impl Window {
         let mut rates: Vec<f64> = self.rates.iter().copied().collect();
         rates.sort_by(f64::total_cmp);
         let above = if self.rising { 0 } else { rates.len() / BEST };
-        rates.iter().rev().nth(above).copied()
+        let best = rates.iter().rev().nth(above).copied()?;
+        let last_two = self.rates.iter().rev().take(2).copied();
+        Some(
+            last_two
+                .reduce(f64::min)
+                .map_or(best, |both| best.max(both)),
+        )
     }
 
     fn round_trip(&self) -> Option<Duration> {
@@ -322,14 +329,14 @@ mod tests {
         #[test]
         fn a_busy_link_and_a_short_queue(
             rate in 10e6..1e9f64,
-            then in 0.3..3.0f64,
+            then in 0.3..2.0f64,
             delay_us in 20..20_000u64,
         ) {
             let delay = Duration::from_micros(delay_us);
             let time = Duration::from_secs(4);
             let (placed, longest) = push([rate, rate * then], delay, time);
             let most = rate * then * time.as_secs_f64() / 2.0;
-            prop_assert!(placed >= 0.7 * most, "{placed:.0} of {most:.0}");
+            prop_assert!(placed >= 0.75 * most, "{placed:.0} of {most:.0}");
             // The link is steady here, but for its change: some slack, batches of which twice as large ones are tried, and what the fewest pages take.
             let fewest = seconds(9.0 * (FEWEST * PAGE_BYTES) as f64 / (rate * then));
             let allowed = (seconds(SLACK[0]).max(delay / 3) + BATCH * 2) * 3 + fewest;
