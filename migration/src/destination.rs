@@ -32,9 +32,11 @@
 
 mod arriving;
 mod blocks;
+mod doubt;
 mod error;
 mod faults;
 mod following;
+mod hello;
 mod lanes;
 mod pages;
 
@@ -44,15 +46,11 @@ pub use error::DestinationError;
 pub use faults::FaultLane;
 pub use lanes::{Lane, LaneSet};
 
-use crate::codec::Decoder;
-use crate::codec::marks::Marks;
-use crate::options::Options;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{Clock, Host, Link, PageSink};
 use crate::source::page_hash;
 use crate::wire::{
-    Channel, Features, FrameType, Header, Hello, HelloAck, Preamble, Ready, Role, Running,
-    SessionId, WireError, send_set,
+    Channel, FrameType, Header, Preamble, Ready, Role, Running, SessionId, WireError, send_set,
 };
 use blocks::Stores;
 use pages::PageReceiver;
@@ -394,101 +392,6 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         Ok(Step::Continue)
     }
 
-    fn hello(&mut self, header: &Header) -> Result<(), DestinationError> {
-        let mut bytes = std::mem::take(&mut self.buffer);
-        self.channel.recv_payload(header, &mut bytes)?;
-        let hello = Hello::decode(&bytes).map_err(WireError::from)?;
-        let missing = hello.required.0 & !Features::SUPPORTED.0;
-        if missing != 0 {
-            return Err(DestinationError::Features { missing });
-        }
-        let most = hello.channels.max(hello.faults);
-        if most > Options::MAX_CHANNELS {
-            return Err(DestinationError::Channels(most));
-        }
-        self.policy = hello
-            .policy
-            .chars()
-            .filter(|c| c.is_ascii_graphic())
-            .take(32)
-            .collect();
-        self.verify = hello.required.has(Features::VERIFY);
-        let mut agreed = hello.offered.and(Features::SUPPORTED);
-        let adopted = if agreed.has(Features::SHARED_MEMORY) {
-            self.host
-                .adopt(self.channel.link(), &hello.layout, &hello.machine)
-                .map_err(DestinationError::Unfit)?
-        } else {
-            None
-        };
-        self.shared = adopted.is_some();
-        let post_copy = hello.required.has(Features::POST_COPY) && !self.shared;
-        if post_copy {
-            if hello.faults == 0 {
-                return Err(DestinationError::NoFaultChannel);
-            }
-            self.host
-                .check_post_copy()
-                .map_err(DestinationError::Unfit)?;
-        }
-        let sinks = if hello.required.has(Features::STORES) {
-            Stores::check(&hello.stores)?;
-            let sinks = self.host.take_stores(&hello.stores);
-            sinks.map_err(DestinationError::Unfit)?
-        } else {
-            Vec::new()
-        };
-        let sink = match adopted {
-            Some(sink) => sink,
-            None if hello.required.has(Features::SHARED_MEMORY) => {
-                return Err(DestinationError::NoMemory);
-            }
-            None => {
-                agreed = agreed.without(Features::SHARED_MEMORY);
-                self.host
-                    .prepare(&hello.layout, &hello.machine)
-                    .map_err(DestinationError::Unfit)?
-            }
-        };
-        self.channel.set_end(hello.layout.end());
-        if hello.required.has(Features::STORES) {
-            self.stores = Stores::new(&hello.stores, sinks, agreed)?;
-        }
-        let end = if agreed.has(Features::PATCH) {
-            hello.layout.end()
-        } else {
-            0
-        };
-        let copies = Arc::new(Marks::new(end));
-        self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
-        if post_copy {
-            let clock = Arc::clone(&self.clock);
-            let arriving = Arriving::new(hello.layout.clone(), clock, self.verify, hello.faults);
-            self.arriving = Some(Arc::new(arriving));
-        }
-        if hello.channels > 0 && !self.shared {
-            let set = LaneSet::new(
-                Arc::clone(&sink),
-                hello.layout.clone(),
-                (agreed, copies),
-                self.arriving.clone(),
-                hello.channels,
-                self.timeouts.transfer,
-            );
-            self.lanes = Some(Arc::new(set));
-        }
-        self.layout = Some(hello.layout);
-        self.sink = Some(sink);
-        self.buffer = bytes;
-        self.enter(State::Filling);
-        let ack = HelloAck { features: agreed };
-        self.channel.send_json(FrameType::HelloAck, &ack)?;
-        self.channel
-            .link()
-            .set_timeout(Some(self.timeouts.transfer));
-        Ok(())
-    }
-
     fn pages(&mut self, header: &Header) -> Result<(), DestinationError> {
         let (Some(sink), Some(layout)) = (&self.sink, &self.layout) else {
             return Err(self.channel.refuse(header, "a greeting").into());
@@ -649,63 +552,6 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             send_set(&mut self.channel, &missing)?;
         }
         Ok(Step::Running)
-    }
-
-    /// Goes on with a new connection that a source opened to end the doubt
-    /// ([`Role::Recover`], preamble answered): its word is the next frame.
-    pub fn reattach(&mut self, mut channel: Channel<L>, preamble: &Preamble) {
-        if let Err(error) = preamble.expect_session(self.session) {
-            channel.send_abort(&error.to_string());
-            return;
-        }
-        channel.set_end(self.layout.as_ref().map_or(0, RamLayout::end));
-        self.channel = channel;
-        self.reattached = true;
-        // Only this connection counts from here on: what it brings is one push.
-        (self.round, self.pushed, self.lanes) = (0, false, None);
-        // Also where the guest does not run yet: the fault channels of the old connection are of no use.
-        if let Some(arriving) = &self.arriving {
-            arriving.reconnect();
-        }
-        match self.state {
-            // The first confirmation may have been lost on its way: it is said again.
-            State::Complete => self.enter(State::Running),
-            State::Ready => self.enter(State::InDoubt),
-            _ => {}
-        }
-    }
-
-    /// An operator's word in place of the source's: runs the guest here. Only right when the
-    /// source is certain not to run it.
-    ///
-    /// # Errors
-    /// When the guest is not complete here, or cannot be started.
-    pub fn take_over(&mut self) -> Result<(), DestinationError> {
-        let left = self.arriving.as_ref().map_or(0, |a| a.left());
-        match self.state {
-            _ if left > 0 => Err(DestinationError::Lacking(left)),
-            State::Ready | State::InDoubt => {
-                self.host.run().map_err(DestinationError::Start)?;
-                self.enter(State::Running);
-                Ok(())
-            }
-            State::Running | State::Complete | State::Interrupted => Ok(()),
-            state @ (State::Waiting | State::Filling | State::Discarded) => {
-                Err(DestinationError::State(
-                    format!("the guest is not complete here ({state:?})").into(),
-                ))
-            }
-        }
-    }
-
-    /// Throws a doubtful guest away: an operator's word that the source has it.
-    pub fn abandon(&mut self) {
-        if matches!(
-            self.state,
-            State::Ready | State::InDoubt | State::Filling | State::Waiting
-        ) {
-            self.discard();
-        }
     }
 }
 

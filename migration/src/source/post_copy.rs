@@ -9,20 +9,19 @@
 //! ```
 //!
 //! Where the destination says when batches are in place, the push keeps no more under way than the link needs
-//! ([`Window`]): answers do not wait behind it.
+//! (`source/window.rs`): answers do not wait behind it.
 //!
 //! The guest stands still here, so pages are read without a lock. A page is taken out of the set
 //! before it is sent: what a broken connection loses with it, the destination lists as missing when
 //! the source reconnects.
 
-use super::lanes::ALIVE;
-use super::window::Window;
+use super::push::{Pushed, Pusher, Stream};
 use super::{Source, SourceError, State, ms};
 use crate::order::{Push, PushOrder};
 use crate::page::{PageSet, RamLayout, Run};
 use crate::port::{Clock, Guest, Link};
 use crate::report::{Event, Round};
-use crate::sender::{BatchMode, Pacer, Sender, Sent};
+use crate::sender::{BatchMode, Sender, Sent};
 use crate::wire::{Arrived, Channel, FrameType, Header, WireError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -99,7 +98,7 @@ pub(super) struct Serving<'a> {
     outgoing: Mutex<Outgoing>,
     stop: AtomicBool,
     layout: &'a RamLayout,
-    clock: &'a dyn Clock,
+    pub(super) clock: &'a dyn Clock,
     round: u32,
     timeout: Duration,
     began: Duration,
@@ -138,7 +137,7 @@ impl<'a> Serving<'a> {
         self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    const fn mode(&self, tell: bool) -> BatchMode {
+    pub(super) const fn mode(&self, tell: bool) -> BatchMode {
         BatchMode {
             round: self.round,
             paused: true,
@@ -146,11 +145,16 @@ impl<'a> Serving<'a> {
         }
     }
 
-    fn fail(&self, error: SourceError) {
+    /// Counts what a stream has sent.
+    pub(super) fn pushed(&self, sent: Sent) {
+        self.outgoing().sent.add(sent);
+    }
+
+    pub(super) fn fail(&self, error: SourceError) {
         self.outgoing().failed.get_or_insert(error);
     }
 
-    fn stopped(&self) -> bool {
+    pub(super) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
@@ -236,7 +240,7 @@ impl<'a> Serving<'a> {
     }
 
     /// Whether there is more to push.
-    fn goes_on(&self) -> Result<bool, SourceError> {
+    pub(super) fn goes_on(&self) -> Result<bool, SourceError> {
         let mut outgoing = self.outgoing();
         match outgoing.failed.take() {
             Some(error) => Err(error),
@@ -245,7 +249,7 @@ impl<'a> Serving<'a> {
     }
 
     /// What the push stream sends next, into `runs`.
-    fn next_push(&self, limit: u64, runs: &mut Vec<Run>) -> Result<Next, SourceError> {
+    pub(super) fn next_push(&self, limit: u64, runs: &mut Vec<Run>) -> Result<Next, SourceError> {
         if !self.goes_on()? {
             return Ok(Next::Done);
         }
@@ -263,7 +267,8 @@ impl<'a> Serving<'a> {
     }
 }
 
-enum Next {
+/// What the push does next.
+pub(super) enum Next {
     Send,
     Wait,
     Done,
@@ -283,132 +288,6 @@ impl<L: Link> FaultChannel<L> {
             sender: Sender::default(),
             runs: Vec::new(),
         }
-    }
-}
-
-/// What a stream of pushes remembers from batch to batch.
-struct Stream {
-    runs: Vec<Run>,
-    /// When something was sent last.
-    sent_at: Duration,
-    /// Where the destination tells what is in place.
-    window: Option<Window>,
-}
-
-impl Stream {
-    fn new(tells: bool, now: Duration) -> Self {
-        Self {
-            runs: Vec::with_capacity(64),
-            sent_at: now,
-            window: tells.then(|| Window::new(now)),
-        }
-    }
-}
-
-/// What became of a turn of the push.
-enum Pushed {
-    /// There may be more.
-    More,
-    /// Everything has been taken.
-    All,
-    /// The destination has said this, which is not about what is in place.
-    Heard(Header),
-}
-
-/// One stream of pushes: takes, waits for the cap and for the window, sends, until nothing is left.
-struct Pusher<'a, 'b, L, G> {
-    serving: &'a Serving<'b>,
-    pacer: &'a Pacer,
-    guest: &'a G,
-    channel: &'a mut Channel<L>,
-    sender: &'a mut Sender,
-    stream: &'a mut Stream,
-    /// How long the destination may say nothing of what it was sent.
-    patience: Duration,
-}
-
-impl<L: Link, G: Guest<L>> Pusher<'_, '_, L, G> {
-    /// One batch, or a wait of at most `wait` for the destination's word.
-    fn push(&mut self, wait: Duration) -> Result<Pushed, SourceError> {
-        let clock = self.serving.clock;
-        if let Some(header) = self.hear(wait)? {
-            return Ok(Pushed::Heard(header));
-        }
-        if self.is_full() {
-            return Ok(if self.serving.goes_on()? {
-                Pushed::More
-            } else {
-                Pushed::All
-            });
-        }
-        let most = self
-            .stream
-            .window
-            .as_ref()
-            .map_or(PUSH_PAGES, |w| w.batch_pages(PUSH_PAGES));
-        let limit = most.min(self.pacer.batch_pages());
-        match self.serving.next_push(limit, &mut self.stream.runs)? {
-            Next::Done => return Ok(Pushed::All),
-            Next::Wait => {
-                clock.sleep(Duration::from_millis(1));
-                if clock.now().saturating_sub(self.stream.sent_at) >= ALIVE {
-                    self.channel.send(Header::bare(FrameType::Alive, 0), &[])?;
-                    self.stream.sent_at = clock.now();
-                }
-            }
-            Next::Send => {
-                self.pacer.wait(clock, &|| self.serving.stopped());
-                let (runs, mode) = (
-                    &self.stream.runs,
-                    self.serving.mode(self.stream.window.is_some()),
-                );
-                let began = clock.now();
-                let sent = self
-                    .sender
-                    .send(self.channel, self.guest, runs, mode, clock)?;
-                self.pacer.charge(sent.bytes, clock);
-                self.serving.outgoing().sent.add(sent);
-                self.stream.sent_at = clock.now();
-                if let Some(window) = &mut self.stream.window {
-                    window.sent(sent.bytes, began);
-                }
-            }
-        }
-        Ok(Pushed::More)
-    }
-
-    fn is_full(&mut self) -> bool {
-        self.stream.window.as_mut().is_some_and(Window::is_full)
-    }
-
-    /// Takes the destination's words about what is in place, waiting for one if the window is full; returns another
-    /// word of its.
-    fn hear(&mut self, wait: Duration) -> Result<Option<Header>, SourceError> {
-        let mut wait = if self.is_full() { wait } else { Duration::ZERO };
-        while self
-            .channel
-            .link()
-            .wait_readable(wait)
-            .map_err(WireError::Io)?
-        {
-            let header = self.channel.recv_header()?;
-            if header.kind != FrameType::Placed {
-                return Ok(Some(header));
-            }
-            let now = self.serving.clock.now();
-            let known = self.stream.window.as_mut().map(|w| w.placed(now));
-            if known != Some(true) {
-                let expected = "a word about pages that were sent";
-                return Err(self.channel.refuse(&header, expected).into());
-            }
-            wait = Duration::ZERO;
-        }
-        let now = self.serving.clock.now();
-        let waiting = self.stream.window.as_ref().map(|w| w.waiting(now));
-        if waiting.is_some_and(|waiting| waiting >= self.patience) {
-            return Err(SourceError::Silent("that pages are in place"));
-        }
-        Ok(None)
     }
 }
 

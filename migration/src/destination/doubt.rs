@@ -1,0 +1,65 @@
+//! After the connection was lost: the source's word on another one, or an operator's.
+
+use super::{Destination, DestinationError, State};
+use crate::page::RamLayout;
+use crate::port::{Host, Link};
+use crate::wire::{Channel, Preamble};
+
+impl<L: Link, H: Host<L>> Destination<L, H> {
+    /// Goes on with a new connection that a source opened to end the doubt
+    /// ([`Role::Recover`], preamble answered): its word is the next frame.
+    pub fn reattach(&mut self, mut channel: Channel<L>, preamble: &Preamble) {
+        if let Err(error) = preamble.expect_session(self.session) {
+            channel.send_abort(&error.to_string());
+            return;
+        }
+        channel.set_end(self.layout.as_ref().map_or(0, RamLayout::end));
+        self.channel = channel;
+        self.reattached = true;
+        // Only this connection counts from here on: what it brings is one push.
+        (self.round, self.pushed, self.lanes) = (0, false, None);
+        // Also where the guest does not run yet: the fault channels of the old connection are of no use.
+        if let Some(arriving) = &self.arriving {
+            arriving.reconnect();
+        }
+        match self.state {
+            // The first confirmation may have been lost on its way: it is said again.
+            State::Complete => self.enter(State::Running),
+            State::Ready => self.enter(State::InDoubt),
+            _ => {}
+        }
+    }
+
+    /// An operator's word in place of the source's: runs the guest here. Only right when the
+    /// source is certain not to run it.
+    ///
+    /// # Errors
+    /// When the guest is not complete here, or cannot be started.
+    pub fn take_over(&mut self) -> Result<(), DestinationError> {
+        let left = self.arriving.as_ref().map_or(0, |a| a.left());
+        match self.state {
+            _ if left > 0 => Err(DestinationError::Lacking(left)),
+            State::Ready | State::InDoubt => {
+                self.host.run().map_err(DestinationError::Start)?;
+                self.enter(State::Running);
+                Ok(())
+            }
+            State::Running | State::Complete | State::Interrupted => Ok(()),
+            state @ (State::Waiting | State::Filling | State::Discarded) => {
+                Err(DestinationError::State(
+                    format!("the guest is not complete here ({state:?})").into(),
+                ))
+            }
+        }
+    }
+
+    /// Throws a doubtful guest away: an operator's word that the source has it.
+    pub fn abandon(&mut self) {
+        if matches!(
+            self.state,
+            State::Ready | State::InDoubt | State::Filling | State::Waiting
+        ) {
+            self.discard();
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! The greeting: what is coming, and whether this host can take it.
+
+use super::arriving::Arriving;
+use super::blocks::Stores;
+use super::lanes::LaneSet;
+use super::pages::PageReceiver;
+use super::{Destination, DestinationError, State};
+use crate::codec::Decoder;
+use crate::codec::marks::Marks;
+use crate::options::Options;
+use crate::port::{Host, Link};
+use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
+use std::sync::Arc;
+
+impl<L: Link, H: Host<L>> Destination<L, H> {
+    pub(super) fn hello(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let mut bytes = std::mem::take(&mut self.buffer);
+        self.channel.recv_payload(header, &mut bytes)?;
+        let hello = Hello::decode(&bytes).map_err(WireError::from)?;
+        let missing = hello.required.0 & !Features::SUPPORTED.0;
+        if missing != 0 {
+            return Err(DestinationError::Features { missing });
+        }
+        let most = hello.channels.max(hello.faults);
+        if most > Options::MAX_CHANNELS {
+            return Err(DestinationError::Channels(most));
+        }
+        self.policy = hello
+            .policy
+            .chars()
+            .filter(|c| c.is_ascii_graphic())
+            .take(32)
+            .collect();
+        self.verify = hello.required.has(Features::VERIFY);
+        let mut agreed = hello.offered.and(Features::SUPPORTED);
+        let adopted = if agreed.has(Features::SHARED_MEMORY) {
+            self.host
+                .adopt(self.channel.link(), &hello.layout, &hello.machine)
+                .map_err(DestinationError::Unfit)?
+        } else {
+            None
+        };
+        self.shared = adopted.is_some();
+        let post_copy = hello.required.has(Features::POST_COPY) && !self.shared;
+        if post_copy {
+            if hello.faults == 0 {
+                return Err(DestinationError::NoFaultChannel);
+            }
+            self.host
+                .check_post_copy()
+                .map_err(DestinationError::Unfit)?;
+        }
+        let sinks = if hello.required.has(Features::STORES) {
+            Stores::check(&hello.stores)?;
+            let sinks = self.host.take_stores(&hello.stores);
+            sinks.map_err(DestinationError::Unfit)?
+        } else {
+            Vec::new()
+        };
+        let sink = match adopted {
+            Some(sink) => sink,
+            None if hello.required.has(Features::SHARED_MEMORY) => {
+                return Err(DestinationError::NoMemory);
+            }
+            None => {
+                agreed = agreed.without(Features::SHARED_MEMORY);
+                self.host
+                    .prepare(&hello.layout, &hello.machine)
+                    .map_err(DestinationError::Unfit)?
+            }
+        };
+        self.channel.set_end(hello.layout.end());
+        if hello.required.has(Features::STORES) {
+            self.stores = Stores::new(&hello.stores, sinks, agreed)?;
+        }
+        let end = if agreed.has(Features::PATCH) {
+            hello.layout.end()
+        } else {
+            0
+        };
+        let copies = Arc::new(Marks::new(end));
+        self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
+        if post_copy {
+            let clock = Arc::clone(&self.clock);
+            let arriving = Arriving::new(hello.layout.clone(), clock, self.verify, hello.faults);
+            self.arriving = Some(Arc::new(arriving));
+        }
+        if hello.channels > 0 && !self.shared {
+            let set = LaneSet::new(
+                Arc::clone(&sink),
+                hello.layout.clone(),
+                (agreed, copies),
+                self.arriving.clone(),
+                hello.channels,
+                self.timeouts.transfer,
+            );
+            self.lanes = Some(Arc::new(set));
+        }
+        self.layout = Some(hello.layout);
+        self.sink = Some(sink);
+        self.buffer = bytes;
+        self.enter(State::Filling);
+        let ack = HelloAck { features: agreed };
+        self.channel.send_json(FrameType::HelloAck, &ack)?;
+        self.channel
+            .link()
+            .set_timeout(Some(self.timeouts.transfer));
+        Ok(())
+    }
+}
