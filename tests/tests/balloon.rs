@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::options::{Options, PolicyKind};
 use ferry_migration::report::Report;
-use ferry_tests::{Host, NestedHost, NestedVmm, guests_run, nested_hosts};
+use ferry_tests::{Host, NestedHost, NestedVmm, State, guests_run, nested_hosts};
 use ferry_vmm::api::types::{BalloonRequest, BalloonStatus, BalloonWish};
 
 const MIB: u64 = 1 << 20;
@@ -156,6 +156,7 @@ fn the_balloon_setting_moves_with_the_guest() {
         };
         guest.migrate_well(destination.uri(), &options);
         assert_eq!(guest.ends(), Some(0));
+        destination.reaches(State::Running);
         let status = destination.client().status().unwrap().balloon.unwrap();
         assert_eq!(status.auto, Some(auto));
         guest = destination;
@@ -194,6 +195,7 @@ fn the_balloon_setting_moves_with_the_guest() {
     );
     let destination = Host::receive();
     guest.migrate_well(destination.uri(), &Host::options());
+    destination.reaches(State::Running);
     let moved = destination.client().balloon().unwrap();
     assert_eq!((moved.target_bytes, moved.auto), (16 * MIB, None));
     drop(guest);
