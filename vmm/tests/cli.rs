@@ -106,7 +106,7 @@ fn nobody_on_the_socket_is_said() {
             api,
             "tcp:127.0.0.1:1",
         ],
-        1,
+        2,
     );
     assert!(text.contains("1 to 64"), "{text}");
 }

@@ -78,7 +78,7 @@ mod tests {
     #[test]
     fn marks_are_read_as_they_were_written_and_in_order() {
         let path = std::env::temp_dir().join(format!("ferry-timeline-{}", std::process::id()));
-        let earlier = Instant::now();
+        let earlier = Instant::now() - Duration::from_secs(10);
         let mut timeline = Timeline::new(Some(&path));
         timeline.mark("b");
         timeline.mark_at("a", earlier);
