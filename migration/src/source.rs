@@ -249,6 +249,8 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
     dirtied_round: u32,
     round: u32,
     in_flight: VecDeque<InFlight>,
+    /// When the destination's word was there, which was not read yet.
+    answered_at: Option<Duration>,
     bandwidth: Bandwidth,
     rounds: Vec<Round>,
     rounds_omitted: u64,
@@ -335,6 +337,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             dirtied_round: 0,
             round: 0,
             in_flight: VecDeque::new(),
+            answered_at: None,
             bandwidth: Bandwidth::default(),
             rounds: Vec::new(),
             rounds_omitted: 0,

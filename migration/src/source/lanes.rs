@@ -147,6 +147,9 @@ impl<'a> Shared<'a> {
     }
 }
 
+/// How often it is looked whether the round before is in place.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
 impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     /// Sends the batches on as many lanes as are in use.
     pub(super) fn send_on_lanes(
@@ -181,13 +184,19 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 .enumerate()
                 .map(|(index, lane)| scope.spawn(move || shared.run(index, lane, guest)))
                 .collect();
-            // This thread tells the progress meanwhile.
+            // This thread tells the progress meanwhile, and when the round before was in place.
             let mut told = self.setup.clock.now();
             let mut state = shared.state();
             while state.ended < count && !handles.iter().all(|handle| handle.is_finished()) {
-                let waited = shared.change.wait_timeout(state, PROGRESS_EVERY);
+                let waited = shared.change.wait_timeout(state, LOOK_EVERY);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 let now = self.setup.clock.now();
+                if !self.in_flight.is_empty()
+                    && self.answered_at.is_none()
+                    && self.control.link().readable().unwrap_or(false)
+                {
+                    self.answered_at = Some(now);
+                }
                 if now.saturating_sub(told) >= PROGRESS_EVERY {
                     told = now;
                     snapshot.round_sent = state.sent_pages;

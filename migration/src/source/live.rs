@@ -256,6 +256,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
 
     /// Waits for the next acknowledgement.
     pub(super) fn take_ack(&mut self) -> Result<(), SourceError> {
+        let answered_at = self.answered_at.take();
         let header = self.control.recv_header()?;
         if self.stores.take_answer(&header) {
             return Ok(());
@@ -264,7 +265,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         match expected {
             Some(flight) if header.kind == FrameType::RoundAck && header.round == flight.round => {
                 self.in_flight.pop_front();
-                let now = self.now();
+                // It may have come while lanes were sending.
+                let now = answered_at.unwrap_or_else(|| self.now());
                 let took = now.saturating_sub(flight.started);
                 // What the link took: the time in its calls and until the last byte was placed.
                 let (blocks, beside) = flight.beside;
