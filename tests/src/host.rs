@@ -281,8 +281,16 @@ impl Host {
         }
     }
 
+    /// A source hears of the guest's first instruction before the destination has done its books: waits for those.
+    fn has_its_guest(&self) {
+        self.wait_for("its guest has arrived", || {
+            (self.state() != State::Receiving).then_some(())
+        });
+    }
+
     /// Migrates and waits for the end.
     pub fn migrate(&self, uri: &str, options: &Options) -> Report {
+        self.has_its_guest();
         let request = MigrateRequest {
             uri: uri.to_owned(),
             options: options.clone(),
@@ -301,6 +309,7 @@ impl Host {
 
     /// Migrates in the background.
     pub fn begin_migration(&self, uri: &str, options: &Options) -> Migration {
+        self.has_its_guest();
         let request = MigrateRequest {
             uri: uri.to_owned(),
             options: options.clone(),
