@@ -16,6 +16,7 @@ mod fault;
 mod guest;
 mod host;
 pub(crate) mod link;
+mod verdict;
 mod world;
 
 use crate::destination;

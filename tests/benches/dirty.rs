@@ -21,7 +21,7 @@ use clap::Parser;
 use ferry_migration::options::{Compress, OnTimeout, Options, Tracking};
 use ferry_migration::page::PageSet;
 use ferry_migration::report::{Report, Status};
-use ferry_vmm::kvm::Host;
+use ferry_tests::benchmark_host;
 use ferry_vmm::machine::Machine;
 use ferry_vmm::migrate::{Arrival, Handle, Receiver, Uri, migrate};
 use guest::{Guest, rate};
@@ -48,20 +48,12 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    if !args.bench {
-        eprintln!("NOT RUN: benchmark of dirty tracking: use cargo bench");
+    let Some(host) = benchmark_host("dirty tracking", args.bench) else {
         return Ok(());
-    }
-    match Host::open() {
-        Err(error) => {
-            eprintln!("NOT RUN: benchmark of dirty tracking: {error}");
-            return Ok(());
-        }
-        Ok(host) if !host.has_dirty_rings() => {
-            eprintln!("NOT RUN: benchmark of dirty tracking: this host's KVM has no dirty rings");
-            return Ok(());
-        }
-        Ok(_) => {}
+    };
+    if !host.has_dirty_rings() {
+        eprintln!("NOT RUN: benchmark of dirty tracking: this host's KVM has no dirty rings");
+        return Ok(());
     }
     for (what, work, memory) in [
         (

@@ -22,7 +22,7 @@ use ferry_migration::options::{Compress, Options, Tracking};
 use ferry_migration::page::{PageSet, Run};
 use ferry_migration::report::Status;
 use ferry_migration::wire::{FrameType, Header, encode_runs};
-use ferry_vmm::kvm::Host;
+use ferry_tests::benchmark_host;
 use ferry_vmm::machine::Machine;
 use ferry_vmm::memory::{GuestRam, PAGE_SIZE, SplicePipe, Userfault, check_userfault};
 use ferry_vmm::migrate::{Arrival, Handle, Receiver, Uri, migrate};
@@ -55,12 +55,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    if !args.bench {
-        eprintln!("NOT RUN: benchmark of the path: use cargo bench");
-        return Ok(());
-    }
-    if let Err(error) = Host::open() {
-        eprintln!("NOT RUN: benchmark of the path: {error}");
+    if benchmark_host("the path", args.bench).is_none() {
         return Ok(());
     }
     let table = Table {

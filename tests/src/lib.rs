@@ -27,6 +27,18 @@ use std::time::{Duration, Instant};
 /// How long anything may take before the test calls it a hang.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
+/// This host's KVM, for the benchmark of `what`; says loudly where it does not run: without KVM, and where nobody asked
+/// for it with the `--bench` that `cargo bench` adds.
+pub fn benchmark_host(what: &str, bench: bool) -> Option<ferry_vmm::kvm::Host> {
+    let host = if bench {
+        ferry_vmm::kvm::Host::open().map_err(|error| error.to_string())
+    } else {
+        Err("use cargo bench".to_owned())
+    };
+    host.inspect_err(|why| eprintln!("NOT RUN: benchmark of {what}: {why}"))
+        .ok()
+}
+
 /// Waits until `what` is so.
 ///
 /// # Panics

@@ -23,6 +23,16 @@ fn request(path: &Path) -> SnapshotRequest {
     }
 }
 
+/// A writer, and a directory with the path of the file it is to go to; `None` where no guest runs.
+fn writer() -> Option<(tempfile::TempDir, PathBuf, Host)> {
+    if !guests_run() {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("guest");
+    Some((dir, path, Host::run(WORK, "64M", 1)))
+}
+
 /// Writes a snapshot, and checks what is said of it.
 fn snapshot(host: &Host, request: &SnapshotRequest) -> SnapshotReport {
     let report = host.client().snapshot(request);
@@ -137,12 +147,9 @@ fn a_kernel_comes_back_and_its_result_is_right() {
 
 #[test]
 fn a_guest_that_stood_still_stands_still_again_and_nothing_is_overwritten() {
-    if !guests_run() {
+    let Some((dir, path, source)) = writer() else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("guest");
-    let source = Host::run(WORK, "64M", 1);
+    };
     snapshot(
         &source,
         &SnapshotRequest {
@@ -191,12 +198,9 @@ fn a_guest_that_stood_still_stands_still_again_and_nothing_is_overwritten() {
 
 #[test]
 fn the_report_of_a_restore_is_one_object() {
-    if !guests_run() {
+    let Some((dir, path, source)) = writer() else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("guest");
-    let source = Host::run(WORK, "64M", 1);
+    };
     let saved = snapshot(&source, &request(&path));
     let api = dir.path().join("api");
     let path = path.to_str().unwrap();
@@ -234,12 +238,9 @@ fn the_report_of_a_restore_is_one_object() {
 /// Cut short, of another version, or damaged: refused in a sentence, or ended before the guest has seen any of it.
 #[test]
 fn damaged_files_make_no_guest() {
-    if !guests_run() {
+    let Some((dir, path, source)) = writer() else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("guest");
-    let source = Host::run(WORK, "64M", 1);
+    };
     snapshot(
         &source,
         &SnapshotRequest {

@@ -2,11 +2,8 @@
 
 use super::disk::Disks;
 use super::fault::{FaultKind, PortFault};
-use super::link::Peer;
-use super::{Fate, Rng, Scenario};
-use crate::destination::State as DestinationState;
+use super::{Rng, Scenario};
 use crate::page::{Gfn, PAGE_BYTES, PageSet, RamLayout, Run};
-use crate::report::{Report, Status};
 use crate::source::CancelSwitch;
 use std::collections::VecDeque;
 use std::io;
@@ -75,7 +72,7 @@ pub(super) struct World {
     pub connections: Vec<Connection>,
     pub messages: u64,
     pub faults: Vec<super::Fault>,
-    port_fault: Option<PortFault>,
+    pub port_fault: Option<PortFault>,
     port_calls: [u64; 5],
     /// Post-copy: pages that the destination lacks, what the guest waits for, and whom that was told.
     pub missing: Option<PageSet>,
@@ -531,117 +528,6 @@ impl World {
         }
         self.violations.extend(self.disks.wrong());
         self.destination_runs = true;
-    }
-
-    /// What the report says against what is so, before any recovery.
-    pub fn check(&self, report: &Report, peer: &Peer) -> Vec<String> {
-        let mut wrong = Vec::new();
-        let mut must = |truth: bool, what: &str| {
-            if !truth {
-                wrong.push(format!(
-                    "{what} (status {:?}, error {:?})",
-                    report.status, report.error
-                ));
-            }
-        };
-        must(
-            !(self.source_runs && self.destination_runs),
-            "two owners at the end",
-        );
-        if self.source_dead {
-            return wrong;
-        }
-        match report.status {
-            Status::Completed => {
-                must(
-                    self.destination_runs || self.destination_dead,
-                    "completed, but the destination does not run",
-                );
-                must(!self.source_runs, "completed, but the source runs");
-                must(report.error.is_none(), "completed with an error");
-                must(
-                    self.missing.as_ref().is_none_or(PageSet::is_empty),
-                    "completed, and pages are missing",
-                );
-            }
-            Status::Interrupted => {
-                must(
-                    self.committed && !self.source_runs,
-                    "interrupted, but the source was not committed",
-                );
-                must(
-                    self.destination_runs || self.destination_dead,
-                    "interrupted, but the destination does not run",
-                );
-                must(report.error.is_some(), "interrupted without a reason");
-            }
-            Status::Failed | Status::Cancelled => {
-                must(
-                    self.source_runs,
-                    "not completed, but the source does not run",
-                );
-                must(
-                    !self.destination_runs,
-                    "not completed, but the destination runs",
-                );
-                must(
-                    !self.committed || self.port_fault == Some(PortFault::Commit),
-                    "aborted after the commit",
-                );
-                must(report.error.is_some(), "not completed without a reason");
-            }
-            Status::InDoubt => {
-                must(
-                    self.committed && !self.source_runs,
-                    "in doubt, but the source was not committed",
-                );
-                if !self.destination_dead {
-                    let kept = matches!(
-                        peer.state(),
-                        Some(
-                            DestinationState::Ready
-                                | DestinationState::InDoubt
-                                | DestinationState::Running
-                                | DestinationState::Interrupted
-                                | DestinationState::Complete
-                        )
-                    );
-                    must(
-                        kept,
-                        "in doubt, and the destination has thrown the guest away",
-                    );
-                }
-            }
-        }
-        if !self.destination_dead && peer.state() == Some(DestinationState::Discarded) {
-            must(
-                !self.destination_has,
-                "the destination says discarded but keeps the machine",
-            );
-        }
-        wrong
-    }
-
-    pub const fn source_fate(&self) -> Fate {
-        if self.source_dead {
-            Fate::Dead
-        } else if self.source_runs {
-            Fate::Runs
-        } else {
-            Fate::Holds
-        }
-    }
-
-    pub const fn destination_fate(&self, _: &Peer) -> Fate {
-        if self.destination_dead {
-            Fate::Dead
-        } else if self.destination_runs {
-            Fate::Runs
-        } else if self.destination_has {
-            Fate::Holds
-        } else {
-            Fate::Empty
-        }
     }
 }
 

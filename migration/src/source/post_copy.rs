@@ -241,7 +241,10 @@ impl<'a> Serving<'a> {
 
     /// Whether there is more to push.
     pub(super) fn goes_on(&self) -> Result<bool, SourceError> {
-        let mut outgoing = self.outgoing();
+        self.more(&mut self.outgoing())
+    }
+
+    fn more(&self, outgoing: &mut Outgoing) -> Result<bool, SourceError> {
         match outgoing.failed.take() {
             Some(error) => Err(error),
             None => Ok(!self.stopped() && outgoing.left > 0),
@@ -250,10 +253,10 @@ impl<'a> Serving<'a> {
 
     /// What the push stream sends next, into `runs`.
     pub(super) fn next_push(&self, limit: u64, runs: &mut Vec<Run>) -> Result<Next, SourceError> {
-        if !self.goes_on()? {
+        let mut outgoing = self.outgoing();
+        if !self.more(&mut outgoing)? {
             return Ok(Next::Done);
         }
-        let mut outgoing = self.outgoing();
         if outgoing.next_push(limit, runs) {
             return Ok(Next::Send);
         }

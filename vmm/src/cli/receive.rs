@@ -1,16 +1,10 @@
 //! `ferry receive`.
 
-use super::devices;
-use super::migrate::named;
 use super::output::{Failure, say};
-use super::serial::Serial;
-use super::serve::{Signals, bind, serve};
-use ferry_migration::options::Tracking;
+use super::serve::{Place, Signals, bind, serve};
 use ferry_vmm::machine::RunState;
 use ferry_vmm::migrate::{Arrival, ReceiveState, Receiver, Uri};
 use ferry_vmm::vmm::{MachineGuest, Vmm};
-use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,39 +29,28 @@ pub struct Args {
     /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH.
     #[arg(value_name = "URI")]
     uri: Uri,
-    /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
-    #[arg(long, value_name = "SOCKET")]
-    api: Option<PathBuf>,
-    /// Where the guest's serial port goes: stdio, file:PATH or null.
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    serial: Serial,
-    /// How the pages that the guest dirties are found when it is migrated on: by KVM's log, by its rings, or auto.
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
-    dirty: Tracking,
     #[command(flatten)]
-    devices: devices::Args,
+    place: Place,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
-    let spool = args.serial.open()?;
-    let output = spool.clone();
-    let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
+    let (spool, serial) = args.place.console()?;
     let receiver = Arc::new(Receiver::bind_with(
         &args.uri,
-        Arc::new(serial),
-        args.devices.backends(),
-        args.dirty,
+        serial,
+        args.place.devices.backends(),
+        args.place.dirty,
     )?);
     let uri = receiver.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
-    let server = bind(args.api.as_deref(), None, &vmm)?;
+    let server = bind(args.place.api.as_deref(), None, &vmm)?;
     say(&format!("waiting on {uri} for a guest"));
     let (arriving, receiving) = (Arc::clone(&receiver), vmm.clone());
     std::thread::Builder::new()
         .name("ferry-arrivals".into())
         .spawn(move || receive(&arriving, &receiving))?;
-    let result = serve(&vmm, server, signals, &args.serial, &spool);
+    let result = serve(&vmm, server, signals, &args.place.serial, &spool);
     // Kept until here: it answers a source that asks again whether its guest has arrived.
     drop(receiver);
     result

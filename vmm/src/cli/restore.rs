@@ -1,15 +1,11 @@
 //! `ferry restore`.
 
-use super::devices;
-use super::migrate::named;
 use super::output::{Failure, put_json, say};
 use super::serial::Serial;
-use super::serve::{Signals, bind, serve};
+use super::serve::{Place, Signals, bind, serve};
 use super::units::{grouped, span};
-use ferry_migration::options::Tracking;
 use ferry_vmm::snapshot::{RestoreOptions, RestoreReport, restore};
 use ferry_vmm::vmm::{MachineGuest, Vmm};
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -27,17 +23,8 @@ pub struct Args {
     /// The file.
     #[arg(value_name = "PATH")]
     path: PathBuf,
-    /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
-    #[arg(long, value_name = "SOCKET")]
-    api: Option<PathBuf>,
-    /// Where the guest's serial port goes: stdio, file:PATH or null.
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    serial: Serial,
-    /// How the pages that the guest dirties are found when it is migrated on: by KVM's log, by its rings, or auto.
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
-    dirty: Tracking,
     #[command(flatten)]
-    devices: devices::Args,
+    place: Place,
     /// Read all memory before the guest runs.
     #[arg(long)]
     eager: bool,
@@ -50,25 +37,23 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
-    if args.json && args.serial == Serial::Stdio {
+    if args.json && args.place.serial == Serial::Stdio {
         return Err(Failure(
             "--json prints on stdout, where the guest's serial port is; add --serial null or --serial file:PATH".into(),
         ));
     }
     let signals = Signals::take()?;
-    let spool = args.serial.open()?;
-    let output = spool.clone();
-    let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
+    let (spool, serial) = args.place.console()?;
     // The socket before the guest: once that runs nothing may fail.
     let vmm = Vmm::receiving(format!("the snapshot {}", args.path.display()))?;
-    let server = bind(args.api.as_deref(), None, &vmm)?;
+    let server = bind(args.place.api.as_deref(), None, &vmm)?;
     let options = RestoreOptions {
         path: args.path.clone(),
         eager: args.eager,
         force: args.force,
-        dirty: args.dirty,
+        dirty: args.place.dirty,
     };
-    let restored = restore(&options, Arc::new(serial), args.devices.backends(), &|| {
+    let restored = restore(&options, serial, args.place.devices.backends(), &|| {
         signals.came()
     })?;
     let running = restored.is_running();
@@ -80,7 +65,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         false => "the guest is here, paused as it was; `ferry resume` lets it run",
     });
     let reporting = tell_when_done(restored.report, args.json)?;
-    let result = serve(&vmm, server, signals, &args.serial, &spool);
+    let result = serve(&vmm, server, signals, &args.place.serial, &spool);
     // A guest that ended needs no more memory, so this ends soon.
     let _ = reporting.join();
     result

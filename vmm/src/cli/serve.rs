@@ -1,14 +1,18 @@
 //! The main loop of a VMM: control socket, console, signals, and the guest's end, in one epoll.
 
 use super::console::{KEYS, Key, Terminal, feed_from_pipe};
+use super::devices;
+use super::migrate::named;
 use super::output::{Failure, say};
 use super::serial::{Serial, Spool};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use ferry_migration::options::Tracking;
 use ferry_vmm::api::server::{Limits, Server};
+use ferry_vmm::migrate::SerialFactory;
 use ferry_vmm::vmm::{Outcome, Vmm};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,6 +55,32 @@ impl Signals {
     /// Whether one has come; for what is done before [`serve`].
     pub fn came(&self) -> bool {
         matches!(self.0.read_signal(), Ok(Some(_)))
+    }
+}
+
+/// What a VMM is told here whose guest comes from elsewhere: all else comes with the guest.
+#[derive(Debug, clap::Args)]
+pub struct Place {
+    /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
+    #[arg(long, value_name = "SOCKET")]
+    pub api: Option<PathBuf>,
+    /// Where the guest's serial port goes: stdio, file:PATH or null.
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: Serial,
+    /// How the pages that the guest dirties are found when it is migrated on: by KVM's log, by its rings, or auto.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
+    pub dirty: Tracking,
+    #[command(flatten)]
+    pub devices: devices::Args,
+}
+
+impl Place {
+    /// Opens where the serial port goes: for [`serve`], and for the machine that comes.
+    pub fn console(&self) -> Result<(Spool, SerialFactory), Failure> {
+        let spool = self.serial.open()?;
+        let output = spool.clone();
+        let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
+        Ok((spool, Arc::new(serial)))
     }
 }
 
