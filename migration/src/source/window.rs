@@ -30,7 +30,7 @@ const BATCH: Duration = Duration::from_micros(150);
 /// Pages in a batch at least: system calls must not cost more than the pages.
 const FEWEST: u64 = 4;
 /// A batch is larger than that where what it costs beside its bytes holds the push up: every so many measurements twice as many
-/// pages, or half, are tried; more are kept if the rate grows by this much, fewer if it does not fall below that.
+/// pages, or half, or a wider window are tried; more are kept if the rate grows by this much, fewer if it does not fall below that.
 const TRY_EVERY: u32 = 10;
 const GAIN: f64 = 1.1;
 const LOSS: f64 = 0.95;
@@ -53,12 +53,26 @@ const FORGET: Duration = Duration::from_secs(5);
 const MOMENT: Duration = Duration::from_millis(5);
 /// While the rate rises by this much from measurement to measurement the window is twice as wide.
 const RISING: f64 = 1.25;
+/// A window that is tried for one measurement is wider by this. If the rate then rises by this much, round trips are longer than the
+/// shortest was, and the slack becomes this share of it.
+const WIDER: f64 = 1.5;
+const RISEN: f64 = 1.05;
+const OF_ROUND_TRIP: f64 = 0.5;
 
 /// A batch that was sent and is not in place.
 #[derive(Clone, Copy, Debug)]
 struct Batch {
     bytes: u64,
     sent: Duration,
+}
+
+/// What a measurement may try.
+#[derive(Clone, Copy, Debug)]
+enum Trial {
+    /// Batches of another size than this, which it was before.
+    Size(u64),
+    /// A wider window.
+    Width,
 }
 
 /// The window of one channel.
@@ -85,8 +99,8 @@ pub(super) struct Window {
     slack: f64,
     /// Batches are so many times as large as the rate asks for.
     larger: u64,
-    /// What that was, and the rate, before another was tried.
-    trial: Option<(u64, f64)>,
+    /// What is tried in this measurement, and the rate before.
+    trial: Option<(Trial, f64)>,
     /// Measurements since the last trial, and how many there were.
     trials: (u32, u32),
 }
@@ -146,7 +160,11 @@ impl Window {
         else {
             return least;
         };
-        let gain = if self.rising { 2.0 } else { 1.0 };
+        let gain = match self.trial {
+            _ if self.rising => 2.0,
+            Some((Trial::Width, _)) => WIDER,
+            _ => 1.0,
+        };
         let round_trip = round_trip.as_secs_f64();
         let width = gain * rate * (round_trip + self.slack.max(round_trip / 4.0));
         pages_in(width / PAGE_BYTES as f64)
@@ -215,41 +233,55 @@ impl Window {
             let factor = if rate < best * ENOUGH { GROW } else { SHRINK };
             self.slack = (self.slack * factor).clamp(SLACK[0], SLACK[1]);
         }
-        self.try_sizes(rate);
+        self.end_trial(rate);
+        self.begin_trial(rate);
         self.rising &= before.is_none_or(|before| rate > before * RISING);
         self.rate = self.best();
         self.count_from(now);
     }
 
-    /// Finds the size of batches, by trial.
-    fn try_sizes(&mut self, rate: f64) {
-        if let Some((larger, before)) = self.trial.take() {
-            let kept = if self.larger > larger {
-                rate > before * GAIN
-            } else {
-                rate > before * LOSS
-            };
-            if !kept {
-                self.larger = larger;
-                return;
+    /// What was tried stays if it paid.
+    fn end_trial(&mut self, rate: f64) {
+        let Some((trial, before)) = self.trial.take() else {
+            return;
+        };
+        match trial {
+            Trial::Size(previous) => {
+                let needed = if self.larger > previous { GAIN } else { LOSS };
+                if rate > before * needed {
+                    // As long as it pays it goes on in that direction.
+                    self.trials = (TRY_EVERY, self.trials.1.wrapping_sub(1));
+                } else {
+                    self.larger = previous;
+                }
             }
-            // As long as it pays it goes on in that direction.
-            self.trials = (TRY_EVERY, self.trials.1.wrapping_sub(1));
+            Trial::Width if rate > before * RISEN => {
+                let round_trip = self.round_trip().unwrap_or_default().as_secs_f64();
+                let slack = (round_trip * OF_ROUND_TRIP).max(self.slack * GROW);
+                self.slack = slack.clamp(SLACK[0], SLACK[1]);
+            }
+            Trial::Width => {}
         }
+    }
+
+    /// Now and then tries larger batches, smaller ones, or a wider window, in turn.
+    fn begin_trial(&mut self, rate: f64) {
         self.trials.0 += 1;
         if self.rising || self.trials.0 < TRY_EVERY {
             return;
         }
         self.trials = (0, self.trials.1.wrapping_add(1));
-        let smaller = self.trials.1.is_multiple_of(2);
-        let next = if smaller {
-            self.larger / 2
-        } else {
-            self.larger * 2
+        let larger = match self.trials.1 % 3 {
+            0 => self.larger / 2,
+            1 => self.larger * 2,
+            _ => {
+                self.trial = Some((Trial::Width, rate));
+                return;
+            }
         };
-        if (1..=LARGEST).contains(&next) {
-            self.trial = Some((self.larger, rate));
-            self.larger = next;
+        if (1..=LARGEST).contains(&larger) {
+            self.trial = Some((Trial::Size(self.larger), rate));
+            self.larger = larger;
         }
     }
 
