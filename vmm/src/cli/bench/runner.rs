@@ -70,8 +70,13 @@ fn sentence(cell: &Cell, number: u32, figures: &Figures) -> String {
         .stalled_ms()
         .map(|ms| format!(", stall {ms:.0}"))
         .unwrap_or_default();
+    let course = figures
+        .seen
+        .course
+        .map(|course| format!(", in {course}"))
+        .unwrap_or_default();
     format!(
-        "{cell}, run {number}: total {:.0} ms, gap {:.1} ms (reported {}, noise {:.1}{stall}), {:.0} MiB, {}",
+        "{cell}, run {number}: total {:.0} ms, gap {:.1} ms (reported {}, noise {:.1}{stall}), {:.0} MiB{course}, {}",
         figures.told.total_ms,
         figures.seen.gap_ms,
         figures
