@@ -182,8 +182,8 @@ impl fmt::Display for Course {
         write!(f, "iterations {} to {} of {total}", from.done, to.done)?;
         match to.run.saturating_sub(from.run) {
             0 => {}
-            1 => f.write_str(" of the next run")?,
-            n => write!(f, " of the {n}th run after it")?,
+            1 => f.write_str(", one run later")?,
+            n => write!(f, ", {n} runs later")?,
         }
         if *beside_ms > 0.0 {
             write!(f, ", {:.1} s beside the timed loop", beside_ms / 1e3)?;
@@ -282,11 +282,9 @@ pub fn seen(source: &str, before: usize, destination: &str, until: usize) -> Res
             from,
             to,
             beside_ms: {
-                let beside = meanwhile.unwrap_or_default().iter();
-                beside
-                    .filter(|rate| !rate.counts)
-                    .map(|rate| rate.span_ms)
-                    .sum()
+                let rates = meanwhile.unwrap_or_default().iter();
+                let beside = rates.filter(|rate| !rate.counts);
+                beside.fold(0.0, |sum, rate| sum + rate.span_ms)
             },
         }),
         lost_ms: if base > 0.0 {
@@ -430,7 +428,7 @@ mod tests {
         let words = course.to_string();
         assert_eq!(
             words,
-            "iterations 2 to 0 of 10 of the next run, 0.5 s beside the timed loop"
+            "iterations 2 to 0 of 10, one run later, 0.5 s beside the timed loop"
         );
     }
 
