@@ -173,10 +173,7 @@ fn a_kernel_is_moved_from_within_its_timed_loop() {
     let from = &seen["course"]["from"];
     // From the first quarter of them on, and a few more while it is asked to move.
     assert_eq!(from["total"], 400, "{seen}");
-    assert!(
-        (1..400).contains(&from["done"].as_u64().unwrap()),
-        "{seen}"
-    );
+    assert!((1..400).contains(&from["done"].as_u64().unwrap()), "{seen}");
 }
 
 #[test]
