@@ -24,6 +24,9 @@
 //!  Interrupted (connection lost: the guest runs on until it needs a page that is not here)
 //! ```
 //!
+//! Entering Running is a step of its own: RUNNING is sent by the one after it, so that at this end the guest is booked
+//! before anybody at the other can know that it has arrived.
+//!
 //! The guest runs only after a commit was read. Between Ready and the commit nothing but the
 //! source's word (or an operator's) ends the doubt: the machine is kept.
 //!
@@ -104,7 +107,8 @@ impl Default for Timeouts {
 pub enum Step {
     /// More frames are expected.
     Continue,
-    /// The guest runs from now on; its pages follow.
+    /// The guest runs from now on. The source is told so by the next step, not before: whoever drives the engine has
+    /// noted whose guest it is when the source hears of it.
     Running,
     /// The guest runs and the source was told.
     Complete,
@@ -152,6 +156,8 @@ pub struct Destination<L: Link, H: Host<L>> {
     arriving: Option<Arc<Arriving<L, H::Sink>>>,
     /// The connection is one that a source opened to end a doubt: it does not know what is missing.
     reattached: bool,
+    /// The guest runs, and the next step tells the source.
+    untold: Option<Started>,
     /// The source has said that it pushed everything.
     pushed: bool,
     receiver: PageReceiver,
@@ -165,6 +171,15 @@ pub struct Destination<L: Link, H: Host<L>> {
     verify: bool,
     policy: String,
     buffer: Vec<u8>,
+}
+
+/// When the guest was started, by the engine's clock.
+#[derive(Clone, Copy, Debug)]
+struct Started {
+    /// The commit was read.
+    asked: Duration,
+    /// The guest's first instruction.
+    ran: Duration,
 }
 
 /// What comparing hashes has found.
@@ -199,6 +214,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             missing: None,
             arriving: None,
             reattached: false,
+            untold: None,
             pushed: false,
             receiver: PageReceiver::default(),
             stores: Stores::none(),
@@ -350,6 +366,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
     }
 
     fn handle(&mut self) -> Result<Step, DestinationError> {
+        if let Some(started) = self.untold.take() {
+            return self.tell_running(started);
+        }
         if self.state == State::Running && self.follows() && !self.wait_for_frame()? {
             return self.completed();
         }
@@ -509,12 +528,11 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// The source's word: the guest is ours. Saying it twice changes nothing.
     fn commit(&mut self) -> Result<Step, DestinationError> {
-        let read = self.clock.now();
-        let mut since = Duration::ZERO;
-        let again = matches!(self.state, State::Running | State::Interrupted);
-        if !again {
+        let asked = self.clock.now();
+        let mut ran = asked;
+        if !matches!(self.state, State::Running | State::Interrupted) {
             match self.host.run() {
-                Ok(first_instruction) => since = first_instruction,
+                Ok(ago) => ran = self.clock.now().saturating_sub(ago),
                 Err(error) => {
                     // Not ours to give back: the source has written the commit down.
                     self.channel
@@ -524,6 +542,12 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             }
         }
         self.enter(State::Running);
+        self.untold = Some(Started { asked, ran });
+        Ok(Step::Running)
+    }
+
+    /// Tells the source that the guest runs here.
+    fn tell_running(&mut self, started: Started) -> Result<Step, DestinationError> {
         let missing = self.arriving.as_ref().map(|a| a.missing());
         let left = missing.as_ref().map_or(0, PageSet::len);
         let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
@@ -532,8 +556,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             && self.follows()
             && self.arriving.as_ref().is_some_and(|a| !a.is_complete());
         let running = Running {
-            start_us: micros(self.clock.now().saturating_sub(read).saturating_sub(since)),
-            since_us: micros(since),
+            start_us: micros(started.ran.saturating_sub(started.asked)),
+            since_us: micros(self.clock.now().saturating_sub(started.ran)),
             missing: left,
             verify: compare,
             tells: true,
@@ -551,7 +575,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         {
             send_set(&mut self.channel, &missing)?;
         }
-        Ok(Step::Running)
+        Ok(Step::Continue)
     }
 }
 

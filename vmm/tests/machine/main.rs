@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod absent;
+mod arrival;
 mod balloon;
 mod copy_disk;
 mod dirty;
