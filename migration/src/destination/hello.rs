@@ -13,6 +13,21 @@ use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
 use std::sync::Arc;
 
 impl<L: Link, H: Host<L>> Destination<L, H> {
+    /// Only a source that offers files is asked for them: any other goes on to the answer of its greeting.
+    fn ask_for_files(&mut self) -> Result<(), DestinationError> {
+        let wanted = self.host.wants_files(self.channel.link());
+        if !wanted.map_err(DestinationError::Unfit)? {
+            return Ok(());
+        }
+        self.channel
+            .send(Header::bare(FrameType::FilesWanted, 0), &[])?;
+        let header = self.channel.recv_header()?;
+        match header.kind {
+            FrameType::Files => Ok(()),
+            _ => Err(self.channel.refuse(&header, "the devices' files").into()),
+        }
+    }
+
     pub(super) fn hello(&mut self, header: &Header) -> Result<(), DestinationError> {
         let mut bytes = std::mem::take(&mut self.buffer);
         self.channel.recv_payload(header, &mut bytes)?;
@@ -34,6 +49,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.verify = hello.required.has(Features::VERIFY);
         let mut agreed = hello.offered.and(Features::SUPPORTED);
         let adopted = if agreed.has(Features::SHARED_MEMORY) {
+            if agreed.has(Features::SHARED_FILES) {
+                self.ask_for_files()?;
+            }
             self.host
                 .adopt(self.channel.link(), &hello.layout, &hello.machine)
                 .map_err(DestinationError::Unfit)?
@@ -63,7 +81,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 return Err(DestinationError::NoMemory);
             }
             None => {
-                agreed = agreed.without(Features::SHARED_MEMORY);
+                agreed = agreed.without(Features::SHARED_MEMORY.or(Features::SHARED_FILES));
                 self.host
                     .prepare(&hello.layout, &hello.machine)
                     .map_err(DestinationError::Unfit)?

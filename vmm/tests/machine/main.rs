@@ -7,6 +7,7 @@
 mod absent;
 mod arrival;
 mod balloon;
+mod cards;
 mod copy_disk;
 mod dirty;
 mod life;
