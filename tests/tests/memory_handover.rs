@@ -407,3 +407,55 @@ fn a_receiver_survives_files_that_lie() {
     assert_eq!(receiver.state(), State::Running);
     receiver.verdict();
 }
+
+/// Files that are no taps, too many, or nothing of the kind: the same.
+#[test]
+fn a_receiver_survives_taps_that_lie() {
+    if !guests_run() {
+        return;
+    }
+    const MEMORY: u64 = 64 << 20;
+    let source = Host::run(WORK, "64M", 1);
+    let receiver = Host::receive_unix();
+    let relay = Relay::to(receiver.uri());
+    relay.without_files();
+    assert!(source.migrate(&relay.uri(), &options()).error.is_some());
+    let hello = Opening::of(&relay.said()).hello;
+    // This guest has no card, so its source offers nothing.
+    assert!(!hello.offered.has(Features::SHARED_FILES));
+    let hello = Hello {
+        offered: hello.offered.or(Features::SHARED_FILES),
+        ..hello
+    };
+    let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    let good = || memfd(MEMORY, SealFlags::SHRINK | SealFlags::GROW);
+    let before = descriptors(&receiver);
+    let cases = [
+        ("no tap", FrameType::Files, 1, "no tap device at all"),
+        ("memory again", FrameType::Files, 0, "no tap device at all"),
+        ("too many", FrameType::Files, 14, "more files"),
+        ("another word", FrameType::Commit, 1, "the devices' files"),
+    ];
+    for (name, kind, files, expected) in cases {
+        let mut channel = greet_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
+        channel.link().files = vec![good(), eventfd(0, EventfdFlags::CLOEXEC).unwrap()];
+        channel
+            .send(Header::bare(FrameType::Hello, 0), &hello.encode())
+            .unwrap();
+        assert_eq!(channel.recv_header().unwrap().kind, FrameType::FilesWanted);
+        channel.link().files = match files {
+            0 => vec![good()],
+            n => (0..n).map(|_| null()).collect(),
+        };
+        channel.send(Header::bare(kind, 0), &[]).unwrap();
+        let sentence = abort_of(&mut channel);
+        eprintln!("{name}: {sentence}");
+        assert!(sentence.contains(expected), "{name}: {sentence}");
+        assert!(!sentence.contains('\n'), "{name}: {sentence}");
+        drop(channel);
+        receiver.reaches(State::Receiving);
+    }
+    until("everything was closed", || descriptors(&receiver) <= before);
+    source.migrate_well(receiver.uri(), &options());
+    receiver.verdict();
+}

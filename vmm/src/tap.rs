@@ -373,6 +373,60 @@ mod tests {
     }
 
     #[test]
+    fn a_tap_of_another_process_is_used_as_it_is() {
+        let name = format!("ferrya{}", std::process::id());
+        let Some(own) = Own::make(&name) else {
+            eprintln!(
+                "NOT RUN: a_tap_of_another_process_is_used_as_it_is: no tap can be made here (root and ip are needed)"
+            );
+            return;
+        };
+        let mut first = Tap::open(&name).unwrap();
+        let mut second = Tap::adopt(first.readable().unwrap()).unwrap();
+        assert_eq!(second.name(), name);
+        // Not before it is this one's: the first would have to do the checksums of frames that it was promised none of.
+        let wanted = Offloads {
+            checksum: true,
+            ..Offloads::default()
+        };
+        second.set_offloads(wanted).unwrap();
+        assert_eq!(second.lent, Some(Some(wanted)));
+        let frame = rarp(MacAddress([2, 0, 0, 0, 0, 1]));
+        for tap in [&mut first, &mut second] {
+            let before = own.received();
+            tap.write(&frame).unwrap();
+            until("the host gets the frame", || own.received() > before);
+        }
+        assert_eq!(second.lent, None);
+        // And it stays while one of them does.
+        drop(first);
+        assert!(matches!(Tap::open(&name), Err(TapError::Busy { .. })));
+        drop(second);
+        Tap::open(&name).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_tap_is_not_adopted() {
+        let null = File::open("/dev/null").unwrap();
+        let file = File::open("/proc/self/exe").unwrap();
+        for file in [null, file] {
+            let error = Tap::adopt(file.into()).unwrap_err();
+            assert!(matches!(error, TapError::Foreign(_)), "{error}");
+            assert!(error.to_string().contains("--net"), "{error}");
+        }
+        let open = |options: &mut OpenOptions| options.read(true).write(true).open(DEVICE);
+        let Ok(loose) = open(&mut OpenOptions::new()) else {
+            eprintln!(
+                "NOT RUN: what_is_no_tap_is_not_adopted: no /dev/net/tun that can be opened here"
+            );
+            return;
+        };
+        // Of the right driver, and no tap.
+        let error = Tap::adopt(loose.into()).unwrap_err();
+        assert!(matches!(error, TapError::Examine(_)), "{error}");
+    }
+
+    #[test]
     fn taps_that_are_not_there_are_refused_with_a_sentence() {
         for name in ["", "a/b", "sixteen-letters-", "has space", "tap\n"] {
             assert!(matches!(Tap::open(name), Err(TapError::Name(_))), "{name}");

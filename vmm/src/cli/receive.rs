@@ -14,7 +14,8 @@ use std::sync::mpsc;
 /// the next. The keys and signals of `ferry run` work here too.
 ///
 /// On unix:PATH the guest comes from a process on this host, which hands over the memory itself instead of copying it: the
-/// way to go on under a newer ferry.
+/// way to go on under a newer ferry. The taps of its network cards come too: --net is to be given only if a card is to have
+/// another tap here, and then for each card.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock
