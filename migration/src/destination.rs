@@ -11,7 +11,8 @@
 //!                                └───────────────────────────┘
 //! ```
 //!
-//! Where the source shares the guest's memory itself (`Features::SHARED_MEMORY`), no page comes in Filling.
+//! Where the source shares the guest's memory itself (`Features::SHARED_MEMORY`), no page comes in Filling. Where it offers
+//! the open files of the guest's devices too (`Features::SHARED_FILES`), Waiting is left when those have come.
 //!
 //! In post-copy the pages follow the guest: Running waits for them.
 //!
@@ -53,7 +54,8 @@ use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{Clock, Host, Link, PageSink};
 use crate::source::page_hash;
 use crate::wire::{
-    Channel, FrameType, Header, Preamble, Ready, Role, Running, SessionId, WireError, send_set,
+    Channel, FrameType, Header, Hello, Preamble, Ready, Role, Running, SessionId, WireError,
+    send_set,
 };
 use blocks::Stores;
 use pages::PageReceiver;
@@ -145,6 +147,8 @@ pub struct Destination<L: Link, H: Host<L>> {
     host: H,
     state: State,
     timeouts: Timeouts,
+    /// What is coming, while the files that go with it are asked for.
+    greeting: Option<Hello>,
     layout: Option<RamLayout>,
     sink: Option<Arc<H::Sink>>,
     lanes: Option<Arc<LaneSet<L, H::Sink>>>,
@@ -206,6 +210,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             host,
             state: State::Waiting,
             timeouts,
+            greeting: None,
             layout: None,
             sink: None,
             lanes: None,
@@ -374,6 +379,12 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         }
         let header = self.channel.recv_header()?;
         match (self.state, header.kind) {
+            (State::Waiting, kind) if self.greeting.is_some() => {
+                let greeting = self.greeting.take().filter(|_| kind == FrameType::Files);
+                let files = "the files of the guest's devices";
+                let greeting = greeting.ok_or_else(|| self.channel.refuse(&header, files))?;
+                self.accept(greeting)?;
+            }
             (State::Waiting, FrameType::Hello) => self.hello(&header)?,
             (State::Filling, FrameType::Pages | FrameType::Zero)
                 if !self.restored && !self.shared =>

@@ -434,7 +434,12 @@ fn a_receiver_survives_taps_that_lie() {
         ("no tap", FrameType::Files, 1, "no tap device at all"),
         ("memory again", FrameType::Files, 0, "no tap device at all"),
         ("too many", FrameType::Files, 14, "more files"),
-        ("another word", FrameType::Commit, 1, "the devices' files"),
+        (
+            "another word",
+            FrameType::Commit,
+            1,
+            "the files of the guest's devices",
+        ),
     ];
     for (name, kind, files, expected) in cases {
         let mut channel = greet_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);

@@ -13,29 +13,34 @@ use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
 use std::sync::Arc;
 
 impl<L: Link, H: Host<L>> Destination<L, H> {
-    /// Only a source that offers files is asked for them: any other goes on to the answer of its greeting.
-    fn ask_for_files(&mut self) -> Result<(), DestinationError> {
-        let wanted = self.host.wants_files(self.channel.link());
-        if !wanted.map_err(DestinationError::Unfit)? {
-            return Ok(());
-        }
-        self.channel
-            .send(Header::bare(FrameType::FilesWanted, 0), &[])?;
-        let header = self.channel.recv_header()?;
-        match header.kind {
-            FrameType::Files => Ok(()),
-            _ => Err(self.channel.refuse(&header, "the devices' files").into()),
-        }
-    }
-
+    /// What is coming. A source that offers the files of the guest's devices is asked for them before it is answered; no
+    /// other knows the question.
     pub(super) fn hello(&mut self, header: &Header) -> Result<(), DestinationError> {
         let mut bytes = std::mem::take(&mut self.buffer);
         self.channel.recv_payload(header, &mut bytes)?;
         let hello = Hello::decode(&bytes).map_err(WireError::from)?;
         let missing = hello.required.0 & !Features::SUPPORTED.0;
+        self.buffer = bytes;
         if missing != 0 {
             return Err(DestinationError::Features { missing });
         }
+        let files = Features::SHARED_MEMORY.or(Features::SHARED_FILES);
+        if hello.offered.has(files)
+            && self
+                .host
+                .wants_files(self.channel.link())
+                .map_err(DestinationError::Unfit)?
+        {
+            self.channel
+                .send(Header::bare(FrameType::FilesWanted, 0), &[])?;
+            self.greeting = Some(hello);
+            return Ok(());
+        }
+        self.accept(hello)
+    }
+
+    /// Whether this host can take it; builds the machine and answers.
+    pub(super) fn accept(&mut self, hello: Hello) -> Result<(), DestinationError> {
         let most = hello.channels.max(hello.faults);
         if most > Options::MAX_CHANNELS {
             return Err(DestinationError::Channels(most));
@@ -49,9 +54,6 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.verify = hello.required.has(Features::VERIFY);
         let mut agreed = hello.offered.and(Features::SUPPORTED);
         let adopted = if agreed.has(Features::SHARED_MEMORY) {
-            if agreed.has(Features::SHARED_FILES) {
-                self.ask_for_files()?;
-            }
             self.host
                 .adopt(self.channel.link(), &hello.layout, &hello.machine)
                 .map_err(DestinationError::Unfit)?
@@ -116,7 +118,6 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         }
         self.layout = Some(hello.layout);
         self.sink = Some(sink);
-        self.buffer = bytes;
         self.enter(State::Filling);
         let ack = HelloAck { features: agreed };
         self.channel.send_json(FrameType::HelloAck, &ack)?;

@@ -2,7 +2,7 @@
 //!
 //! A device's place, its registers' address and its interrupt line, follows from its number alone, so that both ends of a
 //! migration agree. What is behind it belongs to the host: a disk's path and a tap's name are given anew at the
-//! destination.
+//! destination, unless the tap itself comes, open, from a process on the same host.
 
 mod balloon;
 mod ballooning;
