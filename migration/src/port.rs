@@ -118,7 +118,8 @@ pub trait Guest<L: Link>: PageSource<L> {
     /// # Errors
     /// When the host cannot log.
     fn start_tracking(&self) -> Result<(), PortError>;
-    /// Stops the dirty log, if it was started; the guest may run or not.
+    /// Stops the dirty log, if it was started; the guest may run or not. Not called for a guest that is
+    /// [released](Self::release): its log goes with it.
     fn stop_tracking(&self);
     /// Adds all pages of the log to `into`, those that the VMM itself wrote included.
     ///
@@ -149,7 +150,8 @@ pub trait Guest<L: Link>: PageSource<L> {
     /// # Errors
     /// When it cannot be written down; nothing was sent then, and the guest stays.
     fn commit(&self, session: SessionId) -> Result<(), PortError>;
-    /// The destination runs the guest: what is left here may be discarded.
+    /// The destination runs the guest, perhaps on this very host: what is left here, the dirty log included, may be
+    /// discarded, and that should not take the guest's processor.
     fn release(&self);
     /// What the guest keeps outside its memory and can move with it, in the order in which it knows them: asked for where
     /// [`Options::copy_disk`](crate::options::Options::copy_disk) is set.

@@ -424,12 +424,11 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             }
         };
         self.stores.stop();
+        let report = self.report(status, error.map(|error| error.to_string()));
         if self.state == State::Discardable {
-            // After the guest runs elsewhere there is time for what was kept out of the pause.
-            self.guest.stop_tracking();
             self.guest.release();
         }
-        self.report(status, error.map(|error| error.to_string()))
+        report
     }
 
     /// What the user wants to know: a connection that the peer closed often holds its reason.

@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod priority;
 pub mod record;
 pub mod snapshot;
 mod tap;

@@ -41,8 +41,9 @@ use crate::api::events::Publisher;
 use crate::api::types::{
     BalloonRequest, BalloonStatus, GuestInfo, SnapshotReport, SnapshotRequest,
 };
+use crate::priority::in_background;
 use ferry_migration::options::Options;
-use ferry_migration::report::{self, Event, Progress, Report};
+use ferry_migration::report::{self, Event, Phase, Progress, Report};
 use serde::{Deserialize, Serialize};
 use state::{Lost, State};
 use std::io;
@@ -402,6 +403,9 @@ impl Core {
     ) {
         // The report is published below, after the state has changed: whoever reads it may ask for the status next.
         let mut forward = |event: Event| {
+            if matches!(&event, Event::Progress(progress) if progress.phase == Phase::Completed) {
+                in_background();
+            }
             if !matches!(event, Event::Report(_)) {
                 publisher.publish(&event);
             }

@@ -96,6 +96,10 @@ pub struct Chooser {
     level: Level,
     /// Seconds that the link takes for a byte; `None` while unknown.
     link: Option<f64>,
+    /// What enough batches came to, each time, the latest anywhere.
+    links: [f64; STEADY],
+    /// How many there were.
+    seen: usize,
     /// The same by the user's cap.
     floor: f64,
     /// By level; those of [`Level::Raw`] are known.
@@ -127,6 +131,9 @@ const LOOK_WEIGHT: f64 = 0.7;
 const ENOUGH_TIME: Duration = Duration::from_millis(25);
 const ENOUGH_BATCHES: u32 = 4;
 const ENOUGH_BYTES: u64 = 4 << 20;
+/// Of so many judgements the median tells what the link is, once there are some.
+const STEADY: usize = 7;
+const STEADY_AT_LEAST: usize = 3;
 /// A level is tried where it promises to cost at most this much of what raw pages cost.
 const TRY: f64 = 0.8;
 /// Another coded level is taken when it promises at most this much of what the present one costs.
@@ -152,6 +159,8 @@ impl Chooser {
         Self {
             level: start,
             link: None,
+            links: [0.0; STEADY],
+            seen: 0,
             floor,
             estimates: [
                 Some(Estimate {
@@ -189,11 +198,24 @@ impl Chooser {
     }
 
     /// Whether the link is slow enough that trying patches of pages that are sent again costs nothing that anybody
-    /// would notice: less than a quarter of what they take on the link.
+    /// would notice: less than a quarter of what they take on the link. By the median of what was measured lately: on a fast
+    /// link a single pause of the receiver looks like a slow one, and pages that are copied then hold it up in earnest.
     #[must_use]
     pub fn link_has_time(&self) -> bool {
         let patch = self.estimates[Level::Patch.index()].map_or(0.0, |e| e.encode);
-        self.raw().is_some_and(|raw| 4.0 * patch.max(PATCH) < raw)
+        let usual = self.usual_link().unwrap_or(0.0).max(self.floor);
+        4.0 * patch.max(PATCH) < usual * PAGE_BYTES as f64
+    }
+
+    /// Seconds that the link takes for a byte, usually; `None` while that is unknown.
+    fn usual_link(&self) -> Option<f64> {
+        let mut links = self.links;
+        let links = links.get_mut(..self.seen.min(STEADY))?;
+        if self.seen < STEADY_AT_LEAST {
+            return None;
+        }
+        let middle = (links.len() - 1) / 2;
+        Some(*links.select_nth_unstable_by(middle, f64::total_cmp).1)
     }
 
     /// Whether a sample is due: raw pages are being sent, and little was spent on samples so far.
@@ -253,6 +275,8 @@ impl Chooser {
             // Either bound is exact in its own extreme: what is known already is kept where it can be true.
             Some(known) => known.clamp(at_least, at_most),
         };
+        self.links[self.seen % STEADY] = seen;
+        self.seen += 1;
         // A look is short, and meant to replace what was believed.
         let weight = if self.looking { LOOK_WEIGHT } else { WEIGHT };
         self.link = Some(self.link.map_or(seen, |old| blend(old, seen, weight)));

@@ -84,8 +84,6 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             source.verified = None;
             source.round += 1;
             source.enter(State::PostCopy);
-            // Nothing is written here any more.
-            source.guest.stop_tracking();
             let hashes = source.setup.options.verify.then_some(&missing);
             source.push_all(&serving, hashes)
         })

@@ -9,6 +9,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use ferry_migration::options::Tracking;
 use ferry_vmm::api::server::{Limits, Server};
 use ferry_vmm::migrate::SerialFactory;
+use ferry_vmm::priority::in_background;
 use ferry_vmm::vmm::{Outcome, Vmm};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -152,6 +153,8 @@ pub fn serve(
             break outcome;
         }
     };
+    // The guest may have moved to another process of this host.
+    in_background();
     // The terminal is the user's again before we speak.
     drop(manager);
     spool.drain(FAREWELL);

@@ -332,12 +332,6 @@ impl DirtyLog {
     }
 }
 
-impl Drop for DirtyLog {
-    fn drop(&mut self) {
-        let _ = self.stop();
-    }
-}
-
 /// Slots are numbered as the regions are.
 fn slot(region: usize) -> u32 {
     u32::try_from(region).unwrap_or(u32::MAX)

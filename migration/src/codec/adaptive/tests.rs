@@ -222,3 +222,27 @@ fn nothing_is_divided_by_nothing() {
     }
     assert_eq!(chooser.level(), Level::Raw);
 }
+
+/// Pauses of the receiver do not make a fast link a slow one; a link that has become slow does.
+#[test]
+fn a_pause_is_not_a_slow_link() {
+    let mut chooser = Chooser::new(Level::Raw, 0.0);
+    let mut batches = |us_per_page: u64, count: u32| {
+        for _ in 0..count {
+            chooser.record(Outcome {
+                level: Level::Raw,
+                pages: 1024,
+                bytes: 1024 * PAGE_BYTES,
+                encode: Duration::ZERO,
+                link: Duration::from_micros(1024 * us_per_page),
+            });
+        }
+        chooser.link_has_time()
+    };
+    assert!(!batches(3, 40));
+    assert!(!batches(100, 1));
+    assert!(!batches(3, 8));
+    assert!(!batches(100, 1));
+    assert!(batches(34, 20));
+    assert!(!batches(3, 40));
+}
