@@ -14,58 +14,45 @@ use ferry_devices::rng::RngState;
 use ferry_devices::virtio::{DeviceState, QueueState, TransportState, VirtioState};
 use ferry_migration::options::Options;
 use ferry_migration::page::{PageSet, RamLayout, Run};
+use ferry_migration::rng::Rng;
 use ferry_migration::trace::{Header, Writer};
 use ferry_vmm::machine::{Backends, Machine};
 use std::time::Duration;
 
-/// SplitMix64 (Steele, Lea, Flood 2014).
-pub struct Random(pub u64);
+/// A place in something so long.
+pub fn below(random: &mut Rng, n: usize) -> usize {
+    usize::try_from(random.below(n as u64)).unwrap()
+}
 
-impl Random {
-    /// The next number.
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `n`, or 0.
-    pub fn below(&mut self, n: usize) -> usize {
-        usize::try_from(self.next() % n.max(1) as u64).unwrap()
-    }
-
-    /// What a fuzzer does to its input.
-    pub fn mutate(&mut self, bytes: &mut Vec<u8>) {
-        const EDGES: [u64; 8] = [0, 1, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, u64::MAX];
-        for _ in 0..=self.below(4) {
-            let at = self.below(bytes.len());
-            match self.below(7) {
-                0 if !bytes.is_empty() => bytes[at] ^= 1 << self.below(8),
-                1 if !bytes.is_empty() => bytes[at] = self.next().to_le_bytes()[0],
-                2 => bytes.truncate(at),
-                3 => {
-                    let more = self.below(64);
-                    let random: Vec<u8> = (0..more).map(|_| self.next().to_le_bytes()[0]).collect();
-                    bytes.splice(at..at, random);
-                }
-                4 => {
-                    let end = (at + self.below(200)).min(bytes.len());
-                    bytes.drain(at..end);
-                }
-                5 => {
-                    let end = (at + self.below(200)).min(bytes.len());
-                    let copy = bytes[at..end].to_vec();
-                    let to = self.below(bytes.len());
-                    bytes.splice(to..to, copy);
-                }
-                _ => {
-                    let width = 1 << self.below(4);
-                    let edge = EDGES[self.below(EDGES.len())].to_le_bytes();
-                    if let Some(place) = bytes.get_mut(at..at + width) {
-                        place.copy_from_slice(&edge[..width]);
-                    }
+/// What a fuzzer does to its input.
+pub fn mutate(random: &mut Rng, bytes: &mut Vec<u8>) {
+    const EDGES: [u64; 8] = [0, 1, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, u64::MAX];
+    for _ in 0..=below(random, 4) {
+        let at = below(random, bytes.len());
+        match below(random, 7) {
+            0 if !bytes.is_empty() => bytes[at] ^= 1 << below(random, 8),
+            1 if !bytes.is_empty() => bytes[at] = random.next().to_le_bytes()[0],
+            2 => bytes.truncate(at),
+            3 => {
+                let more = below(random, 64);
+                let some: Vec<u8> = (0..more).map(|_| random.next().to_le_bytes()[0]).collect();
+                bytes.splice(at..at, some);
+            }
+            4 => {
+                let end = (at + below(random, 200)).min(bytes.len());
+                bytes.drain(at..end);
+            }
+            5 => {
+                let end = (at + below(random, 200)).min(bytes.len());
+                let copy = bytes[at..end].to_vec();
+                let to = below(random, bytes.len());
+                bytes.splice(to..to, copy);
+            }
+            _ => {
+                let width = 1 << below(random, 4);
+                let edge = EDGES[below(random, EDGES.len())].to_le_bytes();
+                if let Some(place) = bytes.get_mut(at..at + width) {
+                    place.copy_from_slice(&edge[..width]);
                 }
             }
         }
@@ -271,8 +258,11 @@ pub fn api() -> Vec<Vec<u8>> {
     .to_vec()
 }
 
-/// The seeds of each target in `fuzz/`, by its name.
-pub const TARGETS: &[(&str, fn() -> Vec<Vec<u8>>)] = &[
+/// Makes the seeds of a target.
+pub type Seeds = fn() -> Vec<Vec<u8>>;
+
+/// Those of each target in `fuzz/`, by its name.
+pub const TARGETS: &[(&str, Seeds)] = &[
     ("frame", frame),
     ("codec", codec),
     ("handshake", handshake),

@@ -3,7 +3,7 @@
 
 use ferry_migration::destination::State;
 use ferry_migration::report::Status;
-use ferry_tests::fuzz_seeds::Random;
+use ferry_migration::rng::Rng;
 use ferry_tests::{fuzz_bodies, fuzz_seeds};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,9 +13,9 @@ fn mutations(seeds: &[Vec<u8>], count: u64, body: fn(&[u8])) {
         body(seed);
     }
     for n in 0..count {
-        let mut random = Random(n);
-        let mut bytes = seeds[random.below(seeds.len())].clone();
-        random.mutate(&mut bytes);
+        let mut random = Rng::new(n);
+        let mut bytes = seeds[fuzz_seeds::below(&mut random, seeds.len())].clone();
+        fuzz_seeds::mutate(&mut random, &mut bytes);
         body(&bytes);
     }
 }

@@ -1,8 +1,8 @@
 //! Snapshots of a small guest.
 
-use super::Random;
 use crate::fuzz_bodies::{MemoryLink, NoTime, StandIn};
 use ferry_migration::options::Compress;
+use ferry_migration::rng::Rng;
 use ferry_migration::snapshot::{SaveOptions, SaveSetup, save};
 use ferry_migration::wire::SessionId;
 use std::sync::Mutex;
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// Its pages as they are, and coded in each way.
 pub(super) fn snapshots() -> Vec<Vec<u8>> {
-    let mut random = Random(1);
+    let mut random = Rng::new(1);
     let mut pages = vec![[0; 4096]; 12];
     pages[1].fill(7);
     pages[4][100..300].fill(9);
