@@ -11,7 +11,8 @@
 //!                                └───────────────────────────┘
 //! ```
 //!
-//! Where the source shares the guest's memory itself (`Features::SHARED_MEMORY`), no page comes in Filling.
+//! Where the source shares the guest's memory itself (`Features::SHARED_MEMORY`), no page comes in Filling. Where it offers
+//! the open files of the guest's devices too (`Features::SHARED_FILES`), Waiting is left when those have come.
 //!
 //! In post-copy the pages follow the guest: Running waits for them.
 //!
@@ -23,6 +24,9 @@
 //!    ▼  │
 //!  Interrupted (connection lost: the guest runs on until it needs a page that is not here)
 //! ```
+//!
+//! Entering Running is a step of its own: RUNNING is sent by the one after it, so that at this end the guest is booked
+//! before anybody at the other can know that it has arrived.
 //!
 //! The guest runs only after a commit was read. Between Ready and the commit nothing but the
 //! source's word (or an operator's) ends the doubt: the machine is kept.
@@ -50,7 +54,8 @@ use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{Clock, Host, Link, PageSink};
 use crate::source::page_hash;
 use crate::wire::{
-    Channel, FrameType, Header, Preamble, Ready, Role, Running, SessionId, WireError, send_set,
+    Channel, FrameType, Header, Hello, Preamble, Ready, Role, Running, SessionId, WireError,
+    send_set,
 };
 use blocks::Stores;
 use pages::PageReceiver;
@@ -104,7 +109,8 @@ impl Default for Timeouts {
 pub enum Step {
     /// More frames are expected.
     Continue,
-    /// The guest runs from now on; its pages follow.
+    /// The guest runs from now on. The source is told so by the next step, not before: whoever drives the engine has
+    /// noted whose guest it is when the source hears of it.
     Running,
     /// The guest runs and the source was told.
     Complete,
@@ -141,6 +147,8 @@ pub struct Destination<L: Link, H: Host<L>> {
     host: H,
     state: State,
     timeouts: Timeouts,
+    /// What is coming, while the files that go with it are asked for.
+    greeting: Option<Hello>,
     layout: Option<RamLayout>,
     sink: Option<Arc<H::Sink>>,
     lanes: Option<Arc<LaneSet<L, H::Sink>>>,
@@ -152,6 +160,8 @@ pub struct Destination<L: Link, H: Host<L>> {
     arriving: Option<Arc<Arriving<L, H::Sink>>>,
     /// The connection is one that a source opened to end a doubt: it does not know what is missing.
     reattached: bool,
+    /// The guest runs, and the next step tells the source.
+    untold: Option<Started>,
     /// The source has said that it pushed everything.
     pushed: bool,
     receiver: PageReceiver,
@@ -165,6 +175,15 @@ pub struct Destination<L: Link, H: Host<L>> {
     verify: bool,
     policy: String,
     buffer: Vec<u8>,
+}
+
+/// When the guest was started, by the engine's clock.
+#[derive(Clone, Copy, Debug)]
+struct Started {
+    /// The commit was read.
+    asked: Duration,
+    /// The guest's first instruction.
+    ran: Duration,
 }
 
 /// What comparing hashes has found.
@@ -191,6 +210,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             host,
             state: State::Waiting,
             timeouts,
+            greeting: None,
             layout: None,
             sink: None,
             lanes: None,
@@ -199,6 +219,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             missing: None,
             arriving: None,
             reattached: false,
+            untold: None,
             pushed: false,
             receiver: PageReceiver::default(),
             stores: Stores::none(),
@@ -350,11 +371,20 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
     }
 
     fn handle(&mut self) -> Result<Step, DestinationError> {
+        if let Some(started) = self.untold.take() {
+            return self.tell_running(started);
+        }
         if self.state == State::Running && self.follows() && !self.wait_for_frame()? {
             return self.completed();
         }
         let header = self.channel.recv_header()?;
         match (self.state, header.kind) {
+            (State::Waiting, kind) if self.greeting.is_some() => {
+                let greeting = self.greeting.take().filter(|_| kind == FrameType::Files);
+                let files = "the files of the guest's devices";
+                let greeting = greeting.ok_or_else(|| self.channel.refuse(&header, files))?;
+                self.accept(greeting)?;
+            }
             (State::Waiting, FrameType::Hello) => self.hello(&header)?,
             (State::Filling, FrameType::Pages | FrameType::Zero)
                 if !self.restored && !self.shared =>
@@ -509,12 +539,11 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// The source's word: the guest is ours. Saying it twice changes nothing.
     fn commit(&mut self) -> Result<Step, DestinationError> {
-        let read = self.clock.now();
-        let mut since = Duration::ZERO;
-        let again = matches!(self.state, State::Running | State::Interrupted);
-        if !again {
+        let asked = self.clock.now();
+        let mut ran = asked;
+        if !matches!(self.state, State::Running | State::Interrupted) {
             match self.host.run() {
-                Ok(first_instruction) => since = first_instruction,
+                Ok(ago) => ran = self.clock.now().saturating_sub(ago),
                 Err(error) => {
                     // Not ours to give back: the source has written the commit down.
                     self.channel
@@ -524,6 +553,12 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             }
         }
         self.enter(State::Running);
+        self.untold = Some(Started { asked, ran });
+        Ok(Step::Running)
+    }
+
+    /// Tells the source that the guest runs here.
+    fn tell_running(&mut self, started: Started) -> Result<Step, DestinationError> {
         let missing = self.arriving.as_ref().map(|a| a.missing());
         let left = missing.as_ref().map_or(0, PageSet::len);
         let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
@@ -532,8 +567,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             && self.follows()
             && self.arriving.as_ref().is_some_and(|a| !a.is_complete());
         let running = Running {
-            start_us: micros(self.clock.now().saturating_sub(read).saturating_sub(since)),
-            since_us: micros(since),
+            start_us: micros(started.ran.saturating_sub(started.asked)),
+            since_us: micros(self.clock.now().saturating_sub(started.ran)),
             missing: left,
             verify: compare,
             tells: true,
@@ -551,7 +586,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         {
             send_set(&mut self.channel, &missing)?;
         }
-        Ok(Step::Running)
+        Ok(Step::Continue)
     }
 }
 

@@ -172,6 +172,19 @@ pub trait Guest<L: Link>: PageSource<L> {
         let _ = link;
         Ok(false)
     }
+    /// Whether the guest's devices use open files that can go with [shared memory](Self::share_memory).
+    fn has_files(&self) -> bool {
+        false
+    }
+    /// Has those files go to the destination beside what is sent next on `link`. Both sides have them then: only the one
+    /// whose guest runs may use them.
+    ///
+    /// # Errors
+    /// Why they cannot go.
+    fn share_files(&self, link: &mut L) -> Result<(), PortError> {
+        let _ = link;
+        Err("this guest's devices use no files".into())
+    }
     /// Channels for page faults that are worth having: about as many as the guest has vCPUs.
     fn fault_channels(&self) -> u16 {
         1
@@ -287,6 +300,16 @@ pub trait Host<L: Link> {
     /// Why this host cannot take the guest.
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8])
     -> Result<Arc<Self::Sink>, PortError>;
+
+    /// Whether the files that the guest's devices use are wanted, which the source offers: they come beside what is received
+    /// next on `link`, and [`adopt`](Self::adopt) follows.
+    ///
+    /// # Errors
+    /// What came so far is not this guest's memory.
+    fn wants_files(&mut self, link: &mut L) -> Result<bool, PortError> {
+        let _ = link;
+        Ok(false)
+    }
 
     /// As [`prepare`](Self::prepare), over the memory itself, which came beside what was received last on `link`; `None`
     /// where none came. Until [`run`](Self::run) no byte of it may be changed: the guest runs in it, at the source.

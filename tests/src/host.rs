@@ -281,16 +281,8 @@ impl Host {
         }
     }
 
-    /// A source hears of the guest's first instruction before the destination has done its books: waits for those.
-    fn has_its_guest(&self) {
-        self.wait_for("its guest has arrived", || {
-            (self.state() != State::Receiving).then_some(())
-        });
-    }
-
     /// Migrates and waits for the end.
     pub fn migrate(&self, uri: &str, options: &Options) -> Report {
-        self.has_its_guest();
         let request = MigrateRequest {
             uri: uri.to_owned(),
             options: options.clone(),
@@ -309,7 +301,6 @@ impl Host {
 
     /// Migrates in the background.
     pub fn begin_migration(&self, uri: &str, options: &Options) -> Migration {
-        self.has_its_guest();
         let request = MigrateRequest {
             uri: uri.to_owned(),
             options: options.clone(),
@@ -423,8 +414,7 @@ impl Host {
 
     /// Expects that the guest runs here: the state says so, and it prints another line.
     pub fn proves_running(&self) {
-        // The source hears of the guest's first instruction before this process has done its books.
-        self.reaches(State::Running);
+        assert_eq!(self.state(), State::Running, "{:#?}", self.said());
         let before = self.guest.all().len();
         self.wait_for("the guest printed another line", || {
             (self.guest.all().len() > before).then_some(())

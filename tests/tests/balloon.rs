@@ -156,7 +156,7 @@ fn the_balloon_setting_moves_with_the_guest() {
         };
         guest.migrate_well(destination.uri(), &options);
         assert_eq!(guest.ends(), Some(0));
-        destination.reaches(State::Running);
+        assert_eq!(destination.state(), State::Running);
         let status = destination.client().status().unwrap().balloon.unwrap();
         assert_eq!(status.auto, Some(auto));
         guest = destination;
@@ -195,7 +195,7 @@ fn the_balloon_setting_moves_with_the_guest() {
     );
     let destination = Host::receive();
     guest.migrate_well(destination.uri(), &Host::options());
-    destination.reaches(State::Running);
+    assert_eq!(destination.state(), State::Running);
     let moved = destination.client().balloon().unwrap();
     assert_eq!((moved.target_bytes, moved.auto), (16 * MIB, None));
     drop(guest);

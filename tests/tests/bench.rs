@@ -132,6 +132,50 @@ fn a_killed_guest_is_a_failed_run_and_the_rest_goes_on() {
     assert!(!second.stdout.contains("FAILED"), "{second:?}");
 }
 
+/// A kernel's memory may hold next to nothing while it sets up a run.
+#[test]
+fn a_kernel_is_moved_from_within_its_timed_loop() {
+    if !guests_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("results");
+    let mut command = Command::new(ferry());
+    command.args([
+        "bench", "--guest", "sp.W", "--memory", "16M", "--policy", "precopy", "--runs", "1",
+        "--out",
+    ]);
+    let plan = ran({
+        let mut command = Command::new(ferry());
+        command.args([
+            "bench", "--guest", "sp.W", "--memory", "16M", "--plan", "--out",
+        ]);
+        command.arg(&out);
+        command
+    });
+    assert!(
+        plan.stdout.contains("5 runs are to be made, about "),
+        "{plan:?}"
+    );
+    assert!(!out.exists(), "{plan:?}");
+    command.arg(&out).stdin(Stdio::null());
+    let ran = ran(command);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(
+        ran.stderr.contains("1 run is to be made, about "),
+        "{ran:?}"
+    );
+    assert!(
+        ran.stdout.contains("Where the kernel was moved: "),
+        "{ran:?}"
+    );
+    let seen = &runs(&out)[0]["figures"]["seen"];
+    let from = &seen["course"]["from"];
+    // From the first quarter of them on, and a few more while it is asked to move.
+    assert_eq!(from["total"], 400, "{seen}");
+    assert!((1..400).contains(&from["done"].as_u64().unwrap()), "{seen}");
+}
+
 #[test]
 fn a_typo_is_shown_with_its_line_and_column() {
     let directory = tempfile::tempdir().unwrap();

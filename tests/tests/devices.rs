@@ -1,7 +1,7 @@
 //! Guests with disks and network cards move, and what is behind these is given, locked and told at both ends.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use ferry_migration::options::{Options, PolicyKind};
+use ferry_migration::options::{Handover, Options, PolicyKind};
 use ferry_migration::report::Status;
 use ferry_tests::{Host, State, guests_run, run, until};
 use std::path::Path;
@@ -152,12 +152,13 @@ impl Taps {
 
     /// Frames that the interface had from its VMM.
     fn frames(&self, n: usize) -> u64 {
-        let path = format!("/sys/class/net/{}/statistics/rx_packets", self.0[n]);
-        std::fs::read_to_string(path)
-            .unwrap()
-            .trim()
-            .parse()
-            .unwrap()
+        self.says(n, "statistics/rx_packets")
+    }
+
+    fn says(&self, n: usize, what: &str) -> u64 {
+        let path = format!("/sys/class/net/{}/{what}", self.0[n]);
+        let text = std::fs::read_to_string(path).unwrap();
+        text.trim().parse().unwrap()
     }
 }
 
@@ -195,6 +196,57 @@ fn the_network_is_told_where_the_guest_is() {
     until("the guest was announced", || taps.frames(1) >= 4);
     assert_eq!(taps.frames(0), 0);
     assert!(destination.verdict().writes > 0);
+}
+
+/// From one process to the next on this host, with the tap: nobody else can have it in between, and it never goes down.
+#[test]
+fn a_tap_goes_along_with_the_memory() {
+    if !guests_run() {
+        return;
+    }
+    let Some(taps) = Taps::make(2) else {
+        eprintln!(
+            "NOT RUN: a_tap_goes_along_with_the_memory: no tap can be made here (root and ip are needed)"
+        );
+        return;
+    };
+    let options = Options {
+        handover: Handover::On,
+        ..Host::options()
+    };
+    let net = |n: usize| format!("tap={}", taps.0[n]);
+    let mut here = Host::run_with(WORK, "64M", 1, &["--net", &net(0)]);
+    until("the tap is up", || taps.says(0, "carrier") == 1);
+    let links = taps.says(0, "carrier_changes");
+    // A destination that refuses when it has the tap already: the card goes on where the guest does.
+    let two = ["--net", &net(0), "--net", &net(1)];
+    let strange = Host::receive_unix_with(&two);
+    let why = here.migrate(strange.uri(), &options).error.unwrap();
+    assert!(why.contains("1 network cards, but 2"), "{why}");
+    here.proves_running();
+    drop(strange);
+    let named = ["--net", &net(0)];
+    for more in [&[][..], &named[..], &[][..]] {
+        let next = Host::receive_unix_with(more);
+        let before = taps.frames(0);
+        here.migrate_well(next.uri(), &options);
+        assert_eq!(here.ends(), Some(0), "{:#?}", here.said());
+        until("the guest was announced", || taps.frames(0) > before);
+        next.proves_running();
+        // It is in use all the while.
+        let another = Host::receive_with(&named);
+        let report = next.migrate(another.uri(), &Host::options());
+        assert!(report.error.unwrap().contains("in use"));
+        here = next;
+    }
+    assert_eq!(taps.says(0, "carrier_changes"), links);
+    // Another one, because it is asked for.
+    let last = Host::receive_unix_with(&["--net", &net(1)]);
+    here.migrate_well(last.uri(), &options);
+    assert_eq!(here.ends(), Some(0), "{:#?}", here.said());
+    until("the guest was announced", || taps.frames(1) > 0);
+    until("the first tap is free", || taps.says(0, "carrier") == 0);
+    assert!(last.verdict().writes > 0);
 }
 
 /// A bridge between taps, while it lives.

@@ -95,7 +95,7 @@ fn recover_at_the_source_ends_the_doubt() {
         both_in_doubt(&source, &destination);
         source.recover(false).unwrap();
         assert_eq!(source.ends(), Some(0), "{:?}", source.said());
-        destination.reaches(State::Running);
+        assert_eq!(destination.state(), State::Running);
         destination.verdict();
     }
 }
@@ -149,7 +149,7 @@ fn a_destination_that_hears_nothing_holds_still() {
     };
     let report = source.migrate(&proxy.uri(), &options);
     assert_eq!(report.status, Status::Failed, "{report:#?}");
-    source.reaches(State::Running);
+    assert_eq!(source.state(), State::Running);
     destination.reaches(State::InDoubt);
     assert!(destination.guest_lines().is_empty());
     // Ending it would discard the only copy, for all it knows: it has to be said twice.
@@ -189,7 +189,6 @@ fn take_over_at_the_destination() {
     let refused = destination.recover(false).unwrap_err();
     assert!(refused.contains("--take-over"), "{refused}");
     destination.recover(true).unwrap();
-    destination.reaches(State::Running);
     destination.proves_running();
     destination.verdict();
 }
@@ -210,7 +209,6 @@ fn a_source_learns_that_the_destination_took_over() {
     assert_eq!(migration.report().status, Status::InDoubt);
     both_in_doubt(&source, &destination);
     destination.recover(true).unwrap();
-    destination.reaches(State::Running);
     destination.proves_running();
     source.recover(false).unwrap();
     assert_eq!(source.ends(), Some(0));
@@ -327,7 +325,7 @@ fn in_doubt_the_disk_is_of_whoever_may_run_the_guest() {
     both_in_doubt(&source, &destination);
     assert!(!image.is_locked(), "neither side may run the guest");
     destination.recover(true).unwrap();
-    destination.reaches(State::Running);
+    assert_eq!(destination.state(), State::Running);
     assert!(image.is_locked());
     let refused = source.recover(true).unwrap_err();
     assert!(refused.contains("in use"), "{refused}");
@@ -406,7 +404,7 @@ fn a_killed_source_leaves_the_disk_to_the_destination() {
     destination.reaches(State::InDoubt);
     assert!(!image.is_locked());
     destination.recover(true).unwrap();
-    destination.reaches(State::Running);
+    assert_eq!(destination.state(), State::Running);
     assert!(image.is_locked());
     destination.proves_running();
     destination.verdict();

@@ -291,7 +291,7 @@ fn a_round_trip_with_another_policy_at_each_hop() {
                 work.text, report.policy, report.total_ms, report.downtime_ms
             );
             assert_eq!(here.ends(), Some(0), "{:#?}", here.said());
-            next.reaches(State::Running);
+            assert_eq!(next.state(), State::Running);
             here = next;
         }
         work.verified(here);

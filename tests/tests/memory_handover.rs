@@ -98,9 +98,8 @@ fn a_disk_a_paused_guest_and_a_copy() {
     let paused = Host::receive_unix_with(&disk);
     let report = source.migrate(paused.uri(), &options());
     assert_eq!(report.status, Status::Completed, "{report:#?}");
-    paused.reaches(State::Paused);
+    assert_eq!(paused.state(), State::Paused);
     paused.act(ferry_vmm::api::client::Action::Resume).unwrap();
-    paused.reaches(State::Running);
     paused.proves_running();
     let last = Host::receive_unix_with(&disk);
     let copied = Options {
@@ -110,7 +109,7 @@ fn a_disk_a_paused_guest_and_a_copy() {
     let report = paused.migrate_well(last.uri(), &copied);
     assert_eq!(report.policy, "precopy");
     assert!(report.pages.sent > 1000, "{report:#?}");
-    last.reaches(State::Running);
+    assert_eq!(last.state(), State::Running);
     last.verdict();
 }
 
@@ -134,7 +133,7 @@ fn where_files_do_not_pass_pages_do() {
     assert!(why.contains("unix:PATH"), "{why}");
     let report = source.migrate_well(&relay.uri(), &Host::options());
     assert_eq!(report.policy, "precopy");
-    destination.reaches(State::Running);
+    assert_eq!(destination.state(), State::Running);
     destination.verdict();
 }
 
@@ -210,7 +209,7 @@ fn recover_ends_the_doubt() {
     let (mut source, destination, _relay) = Pair::committed().in_doubt();
     source.recover(false).unwrap();
     assert_eq!(source.ends(), Some(0), "{:?}", source.said());
-    destination.reaches(State::Running);
+    assert_eq!(destination.state(), State::Running);
     destination.verdict();
 }
 
@@ -229,7 +228,6 @@ fn an_operator_cannot_run_it_twice() {
             (source, destination)
         };
         first.recover(true).unwrap();
-        first.reaches(State::Running);
         first.proves_running();
         refused(&second, HELD);
         first.proves_running();
@@ -256,7 +254,6 @@ fn a_killed_process_takes_no_memory_with_it() {
     assert!(pair.migration.outcome().is_err());
     pair.destination.reaches(State::InDoubt);
     pair.destination.recover(true).unwrap();
-    pair.destination.reaches(State::Running);
     pair.destination.proves_running();
     pair.destination.verdict();
     // The destination, with the commit unread.
@@ -266,7 +263,6 @@ fn a_killed_process_takes_no_memory_with_it() {
     assert_eq!(pair.migration.report().status, Status::InDoubt);
     pair.source.reaches(State::InDoubt);
     pair.source.recover(true).unwrap();
-    pair.source.reaches(State::Running);
     pair.source.proves_running();
     pair.source.verdict();
     // The destination, before it has the state.
@@ -408,6 +404,63 @@ fn a_receiver_survives_files_that_lie() {
     drop(channel);
     until("everything was closed", || descriptors(&receiver) <= before);
     source.migrate_well(receiver.uri(), &options());
-    receiver.reaches(State::Running);
+    assert_eq!(receiver.state(), State::Running);
+    receiver.verdict();
+}
+
+/// Files that are no taps, too many, or nothing of the kind: the same.
+#[test]
+fn a_receiver_survives_taps_that_lie() {
+    if !guests_run() {
+        return;
+    }
+    const MEMORY: u64 = 64 << 20;
+    let source = Host::run(WORK, "64M", 1);
+    let receiver = Host::receive_unix();
+    let relay = Relay::to(receiver.uri());
+    relay.without_files();
+    assert!(source.migrate(&relay.uri(), &options()).error.is_some());
+    let hello = Opening::of(&relay.said()).hello;
+    // This guest has no card, so its source offers nothing.
+    assert!(!hello.offered.has(Features::SHARED_FILES));
+    let hello = Hello {
+        offered: hello.offered.or(Features::SHARED_FILES),
+        ..hello
+    };
+    let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    let good = || memfd(MEMORY, SealFlags::SHRINK | SealFlags::GROW);
+    let before = descriptors(&receiver);
+    let cases = [
+        ("no tap", FrameType::Files, 1, "no tap device at all"),
+        ("memory again", FrameType::Files, 0, "no tap device at all"),
+        ("too many", FrameType::Files, 14, "more files"),
+        (
+            "another word",
+            FrameType::Commit,
+            1,
+            "the files of the guest's devices",
+        ),
+    ];
+    for (name, kind, files, expected) in cases {
+        let mut channel = greet_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
+        channel.link().files = vec![good(), eventfd(0, EventfdFlags::CLOEXEC).unwrap()];
+        channel
+            .send(Header::bare(FrameType::Hello, 0), &hello.encode())
+            .unwrap();
+        assert_eq!(channel.recv_header().unwrap().kind, FrameType::FilesWanted);
+        channel.link().files = match files {
+            0 => vec![good()],
+            n => (0..n).map(|_| null()).collect(),
+        };
+        channel.send(Header::bare(kind, 0), &[]).unwrap();
+        let sentence = abort_of(&mut channel);
+        eprintln!("{name}: {sentence}");
+        assert!(sentence.contains(expected), "{name}: {sentence}");
+        assert!(!sentence.contains('\n'), "{name}: {sentence}");
+        drop(channel);
+        receiver.reaches(State::Receiving);
+    }
+    until("everything was closed", || descriptors(&receiver) <= before);
+    source.migrate_well(receiver.uri(), &options());
     receiver.verdict();
 }

@@ -51,8 +51,8 @@ fn moves(work: &str, cpus: u32, unix: bool) {
             .iter()
             .any(|l| l.contains("the guest has moved to"))
     );
-    destination.says("the guest has arrived");
     destination.proves_running();
+    destination.says("the guest has arrived");
     show(&format!("{work} on {cpus}"), &report, &destination);
     assert!(destination.verdict().writes > 0);
 }
@@ -156,7 +156,7 @@ fn fifty_moves_in_a_row() {
         // The next receiver starts while the old VMM ends.
         let after = Host::receive();
         assert_eq!(here.ends(), Some(0), "move {n}: {:#?}", here.said());
-        next.reaches(State::Running);
+        assert_eq!(next.state(), State::Running);
         if n % 10 == 0 {
             show(&format!("move {n}"), &report, &next);
         }
@@ -307,7 +307,7 @@ fn a_paused_guest_stays_paused() {
     let destination = Host::receive();
     source.migrate_well(destination.uri(), &Host::options());
     assert_eq!(source.ends(), Some(0));
-    destination.reaches(State::Paused);
+    assert_eq!(destination.state(), State::Paused);
     assert!(
         destination.guest_lines().is_empty(),
         "{:?}",

@@ -39,7 +39,7 @@ fn every_policy_moves_a_writer() {
         let report = here.migrate_well(next.uri(), &options);
         assert_eq!(report.policy, policy.name());
         assert_eq!(here.ends(), Some(0), "{:#?}", here.said());
-        next.reaches(State::Running);
+        assert_eq!(next.state(), State::Running);
         here = next;
     }
     let next = Host::receive_with(&["--dirty", "log"]);

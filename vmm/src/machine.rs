@@ -39,6 +39,7 @@ mod load;
 mod paused;
 mod state;
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -54,7 +55,8 @@ pub use builder::{BuildError, Builder};
 pub use control::{Exit, PauseError, ResumeError, RunState};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
 pub use devices::{
-    Backends, BalloonInfo, DeviceDescription, DeviceError, DiskOptions, MmioDevice, NetOptions,
+    Backends, BalloonInfo, DeviceDescription, DeviceError, DiskOptions, MAX_DEVICES, MmioDevice,
+    NetOptions,
 };
 pub use load::ApplyError;
 pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};
@@ -274,6 +276,21 @@ impl Machine {
     #[must_use]
     pub fn disks(&self) -> &[Arc<ferry_devices::block::Disk>] {
         self.virtio.disks()
+    }
+
+    /// Whether the guest has network cards.
+    #[must_use]
+    pub fn has_taps(&self) -> bool {
+        !self.virtio.taps().is_empty()
+    }
+
+    /// The taps behind the network cards, in order, for a machine in another process that goes on with this guest. While
+    /// this one runs only this one may use them.
+    ///
+    /// # Errors
+    /// Out of file descriptors.
+    pub fn share_taps(&self) -> std::io::Result<Vec<OwnedFd>> {
+        self.virtio.taps().iter().map(OwnedFd::try_clone).collect()
     }
 
     /// Gives the guest's serial port bytes to receive; returns how many it took. While the machine is

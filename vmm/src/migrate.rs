@@ -9,13 +9,15 @@ mod disks;
 pub(crate) mod guest;
 pub(crate) mod host;
 mod link;
+mod listener;
 mod receive;
 mod uri;
 
 pub(crate) use arrival::Awaited;
-pub use arrival::{Arrival, Following};
+pub use arrival::{Arrival, Doubt, Following, Owner};
 pub use link::StreamLink;
-pub use receive::{ReceiveError, ReceiveState, Receiver, SerialFactory};
+pub use listener::{Listener, ReceiveError};
+pub use receive::{ReceiveState, Receiver, SerialFactory};
 pub use uri::{Uri, UriError};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -10,9 +10,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use ferry_devices::net::{Backend, HEADER, Offloads};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
-use vmm_sys_util::ioctl_iow_nr;
+use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 
+ioctl_ior_nr!(TUNGETIFF, TUN, 210, libc::c_uint);
+ioctl_ior_nr!(TUNGETVNETHDRSZ, TUN, 215, libc::c_int);
 ioctl_iow_nr!(TUNSETIFF, TUN, 202, libc::c_int);
 ioctl_iow_nr!(TUNSETOFFLOAD, TUN, 208, libc::c_uint);
 ioctl_iow_nr!(TUNSETVNETHDRSZ, TUN, 216, libc::c_int);
@@ -45,6 +48,18 @@ pub enum TapError {
         /// Its name.
         name: String,
     },
+    /// Something else came in a tap's place.
+    #[error(
+        "the source has sent something else than the tap device behind the guest's network card: {0}; give the card another \
+         tap here, with --net"
+    )]
+    Foreign(&'static str),
+    /// What came cannot be asked what it is.
+    #[error(
+        "what the source has sent as the tap device behind the guest's network card cannot be examined: {0}; give the card \
+         another tap here, with --net"
+    )]
+    Examine(#[source] io::Error),
     /// The kernel refuses.
     #[error("the tap device {name} cannot be used: {what}: {source}; {hint}")]
     Refused {
@@ -63,6 +78,9 @@ pub enum TapError {
 #[derive(Debug)]
 pub struct Tap {
     file: File,
+    name: String,
+    /// Another process may still use it: what it has set stays until this one does. Then these are set, if any are wanted.
+    lent: Option<Option<Offloads>>,
 }
 
 impl Tap {
@@ -98,7 +116,11 @@ impl Tap {
                 "opening /dev/net/tun",
                 "load the module `tun`, or give this user access",
             ))?;
-        let tap = Self { file };
+        let tap = Self {
+            file,
+            name: name.to_owned(),
+            lent: None,
+        };
         match tap.attach(name) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 return Err(TapError::Busy {
@@ -119,6 +141,81 @@ impl Tap {
             "the kernel is too old",
         ))?;
         Ok(tap)
+    }
+
+    /// Takes a tap device that another process has opened as [`open`](Self::open) does, and still may use: nothing is changed
+    /// of it before the first frame goes through here. Nothing of it is believed.
+    ///
+    /// # Errors
+    /// [`TapError::Foreign`], [`TapError::Examine`].
+    pub fn adopt(file: OwnedFd) -> Result<Self, TapError> {
+        // The device number that the kernel has for /dev/net/tun (Documentation/admin-guide/devices.txt): other drivers
+        // may take our questions for something else.
+        const TUN_DEVICE: (u32, u32) = (10, 200);
+        let examine = |e: rustix::io::Errno| TapError::Examine(e.into());
+        let status = fstat(&file).map_err(examine)?;
+        let device = (major(status.st_rdev), minor(status.st_rdev));
+        if FileType::from_raw_mode(status.st_mode) != FileType::CharacterDevice
+            || device != TUN_DEVICE
+        {
+            return Err(TapError::Foreign("it is no tap device at all"));
+        }
+        let mut tap = Self {
+            file: file.into(),
+            name: String::new(),
+            lent: Some(None),
+        };
+        let (name, flags) = tap.interface().map_err(TapError::Examine)?;
+        let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if flags & wanted != wanted || flags & libc::IFF_TUN != 0 {
+            return Err(TapError::Foreign(
+                "it is a tunnel, or a tap that was opened in another way",
+            ));
+        }
+        if tap.header_size().map_err(TapError::Examine)? != HEADER {
+            return Err(TapError::Foreign("its headers have another size"));
+        }
+        // A frame that is not there must not stop the card's worker.
+        let flags = fcntl_getfl(&tap.file).map_err(examine)?;
+        fcntl_setfl(&tap.file, flags | OFlags::NONBLOCK).map_err(examine)?;
+        tap.name = name;
+        Ok(tap)
+    }
+
+    /// The name of its interface when it was opened.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The interface that the file is attached to: its name and flags.
+    fn interface(&self) -> io::Result<(String, libc::c_int)> {
+        // SAFETY: an ifreq is plain old data, for which all zeros is a value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: TUNGETIFF writes an ifreq, whatever its number says; `request` is one and outlives the call. The file is
+        // one of the tun driver's, as `adopt` has checked.
+        check(unsafe { ioctl_with_mut_ref(&self.file, TUNGETIFF(), &mut request) })?;
+        let name = request.ifr_name.iter().map(|c| c.to_ne_bytes()[0]);
+        let name: Vec<u8> = name.take_while(|byte| *byte != 0).collect();
+        // SAFETY: the kernel has filled in the flags; every bit pattern is a value of them.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        Ok((String::from_utf8_lossy(&name).into_owned(), flags.into()))
+    }
+
+    fn header_size(&self) -> io::Result<usize> {
+        let mut size: libc::c_int = 0;
+        // SAFETY: TUNGETVNETHDRSZ writes an int, which outlives the call.
+        check(unsafe { ioctl_with_mut_ref(&self.file, TUNGETVNETHDRSZ(), &mut size) })?;
+        usize::try_from(size).map_err(io::Error::other)
+    }
+
+    /// From the first frame on the device is this process's.
+    fn own(&mut self) {
+        if let Some(Some(offloads)) = self.lent.take()
+            && let Err(error) = self.offload(offloads)
+        {
+            tracing::warn!(%error, tap = self.name, "the offloads of a tap could not be set");
+        }
     }
 
     fn attach(&self, name: &str) -> io::Result<()> {
@@ -165,15 +262,21 @@ fn check(result: libc::c_int) -> io::Result<()> {
 
 impl Backend for Tap {
     fn read(&mut self, frame: &mut [u8]) -> io::Result<usize> {
+        self.own();
         self.file.read(frame)
     }
 
     fn write(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.own();
         // A tap takes a frame whole or not at all.
         self.file.write(frame).map(drop)
     }
 
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
+        if let Some(wanted) = &mut self.lent {
+            *wanted = Some(offloads);
+            return Ok(());
+        }
         self.offload(offloads)
     }
 
@@ -267,6 +370,60 @@ mod tests {
         });
         let end = tap.read(&mut frame);
         assert!(end.is_ok() || end.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
+    }
+
+    #[test]
+    fn a_tap_of_another_process_is_used_as_it_is() {
+        let name = format!("ferrya{}", std::process::id());
+        let Some(own) = Own::make(&name) else {
+            eprintln!(
+                "NOT RUN: a_tap_of_another_process_is_used_as_it_is: no tap can be made here (root and ip are needed)"
+            );
+            return;
+        };
+        let mut first = Tap::open(&name).unwrap();
+        let mut second = Tap::adopt(first.readable().unwrap()).unwrap();
+        assert_eq!(second.name(), name);
+        // Not before it is this one's: the first would have to do the checksums of frames that it was promised none of.
+        let wanted = Offloads {
+            checksum: true,
+            ..Offloads::default()
+        };
+        second.set_offloads(wanted).unwrap();
+        assert_eq!(second.lent, Some(Some(wanted)));
+        let frame = rarp(MacAddress([2, 0, 0, 0, 0, 1]));
+        for tap in [&mut first, &mut second] {
+            let before = own.received();
+            tap.write(&frame).unwrap();
+            until("the host gets the frame", || own.received() > before);
+        }
+        assert_eq!(second.lent, None);
+        // And it stays while one of them does.
+        drop(first);
+        assert!(matches!(Tap::open(&name), Err(TapError::Busy { .. })));
+        drop(second);
+        Tap::open(&name).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_tap_is_not_adopted() {
+        let null = File::open("/dev/null").unwrap();
+        let file = File::open("/proc/self/exe").unwrap();
+        for file in [null, file] {
+            let error = Tap::adopt(file.into()).unwrap_err();
+            assert!(matches!(error, TapError::Foreign(_)), "{error}");
+            assert!(error.to_string().contains("--net"), "{error}");
+        }
+        let open = |options: &mut OpenOptions| options.read(true).write(true).open(DEVICE);
+        let Ok(loose) = open(&mut OpenOptions::new()) else {
+            eprintln!(
+                "NOT RUN: what_is_no_tap_is_not_adopted: no /dev/net/tun that can be opened here"
+            );
+            return;
+        };
+        // Of the right driver, and no tap.
+        let error = Tap::adopt(loose.into()).unwrap_err();
+        assert!(matches!(error, TapError::Examine(_)), "{error}");
     }
 
     #[test]

@@ -23,7 +23,8 @@
 //! `Unconfirmed`, which is what the destination has of the same doubt.
 //!
 //! One lock (`Core::inner`) guards the state. It is held while a machine is paused or resumed, which takes microseconds
-//! unless a device blocks; never while a migration runs. A listener's queue is locked inside it, never the other way round.
+//! unless a device blocks; never while a migration runs. A listener's queue is locked inside it, never the other way round. What takes the guest from
+//! a receiver is called without it: the guest [arrives](Vmm::arrived) before that returns.
 
 #![forbid(unsafe_code)]
 
@@ -153,8 +154,8 @@ pub struct Lacks {
 
 /// A guest that is complete here and was never handed over.
 pub trait Unconfirmed: Send + Sync {
-    /// Runs it, on the operator's word that it does not run at the source; it then
-    /// [arrives](Vmm::arrived).
+    /// Runs it, on the operator's word that it does not run at the source; it has
+    /// [arrived](Vmm::arrived) when this returns.
     ///
     /// # Errors
     /// A sentence.
@@ -247,7 +248,8 @@ impl Vmm {
         })
     }
 
-    /// A migration has brought the guest; it runs, or stands still as it did at the source.
+    /// A migration has brought the guest; it runs, or stands still as it did at the source. To be called before the source
+    /// can know: whoever hears of it there may ask for anything here.
     pub fn arrived(&self, guest: Arc<dyn Guest>, running: bool) {
         let mut inner = self.core.lock();
         match inner.state {

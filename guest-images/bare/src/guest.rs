@@ -199,6 +199,7 @@ fn run_kernel(
         let workspace = Workspace {
             floats: &mut *floats,
             words: &mut *words,
+            kept: run > 1,
         };
         let outcome = ferry_nas::run(problem, workspace, team, monitor).map_err(Error::Run)?;
         console::print(&Line::Result(KernelResult {

@@ -133,6 +133,7 @@ impl Monitor {
     pub fn run(&self, number: u64) {
         self.run.store(number, Relaxed);
         self.done.store(0, Relaxed);
+        self.total.store(0, Relaxed);
     }
 
     fn us(&self, ticks: u64) -> u64 {

@@ -51,9 +51,12 @@ fn kernel(problem: Problem, threads: usize, repeat: u64, monitor: &Monitor) -> R
     let mut run = 1;
     loop {
         monitor.run.store(run, Relaxed);
+        monitor.total.store(0, Relaxed);
+        monitor.done.store(0, Relaxed);
         let workspace = Workspace {
             floats: &mut floats,
             words: &mut words,
+            kept: run > 1,
         };
         let outcome = ferry_nas::run(problem, workspace, &Threads::new(threads), monitor)
             .map_err(|e| e.to_string())?;

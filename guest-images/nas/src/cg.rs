@@ -124,6 +124,7 @@ impl<'a, T: Team, H: Hooks> Solver<'a, T, H> {
         self.iterate();
         self.x.fill(1.0);
         let mut zeta = 0.0;
+        self.hooks.progress(0, p.iterations);
         self.hooks.ready();
         let start = self.hooks.nanos();
         for iteration in 1..=p.iterations {

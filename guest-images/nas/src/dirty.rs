@@ -18,8 +18,11 @@ use core::sync::atomic::{AtomicBool, Ordering};
 /// Bytes of a page.
 pub const PAGE_BYTES: u64 = 4096;
 
+/// Words of a page.
+const WORDS: usize = 512;
+
 /// A page as 64-bit words.
-pub type Page = [u64; 512];
+pub type Page = [u64; WORDS];
 
 /// In what order pages of the working set are written.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -63,6 +66,9 @@ pub struct Dirty {
     pub pattern: Pattern,
     /// What the pages hold.
     pub fill: Fill,
+    /// Bytes at the start of a page that a write changes, a multiple of 8 from 16 to 4096; the rest of the page stays as it
+    /// was filled.
+    pub part: usize,
     /// When to stop by itself, in seconds after the set-up; 0 for never.
     pub seconds: u64,
     /// What the contents and the order follow from.
@@ -76,6 +82,7 @@ impl Default for Dirty {
             rate: 5000,
             pattern: Pattern::Uniform,
             fill: Fill::Random,
+            part: PAGE_BYTES as usize,
             seconds: 0,
             seed: 1,
         }
@@ -213,11 +220,14 @@ impl Slice<'_> {
         self.generations.fill(0);
         let shape = dirty.fill.working_set();
         for (number, page) in (self.first..).zip(self.pages.iter_mut()) {
-            shape.write(page, dirty.seed, number, 0);
+            shape.write(page, dirty.seed, number, 0, WORDS);
             hooks.tick(rank);
         }
         for (number, page) in (self.first_filled..).zip(self.filled.iter_mut()) {
-            dirty.fill.rest(number).write(page, dirty.seed, number, 0);
+            dirty
+                .fill
+                .rest(number)
+                .write(page, dirty.seed, number, 0, WORDS);
             hooks.tick(rank);
         }
     }
@@ -258,9 +268,9 @@ impl Slice<'_> {
                 continue;
             };
             let number = self.first + at as u64;
-            self.corrupt += check(shape, page, dirty.seed, number, *generation, hooks, rank);
+            self.corrupt += check(shape, page, dirty, number, *generation, hooks, rank);
             *generation = generation.wrapping_add(1);
-            shape.write(page, dirty.seed, number, *generation);
+            shape.write(page, dirty.seed, number, *generation, dirty.part / 8);
             self.writes += 1;
             hooks.wrote(rank, self.writes);
         }
@@ -270,19 +280,11 @@ impl Slice<'_> {
         let shape = dirty.fill.working_set();
         let pages = self.pages.iter().zip(self.generations.iter());
         for (number, (page, &generation)) in (self.first..).zip(pages) {
-            self.corrupt += check(shape, page, dirty.seed, number, generation, hooks, rank);
+            self.corrupt += check(shape, page, dirty, number, generation, hooks, rank);
             hooks.tick(rank);
         }
         for (number, page) in (self.first_filled..).zip(self.filled.iter()) {
-            self.corrupt += check(
-                dirty.fill.rest(number),
-                page,
-                dirty.seed,
-                number,
-                0,
-                hooks,
-                rank,
-            );
+            self.corrupt += check(dirty.fill.rest(number), page, dirty, number, 0, hooks, rank);
             hooks.tick(rank);
         }
     }
@@ -292,13 +294,13 @@ impl Slice<'_> {
 fn check(
     shape: Shape,
     page: &Page,
-    seed: u64,
+    dirty: &Dirty,
     number: u64,
     generation: u32,
     hooks: &impl Hooks,
     rank: usize,
 ) -> u64 {
-    match shape.verify(page, seed, number, generation) {
+    match shape.verify(page, dirty.seed, number, generation, dirty.part / 8) {
         None => 0,
         Some(corruption) => {
             hooks.corrupt(rank, &corruption);

@@ -9,6 +9,9 @@ const SEED: u64 = 271_828_183;
 /// Pairs between two ticks: some 25 µs.
 const BATCH: u64 = 1 << 10;
 
+/// In how many parts the work is counted.
+const STEPS: u32 = 64;
+
 struct Parameters {
     /// log2 of the number of pairs.
     log_pairs: u32,
@@ -50,6 +53,7 @@ fn run_from(seed: u64, problem: Problem, team: &impl Team, hooks: &impl Hooks) -
     let Parameters { log_pairs, sums } = parameters(problem.class);
     let batches = 1u64 << log_pairs.saturating_sub(BATCH.trailing_zeros());
     let ranks = ranks_for(team, index(batches), 1);
+    hooks.progress(0, STEPS);
     hooks.ready();
     let start = hooks.nanos();
 
@@ -58,14 +62,13 @@ fn run_from(seed: u64, problem: Problem, team: &impl Team, hooks: &impl Hooks) -
         let mine = share(index(batches), ranks, rank);
         let mut random = Random::new(seed);
         random.skip(mine.start as u64 * BATCH * 2);
-        let steps = 64;
-        for step in 0..steps {
-            for _ in share(mine.len(), steps, step) {
+        for step in 0..STEPS {
+            for _ in share(mine.len(), index(STEPS.into()), index(step.into())) {
                 batch(&mut random, tally);
                 hooks.tick(rank);
             }
             if rank == 0 {
-                hooks.progress(u32::try_from(step + 1).unwrap_or(0), 64);
+                hooks.progress(step + 1, STEPS);
             }
         }
     });

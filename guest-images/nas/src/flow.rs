@@ -226,6 +226,7 @@ where
     }
 
     fn measure(mut self, problem: Problem, p: &Parameters) -> Outcome {
+        self.hooks.progress(0, p.steps);
         self.hooks.ready();
         let start = self.hooks.nanos();
         for step in 1..=p.steps {

@@ -147,6 +147,7 @@ impl<'a, T: Team, H: Hooks> Diffusion<'a, T, H> {
         let references = self.p.sums;
         let steps = u32::try_from(references.len()).unwrap_or(0);
         let mut sums = [(0.0, 0.0); MAX_STEPS];
+        self.hooks.progress(0, steps);
         self.hooks.ready();
         let start = self.hooks.nanos();
         self.set_up(seed);

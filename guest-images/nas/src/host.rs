@@ -90,6 +90,7 @@ pub fn run_with(problem: Problem, threads: usize, hooks: &impl Hooks) -> Result<
         Workspace {
             floats: &mut floats,
             words: &mut words,
+            kept: false,
         },
         &team,
         hooks,

@@ -179,6 +179,7 @@ impl<'a, T: Team, H: Hooks> Sort<'a, T, H> {
         // One iteration untimed, to touch everything.
         self.rank(1);
         let mut passed = 0;
+        self.hooks.progress(0, ITERATIONS);
         self.hooks.ready();
         let start = self.hooks.nanos();
         for iteration in 1..=ITERATIONS {

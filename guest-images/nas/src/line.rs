@@ -36,7 +36,7 @@ pub enum Work {
         run: u64,
         /// Finished steps of the run.
         done: u32,
-        /// All steps of the run; 0 before the first is finished.
+        /// All steps of the run's timed part; 0 while it is set up.
         total: u32,
     },
 }

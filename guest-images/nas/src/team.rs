@@ -44,7 +44,7 @@ pub trait Hooks: Sync {
     /// Called by every rank after each few tens of microseconds of work at most. Must be cheap.
     fn tick(&self, _rank: usize) {}
 
-    /// A kernel has finished step `done` of `total`.
+    /// A kernel has finished step `done` of `total` of its timed part, which begins with step 0.
     fn progress(&self, _done: u32, _total: u32) {}
 
     /// The set-up is over and the steady state begins.

@@ -74,7 +74,7 @@ impl fmt::Display for SpecError<'_> {
             Self::Option(text) => {
                 write!(
                     f,
-                    "`{text}` is no option of this workload; dirty takes wss, rate, pattern, exponent, fill, seconds, seed and idle takes fill, seconds, seed, each as name=value"
+                    "`{text}` is no option of this workload; dirty takes wss, rate, pattern, exponent, fill, part, seconds, seed and idle takes fill, seconds, seed, each as name=value"
                 )
             }
             Self::Value {
@@ -113,13 +113,11 @@ impl fmt::Display for Workload {
                 if let Pattern::Zipf { exponent } = dirty.pattern {
                     write!(f, ",exponent={exponent}")?;
                 }
-                write!(
-                    f,
-                    ",fill={},seconds={},seed={}",
-                    dirty.fill.name(),
-                    dirty.seconds,
-                    dirty.seed
-                )
+                write!(f, ",fill={}", dirty.fill.name())?;
+                if dirty.part != Dirty::default().part {
+                    write!(f, ",part={}", dirty.part)?;
+                }
+                write!(f, ",seconds={},seed={}", dirty.seconds, dirty.seed)
             }
         }
     }
@@ -211,6 +209,13 @@ fn parse_options(text: &str, mut dirty: Dirty, writes: bool) -> Result<Dirty, Sp
             "fill" => {
                 dirty.fill = Fill::parse(value).ok_or(bad("random, zero-rich, half or none"))?
             }
+            "part" if writes => {
+                let part = size(value).and_then(|bytes| usize::try_from(bytes).ok());
+                let fits = |part: &usize| part.is_multiple_of(8) && (16..=4096).contains(part);
+                dirty.part = part.filter(fits).ok_or(bad(
+                    "the bytes of a page that a write changes: a multiple of 8 from 16 to 4096",
+                ))?;
+            }
             "seconds" => {
                 let seconds = value
                     .parse()
@@ -261,12 +266,14 @@ mod tests {
             Workload::parse("dirty"),
             Ok(Workload::Dirty(Dirty::default()))
         );
-        let text = "dirty:wss=16M,rate=5000,pattern=zipf,exponent=1.2,fill=half,seconds=3,seed=9";
+        let text =
+            "dirty:wss=16M,rate=5000,pattern=zipf,exponent=1.2,fill=half,part=64,seconds=3,seed=9";
         let Ok(Workload::Dirty(dirty)) = Workload::parse(text) else {
             panic!()
         };
         assert_eq!(dirty.working_set_pages, 4096);
         assert_eq!(dirty.pattern, Pattern::Zipf { exponent: 1.2 });
+        assert_eq!(dirty.part, 64);
         let Ok(Workload::Dirty(idle)) = Workload::parse("idle:fill=none") else {
             panic!()
         };
@@ -281,6 +288,9 @@ mod tests {
             ("mg.a", "`a`"),
             ("dirty:wss=16Q", "`wss=16Q`"),
             ("dirty:wss=1", "`wss=1`"),
+            ("dirty:part=12", "`part=12`"),
+            ("dirty:part=8K", "`part=8K`"),
+            ("idle:part=64", "`part=64`"),
             ("dirty:colour=red", "`colour=red`"),
             ("dirty:exponent=2", "`exponent=2`"),
             ("dirty:wss=99999999999G", "`wss=99999999999G`"),
@@ -311,15 +321,17 @@ mod tests {
             0u64..1_000_000_000,
             pattern,
             fill,
+            (2usize..=512).prop_map(|words| words * 8),
             0u64..1_000_000,
             any::<u64>(),
         )
             .prop_map(
-                |(working_set_pages, rate, pattern, fill, seconds, seed)| Dirty {
+                |(working_set_pages, rate, pattern, fill, part, seconds, seed)| Dirty {
                     working_set_pages,
                     rate,
                     pattern,
                     fill,
+                    part,
                     seconds,
                     seed,
                 },

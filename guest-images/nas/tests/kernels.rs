@@ -95,6 +95,7 @@ fn too_little_memory_is_refused_with_a_sentence() {
     let workspace = Workspace {
         floats: &mut [0.0; 100],
         words: &mut [],
+        kept: false,
     };
     let error = run(problem, workspace, &Solo, &host::Clock::start()).unwrap_err();
     assert!(matches!(error, RunError::Memory { .. }));

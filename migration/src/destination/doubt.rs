@@ -18,6 +18,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.reattached = true;
         // Only this connection counts from here on: what it brings is one push.
         (self.round, self.pushed, self.lanes) = (0, false, None);
+        // Its source asks before it is told.
+        self.untold = None;
         // Also where the guest does not run yet: the fault channels of the old connection are of no use.
         if let Some(arriving) = &self.arriving {
             arriving.reconnect();

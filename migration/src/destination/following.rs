@@ -19,7 +19,8 @@ pub(super) fn tell_placed<L: Link>(
 
 impl<L: Link, H: Host<L>> Destination<L, H> {
     /// Whether pages follow the guest, or did.
-    pub(super) fn follows(&self) -> bool {
+    #[must_use]
+    pub fn follows(&self) -> bool {
         self.arriving.as_ref().is_some_and(|a| a.begun())
     }
 
@@ -74,8 +75,14 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         }
     }
 
-    /// Whether everything has come, so that the next step needs no frame.
-    pub(crate) fn can_complete(&self) -> bool {
+    /// Whether the next step needs no frame.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) fn needs_no_frame(&self) -> bool {
+        self.untold.is_some() || self.can_complete()
+    }
+
+    /// Whether everything has come.
+    fn can_complete(&self) -> bool {
         self.arriving
             .as_ref()
             .is_some_and(|a| (self.pushed || a.is_dismissed()) && a.is_complete())

@@ -13,14 +13,34 @@ use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
 use std::sync::Arc;
 
 impl<L: Link, H: Host<L>> Destination<L, H> {
+    /// What is coming. A source that offers the files of the guest's devices is asked for them before it is answered; no
+    /// other knows the question.
     pub(super) fn hello(&mut self, header: &Header) -> Result<(), DestinationError> {
         let mut bytes = std::mem::take(&mut self.buffer);
         self.channel.recv_payload(header, &mut bytes)?;
         let hello = Hello::decode(&bytes).map_err(WireError::from)?;
         let missing = hello.required.0 & !Features::SUPPORTED.0;
+        self.buffer = bytes;
         if missing != 0 {
             return Err(DestinationError::Features { missing });
         }
+        let files = Features::SHARED_MEMORY.or(Features::SHARED_FILES);
+        if hello.offered.has(files)
+            && self
+                .host
+                .wants_files(self.channel.link())
+                .map_err(DestinationError::Unfit)?
+        {
+            self.channel
+                .send(Header::bare(FrameType::FilesWanted, 0), &[])?;
+            self.greeting = Some(hello);
+            return Ok(());
+        }
+        self.accept(hello)
+    }
+
+    /// Whether this host can take it; builds the machine and answers.
+    pub(super) fn accept(&mut self, hello: Hello) -> Result<(), DestinationError> {
         let most = hello.channels.max(hello.faults);
         if most > Options::MAX_CHANNELS {
             return Err(DestinationError::Channels(most));
@@ -63,7 +83,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 return Err(DestinationError::NoMemory);
             }
             None => {
-                agreed = agreed.without(Features::SHARED_MEMORY);
+                agreed = agreed.without(Features::SHARED_MEMORY.or(Features::SHARED_FILES));
                 self.host
                     .prepare(&hello.layout, &hello.machine)
                     .map_err(DestinationError::Unfit)?
@@ -98,7 +118,6 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         }
         self.layout = Some(hello.layout);
         self.sink = Some(sink);
-        self.buffer = bytes;
         self.enter(State::Filling);
         let ack = HelloAck { features: agreed };
         self.channel.send_json(FrameType::HelloAck, &ack)?;

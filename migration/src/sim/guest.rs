@@ -177,6 +177,14 @@ impl Guest<SimLink> for SimGuest {
         Ok(lock(&self.world).shares)
     }
 
+    fn has_files(&self) -> bool {
+        lock(&self.world).shares
+    }
+
+    fn share_files(&self, _: &mut SimLink) -> Result<(), PortError> {
+        Ok(())
+    }
+
     fn release(&self) {
         let mut world = lock(&self.world);
         if !world.committed {

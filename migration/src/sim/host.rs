@@ -128,6 +128,10 @@ impl Host<SimLink> for SimHost {
         }))
     }
 
+    fn wants_files(&mut self, _: &mut SimLink) -> Result<bool, PortError> {
+        Ok(lock(&self.world).shares)
+    }
+
     fn adopt(
         &mut self,
         _: &mut SimLink,

@@ -201,8 +201,11 @@ impl Peer {
         if let Some(at) = this.faults.iter().position(|(c, _)| *c == connection) {
             return this.drive_fault(at, arrived >= HEADER_BYTES || broken);
         }
-        let complete = this.engine.as_ref().is_some_and(Destination::can_complete);
-        if this.listening != Some(connection) || (arrived < HEADER_BYTES && !broken && !complete) {
+        let ready = this
+            .engine
+            .as_ref()
+            .is_some_and(Destination::needs_no_frame);
+        if this.listening != Some(connection) || (arrived < HEADER_BYTES && !broken && !ready) {
             return false;
         }
         let step = this.engine.as_mut().map(Destination::step);

@@ -53,9 +53,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         }
         let mut offered = Features::SUPPORTED;
         if !self.share_memory()? {
-            offered = offered.without(Features::SHARED_MEMORY);
+            offered = offered.without(Features::SHARED_MEMORY.or(Features::SHARED_FILES));
         } else if options.handover == Handover::On {
             required = required.or(Features::SHARED_MEMORY);
+        }
+        if !self.guest.has_files() {
+            offered = offered.without(Features::SHARED_FILES);
         }
         let hello = Hello {
             offered,
@@ -72,7 +75,14 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         };
         self.control
             .send(Header::bare(FrameType::Hello, 0), &hello.encode())?;
-        let header = self.control.recv_header()?;
+        let mut header = self.control.recv_header()?;
+        if header.kind == FrameType::FilesWanted && offered.has(Features::SHARED_FILES) {
+            self.guest
+                .share_files(self.control.link())
+                .map_err(|e| SourceError::guest("sharing its devices' files", e))?;
+            self.control.send(Header::bare(FrameType::Files, 0), &[])?;
+            header = self.control.recv_header()?;
+        }
         if header.kind != FrameType::HelloAck {
             return Err(self
                 .control

@@ -85,6 +85,10 @@ pub enum FrameType {
     Alive = 18,
     /// Destination: the pages up to the next frame of this channel that asked for it are in place (post-copy).
     Placed = 19,
+    /// Destination: the files that the guest's devices use are wanted, before the greeting is answered.
+    FilesWanted = 20,
+    /// Source: here they are, beside this frame.
+    Files = 21,
     /// Source: blocks of a store.
     Blocks = 32,
     /// Source: blocks of a store that are zero.
@@ -119,6 +123,8 @@ impl FrameType {
             17 => Self::Arrived,
             18 => Self::Alive,
             19 => Self::Placed,
+            20 => Self::FilesWanted,
+            21 => Self::Files,
             32 => Self::Blocks,
             33 => Self::BlocksZero,
             34 => Self::BlocksHash,
@@ -150,6 +156,8 @@ impl FrameType {
             | Self::OnItsWay
             | Self::Alive
             | Self::Placed
+            | Self::FilesWanted
+            | Self::Files
             | Self::BlocksZero
             | Self::BlocksEnd
             | Self::BlocksStored => 0,

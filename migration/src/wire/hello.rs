@@ -29,6 +29,8 @@ impl Features {
     pub const STORES: Self = Self(1 << 16);
     /// The guest's memory itself comes beside the greeting, and no page is sent. Agreed on only where it did come.
     pub const SHARED_MEMORY: Self = Self(1 << 17);
+    /// With the memory: open files that the guest's devices use come when the destination asks for them.
+    pub const SHARED_FILES: Self = Self(1 << 18);
 
     /// All that this build can do.
     pub const SUPPORTED: Self = Self(
@@ -39,7 +41,8 @@ impl Features {
             | Self::ZSTD.0
             | Self::PATCH.0
             | Self::STORES.0
-            | Self::SHARED_MEMORY.0,
+            | Self::SHARED_MEMORY.0
+            | Self::SHARED_FILES.0,
     );
 
     /// These without `other`.

@@ -8,6 +8,7 @@ mod boot;
 mod cell;
 mod charts;
 mod cloud;
+mod estimate;
 mod ferry;
 mod flags;
 mod goals;
@@ -114,6 +115,9 @@ struct Common {
     /// time. The first goes as far as the time does.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     budget: Option<Duration>,
+    /// Only say how many runs are to be made, and about how long they take.
+    #[arg(long)]
+    plan: bool,
     /// Only cells whose guest, link and policy contain all of these words.
     #[arg(long, value_name = "WORD")]
     only: Vec<String>,
@@ -178,6 +182,14 @@ fn measure(
         spec.runs = runs;
     }
     spec.keep(&common.only)?;
+    if common.plan {
+        let made = Journal::look(&common.out.join("results.jsonl"))?;
+        let missing = journal::missing(&made, &spec.cells, spec.runs);
+        let all = runner::all(&spec.cells, spec.runs);
+        let plan = runner::plan(&made, &missing, all, common.budget);
+        put(&format!("{}: {plan}\n", spec.title))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let doctor = ferry_vmm::doctor::examine();
     if !doctor.ready {
         return Err(Failure(

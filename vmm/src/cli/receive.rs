@@ -2,15 +2,10 @@
 
 use super::output::{Failure, say};
 use super::serve::{Place, Signals, bind, serve};
-use ferry_vmm::machine::RunState;
-use ferry_vmm::migrate::{Arrival, ReceiveState, Receiver, Uri};
+use ferry_vmm::migrate::{Listener, Receiver, Uri};
 use ferry_vmm::vmm::{MachineGuest, Vmm};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
-
-/// How often the thread that waits for arrivals looks whether the VMM still exists.
-const PATIENCE: Duration = Duration::from_millis(200);
+use std::sync::mpsc;
 
 /// Wait for a guest to be migrated here, then be its VMM.
 ///
@@ -19,7 +14,8 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// the next. The keys and signals of `ferry run` work here too.
 ///
 /// On unix:PATH the guest comes from a process on this host, which hands over the memory itself instead of copying it: the
-/// way to go on under a newer ferry.
+/// way to go on under a newer ferry. The taps of its network cards come too: --net is to be given only if a card is to have
+/// another tap here, and then for each card.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock
@@ -36,57 +32,31 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
     let (spool, serial) = args.place.console()?;
-    let receiver = Arc::new(Receiver::bind_with(
-        &args.uri,
+    let listener = Listener::bind(&args.uri)?;
+    let uri = listener.local_uri().to_string();
+    let vmm = Vmm::receiving(uri.clone())?;
+    let server = bind(args.place.api.as_deref(), None, &vmm)?;
+    // What happens is booked where it happens, before the source hears of it; it is told to people here, for whom nobody
+    // is to wait.
+    let (tell, told) = mpsc::channel::<String>();
+    std::thread::Builder::new()
+        .name("ferry-arrivals".into())
+        .spawn(move || told.iter().for_each(|sentence| say(&sentence)))?;
+    let (books, listening) = (vmm.clone(), uri.clone());
+    let owner = move |arrival| {
+        // The thread lives as long as this does.
+        let _ = tell.send(MachineGuest::book(&books, &listening, arrival));
+    };
+    say(&format!("waiting on {uri} for a guest"));
+    let receiver = Receiver::of(
+        listener,
         serial,
         args.place.devices.backends(),
         args.place.dirty,
-    )?);
-    let uri = receiver.local_uri().to_string();
-    let vmm = Vmm::receiving(uri.clone())?;
-    let server = bind(args.place.api.as_deref(), None, &vmm)?;
-    say(&format!("waiting on {uri} for a guest"));
-    let (arriving, receiving) = (Arc::clone(&receiver), vmm.clone());
-    std::thread::Builder::new()
-        .name("ferry-arrivals".into())
-        .spawn(move || receive(&arriving, &receiving))?;
+        Box::new(owner),
+    )?;
     let result = serve(&vmm, server, signals, &args.place.serial, &spool);
     // Kept until here: it answers a source that asks again whether its guest has arrived.
     drop(receiver);
     result
-}
-
-fn receive(receiver: &Arc<Receiver>, vmm: &Vmm) {
-    while vmm.outcome().is_none() {
-        match receiver.wait(PATIENCE) {
-            None => {}
-            Some(Arrival::Failed(sentence)) => {
-                if receiver.state() == ReceiveState::Waiting {
-                    vmm.arrival_failed(receiver.local_uri().to_string());
-                }
-                say(&sentence);
-            }
-            Some(Arrival::InDoubt(sentence)) => {
-                say(&sentence);
-                vmm.unconfirmed(sentence, Arc::clone(receiver) as _);
-            }
-            Some(Arrival::Complete) => say("all of the guest's memory has arrived"),
-            Some(Arrival::Interrupted(sentence)) => say(&sentence),
-            Some(Arrival::Arrived { machine, following }) => {
-                let running = machine.run_state() == RunState::Running;
-                let guest = MachineGuest::followed(machine, following);
-                vmm.arrived(Arc::clone(&guest) as _, running);
-                say(match running {
-                    true => "the guest has arrived and runs here",
-                    false => "the guest has arrived, paused as it was; `ferry resume` lets it run",
-                });
-                if let Err(e) = guest.watch(vmm) {
-                    // It runs, and that matters more; only its own end will go unnoticed.
-                    say(&format!(
-                        "cannot watch for the guest's end ({e}); end it with `ferry stop`"
-                    ));
-                }
-            }
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! Building a machine.
 
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use ferry_devices::acpi_pm::{ACPI_PM_BASE, ACPI_PM_IRQ, ACPI_PM_LEN, AcpiPm};
@@ -79,6 +80,7 @@ pub struct Builder {
     dirty: Tracking,
     ring_entries: Option<u32>,
     opened_disks: Option<Vec<Arc<Disk>>>,
+    shared_taps: Vec<OwnedFd>,
     /// Of a machine that exists already.
     description: Option<MachineDescription>,
     /// That another process has shared.
@@ -97,6 +99,7 @@ impl Default for Builder {
             dirty: Tracking::Auto,
             ring_entries: None,
             opened_disks: None,
+            shared_taps: Vec::new(),
             description: None,
             shared: None,
         }
@@ -202,6 +205,14 @@ impl Builder {
         self
     }
 
+    /// Taps that came with the [shared memory](Self::shared_memory), in the order of the guest's cards. They are behind its
+    /// cards where [`devices`](Self::devices) has none, and in the place of those of the same name; others are closed.
+    #[must_use]
+    pub fn shared_taps(mut self, taps: Vec<OwnedFd>) -> Self {
+        self.shared_taps = taps;
+        self
+    }
+
     /// Builds the machine: paused, its vCPUs as after reset, its memory zero unless it was shared.
     ///
     /// # Errors
@@ -254,7 +265,7 @@ impl Builder {
         let described = self.description.as_ref().map(|d| d.devices.as_slice());
         let (virtio, devices) = VirtioSet::build(
             &vm,
-            (&self.backends, self.opened_disks),
+            (&self.backends, self.opened_disks, self.shared_taps),
             described,
             &mut mmio,
         )?;

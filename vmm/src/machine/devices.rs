@@ -2,13 +2,14 @@
 //!
 //! A device's place, its registers' address and its interrupt line, follows from its number alone, so that both ends of a
 //! migration agree. What is behind it belongs to the host: a disk's path and a tap's name are given anew at the
-//! destination.
+//! destination, unless the tap itself comes, open, from a process on the same host.
 
 mod balloon;
 mod ballooning;
 mod error;
 mod place;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -16,7 +17,7 @@ use ferry_devices::balloon::Balloon;
 use ferry_devices::balloon::auto::Settings;
 use ferry_devices::block::{Block, Disk};
 use ferry_devices::bus::Bus;
-use ferry_devices::net::{MacAddress, Net};
+use ferry_devices::net::{Backend as _, MacAddress, Net};
 use ferry_devices::rng::Rng;
 use ferry_devices::virtio::{
     AnyVirtio, Device, MMIO_LEN, PauseError, QUEUE_NOTIFY, RestoreError, VirtioDevice, VirtioState,
@@ -94,16 +95,18 @@ pub(super) struct VirtioSet {
     all: Vec<Arc<dyn AnyVirtio>>,
     disks: Vec<Arc<Disk>>,
     nets: Vec<Arc<VirtioDevice<Net, Memory>>>,
+    /// Those of the cards, once more.
+    taps: Vec<OwnedFd>,
     balloon: Option<Ballooning>,
 }
 
 impl VirtioSet {
     /// Makes the devices and puts them on `bus`: those of `described`, or, for a new machine, those that `backends` asks
     /// for. A new machine's disks are locked; those of one that arrives belong to its source still. Disks that are `opened`
-    /// already are taken as they are.
+    /// already are taken as they are, and so are taps that are `shared` by the guest's process.
     pub(super) fn build(
         vm: &Arc<Vm>,
-        (backends, opened): (&Backends, Option<Vec<Arc<Disk>>>),
+        (backends, opened, shared): (&Backends, Option<Vec<Arc<Disk>>>, Vec<OwnedFd>),
         described: Option<&[DeviceDescription]>,
         bus: &mut Bus,
     ) -> Result<(Self, Vec<DeviceDescription>), BuildError> {
@@ -111,9 +114,10 @@ impl VirtioSet {
             Some(disks) => disks,
             None => open_disks(backends)?,
         };
+        let cards = cards(backends, shared)?;
         let devices = match described {
             Some(devices) => {
-                check(devices, backends, &disks)?;
+                check(devices, (&cards, backends), &disks)?;
                 devices.to_vec()
             }
             None => {
@@ -129,7 +133,7 @@ impl VirtioSet {
             ..Self::default()
         };
         let memory = Arc::new(vm.ram().memory().clone());
-        let (mut disks, mut nets) = (0, backends.nets.iter());
+        let (mut disks, mut cards) = (0, cards.into_iter());
         for (number, device) in devices.iter().enumerate() {
             let place = place(number).ok_or(DeviceError::TooMany(devices.len()))?;
             let socket = Socket {
@@ -147,8 +151,10 @@ impl VirtioSet {
                     set.plug(&socket, block.map_err(DeviceError::Resources)?, bus)?;
                 }
                 DeviceDescription::Net { mac } => {
-                    let options = nets.next().ok_or(DeviceError::Missing("network card"))?;
-                    let tap = Tap::open(&options.tap).map_err(DeviceError::Tap)?;
+                    let card = cards.next().ok_or(DeviceError::Missing("network card"))?;
+                    let tap = card.tap()?;
+                    let file = tap.readable().map_err(DeviceError::Resources)?;
+                    set.taps.push(file);
                     let net = set.plug(&socket, Net::new(Box::new(tap), *mac), bus)?;
                     set.nets.push(net);
                 }
@@ -205,6 +211,10 @@ impl VirtioSet {
             balloon.look();
         }
         Ok(())
+    }
+
+    pub(super) fn taps(&self) -> &[OwnedFd] {
+        &self.taps
     }
 
     pub(super) fn disks(&self) -> &[Arc<Disk>] {
@@ -289,6 +299,46 @@ fn open_disks(backends: &Backends) -> Result<Vec<Arc<Disk>>, DeviceError> {
     disks.collect::<Result<_, _>>().map_err(DeviceError::Disk)
 }
 
+/// What is behind a network card.
+enum Card<'a> {
+    /// A tap that is to be opened.
+    Named(&'a str),
+    /// One that is open, and came from the guest's process.
+    Shared(Tap),
+}
+
+impl Card<'_> {
+    fn tap(self) -> Result<Tap, DeviceError> {
+        match self {
+            Self::Named(name) => Tap::open(name).map_err(DeviceError::Tap),
+            Self::Shared(tap) => Ok(tap),
+        }
+    }
+}
+
+/// What is behind the cards, in order: what is given here, and where that is a tap that came, or nothing is given at all,
+/// what came.
+fn cards(backends: &Backends, shared: Vec<OwnedFd>) -> Result<Vec<Card<'_>>, DeviceError> {
+    let shared = shared.into_iter().map(Tap::adopt);
+    let mut shared = shared
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(DeviceError::Tap)?;
+    if backends.nets.is_empty() {
+        return Ok(shared.into_iter().map(Card::Shared).collect());
+    }
+    let card = |options: &'_ NetOptions| {
+        let came = shared.iter().position(|tap| tap.name() == options.tap);
+        came.map(|at| shared.swap_remove(at))
+    };
+    let came: Vec<_> = backends.nets.iter().map(card).collect();
+    let given = backends.nets.iter().zip(came);
+    let cards = given.map(|(options, came)| match came {
+        Some(tap) => Card::Shared(tap),
+        None => Card::Named(&options.tap),
+    });
+    Ok(cards.collect())
+}
+
 /// The devices of a new machine.
 fn wanted(backends: &Backends, disks: &[Arc<Disk>]) -> Result<Vec<DeviceDescription>, DeviceError> {
     let mut devices: Vec<DeviceDescription> = disks
@@ -323,7 +373,7 @@ fn random_mac() -> Result<MacAddress, DeviceError> {
 /// Checks that what is given here is behind what the guest has.
 fn check(
     devices: &[DeviceDescription],
-    backends: &Backends,
+    (cards, backends): (&[Card<'_>], &Backends),
     disks: &[Arc<Disk>],
 ) -> Result<(), DeviceError> {
     let theirs = |disk: &&DeviceDescription| matches!(disk, DeviceDescription::Disk { .. });
@@ -339,10 +389,10 @@ fn check(
         _ => None,
     });
     let macs: Vec<MacAddress> = macs.collect();
-    if macs.len() != backends.nets.len() {
+    if macs.len() != cards.len() {
         return Err(DeviceError::Nets {
             guest: macs.len(),
-            here: backends.nets.len(),
+            here: cards.len(),
         });
     }
     for (disk, device) in disks.iter().zip(devices.iter().filter(theirs)) {

@@ -2,21 +2,33 @@
 
 use super::StreamLink;
 use super::host::RamSink;
+use super::receive::Shared;
 use crate::machine::Machine;
 use ferry_migration::destination::Arriving;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+
+/// Hears what arrives, as it happens, on the thread that receives it. It must not wait for anything that the source does:
+/// a source hears that its guest has arrived when this has returned, so that it is booked here before anybody can know.
+pub type Owner = Box<dyn Fn(Arrival) + Send + Sync>;
 
 /// What a receiver tells its owner.
 #[derive(Debug)]
 pub enum Arrival {
+    /// A connection was no migration's; nothing has changed. A sentence.
+    Refused(String),
     /// A migration failed or was cancelled; the source has its guest; waiting for the next. A sentence.
     Failed(String),
     /// The guest is complete here and does not run: the source has fallen silent before its commit
-    /// was read. A sentence. [`Receiver::take_over`] or the source's `recover` ends the doubt.
-    InDoubt(String),
-    /// The guest is here, and runs if it ran at the source.
+    /// was read. `doubt`, or the source's `recover`, ends that.
+    InDoubt {
+        /// A sentence.
+        why: String,
+        /// For an operator's word.
+        doubt: Doubt,
+    },
+    /// The guest is here, and runs if it ran at the source; which does not know yet.
     Arrived {
         /// The guest's machine.
         machine: Arc<Machine>,
@@ -27,6 +39,23 @@ pub enum Arrival {
     Complete,
     /// The connection to the source was lost while pages follow. A sentence. The source's `recover` mends it.
     Interrupted(String),
+}
+
+/// A guest that is complete at a receiver and was not handed over.
+#[derive(Clone, Debug)]
+pub struct Doubt(pub(super) Weak<Shared>);
+
+impl Doubt {
+    /// As [`Receiver::take_over`](super::Receiver::take_over).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn take_over(&self) -> Result<(), String> {
+        let receiver = self.0.upgrade();
+        receiver
+            .ok_or("nothing is received here any more")?
+            .take_over()
+    }
 }
 
 /// Where the pages of a guest come from that runs here already.

@@ -1,4 +1,5 @@
-//! Open files beside the bytes of a Unix socket (`SCM_RIGHTS`, unix(7)): how a guest's memory goes to another process.
+//! Open files beside the bytes of a Unix socket (`SCM_RIGHTS`, unix(7)): how a guest's memory goes to another process, and
+//! what its devices have open.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -10,18 +11,23 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
+use crate::machine::MAX_DEVICES;
 use crate::memory::SharedRam;
 
 /// The memory and its word.
-const FILES: usize = 2;
+const MEMORY: usize = 2;
+/// The most that can be meant at once: a file for each device.
+const FILES: usize = MAX_DEVICES;
+
+const _: () = assert!(MEMORY <= FILES);
 
 /// What goes, and what came, beside the bytes of a connection.
 #[derive(Debug, Default)]
 pub(super) struct Beside {
     /// To go with the next bytes.
-    outgoing: Option<SharedRam>,
-    /// Whether files are wanted: else the kernel closes what comes.
-    expected: bool,
+    outgoing: Vec<OwnedFd>,
+    /// How many files may come: without any, the kernel closes what comes.
+    expected: usize,
     incoming: Vec<OwnedFd>,
     /// More came than can be meant.
     excess: bool,
@@ -30,12 +36,35 @@ pub(super) struct Beside {
 impl Beside {
     /// The memory leaves with the next bytes.
     pub(super) fn put(&mut self, memory: SharedRam) {
-        self.outgoing = Some(memory);
+        self.outgoing = vec![memory.memory, memory.word];
     }
 
-    /// From now on files that come are kept, until [`take`](Self::take).
+    /// What the guest's devices have open leaves with the next bytes.
+    pub(super) fn put_files(&mut self, files: Vec<OwnedFd>) {
+        self.outgoing = files;
+    }
+
+    /// From now on the files of a memory that come are kept, until [`take`](Self::take).
     pub(super) const fn expect(&mut self) {
-        self.expected = true;
+        self.expected = MEMORY;
+    }
+
+    /// From now on files of devices that come are kept, until [`take_files`](Self::take_files).
+    pub(super) const fn expect_files(&mut self) {
+        self.expected = FILES;
+    }
+
+    /// The files of devices that came. Nothing more is taken in.
+    ///
+    /// # Errors
+    /// There are more than devices; a sentence.
+    pub(super) fn take_files(&mut self) -> Result<Vec<OwnedFd>, &'static str> {
+        self.expected = 0;
+        let files = std::mem::take(&mut self.incoming);
+        if std::mem::take(&mut self.excess) {
+            return Err("the source has sent more files than a guest can have devices");
+        }
+        Ok(files)
     }
 
     /// The memory that came, if any. Nothing more is taken in.
@@ -43,7 +72,7 @@ impl Beside {
     /// # Errors
     /// What came cannot be a guest's memory; a sentence.
     pub(super) fn take(&mut self) -> Result<Option<SharedRam>, &'static str> {
-        self.expected = false;
+        self.expected = 0;
         if std::mem::take(&mut self.excess) {
             self.incoming.clear();
             return Err(
@@ -61,32 +90,27 @@ impl Beside {
     }
 
     pub(super) const fn leaves(&self) -> bool {
-        self.outgoing.is_some()
+        !self.outgoing.is_empty()
     }
 
     pub(super) const fn expected(&self) -> bool {
-        self.expected
+        self.expected > 0
     }
 
     /// Sends bytes, and what is to leave beside the first of them.
     pub(super) fn send(&mut self, socket: &UnixStream, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        let files = self
-            .outgoing
-            .as_ref()
-            .map(|ram| [ram.memory.as_fd(), ram.word.as_fd()]);
-        if let Some(files) = &files
-            && !control.push(SendAncillaryMessage::ScmRights(files))
-        {
+        let files: Vec<_> = self.outgoing.iter().map(AsFd::as_fd).collect();
+        if !control.push(SendAncillaryMessage::ScmRights(&files)) {
             return Err(io::Error::other(
-                "no room for the guest's memory beside the greeting",
+                "no room for the guest's files beside the bytes of the connection",
             ));
         }
         let sent = sendmsg(socket, parts, &mut control, SendFlags::NOSIGNAL)?;
         // The files have left with the first byte.
         if sent > 0 {
-            self.outgoing = None;
+            self.outgoing.clear();
         }
         Ok(sent)
     }
@@ -102,7 +126,7 @@ impl Beside {
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(files) = message {
                 for file in files {
-                    if self.incoming.len() < FILES {
+                    if self.incoming.len() < self.expected {
                         self.incoming.push(file);
                     } else {
                         self.excess = true;

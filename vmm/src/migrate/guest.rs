@@ -186,6 +186,16 @@ impl Guest<StreamLink> for MachineGuest<'_> {
         Ok(true)
     }
 
+    fn has_files(&self) -> bool {
+        self.machine.has_taps()
+    }
+
+    fn share_files(&self, link: &mut StreamLink) -> Result<(), PortError> {
+        let beside = link.beside().ok_or("the link carries no files")?;
+        beside.put_files(self.machine.share_taps()?);
+        Ok(())
+    }
+
     fn fault_channels(&self) -> u16 {
         u16::try_from(self.machine.description().cpus).unwrap_or(u16::MAX)
     }

@@ -11,10 +11,6 @@
 //! the guest with the source, the next may come. After the guest runs here the receiver goes on
 //! answering sources of *that* session that ask whether it does.
 
-use std::io;
-use std::net::TcpListener;
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -25,10 +21,10 @@ use ferry_migration::destination::{
 };
 use ferry_migration::options::Tracking;
 use ferry_migration::wire::{Channel, Preamble, Role, SessionId};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::arrival::{Arrival, Following, Sent};
+use super::arrival::{Arrival, Doubt, Following, Owner, Sent};
 use super::host::{MachineHost, RamSink};
+use super::listener::{Listener, ReceiveError};
 use super::{MonotonicClock, StreamLink, Uri};
 use crate::machine::Backends;
 
@@ -41,24 +37,6 @@ const SETTLING: Duration = Duration::from_secs(2);
 /// Connections that may be open at once: all lanes of a migration, its other channels, and a few
 /// strangers.
 const MAX_CONNECTIONS: usize = 96;
-
-/// Why nothing can be received.
-#[derive(Debug, thiserror::Error)]
-pub enum ReceiveError {
-    /// The place cannot be listened on.
-    #[error("cannot listen on {uri}: {error}; {hint}")]
-    Bind {
-        /// The place.
-        uri: String,
-        /// Why.
-        error: io::Error,
-        /// What to do.
-        hint: &'static str,
-    },
-    /// A thread cannot be started.
-    #[error("cannot start a thread for arriving migrations: {0}")]
-    Thread(io::Error),
-}
 
 /// Where a receiver stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,32 +68,29 @@ struct Active {
     parked: Option<Box<Engine>>,
 }
 
-struct Shared {
+pub(super) struct Shared {
     active: Mutex<Option<Active>>,
     changed: Condvar,
     serial: SerialFactory,
     backends: Backends,
     dirty: Tracking,
-    arrivals: Mutex<mpsc::Sender<Arrival>>,
+    owner: Owner,
     stop: AtomicBool,
     connections: AtomicUsize,
-}
-
-enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
 }
 
 /// Listens for migrations until it is dropped.
 pub struct Receiver {
     shared: Arc<Shared>,
-    arrivals: Mutex<mpsc::Receiver<Arrival>>,
+    /// Where no owner hears of arrivals.
+    arrivals: Option<Mutex<mpsc::Receiver<Arrival>>>,
     uri: Uri,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Receiver {
-    /// Listens on `uri` for a guest without disks and network cards; `serial` makes its console.
+    /// Listens on `uri` for a guest without disks and network cards; `serial` makes its console. What happens is heard by
+    /// [`wait`](Self::wait).
     ///
     /// # Errors
     /// [`ReceiveError`].
@@ -134,63 +109,48 @@ impl Receiver {
         backends: Backends,
         dirty: Tracking,
     ) -> Result<Self, ReceiveError> {
-        let error = |error: io::Error| ReceiveError::Bind {
-            uri: uri.to_string(),
-            hint: match error.kind() {
-                io::ErrorKind::AddrInUse => {
-                    "something listens there already: stop it or choose another place"
-                }
-                io::ErrorKind::PermissionDenied => "choose a place that this user may use",
-                io::ErrorKind::NotFound => "the directory must exist",
-                _ => "give an address of this host, such as tcp:0.0.0.0:7000",
-            },
-            error,
-        };
-        let (listener, bound) = match uri {
-            Uri::Tcp { host, port } => {
-                let listener = TcpListener::bind((host.as_str(), *port)).map_err(error)?;
-                let port = listener.local_addr().map_err(error)?.port();
-                listener.set_nonblocking(true).map_err(error)?;
-                (
-                    Listener::Tcp(listener),
-                    Uri::Tcp {
-                        host: host.clone(),
-                        port,
-                    },
-                )
-            }
-            Uri::Unix(path) => {
-                if std::os::unix::net::UnixStream::connect(path)
-                    .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
-                {
-                    // A dead receiver's leftover: nobody listens on it.
-                    let _ = std::fs::remove_file(path);
-                }
-                let listener = UnixListener::bind(path).map_err(error)?;
-                listener.set_nonblocking(true).map_err(error)?;
-                (Listener::Unix(listener, path.clone()), uri.clone())
-            }
-        };
         let (sender, arrivals) = mpsc::channel();
+        let owner = move |arrival| {
+            // Nobody listens any more while the receiver is being dropped.
+            let _ = sender.send(arrival);
+        };
+        let listener = Listener::bind(uri)?;
+        let mut receiver = Self::of(listener, serial, backends, dirty, Box::new(owner))?;
+        receiver.arrivals = Some(Mutex::new(arrivals));
+        Ok(receiver)
+    }
+
+    /// Takes what comes to `listener`, and tells `owner`; the rest is as for [`bind_with`](Self::bind_with).
+    ///
+    /// # Errors
+    /// [`ReceiveError::Thread`].
+    pub fn of(
+        listener: Listener,
+        serial: SerialFactory,
+        backends: Backends,
+        dirty: Tracking,
+        owner: Owner,
+    ) -> Result<Self, ReceiveError> {
+        let uri = listener.local_uri().clone();
         let shared = Arc::new(Shared {
             active: Mutex::new(None),
             changed: Condvar::new(),
             serial,
             backends,
             dirty,
-            arrivals: Mutex::new(sender),
+            owner,
             stop: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
         });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("ferry-accept".into())
-            .spawn(move || accept(&worker, &listener))
+            .spawn(move || listener.accept_until(&worker.stop, |link| spawn(&worker, link)))
             .map_err(ReceiveError::Thread)?;
         Ok(Self {
             shared,
-            arrivals: Mutex::new(arrivals),
-            uri: bound,
+            arrivals: None,
+            uri,
             thread: Some(thread),
         })
     }
@@ -201,10 +161,11 @@ impl Receiver {
         &self.uri
     }
 
-    /// Waits for the next thing to happen; `None` when nothing did in time.
+    /// Waits for the next thing to happen; `None` when nothing did in time, and where an owner hears of it instead.
     #[must_use]
     pub fn wait(&self, timeout: Duration) -> Option<Arrival> {
         self.arrivals
+            .as_ref()?
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .recv_timeout(timeout)
@@ -235,19 +196,7 @@ impl Receiver {
     /// # Errors
     /// When no guest is in doubt here, or it cannot be started; a sentence.
     pub fn take_over(&self) -> Result<(), String> {
-        let mut active = self.shared.active();
-        let parked = active.as_mut().filter(|a| a.state == ReceiveState::InDoubt);
-        let Some((active, mut engine)) = parked.and_then(|a| a.parked.take().map(|e| (a, e)))
-        else {
-            return Err("no guest is in doubt here".into());
-        };
-        let result = engine.take_over().map_err(|e| e.to_string());
-        if result.is_ok() {
-            active.state = ReceiveState::Done;
-            self.shared.arrived(&mut engine);
-        }
-        active.parked = Some(engine);
-        result
+        self.shared.take_over()
     }
 
     /// An operator's word that the source has the guest: throws the copy here away and waits for
@@ -256,19 +205,11 @@ impl Receiver {
     /// # Errors
     /// When no guest is in doubt here.
     pub fn abandon(&self) -> Result<(), String> {
-        let mut active = self.shared.active();
-        match active
-            .as_mut()
-            .filter(|a| a.state == ReceiveState::InDoubt)
-            .and_then(|a| a.parked.take())
-        {
-            Some(mut engine) => {
-                engine.abandon();
-                *active = None;
-                Ok(())
-            }
-            None => Err("no guest is in doubt here".into()),
-        }
+        let mut engine = self.shared.doubtful()?;
+        engine.abandon();
+        *self.shared.active() = None;
+        self.shared.changed.notify_all();
+        Ok(())
     }
 }
 
@@ -286,21 +227,14 @@ impl Shared {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Never under the lock: an owner may ask where this stands, or take a while.
     fn tell(&self, arrival: Arrival) {
-        // Nobody listens any more while the receiver is being dropped.
-        let _ = self
-            .arrivals
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .send(arrival);
+        (self.owner)(arrival);
     }
 
     fn arrived(&self, engine: &mut Engine) {
         if let Some(machine) = engine.host().machine().cloned() {
-            let pages = engine
-                .arriving()
-                .filter(|_| engine.state() == State::Running)
-                .cloned();
+            let pages = engine.arriving().cloned();
             let sink = engine.host().sink().cloned();
             let following = pages
                 .zip(sink)
@@ -308,38 +242,39 @@ impl Shared {
             self.tell(Arrival::Arrived { machine, following });
         }
     }
-}
 
-fn accept(shared: &Arc<Shared>, listener: &Listener) {
-    let tick = Timespec {
-        tv_sec: 0,
-        tv_nsec: 100_000_000,
-    };
-    while !shared.stop.load(Ordering::SeqCst) {
-        let ready = match listener {
-            Listener::Tcp(l) => poll(&mut [PollFd::new(l, PollFlags::IN)], Some(&tick)),
-            Listener::Unix(l, _) => poll(&mut [PollFd::new(l, PollFlags::IN)], Some(&tick)),
-        };
-        if !matches!(ready, Ok(n) if n > 0) {
-            continue;
-        }
-        let link = match listener {
-            Listener::Tcp(l) => l.accept().and_then(|(stream, _)| StreamLink::tcp(stream)),
-            Listener::Unix(l, _) => l
-                .accept()
-                .and_then(|(stream, _)| StreamLink::accepted(stream)),
-        };
-        match link {
-            Ok(link) => spawn(shared, link),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                std::thread::sleep(Duration::from_millis(50));
+    /// Takes the engine whose guest is in doubt, waiting for one who has it in hand.
+    fn doubtful(&self) -> Result<Box<Engine>, String> {
+        let mut active = self.active();
+        loop {
+            let doubtful = active.as_mut();
+            let Some(doubtful) = doubtful.filter(|a| a.state == ReceiveState::InDoubt) else {
+                return Err("no guest is in doubt here".into());
+            };
+            if let Some(engine) = doubtful.parked.take() {
+                return Ok(engine);
             }
+            active = self
+                .changed
+                .wait(active)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
-    if let Listener::Unix(_, path) = listener {
-        let _ = std::fs::remove_file(path);
+
+    pub(super) fn take_over(&self) -> Result<(), String> {
+        let mut engine = self.doubtful()?;
+        // Without the lock: whoever else has a word about this guest waits for what comes of this one.
+        let result = engine.take_over().map_err(|e| e.to_string());
+        let state = match &result {
+            Ok(()) => {
+                self.arrived(&mut engine);
+                ReceiveState::Done
+            }
+            Err(_) => ReceiveState::InDoubt,
+        };
+        park(&mut self.active(), engine, state);
+        self.changed.notify_all();
+        result
     }
 }
 
@@ -362,7 +297,7 @@ fn spawn(shared: &Arc<Shared>, link: StreamLink) {
     }
 }
 
-fn connection(shared: &Shared, link: StreamLink) {
+fn connection(shared: &Arc<Shared>, link: StreamLink) {
     match destination::greet(link, GREETING) {
         Ok((channel, preamble)) => match preamble.role {
             Role::Control => control(shared, channel, &preamble),
@@ -370,7 +305,7 @@ fn connection(shared: &Shared, link: StreamLink) {
             Role::Recover => recover(shared, channel, &preamble),
             Role::Fault => faults(shared, channel, &preamble),
         },
-        Err(error) => shared.tell(Arrival::Failed(format!(
+        Err(error) => shared.tell(Arrival::Refused(format!(
             "a connection was refused: {error}"
         ))),
     }
@@ -381,7 +316,7 @@ fn refuse(mut channel: Channel<StreamLink>, why: &str) {
 }
 
 /// A migration's control channel: runs the engine until it ends.
-fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
+fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
     let busy = {
         // A migration that failed is heard of at its source before its memory here is freed: whoever tries again at once
         // waits for that instead of being refused.
@@ -432,7 +367,7 @@ fn control(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
 }
 
 /// Runs an engine that has a connection, and does what its end means.
-fn drive(shared: &Shared, mut engine: Box<Engine>) {
+fn drive(shared: &Arc<Shared>, mut engine: Box<Engine>) {
     let result = loop {
         match engine.step() {
             Ok(Step::Continue) => {
@@ -449,12 +384,17 @@ fn drive(shared: &Shared, mut engine: Box<Engine>) {
                 }
             }
             Ok(Step::Running) => {
+                let now = match engine.follows() {
+                    true => ReceiveState::Following,
+                    false => ReceiveState::Done,
+                };
                 let known = {
                     let mut guard = shared.active();
                     let state = guard.as_mut().map(|a| &mut a.state);
-                    state.map(|s| std::mem::replace(s, ReceiveState::Following))
+                    state.map(|s| std::mem::replace(s, now))
                 };
-                if known != Some(ReceiveState::Interrupted) {
+                // The source is told by the next step: it must not hear of the guest before its owner here does.
+                if matches!(known, Some(ReceiveState::Receiving | ReceiveState::InDoubt)) {
                     shared.arrived(&mut engine);
                 }
                 shared.changed.notify_all();
@@ -466,44 +406,58 @@ fn drive(shared: &Shared, mut engine: Box<Engine>) {
     settle(shared, engine, result);
 }
 
-fn settle(shared: &Shared, mut engine: Box<Engine>, error: Option<DestinationError>) {
+fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationError>) {
     let why = error.map_or_else(String::new, |e| e.to_string());
-    let mut active = shared.active();
-    match engine.state() {
+    let (state, arrival) = match engine.state() {
         State::Running | State::Complete => {
-            match active.as_ref().map(|a| a.state) {
-                Some(ReceiveState::Done) => {}
-                Some(ReceiveState::Following | ReceiveState::Interrupted) => {
-                    shared.tell(Arrival::Complete);
-                }
-                _ => shared.arrived(&mut engine),
-            }
-            park(&mut active, engine, ReceiveState::Done);
+            let known = shared.active().as_ref().map(|a| a.state);
+            let followed = known == Some(ReceiveState::Following);
+            (ReceiveState::Done, followed.then_some(Arrival::Complete))
         }
         State::Interrupted => {
             let left = engine.arriving().map_or(0, |a| a.left());
-            shared.tell(Arrival::Interrupted(format!(
+            let sentence = format!(
                 "the guest runs here and lacks {left} pages, for the connection to the source is lost ({why}); it waits where \
                  it needs one; `ferry recover` at the source sends them"
-            )));
-            park(&mut active, engine, ReceiveState::Interrupted);
+            );
+            (
+                ReceiveState::Interrupted,
+                Some(Arrival::Interrupted(sentence)),
+            )
         }
         State::InDoubt | State::Ready => {
-            shared.tell(Arrival::InDoubt(format!(
+            let why = format!(
                 "the guest is complete here and does not run, for the source fell silent before it handed it over ({why})"
-            )));
-            park(&mut active, engine, ReceiveState::InDoubt);
+            );
+            let doubt = Doubt(Arc::downgrade(shared));
+            (ReceiveState::InDoubt, Some(Arrival::InDoubt { why, doubt }))
         }
         State::Waiting | State::Filling | State::Discarded => {
-            drop(active);
+            // Also after a doubt: the next one waits for this end, and is not refused.
+            enter(shared, ReceiveState::Receiving);
             // The memory of what had arrived goes first: the next migration needs it.
             drop(engine);
-            *shared.active() = None;
-            shared.changed.notify_all();
+            // Heard of before the next may come, and its end with it.
             shared.tell(Arrival::Failed(format!(
                 "a migration ended and the source keeps its guest: {why}"
             )));
+            *shared.active() = None;
+            shared.changed.notify_all();
+            return;
         }
+    };
+    // Heard of before the engine can be had: what comes of that is heard of later.
+    enter(shared, state);
+    if let Some(arrival) = arrival {
+        shared.tell(arrival);
+    }
+    park(&mut shared.active(), engine, state);
+    shared.changed.notify_all();
+}
+
+fn enter(shared: &Shared, state: ReceiveState) {
+    if let Some(active) = shared.active().as_mut() {
+        active.state = state;
     }
 }
 
@@ -575,7 +529,7 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
 }
 
 /// A source that asks, or tells, what became of a guest.
-fn recover(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
+fn recover(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
     let engine = {
         // The engine may be about to notice that its connection is gone.
         let until = Instant::now() + GREETING;

@@ -254,6 +254,9 @@ impl Core {
         let mut inner = self.lock();
         match (&inner.state, &inner.guest) {
             (State::Unconfirmed { doubt, .. }, _) => {
+                let doubt = Arc::clone(doubt);
+                // The guest arrives before this returns, and that takes the lock.
+                drop(inner);
                 doubt.take_over().map_err(Refusal::Failed)?;
             }
             (State::InDoubt(Lost { to, asking, .. }), _) if asking.is_some() => {

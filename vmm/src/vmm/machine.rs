@@ -4,8 +4,8 @@ use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, Unconfi
 use crate::api::types::{
     BalloonRequest, BalloonStatus, GuestInfo, SnapshotReport, SnapshotRequest,
 };
-use crate::machine::{Exit, Machine};
-use crate::migrate::{Following, Handle, Receiver, Uri, migrate, recover};
+use crate::machine::{Exit, Machine, RunState};
+use crate::migrate::{Arrival, Doubt, Following, Handle, Uri, migrate, recover};
 use crate::record::MachineRecording;
 use crate::snapshot;
 use ferry_migration::options::Options;
@@ -53,6 +53,38 @@ impl MachineGuest {
             workload,
             following,
         })
+    }
+
+    /// Books what a [`Receiver`](crate::migrate::Receiver) at `listening` tells: the state is the new one when this
+    /// returns. Returns what happened, a sentence for people.
+    pub fn book(vmm: &Vmm, listening: &str, arrival: Arrival) -> String {
+        match arrival {
+            Arrival::Refused(sentence) | Arrival::Interrupted(sentence) => sentence,
+            Arrival::Failed(sentence) => {
+                vmm.arrival_failed(listening.to_owned());
+                sentence
+            }
+            Arrival::InDoubt { why, doubt } => {
+                vmm.unconfirmed(why.clone(), Arc::new(doubt));
+                why
+            }
+            Arrival::Complete => "all of the guest's memory has arrived".into(),
+            Arrival::Arrived { machine, following } => {
+                let running = machine.run_state() == RunState::Running;
+                let guest = Self::followed(machine, following);
+                vmm.arrived(Arc::clone(&guest) as _, running);
+                // It runs, and that matters more than its own end.
+                match (guest.watch(vmm), running) {
+                    (Err(e), _) => format!(
+                        "the guest has arrived; its end cannot be watched for ({e}): end it with `ferry stop`"
+                    ),
+                    (Ok(()), true) => "the guest has arrived and runs here".into(),
+                    (Ok(()), false) => {
+                        "the guest has arrived, paused as it was; `ferry resume` lets it run".into()
+                    }
+                }
+            }
+        }
     }
 
     /// From now on the VMM hears of the guest's own end.
@@ -241,8 +273,8 @@ impl MigrationHandle for Handle {
     }
 }
 
-impl Unconfirmed for Receiver {
+impl Unconfirmed for Doubt {
     fn take_over(&self) -> Result<(), String> {
-        Receiver::take_over(self)
+        Doubt::take_over(self)
     }
 }

@@ -5,7 +5,9 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod absent;
+mod arrival;
 mod balloon;
+mod cards;
 mod copy_disk;
 mod dirty;
 mod life;

@@ -81,6 +81,39 @@ fn counted(path: &Path) -> u64 {
 
 /// A machine that runs [`WRITER`] on its first virtio device.
 pub fn writer(builder: Builder) -> Machine {
+    let chain = [
+        descriptor(HEADER, 16, 1, 1),
+        descriptor(u32::try_from(COUNTER).unwrap(), 512, 1, 2),
+        descriptor(STATUS, 1, 2, 0),
+    ]
+    .concat();
+    let mut header = [0; 16];
+    header[0] = 1;
+    let buffers = vec![
+        (HEADER.into(), header.to_vec()),
+        (STATUS.into(), vec![0xff]),
+    ];
+    driver(builder, 0, chain, buffers)
+}
+
+pub fn descriptor(address: u32, len: u32, flags: u16, next: u16) -> Vec<u8> {
+    let (address, len) = (u64::from(address).to_le_bytes(), len.to_le_bytes());
+    [
+        &address[..],
+        &len,
+        &flags.to_le_bytes(),
+        &next.to_le_bytes(),
+    ]
+    .concat()
+}
+
+/// A machine whose guest offers one chain of descriptors to a queue of its first virtio device, again and again, and counts.
+pub fn driver(
+    builder: Builder,
+    queue: u8,
+    chain: Vec<u8>,
+    buffers: Vec<(u64, Vec<u8>)>,
+) -> Machine {
     let registers = [
         (0x70, 0),
         (0x70, 1),
@@ -89,7 +122,7 @@ pub fn writer(builder: Builder) -> Machine {
         // VIRTIO_F_VERSION_1, and no other: without flushes each write goes to the disk at once.
         (0x20, 1),
         (0x70, 11),
-        (0x30, 0),
+        (0x30, queue.into()),
         (0x38, 8),
         (0x80, DESCRIPTORS),
         (0x90, AVAILABLE),
@@ -103,37 +136,21 @@ pub fn writer(builder: Builder) -> Machine {
         .chain([(0, 0)])
         .flat_map(|(address, value)| [address.to_le_bytes(), value.to_le_bytes()].concat())
         .collect();
-    let descriptor = |address: u32, len: u32, flags: u16, next: u16| {
-        let (address, len) = (u64::from(address).to_le_bytes(), len.to_le_bytes());
-        [
-            &address[..],
-            &len,
-            &flags.to_le_bytes(),
-            &next.to_le_bytes(),
-        ]
-        .concat()
-    };
-    let chain = [
-        descriptor(HEADER, 16, 1, 1),
-        descriptor(u32::try_from(COUNTER).unwrap(), 512, 1, 2),
-        descriptor(STATUS, 1, 2, 0),
-    ]
-    .concat();
-    let mut header = [0; 16];
-    header[0] = 1;
     // Page tables for the fourth GiB beside those for the first.
     let tables: Vec<u8> = (0u64..512)
         .flat_map(|i| (3 << 30 | i << 21 | 0xf7).to_le_bytes())
         .collect();
-    let mut image = image(&TO_RING_3, &WRITER);
-    for (address, bytes) in [
+    // After `xor ecx, ecx`, `inc ecx` as often as it takes: jumps before and after are within their parts.
+    let (before, after) = WRITER.split_at(33);
+    let select = [0xff, 0xc1].repeat(queue.into());
+    let mut image = image(&TO_RING_3, &[before, &select, after].concat());
+    let own = [
         (0xa018, 0xc027u64.to_le_bytes().to_vec()),
         (0xc000, tables),
         (0x30_0000, table),
         (DESCRIPTORS.into(), chain),
-        (HEADER.into(), header.to_vec()),
-        (STATUS.into(), vec![0xff]),
-    ] {
+    ];
+    for (address, bytes) in own.into_iter().chain(buffers) {
         let data = WriteData::Bytes(bytes);
         image.writes.push(MemoryWrite { address, data });
     }

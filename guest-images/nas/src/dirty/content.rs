@@ -118,12 +118,20 @@ impl Shape {
         }
     }
 
-    /// Writes all of the page.
-    pub(super) fn write(self, page: &mut Page, seed: u64, number: u64, generation: u32) {
+    /// Writes the page's first `part` words, all of them in its first generation: the words behind stay as that left them.
+    pub(super) fn write(
+        self,
+        page: &mut Page,
+        seed: u64,
+        number: u64,
+        generation: u32,
+        part: usize,
+    ) {
         let key = Self::key(seed, number, generation);
+        let words = if generation == 0 { page.len() } else { part };
         let (head, body) = page.split_at_mut(2);
         head.copy_from_slice(&self.header(number, generation));
-        for (i, word) in (2..).zip(body) {
+        for (i, word) in (2..words as u64).zip(body) {
             *word = self.word(key, i);
         }
     }
@@ -135,21 +143,26 @@ impl Shape {
         seed: u64,
         number: u64,
         generation: u32,
+        part: usize,
     ) -> Option<Corruption> {
-        let key = Self::key(seed, number, generation);
+        let keys = [generation, 0].map(|generation| Self::key(seed, number, generation));
         let (head, body) = page.split_at(2);
-        // No early exit in the loop: in the common case nothing differs, and this way it is branch-free.
+        let (changed, kept) = body.split_at(part.saturating_sub(2).min(body.len()));
+        // No early exit in the loops: in the common case nothing differs, and this way they are branch-free.
         let expected = self.header(number, generation);
         let mut difference = (head[0] ^ expected[0]) | (head[1] ^ expected[1]);
-        for (i, &word) in (2..).zip(body) {
-            difference |= word ^ self.word(key, i);
+        for (i, &word) in (2..).zip(changed) {
+            difference |= word ^ self.word(keys[0], i);
+        }
+        for (i, &word) in (part as u64..).zip(kept) {
+            difference |= word ^ self.word(keys[1], i);
         }
         if difference == 0 {
             return None;
         }
         let words = expected
             .into_iter()
-            .chain((2..512).map(|i| self.word(key, i)));
+            .chain((2..512).map(|i| self.word(keys[usize::from(i >= part as u64)], i)));
         (0..)
             .zip(words)
             .zip(page)

@@ -37,13 +37,14 @@ fn writes_and_verifies_with_every_pattern_fill_and_team() {
         Pattern::Zipf { exponent: 0.99 },
     ] {
         for fill in [Fill::Random, Fill::ZeroRich, Fill::Half, Fill::None] {
-            for ranks in [1, 3] {
+            for (ranks, part) in [(1, 4096), (3, 4096), (3, 16), (1, 72)] {
                 let (mut pages, mut generations) = memory(100, 40);
                 let dirty = Dirty {
                     working_set_pages: 40,
                     rate: 1000,
                     pattern,
                     fill,
+                    part,
                     seconds: 1,
                     seed: 5,
                 };
@@ -145,4 +146,26 @@ fn a_working_set_beyond_memory_is_refused() {
     };
     let error = run(&dirty, memory, &Threads::new(1), &Record::default()).unwrap_err();
     assert!(error.to_string().contains("20 pages"));
+}
+
+#[test]
+fn a_write_changes_a_part_and_all_is_checked() {
+    let shape = Fill::Random.working_set();
+    let mut page = [0; WORDS];
+    shape.write(&mut page, 1, 7, 0, 8);
+    let first = page;
+    shape.write(&mut page, 1, 7, 3, 8);
+    let changed: Vec<usize> = (0..WORDS).filter(|&i| page[i] != first[i]).collect();
+    // The number at word 0 stays.
+    assert_eq!(changed, [1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(shape.verify(&page, 1, 7, 3, 8), None);
+    assert!(shape.verify(&page, 1, 7, 2, 8).is_some());
+    for word in [0, 1, 2, 7, 8, 300, 511] {
+        page[word] ^= 1 << 40;
+        let found = shape.verify(&page, 1, 7, 3, 8).unwrap();
+        assert_eq!(found.word, word as u64);
+        assert_eq!(found.found, page[word]);
+        page[word] ^= 1 << 40;
+        assert_eq!(found.expected, page[word]);
+    }
 }

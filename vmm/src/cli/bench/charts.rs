@@ -9,6 +9,8 @@ use crate::cli::plot::{Bar, Lines, Series, lines_svg, lying_bars_svg};
 const CURVES: usize = 6;
 /// What a curve shows before the request and after the end, in milliseconds.
 const MARGIN_MS: f64 = 2000.0;
+/// Lines of a kernel that make a point of a curve: it counts whole iterations, of which a tenth of a second may have none.
+const WHOLE: usize = 10;
 
 /// Bars of a metric, one for each policy that has it.
 fn bars(rows: &[Row<'_>], name: &str, title: &str, unit: &str) -> Result<Option<String>, Failure> {
@@ -76,7 +78,15 @@ fn throughput(figures: &Figures) -> Vec<(f64, f64)> {
         .series
         .iter()
         .filter(|(t, _)| (-MARGIN_MS..=last).contains(t));
-    near.map(|&(t, rate)| (t / 1e3, rate)).collect()
+    let points: Vec<(f64, f64)> = near.map(|&(t, rate)| (t / 1e3, rate)).collect();
+    if figures.seen.course.is_none() {
+        return points;
+    }
+    let mean = |some: &[(f64, f64)]| {
+        let sum: f64 = some.iter().map(|point| point.1).sum();
+        Some((some.last()?.0, sum / some.len() as f64))
+    };
+    points.chunks(WHOLE).filter_map(mean).collect()
 }
 
 /// The share of page faults that a latency was enough for.
@@ -165,6 +175,18 @@ mod tests {
             latencies(&figures),
             [(10.0, 25.0), (20.0, 75.0), (90.0, 100.0)]
         );
+    }
+
+    #[test]
+    fn a_kernel_that_counts_whole_iterations_has_an_even_curve() {
+        let mut figures = Figures::default();
+        figures.told.total_ms = 4000.0;
+        let lines = (0..40).map(|n| (f64::from(n) * 100.0, f64::from(n % 2)));
+        figures.seen.series = lines.collect();
+        assert_eq!(throughput(&figures).len(), 40);
+        figures.seen.course = Some(Default::default());
+        let rates: Vec<f64> = throughput(&figures).iter().map(|point| point.1).collect();
+        assert_eq!(rates, [0.5; 4]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use crate::cli::output::{Failure, say};
 use nix::sys::signal::{SigSet, Signal};
+use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,10 @@ pub fn watch() -> Result<(), Failure> {
         .spawn(move || {
             while signals.wait().is_ok() {
                 if !WANTED.swap(true, Ordering::Relaxed) {
+                    // The bar is on the line.
+                    if std::io::stderr().is_terminal() {
+                        eprintln!();
+                    }
                     say("ending the run in hand; the others are kept, and the same command goes on with the rest");
                 }
             }

@@ -12,7 +12,6 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// The version of the lines.
 const SCHEMA: u32 = 1;
@@ -186,43 +185,38 @@ impl Journal {
         Ok(())
     }
 
-    /// The runs that are still to be made, in rounds: first of every cell its first run, then of every cell its second, so
-    /// that a benchmark that is ended early has as many runs of one cell as of another. In a round the cells of a group
-    /// take turns, in an order that rotates, so that whatever else the machine does hits all alike.
+    /// The runs that are still to be made: [`missing`].
     pub fn missing(&self, cells: &[Cell], runs: u32) -> Vec<(Cell, u32)> {
-        let done: BTreeSet<(String, u32)> = self
-            .runs
-            .iter()
-            .filter(|run| run.figures.is_some() && run.shaping == Shaping::of(&run.cell.link))
-            .map(|run| (run.cell.key(), run.number))
-            .collect();
-        let mut list = Vec::new();
-        for number in 1..=runs {
-            for group in cells.chunk_by(|a, b| a.group() == b.group()) {
-                let shift = usize::try_from(number - 1).unwrap_or(0) % group.len();
-                for cell in group[shift..].iter().chain(&group[..shift]) {
-                    if !done.contains(&(cell.key(), number)) {
-                        list.push((cell.clone(), number));
-                    }
+        missing(&self.runs, cells, runs)
+    }
+
+    /// The runs of a file that another time is to be added to; none if there is no file yet.
+    pub fn look(path: &Path) -> Result<Vec<Run>, Failure> {
+        read(path).map(|(_, runs, _)| runs)
+    }
+}
+
+/// The runs that are still to be made, in rounds: first of every cell its first run, then of every cell its second, so
+/// that a benchmark that is ended early has as many runs of one cell as of another. In a round the cells of a group
+/// take turns, in an order that rotates, so that whatever else the machine does hits all alike.
+pub fn missing(made: &[Run], cells: &[Cell], runs: u32) -> Vec<(Cell, u32)> {
+    let done: BTreeSet<(String, u32)> = made
+        .iter()
+        .filter(|run| run.figures.is_some() && run.shaping == Shaping::of(&run.cell.link))
+        .map(|run| (run.cell.key(), run.number))
+        .collect();
+    let mut list = Vec::new();
+    for number in 1..=runs {
+        for group in cells.chunk_by(|a, b| a.group() == b.group()) {
+            let shift = usize::try_from(number - 1).unwrap_or(0) % group.len();
+            for cell in group[shift..].iter().chain(&group[..shift]) {
+                if !done.contains(&(cell.key(), number)) {
+                    list.push((cell.clone(), number));
                 }
             }
         }
-        list
     }
-
-    /// How long a run of a cell may take, by the longest so far; of one that was never made the mean of all others, and
-    /// nothing where there are none.
-    pub fn expected(&self, cell: &Cell) -> Duration {
-        let took = |run: &&Run| run.took_s > 0.0;
-        let of_cell = self.runs.iter().filter(took).filter(|r| r.cell == *cell);
-        let known = of_cell.map(|run| run.took_s).reduce(f64::max);
-        let seconds = known.unwrap_or_else(|| {
-            let all: Vec<f64> = self.runs.iter().filter(took).map(|r| r.took_s).collect();
-            all.iter().sum::<f64>() / all.len().max(1) as f64
-        });
-        // A file may say anything.
-        Duration::try_from_secs_f64(seconds).unwrap_or_default()
-    }
+    list
 }
 
 #[cfg(test)]
@@ -286,18 +280,10 @@ mod tests {
             .iter_mut()
             .for_each(|cell| cell.guest.name = "h".to_owned());
         cells.extend(other);
-        let mut journal = Journal::open(&dir.path().join("r"), Host::default()).unwrap();
+        let journal = Journal::open(&dir.path().join("r"), Host::default()).unwrap();
         let list = journal.missing(&cells, 2);
         let numbers: Vec<u32> = list.iter().map(|(_, number)| *number).collect();
         assert_eq!(numbers, [1, 1, 1, 1, 2, 2, 2, 2]);
-        assert_eq!(journal.expected(&cells[0]), Duration::ZERO);
-        for (number, took_s) in [(1, 4.0), (2, 2.0)] {
-            let mut slow = run(&cells[0], number, false);
-            slow.took_s = took_s;
-            journal.add(slow).unwrap();
-        }
-        let expected = [0, 1].map(|at| journal.expected(&cells[at]).as_secs());
-        assert_eq!(expected, [4, 3]);
     }
 
     #[test]

@@ -4,14 +4,13 @@ use super::interrupt;
 use crate::cli::output::Failure;
 use ferry_guest_images::{Line, Work};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// Milliseconds between two lines of a guest about its progress.
 pub const STAT_MS: u64 = 100;
-/// A kernel's progress counts in parts of a run.
-const PARTS: f64 = 1.0;
 
 /// What a serial port has printed into a file.
 pub struct Log(pub PathBuf);
@@ -51,6 +50,37 @@ impl Log {
     pub fn stats(&self) -> usize {
         stats(&self.text()).len()
     }
+
+    /// Where a kernel was when it last told.
+    pub fn step(&self) -> Option<Step> {
+        stats(&self.text()).last()?.step
+    }
+}
+
+/// Where a kernel is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// The run, from 1: a guest begins another as soon as one is over.
+    pub run: u64,
+    /// Iterations of its timed loop that are over.
+    pub done: u32,
+    /// How many it has; 0 while the run is set up.
+    pub total: u32,
+}
+
+impl Step {
+    /// Whether it is in its timed loop: neither set up nor verified.
+    pub const fn timed(self) -> bool {
+        self.done < self.total
+    }
+
+    /// Whether a move should begin here: an iteration is over, so that its memory holds what it works on (`mg` begins a
+    /// run by setting nearly all to zero), and no more than a quarter of the loop, or as little as can be.
+    pub const fn early(self) -> bool {
+        let quarter = self.total / 4;
+        let most = if quarter > 1 { quarter } else { 1 };
+        self.timed() && self.done >= 1 && self.done <= most
+    }
 }
 
 /// A line about the guest's progress.
@@ -62,8 +92,20 @@ struct Stat {
     t_ms: f64,
     /// What it has done, in units of its work.
     done: f64,
+    /// Where a kernel is; nothing of the writer.
+    step: Option<Step>,
     /// The longest gap since the line before.
     gap_ms: f64,
+}
+
+impl Stat {
+    /// Whether what was done from this line to the next one is work to be compared: of a kernel only its timed loop is.
+    fn counts(&self, next: &Self) -> bool {
+        match (self.step, next.step) {
+            (Some(from), Some(to)) => from.timed() && from.run == to.run,
+            _ => true,
+        }
+    }
 }
 
 fn stats(text: &str) -> Vec<Stat> {
@@ -75,17 +117,19 @@ fn stats(text: &str) -> Vec<Stat> {
             continue;
         }
         if let Some(Line::Stat { t_ms, work, gaps }) = Line::parse(line) {
-            let done = match work {
-                Work::Writes { writes, .. } => writes as f64,
+            let (done, step) = match work {
+                Work::Writes { writes, .. } => (writes as f64, None),
                 Work::Steps { run, done, total } => {
                     let part = f64::from(done) / f64::from(total.max(1));
-                    (run.saturating_sub(1) as f64 + part.min(1.0)) * PARTS
+                    let step = Step { run, done, total };
+                    (run.saturating_sub(1) as f64 + part.min(1.0), Some(step))
                 }
             };
             found.push(Stat {
                 end,
                 t_ms: t_ms as f64,
                 done,
+                step,
                 gap_ms: gaps.last_us as f64 / 1e3,
             });
         }
@@ -102,18 +146,78 @@ pub struct Seen {
     pub worst_ms: f64,
     /// The median over ordinary seconds before the request: of each the longest.
     pub noise_ms: f64,
-    /// Its work per second before the request.
+    /// Its work per second before the request; a kernel's in its timed loop, in runs.
     pub base: f64,
     /// Work per second over time: milliseconds since the request (negative before it), and the rate until then.
     pub series: Vec<(f64, f64)>,
     /// When it arrived, in milliseconds since the request, to a tenth of a second.
     pub moved_ms: f64,
+    /// What of a kernel was moved; nothing of the writer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub course: Option<Course>,
     /// The work that was lost from the request until a second after the source had gone, in milliseconds of undisturbed work.
     pub lost_ms: f64,
 }
 
+/// What a kernel did while it was moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Course {
+    /// Where it was when it last told before the request.
+    pub from: Step,
+    /// Where it was when it first told at the destination.
+    pub to: Step,
+    /// How long it was not in its timed loop meanwhile, in milliseconds: verifying, and setting up another run.
+    pub beside_ms: f64,
+}
+
+impl fmt::Display for Course {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            from,
+            to,
+            beside_ms,
+        } = self;
+        // Set up it has not been told how many there are.
+        let total = from.total.max(to.total);
+        write!(f, "iterations {} to {} of {total}", from.done, to.done)?;
+        match to.run.saturating_sub(from.run) {
+            0 => {}
+            1 => f.write_str(", one run later")?,
+            n => write!(f, ", {n} runs later")?,
+        }
+        if *beside_ms > 0.0 {
+            write!(f, ", {:.1} s beside the timed loop", beside_ms / 1e3)?;
+        }
+        Ok(())
+    }
+}
+
 /// How much of a long series is kept.
 const SERIES: usize = 20_000;
+
+/// Work from one line to the next.
+struct Rate {
+    /// Until when, in milliseconds since the request.
+    until_ms: f64,
+    per_second: f64,
+    span_ms: f64,
+    /// Whether it is to be compared.
+    counts: bool,
+}
+
+impl Rate {
+    /// The rate between two lines; `zero` is when the request was.
+    fn of(pair: &[Stat], zero: f64) -> Self {
+        let (from, to) = (&pair[0], &pair[1]);
+        let span_ms = (to.t_ms - from.t_ms).max(1.0);
+        Self {
+            until_ms: to.t_ms - zero,
+            per_second: (to.done - from.done).max(0.0) / span_ms * 1e3,
+            span_ms,
+            counts: from.counts(to),
+        }
+    }
+}
 
 /// Reads what was printed at the source (of which `before` bytes before the request), and what was printed at the
 /// destination (of which `until` bytes until a second after the source had gone).
@@ -150,28 +254,39 @@ pub fn seen(source: &str, before: usize, destination: &str, until: usize) -> Res
         .collect();
     seconds.sort_by(f64::total_cmp);
     let zero = ordinary.last().map_or(all[0].t_ms, |stat| stat.t_ms);
-    let rates: Vec<(f64, f64, f64)> = all
-        .windows(2)
-        .map(|pair| {
-            let time = (pair[1].t_ms - pair[0].t_ms).max(1.0);
-            let rate = (pair[1].done - pair[0].done).max(0.0) / time * 1e3;
-            (pair[1].t_ms - zero, rate, time)
-        })
-        .collect();
-    let work = |(done, time): (f64, f64), &(_, rate, span): &(f64, f64, f64)| {
-        (done + rate * span, time + span)
+    let rates: Vec<Rate> = all.windows(2).map(|pair| Rate::of(pair, zero)).collect();
+    let work = |(done, time): (f64, f64), rate: &Rate| {
+        if rate.counts {
+            (done + rate.per_second * rate.span_ms, time + rate.span_ms)
+        } else {
+            (done, time)
+        }
     };
     let quiet = rates.iter().take(asked.saturating_sub(1));
     let (done, time) = quiet.fold((0.0, 0.0), work);
     let base = if time > 0.0 { done / time } else { 0.0 };
     let during = rates.get(asked.saturating_sub(1)..over.saturating_sub(1));
     let (done, time) = during.unwrap_or_default().iter().fold((0.0, 0.0), work);
+    let meanwhile = rates.get(asked.saturating_sub(1)..first);
+    let course = ordinary
+        .last()
+        .and_then(|stat| stat.step)
+        .zip(moved[0].step);
     Ok(Seen {
         gap_ms: longest(moved),
         worst_ms: longest(all.get(asked.min(first)..over).unwrap_or(moved)),
         noise_ms: seconds.get(seconds.len() / 2).copied().unwrap_or(0.0),
         base,
         moved_ms: moved[0].t_ms - zero,
+        course: course.map(|(from, to)| Course {
+            from,
+            to,
+            beside_ms: {
+                let rates = meanwhile.unwrap_or_default().iter();
+                let beside = rates.filter(|rate| !rate.counts);
+                beside.fold(0.0, |sum, rate| sum + rate.span_ms)
+            },
+        }),
         lost_ms: if base > 0.0 {
             (time - done / base).max(0.0)
         } else {
@@ -181,7 +296,7 @@ pub fn seen(source: &str, before: usize, destination: &str, until: usize) -> Res
         series: rates
             .iter()
             .take(over.saturating_sub(1).min(SERIES))
-            .map(|&(t, rate, _)| (t, rate))
+            .map(|rate| (rate.until_ms, rate.per_second))
             .collect(),
     })
 }
@@ -255,6 +370,66 @@ mod tests {
         let destination = destination + &rest;
         let seen = seen(&source, source.len(), &destination, destination.len()).unwrap();
         assert!((seen.lost_ms - 500.0).abs() < 1.0, "{}", seen.lost_ms);
+    }
+
+    fn kernel(t_ms: u64, run: u64, done: u32, total: u32) -> String {
+        format!(
+            "ferry-guest: stat t_ms={t_ms} nas_run={run} step={done}/{total} gap_us=100 gap_max_us=0 gap_max_at_ms=0\n"
+        )
+    }
+
+    #[test]
+    fn a_move_begins_early_in_a_loop() {
+        let early = |done, total| {
+            Step {
+                run: 1,
+                done,
+                total,
+            }
+            .early()
+        };
+        assert!(early(1, 4) && early(1, 1 << 20) && early(5, 20));
+        // Set up; nothing is done yet; late; verified; so short a loop that one iteration is all of it.
+        for (done, total) in [(0, 0), (0, 4), (2, 4), (6, 20), (20, 20), (1, 1)] {
+            assert!(!early(done, total), "{done}/{total}");
+        }
+    }
+
+    #[test]
+    fn of_a_kernel_only_its_loop_is_compared() {
+        // Ten iterations a second, at the source.
+        let run = |from: u64, number| -> String {
+            (0..=10)
+                .map(|n| kernel(from + u64::from(n) * 100, number, n, 10))
+                .collect()
+        };
+        let source = format!(
+            "{}ferry-guest: ready t_ms=90\n{}{}{}",
+            kernel(80, 1, 0, 0),
+            run(100, 1),
+            kernel(1200, 2, 0, 0),
+            run(1300, 2)
+        );
+        let before = source.find("nas_run=2 step=3/10").unwrap();
+        // Half a second is lost in the loop, and half a second goes by beside it.
+        let destination: String = [
+            kernel(2800, 3, 0, 0),
+            kernel(2900, 3, 0, 10),
+            kernel(3500, 3, 1, 10),
+            kernel(3600, 3, 2, 10),
+        ]
+        .concat();
+        let seen = seen(&source, before, &destination, destination.len()).unwrap();
+        assert!((seen.base - 1.0).abs() < 1e-9, "{}", seen.base);
+        assert!((seen.lost_ms - 500.0).abs() < 1e-6, "{}", seen.lost_ms);
+        let course = seen.course.unwrap();
+        assert_eq!((course.from.run, course.from.done), (2, 2));
+        assert_eq!((course.to.run, course.beside_ms), (3, 500.0));
+        let words = course.to_string();
+        assert_eq!(
+            words,
+            "iterations 2 to 0 of 10, one run later, 0.5 s beside the timed loop"
+        );
     }
 
     #[test]

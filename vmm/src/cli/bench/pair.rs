@@ -19,6 +19,9 @@ use std::time::Duration;
 const BOOT: Duration = Duration::from_secs(60);
 /// The steady state before the move: seconds that tell how quiet the machine is.
 const SETTLE: Duration = Duration::from_millis(2500);
+/// So many runs of a kernel are waited for to see it early in its timed loop. Only one whose iterations are far shorter than
+/// the time between two lines takes as many, and where such a run is moved makes no difference.
+const RUNS_TO_WAIT: u64 = 30;
 /// Lines of the guest after the source has gone: a second of them.
 const AFTER: usize = 10;
 /// How long the guest may be silent at the destination.
@@ -149,8 +152,11 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
         log.wait("that it is ready", BOOT * (gib + 1), alive, |line| {
             matches!(line, Line::Ready { .. }).then_some(())
         })?;
+        interrupt::pause(SETTLE)?;
+        if computes(&cell.guest.work) {
+            in_its_loop(&log, alive)?;
+        }
     }
-    interrupt::pause(SETTLE)?;
     let before = log.text().len();
     let counted = net.counters()?;
     let moved = watched(pids, cell.guest.memory >> 10, machine.patience, || {
@@ -178,6 +184,25 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
     })
 }
 
+/// Whether a guest runs a kernel.
+fn computes(work: &Workload) -> bool {
+    matches!(work.kind(), Kind::Nas(_))
+}
+
+/// Waits until a kernel is early in its timed loop, where a move is to begin: else it could be moved while it sets up a run,
+/// when its memory may hold next to nothing, or while it verifies one.
+fn in_its_loop(log: &Log, alive: impl Fn() -> Result<(), Failure>) -> Result<(), Failure> {
+    let late = || "the guest has not told that it is in its timed loop".to_owned();
+    let first = log.step().map_or(1, |step| step.run);
+    interrupt::until(VERDICT, late, || {
+        let step = log.step().unwrap_or_default();
+        if step.early() || step.run >= first + RUNS_TO_WAIT {
+            return Ok(Some(()));
+        }
+        alive().map(|()| None)
+    })
+}
+
 /// Waits until the guest has told of a second at the destination, counted from now.
 fn runs_on(arrived: &Log, destination: &Process) -> Result<(), Failure> {
     let wanted = arrived.stats() + AFTER;
@@ -198,7 +223,7 @@ fn runs_on(arrived: &Log, destination: &Process) -> Result<(), Failure> {
 /// Has the guest finish, and says whether it was intact: the writer verifies all of its memory, a kernel the results of the
 /// run that was moved.
 fn verdict(destination: &mut Process, arrived: &Log, work: &Workload) -> Result<bool, Failure> {
-    let kernel = matches!(work.kind(), Kind::Nas(_));
+    let kernel = computes(work);
     destination.type_in(&[STOP])?;
     // It may end, having said everything, between two looks at what it said.
     arrived.wait(

@@ -158,7 +158,7 @@ fn pages_per_second(rate: u64) -> f64 {
 }
 
 /// How long one pass over so much memory takes.
-fn pass_seconds(memory: u64, rate: u64) -> f64 {
+pub fn pass_seconds(memory: u64, rate: u64) -> f64 {
     memory as f64 / (rate as f64 * PAYLOAD)
 }
 

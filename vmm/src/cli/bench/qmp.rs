@@ -40,9 +40,12 @@ impl Qmp {
 
     /// Gives a command and returns its answer; events in between are skipped.
     pub fn command(&mut self, name: &str, arguments: &Value) -> Result<Value, Failure> {
-        let command = json!({ "execute": name, "arguments": arguments });
+        let mut command = json!({ "execute": name, "arguments": arguments }).to_string();
+        command.push('\n');
         let failed = |e: Failure| Failure(format!("QEMU was told {name}: {}", e.0));
-        writeln!(self.reader.get_mut(), "{command}")?;
+        // In one piece: QEMU quits at the closing bracket, and what came after it would find nobody.
+        let sent = self.reader.get_mut().write_all(command.as_bytes());
+        sent.map_err(|e| failed(e.into()))?;
         loop {
             let mut message = self.message().map_err(failed)?;
             if let Some(answer) = message.get_mut("return") {

@@ -1,6 +1,7 @@
 //! Makes the runs that are missing, one after the other, and writes each down.
 
 use super::cell::{Cell, Policy};
+use super::estimate::{about, expected};
 use super::interrupt;
 use super::journal::{Journal, Run};
 use super::measure::{Figures, load};
@@ -70,8 +71,13 @@ fn sentence(cell: &Cell, number: u32, figures: &Figures) -> String {
         .stalled_ms()
         .map(|ms| format!(", stall {ms:.0}"))
         .unwrap_or_default();
+    let course = figures
+        .seen
+        .course
+        .map(|course| format!(", in {course}"))
+        .unwrap_or_default();
     format!(
-        "{cell}, run {number}: total {:.0} ms, gap {:.1} ms (reported {}, noise {:.1}{stall}), {:.0} MiB, {}",
+        "{cell}, run {number}: total {:.0} ms, gap {:.1} ms (reported {}, noise {:.1}{stall}), {:.0} MiB{course}, {}",
         figures.told.total_ms,
         figures.seen.gap_ms,
         figures
@@ -151,13 +157,35 @@ impl Budget {
         self.round = *number;
         let round = left.iter().take_while(|(_, n)| n == number);
         if *number > 1 {
-            let expected: Duration = round.map(|(cell, _)| journal.expected(cell)).sum();
+            let expected: Duration = round.map(|(cell, _)| expected(&journal.runs, cell)).sum();
             expected <= time
         } else {
             // What was never run may take as long as the others did.
-            !time.is_zero() && left.first().map(|(cell, _)| journal.expected(cell)) <= Some(time)
+            !time.is_zero()
+                && left.first().map(|(cell, _)| expected(&journal.runs, cell)) <= Some(time)
         }
     }
+}
+
+/// How many runs of so many of each cell there are.
+pub fn all(cells: &[Cell], runs: u32) -> usize {
+    cells.len() * usize::try_from(runs).unwrap_or(usize::MAX)
+}
+
+/// What is to be made of `all` runs, and about how long it takes.
+pub fn plan(made: &[Run], missing: &[(Cell, u32)], all: usize, budget: Option<Duration>) -> String {
+    let time = missing.iter().map(|(cell, _)| expected(made, cell)).sum();
+    let count = match missing.len() {
+        0 => return format!("all {all} runs are made"),
+        1 if all == 1 => "1 run is to be made".to_owned(),
+        some if some == all => format!("{all} runs are to be made"),
+        some => format!("{some} of {all} runs are to be made"),
+    };
+    let budget = budget.filter(|&budget| budget < time);
+    let budget = budget.map_or_else(String::new, |budget| {
+        format!(", of which --budget allows {}", about(budget))
+    });
+    format!("{count}, {}{budget}", about(time))
 }
 
 /// Makes the runs that the journal lacks, as far as the budget goes. One that fails is written down as failed, and the rest
@@ -170,9 +198,9 @@ pub fn run(
     budget: Option<Duration>,
 ) -> Result<(), Failure> {
     let missing = possible(machine, journal.missing(cells, runs));
-    let all = cells.len() * usize::try_from(runs).unwrap_or(usize::MAX);
-    if missing.len() < all && !missing.is_empty() {
-        say(&format!("{} of {all} runs are to be made", missing.len()));
+    let all = all(cells, runs);
+    if !missing.is_empty() {
+        say(&plan(&journal.runs, &missing, all, budget));
     }
     let mut display = Display::new(missing.len());
     let mut budget = Budget::new(budget);
@@ -187,7 +215,7 @@ pub fn run(
             return Ok(());
         }
         let left = missing[at..].iter();
-        let left = left.map(|(cell, _)| journal.expected(cell)).sum();
+        let left = left.map(|(cell, _)| expected(&journal.runs, cell)).sum();
         display.begin(&cell.to_string(), left);
         let before = load();
         let began = Instant::now();
@@ -248,6 +276,11 @@ mod tests {
         }
         // Two runs of a thousand seconds do not fit into half an hour, and do into an hour; once begun, a round goes on.
         let missing = journal.missing(&cells, 3);
+        let said = plan(&journal.runs, &missing, 6, Some(hour));
+        assert_eq!(
+            said,
+            "4 of 6 runs are to be made, about 67 min, of which --budget allows about 60 min"
+        );
         assert!(!Budget::new(Some(hour / 2)).allows(&journal, &missing));
         let mut budget = Budget::new(Some(hour));
         assert!(budget.allows(&journal, &missing));

@@ -44,7 +44,7 @@ pub struct Metric {
 const MIB: f64 = (1 << 20) as f64;
 
 /// Every metric; all are better when they are smaller.
-pub const METRICS: [Metric; 23] = [
+pub const METRICS: [Metric; 24] = [
     metric(
         true,
         "total_ms",
@@ -178,8 +178,16 @@ pub const METRICS: [Metric; 23] = [
         "lost_ms",
         "lost ms",
         0,
-        "work that the guest did not do from the request until a second after the source has gone, in time",
+        "work that the guest did not do from the request until a second after the source has gone, in time; of a kernel in its timed loop",
         |f, _| Some(f.seen.lost_ms),
+    ),
+    metric(
+        true,
+        "beside_ms",
+        "beside ms",
+        0,
+        "how long a kernel was not in its timed loop from the request until it had arrived: its run ended, was verified, and another was set up",
+        |f, _| f.seen.course.map(|course| course.beside_ms),
     ),
     metric(
         true,

@@ -42,6 +42,14 @@ pub fn remarks(rows: &[Row<'_>]) -> Vec<String> {
             "This machine stopped the guest for up to {noise:.1} ms in ordinary seconds: gaps of that order are its own."
         ));
     }
+    let courses = rows.iter().filter_map(|row| {
+        let course = row.typical()?.seen.course?;
+        Some(format!("{}: {course}", row.cell.policy.name))
+    });
+    let courses = courses.collect::<Vec<_>>().join("; ");
+    if !courses.is_empty() {
+        remarks.push(format!("Where the kernel was moved: {courses}."));
+    }
     for row in rows {
         for run in &row.failed {
             let why = run.error.as_deref().unwrap_or("no reason given");
