@@ -82,7 +82,7 @@ impl Default for Dirty {
             rate: 5000,
             pattern: Pattern::Uniform,
             fill: Fill::Random,
-            part: PAGE_BYTES as usize,
+            part: WORDS * 8,
             seconds: 0,
             seed: 1,
         }
