@@ -10,6 +10,7 @@
 
 mod ferry;
 pub mod fuzz_bodies;
+pub mod fuzz_seeds;
 mod host;
 mod nested;
 pub mod peer;

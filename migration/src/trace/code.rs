@@ -61,7 +61,7 @@ pub(super) fn encode(pages: &PageSet, into: &mut Vec<u8>) -> Kind {
 /// Reads a set into `pages`, adding to it; an error is what is wrong.
 pub(super) fn decode(
     kind: Kind,
-    mut bytes: &[u8],
+    bytes: &[u8],
     layout: &RamLayout,
     pages: &mut PageSet,
 ) -> Result<(), &'static str> {
@@ -69,36 +69,72 @@ pub(super) fn decode(
         Kind::End if bytes.is_empty() => Ok(()),
         Kind::End => Err("is an end and has contents"),
         Kind::Bitmap => {
-            let words: Vec<u64> = bytes
-                .chunks(8)
-                .map(|chunk| {
-                    let mut word = [0; 8];
-                    word[..chunk.len()].copy_from_slice(chunk);
-                    u64::from_le_bytes(word)
-                })
-                .collect();
-            pages.insert_words(0, &words);
+            pages.insert_words(0, &words(bytes));
             Ok(())
         }
-        Kind::Runs => {
-            let mut end: u64 = 0;
-            while !bytes.is_empty() {
-                let number = "has a number that does not end";
-                let gap = take(&mut bytes).ok_or(number)?;
-                let count = take(&mut bytes).ok_or(number)?.checked_add(1);
-                let first = end.checked_add(gap);
-                let (Some(first), Some(count)) = (first, count) else {
-                    return Err("has a run beyond all memory");
-                };
-                end = first
-                    .checked_add(count)
-                    .filter(|&end| end <= layout.end())
-                    .ok_or("has a run beyond the guest's memory")?;
-                pages.insert_run(Run::new(first, count));
-            }
-            Ok(())
-        }
+        Kind::Runs => each_run(bytes, layout, |run| pages.insert_run(run)),
     }
+}
+
+/// How many pages a set has, all of them RAM; an error is what is wrong. Takes time by its bytes, not by the layout: a
+/// small file may have many small frames, and claim to be of a large guest.
+pub(super) fn check(kind: Kind, bytes: &[u8], layout: &RamLayout) -> Result<u64, &'static str> {
+    let (mut pages, mut ram) = (0, 0);
+    let mut count = |run: Run| {
+        pages += run.count;
+        let within = |region: &Run| {
+            let end = run.end().min(region.end());
+            end.saturating_sub(run.first.max(region.first))
+        };
+        ram += layout.runs().iter().map(within).sum::<u64>();
+    };
+    match kind {
+        Kind::End => decode(kind, bytes, layout, &mut PageSet::new(0))?,
+        Kind::Bitmap => {
+            let words = words(bytes);
+            let mut set = PageSet::new(64 * words.len() as u64);
+            set.insert_words(0, &words);
+            set.runs().for_each(count);
+        }
+        Kind::Runs => each_run(bytes, layout, &mut count)?,
+    }
+    if ram < pages {
+        return Err("has pages that are no RAM");
+    }
+    Ok(pages)
+}
+
+fn words(bytes: &[u8]) -> Vec<u64> {
+    let word = |chunk: &[u8]| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        u64::from_le_bytes(word)
+    };
+    bytes.chunks(8).map(word).collect()
+}
+
+/// The runs of a frame of runs, up to the first that cannot be.
+fn each_run(
+    mut bytes: &[u8],
+    layout: &RamLayout,
+    mut each: impl FnMut(Run),
+) -> Result<(), &'static str> {
+    let mut end: u64 = 0;
+    while !bytes.is_empty() {
+        let number = "has a number that does not end";
+        let gap = take(&mut bytes).ok_or(number)?;
+        let count = take(&mut bytes).ok_or(number)?.checked_add(1);
+        let first = end.checked_add(gap);
+        let (Some(first), Some(count)) = (first, count) else {
+            return Err("has a run beyond all memory");
+        };
+        end = first
+            .checked_add(count)
+            .filter(|&end| end <= layout.end())
+            .ok_or("has a run beyond the guest's memory")?;
+        each(Run::new(first, count));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -122,8 +158,13 @@ mod tests {
             let layout = RamLayout::new(vec![Run::new(0, 100), Run::new(200, 100)]).unwrap();
             let mut pages = PageSet::new(layout.end());
             let kind = if bitmap { Kind::Bitmap } else { Kind::Runs };
-            let _ = decode(kind, &bytes, &layout, &mut pages);
+            let decoded = decode(kind, &bytes, &layout, &mut pages);
             prop_assert!(pages.iter().all(|gfn| gfn < 300));
+            if let Ok(count) = check(kind, &bytes, &layout) {
+                prop_assert_eq!(decoded, Ok(()));
+                prop_assert_eq!(count, pages.len());
+                prop_assert!(pages.runs().all(|run| layout.contains(run)));
+            }
         }
 
         #[test]

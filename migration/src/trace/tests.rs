@@ -178,3 +178,20 @@ proptest! {
         }
     }
 }
+
+/// A frame costs what it holds, not what the header claims of the guest: else this would not end.
+#[test]
+fn many_small_frames_of_a_large_guest_are_read() {
+    let large = Header {
+        layout: RamLayout::new(vec![Run::new(0, MAX_GFN)]).unwrap(),
+        ..header()
+    };
+    let mut writer = Writer::new(Vec::new(), &large).unwrap();
+    let none = PageSet::new(0);
+    for _ in 0..50_000 {
+        writer.frame(Duration::ZERO, &none).unwrap();
+    }
+    let bytes = writer.finish(Duration::ZERO).unwrap();
+    let trace = Trace::read(bytes.as_slice()).unwrap();
+    assert_eq!((trace.frames().len(), trace.is_whole()), (50_000, true));
+}

@@ -6,7 +6,7 @@ use ferry_devices::block::{Block, Disk};
 use ferry_devices::bus::BusDevice;
 use ferry_devices::net::{Backend, MAX_FRAME, MacAddress, Net, Offloads};
 use ferry_devices::rng::Rng;
-use ferry_devices::virtio::{AnyVirtio, Device, VirtioDevice};
+use ferry_devices::virtio::{AnyVirtio, Device, VirtioDevice, VirtioState};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -24,23 +24,41 @@ type Memory = GuestMemoryMmap<()>;
 /// Whatever it is, nothing panics or goes on forever, the backends get nothing that they cannot have, and what is saved
 /// can be restored and is the same then.
 pub fn virtio(bytes: &[u8]) {
-    let Some((&kind, script)) = bytes.split_first() else {
-        return;
+    if let Some((&kind, script)) = bytes.split_first() {
+        run(kind, script, None);
+    }
+}
+
+/// Bytes are a device, a state that it is said to have had on another host, and what its guest does then, as for
+/// [`virtio`]. Returns whether the state was taken.
+///
+/// It is refused, or is one that could have been; nothing panics or goes on forever afterwards.
+pub fn virtio_state(bytes: &[u8]) -> bool {
+    let Some((&kind, bytes)) = bytes.split_first() else {
+        return false;
     };
+    let Ok((state, script)) = postcard::take_from_bytes::<VirtioState>(bytes) else {
+        return false;
+    };
+    run(kind, script, Some(&state))
+}
+
+fn run(kind: u8, script: &[u8], state: Option<&VirtioState>) -> bool {
     match kind % 4 {
         0 => {
             let mut image = tempfile::NamedTempFile::new().unwrap();
             image.write_all(&[0x5a; 512 * 64]).unwrap();
             let disk = Arc::new(Disk::open(image.path(), kind & 4 != 0).unwrap());
-            play(script, |memory| {
+            let taken = play(script, state, |memory| {
                 Block::new(Arc::clone(&disk), "fuzz", memory).unwrap()
             });
             let len = image.as_file().metadata().unwrap().len();
             assert_eq!(len, SECTORS * 512, "a guest changed its disk's size");
+            taken
         }
-        1 => play(script, |_| Rng::new()),
-        2 => play(script, |_| Balloon::new(Arc::new(Pages))),
-        _ => play(script, |_| {
+        1 => play(script, state, |_| Rng::new()),
+        2 => play(script, state, |_| Balloon::new(Arc::new(Pages))),
+        _ => play(script, state, |_| {
             let (ours, theirs) = UnixDatagram::pair().unwrap();
             theirs.set_nonblocking(true).unwrap();
             ours.set_nonblocking(true).unwrap();
@@ -66,9 +84,22 @@ fn plug<D: Device<Memory>>(device: D, memory: &Arc<Memory>) -> VirtioDevice<D, M
     VirtioDevice::new(device, Arc::clone(memory), Box::new(Nothing)).unwrap()
 }
 
-fn play<D: Device<Memory>>(script: &[u8], make: impl Fn(Arc<Memory>) -> D) {
+/// Returns whether the state was taken.
+fn play<D: Device<Memory>>(
+    script: &[u8],
+    state: Option<&VirtioState>,
+    make: impl Fn(Arc<Memory>) -> D,
+) -> bool {
     let memory = memory();
     let mut device = plug(make(Arc::clone(&memory)), &memory);
+    let taken = state.is_some_and(|state| device.restore(state).is_ok());
+    if taken {
+        // It travels on as it came.
+        let state = device.save();
+        let next = plug(make(Arc::clone(&memory)), &memory);
+        next.restore(&state).unwrap();
+        assert_eq!(next.save(), state);
+    }
     device.resume();
     let mut script = Script(script);
     while let Some(step) = script.byte() {
@@ -121,6 +152,7 @@ fn play<D: Device<Memory>>(script: &[u8], make: impl Fn(Arc<Memory>) -> D) {
     // A worker that panicked would have left the lock poisoned and its thread dead; a reset finds it alive.
     device.port().write(0x70, &[0; 4]);
     device.resume();
+    taken
 }
 
 struct Script<'a>(&'a [u8]);
