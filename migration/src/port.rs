@@ -118,8 +118,8 @@ pub trait Guest<L: Link>: PageSource<L> {
     /// # Errors
     /// When the host cannot log.
     fn start_tracking(&self) -> Result<(), PortError>;
-    /// Stops the dirty log, if it was started; the guest may run or not. Not called for a guest that is
-    /// [released](Self::release): its log goes with it.
+    /// Stops the dirty log, if it was started; the guest may run or not. Not called for a guest that has moved: it writes
+    /// nothing here any more, and when all of it is there it is [released](Self::release), with its log.
     fn stop_tracking(&self);
     /// Adds all pages of the log to `into`, those that the VMM itself wrote included.
     ///
