@@ -100,7 +100,18 @@ impl NestedHost {
     pub fn run(&self, arguments: &[&str]) -> Ran {
         self.nested
             .run(arguments, NESTED_PATIENCE)
-            .unwrap_or_else(|e| panic!("{e}"))
+            .unwrap_or_else(|e| panic!("{arguments:?}: {e}; {}", self.tasks()))
+    }
+
+    /// What all threads in it are doing, and what it printed last, for messages.
+    pub fn tasks(&self) -> String {
+        /// One that answers does so within seconds; one that does not has told enough.
+        const PATIENCE: Duration = Duration::from_secs(30);
+        let tasks = match self.nested.run(&["/init", "tasks"], PATIENCE) {
+            Ok(ran) => ran.stdout,
+            Err(e) => format!("what its threads are doing is not known ({e})"),
+        };
+        format!("{tasks}; its console: {}", self.nested.console())
     }
 
     /// `ferry run` with these options, whose guest is on its console.
@@ -126,9 +137,10 @@ impl NestedHost {
     }
 
     /// A client that makes requests to a guest's server, on one connection, from now on.
-    pub fn client(&self, server: &str) -> NestedClient {
+    pub fn client(&self, server: &str) -> NestedClient<'_> {
         let process = self.nested.spawn(&["/init", "client", server]);
         NestedClient {
+            host: self,
             process: process.unwrap_or_else(|e| panic!("{e}")),
             laps: 0,
         }
@@ -155,12 +167,13 @@ impl NestedHost {
 
 /// A client in a nested host; see `ferry_linux_init::client`.
 #[derive(Debug)]
-pub struct NestedClient {
+pub struct NestedClient<'a> {
+    host: &'a NestedHost,
     process: Process,
     laps: u64,
 }
 
-impl NestedClient {
+impl NestedClient<'_> {
     /// What it saw since the last lap. None of its requests may have been lost, changed or answered out of turn.
     pub fn lap(&mut self) -> Lap {
         self.laps += 1;
@@ -170,7 +183,7 @@ impl NestedClient {
                 .filter_map(Lap::parse)
                 .find(|lap| lap.number == self.laps)
         });
-        let lap = lap.unwrap_or_else(|| panic!("{}", self.said()));
+        let lap = lap.unwrap_or_else(|| panic!("{} {}", self.said(), self.host.tasks()));
         assert_eq!(lap.answered, lap.made, "{lap}");
         lap
     }
@@ -225,6 +238,11 @@ impl<'a> NestedVmm<'a> {
         format!("{}\n{}", self.process.stdout(), self.process.stderr())
     }
 
+    /// [`NestedVmm::all`], and how its host is, for messages about what should not be.
+    fn trouble(&self) -> String {
+        format!("{}\n{}", self.all(), self.host.tasks())
+    }
+
     /// Waits for a part of its guest's output.
     pub fn prints(&self, part: &str) {
         let found = self
@@ -233,7 +251,7 @@ impl<'a> NestedVmm<'a> {
         assert!(
             found.is_some(),
             "the guest never printed {part:?}; {}",
-            self.all()
+            self.trouble()
         );
     }
 
@@ -244,7 +262,7 @@ impl<'a> NestedVmm<'a> {
                 .filter_map(Line::parse)
                 .find_map(|line| wanted(&line))
         });
-        found.unwrap_or_else(|| panic!("the guest never printed {name}; {}", self.all()))
+        found.unwrap_or_else(|| panic!("the guest never printed {name}; {}", self.trouble()))
     }
 
     /// Waits until its guest's disk writer (`ferry.disk=`) has made and verified this many writes; how many it has made.
@@ -258,7 +276,7 @@ impl<'a> NestedVmm<'a> {
                 })
                 .find(|writes| *writes >= at_least)
         });
-        found.unwrap_or_else(|| panic!("fewer than {at_least} writes; {}", self.all()))
+        found.unwrap_or_else(|| panic!("fewer than {at_least} writes; {}", self.trouble()))
     }
 
     /// The longest time that the guest itself stood still, by the lines that it printed here once a second, in milliseconds.
@@ -286,13 +304,13 @@ impl<'a> NestedVmm<'a> {
     pub fn migrate(&self, uri: &str, options: &[&str]) -> Report {
         let ran = self.command(&[&["migrate", uri, "--json"], options].concat());
         let report: Report = serde_json::from_str(&ran.stdout)
-            .unwrap_or_else(|e| panic!("{e}: {ran:?}; {}", self.all()));
+            .unwrap_or_else(|e| panic!("{e}: {ran:?}; {}", self.trouble()));
         let verified = options.contains(&"--verify").then_some(true);
         assert_eq!(
             (report.status, report.verified),
             (Status::Completed, verified),
             "{report:#?} {}",
-            self.all()
+            self.trouble()
         );
         report
     }

@@ -60,10 +60,11 @@ pub fn main() {
         ["cat", path] => machine::cat(path),
         ["write", path] => machine::write(path),
         ["truncate", path, bytes] => machine::truncate(path, bytes),
+        ["tasks"] => machine::tasks(),
         ["tap", name] => machine::tap(name),
         ["bridge", network, ports @ ..] => machine::bridge(network, ports),
         _ => Err(
-            "init is the first process; its parts are work, disk, memory, rng, get, client, cat, write, truncate, tap and bridge"
+            "init is the first process; its parts are work, disk, memory, rng, get, client, cat, write, truncate, tasks, tap and bridge"
                 .to_owned(),
         ),
     };

@@ -1,7 +1,8 @@
 //! The machine around init: file systems, modules, network, its end.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -110,6 +111,71 @@ pub fn write(path: &str) -> Result<(), String> {
     copied
         .map(drop)
         .map_err(|e| format!("{path} cannot be written ({e})"))
+}
+
+/// `init tasks`: what every thread of every program is doing, by the kernel's own account, for whoever looks into a hang.
+pub fn tasks() -> Result<(), String> {
+    for process in numbered("/proc")? {
+        // Threads of the kernel have no command line.
+        let command = fs::read_to_string(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        if command.is_empty() {
+            continue;
+        }
+        println!("process {process}: {}", command.replace('\0', " "));
+        // One that has ended meanwhile is doing nothing.
+        for thread in numbered(&format!("/proc/{process}/task")).unwrap_or_default() {
+            let read = |what: &str| {
+                let text = fs::read_to_string(format!("/proc/{process}/task/{thread}/{what}"));
+                text.unwrap_or_default()
+            };
+            let stack: Vec<String> = read("stack")
+                .lines()
+                .filter_map(|l| Some(l.split_once("] ")?.1.to_owned()))
+                .collect();
+            println!(
+                "  {thread} {}: system call {}; {}",
+                read("comm").trim(),
+                read("syscall").trim(),
+                stack.join(" < ")
+            );
+        }
+    }
+    for record in kernel_log() {
+        println!("kernel: {record}");
+    }
+    Ok(())
+}
+
+/// The last that the kernel said.
+fn kernel_log() -> Vec<String> {
+    /// Nobody is waited for who has nothing to say.
+    const O_NONBLOCK: i32 = 0o4000;
+    const LAST: usize = 20;
+    let log = File::options()
+        .read(true)
+        .custom_flags(O_NONBLOCK)
+        .open("/dev/kmsg");
+    let Ok(mut log) = log else { return Vec::new() };
+    let mut records = Vec::new();
+    // A read gives one record: numbers, a semicolon, a line, and perhaps more lines of properties.
+    let mut record = [0; 8192];
+    while let Ok(length @ 1..) = log.read(&mut record) {
+        let text = String::from_utf8_lossy(&record[..length]).into_owned();
+        let line = text.lines().next().and_then(|l| l.split_once(';'));
+        records.extend(line.map(|(_, said)| said.to_owned()));
+    }
+    records.split_off(records.len().saturating_sub(LAST))
+}
+
+/// The entries of a directory whose names are numbers, in order.
+fn numbered(path: &str) -> Result<Vec<u32>, String> {
+    let entries = fs::read_dir(path).map_err(|e| format!("{path} cannot be read ({e})"))?;
+    let mut numbers: Vec<u32> = entries
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    Ok(numbers)
 }
 
 /// `init truncate PATH BYTES`: an empty disk image.

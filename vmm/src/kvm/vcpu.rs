@@ -30,8 +30,10 @@ pub enum VmExit {
     Handled,
     /// A kick (or another signal). No access of the guest is pending: see [`Vcpu::run`].
     Interrupted,
-    /// The guest triple-faulted or asked to be powered off.
+    /// The guest asked to be powered off.
     Shutdown,
+    /// The guest triple-faulted.
+    TripleFault,
     /// The guest asked for a reset.
     Reset,
     /// KVM cannot go on; a sentence.
@@ -126,7 +128,7 @@ impl Vcpu {
             KVM_EXIT_MMIO => self.mmio(mmio),
             KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_SET_TPR => VmExit::Handled,
             KVM_EXIT_DIRTY_RING_FULL => self.dirty_ring_full(),
-            KVM_EXIT_SHUTDOWN => VmExit::Shutdown,
+            KVM_EXIT_SHUTDOWN => VmExit::TripleFault,
             KVM_EXIT_SYSTEM_EVENT => self.system_event(),
             KVM_EXIT_INTERNAL_ERROR => self.internal_error(),
             KVM_EXIT_FAIL_ENTRY => {

@@ -25,8 +25,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Why a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
-    /// The guest shut down: it switched the machine off, triple-faulted or asked KVM for it.
+    /// The guest shut down: it switched the machine off or asked KVM for it.
     Shutdown,
+    /// A fault could not be delivered, nor the double fault that followed: a crash, or a guest's last way to ask for a reset.
+    TripleFault,
     /// The guest asked for a reset.
     Reset,
     /// [`Machine::stop`](super::Machine::stop), or the machine was dropped.
@@ -39,6 +41,7 @@ impl std::fmt::Display for Exit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Shutdown => f.write_str("the guest shut down"),
+            Self::TripleFault => f.write_str("the guest triple-faulted"),
             Self::Reset => f.write_str("the guest asked for a reset"),
             Self::Stopped => f.write_str("the machine was stopped"),
             Self::Failure(why) => f.write_str(why),
@@ -382,6 +385,7 @@ impl Control {
                 // A signal that was for somebody else, or a kick that the last pause did not need.
                 VmExit::Interrupted => continue,
                 VmExit::Shutdown => Exit::Shutdown,
+                VmExit::TripleFault => Exit::TripleFault,
                 VmExit::Reset => Exit::Reset,
                 VmExit::Failure(why) => Exit::Failure(why),
             };

@@ -97,6 +97,7 @@ impl MachineGuest {
         let end = move |exit| match exit {
             Exit::Shutdown => vmm.guest_ended(Ending::Shutdown),
             Exit::Reset => vmm.guest_ended(Ending::Reset),
+            Exit::TripleFault => vmm.guest_ended(Ending::TripleFault),
             Exit::Failure(why) => vmm.guest_ended(Ending::Failed(why)),
             // Whoever stopped it knows.
             Exit::Stopped => {}

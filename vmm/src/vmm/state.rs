@@ -12,6 +12,8 @@ pub enum Ending {
     Shutdown,
     /// The guest asked for a reset, which ends a VMM without firmware.
     Reset,
+    /// The guest's processor met a fault that it could not deliver: a crash.
+    TripleFault,
     /// Somebody asked for it, and how ("on SIGTERM").
     Stopped(String),
     /// It cannot go on; the text is a sentence.
@@ -23,6 +25,7 @@ impl Ending {
         match self {
             Self::Shutdown => "the guest has shut down".into(),
             Self::Reset => "the guest has asked for a reset and was ended".into(),
+            Self::TripleFault => "the guest has crashed: its processor triple-faulted".into(),
             Self::Stopped(how) => format!("the guest was ended {how}"),
             Self::Failed(why) => format!("the guest cannot go on: {why}"),
         }
@@ -151,7 +154,7 @@ impl State {
             }
             Self::Ended(ending) => Some(Outcome {
                 sentence: ending.sentence(),
-                success: !matches!(ending, Ending::Failed(_)),
+                success: !matches!(ending, Ending::Failed(_) | Ending::TripleFault),
             }),
             _ => None,
         }

@@ -75,16 +75,16 @@ fn a_second_pause_waits_for_the_first_and_a_stop_does_not() {
 }
 
 #[test]
-fn a_triple_fault_shuts_the_machine_down() {
+fn a_triple_fault_ends_the_machine() {
     if !kvm() {
         return;
     }
     // ud2, and there is no IDT.
     let m = machine(Machine::builder(), &[0x0f, 0x0b]);
     m.resume().unwrap();
-    assert_eq!(ends(&m), Exit::Shutdown);
-    assert_eq!(m.run_state(), RunState::Ended(Exit::Shutdown));
-    assert_eq!(m.resume(), Err(ResumeError::Ended(Exit::Shutdown)));
+    assert_eq!(ends(&m), Exit::TripleFault);
+    assert_eq!(m.run_state(), RunState::Ended(Exit::TripleFault));
+    assert_eq!(m.resume(), Err(ResumeError::Ended(Exit::TripleFault)));
 }
 
 #[test]
