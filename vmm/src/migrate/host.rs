@@ -26,23 +26,38 @@ pub struct RamSink {
     ram: Arc<GuestRam>,
     /// Pages that were written: decoded ones are placed in another way while nothing lies there.
     filled: Marks,
-    /// While pages are missing.
-    faults: Mutex<Option<Arc<Userfault>>>,
+    faults: Mutex<Faults>,
+}
+
+/// How pages of a running guest come into place.
+#[derive(Debug)]
+enum Faults {
+    /// No page of a running guest has been missing.
+    NotBegun,
+    Served(Arc<Userfault>),
+    /// Nobody waits for a page any more.
+    Over,
 }
 
 impl RamSink {
     /// Shorter runs are not worth two more system calls.
     const LONG: u64 = 16;
 
-    fn faults(&self) -> Result<Arc<Userfault>, PortError> {
-        let faults = lock(&self.faults).clone();
-        faults.ok_or_else(|| "no page of this guest is missing".into())
+    /// Where to place pages of a running guest; `None` when nobody waits for any: one that comes late, because the guest has
+    /// ended while it was on its way, has no place any more.
+    fn faults(&self) -> Result<Option<Arc<Userfault>>, PortError> {
+        match &*lock(&self.faults) {
+            Faults::NotBegun => Err("no page of this guest is missing".into()),
+            Faults::Served(faults) => Ok(Some(Arc::clone(faults))),
+            Faults::Over => Ok(None),
+        }
     }
 
     /// Nobody waits for a page any more: all are in place, or the guest is at its end.
     pub(crate) fn end_faults(&self) {
+        let before = std::mem::replace(&mut *lock(&self.faults), Faults::Over);
         // Who waits in there holds it too, and drops it when the wait ends.
-        if let Some(faults) = lock(&self.faults).take()
+        if let Faults::Served(faults) = before
             && let Err(error) = faults.interrupt()
         {
             tracing::warn!(%error, "the threads that serve page faults end later");
@@ -128,18 +143,22 @@ impl PageSink<StreamLink> for RamSink {
     }
 
     fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
-        self.faults()?.place(run.first, run.count, bytes)?;
+        if let Some(faults) = self.faults()? {
+            faults.place(run.first, run.count, bytes)?;
+        }
         Ok(())
     }
 
     fn place_zero(&self, run: Run) -> Result<(), PortError> {
-        self.faults()?.place_zero(run.first, run.count)?;
+        if let Some(faults) = self.faults()? {
+            faults.place_zero(run.first, run.count)?;
+        }
         Ok(())
     }
 
     fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError> {
         // Ended while this thread was on its way here: it looks again before long.
-        let Ok(faults) = self.faults() else {
+        let Ok(Some(faults)) = self.faults() else {
             std::thread::sleep(timeout);
             return Ok(None);
         };
@@ -225,7 +244,7 @@ impl MachineHost {
         let sink = Arc::new(RamSink {
             ram: Arc::clone(machine.ram()),
             filled: Marks::new(layout.end()),
-            faults: Mutex::new(None),
+            faults: Mutex::new(Faults::NotBegun),
         });
         self.machine = Some(Arc::new(machine));
         self.sink = Some(Arc::clone(&sink));
@@ -299,7 +318,7 @@ impl Host<StreamLink> for MachineHost {
             machine.keep_free_pages(true);
         }
         let faults = Userfault::register(Arc::clone(&sink.ram))?;
-        *lock(&sink.faults) = Some(Arc::new(faults));
+        *lock(&sink.faults) = Faults::Served(Arc::new(faults));
         Ok(())
     }
 
@@ -375,5 +394,28 @@ fn announce(machine: &Arc<Machine>) {
     let thread = std::thread::Builder::new().name("ferry-announce".into());
     if let Err(error) = thread.spawn(again) {
         tracing::warn!(%error, "the network is told only once where the guest is");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_comes_after_the_end_is_not_an_error() {
+        let ram = Arc::new(GuestRam::new(1 << 20, false).unwrap());
+        let sink = RamSink {
+            ram,
+            filled: Marks::new(256),
+            faults: Mutex::new(Faults::NotBegun),
+        };
+        let bytes = [1; PAGE_SIZE];
+        let run = Run::new(3, 1);
+        assert!(sink.place(run, &bytes).is_err());
+        assert!(sink.place_zero(run).is_err());
+        sink.end_faults();
+        sink.place(run, &bytes).unwrap();
+        sink.place_zero(run).unwrap();
+        assert!(sink.next_fault(Duration::ZERO).unwrap().is_none());
     }
 }
