@@ -5,11 +5,11 @@
 //! itself a processor copying bytes (loopback) their *sum*. So:
 //!
 //! - a level is *tried* when the better of its two prospects beats the cost of raw pages by [`TRY`];
-//! - what it costs then is measured, and it is left as soon as raw pages would have cost less; it is not tried again
-//!   unless its worse prospect wins, or the link has become slower by half;
-//! - what raw pages cost is measured while they are sent. While others are, it is only known to lie between the time
-//!   that sending took and the time that sending and coding took; and as a slow receiver may hide behind either, it is
-//!   measured anew now and then.
+//! - what it costs then is measured, and it is left unless it saves a tenth of what raw pages cost; it is not tried again
+//!   for a while, each time four times as long, unless the link has become slower by half;
+//! - what raw pages cost is measured while they are sent. While others are, it is only known to be at most what sending
+//!   and coding took: a receiver that decodes looks like a slow link, so that nothing is believed slower before raw pages
+//!   are looked at, which they are now and then.
 //!
 //! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`] of the time.
 
@@ -55,6 +55,15 @@ struct Estimate {
     encode: f64,
     /// Bytes on the wire for a byte of memory.
     ratio: f64,
+}
+
+/// That a level was found not to pay.
+#[derive(Clone, Copy, Debug)]
+struct Refuted {
+    /// Seconds for a byte on the link at that time.
+    at: f64,
+    /// Raw batches until it may be tried again.
+    left: u32,
 }
 
 /// What batches of one level came to.
@@ -104,14 +113,18 @@ pub struct Chooser {
     floor: f64,
     /// By level; those of [`Level::Raw`] are known.
     estimates: [Option<Estimate>; 3],
-    /// By level: seconds for a byte on the link at which it was found not to pay.
-    refuted: [Option<f64>; 3],
+    /// By level: where it was found not to pay.
+    refuted: [Option<Refuted>; 3],
+    /// By level: batches for which it is not tried again when that happens the next time.
+    patience: [u32; 3],
     /// Seconds for a page, coding and sending, at this level; `None` while unknown.
     wall: Option<f64>,
     /// Batches since the level was chosen.
     batches: u32,
     /// A look at raw pages interrupts the level.
     looking: bool,
+    /// Batches of a look that are still to pass before it is begun in earnest.
+    passing: u32,
     /// What the last batches came to, until there are enough of them to tell.
     lately: Lately,
     /// Batches after which the next such look is due.
@@ -136,8 +149,15 @@ const STEADY: usize = 7;
 const STEADY_AT_LEAST: usize = 3;
 /// A level is tried where it promises to cost at most this much of what raw pages cost.
 const TRY: f64 = 0.8;
+/// A level is kept where it costs at most this much of what raw pages cost: what is measured is a tenth off, and to
+/// code for nothing takes a processor from somebody.
+const KEEP: f64 = 0.9;
+/// Raw batches after which a level that did not pay is tried again, the first time; each further time it is four times as many.
+const FIRST_PATIENCE: u32 = 64;
 /// Another coded level is taken when it promises at most this much of what the present one costs.
 const BETTER: f64 = 0.9;
+/// Batches that pass at the beginning of a look: what lies coded in the socket's buffer holds them up.
+const PASS: u32 = 4;
 /// Batches after which a level is judged: the socket's buffer hides what the first cost.
 const SETTLE: u32 = 8;
 /// The first look comes after this many batches, each further one after twice as many.
@@ -171,9 +191,11 @@ impl Chooser {
                 None,
             ],
             refuted: [None; 3],
+            patience: [FIRST_PATIENCE; 3],
             wall: None,
             batches: 0,
             looking: false,
+            passing: 0,
             lately: Lately::NONE,
             look_after: FIRST_LOOK,
             sampled: Duration::ZERO,
@@ -254,6 +276,10 @@ impl Chooser {
         if outcome.pages == 0 || outcome.bytes == 0 || outcome.level != self.level() {
             return;
         }
+        if self.looking && self.passing > 0 {
+            self.passing -= 1;
+            return;
+        }
         self.lately.add(&outcome);
         if !self.lately.is_enough() {
             return;
@@ -272,8 +298,7 @@ impl Chooser {
         let seen = match self.link {
             _ if level == Level::Raw => at_least,
             None => at_least,
-            // Either bound is exact in its own extreme: what is known already is kept where it can be true.
-            Some(known) => known.clamp(at_least, at_most),
+            Some(known) => known.min(at_most),
         };
         self.links[self.seen % STEADY] = seen;
         self.seen += 1;
@@ -286,6 +311,11 @@ impl Chooser {
             self.judge(true);
             return;
         }
+        if level == Level::Raw {
+            for refuted in self.refuted.iter_mut().flatten() {
+                refuted.left = refuted.left.saturating_sub(batches);
+            }
+        }
         let wall = (encode + link).as_secs_f64() / pages as f64;
         self.wall = Some(self.wall.map_or(wall, |old| blend(old, wall, WEIGHT)));
         self.batches = self.batches.saturating_add(batches);
@@ -295,26 +325,27 @@ impl Chooser {
         // The cap is known, and no look would show it.
         if self.level > Level::Raw && self.batches >= after && self.floor == 0.0 {
             self.looking = true;
+            self.passing = PASS;
             self.look_after = after.saturating_mul(2);
         }
     }
 
-    /// What a level promises: the time for a page if all goes well, or once that was refuted, if nothing overlaps.
+    /// What a level promises, the time for a page if all goes well; `None` where that was refuted a short while ago.
     fn prospect(&self, level: Level, raw: f64) -> Option<f64> {
         let Estimate { encode, ratio } = self.estimates[level.index()]?;
+        if self.refuted[level.index()].is_some_and(|refuted| refuted.left > 0) {
+            return None;
+        }
         let link = ratio * raw;
-        Some(if self.refuted[level.index()].is_some() {
-            encode + link
-        } else {
-            encode.max(link) + 0.1 * encode.min(link)
-        })
+        Some(encode.max(link) + 0.1 * encode.min(link))
     }
 
     fn judge(&mut self, looked: bool) {
         let Some(raw) = self.raw() else { return };
-        for refuted in &mut self.refuted {
-            if refuted.is_some_and(|at| raw > 1.5 * at * PAGE_BYTES as f64) {
+        for (refuted, patience) in self.refuted.iter_mut().zip(&mut self.patience) {
+            if refuted.is_some_and(|refuted| raw > 1.5 * refuted.at * PAGE_BYTES as f64) {
                 *refuted = None;
+                *patience = FIRST_PATIENCE;
             }
         }
         if !looked && self.batches < SETTLE {
@@ -329,8 +360,13 @@ impl Chooser {
             }
             (_, None) => return,
         };
-        if self.level > Level::Raw && raw < now {
-            self.refuted[self.level.index()] = Some(raw / PAGE_BYTES as f64);
+        if self.level > Level::Raw && now > KEEP * raw {
+            let index = self.level.index();
+            self.refuted[index] = Some(Refuted {
+                at: raw / PAGE_BYTES as f64,
+                left: self.patience[index],
+            });
+            self.patience[index] = self.patience[index].saturating_mul(4);
             self.go_to(Level::Raw);
             return;
         }

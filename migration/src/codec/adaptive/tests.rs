@@ -132,6 +132,31 @@ fn never_slower_than_nothing() {
     }
 }
 
+/// A "link" that is a receiver at work, as loopback is to a busy machine: it takes a coded page off the socket sooner, and loses
+/// more than that by decoding it.
+#[test]
+fn never_slower_than_nothing_at_a_busy_receiver() {
+    for drain in [1.0, 2.0, 4.0, 8.0] {
+        for loss in [1.05, 1.1, 1.2, 1.4] {
+            let wire = Wire {
+                drain,
+                decode: (loss - HALF.ratio[1]) * drain,
+                ..LOOPBACK
+            };
+            let (raw, _) = send(HALF, wire, 1024, None);
+            for start in [Level::Raw, Level::Patch] {
+                let mut chooser = Chooser::new(start, 0.0);
+                let (auto, levels) = send(HALF, wire, 1024, Some(&mut chooser));
+                assert!(
+                    auto <= 1.03 * raw,
+                    "{drain} µs a page, {loss}: {:.3} from {start:?}, {levels:?}",
+                    auto / raw
+                );
+            }
+        }
+    }
+}
+
 /// Where the link is what takes the time, nearly all that can be gained is gained.
 #[test]
 fn a_slow_link_is_relieved() {
