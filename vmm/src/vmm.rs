@@ -23,8 +23,8 @@
 //! `Unconfirmed`, which is what the destination has of the same doubt.
 //!
 //! One lock (`Core::inner`) guards the state. It is held while a machine is paused or resumed, which takes microseconds
-//! unless a device blocks; never while a migration runs. A listener's queue is locked inside it, never the other way round. What takes the guest from
-//! a receiver is called without it: the guest [arrives](Vmm::arrived) before that returns.
+//! unless a device blocks; never while a migration runs. A listener's queue is locked inside it, never the other way
+//! round. What takes the guest from a receiver is called without it: the guest [arrives](Vmm::arrived) before that returns.
 
 #![forbid(unsafe_code)]
 

@@ -249,34 +249,31 @@ mod tests {
     use crate::host::{Clock, Threads};
     use crate::problem::Kernel;
 
+    const SMALL: Problem = Problem {
+        kernel: Kernel::Mg,
+        class: Class::S,
+    };
+
     #[test]
     fn a_run_in_what_the_last_one_left_gives_the_same() {
-        let problem = Problem {
-            kernel: Kernel::Mg,
-            class: Class::S,
-        };
         let (team, clock) = (Threads::new(2), Clock::start());
-        let mut floats = vec![f64::NAN; needs(problem.class).floats];
-        let mut value = |kept| run(problem, &mut floats, kept, &team, &clock).check.value;
+        let mut floats = vec![f64::NAN; needs(SMALL.class).floats];
+        let mut value = |kept| run(SMALL, &mut floats, kept, &team, &clock).check.value;
         let first = value(false);
         assert_eq!([value(true), value(true)], [first; 2]);
     }
 
     #[test]
     fn a_moved_charge_does_not_verify() {
-        let problem = Problem {
-            kernel: Kernel::Mg,
-            class: Class::S,
-        };
         let (team, clock) = (Threads::new(2), Clock::start());
         // Memory full of nonsense: the run must not depend on what was there.
-        let mut floats = vec![f64::NAN; needs(problem.class).floats];
-        let mut grids = Multigrid::new(problem.class, &mut floats, &team, &clock);
+        let mut floats = vec![f64::NAN; needs(SMALL.class).floats];
+        let mut grids = Multigrid::new(SMALL.class, &mut floats, &team, &clock);
         grids.warm_up();
         grids.set_up();
-        assert!(grids.measure(problem).verified);
+        assert!(grids.measure(SMALL).verified);
 
-        let mut grids = Multigrid::new(problem.class, &mut floats, &team, &clock);
+        let mut grids = Multigrid::new(SMALL.class, &mut floats, &team, &clock);
         grids.set_up();
         // An interior one: the copies in the border are never read.
         let interior = |i: usize| {
@@ -289,6 +286,6 @@ mod tests {
             .position(|(i, &v)| v == 1.0 && interior(i))
             .unwrap();
         grids.v.swap(charge, charge + 1);
-        assert!(!grids.measure(problem).verified);
+        assert!(!grids.measure(SMALL).verified);
     }
 }

@@ -4,7 +4,7 @@
 //! drains what the socket holds, so that in the best case a page takes the *larger* of the two, and where the "link" is
 //! itself a processor copying bytes (loopback) their *sum*. So:
 //!
-//! - a level is *tried* when the better of its two prospects beats the cost of raw pages by [`TRY`];
+//! - a level is *tried* when its prospect, the best case, beats the cost of raw pages by [`TRY`];
 //! - what it costs then is measured, and it is left unless it saves a tenth of what raw pages cost; it is not tried again
 //!   for a while, each time four times as long, unless the link has become slower by half;
 //! - what raw pages cost is measured while they are sent. While others are, it is only known to be at most what sending
@@ -64,6 +64,8 @@ struct Refuted {
     at: f64,
     /// Raw batches until it may be tried again.
     left: u32,
+    /// How many there were at first.
+    patience: u32,
 }
 
 /// What batches of one level came to.
@@ -105,26 +107,22 @@ pub struct Chooser {
     level: Level,
     /// Seconds that the link takes for a byte; `None` while unknown.
     link: Option<f64>,
-    /// What enough batches came to, each time, the latest anywhere.
+    /// The same by the user's cap.
+    floor: f64,
+    /// What `link` was made of lately: what enough batches came to, each time, the latest anywhere.
     links: [f64; STEADY],
     /// How many there were.
     seen: usize,
-    /// The same by the user's cap.
-    floor: f64,
     /// By level; those of [`Level::Raw`] are known.
     estimates: [Option<Estimate>; 3],
-    /// By level: where it was found not to pay.
+    /// By level: where it was found not to pay, since the link is what it is.
     refuted: [Option<Refuted>; 3],
-    /// By level: batches for which it is not tried again when that happens the next time.
-    patience: [u32; 3],
     /// Seconds for a page, coding and sending, at this level; `None` while unknown.
     wall: Option<f64>,
     /// Batches since the level was chosen.
     batches: u32,
-    /// A look at raw pages interrupts the level.
-    looking: bool,
-    /// Batches of a look that are still to pass before it is begun in earnest.
-    passing: u32,
+    /// A look at raw pages interrupts the level: the batches that are still to pass before it is begun in earnest.
+    looking: Option<u32>,
     /// What the last batches came to, until there are enough of them to tell.
     lately: Lately,
     /// Batches after which the next such look is due.
@@ -179,9 +177,9 @@ impl Chooser {
         Self {
             level: start,
             link: None,
+            floor,
             links: [0.0; STEADY],
             seen: 0,
-            floor,
             estimates: [
                 Some(Estimate {
                     encode: 0.0,
@@ -191,11 +189,9 @@ impl Chooser {
                 None,
             ],
             refuted: [None; 3],
-            patience: [FIRST_PATIENCE; 3],
             wall: None,
             batches: 0,
-            looking: false,
-            passing: 0,
+            looking: None,
             lately: Lately::NONE,
             look_after: FIRST_LOOK,
             sampled: Duration::ZERO,
@@ -206,7 +202,11 @@ impl Chooser {
     /// How the next batch is to be coded.
     #[must_use]
     pub const fn level(&self) -> Level {
-        if self.looking { Level::Raw } else { self.level }
+        if self.looking.is_some() {
+            Level::Raw
+        } else {
+            self.level
+        }
     }
 
     /// What a raw page costs, in seconds.
@@ -243,8 +243,7 @@ impl Chooser {
     /// Whether a sample is due: raw pages are being sent, and little was spent on samples so far.
     #[must_use]
     pub fn wants_sample(&self) -> bool {
-        self.level() == Level::Raw
-            && !self.looking
+        self.level == Level::Raw
             && self.sampled.as_secs_f64() <= SAMPLE_SHARE * self.elapsed.as_secs_f64()
     }
 
@@ -276,8 +275,8 @@ impl Chooser {
         if outcome.pages == 0 || outcome.bytes == 0 || outcome.level != self.level() {
             return;
         }
-        if self.looking && self.passing > 0 {
-            self.passing -= 1;
+        if let Some(passing @ 1..) = &mut self.looking {
+            *passing -= 1;
             return;
         }
         self.lately.add(&outcome);
@@ -296,17 +295,16 @@ impl Chooser {
         let at_least = link.as_secs_f64() / bytes as f64;
         let at_most = (encode + link).as_secs_f64() / bytes as f64;
         let seen = match self.link {
-            _ if level == Level::Raw => at_least,
-            None => at_least,
-            Some(known) => known.min(at_most),
+            Some(known) if level > Level::Raw => known.min(at_most),
+            _ => at_least,
         };
         self.links[self.seen % STEADY] = seen;
         self.seen += 1;
         // A look is short, and meant to replace what was believed.
-        let weight = if self.looking { LOOK_WEIGHT } else { WEIGHT };
+        let looked = self.looking.take().is_some();
+        let weight = if looked { LOOK_WEIGHT } else { WEIGHT };
         self.link = Some(self.link.map_or(seen, |old| blend(old, seen, weight)));
-        if self.looking {
-            self.looking = false;
+        if looked {
             self.batches = 0;
             self.judge(true);
             return;
@@ -324,8 +322,7 @@ impl Chooser {
         let after = self.look_after.max(if slow { FIRST_LOOK_SLOW } else { 0 });
         // The cap is known, and no look would show it.
         if self.level > Level::Raw && self.batches >= after && self.floor == 0.0 {
-            self.looking = true;
-            self.passing = PASS;
+            self.looking = Some(PASS);
             self.look_after = after.saturating_mul(2);
         }
     }
@@ -342,10 +339,9 @@ impl Chooser {
 
     fn judge(&mut self, looked: bool) {
         let Some(raw) = self.raw() else { return };
-        for (refuted, patience) in self.refuted.iter_mut().zip(&mut self.patience) {
+        for refuted in &mut self.refuted {
             if refuted.is_some_and(|refuted| raw > 1.5 * refuted.at * PAGE_BYTES as f64) {
                 *refuted = None;
-                *patience = FIRST_PATIENCE;
             }
         }
         if !looked && self.batches < SETTLE {
@@ -361,12 +357,13 @@ impl Chooser {
             (_, None) => return,
         };
         if self.level > Level::Raw && now > KEEP * raw {
-            let index = self.level.index();
-            self.refuted[index] = Some(Refuted {
+            let refuted = &mut self.refuted[self.level.index()];
+            let patience = refuted.map_or(FIRST_PATIENCE, |r| r.patience.saturating_mul(4));
+            *refuted = Some(Refuted {
                 at: raw / PAGE_BYTES as f64,
-                left: self.patience[index],
+                left: patience,
+                patience,
             });
-            self.patience[index] = self.patience[index].saturating_mul(4);
             self.go_to(Level::Raw);
             return;
         }
