@@ -29,6 +29,7 @@ use ferry_migration::wire::{
     encode_runs,
 };
 use ferry_vmm::machine::MachineState;
+use link::put_crc;
 use std::sync::Arc;
 
 /// Headers, run tables and preambles: whatever is accepted is within its limits and encodes to the same bytes.
@@ -168,8 +169,7 @@ fn mend_snapshot(bytes: &[u8]) -> Vec<u8> {
     let crc = crc32c::crc32c(&bytes[index..end]);
     bytes[end + 40..end + 44].copy_from_slice(&crc.to_le_bytes());
     for at in [0, end] {
-        let crc = crc32c::crc32c(&bytes[at..at + 60]);
-        bytes[at + 60..at + 64].copy_from_slice(&crc.to_le_bytes());
+        put_crc(&mut bytes[at..], 60);
     }
     bytes
 }
@@ -183,6 +183,5 @@ fn mend_frame(bytes: &mut [u8], at: usize, end: usize) {
         let crc = crc32c::crc32c(&bytes[body..to]);
         bytes[at + 24..at + 28].copy_from_slice(&crc.to_le_bytes());
     }
-    let crc = crc32c::crc32c(&bytes[at..at + 28]);
-    bytes[at + 28..at + 32].copy_from_slice(&crc.to_le_bytes());
+    put_crc(&mut bytes[at..], 28);
 }

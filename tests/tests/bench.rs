@@ -140,26 +140,20 @@ fn a_kernel_is_moved_from_within_its_timed_loop() {
     }
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("results");
-    let mut command = Command::new(ferry());
-    command.args([
-        "bench", "--guest", "sp.W", "--memory", "16M", "--policy", "precopy", "--runs", "1",
-        "--out",
-    ]);
-    let plan = ran({
+    let bench = |more: &[&str]| {
         let mut command = Command::new(ferry());
-        command.args([
-            "bench", "--guest", "sp.W", "--memory", "16M", "--plan", "--out",
-        ]);
-        command.arg(&out);
-        command
-    });
+        command.args(["bench", "--guest", "sp.W", "--memory", "16M"]);
+        command.args(more).arg("--out").arg(&out);
+        command.stdin(Stdio::null());
+        ran(command)
+    };
+    let plan = bench(&["--plan"]);
     assert!(
         plan.stdout.contains("5 runs are to be made, about "),
         "{plan:?}"
     );
     assert!(!out.exists(), "{plan:?}");
-    command.arg(&out).stdin(Stdio::null());
-    let ran = ran(command);
+    let ran = bench(&["--policy", "precopy", "--runs", "1"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
     assert!(
         ran.stderr.contains("1 run is to be made, about "),

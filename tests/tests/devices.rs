@@ -150,6 +150,15 @@ impl Taps {
         Some(taps)
     }
 
+    /// Two for a test, which says so if it has none.
+    fn pair(test: &str) -> Option<Self> {
+        let taps = Self::make(2);
+        if taps.is_none() {
+            eprintln!("NOT RUN: {test}: no tap can be made here (root and ip are needed)");
+        }
+        taps
+    }
+
     /// Frames that the interface had from its VMM.
     fn frames(&self, n: usize) -> u64 {
         self.says(n, "statistics/rx_packets")
@@ -175,10 +184,7 @@ fn the_network_is_told_where_the_guest_is() {
     if !guests_run() {
         return;
     }
-    let Some(taps) = Taps::make(2) else {
-        eprintln!(
-            "NOT RUN: the_network_is_told_where_the_guest_is: no tap can be made here (root and ip are needed)"
-        );
+    let Some(taps) = Taps::pair("the_network_is_told_where_the_guest_is") else {
         return;
     };
     let net = |n: usize| format!("tap={}", taps.0[n]);
@@ -204,10 +210,7 @@ fn a_tap_goes_along_with_the_memory() {
     if !guests_run() {
         return;
     }
-    let Some(taps) = Taps::make(2) else {
-        eprintln!(
-            "NOT RUN: a_tap_goes_along_with_the_memory: no tap can be made here (root and ip are needed)"
-        );
+    let Some(taps) = Taps::pair("a_tap_goes_along_with_the_memory") else {
         return;
     };
     let options = Options {

@@ -4,7 +4,7 @@
 use ferry_guest_images::{Class, Kernel, Line, Problem};
 use ferry_migration::options::{Handover, Options, PolicyKind};
 use ferry_migration::report::{Phase, Status};
-use ferry_migration::wire::{Features, FrameType, Header, Hello, Role};
+use ferry_migration::wire::{Channel, Features, FrameType, Header, Hello, Role};
 use ferry_tests::peer::{Opening, SESSION, abort_of, greet_on, shared_ready_at};
 use ferry_tests::{Host, Migration, Relay, State, UnixLink, guests_run, until};
 use rustix::event::{EventfdFlags, eventfd};
@@ -324,23 +324,51 @@ fn descriptors(host: &Host) -> usize {
     std::fs::read_dir(path).unwrap().count()
 }
 
+fn word() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC).unwrap()
+}
+
+/// Bytes of the guests whose greetings are told again.
+const MEMORY: u64 = 64 << 20;
+
+/// A source, a receiver, and the greeting that the one said to the other, without files.
+fn recorded() -> (Host, Host, Hello) {
+    let source = Host::run(WORK, "64M", 1);
+    let receiver = Host::receive_unix();
+    let relay = Relay::to(receiver.uri());
+    relay.without_files();
+    let why = source.migrate(&relay.uri(), &options()).error.unwrap();
+    eprintln!("recorded: {why}");
+    let hello = Opening::of(&relay.said()).hello;
+    receiver.reaches(State::Receiving);
+    (source, receiver, hello)
+}
+
+/// Says a greeting, and these files beside it.
+fn greets(receiver: &Host, hello: &Hello, files: Vec<OwnedFd>) -> Channel<UnixLink> {
+    let mut channel = greet_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
+    channel.link().files = files;
+    channel
+        .send(Header::bare(FrameType::Hello, 0), &hello.encode())
+        .unwrap();
+    channel
+}
+
+/// A case was refused for the right reason, in one sentence.
+fn is_refused(name: &str, sentence: &str, expected: &str) {
+    eprintln!("{name}: {sentence}");
+    assert!(sentence.contains(expected), "{name}: {sentence}");
+    assert!(!sentence.contains('\n'), "{name}: {sentence}");
+}
+
 /// Files that are not the guest's memory, too many, too few: refused in a sentence, closed, and the next is welcome.
 #[test]
 fn a_receiver_survives_files_that_lie() {
     if !guests_run() {
         return;
     }
-    const MEMORY: u64 = 64 << 20;
-    let source = Host::run(WORK, "64M", 1);
-    let receiver = Host::receive_unix();
-    let relay = Relay::to(receiver.uri());
-    relay.without_files();
-    let why = source.migrate(&relay.uri(), &options()).error;
-    eprintln!("recorded: {why:?}");
-    let hello = Opening::of(&relay.said()).hello;
-    receiver.reaches(State::Receiving);
+    let (source, receiver, hello) = recorded();
     let before = descriptors(&receiver);
-    let word = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let good = SealFlags::SHRINK | SealFlags::GROW;
     let with = |memory| vec![memory, word()];
     let disk = || {
@@ -381,24 +409,13 @@ fn a_receiver_survives_files_that_lie() {
         ),
     ];
     for (name, hello, files, expected) in cases {
-        let mut channel = greet_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
-        channel.link().files = files;
-        channel
-            .send(Header::bare(FrameType::Hello, 0), &hello.encode())
-            .unwrap();
-        let sentence = abort_of(&mut channel);
-        eprintln!("{name}: {sentence}");
-        assert!(sentence.contains(expected), "{name}: {sentence}");
-        assert!(!sentence.contains('\n'), "{name}: {sentence}");
+        let mut channel = greets(&receiver, hello, files);
+        is_refused(name, &abort_of(&mut channel), expected);
         drop(channel);
         receiver.reaches(State::Receiving);
     }
     // A page where none is expected.
-    let mut channel = greet_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
-    channel.link().files = with(memfd(MEMORY, good));
-    channel
-        .send(Header::bare(FrameType::Hello, 0), &must.encode())
-        .unwrap();
+    let mut channel = greets(&receiver, &must, with(memfd(MEMORY, good)));
     channel.set_end(must.layout.end());
     assert_eq!(channel.recv_header().unwrap().kind, FrameType::HelloAck);
     drop(channel);
@@ -414,13 +431,7 @@ fn a_receiver_survives_taps_that_lie() {
     if !guests_run() {
         return;
     }
-    const MEMORY: u64 = 64 << 20;
-    let source = Host::run(WORK, "64M", 1);
-    let receiver = Host::receive_unix();
-    let relay = Relay::to(receiver.uri());
-    relay.without_files();
-    assert!(source.migrate(&relay.uri(), &options()).error.is_some());
-    let hello = Opening::of(&relay.said()).hello;
+    let (source, receiver, hello) = recorded();
     // This guest has no card, so its source offers nothing.
     assert!(!hello.offered.has(Features::SHARED_FILES));
     let hello = Hello {
@@ -442,21 +453,14 @@ fn a_receiver_survives_taps_that_lie() {
         ),
     ];
     for (name, kind, files, expected) in cases {
-        let mut channel = greet_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
-        channel.link().files = vec![good(), eventfd(0, EventfdFlags::CLOEXEC).unwrap()];
-        channel
-            .send(Header::bare(FrameType::Hello, 0), &hello.encode())
-            .unwrap();
+        let mut channel = greets(&receiver, &hello, vec![good(), word()]);
         assert_eq!(channel.recv_header().unwrap().kind, FrameType::FilesWanted);
         channel.link().files = match files {
             0 => vec![good()],
             n => (0..n).map(|_| null()).collect(),
         };
         channel.send(Header::bare(kind, 0), &[]).unwrap();
-        let sentence = abort_of(&mut channel);
-        eprintln!("{name}: {sentence}");
-        assert!(sentence.contains(expected), "{name}: {sentence}");
-        assert!(!sentence.contains('\n'), "{name}: {sentence}");
+        is_refused(name, &abort_of(&mut channel), expected);
         drop(channel);
         receiver.reaches(State::Receiving);
     }

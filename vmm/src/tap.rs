@@ -296,7 +296,16 @@ mod tests {
     struct Own(String);
 
     impl Own {
-        fn make(name: &str) -> Option<Self> {
+        /// For a test, which says so if it has none.
+        fn make(name: &str, test: &str) -> Option<Self> {
+            let own = Self::try_make(name);
+            if own.is_none() {
+                eprintln!("NOT RUN: {test}: no tap can be made here (root and ip are needed)");
+            }
+            own
+        }
+
+        fn try_make(name: &str) -> Option<Self> {
             // Fails for who is not root, or has no `ip`.
             let ip = |args: &[&str]| {
                 let done = Command::new("ip").args(args).output();
@@ -334,10 +343,7 @@ mod tests {
     #[test]
     fn frames_go_through_a_tap_both_ways() {
         let name = format!("ferry{}", std::process::id());
-        let Some(own) = Own::make(&name) else {
-            eprintln!(
-                "NOT RUN: frames_go_through_a_tap_both_ways: no tap can be made here (root and ip are needed)"
-            );
+        let Some(own) = Own::make(&name, "frames_go_through_a_tap_both_ways") else {
             return;
         };
         let mut tap = Tap::open(&name).unwrap();
@@ -375,10 +381,7 @@ mod tests {
     #[test]
     fn a_tap_of_another_process_is_used_as_it_is() {
         let name = format!("ferrya{}", std::process::id());
-        let Some(own) = Own::make(&name) else {
-            eprintln!(
-                "NOT RUN: a_tap_of_another_process_is_used_as_it_is: no tap can be made here (root and ip are needed)"
-            );
+        let Some(own) = Own::make(&name, "a_tap_of_another_process_is_used_as_it_is") else {
             return;
         };
         let mut first = Tap::open(&name).unwrap();

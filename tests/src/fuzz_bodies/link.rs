@@ -36,10 +36,13 @@ pub(super) fn mend_frames(mut frames: &mut [u8], payloads: bool) {
     }
 }
 
-/// The checksum of what lies before it.
-fn put_crc(bytes: &mut [u8], at: usize) {
-    let (before, after) = bytes.split_at_mut(at);
-    after[..4].copy_from_slice(&crc32c::crc32c(before).to_le_bytes());
+/// The checksum of what lies before it, where there is room for one.
+pub(super) fn put_crc(bytes: &mut [u8], at: usize) {
+    if let Some((before, after)) = bytes.split_at_mut_checked(at)
+        && let Some(place) = after.first_chunk_mut::<4>()
+    {
+        *place = crc32c::crc32c(before).to_le_bytes();
+    }
 }
 
 /// Several channels from one input: each is its length in 16 bits and its bytes, the last is what is left.

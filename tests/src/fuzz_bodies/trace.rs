@@ -1,5 +1,6 @@
 //! A dirty trace that is anything at all.
 
+use super::link::put_crc;
 use ferry_migration::model::{Activity, Replay};
 use ferry_migration::page::PageSet;
 use ferry_migration::trace::{MAGIC, Trace};
@@ -41,14 +42,6 @@ fn replay(bytes: &[u8]) -> bool {
         replay.pop();
     }
     true
-}
-
-fn put_crc(bytes: &mut [u8], at: usize) {
-    if let Some((before, after)) = bytes.split_at_mut_checked(at)
-        && let Some(place) = after.first_chunk_mut::<4>()
-    {
-        *place = crc32c::crc32c(before).to_le_bytes();
-    }
 }
 
 fn length(bytes: &[u8], at: usize) -> usize {

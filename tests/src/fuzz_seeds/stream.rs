@@ -71,6 +71,23 @@ impl Stream {
         self.put_coded(encoding, FrameType::Pages, round, first, 1, &payload);
     }
 
+    /// The hashes of all memory, which is zero.
+    fn hashes(&mut self, round: u32) {
+        for first in [0, 64] {
+            let hash = |gfn| xxhash_rust::xxh3::xxh3_64_with_seed(&[0; 4096], gfn);
+            let hashes: Vec<u8> = (first..first + 32)
+                .flat_map(|gfn| hash(gfn).to_le_bytes())
+                .collect();
+            self.put(FrameType::Verify, round, first, 32, &hashes);
+        }
+    }
+
+    /// The guest's state, and the guest.
+    fn moved(&mut self, round: u32) {
+        self.put(FrameType::State, round, 0, 0, b"a state");
+        self.put(FrameType::Commit, round, 0, 0, &[]);
+    }
+
     /// Pages of these runs; with contents, they are zero too.
     fn pages(&mut self, round: u32, runs: &[Run], contents: bool) {
         let mut table = Vec::new();
@@ -106,16 +123,9 @@ pub(super) fn migration(verify: bool, channels: u16) -> Vec<u8> {
         stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);
     }
     if verify {
-        for first in [0, 64] {
-            let hash = |gfn| xxhash_rust::xxh3::xxh3_64_with_seed(&[0; 4096], gfn);
-            let hashes: Vec<u8> = (first..first + 32)
-                .flat_map(|gfn| hash(gfn).to_le_bytes())
-                .collect();
-            stream.put(FrameType::Verify, round, first, 32, &hashes);
-        }
+        stream.hashes(round);
     }
-    stream.put(FrameType::State, round, 0, 0, b"a state");
-    stream.put(FrameType::Commit, round, 0, 0, &[]);
+    stream.moved(round);
     stream.0
 }
 
@@ -155,15 +165,8 @@ pub(super) fn with_disks() -> Vec<u8> {
     }
     stream.pages(1, &[Run::new(0, 32), Run::new(64, 32)], false);
     stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);
-    for first in [0, 64] {
-        let hash = |gfn| xxhash_rust::xxh3::xxh3_64_with_seed(&[0; 4096], gfn);
-        let hashes: Vec<u8> = (first..first + 32)
-            .flat_map(|gfn| hash(gfn).to_le_bytes())
-            .collect();
-        stream.put(FrameType::Verify, 1, first, 32, &hashes);
-    }
-    stream.put(FrameType::State, 1, 0, 0, b"a state");
-    stream.put(FrameType::Commit, 1, 0, 0, &[]);
+    stream.hashes(1);
+    stream.moved(1);
     stream.0
 }
 
@@ -175,8 +178,7 @@ pub(super) fn post_copy() -> Vec<u8> {
     stream.put(FrameType::MissingRuns, 0, 0, 1, &table);
     stream.put(FrameType::RoundEnd, 1, 0, 0, &[]);
     stream.put(FrameType::MissingBits, 0, 64, 1, &0xff_u64.to_le_bytes());
-    stream.put(FrameType::State, 1, 0, 0, b"a state");
-    stream.put(FrameType::Commit, 1, 0, 0, &[]);
+    stream.moved(1);
     stream.pages(2, &[Run::new(0, 28), Run::new(64, 8)], false);
     stream.put(FrameType::Alive, 0, 0, 0, &[]);
     let (encoding, body) = &coded_bodies()[0];
@@ -248,18 +250,14 @@ pub(super) fn on_lanes() -> Vec<Vec<u8>> {
         encode_runs(&[Run::new(0, 16)], &mut table);
         stream.put(FrameType::MissingRuns, 0, 0, 1, &table);
     };
-    let moved = |stream: &mut Stream, round| {
-        stream.put(FrameType::State, round, 0, 0, b"a state");
-        bare(stream, FrameType::Commit, round);
-    };
     let pre_copy = frames(|stream| {
         bare(stream, FrameType::RoundEnd, 1);
-        moved(stream, 1);
+        stream.moved(1);
     });
     let following = frames(|stream| {
         listed(stream);
         bare(stream, FrameType::RoundEnd, 1);
-        moved(stream, 1);
+        stream.moved(1);
         bare(stream, FrameType::RoundEnd, 2);
     });
     let answers = frames(|stream| {
@@ -270,7 +268,7 @@ pub(super) fn on_lanes() -> Vec<Vec<u8>> {
     let lost = frames(|stream| {
         listed(stream);
         bare(stream, FrameType::RoundEnd, 1);
-        moved(stream, 1);
+        stream.moved(1);
         stream.pages(2, &[Run::new(4, 8)], true);
     });
     let found = frames(|stream| {
