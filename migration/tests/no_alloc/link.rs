@@ -81,16 +81,48 @@ impl Pipe {
     }
 }
 
+/// How many bytes the links that count for it have carried; others wait for them.
+#[derive(Debug, Default)]
+pub struct Carried {
+    bytes: Mutex<u64>,
+    change: Condvar,
+}
+
+impl Carried {
+    #[allow(dead_code, reason = "not every test that has this file wants trouble")]
+    fn add(&self, bytes: usize) {
+        *self.bytes.lock().unwrap() += bytes as u64;
+        self.change.notify_all();
+    }
+
+    /// An error if they do not get there.
+    fn wait_for(&self, bytes: u64) -> io::Result<()> {
+        let (_held, waited) = self
+            .change
+            .wait_timeout_while(self.bytes.lock().unwrap(), NEVER, |held| *held < bytes)
+            .unwrap();
+        if waited.timed_out() {
+            return Err(io::Error::other("what was waited for did not come"));
+        }
+        Ok(())
+    }
+}
+
+/// Longer than any test takes, on any machine.
+const NEVER: Duration = Duration::from_secs(120);
+
 /// What a connection suffers from, on its way out.
 #[allow(dead_code, reason = "not every test that has this file wants trouble")]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Trouble {
-    /// Each write of a page takes so long.
-    Slow(Duration),
-    /// After so many bytes it is gone.
-    Dies(u64),
-    /// After so many bytes the peer takes nothing more: the wait for it times out.
-    Stalls(u64),
+    /// It counts for the others, which wait.
+    Counts(Arc<Carried>),
+    /// It takes no page before those that count have carried so many bytes.
+    Waits(Arc<Carried>, u64),
+    /// After so many bytes, which count, it is gone.
+    Dies(Arc<Carried>, u64),
+    /// After so many bytes, which count, the peer takes nothing more: the wait for it times out.
+    Stalls(Arc<Carried>, u64),
 }
 
 /// One end.
@@ -105,23 +137,33 @@ pub struct MemoryLink {
 impl MemoryLink {
     /// From now on it has this trouble.
     #[allow(dead_code, reason = "not every test that has this file wants trouble")]
-    pub const fn suffers(mut self, trouble: Option<Trouble>) -> Self {
+    pub fn suffers(mut self, trouble: Option<Trouble>) -> Self {
         self.trouble = trouble;
         self
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.sent += bytes.len() as u64;
-        match self.trouble {
-            Some(Trouble::Slow(each)) if bytes.len() >= 4096 => std::thread::sleep(each),
-            Some(Trouble::Dies(after)) if self.sent > after => {
-                self.out.close();
-                self.into.close();
+        match &self.trouble {
+            None => {}
+            Some(Trouble::Counts(carried)) => carried.add(bytes.len()),
+            Some(Trouble::Waits(carried, until)) if bytes.len() >= 4096 => {
+                carried.wait_for(*until)?;
             }
-            Some(Trouble::Stalls(after)) if self.sent > after => {
-                return Err(io::ErrorKind::TimedOut.into());
+            Some(Trouble::Waits(..)) => {}
+            Some(Trouble::Dies(carried, after)) => {
+                carried.add(bytes.len());
+                if self.sent > *after {
+                    self.out.close();
+                    self.into.close();
+                }
             }
-            _ => {}
+            Some(Trouble::Stalls(carried, after)) => {
+                carried.add(bytes.len());
+                if self.sent > *after {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
         }
         self.out.write(bytes)
     }
