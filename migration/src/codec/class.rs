@@ -95,6 +95,7 @@ mod tests {
             (Content::Text, Class::Regular),
             (Content::Pointers, Class::Regular),
             (Content::Repeated, Class::Regular),
+            (Content::Weak, Class::Regular),
         ];
         for (content, class) in expected {
             for seed in 0..500 {

@@ -325,6 +325,7 @@ impl Encoder {
         self.patches.clear();
         self.patch_crc = 0;
         let mut waiting = 0;
+        let mut all_shrank = true;
         let (mut looked_up, mut saved) = (0, 0);
         for run in batch.data.iter() {
             for gfn in run.first..run.end() {
@@ -366,7 +367,7 @@ impl Encoder {
                         append(&mut self.zstd_runs, one, run.first);
                         waiting += 1;
                         if waiting == ZSTD_PAGES {
-                            self.compress(batch.round, waiting, batch.out, tally)?;
+                            all_shrank &= self.compress(batch.round, waiting, batch.out, tally)?;
                             waiting = 0;
                         }
                     }
@@ -374,7 +375,10 @@ impl Encoder {
                 }
             }
         }
-        self.compress(batch.round, waiting, batch.out, tally)?;
+        all_shrank &= self.compress(batch.round, waiting, batch.out, tally)?;
+        if !all_shrank {
+            put_in_order(&mut self.raw_runs, batch.data);
+        }
         self.put_patches(batch.round, batch.out);
         self.proof.record(looked_up, saved);
         std::mem::swap(batch.data, &mut self.raw_runs);
@@ -422,16 +426,17 @@ impl Encoder {
         self.shared.zstd && (self.shared.kind == Compress::Zstd || is_regular(&self.copies[at]))
     }
 
-    /// Appends a zstd frame of the first `count` copies, or makes them raw where that saves nothing.
+    /// Appends a zstd frame of the first `count` copies, or makes them raw where that saves nothing; says whether it did
+    /// not have to. They are then behind raw pages that came after them.
     fn compress(
         &mut self,
         round: u32,
         count: usize,
         out: &mut Vec<u8>,
         tally: &mut Codecs,
-    ) -> Result<(), PortError> {
+    ) -> Result<bool, PortError> {
         if count == 0 {
-            return Ok(());
+            return Ok(true);
         }
         // What does not save a tenth is not worth the decompressing.
         let bytes = count * PAGE_SIZE;
@@ -440,7 +445,7 @@ impl Encoder {
                 self.zstd_runs.iter().for_each(|run| cache.forget(*run));
             }
             self.raw_runs.append(&mut self.zstd_runs);
-            return Ok(());
+            return Ok(false);
         };
         tally.zstd.add(count as u64, bytes as u64, packed as u64);
         put_frame(Encoding::Zstd, round, &self.zstd_runs, out, |out| {
@@ -448,7 +453,7 @@ impl Encoder {
         });
         self.mark_seen(&self.zstd_runs);
         self.zstd_runs.clear();
-        Ok(())
+        Ok(true)
     }
 
     /// These pages have been sent, or will be before they are looked at again.
@@ -537,6 +542,20 @@ impl Encoder {
         }
         Ok(())
     }
+}
+
+/// Runs as they would be had all been raw at once: ascending, as a snapshot's tables have to be, and joined where they
+/// touch within a run of the batch, as [`append`] does.
+fn put_in_order(runs: &mut Vec<Run>, batch: &[Run]) {
+    runs.sort_unstable_by_key(|run| run.first);
+    runs.dedup_by(|run, before| {
+        let joined =
+            before.end() == run.first && batch.iter().all(|whole| whole.first != run.first);
+        if joined {
+            before.count += run.count;
+        }
+        joined
+    });
 }
 
 /// Appends a coded page frame: header, table, and what `body` appends.

@@ -33,6 +33,8 @@ struct Pair {
     memory: BTreeMap<Gfn, Page>,
     arrived: BTreeMap<Gfn, Page>,
     round: u32,
+    /// In how many runs raw pages went last.
+    raw_runs: usize,
 }
 
 impl Pair {
@@ -48,6 +50,7 @@ impl Pair {
             memory: BTreeMap::new(),
             arrived: BTreeMap::new(),
             round: 1,
+            raw_runs: 0,
         }
     }
 
@@ -70,7 +73,11 @@ impl Pair {
             out: &mut out,
         };
         let coded = self.encoder.encode(&mut batch, &Still).unwrap();
+        // In the order of the batch, whatever was made of its pages: a snapshot's tables ascend.
+        let ascending = |data: &[Run]| data.is_sorted_by(|a, b| a.end() <= b.first);
+        assert!(ascending(&data), "{data:?}");
         let raw: u64 = data.iter().map(|run| run.count).sum();
+        self.raw_runs = data.len();
         assert_eq!((coded.pages, coded.raw), (gfns.len() as u64, raw));
         let received = self.receive(&out);
         for gfn in data.iter().flat_map(|run| run.first..run.end()) {
@@ -139,7 +146,7 @@ proptest! {
         kind in 0..KINDS.len(),
         cache in 0..40_u64,
         rounds in proptest::collection::vec(
-            (proptest::collection::btree_set(0..60_u64, 1..40), 0..6_usize, any::<u64>(), 0..12_u8), 1..12),
+            (proptest::collection::btree_set(0..60_u64, 1..40), 0..Content::ALL.len(), any::<u64>(), 0..12_u8), 1..12),
     ) {
         let mut pair = Pair::new(KINDS[kind], cache);
         for (gfns, content, seed, event) in rounds {
@@ -191,7 +198,7 @@ proptest! {
     /// A damaged body (the checksums of the wire set aside) is refused or yields pages of the announced size.
     #[test]
     fn damage_never_panics(
-        content in 0..6_usize, seed in any::<u64>(), patches in any::<bool>(),
+        content in 0..Content::ALL.len(), seed in any::<u64>(), patches in any::<bool>(),
         at in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         cut in any::<prop::sample::Index>(),
     ) {
@@ -269,6 +276,27 @@ fn pages_find_their_coder() {
     assert_eq!((codecs.sparse.pages, codecs.zstd.pages), (256, 0));
     let (_, codecs) = ratio(Compress::Adaptive, Content::Text);
     assert_eq!((codecs.sparse.pages, codecs.zstd.pages), (0, 256));
+}
+
+/// What looked regular and does not shrink goes raw, in its place among what was raw at once.
+#[test]
+fn what_does_not_shrink_goes_raw_in_its_place() {
+    for kind in [Compress::Zstd, Compress::Adaptive] {
+        for weak_first in [true, false] {
+            let mut pair = Pair::new(kind, 0);
+            let gfns: Vec<Gfn> = (0..256).filter(|gfn| gfn % 50 != 9).collect();
+            for &gfn in &gfns {
+                let weak = (gfn % 2 == 0) == weak_first;
+                let content = [Content::Noise, Content::Weak][usize::from(weak)];
+                pair.memory.insert(gfn, content::page(content, gfn));
+            }
+            let coded = pair.send(&gfns).unwrap();
+            pair.check(&gfns);
+            assert_eq!((coded.raw, coded.codecs.is_empty()), (251, true));
+            // As if nothing had been tried.
+            assert_eq!(pair.raw_runs, 6);
+        }
+    }
 }
 
 /// A page that changes a little costs a little, from the second time on where the cache had a place for it.
