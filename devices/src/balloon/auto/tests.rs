@@ -157,45 +157,71 @@ fn without_statistics_nothing_is_done() {
     }
 }
 
+/// For whatever a guest needs, as long as it needs that: the reserve is available again after an interval at most, as
+/// far as the balloon can give it; the balloon comes to rest; and on its way there it goes in one direction.
+fn keeps_the_reserve_and_rests(
+    ram_mib: u64,
+    needs: &[(u64, u64)],
+    pace: u32,
+) -> Result<(), TestCaseError> {
+    let ram = ram_mib * MIB;
+    let mut guest = Guest::new(ram, 0, pace);
+    for &(share, noise) in needs {
+        let used = guest.ram * share / 100;
+        guest.use_pages(used);
+        // What a phase began with is dealt with, and calm is over.
+        let mut moves = guest.samples(SAMPLES);
+        let promised = guest.controller.reserve.min(guest.ram - used);
+        let keeps = |guest: &Guest| guest.available() >= promised || guest.actual == 0;
+        // A driver that is still on its way to what it was asked for before runs into the reserve later: the same sample
+        // takes back what is missing, and the next one finds it.
+        let mut short = u32::from(!keeps(&guest));
+        for sample in 0..2000u64 {
+            // Noise that is smaller than the band, and reaches both its ends in any hundred samples.
+            let band = guest.controller.band();
+            guest.used = used.saturating_sub((sample * 7919 + noise) % 100 * (band / 2) / 99);
+            moves.push(guest.sample());
+            short = if keeps(&guest) { 0 } else { short + 1 };
+            prop_assert!(short <= 1, "{} {:?}", guest.available(), guest.statistics);
+        }
+        let tail = &moves[moves.len() - 100..];
+        // A driver as slow as some pages a second is on its way still.
+        if u64::from(pace) * 1000 > guest.ram {
+            prop_assert!(tail.iter().all(|s| *s == Step::Keep), "{tail:?}");
+        }
+        let mut moves: Vec<Step> = moves.into_iter().filter(|s| *s != Step::Keep).collect();
+        moves.dedup();
+        prop_assert!(moves.len() <= 3, "{moves:?}");
+        let settled = [
+            guest.controller.reserve,
+            guest.controller.goal() + 2 * guest.controller.band(),
+        ];
+        if u64::from(pace) * 1000 > guest.ram && guest.actual > 0 {
+            prop_assert!((settled[0]..=settled[1] + guest.ram / 64).contains(&guest.available()));
+        }
+    }
+    Ok(())
+}
+
+/// A long way of the noise to its end, and drivers that are slow.
+#[test]
+fn the_reserve_is_kept_where_it_once_seemed_not_to_be() {
+    for (ram_mib, pace, needs) in [
+        (2828, 1_169_063, &[(100, 178), (14, 5)][..]),
+        (12751, 1040, &[(9, 148), (25, 669), (31, 714)]),
+    ] {
+        keeps_the_reserve_and_rests(ram_mib, needs, pace).unwrap();
+    }
+}
+
 proptest! {
-    /// For whatever a guest needs, as long as it needs that: the reserve is available again after an interval at most, as
-    /// far as the balloon can give it; the balloon comes to rest; and on its way there it goes in one direction.
     #[test]
     fn the_reserve_is_kept_and_the_balloon_comes_to_rest(
         ram_mib in 64u64..16384,
         needs in proptest::collection::vec((0u64..=100, 0u64..1000), 1..6),
         pace in 256u32..2_000_000,
     ) {
-        let ram = ram_mib * MIB;
-        let mut guest = Guest::new(ram, 0, pace);
-        for (share, noise) in needs {
-            let used = guest.ram * share / 100;
-            guest.use_pages(used);
-            // What a phase began with is dealt with, and calm is over.
-            let mut moves = guest.samples(SAMPLES);
-            let promised = guest.controller.reserve.min(guest.ram - used);
-            let keeps = |guest: &Guest| guest.available() >= promised || guest.actual == 0;
-            prop_assert!(keeps(&guest), "{} {:?}", guest.available(), guest.statistics);
-            for sample in 0..2000u64 {
-                // Noise that is smaller than the band.
-                let band = guest.controller.band();
-                guest.used = used.saturating_sub((sample * 7919 + noise) % (band / 2 + 1));
-                moves.push(guest.sample());
-                prop_assert!(keeps(&guest));
-            }
-            let tail = &moves[moves.len() - 100..];
-            // A driver as slow as some pages a second is on its way still.
-            if u64::from(pace) * 1000 > guest.ram {
-                prop_assert!(tail.iter().all(|s| *s == Step::Keep), "{tail:?}");
-            }
-            let mut moves: Vec<Step> = moves.into_iter().filter(|s| *s != Step::Keep).collect();
-            moves.dedup();
-            prop_assert!(moves.len() <= 3, "{moves:?}");
-            let settled = [guest.controller.reserve, guest.controller.goal() + 2 * guest.controller.band()];
-            if u64::from(pace) * 1000 > guest.ram && guest.actual > 0 {
-                prop_assert!((settled[0]..=settled[1] + guest.ram / 64).contains(&guest.available()));
-            }
-        }
+        keeps_the_reserve_and_rests(ram_mib, &needs, pace)?;
     }
 
     /// Whatever a guest claims, the target stays below its RAM, and no arithmetic fails.
