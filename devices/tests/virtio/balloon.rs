@@ -242,10 +242,11 @@ fn statistics_are_asked_for_and_move_with_the_guest() {
     statistics(&mut d, 3000);
     eventually("the newest come", || free_memory(&d) == Some(3000));
     let pages = Arc::new(Pages::default());
-    let mut d = d.migrate(|_| Balloon::new(pages));
+    let mut d = d.migrate_paused(|_| Balloon::new(pages));
     assert_eq!(free_memory(&d), Some(3000));
     // When that was said is the other host's to know.
     assert_eq!(d.device.with(|b| b.told()), None);
+    d.device.resume();
     eventually("the buffer has moved too", || {
         d.device.with_queues(Balloon::ask_statistics) == Some(true)
     });

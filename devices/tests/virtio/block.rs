@@ -22,8 +22,16 @@ const HEADERS: u64 = DATA;
 /// Where their data is: 64 KiB for each.
 const BUFFERS: u64 = DATA + 0x10_0000;
 
+/// A file in memory, where there is such a place: a disk that is busy with something else must not look like one that does
+/// not answer.
+fn image_file() -> NamedTempFile {
+    NamedTempFile::new_in("/dev/shm")
+        .or_else(|_| NamedTempFile::new())
+        .unwrap()
+}
+
 pub fn image(sectors: u64) -> NamedTempFile {
-    let file = NamedTempFile::new().unwrap();
+    let file = image_file();
     for sector in 0..sectors {
         file.as_file()
             .write_all_at(&pattern(sector), sector * 512)
@@ -204,7 +212,7 @@ fn requests_that_cannot_be_fail_alone() {
 
 #[test]
 fn a_request_is_not_longer_than_a_pause_can_wait_for() {
-    let file = NamedTempFile::new().unwrap();
+    let file = image_file();
     file.as_file().set_len(1 << 30).unwrap();
     let memory = memory();
     let disk = disk(&file, false);

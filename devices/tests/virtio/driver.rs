@@ -325,7 +325,10 @@ impl<D: Device<Memory>> Driver<D> {
         bytes
     }
 
+    /// So far. A used buffer is seen before its interrupt is raised, and both happen under the device's lock, which the
+    /// status is read under: who has seen the buffer counts its interrupt.
     pub fn interrupts(&self) -> usize {
+        self.status();
         self.line.0.load(Ordering::SeqCst)
     }
 
@@ -339,6 +342,16 @@ impl<D: Device<Memory>> Driver<D> {
     /// The guest goes on elsewhere: with a copy of the memory, and `device` in the state of this one, saved while it is
     /// paused.
     pub fn migrate<E: Device<Memory>>(self, device: impl FnOnce(Arc<Memory>) -> E) -> Driver<E> {
+        let driver = self.migrate_paused(device);
+        driver.device.resume();
+        driver
+    }
+
+    /// As [`migrate`](Self::migrate), but there it does not run yet.
+    pub fn migrate_paused<E: Device<Memory>>(
+        self,
+        device: impl FnOnce(Arc<Memory>) -> E,
+    ) -> Driver<E> {
         self.device.pause().unwrap();
         let state: VirtioState = self.device.save();
         let memory = copy(&self.memory);
@@ -353,7 +366,6 @@ impl<D: Device<Memory>> Driver<D> {
         .unwrap();
         device.restore(&state).unwrap();
         assert_eq!(device.save(), state, "what was restored is what is saved");
-        device.resume();
         Driver {
             device,
             memory,
