@@ -49,19 +49,30 @@ pub struct TestGuest {
 impl TestGuest {
     /// Every seventh page is zero.
     pub fn new(pages: usize) -> Self {
-        let memory = Memory::new(pages);
-        for (index, page) in memory.0.iter().enumerate() {
+        Self::with(pages, |index, page| {
             if index % 7 != 0 {
-                let mut page = page.lock().unwrap();
                 page[..8].copy_from_slice(&index.to_le_bytes());
                 page[PAGE_SIZE - 1] = 1;
             }
+        })
+    }
+
+    /// With pages of their own, by number.
+    pub fn with(pages: usize, mut fill: impl FnMut(usize, &mut Page)) -> Self {
+        let memory = Memory::new(pages);
+        for (index, page) in memory.0.iter().enumerate() {
+            fill(index, &mut page.lock().unwrap());
         }
         Self {
             log: Mutex::new(PageSet::new(pages as u64)),
             memory,
             collections: AtomicUsize::new(0),
         }
+    }
+
+    #[allow(dead_code, reason = "not every test that has this file asks")]
+    pub fn pages(&self) -> usize {
+        self.memory.0.len()
     }
 
     pub const fn memory(&self) -> &Memory {

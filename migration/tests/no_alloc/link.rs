@@ -2,7 +2,7 @@
 
 use ferry_migration::port::Link;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 const RING: usize = 1 << 20;
@@ -36,12 +36,28 @@ impl Pipe {
         })
     }
 
-    fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
+    /// The ring once it is no longer `stuck`, or closed; an error if that takes too long.
+    fn wait_while(
+        &self,
+        timeout: Option<Duration>,
+        stuck: impl Fn(&Ring) -> bool,
+    ) -> io::Result<MutexGuard<'_, Ring>> {
+        let timeout = timeout.unwrap_or(NEVER);
+        let (ring, waited) = self
+            .change
+            .wait_timeout_while(self.ring.lock().unwrap(), timeout, |ring| {
+                stuck(ring) && !ring.closed
+            })
+            .unwrap();
+        if waited.timed_out() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(ring)
+    }
+
+    fn write(&self, mut bytes: &[u8], timeout: Option<Duration>) -> io::Result<()> {
         while !bytes.is_empty() {
-            let mut ring = self
-                .change
-                .wait_while(self.ring.lock().unwrap(), |r| r.held == RING && !r.closed)
-                .unwrap();
+            let mut ring = self.wait_while(timeout, |ring| ring.held == RING)?;
             if ring.closed {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
@@ -55,12 +71,9 @@ impl Pipe {
         Ok(())
     }
 
-    fn read(&self, mut into: &mut [u8]) -> io::Result<()> {
+    fn read(&self, mut into: &mut [u8], timeout: Option<Duration>) -> io::Result<()> {
         while !into.is_empty() {
-            let mut ring = self
-                .change
-                .wait_while(self.ring.lock().unwrap(), |r| r.held == 0 && !r.closed)
-                .unwrap();
+            let mut ring = self.wait_while(timeout, |ring| ring.held == 0)?;
             if ring.held == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -109,7 +122,7 @@ impl Carried {
 }
 
 /// Longer than any test takes, on any machine.
-const NEVER: Duration = Duration::from_secs(120);
+pub const NEVER: Duration = Duration::from_secs(120);
 
 /// What a connection suffers from, on its way out.
 #[allow(dead_code, reason = "not every test that has this file wants trouble")]
@@ -132,6 +145,7 @@ pub struct MemoryLink {
     into: Arc<Pipe>,
     trouble: Option<Trouble>,
     sent: u64,
+    timeout: Option<Duration>,
 }
 
 impl MemoryLink {
@@ -165,7 +179,7 @@ impl MemoryLink {
                 }
             }
         }
-        self.out.write(bytes)
+        self.out.write(bytes, self.timeout)
     }
 }
 
@@ -177,12 +191,14 @@ pub fn pair() -> (MemoryLink, MemoryLink) {
         into: Arc::clone(&back),
         trouble: None,
         sent: 0,
+        timeout: None,
     };
     let theirs = MemoryLink {
         out: back,
         into: there,
         trouble: None,
         sent: 0,
+        timeout: None,
     };
     (ours, theirs)
 }
@@ -201,7 +217,7 @@ impl Link for MemoryLink {
     }
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        self.into.read(buf)
+        self.into.read(buf, self.timeout)
     }
 
     fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
@@ -209,6 +225,7 @@ impl Link for MemoryLink {
         Ok(ring.held > 0 || ring.closed)
     }
 
-    /// Both ends are threads of one test; its runner ends it when it hangs.
-    fn set_timeout(&mut self, _: Option<Duration>) {}
+    fn set_timeout(&mut self, timeout: Option<Duration>) {
+        self.timeout = timeout;
+    }
 }
