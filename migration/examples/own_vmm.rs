@@ -27,6 +27,8 @@ use std::time::{Duration, Instant};
 const PAGES: u64 = 4096;
 /// How far apart successive writes are; it and the number of pages have no common divisor.
 const STRIDE: u64 = 1237;
+/// How long the other side may take for anything, on a machine that has much else to do.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 type Page = [u8; PAGE_SIZE];
 
@@ -324,7 +326,11 @@ impl Host<Tcp> for Elsewhere {
 
 /// Waits for a guest and lets it run.
 fn receive(listener: &TcpListener) -> Result<Vm, PortError> {
-    let timeouts = destination::Timeouts::default();
+    let timeouts = destination::Timeouts {
+        handshake: PATIENCE,
+        transfer: PATIENCE,
+        commit: PATIENCE,
+    };
     let link = Tcp::new(listener.accept()?.0)?;
     let (channel, preamble) = greet(link, timeouts.handshake)?;
     let clock = Arc::new(Wall(Instant::now()));
@@ -355,7 +361,12 @@ fn send(vm: &Vm, to: SocketAddr) -> Report {
         session: SessionId(session),
         cancel: &CancelSwitch::default(),
         events: &mut |_| {},
-        timeouts: source::Timeouts::default(),
+        timeouts: source::Timeouts {
+            handshake: PATIENCE,
+            transfer: PATIENCE,
+            ready: PATIENCE,
+            commit: PATIENCE,
+        },
         threads: true,
     };
     source::migrate(vm, setup)
@@ -379,7 +390,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     processor.join().map_err(died)??;
 
     // The guest goes on where it was.
-    let (left, deadline) = (vm.lock().steps, Instant::now() + Duration::from_secs(60));
+    let (left, deadline) = (vm.lock().steps, Instant::now() + PATIENCE);
     while arrived.lock().steps <= left && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(1));
     }
