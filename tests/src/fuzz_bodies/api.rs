@@ -1,5 +1,6 @@
 //! A client of the control socket that sends anything at all.
 
+use crate::PATIENCE;
 use ferry_migration::report::{Event, Progress};
 use ferry_vmm::api::events::{Publisher, Subscription};
 use ferry_vmm::api::server::{Limits, Server};
@@ -13,9 +14,6 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
-
-/// How long anything may take; a client that hangs up is waited for no longer.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The bytes of one connection. Each request is answered, in HTTP, and by no 500: nothing that is asked for here fails,
 /// but a panic would. Returns how many answers there were.
