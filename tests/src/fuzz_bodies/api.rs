@@ -13,7 +13,6 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
 
 /// The bytes of one connection. Each request is answered, in HTTP, and by no 500: nothing that is asked for here fails,
 /// but a panic would. Returns how many answers there were.
