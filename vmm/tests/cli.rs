@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn ferry(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_ferry"))
@@ -228,6 +229,17 @@ impl Guest {
         value["state"].as_str().unwrap().to_owned()
     }
 
+    /// Waits until this command has begun to migrate it.
+    fn migrates(&self, command: &mut Child) {
+        let deadline = Instant::now() + Duration::from_secs(90);
+        while self.state() != "migrating" {
+            let ended = command.try_wait().unwrap();
+            assert!(ended.is_none(), "the migration is over: {ended:?}");
+            assert!(Instant::now() < deadline, "it does not begin");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Its exit status and last words.
     fn end(mut self) -> (Option<i32>, String) {
         let mut text = String::new();
@@ -402,7 +414,8 @@ fn a_terminal_is_raw_while_the_guest_runs_and_restored_after() {
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     let mut seen = String::new();
-    while !seen.contains("ferry-guest: ready") {
+    // The guest runs before the terminal is taken; and what both say may be mixed, so that one line is not enough to wait for.
+    while !(seen.contains("keys: Ctrl-A x") && seen.contains("ferry-guest: stat")) {
         assert!(lines.read_line(&mut seen).unwrap() > 0, "{seen}");
     }
     // Ctrl-C is the guest's; Ctrl-A x is ours.
@@ -450,13 +463,13 @@ fn ctrl_c_cancels_a_migration_and_the_guest_stays() {
     }
     let (source, _lines) = Guest::start("idle:fill=random", "ferry-guest: ready");
     let (mut destination, uri, _words) = receiver();
-    let migrate = Command::new(env!("CARGO_BIN_EXE_ferry"))
-        // Many seconds, at this rate.
+    let mut migrate = Command::new(env!("CARGO_BIN_EXE_ferry"))
+        // Minutes, at this rate.
         .args([
             "migrate",
             "--json",
             "--bandwidth",
-            "4Mbit",
+            "80Kbit",
             "--api",
             &source.api,
             &uri,
@@ -466,9 +479,7 @@ fn ctrl_c_cancels_a_migration_and_the_guest_stays() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    while source.state() != "migrating" {
-        std::thread::yield_now();
-    }
+    source.migrates(&mut migrate);
     // While it moves it can neither be paused nor moved elsewhere.
     let text = stderr(&source.ask("pause"));
     assert!(text.contains("is being migrated to"), "{text}");
@@ -501,12 +512,12 @@ fn a_signal_during_a_migration_cancels_it_and_ends_the_guest() {
     }
     let (source, _lines) = Guest::start("idle:fill=random", "ferry-guest: ready");
     let (mut destination, uri, _words) = receiver();
-    let migrate = Command::new(env!("CARGO_BIN_EXE_ferry"))
+    let mut migrate = Command::new(env!("CARGO_BIN_EXE_ferry"))
         .args([
             "migrate",
             "--quiet",
             "--bandwidth",
-            "4Mbit",
+            "80Kbit",
             "--api",
             &source.api,
             &uri,
@@ -515,9 +526,7 @@ fn a_signal_during_a_migration_cancels_it_and_ends_the_guest() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    while source.state() != "migrating" {
-        std::thread::yield_now();
-    }
+    source.migrates(&mut migrate);
     source.signal(nix::sys::signal::Signal::SIGTERM);
     let (code, text) = source.end();
     assert_eq!(code, Some(0), "{text}");
