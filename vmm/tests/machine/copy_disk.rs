@@ -68,8 +68,10 @@ fn moves(policy: PolicyKind) {
         scope.spawn(|| scatter(&source, &ended));
         let report = migrate(&source, &uri, &options, &Handle::new(), &mut |_| {
             // The guest's memory must not be written by others once it stands still.
-            if source.dirty_log().is_on() {
-                *ended.lock().unwrap() = true;
+            if source.dirty_log().is_on() && !std::mem::replace(&mut *ended.lock().unwrap(), true) {
+                // Its disk was sent, and the migration waits here until it has written to it again.
+                progresses(&source, COUNTER);
+                progresses(&source, COUNTER);
             }
         });
         *ended.lock().unwrap() = true;
