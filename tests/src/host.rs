@@ -11,15 +11,19 @@ use nix::unistd::Pid;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub use ferry_vmm::api::types::StateName as State;
 
-/// The lines of an output so far.
+/// The lines of an output so far, and whether that is all.
 #[derive(Clone, Debug, Default)]
-struct Lines(Arc<Mutex<Vec<String>>>);
+struct Lines {
+    lines: Arc<Mutex<Vec<String>>>,
+    ended: Arc<AtomicBool>,
+}
 
 impl Lines {
     fn follow(output: impl Read + Send + 'static) -> Self {
@@ -30,15 +34,20 @@ impl Lines {
             let mut bytes = Vec::new();
             while output.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
                 let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
-                kept.0.lock().unwrap().push(line);
+                kept.lines.lock().unwrap().push(line);
                 bytes.clear();
             }
+            kept.ended.store(true, Ordering::SeqCst);
         });
         lines
     }
 
     fn all(&self) -> Vec<String> {
-        self.0.lock().unwrap().clone()
+        self.lines.lock().unwrap().clone()
+    }
+
+    fn ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
     }
 }
 
@@ -368,7 +377,7 @@ impl Host {
         runs
     }
 
-    /// Waits for the process's end: its exit status.
+    /// Waits for the process's end, and until all that it printed was read: its exit status.
     pub fn ends(&mut self) -> Option<i32> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
@@ -380,6 +389,9 @@ impl Host {
                 );
                 return status.code();
             }
+                self.wait_for("all that it printed was read", || {
+                    (self.guest.ended() && self.said.ended()).then_some(())
+                });
             std::thread::sleep(Duration::from_millis(5));
         }
         panic!("the process does not end; it said {:#?}", self.said());
