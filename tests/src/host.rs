@@ -202,16 +202,23 @@ impl Host {
         self.child.id()
     }
 
-    /// Waits for a line of its guest.
+    /// Waits for a line of its guest. One that goes on printing others is no hang: a kernel takes as long as it takes.
     pub fn guest_line(&self, name: &str, wanted: impl Fn(&Line<'_>) -> bool) -> String {
-        let find = |lines: Vec<String>| {
-            lines
-                .into_iter()
-                .find(|l| Line::parse(l).is_some_and(|l| wanted(&l)))
-        };
-        self.wait_for(&format!("the guest printed {name}"), || {
-            find(self.guest.all())
-        })
+        let name = format!("the guest printed {name}");
+        let limit = Instant::now() + 10 * PATIENCE;
+        let mut lines = Vec::new();
+        loop {
+            let known = lines.len();
+            let is_it = |l: &String| Line::parse(l).is_some_and(|l| wanted(&l));
+            if let Some(line) = lines.into_iter().find(is_it) {
+                return line;
+            }
+            assert!(Instant::now() < limit, "waited in vain until {name}");
+            lines = self.wait_for(&name, || {
+                let lines = self.guest.all();
+                (lines.len() > known).then_some(lines)
+            });
+        }
     }
 
     /// All that its guest printed here.
@@ -382,6 +389,9 @@ impl Host {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().unwrap() {
+                self.wait_for("all that it printed was read", || {
+                    (self.guest.ended() && self.said.ended()).then_some(())
+                });
                 assert!(
                     !self.said().iter().any(|l| l.contains("panicked")),
                     "{:#?}",
@@ -389,9 +399,6 @@ impl Host {
                 );
                 return status.code();
             }
-                self.wait_for("all that it printed was read", || {
-                    (self.guest.ended() && self.said.ended()).then_some(())
-                });
             std::thread::sleep(Duration::from_millis(5));
         }
         panic!("the process does not end; it said {:#?}", self.said());
