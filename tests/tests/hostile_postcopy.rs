@@ -13,14 +13,15 @@ use ferry_migration::wire::{
     Arrived, Channel, Features, FrameType, Header, Hello, Ready, Role, Running, SessionId,
 };
 use ferry_tests::peer::{
-    Frame, RawLink, SESSION, abort_of, accept, checked, dial, greet, greeted, hold, listener,
+    Frame, RawLink, SESSION, abort_of, accept, checked, greet, greeted, hold, listener,
     missing_frame, page_frame, preambled, send, still_frame, until_state, zero_frame,
 };
-use ferry_tests::{Host, State, guests_run, until};
+use ferry_tests::{Host, PATIENCE, State, guests_run, until};
 use ferry_vmm::api::client::Action;
 use ferry_vmm::api::types::RecoverRequest;
 use ferry_vmm::machine::Machine;
 use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
 
 /// Pages of the guests that are made by hand.
 const PAGES: u64 = 4096;
@@ -202,15 +203,21 @@ fn fault_channels_are_counted() {
     let taken = "was not announced by its migration, or is connected already";
     assert!(refused(1, SESSION).contains(taken));
     assert!(refused(u16::MAX, SESSION).contains(taken));
-    let first = greet(address, Role::Fault, 0, SESSION);
+    // Both are greeted before either is taken: which of them comes second is the receiver's affair.
+    let fault = || greet(address, Role::Fault, 0, SESSION);
+    let mut both = [fault(), fault()];
+    let mut told = None;
     until("a second fault channel of this number is refused", || {
-        let mut second = Channel::new(dial(address));
-        let preamble = ferry_migration::wire::Preamble::new(Role::Fault, 0, SESSION);
-        second.send_preamble(&preamble).unwrap();
-        second.recv_preamble().unwrap();
-        abort_of(&mut second).contains(taken)
+        let patience = Duration::from_millis(10);
+        told = both
+            .iter_mut()
+            .position(|c| c.link().wait_readable(patience).unwrap());
+        told.is_some()
     });
-    drop((first, channel));
+    let second = &mut both[told.unwrap()];
+    second.link().set_timeout(Some(PATIENCE));
+    assert!(abort_of(second).contains(taken));
+    drop((both, channel));
     receiver.reaches(State::Receiving);
 }
 
