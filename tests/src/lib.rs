@@ -23,6 +23,8 @@ pub use nested::{NESTED_PATIENCE, NestedClient, NestedHost, NestedVmm, Turn, nes
 pub use proxy::{Action, Proxy, Way};
 pub use relay::{Relay, UnixLink};
 
+use ferry_devices::block::Disk;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long anything may take before the test calls it a hang.
@@ -38,6 +40,15 @@ pub fn benchmark_host(what: &str, bench: bool) -> Option<ferry_vmm::kvm::Host> {
     };
     host.inspect_err(|why| eprintln!("NOT RUN: benchmark of {what}: {why}"))
         .ok()
+}
+
+/// Whether a disk is in use: by a host that may run its guest.
+pub fn is_locked(disk: &Path) -> bool {
+    let disk = Disk::open(disk, false).unwrap();
+    let locked = disk.lock().is_err();
+    // Closing it is not enough: a process that another test is just starting has the open file too, and its lock.
+    disk.unlock().unwrap();
+    locked
 }
 
 /// Waits until `what` is so.

@@ -5,10 +5,10 @@
 use ferry_devices::block::Disk;
 use ferry_migration::options::{Compress, Options, PolicyKind};
 use ferry_migration::report::{Report, Status};
-use ferry_tests::{Host, State, guests_run};
+use ferry_tests::{Host, State, guests_run, is_locked};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 const WORK: &str = "dirty:wss=8M,rate=2000";
 const SIZE: u64 = (3 << 20) + 512;
@@ -61,10 +61,6 @@ fn options() -> Options {
         verify: true,
         ..Host::options()
     }
-}
-
-fn is_locked(path: &Path) -> bool {
-    Disk::open(path, false).unwrap().lock().is_err()
 }
 
 #[test]

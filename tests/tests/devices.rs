@@ -3,7 +3,7 @@
 
 use ferry_migration::options::{Handover, Options, PolicyKind};
 use ferry_migration::report::Status;
-use ferry_tests::{Host, State, guests_run, run, until};
+use ferry_tests::{Host, State, guests_run, is_locked, run, until};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -66,12 +66,7 @@ fn moves_with_its_disk(options: &Options) {
         "the destination has the lock"
     );
     assert!(destination.verdict().writes > 0);
-    assert!(!refused_by_lock(&disk), "nobody has the lock any more");
-}
-
-fn refused_by_lock(disk: &str) -> bool {
-    let disk = ferry_devices::block::Disk::open(disk.as_ref(), false).unwrap();
-    disk.lock().is_err()
+    assert!(!is_locked(disk.as_ref()), "nobody has the lock any more");
 }
 
 #[test]

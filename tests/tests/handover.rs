@@ -4,11 +4,10 @@
 //! test decides what becomes of it.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use ferry_devices::block::Disk;
 use ferry_migration::options::Options;
 use ferry_migration::report::Status;
 use ferry_tests::peer::ready_at;
-use ferry_tests::{Action, Host, Migration, Proxy, State, Way, guests_run, until};
+use ferry_tests::{Action, Host, Migration, Proxy, State, Way, guests_run, is_locked, until};
 
 const WORK: &str = "dirty:wss=4M,rate=1000";
 
@@ -300,8 +299,7 @@ impl Image {
 
     /// Somebody has it: a host that may run the guest.
     fn is_locked(&self) -> bool {
-        let disk = Disk::open(self.path.path(), false).unwrap();
-        disk.lock().is_err()
+        is_locked(self.path.path())
     }
 }
 
