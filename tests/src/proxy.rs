@@ -48,6 +48,8 @@ struct Fault {
 struct Plan {
     faults: Vec<Fault>,
     frozen: [bool; 2],
+    /// After how many bytes over all connections, from the source to the destination, nothing passes any more.
+    stall_at: Option<u64>,
     /// Nothing passes on any connection.
     stalled: bool,
     hits: usize,
@@ -145,9 +147,16 @@ impl Proxy {
         self.shared.thawed.notify_all();
     }
 
-    /// Nothing passes any more, on any connection and in no direction; all of them stay open.
-    pub fn stall(&self) {
-        self.shared.plan.lock().unwrap().stalled = true;
+    /// Once so many bytes have passed from the source to the destination nothing passes any more, on any connection and
+    /// in no direction; all of them stay open. Ended by [`Proxy::go_on`], and by cutting any of them.
+    pub fn stall_at(&self, total: u64) {
+        self.shared.plan.lock().unwrap().stall_at = Some(total);
+    }
+
+    /// Ends a stall.
+    pub fn go_on(&self) {
+        self.shared.plan.lock().unwrap().stalled = false;
+        self.shared.thawed.notify_all();
     }
 
     /// Closes all connections on both sides.
@@ -331,7 +340,14 @@ impl Shared {
     fn write(&self, way: Way, bytes: &[u8], to: &mut TcpStream) -> bool {
         let sent = to.write_all(bytes).is_ok();
         if sent {
-            self.total[way as usize].fetch_add(bytes.len() as u64, Ordering::SeqCst);
+            // In one step: whoever sees the bytes counted, and ends the stall, ends it for good.
+            let mut plan = self.plan.lock().unwrap();
+            let n = bytes.len() as u64;
+            let total = n + self.total[way as usize].fetch_add(n, Ordering::SeqCst);
+            if way == Way::Forth && plan.stall_at.is_some_and(|at| total >= at) {
+                plan.stall_at = None;
+                plan.stalled = true;
+            }
         }
         sent
     }

@@ -79,6 +79,7 @@ fn a_lost_channel_before_the_commit_changes_nothing() {
         let mark = destination.mark();
         let migration = source.begin_migration(&proxy.uri(), &options);
         until("pages are on their way", || {
+        proxy.stall_at(4 << 20);
             proxy.total(Way::Forth) >= 4 << 20
         });
         assert_eq!(proxy.connections(), 3);

@@ -1,7 +1,7 @@
 //! Post-copy under faults: a guest that runs at the destination while its pages are still at the source is not lost,
 //! whatever breaks, and never runs twice.
 //!
-//! The connections go through a proxy and the push is capped, so that the test can break them in the middle of it.
+//! The connections go through a proxy that stalls in the middle of the push, until the test has broken what it wants.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{Options, PolicyKind};
@@ -27,7 +27,7 @@ fn options(order: PushOrder) -> Options {
     }
 }
 
-/// A migration in the middle of its push.
+/// A migration in the middle of its push, where it stays until the proxy goes on.
 struct Pushing {
     source: Host,
     destination: Host,
@@ -44,6 +44,7 @@ impl Pushing {
         let source = Host::run(WORK, MEMORY, cpus);
         let destination = Host::receive();
         let proxy = Proxy::to(destination.address());
+        proxy.stall_at(BEGUN);
         let migration = source.begin_migration(&proxy.uri(), options);
         until("pages follow the guest", || {
             proxy.total(Way::Forth) >= BEGUN && lacks(&destination).is_some()
@@ -231,6 +232,7 @@ fn interrupted_twice_and_the_destination_has_moved() {
     waits_for_pages(&source, &destination);
     let before = lacks(&destination).unwrap().pages;
     let second = Proxy::to(destination.address());
+    second.stall_at(BEGUN);
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| recover(&source, Some(&second.uri())));
         until("pages follow again", || {
@@ -262,7 +264,6 @@ fn a_silent_network_interrupts() {
         return;
     }
     let pushing = Pushing::begin(PushOrder::Flush, 1);
-    pushing.proxy.stall();
     let report = pushing.migration.report();
     eprintln!("stalled: {}", report.error.as_deref().unwrap_or("-"));
     says_interrupted(&report);
@@ -281,12 +282,13 @@ fn a_killed_destination_takes_the_guest_with_it() {
     let Pushing {
         mut source,
         mut destination,
-        proxy: _proxy,
+        proxy,
         migration,
     } = Pushing::begin(PushOrder::Bubble, 1);
-    let lines = source.guest_lines().len();
     destination.kill();
+    proxy.go_on();
     says_interrupted(&migration.report());
+    let lines = source.guest_lines().len();
     source.reaches(State::Interrupted);
     assert!(source.act(Ask::Resume).is_err());
     let refused = source.recover(true).unwrap_err();
@@ -309,10 +311,11 @@ fn a_killed_source_leaves_the_guest_waiting() {
         let Pushing {
             mut source,
             mut destination,
-            proxy: _proxy,
+            proxy,
             migration,
         } = Pushing::begin(PushOrder::Flush, cpus);
         source.kill();
+        proxy.go_on();
         assert!(migration.outcome().is_err());
         blocked(&destination);
         destination.act(Ask::Stop).unwrap();
@@ -329,7 +332,7 @@ fn after_the_commit_it_is_too_late() {
     let Pushing {
         source,
         destination,
-        proxy: _proxy,
+        proxy,
         migration,
     } = Pushing::begin(PushOrder::Bubble, 1);
     let refused = source.act(Ask::Cancel).unwrap_err();
@@ -344,6 +347,7 @@ fn after_the_commit_it_is_too_late() {
     cannot_move_on(&destination);
     let told = destination.client().status().unwrap().explanation;
     assert!(told.contains("of its pages follow"), "{told}");
+    proxy.go_on();
     let report = migration.report();
     assert_eq!(
         (report.status, report.verified),
@@ -365,8 +369,10 @@ fn before_the_commit_it_can_be_cancelled() {
     let proxy = Proxy::to(destination.address());
     let hybrid = Options {
         policy: PolicyKind::Hybrid,
+        bandwidth: Some(1_000_000),
         ..options(PushOrder::Bubble)
     };
+    let mark = destination.mark();
     let migration = source.begin_migration(&proxy.uri(), &hybrid);
     until("the first pass is under way", || {
         proxy.total(Way::Forth) >= 1 << 20
@@ -374,7 +380,7 @@ fn before_the_commit_it_can_be_cancelled() {
     source.act(Ask::Cancel).unwrap();
     assert_eq!(migration.report().status, Status::Cancelled);
     source.proves_running();
-    destination.reaches(State::Receiving);
+    destination.settles(mark);
     source.migrate_well(
         destination.uri(),
         &Options {
