@@ -5,7 +5,7 @@
 use ferry_guest_images::BARE;
 use ferry_migration::options::{OnTimeout, Options, PolicyKind};
 use ferry_migration::report::{Report, Status};
-use ferry_tests::{Host, State, can_pretend, guests_run, run, until};
+use ferry_tests::{Action, Host, Proxy, Way, can_pretend, guests_run, run};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -381,6 +381,7 @@ fn post_copy_to_a_host_where_it_is_forbidden() {
         ..Host::options()
     };
     for options in [post_copy(), hybrid, turns] {
+        let mark = destination.mark();
         let report = source.migrate(destination.uri(), &options);
         eprintln!("{:?}", report.error);
         assert_eq!(report.status, Status::Failed, "{report:#?}");
@@ -393,7 +394,7 @@ fn post_copy_to_a_host_where_it_is_forbidden() {
         let pages = &report.pages;
         assert_eq!(pages.sent + pages.zero + pages.skipped, 0, "{error}");
         source.proves_running();
-        destination.reaches(State::Receiving);
+        destination.settles(mark);
     }
     source.migrate_well(destination.uri(), &Host::options());
     assert_eq!(source.ends(), Some(0));
@@ -418,7 +419,7 @@ fn post_copy_to_a_host_without_memory() {
         "",
     );
     let mut source = Host::run("dirty:wss=8M,rate=500", "32M", 1);
-    let refused = |report: Report| {
+    let refused = |mark, report: Report| {
         eprintln!("{:?}", report.error);
         assert_eq!(report.status, Status::Failed, "{report:#?}");
         let error = report.error.as_deref().unwrap();
@@ -427,26 +428,27 @@ fn post_copy_to_a_host_without_memory() {
             "{error}"
         );
         source.proves_running();
-        destination.reaches(State::Receiving);
+        destination.settles(mark);
         report.pages
     };
     for options in [post_copy(), Host::options()] {
-        let pages = refused(source.migrate(destination.uri(), &options));
+        let mark = destination.mark();
+        let pages = refused(mark, source.migrate(destination.uri(), &options));
         assert_eq!(pages.sent + pages.zero + pages.skipped, 0);
     }
     available(1 << 20);
-    let slow_hybrid = Options {
+    let hybrid = Options {
         policy: PolicyKind::Hybrid,
-        bandwidth: Some(10_000_000),
         ..Host::options()
     };
-    let migration = source.begin_migration(destination.uri(), &slow_hybrid);
-    until("pages are on their way", || {
-        let progress = source.client().status().unwrap().migration;
-        progress.is_some_and(|p| p.bytes_wire > 1 << 20)
-    });
+    let proxy = Proxy::to(destination.address());
+    proxy.plan(Way::Forth, 2 << 20, Action::Freeze(Way::Forth));
+    let mark = destination.mark();
+    let migration = source.begin_migration(&proxy.uri(), &hybrid);
+    proxy.wait_hits(1);
     available(0);
-    assert!(refused(migration.report()).sent > 0);
+    proxy.thaw(Way::Forth);
+    assert!(refused(mark, migration.report()).sent > 0);
     available(1 << 20);
     source.migrate_well(destination.uri(), &post_copy());
     assert_eq!(source.ends(), Some(0));

@@ -3,19 +3,18 @@
 
 use ferry_migration::options::{OnTimeout, Options};
 use ferry_migration::report::{Phase, Status};
-use ferry_tests::{Host, State, ferry, guests_run, run, until};
+use ferry_tests::{Action as Fault, Host, Proxy, State, Way, ferry, guests_run, run, until};
 use ferry_vmm::api::client::Action;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// 20 Mbit/s: too little for a 64 MiB guest to be gone before the test has done what it wants.
-const SLOW: Option<u64> = Some(2_500_000);
-
+/// Too slow for a 64 MiB guest to be gone before the test has done what it wants: that takes minutes.
 fn slow() -> Options {
     Options {
-        bandwidth: SLOW,
+        bandwidth: Some(250_000),
+        timeout: Duration::from_secs(600),
         ..Host::options()
     }
 }
@@ -38,6 +37,7 @@ fn cancel_leaves_everything_as_it_was() {
     let mut source = Host::run("dirty:wss=8M,rate=3000", "64M", 2);
     let destination = Host::receive();
     for _ in 0..2 {
+        let mark = destination.mark();
         let migration = source.begin_migration(destination.uri(), &slow());
         live(&source);
         let api = source.api();
@@ -47,7 +47,7 @@ fn cancel_leaves_everything_as_it_was() {
         assert_eq!(report.status, Status::Cancelled, "{report:?}");
         assert_eq!((report.downtime_ms, report.verified), (0.0, None));
         source.proves_running();
-        destination.reaches(State::Receiving);
+        destination.settles(mark);
     }
     let refused = source.act(Action::Cancel).unwrap_err();
     assert!(refused.contains("none is under way"), "{refused}");
@@ -69,7 +69,7 @@ fn ctrl_c_cancels() {
             "migrate",
             destination.uri(),
             "--bandwidth",
-            "20Mbit",
+            "2Mbit",
             "--api",
         ])
         .arg(source.api())
@@ -111,12 +111,14 @@ fn the_command_can_die() {
     }
     let mut source = Host::run("dirty:wss=4M,rate=500", "64M", 1);
     let destination = Host::receive();
+    let proxy = Proxy::to(destination.address());
+    proxy.plan(Way::Forth, 1 << 20, Fault::Freeze(Way::Forth));
     let mut child = Command::new(ferry())
         .args([
             "migrate",
-            destination.uri(),
-            "--bandwidth",
-            "100Mbit",
+            &proxy.uri(),
+            "--channels",
+            "1",
             "--verify",
             "--quiet",
             "--api",
@@ -125,11 +127,11 @@ fn the_command_can_die() {
         .stdin(Stdio::null())
         .spawn()
         .unwrap();
-    until("the migration has begun", || {
-        source.state() == State::Migrating
-    });
+    proxy.wait_hits(1);
     child.kill().unwrap();
     child.wait().unwrap();
+    assert_eq!(source.state(), State::Migrating);
+    proxy.thaw(Way::Forth);
     assert_eq!(source.ends(), Some(0), "{:?}", source.said());
     destination.verdict();
 }
@@ -149,6 +151,7 @@ fn a_time_limit_cancels_or_stops() {
         on_timeout,
         ..Host::options()
     };
+    let mark = destination.mark();
     let report = source.migrate(destination.uri(), &hopeless(OnTimeout::Cancel));
     assert_eq!(report.status, Status::Cancelled, "{report:?}");
     assert!(
@@ -159,7 +162,7 @@ fn a_time_limit_cancels_or_stops() {
         "{report:?}"
     );
     source.proves_running();
-    destination.reaches(State::Receiving);
+    destination.settles(mark);
     let report = source.migrate_well(destination.uri(), &hopeless(OnTimeout::Stop));
     eprintln!(
         "stopped after 1 s: downtime {:.0} ms, {:?}",
@@ -234,6 +237,7 @@ fn stopping_a_migrating_guest_ends_it() {
     let destination = Host::receive();
     for by_signal in [false, true] {
         let mut source = Host::run("dirty:wss=4M,rate=500", "64M", 1);
+        let mark = destination.mark();
         let migration = source.begin_migration(destination.uri(), &slow());
         live(&source);
         if by_signal {
@@ -245,6 +249,6 @@ fn stopping_a_migrating_guest_ends_it() {
         if let Ok(report) = migration.outcome() {
             assert_eq!(report.status, Status::Cancelled);
         }
-        destination.reaches(State::Receiving);
+        destination.settles(mark);
     }
 }

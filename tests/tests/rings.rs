@@ -5,6 +5,7 @@ use ferry_migration::options::{Options, PolicyKind, Tracking};
 use ferry_migration::report::{Phase, Status};
 use ferry_tests::{Host, State, guests_run, until};
 use ferry_vmm::api::client::Action;
+use std::time::Duration;
 
 const RING: &[&str] = &["--dirty", "ring"];
 const WRITER: &str = "dirty:wss=8M,rate=4000,pattern=uniform,fill=random";
@@ -71,9 +72,12 @@ fn a_cancelled_migration_leaves_nothing_in_the_rings() {
     let destination = Host::receive_with(RING);
     for _ in 0..2 {
         let slow = Options {
-            bandwidth: Some(2_500_000),
+            // Minutes, so that it is not over before it is cancelled.
+            bandwidth: Some(250_000),
+            timeout: Duration::from_secs(600),
             ..Host::options()
         };
+        let mark = destination.mark();
         let migration = source.begin_migration(destination.uri(), &slow);
         until("pages are on their way", || {
             let progress = source.client().status().unwrap().migration;
@@ -82,7 +86,7 @@ fn a_cancelled_migration_leaves_nothing_in_the_rings() {
         source.act(Action::Cancel).unwrap();
         assert_eq!(migration.report().status, Status::Cancelled);
         source.proves_running();
-        destination.reaches(State::Receiving);
+        destination.settles(mark);
     }
     source.migrate_well(destination.uri(), &Host::options());
     assert_eq!(source.ends(), Some(0));
