@@ -125,6 +125,7 @@ fn a_receiver_refuses_before_the_commit() {
             "more than this host has available",
         ),
     ] {
+        let mark = receiver.mark();
         let mut channel = greet(address, Role::Control, 0, SESSION);
         channel
             .send(Header::bare(FrameType::Hello, 0), &hello.encode())
@@ -132,7 +133,7 @@ fn a_receiver_refuses_before_the_commit() {
         let sentence = abort_of(&mut channel);
         eprintln!("{name}: {sentence}");
         assert!(sentence.contains(expected), "{name}: {sentence}");
-        receiver.reaches(State::Receiving);
+        receiver.settles(mark);
     }
     let bits = |gfn| {
         let header = Header {
@@ -176,13 +177,14 @@ fn a_receiver_refuses_before_the_commit() {
             "was expected",
         ),
     ] {
+        let mark = receiver.mark();
         let mut channel = greeted(address, hello);
         send(&mut channel, &frame);
         let sentence = abort_of(&mut channel);
         eprintln!("{name}: {sentence}");
         assert!(sentence.contains(expected), "{name}: {sentence}");
         drop(channel);
-        receiver.reaches(State::Receiving);
+        receiver.settles(mark);
     }
 }
 

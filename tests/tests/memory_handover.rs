@@ -337,10 +337,11 @@ fn recorded() -> (Host, Host, Hello) {
     let receiver = Host::receive_unix();
     let relay = Relay::to(receiver.uri());
     relay.without_files();
+    let mark = receiver.mark();
     let why = source.migrate(&relay.uri(), &options()).error.unwrap();
     eprintln!("recorded: {why}");
     let hello = Opening::of(&relay.said()).hello;
-    receiver.reaches(State::Receiving);
+    receiver.settles(mark);
     (source, receiver, hello)
 }
 
@@ -409,10 +410,11 @@ fn a_receiver_survives_files_that_lie() {
         ),
     ];
     for (name, hello, files, expected) in cases {
+        let mark = receiver.mark();
         let mut channel = greets(&receiver, hello, files);
         is_refused(name, &abort_of(&mut channel), expected);
         drop(channel);
-        receiver.reaches(State::Receiving);
+        receiver.settles(mark);
     }
     // A page where none is expected.
     let mut channel = greets(&receiver, &must, with(memfd(MEMORY, good)));
@@ -453,6 +455,7 @@ fn a_receiver_survives_taps_that_lie() {
         ),
     ];
     for (name, kind, files, expected) in cases {
+        let mark = receiver.mark();
         let mut channel = greets(&receiver, &hello, vec![good(), word()]);
         assert_eq!(channel.recv_header().unwrap().kind, FrameType::FilesWanted);
         channel.link().files = match files {
@@ -462,7 +465,7 @@ fn a_receiver_survives_taps_that_lie() {
         channel.send(Header::bare(kind, 0), &[]).unwrap();
         is_refused(name, &abort_of(&mut channel), expected);
         drop(channel);
-        receiver.reaches(State::Receiving);
+        receiver.settles(mark);
     }
     until("everything was closed", || descriptors(&receiver) <= before);
     source.migrate_well(receiver.uri(), &options());
