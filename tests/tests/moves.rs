@@ -6,8 +6,8 @@
 
 use ferry_guest_images::{Class, Kernel, Line, Problem};
 use ferry_migration::options::{Compress, Handover, Options};
-use ferry_migration::report::{Report, Status};
-use ferry_tests::{Host, Proxy, State, Way, guests_run, run};
+use ferry_migration::report::{Phase, Report, Status};
+use ferry_tests::{Host, Proxy, State, Way, guests_run, run, until};
 use ferry_vmm::api::client::Action;
 use std::time::Duration;
 
@@ -181,6 +181,10 @@ fn four_channels_and_every_byte_is_counted() {
             ..Host::options()
         };
         let report = source.migrate_well(&proxy.uri(), &options);
+        // What arrived may have been answered before it was counted.
+        until("the proxy has counted all", || {
+            proxy.total(Way::Forth) >= report.bytes_wire
+        });
         assert_eq!(report.bytes_wire, proxy.total(Way::Forth));
         let lanes = if channels == 1 {
             0
@@ -327,10 +331,17 @@ fn a_guest_that_ends_on_the_way_ends() {
     let destination = Host::receive();
     let mut source = Host::run("dirty:wss=4M,rate=1000", "64M", 1);
     let options = Options {
-        bandwidth: Some(4 << 20),
+        // Minutes.
+        bandwidth: Some(100_000),
+        timeout: Duration::from_secs(600),
         ..Host::options()
     };
+    let mark = destination.mark();
     let migration = source.begin_migration(destination.uri(), &options);
+    until("pages are on their way", || {
+        let progress = source.client().status().unwrap().migration;
+        progress.is_some_and(|p| p.phase == Phase::Live && p.bytes_wire > 0)
+    });
     source.finish();
     source.guest_line(
         "its verdict",
@@ -346,7 +357,7 @@ fn a_guest_that_ends_on_the_way_ends() {
     if let Ok(report) = report {
         assert_ne!(report.status, Status::Completed);
     }
-    destination.reaches(State::Receiving);
+    destination.settles(mark);
     let mut next = Host::run("dirty:wss=4M,rate=1000", "64M", 1);
     next.migrate_well(destination.uri(), &Host::options());
     assert_eq!(next.ends(), Some(0));
