@@ -486,7 +486,6 @@ fn stop<L: Link, G: Guest<L>, W: WriteAt>(
     saved: &mut Saved,
 ) -> Result<Vec<u8>, SaveError> {
     let now = || shared.clock.now();
-    let asked = now();
     let ago = shared.guest.pause().map_err(SaveError::Guest)?;
     saved.paused_at = now().saturating_sub(ago);
     if options.live {
@@ -496,7 +495,7 @@ fn stop<L: Link, G: Guest<L>, W: WriteAt>(
             .map_err(SaveError::Guest)?;
     }
     let stopped = now();
-    saved.quiesce = stopped.saturating_sub(asked.min(saved.paused_at));
+    saved.quiesce = stopped.saturating_sub(saved.paused_at);
     shared.pass::<L>(lanes, pending, false)?;
     saved.rounds += 1;
     let written = now();

@@ -242,8 +242,9 @@ pub fn restore(
         .restore(&state)
         .and_then(|()| host.run())
         .map_err(refused)?;
-    report.total_ms = ms(began.elapsed());
-    report.start_ms = ms(began.elapsed().saturating_sub(start));
+    let total = began.elapsed();
+    report.total_ms = ms(total);
+    report.start_ms = ms(total.saturating_sub(start));
     let report = std::thread::Builder::new().spawn(move || report)?;
     Ok(Restored {
         machine,
