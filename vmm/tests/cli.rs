@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -110,6 +110,62 @@ fn nobody_on_the_socket_is_said() {
         2,
     );
     assert!(text.contains("1 to 64"), "{text}");
+}
+
+/// The head and the body of a request to a pretended VMM.
+fn request(stream: &mut BufReader<UnixStream>) -> String {
+    let mut text = String::new();
+    while !text.ends_with("\r\n\r\n") {
+        assert!(stream.read_line(&mut text).unwrap() > 0, "{text}");
+    }
+    let length = text.to_lowercase();
+    let length = length
+        .lines()
+        .find_map(|l| l.strip_prefix("content-length: "));
+    let mut body = vec![0; length.map_or(0, |n| n.parse().unwrap())];
+    stream.read_exact(&mut body).unwrap();
+    text + std::str::from_utf8(&body).unwrap()
+}
+
+#[test]
+fn ctrl_c_cancels_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, file) = (dir.path().join("api"), dir.path().join("file"));
+    let vmm = UnixListener::bind(&api).unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_ferry"))
+        .arg("snapshot")
+        .arg("--api")
+        .args([&api, &file])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut writing = BufReader::new(vmm.accept().unwrap().0);
+    let asked = request(&mut writing);
+    assert!(asked.starts_with("PUT /v1/snapshot "), "{asked}");
+    send(&child, nix::sys::signal::Signal::SIGINT);
+    let mut cancel = BufReader::new(vmm.accept().unwrap().0);
+    let asked = request(&mut cancel);
+    assert!(asked.starts_with("PUT /v1/cancel "), "{asked}");
+    let done = b"HTTP/1.1 204 No Content\r\n\r\n";
+    cancel.get_mut().write_all(done).unwrap();
+    let why = r#"{"error":"the snapshot was cancelled"}"#;
+    let refused = format!(
+        "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{why}",
+        why.len()
+    );
+    writing.get_mut().write_all(refused.as_bytes()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    let text = stderr(&out);
+    assert_eq!(out.status.code(), Some(1), "{text}");
+    assert_eq!(
+        text.lines().collect::<Vec<_>>(),
+        [
+            "ferry: cancelling; no file is made",
+            "ferry: the snapshot was cancelled"
+        ]
+    );
 }
 
 #[test]
@@ -255,9 +311,13 @@ impl Guest {
     }
 
     fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        nix::sys::signal::kill(pid, signal).unwrap();
+        send(&self.child, signal);
     }
+}
+
+fn send(child: &Child, signal: nix::sys::signal::Signal) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    nix::sys::signal::kill(pid, signal).unwrap();
 }
 
 /// A `ferry receive` in the background, and where it listens.

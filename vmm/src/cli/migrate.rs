@@ -153,7 +153,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     request.options.check()?;
     let client = Client::new(&args.api);
     // Before the first connection, so that Ctrl-C never leaves a migration behind that nobody watches.
-    cancel_on_signal(client.clone())?;
+    cancel_on_signal(client.clone(), "cancelling; the guest stays where it is")?;
     let mut display = Display::new(args.progress, args.quiet);
     let result = client.migrate(&request, &mut |event| display.show(event));
     display.clear();
@@ -179,8 +179,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::FAILURE)
 }
 
-/// SIGINT and SIGTERM cancel the migration; its report then says what became of it. A second one gives up waiting.
-fn cancel_on_signal(client: Client) -> Result<(), Failure> {
+/// SIGINT and SIGTERM cancel what the VMM does, and say so; its answer then says what became of it. A second one gives up waiting.
+pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Failure> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
@@ -191,7 +191,7 @@ fn cancel_on_signal(client: Client) -> Result<(), Failure> {
         if signals.wait().is_err() {
             return;
         }
-        say("cancelling; the guest stays where it is");
+        say(sentence);
         // Not begun yet, or over: then there is nothing to cancel, and the report says so.
         if let Err(e) = client.act(Action::Cancel) {
             say(&e.to_string());

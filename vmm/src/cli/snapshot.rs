@@ -1,6 +1,6 @@
 //! `ferry snapshot`.
 
-use super::migrate::named;
+use super::migrate::{cancel_on_signal, named};
 use super::output::{Failure, put, put_json};
 use super::units::{grouped, span};
 use ferry_migration::options::Compress;
@@ -13,7 +13,7 @@ use std::process::ExitCode;
 ///
 /// The guest stands still while its memory is written, and goes on afterwards; with --live it runs while most of it is
 /// written, which takes longer and a larger file. The file is the guest at one moment. It is written by the guest's VMM,
-/// can be read by that user alone, and has its name only when it is complete. Pages of zeros take no room. Disks are not
+/// can be read by that user alone, and has its name only when it is complete: Ctrl-C (or `ferry cancel`) leaves none. Pages of zeros take no room. Disks are not
 /// in it: copy them while the guest stands still (--then pause), with `cp -p`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -69,7 +69,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         force: args.force,
         then: args.then,
     };
-    let report = Client::new(&args.api).snapshot(&request)?;
+    let client = Client::new(&args.api);
+    cancel_on_signal(client.clone(), "cancelling; no file is made")?;
+    let report = client.snapshot(&request)?;
     if args.json {
         put_json(&report)?;
     } else {
