@@ -20,6 +20,7 @@
 mod bandwidth;
 pub mod codec;
 pub mod destination;
+mod first_pass;
 pub mod lanes;
 pub mod model;
 pub mod options;

@@ -171,7 +171,8 @@ pub struct Options {
     /// MPLM: how often the dirty log is looked at.
     #[serde(rename = "sync_ms", with = "millis")]
     pub sync: Duration,
-    /// Send pages that are dirtied often late in a round, so that they are sent again less.
+    /// Send pages that are dirtied often late in a round, so that they are sent again less (dynamic page transfer
+    /// reordering, Svärd 2012); in the first round, regions that are being written to.
     pub reorder: bool,
     /// Post-copy: in which order pages follow that nobody has asked for.
     pub order: PushOrder,

@@ -121,7 +121,8 @@ pub enum SendOrder {
     #[default]
     Address,
     /// Pages that were dirtied often last: what is written again soon is then sent when it is
-    /// needed, not before (dynamic page transfer reordering, Svärd 2012).
+    /// needed, not before (dynamic page transfer reordering, Svärd 2012). In the first pass, before it is
+    /// known how often: regions that are being written to last, as that pass itself finds out.
     ColdFirst,
 }
 

@@ -2,6 +2,7 @@
 //! engine's live phase.
 
 use super::{Activity, Clearing, Outcome, Round, Setup};
+use crate::first_pass::FirstPass;
 use crate::page::{Heat, PageSet, Run};
 use crate::policy::{SendOrder, View, pages_in, seconds};
 use crate::sender::{BATCH_PAGES, Batches};
@@ -33,6 +34,13 @@ pub(super) struct Rounds<'a> {
     sent: u64,
     resent: u64,
     rounds: Vec<Round>,
+}
+
+/// A round that is being sent.
+struct Sending {
+    began: f64,
+    sent: u64,
+    seconds_per_page: f64,
 }
 
 impl<'a> Rounds<'a> {
@@ -188,9 +196,34 @@ impl<'a> Rounds<'a> {
         if self.setup.clearing == Clearing::AtRoundStart {
             self.log.subtract(&pages);
         }
-        let mut sent = 0;
         // From the beginning of the round, so that many small steps do not add up to an error.
-        let began = self.now;
+        let mut sending = Sending {
+            began: self.now,
+            sent: 0,
+            seconds_per_page,
+        };
+        if order == SendOrder::ColdFirst && self.sent_once.is_empty() {
+            // As the engine learns in its first pass.
+            self.log.subtract(&pages);
+            let mut pass = FirstPass::new(pages);
+            loop {
+                let step = pass.next();
+                if step.is_empty() {
+                    break;
+                }
+                self.send_pages(step, SendOrder::Address, &mut sending);
+                pass.found(&self.log);
+            }
+        } else {
+            self.send_pages(pages, order, &mut sending);
+        }
+        let sent = sending.sent;
+        self.end_round(sent);
+        self.in_flight
+            .push_back(self.now + self.setup.round_trip.as_secs_f64());
+    }
+
+    fn send_pages(&mut self, pages: PageSet, order: SendOrder, sending: &mut Sending) {
         let mut batches = Batches::new(pages, order, &self.heat, BATCH_PAGES);
         let mut runs: Vec<Run> = Vec::with_capacity(64);
         while batches.next(&mut runs) {
@@ -199,13 +232,11 @@ impl<'a> Rounds<'a> {
                     self.log.remove_run(*run);
                 }
                 self.deliver(*run);
-                sent += run.count;
+                sending.sent += run.count;
             }
-            self.pass_until(began + sent as f64 * seconds_per_page);
+            let took = sending.sent as f64 * sending.seconds_per_page;
+            self.pass_until(sending.began + took);
         }
-        self.end_round(sent);
-        self.in_flight
-            .push_back(self.now + self.setup.round_trip.as_secs_f64());
     }
 
     fn deliver(&mut self, run: Run) {

@@ -157,8 +157,8 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         batches: Batches,
         mode: BatchMode,
     ) -> Result<Sent, SourceError> {
-        self.lanes_used.begin_round();
         let guest = self.guest;
+        let before = self.progress.round_sent;
         let count = self.lanes.len();
         let shared = Shared {
             state: Mutex::new(State {
@@ -199,7 +199,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 }
                 if now.saturating_sub(told) >= PROGRESS_EVERY {
                     told = now;
-                    snapshot.round_sent = state.sent_pages;
+                    snapshot.round_sent = before + state.sent_pages;
                     events(Event::Progress(snapshot.clone()));
                 }
             }
@@ -210,7 +210,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 .collect()
         });
         drop(shared);
-        self.progress.round_sent = 0;
+        self.progress.round_sent = before;
         let lost = results.len() < count;
         let mut total = Sent::default();
         let mut failure = None;

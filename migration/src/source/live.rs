@@ -2,6 +2,7 @@
 
 use super::lanes::worth_lanes;
 use super::{InFlight, LiveEnd, Source, SourceError, State, ms};
+use crate::first_pass::FirstPass;
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{Decision, Policy, SendOrder};
 use crate::port::{Guest, Link};
@@ -144,12 +145,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             paused,
             tell: false,
         };
-        let few = !worth_lanes(pages.len());
-        let batches = Batches::new(pages, order, &self.heat, batch);
-        let sent = if few || self.lanes.is_empty() {
-            self.send_here(batches, mode)?
+        self.lanes_used.begin_round();
+        // Of the first pages nobody knows yet how often they are dirtied.
+        let learns = order == SendOrder::ColdFirst && self.sent_once.is_empty();
+        let sent = if learns {
+            self.send_first_pass(pages, mode, batch)?
         } else {
-            self.send_on_lanes(batches, mode)?
+            self.send_pages(pages, order, mode, batch)?
         };
         if self.rounds.len() >= Self::ROUNDS_KEPT {
             // The first and the last tell the story.
@@ -178,6 +180,53 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             beside: self.stores.take_beside(),
         });
         Ok(sent)
+    }
+
+    /// Pages of a round, on the channels that are worth it.
+    fn send_pages(
+        &mut self,
+        pages: PageSet,
+        order: SendOrder,
+        mode: BatchMode,
+        batch: u64,
+    ) -> Result<Sent, SourceError> {
+        let few = !worth_lanes(pages.len());
+        let batches = Batches::new(pages, order, &self.heat, batch);
+        if few || self.lanes.is_empty() {
+            self.send_here(batches, mode)
+        } else {
+            self.send_on_lanes(batches, mode)
+        }
+    }
+
+    /// A first pass that learns meanwhile what the guest writes to, and sends that last.
+    fn send_first_pass(
+        &mut self,
+        pages: PageSet,
+        mode: BatchMode,
+        batch: u64,
+    ) -> Result<Sent, SourceError> {
+        let failed = |e| SourceError::guest("reading the dirty log", e);
+        let mut pass = FirstPass::new(pages);
+        let mut words = Vec::new();
+        // All are pending: from here on the log tells which of them are written. Each is cleared once more as it leaves.
+        for part in pass.parts() {
+            self.guest.clear_dirty(&part, &mut words).map_err(failed)?;
+        }
+        let mut log = PageSet::new(self.layout.end());
+        let mut total = Sent::default();
+        loop {
+            let step = pass.next();
+            if step.is_empty() {
+                return Ok(total);
+            }
+            total.add(self.send_pages(step, SendOrder::Address, mode, batch)?);
+            if !pass.left().is_empty() {
+                log.clear();
+                self.guest.collect_dirty(&mut log).map_err(failed)?;
+                pass.found(&log);
+            }
+        }
     }
 
     /// Marks the end of a round on every channel.

@@ -42,7 +42,8 @@ pub struct Args {
     /// MPLM: how often the dirty log is looked at.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     sync: Option<Duration>,
-    /// Send pages that are dirtied often late in a round.
+    /// Send pages that are dirtied often late in a round; in the first, where that is not known yet, memory is sent in
+    /// steps, and what is written meanwhile goes last.
     #[arg(long)]
     reorder: bool,
     /// Post-copy: the order in which pages are pushed.
