@@ -30,9 +30,10 @@ fn every_policy_moves_a_writer() {
         return;
     }
     let mut here = Host::run_with(WRITER, "32M", 2, RING);
-    for policy in PolicyKind::ALL {
+    for (policy, reorder) in PolicyKind::ALL.iter().flat_map(|p| [(p, false), (p, true)]) {
         let options = Options {
             policy: *policy,
+            reorder,
             dirty: Tracking::Ring,
             ..Host::options()
         };
