@@ -58,34 +58,24 @@ impl FirstPass {
         calm.subtract(&self.written);
         // What is written all the time goes last, and then all of it is as good as any.
         let from = if calm.is_empty() { &self.left } else { &calm };
-        let mut regions: Vec<(u32, usize)> = from
-            .words()
-            .chunks(REGION_WORDS)
-            .enumerate()
-            .filter(|(_, words)| words.iter().any(|word| *word != 0))
-            .map(|(region, _)| (self.written_in(region), region))
+        let written = self.written.words().chunks(REGION_WORDS).map(count);
+        let parts = from.words().chunks(REGION_WORDS);
+        let mut regions: Vec<_> = written
+            .zip(parts.enumerate())
+            .filter(|(_, (_, words))| count(words) > 0)
             .collect();
         regions.sort_unstable();
         let mut step = PageSet::new(self.left.end());
         let mut room = self.step;
-        for (_, region) in regions {
+        for (_, (region, words)) in regions {
             if room == 0 {
                 break;
             }
-            let words = region * REGION_WORDS;
-            let words = &from.words()[words..from.words().len().min(words + REGION_WORDS)];
             step.insert_words((region * REGION) as Gfn, words);
-            let taken: u32 = words.iter().map(|word| word.count_ones()).sum();
-            room = room.saturating_sub(taken.into());
+            room = room.saturating_sub(count(words).into());
         }
         self.left.subtract(&step);
         step
-    }
-
-    fn written_in(&self, region: usize) -> u32 {
-        let words = self.written.words().iter();
-        let words = words.skip(region * REGION_WORDS).take(REGION_WORDS);
-        words.map(|word| word.count_ones()).sum()
     }
 
     /// What is left, in parts that are worth one request to the dirty log, so that the guest never waits long for it.
@@ -107,6 +97,11 @@ impl FirstPass {
             (!part.is_empty()).then_some(part)
         })
     }
+}
+
+/// Pages in a part of a set.
+fn count(words: &[u64]) -> u32 {
+    words.iter().map(|word| word.count_ones()).sum()
 }
 
 #[cfg(test)]

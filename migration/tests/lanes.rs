@@ -12,10 +12,13 @@ use ferry_migration::options::{Compress, OnTimeout, Options};
 use ferry_migration::page::PAGE_SIZE;
 use ferry_migration::port::Clock;
 use ferry_migration::report::{Report, Status};
+use ferry_migration::rng::Rng;
 use ferry_migration::source::{self, CancelSwitch, Setup};
 use ferry_migration::wire::{Role, SessionId};
 use no_alloc::guest::{Memory, TestGuest, TestHost};
-use no_alloc::link::{Carried, MemoryLink, NEVER, Trouble, pair};
+use no_alloc::link::{
+    Carried, DESTINATION_TIMEOUTS, MemoryLink, NEVER, SOURCE_TIMEOUTS, Trouble, pair,
+};
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -38,12 +41,7 @@ fn serve(connections: Receiver<MemoryLink>, memory: &Memory) -> State {
     let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
     let host = TestHost::new(memory.clone());
     let clock = Arc::new(Real(Instant::now()));
-    let timeouts = destination::Timeouts {
-        handshake: NEVER,
-        transfer: NEVER,
-        commit: NEVER,
-    };
-    let mut engine = Destination::new(channel, &preamble, host, timeouts, clock);
+    let mut engine = Destination::new(channel, &preamble, host, DESTINATION_TIMEOUTS, clock);
     engine.step().unwrap();
     std::thread::scope(|scope| {
         if let Some(lanes) = engine.lanes().cloned() {
@@ -110,12 +108,7 @@ fn migrate_coded(
             session: SessionId([7; 16]),
             cancel: &CancelSwitch::default(),
             events: &mut |_| {},
-            timeouts: source::Timeouts {
-                handshake: NEVER,
-                transfer: NEVER,
-                ready: NEVER,
-                commit: NEVER,
-            },
+            timeouts: SOURCE_TIMEOUTS,
             threads: true,
         },
     );
@@ -203,17 +196,10 @@ fn rounds_of_all_sizes_arrive_in_order() {
 /// Pages that look regular and do not shrink go raw after all, between those that are noise: they arrive where they were.
 #[test]
 fn what_no_coder_shrinks_arrives() {
-    let mut state = 1_u64;
-    let mut noise = || {
-        // SplitMix64.
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (x ^ (x >> 31)).to_le_bytes()
-    };
+    let mut rng = Rng::new(1);
     let guest = TestGuest::with(2048, |gfn, page| {
         for word in page.chunks_exact_mut(8) {
-            word.copy_from_slice(&noise());
+            word.copy_from_slice(&rng.next().to_le_bytes());
         }
         if gfn % 3 == 0 {
             page.iter_mut().step_by(16).for_each(|byte| *byte = 0x55);

@@ -17,7 +17,7 @@ use ferry_migration::report::{Report, Status};
 use ferry_migration::source::{self, CancelSwitch, Setup};
 use ferry_migration::wire::{Role, SessionId};
 use no_alloc::guest::{Memory, TestGuest, TestHost};
-use no_alloc::link::{MemoryLink, NEVER, pair};
+use no_alloc::link::{DESTINATION_TIMEOUTS, MemoryLink, NEVER, SOURCE_TIMEOUTS, pair};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, Stats, StatsAlloc};
 use std::alloc::System;
 use std::io;
@@ -53,13 +53,8 @@ impl Clock for Ticks {
 fn serve(connections: Receiver<MemoryLink>, memory: &Memory) {
     let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
     let host = TestHost::new(memory.clone());
-    let timeouts = destination::Timeouts {
-        handshake: NEVER,
-        transfer: NEVER,
-        commit: NEVER,
-    };
     let clock = Arc::new(Ticks::default());
-    let mut engine = Destination::new(channel, &preamble, host, timeouts, clock);
+    let mut engine = Destination::new(channel, &preamble, host, DESTINATION_TIMEOUTS, clock);
     // The greeting, which says how many lanes will come.
     engine.step().unwrap();
     std::thread::scope(|scope| {
@@ -111,12 +106,7 @@ fn migrate(bytes: usize, channels: u16, compress: Compress) -> (Report, Stats) {
             session: SessionId([7; 16]),
             cancel: &CancelSwitch::default(),
             events: &mut |_| {},
-            timeouts: source::Timeouts {
-                handshake: NEVER,
-                transfer: NEVER,
-                ready: NEVER,
-                commit: NEVER,
-            },
+            timeouts: SOURCE_TIMEOUTS,
             threads: true,
         },
     );

@@ -1,6 +1,7 @@
 //! A link in memory: two rings of a fixed size. Sending and receiving allocates nothing.
 
 use ferry_migration::port::Link;
+use ferry_migration::{destination, source};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -124,6 +125,19 @@ impl Carried {
 /// Longer than any test takes, on any machine.
 pub const NEVER: Duration = Duration::from_secs(120);
 
+/// How long the engines at both ends of such links wait.
+pub const SOURCE_TIMEOUTS: source::Timeouts = source::Timeouts {
+    handshake: NEVER,
+    transfer: NEVER,
+    ready: NEVER,
+    commit: NEVER,
+};
+pub const DESTINATION_TIMEOUTS: destination::Timeouts = destination::Timeouts {
+    handshake: NEVER,
+    transfer: NEVER,
+    commit: NEVER,
+};
+
 /// What a connection suffers from, on its way out.
 #[allow(dead_code, reason = "not every test that has this file wants trouble")]
 #[derive(Clone, Debug)]
@@ -186,21 +200,14 @@ impl MemoryLink {
 /// Two ends.
 pub fn pair() -> (MemoryLink, MemoryLink) {
     let (there, back) = (Pipe::new(), Pipe::new());
-    let ours = MemoryLink {
-        out: Arc::clone(&there),
-        into: Arc::clone(&back),
+    let end = |out: &Arc<Pipe>, into: &Arc<Pipe>| MemoryLink {
+        out: Arc::clone(out),
+        into: Arc::clone(into),
         trouble: None,
         sent: 0,
         timeout: None,
     };
-    let theirs = MemoryLink {
-        out: back,
-        into: there,
-        trouble: None,
-        sent: 0,
-        timeout: None,
-    };
-    (ours, theirs)
+    (end(&there, &back), end(&back, &there))
 }
 
 impl Drop for MemoryLink {

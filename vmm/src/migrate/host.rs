@@ -75,10 +75,10 @@ impl RamSink {
 
     /// Whether a run is long, and nothing was written to any of its pages. What was, is remembered: to ask the memory file
     /// would mean waiting for another lane that writes to it.
-    fn is_fresh(&self, run: Run) -> bool {
-        run.count >= Self::LONG
+    fn is_fresh(&self, (first, count): PageRun) -> bool {
+        count >= Self::LONG
             && !self.ram.hugepages()
-            && !(run.first..run.end()).any(|gfn| self.filled.contains(gfn))
+            && !(first..first + count).any(|gfn| self.filled.contains(gfn))
     }
 }
 
@@ -86,15 +86,10 @@ impl PageSink<StreamLink> for RamSink {
     fn receive(&self, link: &mut StreamLink, runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let mut rest = page_runs(runs, &mut buffer)?;
-        let mut runs = runs;
         // Long runs of memory that holds nothing yet have a shorter way; all else is read straight
         // into place, as many runs at once as lie together.
         while !rest.is_empty() {
-            let direct = runs.iter().take_while(|run| !self.is_fresh(**run)).count();
-            runs.iter()
-                .take(direct + 1)
-                .for_each(|run| self.filled.set_run(*run, true));
-            runs = runs.get(direct + 1..).unwrap_or_default();
+            let direct = rest.iter().take_while(|run| !self.is_fresh(**run)).count();
             let (now, later) = rest.split_at(direct);
             self.read_direct(link, now)?;
             rest = later;
@@ -109,6 +104,7 @@ impl PageSink<StreamLink> for RamSink {
                 rest = later;
             }
         }
+        runs.iter().for_each(|run| self.filled.set_run(*run, true));
         Ok(())
     }
 
