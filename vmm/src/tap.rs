@@ -1,7 +1,8 @@
 //! A tap device: the host's end of a guest's network card (`Documentation/networking/tuntap.rst`).
-//!
-//! Beside `kvm` and `memory` the only module with `unsafe`: the ioctls of /dev/net/tun have no safe wrapper that neither
-//! needs more than a C compiler nor does more than this.
+
+#![deny(unsafe_code)]
+
+mod ioctl;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -11,16 +12,9 @@ use std::path::Path;
 
 use ferry_devices::net::{Backend, HEADER, Offloads};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
-use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 
-ioctl_ior_nr!(TUNGETIFF, TUN, 210, libc::c_uint);
-ioctl_ior_nr!(TUNGETVNETHDRSZ, TUN, 215, libc::c_int);
-ioctl_iow_nr!(TUNSETIFF, TUN, 202, libc::c_int);
-ioctl_iow_nr!(TUNSETOFFLOAD, TUN, 208, libc::c_uint);
-ioctl_iow_nr!(TUNSETVNETHDRSZ, TUN, 216, libc::c_int);
-const TUN: libc::c_uint = 0x54;
-
+/// How taps are opened here: with a header before each frame, and nothing else.
+const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 /// Where the kernel makes tap devices.
 const DEVICE: &str = "/dev/net/tun";
 
@@ -121,7 +115,7 @@ impl Tap {
             name: name.to_owned(),
             lent: None,
         };
-        match tap.attach(name) {
+        match ioctl::attach(&tap.file, name, FLAGS) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 return Err(TapError::Busy {
                     name: name.to_owned(),
@@ -132,7 +126,7 @@ impl Tap {
                 "it must be a tap (not a tun or another interface) of this user, with one queue",
             ))?,
         }
-        tap.set_header_size().map_err(refused(
+        ioctl::set_header_size(&tap.file, HEADER).map_err(refused(
             "setting the size of its headers",
             "the kernel is too old",
         ))?;
@@ -165,14 +159,13 @@ impl Tap {
             name: String::new(),
             lent: Some(None),
         };
-        let (name, flags) = tap.interface().map_err(TapError::Examine)?;
-        let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        if flags & wanted != wanted || flags & libc::IFF_TUN != 0 {
+        let (name, flags) = ioctl::interface(&tap.file).map_err(TapError::Examine)?;
+        if flags & FLAGS != FLAGS || flags & libc::IFF_TUN != 0 {
             return Err(TapError::Foreign(
                 "it is a tunnel, or a tap that was opened in another way",
             ));
         }
-        if tap.header_size().map_err(TapError::Examine)? != HEADER {
+        if ioctl::header_size(&tap.file).map_err(TapError::Examine)? != HEADER {
             return Err(TapError::Foreign("its headers have another size"));
         }
         // A frame that is not there must not stop the card's worker.
@@ -188,27 +181,6 @@ impl Tap {
         &self.name
     }
 
-    /// The interface that the file is attached to: its name and flags.
-    fn interface(&self) -> io::Result<(String, libc::c_int)> {
-        // SAFETY: an ifreq is plain old data, for which all zeros is a value.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        // SAFETY: TUNGETIFF writes an ifreq, whatever its number says; `request` is one and outlives the call. The file is
-        // one of the tun driver's, as `adopt` has checked.
-        check(unsafe { ioctl_with_mut_ref(&self.file, TUNGETIFF(), &mut request) })?;
-        let name = request.ifr_name.iter().map(|c| c.to_ne_bytes()[0]);
-        let name: Vec<u8> = name.take_while(|byte| *byte != 0).collect();
-        // SAFETY: the kernel has filled in the flags; every bit pattern is a value of them.
-        let flags = unsafe { request.ifr_ifru.ifru_flags };
-        Ok((String::from_utf8_lossy(&name).into_owned(), flags.into()))
-    }
-
-    fn header_size(&self) -> io::Result<usize> {
-        let mut size: libc::c_int = 0;
-        // SAFETY: TUNGETVNETHDRSZ writes an int, which outlives the call.
-        check(unsafe { ioctl_with_mut_ref(&self.file, TUNGETVNETHDRSZ(), &mut size) })?;
-        usize::try_from(size).map_err(io::Error::other)
-    }
-
     /// From the first frame on the device is this process's.
     fn own(&mut self) {
         if let Some(Some(offloads)) = self.lent.take()
@@ -216,25 +188,6 @@ impl Tap {
         {
             tracing::warn!(%error, tap = self.name, "the offloads of a tap could not be set");
         }
-    }
-
-    fn attach(&self, name: &str) -> io::Result<()> {
-        // SAFETY: an ifreq is plain old data, for which all zeros is a value.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-            *to = libc::c_char::from_ne_bytes([from]);
-        }
-        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
-        // SAFETY: TUNSETIFF reads an ifreq, whose name ends in zeros since `open` has checked its length, and writes the
-        // name back into it; `request` is one and outlives the call.
-        check(unsafe { ioctl_with_mut_ref(&self.file, TUNSETIFF(), &mut request) })
-    }
-
-    fn set_header_size(&self) -> io::Result<()> {
-        let size = libc::c_int::try_from(HEADER).map_err(io::Error::other)?;
-        // SAFETY: TUNSETVNETHDRSZ reads an int, which outlives the call.
-        check(unsafe { ioctl_with_ref(&self.file, TUNSETVNETHDRSZ(), &size) })
     }
 
     fn offload(&self, offloads: Offloads) -> io::Result<()> {
@@ -247,16 +200,7 @@ impl Tap {
             .iter()
             .filter(|(on, _)| *on)
             .fold(0, |all, (_, f)| all | f);
-        // SAFETY: TUNSETOFFLOAD takes its flags by value.
-        check(unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD(), flags.into()) })
-    }
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
+        ioctl::set_offloads(&self.file, flags)
     }
 }
 
