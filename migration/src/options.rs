@@ -172,8 +172,9 @@ pub struct Options {
     #[serde(rename = "sync_ms", with = "millis")]
     pub sync: Duration,
     /// Send pages that are dirtied often late in a round, so that they are sent again less (dynamic page transfer
-    /// reordering, Svärd 2012); in the first round, regions that are being written to.
-    pub reorder: bool,
+    /// reordering, Svärd 2012); in the first round, regions that are being written to. `None` is what suits the policy; see
+    /// [`reorders`](Self::reorders).
+    pub reorder: Option<bool>,
     /// Post-copy: in which order pages follow that nobody has asked for.
     pub order: PushOrder,
     /// Post-copy with bubbling: how many streams of faults have a bubble each; 1 is the single-pivot form.
@@ -208,7 +209,7 @@ impl Default for Options {
             split: 2,
             turn_share: 100,
             sync: Duration::from_millis(250),
-            reorder: false,
+            reorder: None,
             order: PushOrder::Bubble,
             pivots: 8,
             channels: None,
@@ -263,6 +264,16 @@ impl Options {
     pub fn may_post_copy(&self) -> bool {
         matches!(self.policy, PolicyKind::Postcopy | PolicyKind::Hybrid)
             || self.on_timeout == OnTimeout::Postcopy
+    }
+
+    /// Whether pages that are dirtied often go late in a round. By themselves pre-copy and hybrid do that; STORD and MPLM,
+    /// which say themselves what goes when, keep the order of their papers.
+    #[must_use]
+    pub const fn reorders(&self) -> bool {
+        match self.reorder {
+            Some(reorder) => reorder,
+            None => matches!(self.policy, PolicyKind::Precopy | PolicyKind::Hybrid),
+        }
     }
 
     /// Checks what a type cannot.

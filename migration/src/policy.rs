@@ -128,7 +128,7 @@ pub enum SendOrder {
 
 impl SendOrder {
     const fn from_options(options: &Options) -> Self {
-        if options.reorder {
+        if options.reorders() {
             Self::ColdFirst
         } else {
             Self::Address

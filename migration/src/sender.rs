@@ -67,6 +67,7 @@ pub(crate) struct Batches {
     parts: Vec<PageSet>,
     at: Gfn,
     size: u64,
+    left: u64,
 }
 
 impl Batches {
@@ -75,6 +76,7 @@ impl Batches {
 
     /// In batches of at most `size` pages.
     pub(crate) fn new(pages: PageSet, order: SendOrder, heat: &Heat, size: u64) -> Self {
+        let left = pages.len();
         let parts = match order {
             SendOrder::Address => vec![pages],
             SendOrder::ColdFirst => Self::by_heat(&pages, heat),
@@ -83,7 +85,19 @@ impl Batches {
             parts,
             at: 0,
             size: size.clamp(1, BATCH_PAGES),
+            left,
         }
+    }
+
+    /// Pages that were not taken.
+    pub(crate) const fn left(&self) -> u64 {
+        self.left
+    }
+
+    /// These go after all others.
+    pub(crate) fn append(&mut self, pages: PageSet) {
+        self.left += pages.len();
+        self.parts.insert(0, pages);
     }
 
     /// Parts by heat, the hottest first in the list: it is sent from its end.
@@ -115,6 +129,7 @@ impl Batches {
             };
             self.at = run.end();
             room -= run.count;
+            self.left -= run.count;
             runs.push(run);
         }
         !runs.is_empty()

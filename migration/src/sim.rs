@@ -176,7 +176,7 @@ impl Scenario {
             split: 1 + u32::try_from(rng.below(12)).unwrap_or(0),
             turn_share: u32::try_from(rng.below(300)).unwrap_or(0),
             sync: Duration::from_millis(rng.below(20)),
-            reorder: rng.chance(0.3),
+            reorder: Some(rng.chance(0.3)),
             compress: [
                 Compress::None,
                 Compress::Auto,

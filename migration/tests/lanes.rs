@@ -72,13 +72,22 @@ struct Outcome {
 
 /// Migrates a guest of so many MiB; `trouble` says what each lane suffers from.
 fn migrate(mib: usize, channels: Option<u16>, trouble: impl Fn(u16) -> Option<Trouble>) -> Outcome {
-    let guest = TestGuest::new((mib << 20) / PAGE_SIZE);
-    migrate_coded(&guest, Compress::None, channels, trouble)
+    migrate_in_order(mib, Some(false), channels, trouble)
 }
 
-fn migrate_coded(
+fn migrate_in_order(
+    mib: usize,
+    reorder: Option<bool>,
+    channels: Option<u16>,
+    trouble: impl Fn(u16) -> Option<Trouble>,
+) -> Outcome {
+    let guest = TestGuest::new((mib << 20) / PAGE_SIZE);
+    migrate_guest(&guest, (Compress::None, reorder), channels, trouble)
+}
+
+fn migrate_guest(
     guest: &TestGuest,
-    compress: Compress,
+    (compress, reorder): (Compress, Option<bool>),
     channels: Option<u16>,
     trouble: impl Fn(u16) -> Option<Trouble>,
 ) -> Outcome {
@@ -89,6 +98,7 @@ fn migrate_coded(
     let options = Options {
         channels,
         compress,
+        reorder,
         max_rounds: Some(4),
         on_timeout: OnTimeout::Stop,
         ..Options::default()
@@ -149,17 +159,20 @@ fn a_slow_lane_does_not_hold_the_others() {
 fn a_lane_that_dies_or_stalls_leaves_the_guest_where_it_is() {
     let dies: fn(Arc<Carried>, u64) -> Trouble = Trouble::Dies;
     let stalls: fn(Arc<Carried>, u64) -> Trouble = Trouble::Stalls;
-    for (kind, after) in [
-        (dies, 3 << 20),
-        (stalls, 3 << 20),
+    for (kind, after, reorder) in [
+        (dies, 3 << 20, Some(false)),
+        (stalls, 3 << 20, Some(false)),
+        // In a later step of the first pass.
+        (dies, 3 << 20, Some(true)),
+        (stalls, 3 << 20, Some(true)),
         // Between two batches, or in a table of runs.
-        (dies, (1 << 20) + 80),
-        (stalls, 100),
+        (dies, (1 << 20) + 80, None),
+        (stalls, 100, None),
     ] {
         // Lanes take batches when they are free: the others wait, so that this one surely gets as far as its trouble.
         let carried = Arc::new(Carried::default());
         let trouble = kind(Arc::clone(&carried), after);
-        let outcome = migrate(32, Some(3), |lane| match lane {
+        let outcome = migrate_in_order(32, reorder, Some(3), |lane| match lane {
             1 => Some(trouble.clone()),
             _ => Some(Trouble::Waits(Arc::clone(&carried), after + 1)),
         });
@@ -193,6 +206,22 @@ fn rounds_of_all_sizes_arrive_in_order() {
     }
 }
 
+/// What comes next is said while lanes send: each page goes out, however many steps that makes, and what was written meanwhile
+/// again.
+#[test]
+fn a_first_pass_in_steps_arrives() {
+    for (mib, lanes) in [(1, 2), (3, 2), (9, 4), (24, 7), (70, 3)] {
+        let outcome = migrate_in_order(mib, Some(true), Some(lanes), none);
+        let report = outcome.report;
+        assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+        assert!(outcome.equal, "{mib} MiB on {lanes} lanes");
+        let pages = (mib as u64) << 8;
+        let first = report.rounds.first().map(|round| round.pages);
+        assert_eq!(first, Some(pages), "{mib} MiB on {lanes} lanes");
+        assert_eq!(report.channels.used, lanes);
+    }
+}
+
 /// Pages that look regular and do not shrink go raw after all, between those that are noise: they arrive where they were.
 #[test]
 fn what_no_coder_shrinks_arrives() {
@@ -207,7 +236,7 @@ fn what_no_coder_shrinks_arrives() {
     });
     for compress in [Compress::Zstd, Compress::Adaptive, Compress::Auto] {
         for channels in [1, 3] {
-            let outcome = migrate_coded(&guest, compress, Some(channels), none);
+            let outcome = migrate_guest(&guest, (compress, None), Some(channels), none);
             let report = outcome.report;
             assert_eq!(report.status, Status::Completed, "{:?}", report.error);
             assert!(outcome.equal, "{compress:?}");

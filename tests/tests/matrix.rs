@@ -170,9 +170,9 @@ fn precopy() {
 }
 
 #[test]
-fn precopy_reordered() {
+fn precopy_by_address() {
     let options = Options {
-        reorder: true,
+        reorder: Some(false),
         ..policy(PolicyKind::Precopy)
     };
     every_workload(&options, nothing_follows);

@@ -33,7 +33,7 @@ fn every_policy_moves_a_writer() {
     for (policy, reorder) in PolicyKind::ALL.iter().flat_map(|p| [(p, false), (p, true)]) {
         let options = Options {
             policy: *policy,
-            reorder,
+            reorder: Some(reorder),
             dirty: Tracking::Ring,
             ..Host::options()
         };

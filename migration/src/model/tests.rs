@@ -294,7 +294,7 @@ fn a_first_pass_that_learns_sends_less() {
     let run = |reorder| {
         let mut scenario = scenario.clone();
         scenario.options = Options {
-            reorder,
+            reorder: Some(reorder),
             downtime: Duration::from_millis(20),
             compress: Compress::None,
             ..Options::default()

@@ -5,12 +5,12 @@
 
 use super::{Source, SourceError};
 use crate::lanes::Lanes;
-use crate::page::{PAGE_BYTES, Run};
+use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::port::{Clock, Guest, Link};
 use crate::report::Event;
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Pacer, SendError, Sender, Sent};
 use crate::source::CancelSwitch;
-use crate::source::live::PROGRESS_EVERY;
+use crate::source::live::{More, PROGRESS_EVERY};
 use crate::wire::{Channel, FrameType, Header, WireError};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,6 +21,13 @@ pub(super) const ALIVE: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_millis(100);
 /// A round of at most so many pages goes out on the control channel: starting the lanes would take as long.
 const SMALL: u64 = 2 * BATCH_PAGES;
+
+/// Of so many pages that were said: when fewer than this are left to be taken, it is time to say what comes after them, so that no
+/// lane waits for that.
+const fn low(said: u64) -> u64 {
+    const MOST: u64 = 4 * BATCH_PAGES;
+    if said / 2 < MOST { said / 2 + 1 } else { MOST }
+}
 
 /// Whether so many pages are worth starting the lanes for.
 pub(super) const fn worth_lanes(pages: u64) -> bool {
@@ -40,10 +47,26 @@ struct Shared<'a> {
 struct State<'a> {
     batches: Batches,
     lanes: &'a mut Lanes,
+    /// What comes after these will be said.
+    more: bool,
+    low: u64,
     /// Nothing is left, or nothing more is to be sent.
     over: bool,
     sent_pages: u64,
     ended: usize,
+}
+
+impl State<'_> {
+    /// These come after all others.
+    fn append(&mut self, pages: PageSet) {
+        self.low = low(pages.len());
+        self.batches.append(pages);
+    }
+
+    /// Whether it is to be said what comes next.
+    const fn is_low(&self) -> bool {
+        self.more && !self.over && self.batches.left() < self.low
+    }
 }
 
 /// What a lane has done.
@@ -72,12 +95,18 @@ impl<'a> Shared<'a> {
             return Turn::End;
         }
         if index < usize::from(state.lanes.used()) {
-            if state.batches.next(runs) {
+            let sends = state.batches.next(runs);
+            if state.is_low() {
+                self.change.notify_all();
+            }
+            if sends {
                 return Turn::Send;
             }
-            state.over = true;
-            self.change.notify_all();
-            return Turn::End;
+            if !state.more {
+                state.over = true;
+                self.change.notify_all();
+                return Turn::End;
+            }
         }
         let waited = self.change.wait_timeout(state, TICK);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
@@ -151,19 +180,22 @@ impl<'a> Shared<'a> {
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
-    /// Sends the batches on as many lanes as are in use.
+    /// Sends the batches, and `more` of them, on as many lanes as are in use.
     pub(super) fn send_on_lanes(
         &mut self,
         batches: Batches,
         mode: BatchMode,
+        mut more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
         let guest = self.guest;
         let before = self.progress.round_sent;
         let count = self.lanes.len();
         let shared = Shared {
             state: Mutex::new(State {
+                low: low(batches.left()),
                 batches,
                 lanes: &mut self.lanes_used,
+                more: more.is_some(),
                 over: false,
                 sent_pages: 0,
                 ended: 0,
@@ -176,6 +208,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         };
         let events = &mut self.setup.events;
         let snapshot = &mut self.progress;
+        let mut failure: Option<SourceError> = None;
         let results: Vec<Done> = std::thread::scope(|scope| {
             let shared = &shared;
             let handles: Vec<_> = self
@@ -184,10 +217,25 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 .enumerate()
                 .map(|(index, lane)| scope.spawn(move || shared.run(index, lane, guest)))
                 .collect();
-            // This thread tells the progress meanwhile, and when the round before was in place.
+            // This thread says meanwhile what comes next, tells the progress, and sees when the round before is in place.
             let mut told = self.setup.clock.now();
             let mut state = shared.state();
             while state.ended < count && !handles.iter().all(|handle| handle.is_finished()) {
+                if state.is_low() {
+                    drop(state);
+                    let next = more.as_mut().map_or(Ok(None), |more| more());
+                    state = shared.state();
+                    match next {
+                        Ok(Some(pages)) => state.append(pages),
+                        Ok(None) => state.more = false,
+                        Err(error) => {
+                            failure = Some(error);
+                            state.over = true;
+                        }
+                    }
+                    shared.change.notify_all();
+                    continue;
+                }
                 let waited = shared.change.wait_timeout(state, LOOK_EVERY);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 let now = self.setup.clock.now();
@@ -213,14 +261,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.progress.round_sent = before;
         let lost = results.len() < count;
         let mut total = Sent::default();
-        let mut failure = None;
         for done in results {
             self.delivered(&done.runs, done.sent);
             total.add(done.sent);
-            failure = failure.or(done.error);
+            failure = failure.or_else(|| done.error.map(SourceError::from));
         }
         match failure {
-            Some(error) => Err(error.into()),
+            Some(error) => Err(error),
             None if lost => Err(SourceError::guest(
                 "sending on a lane",
                 "a sender thread panicked".into(),

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// Progress is told this often.
 pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+/// Tells, on the engine's own thread, what a round sends after all that it was told before; `None` at its end.
+pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<Option<PageSet>, SourceError>;
 /// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
 const MEASURABLE: u64 = 64 << 10;
 
@@ -151,7 +153,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let sent = if learns {
             self.send_first_pass(pages, mode, batch)?
         } else {
-            self.send_pages(pages, order, mode, batch)?
+            let few = !worth_lanes(pages.len());
+            let batches = Batches::new(pages, order, &self.heat, batch);
+            self.send_batches(batches, few, mode, None)?
         };
         if self.rounds.len() >= Self::ROUNDS_KEPT {
             // The first and the last tell the story.
@@ -182,20 +186,18 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         Ok(sent)
     }
 
-    /// Pages of a round, on the channels that are worth it.
-    fn send_pages(
+    /// What a round sends, on the channels that are worth it.
+    fn send_batches(
         &mut self,
-        pages: PageSet,
-        order: SendOrder,
+        batches: Batches,
+        few: bool,
         mode: BatchMode,
-        batch: u64,
+        more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
-        let few = !worth_lanes(pages.len());
-        let batches = Batches::new(pages, order, &self.heat, batch);
         if few || self.lanes.is_empty() {
-            self.send_here(batches, mode)
+            self.send_here(batches, mode, more)
         } else {
-            self.send_on_lanes(batches, mode)
+            self.send_on_lanes(batches, mode, more)
         }
     }
 
@@ -207,26 +209,26 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         batch: u64,
     ) -> Result<Sent, SourceError> {
         let failed = |e| SourceError::guest("reading the dirty log", e);
+        let guest = self.guest;
+        let few = !worth_lanes(pages.len());
         let mut pass = FirstPass::new(pages);
         let mut words = Vec::new();
         // All are pending: from here on the log tells which of them are written. Each is cleared once more as it leaves.
         for part in pass.parts() {
-            self.guest.clear_dirty(&part, &mut words).map_err(failed)?;
+            guest.clear_dirty(&part, &mut words).map_err(failed)?;
         }
+        let first = Batches::new(pass.next(), SendOrder::Address, &self.heat, batch);
         let mut log = PageSet::new(self.layout.end());
-        let mut total = Sent::default();
-        loop {
-            let step = pass.next();
-            if step.is_empty() {
-                return Ok(total);
+        let mut more = || {
+            if pass.left().is_empty() {
+                return Ok(None);
             }
-            total.add(self.send_pages(step, SendOrder::Address, mode, batch)?);
-            if !pass.left().is_empty() {
-                log.clear();
-                self.guest.collect_dirty(&mut log).map_err(failed)?;
-                pass.found(&log);
-            }
-        }
+            log.clear();
+            guest.collect_dirty(&mut log).map_err(failed)?;
+            pass.found(&log);
+            Ok(Some(pass.next()))
+        };
+        self.send_batches(first, few, mode, Some(&mut more))
     }
 
     /// Marks the end of a round on every channel.
@@ -241,10 +243,22 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     }
 
     /// Everything on the control channel, in this thread: there is no other, or little to send.
-    fn send_here(&mut self, mut batches: Batches, mode: BatchMode) -> Result<Sent, SourceError> {
+    fn send_here(
+        &mut self,
+        mut batches: Batches,
+        mode: BatchMode,
+        mut more: Option<More<'_>>,
+    ) -> Result<Sent, SourceError> {
         let mut total = Sent::default();
         let mut runs = Vec::with_capacity(64);
-        while batches.next(&mut runs) {
+        loop {
+            if !batches.next(&mut runs) {
+                match more.as_mut().map_or(Ok(None), |more| more())? {
+                    Some(pages) => batches.append(pages),
+                    None => return Ok(total),
+                }
+                continue;
+            }
             self.check_cancel()?;
             let waited = self.pace(mode);
             let mut sent =
@@ -258,7 +272,6 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             self.keep_lanes_alive()?;
             self.tell_progress();
         }
-        Ok(total)
     }
 
     /// Tells the progress, unless that was done a moment ago.

@@ -44,9 +44,9 @@ pub struct Args {
     #[arg(long, value_name = "TIME", value_parser = duration)]
     sync: Option<Duration>,
     /// Send pages that are dirtied often late in a round; in the first, where that is not known yet, memory is sent in
-    /// steps, and what is written meanwhile goes last.
-    #[arg(long)]
-    reorder: bool,
+    /// steps, and what is written meanwhile goes last. auto: pre-copy and hybrid do, the others do not.
+    #[arg(long, value_name = "auto|on|off", value_parser = asked, num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    reorder: Option<Asked>,
     /// Post-copy: in which order pages follow that the guest does not ask for: demand (none), flush (by address) or
     /// bubble (around its page faults).
     #[arg(long, value_name = "ORDER", value_parser = named::<PushOrder>)]
@@ -106,6 +106,20 @@ pub fn named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
         .map_err(|e| e.to_string().replace('`', "'"))
 }
 
+/// Yes or no, or neither.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked(pub Option<bool>);
+
+/// `on`, `off`, or what suits.
+pub fn asked(text: &str) -> Result<Asked, String> {
+    match text {
+        "auto" => Ok(Asked(None)),
+        "on" => Ok(Asked(Some(true))),
+        "off" => Ok(Asked(Some(false))),
+        _ => Err("give auto, on or off".into()),
+    }
+}
+
 /// A number of connections; 0 stands for `auto`.
 fn channels(text: &str) -> Result<u16, String> {
     match text.parse() {
@@ -130,7 +144,7 @@ impl Args {
             split: self.split.unwrap_or(default.split),
             turn_share: self.turn_share.unwrap_or(default.turn_share),
             sync: self.sync.unwrap_or(default.sync),
-            reorder: self.reorder,
+            reorder: self.reorder.and_then(|asked| asked.0),
             order: self.order.unwrap_or(default.order),
             pivots: self.pivots.unwrap_or(default.pivots),
             channels: self.channels.filter(|n| *n > 0),
@@ -277,6 +291,35 @@ mod tests {
             ..Options::default()
         };
         assert_eq!(options, expected);
+    }
+
+    #[test]
+    fn reordering_is_asked_for_or_left_to_the_policy() {
+        for (flags, reorder) in [
+            (&[] as &[&str], None),
+            (&["--reorder=auto"], None),
+            (&["--reorder"], Some(true)),
+            (&["--reorder=on"], Some(true)),
+            (&["--reorder=off"], Some(false)),
+            (&["--reorder", "--verify"], Some(true)),
+        ] {
+            assert_eq!(parse(flags).unwrap().reorder, reorder, "{flags:?}");
+        }
+        for (policy, reorders) in [
+            ("precopy", true),
+            ("hybrid", true),
+            ("stord", false),
+            ("mplm", false),
+        ] {
+            let reorder = |flag| parse(&["--policy", policy, flag]).unwrap().reorders();
+            assert_eq!(reorder("--reorder=auto"), reorders, "{policy}");
+            assert!(
+                reorder("--reorder") && !reorder("--reorder=off"),
+                "{policy}"
+            );
+        }
+        let error = parse(&["--reorder=perhaps"]).unwrap_err();
+        assert!(error.contains("auto, on or off"), "{error}");
     }
 
     #[test]

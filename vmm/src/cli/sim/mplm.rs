@@ -108,6 +108,8 @@ fn model(args: &Args, kernel: &str, trace: &Trace) -> Case {
     let setup = Setup::new(header.layout.clone(), link);
     let options = Options {
         timeout: args.timeout,
+        // In address order, as it was published.
+        reorder: Some(false),
         ..Options::default()
     };
     let run = |options: Options| migrate(&setup, &options, &mut Replay::new(trace, 1));

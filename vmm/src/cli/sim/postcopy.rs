@@ -110,6 +110,8 @@ impl Way {
             downtime: TARGET,
             max_rounds: Some(ROUNDS),
             on_timeout: OnTimeout::Stop,
+            // In address order, as it was published.
+            reorder: Some(false),
             ..Options::default()
         };
         let mut setup = setup.clone();

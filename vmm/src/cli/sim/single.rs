@@ -1,7 +1,7 @@
 //! `ferry sim` without a paper: one policy over one guest.
 
 use super::guest;
-use crate::cli::migrate::named;
+use crate::cli::migrate::{Asked, asked, named};
 use crate::cli::output::{Failure, put, put_json, say};
 use crate::cli::units::{duration, grouped, rate, span, traffic};
 use ferry_migration::model::{Outcome, migrate};
@@ -43,9 +43,9 @@ pub struct Args {
     #[arg(long, value_name = "TIME", value_parser = duration)]
     sync: Option<Duration>,
     /// Send pages that are dirtied often late in a round; in the first, where that is not known yet, memory is sent in
-    /// steps, and what is written meanwhile goes last.
-    #[arg(long)]
-    reorder: bool,
+    /// steps, and what is written meanwhile goes last. auto: pre-copy and hybrid do, the others do not.
+    #[arg(long, value_name = "auto|on|off", value_parser = asked, num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    reorder: Option<Asked>,
     /// Post-copy: the order in which pages are pushed.
     #[arg(long, value_name = "ORDER", value_parser = named::<PushOrder>)]
     order: Option<PushOrder>,
@@ -69,7 +69,7 @@ impl Args {
             split: self.split.unwrap_or(default.split),
             turn_share: self.turn_share.unwrap_or(default.turn_share),
             sync: self.sync.unwrap_or(default.sync),
-            reorder: self.reorder,
+            reorder: self.reorder.and_then(|asked| asked.0),
             order: self.order.unwrap_or(default.order),
             pivots: self.pivots.unwrap_or(default.pivots),
             ..default

@@ -104,6 +104,8 @@ impl Bench<'_> {
             split: case.split,
             downtime: self.args.downtime,
             timeout: Duration::MAX,
+            // In address order, as it was published.
+            reorder: Some(false),
             ..Options::default()
         };
         migrate(&self.setup(case), &options, &mut self.guest(case.rate))

@@ -73,6 +73,8 @@ pub fn experiment(args: &Args) -> Result<Experiment, Failure> {
         max_rounds: Some(ROUNDS),
         timeout: Duration::from_millis(whole(pass * PASSES * 1e3)),
         on_timeout: OnTimeout::Stop,
+        // In address order, as it was published.
+        reorder: Some(false),
         ..Options::default()
     };
     let post = |order, pivots| way(PolicyKind::Postcopy, order, pivots);

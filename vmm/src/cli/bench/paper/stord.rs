@@ -77,6 +77,8 @@ pub fn experiment(args: &Args) -> Result<Experiment, Failure> {
         downtime: TARGET,
         timeout: Duration::from_millis(whole(pass * PASSES * 1e3)),
         on_timeout: OnTimeout::Stop,
+        // In address order, as it was published.
+        reorder: Some(false),
         ..Options::default()
     };
     let mut policies = vec![ours(PRE_COPY, options.clone())];
