@@ -107,6 +107,8 @@ pub struct Config {
     pub programs: Vec<PathBuf>,
     /// A cable to another one.
     pub cable: Option<Cable>,
+    /// Pages of 2 MiB in its pool of huge pages, of its RAM.
+    pub huge_pages: u32,
 }
 
 impl Default for Config {
@@ -116,6 +118,7 @@ impl Default for Config {
             cpus: 2,
             programs: Vec::new(),
             cable: None,
+            huge_pages: 0,
         }
     }
 }
@@ -302,6 +305,9 @@ fn qemu(config: &Config, kernel: &Path, initrd: &Path, console: &Path, report_to
         "console=ttyS0 quiet panic=-1 mitigations=off ferry.role=host ferry.agent={report_to} \
          ferry.net=eth0=10.0.2.15/24,10.0.2.2"
     );
+    if config.huge_pages > 0 {
+        cmdline.push_str(&format!(" hugepagesz=2M hugepages={}", config.huge_pages));
+    }
     if let Some(khz) = ferry_linux_init::tsc::measure_khz() {
         cmdline.push_str(&format!(" tsc=reliable tsc_early_khz={khz}"));
     }

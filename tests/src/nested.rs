@@ -52,37 +52,48 @@ pub struct NestedHost {
 impl NestedHost {
     /// One by itself.
     pub fn start() -> Self {
-        Self::start_with(None, Config::default().memory_mib)
+        Self::start_with(Config::default())
     }
 
     /// One by itself with so much memory.
     pub fn start_of(memory_mib: u32) -> Self {
-        Self::start_with(None, memory_mib)
+        Self::start_with(Config {
+            memory_mib,
+            ..Config::default()
+        })
+    }
+
+    /// One by itself with so many pages of 2 MiB in its pool of huge pages.
+    pub fn start_with_pool(huge_pages: u32) -> Self {
+        Self::start_with(Config {
+            huge_pages,
+            ..Config::default()
+        })
     }
 
     /// Two that are joined by a cable.
     pub fn pair() -> (Self, Self, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
-        let cable = |first, last| Cable {
-            socket: dir.path().join("cable"),
-            first,
-            address: [10, 9, 0, last],
+        let start = |first, last| {
+            Self::start_with(Config {
+                cable: Some(Cable {
+                    socket: dir.path().join("cable"),
+                    first,
+                    address: [10, 9, 0, last],
+                }),
+                ..Config::default()
+            })
         };
-        let (first, second) = (cable(true, 1), cable(false, 2));
-        (
-            Self::start_with(Some(first), Config::default().memory_mib),
-            Self::start_with(Some(second), Config::default().memory_mib),
-            dir,
-        )
+        let (first, second) = (start(true, 1), start(false, 2));
+        (first, second, dir)
     }
 
-    fn start_with(cable: Option<Cable>, memory_mib: u32) -> Self {
-        let address = cable.as_ref().map_or([127, 0, 0, 1], |c| c.address);
+    fn start_with(config: Config) -> Self {
+        let cable = config.cable.as_ref();
+        let address = cable.map_or([127, 0, 0, 1], |c| c.address);
         let config = Config {
-            memory_mib,
             programs: vec![ferry().to_owned()],
-            cable,
-            ..Config::default()
+            ..config
         };
         let nested = Nested::start(&config, &|sentence| eprintln!("{sentence}"));
         let nested = nested.unwrap_or_else(|e| panic!("{e}"));
@@ -119,6 +130,11 @@ impl NestedHost {
         NestedVmm::start(self, &[&["run"], arguments].concat())
     }
 
+    /// `ferry restore` of a file of this host.
+    pub fn restore(&self, path: &str) -> NestedVmm<'_> {
+        NestedVmm::start(self, &["restore", path])
+    }
+
     /// Runs a program that must succeed; what it printed.
     pub fn run_well(&self, arguments: &[&str]) -> String {
         let ran = self.run(arguments);
@@ -153,11 +169,16 @@ impl NestedHost {
 
     /// As [`NestedHost::receive`], with these devices.
     pub fn receive_with(&self, devices: &[&str]) -> NestedVmm<'_> {
-        let uri = format!("tcp:{}:0", self.address);
-        let mut vmm = NestedVmm::start(self, &[&["receive", &uri], devices].concat());
+        self.receive_at(&format!("tcp:{}:0", self.address), devices)
+    }
+
+    /// `ferry receive` at `uri` with these devices, once it listens.
+    pub fn receive_at(&self, uri: &str, devices: &[&str]) -> NestedVmm<'_> {
+        let scheme = uri.split_inclusive(':').next().unwrap_or_default();
+        let mut vmm = NestedVmm::start(self, &[&["receive", uri], devices].concat());
         let uri = vmm.process.until(NESTED_PATIENCE, |_, said| {
             said.split_ascii_whitespace()
-                .find(|w| w.starts_with("tcp:"))
+                .find(|w| w.starts_with(scheme))
                 .map(str::to_owned)
         });
         vmm.uri = uri.unwrap_or_else(|| panic!("it does not listen; {}", vmm.all()));
@@ -287,6 +308,18 @@ impl<'a> NestedVmm<'a> {
             _ => None,
         });
         gaps.max().unwrap_or(0)
+    }
+
+    /// Waits for a part of what the program itself says.
+    pub fn says(&self, part: &str) {
+        let found = self
+            .process
+            .until(NESTED_PATIENCE, |_, said| said.contains(part).then_some(()));
+        assert!(
+            found.is_some(),
+            "it never said {part:?}; {}",
+            self.trouble()
+        );
     }
 
     /// Types a line on the guest's console.

@@ -3,7 +3,7 @@
 
 use ferry_guest_images::Line;
 use ferry_migration::options::PolicyKind;
-use ferry_tests::{NestedHost, nested_hosts};
+use ferry_tests::{NestedHost, NestedVmm, nested_hosts};
 
 /// What a guest of these tests does: it writes memory and verifies what it wrote.
 const WRITER: &str = "ferry.run=dirty:wss=8M,rate=300";
@@ -253,6 +253,79 @@ fn linux_moves_between_hosts() {
     let here = back.disk_writes(0);
     back.disk_writes(here + 1024);
     back.verdict();
+}
+
+/// A guest whose memory is huge pages, on a host that has a pool of them: it is moved, handed over with its memory, moved out of
+/// memory that this process never mapped, saved and restored. What cannot be is refused in a sentence, and the guest goes on.
+#[test]
+fn a_guest_of_huge_pages_goes_all_ways_but_one() {
+    const MEMORY: [&str; 3] = ["--memory", "32M", "--hugepages"];
+    /// Of 2 MiB: two such guests and half of a third.
+    const POOL: u32 = 40;
+    let Some(_turn) = nested_hosts() else { return };
+    let host = NestedHost::start_with_pool(POOL);
+    let free = || {
+        let doctor = host.run(&["ferry", "doctor"]);
+        let told = doctor.stdout.split(" free pages of 2048 KiB").next();
+        let told = told.and_then(|before| before.split_ascii_whitespace().last());
+        let free: Option<u32> = told.and_then(|number| number.parse().ok());
+        free.unwrap_or_else(|| panic!("{doctor:?}"))
+    };
+    assert_eq!(free(), POOL);
+    let goes_on = |vmm: &NestedVmm<'_>| {
+        vmm.line("a line here", |line| {
+            matches!(line, Line::Stat { .. }).then_some(())
+        });
+    };
+    let writer = ["--nas", "dirty:wss=4M,rate=300,fill=half"];
+    let guest = host.guest(&[&writer[..], &MEMORY].concat());
+    goes_on(&guest);
+    assert!(free() < POOL, "its memory is not of the pool");
+    let there = host.receive();
+    guest.migrate(there.uri(), &["--verify"]);
+    assert_eq!(guest.ends().code, 0);
+    goes_on(&there);
+
+    for how in [["--policy", "hybrid"], ["--on-timeout", "postcopy"]] {
+        let ran = there.command(&[&["migrate", "tcp:127.0.0.1:1"], &how[..]].concat());
+        assert!(
+            ran.code == 1 && ran.stderr.contains("migrate it by pre-copy"),
+            "{ran:?} {}",
+            there.all()
+        );
+    }
+
+    let here = host.receive_at("unix:/tmp/link", &[]);
+    let report = there.migrate(here.uri(), &["--handover", "on"]);
+    assert_eq!(report.pages.sent, 0, "{report:#?}");
+    assert_eq!(there.ends().code, 0);
+    goes_on(&here);
+    let there = host.receive();
+    here.migrate(there.uri(), &["--verify"]);
+    assert_eq!(here.ends().code, 0);
+    goes_on(&there);
+
+    let saved = there.command(&["snapshot", "/tmp/huge.snap"]);
+    assert_eq!(saved.code, 0, "{saved:?}");
+    let copy = host.restore("/tmp/huge.snap");
+    copy.says("all memory was read before the guest ran");
+    goes_on(&copy);
+    // There is no room for a third.
+    let third = [
+        &["ferry", "run"],
+        &writer[..],
+        &MEMORY,
+        &["--api", "/tmp/third"],
+    ]
+    .concat();
+    let ran = host.run(&third);
+    assert!(
+        ran.code == 1 && ran.stderr.contains("pool of 2 MiB pages"),
+        "{ran:?}"
+    );
+    copy.verdict();
+    there.verdict();
+    assert_eq!(free(), POOL, "all of it was given back");
 }
 
 /// Microseconds in milliseconds, exact far beyond any test.

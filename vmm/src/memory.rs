@@ -60,6 +60,8 @@ pub struct GuestRam {
     bitmaps: Vec<DirtyBitmap>,
     file: Arc<File>,
     hugepages: bool,
+    /// Another process had it before: it may hold pages that were never touched through this mapping.
+    adopted: bool,
     tenure: shared::Tenure,
 }
 
@@ -125,6 +127,7 @@ impl GuestRam {
             bitmaps,
             file,
             hugepages,
+            adopted: false,
             tenure: shared::Tenure::default(),
         })
     }

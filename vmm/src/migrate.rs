@@ -31,7 +31,7 @@ use ferry_migration::source::{self, CancelSwitch, Setup};
 use ferry_migration::wire::SessionId;
 
 use crate::machine::Machine;
-use crate::memory::available_memory;
+use crate::memory::{UserfaultError, available_memory};
 use guest::MachineGuest;
 use link::Dial;
 
@@ -97,6 +97,7 @@ pub fn migrate(
         }
     };
     let check = check_tracking(options.dirty, machine.dirty_log().kind().tracking())
+        .and_then(|()| check_huge_pages(options, machine.ram().hugepages()))
         .and_then(|()| check_cache(options, machine.ram().size(), available_memory()));
     if let Err(why) = check {
         return Report::bare(
@@ -181,6 +182,14 @@ fn check_tracking(asked: Tracking, has: Tracking) -> Result<(), String> {
         has.name(),
         asked.name()
     ))
+}
+
+/// Whether the guest could follow: the destination's memory is of the same pages.
+fn check_huge_pages(options: &Options, hugepages: bool) -> Result<(), String> {
+    if hugepages && options.may_post_copy() {
+        return Err(UserfaultError::Hugepages.to_string());
+    }
+    Ok(())
 }
 
 /// Whether this host has the memory that copies of sent pages may come to take: found out now, and not by the OOM killer
@@ -300,7 +309,7 @@ fn page_runs<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferry_migration::options::Compress;
+    use ferry_migration::options::{Compress, PolicyKind};
 
     #[test]
     fn a_cache_larger_than_memory_is_refused_before_anything_is_sent() {
@@ -328,5 +337,16 @@ mod tests {
             Ok(())
         );
         assert_eq!(check(Compress::Delta, 1 << 40, 2 << 30, None), Ok(()));
+    }
+
+    #[test]
+    fn huge_pages_do_not_follow() {
+        let hybrid = Options {
+            policy: PolicyKind::Hybrid,
+            ..Options::default()
+        };
+        assert!(check_huge_pages(&hybrid, true).is_err());
+        assert_eq!(check_huge_pages(&hybrid, false), Ok(()));
+        assert_eq!(check_huge_pages(&Options::default(), true), Ok(()));
     }
 }

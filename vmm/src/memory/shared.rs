@@ -156,7 +156,8 @@ impl GuestRam {
         let flags = fcntl_getfl(&shared.word).map_err(|e| ShareError::Examine(e.into()))?;
         fcntl_setfl(&shared.word, flags | OFlags::NONBLOCK)
             .map_err(|e| ShareError::Examine(e.into()))?;
-        let ram = Self::map(layout, Arc::new(File::from(shared.memory)), hugepages)?;
+        let mut ram = Self::map(layout, Arc::new(File::from(shared.memory)), hugepages)?;
+        ram.adopted = true;
         ram.tenure.lock().words.push(shared.word);
         Ok(ram)
     }

@@ -322,10 +322,14 @@ impl GuestRam {
     /// Exact at the time of the call; a long part may come in pieces.
     ///
     /// Two questions, since neither answers alone: `mincore` is quick for memory that is there, but
-    /// takes a page that was swapped out for absent; `SEEK_DATA` knows, and is quick where nothing is.
+    /// takes a page that was swapped out for absent; `SEEK_DATA` knows, and is quick where nothing is. Huge pages are never
+    /// swapped out, and their files take all for data: there `mincore` answers, unless pages may have come by another mapping.
     #[must_use]
     pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
         const CHUNK: usize = 512;
+        if self.hugepages && self.adopted {
+            return None;
+        }
         let mut resident = [0_u8; CHUNK];
         let mut at = first_gfn;
         let end = first_gfn.checked_add(count)?;
@@ -348,6 +352,9 @@ impl GuestRam {
                 .take_while(|state| **state & 1 == 0)
                 .count() as u64;
             let first = at + skip as u64;
+            if self.hugepages {
+                return Some((first, absent));
+            }
             let data = self.next_data(first).unwrap_or(first);
             if data > first {
                 return Some((first, (data - first).min(absent)));

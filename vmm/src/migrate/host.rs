@@ -15,7 +15,8 @@ use super::disks::ArrivingDisks;
 use super::{StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Backends, DeviceDescription, Machine, MachineDescription, MachineState};
 use crate::memory::{
-    GuestRam, PageRun, SharedRam, Userfault, Waited, check_available, check_userfault,
+    GuestRam, PageRun, SharedRam, Userfault, UserfaultError, Waited, check_available,
+    check_userfault,
 };
 
 /// Makes the serial console's output for an arriving machine.
@@ -305,6 +306,9 @@ impl Host<StreamLink> for MachineHost {
 
     fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
         let sink = self.sink.as_ref().ok_or("there is no machine")?;
+        if sink.ram.hugepages() {
+            return Err(UserfaultError::Hugepages.into());
+        }
         for run in pages.runs() {
             sink.ram.drop_pages(run.first, run.count)?;
         }

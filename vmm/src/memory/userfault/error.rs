@@ -29,7 +29,8 @@ pub enum UserfaultError {
     },
     /// The guest's memory comes from the huge page pool.
     #[error(
-        "a guest with huge pages cannot run before its memory has arrived, since its faults ask for 2 MiB at once: migrate it by pre-copy, or run it without --hugepages"
+        "a guest with huge pages cannot run before its memory has arrived, since its faults ask for 2 MiB at once: migrate it by \
+         pre-copy (and without --on-timeout postcopy), or run it without --hugepages"
     )]
     Hugepages,
     /// The kernel refused the memory.
