@@ -28,6 +28,8 @@ pub(crate) struct FirstPass {
     left: PageSet,
     /// Those of them that were written since the pass began.
     written: PageSet,
+    /// Those that were not: for each step anew.
+    calm: PageSet,
     step: u64,
 }
 
@@ -35,6 +37,7 @@ impl FirstPass {
     pub(crate) fn new(pages: PageSet) -> Self {
         Self {
             written: PageSet::new(pages.end()),
+            calm: PageSet::new(pages.end()),
             step: (pages.len() / STEPS).max(FEWEST),
             left: pages,
         }
@@ -54,10 +57,14 @@ impl FirstPass {
 
     /// Takes the next step's pages, of whole regions where nothing was written to them; none when nothing is left.
     pub(crate) fn next(&mut self) -> PageSet {
-        let mut calm = self.left.clone();
-        calm.subtract(&self.written);
+        self.calm.clone_from(&self.left);
+        self.calm.subtract(&self.written);
         // What is written all the time goes last, and then all of it is as good as any.
-        let from = if calm.is_empty() { &self.left } else { &calm };
+        let from = if self.calm.is_empty() {
+            &self.left
+        } else {
+            &self.calm
+        };
         let written = self.written.words().chunks(REGION_WORDS).map(count);
         let parts = from.words().chunks(REGION_WORDS);
         let mut regions: Vec<_> = written

@@ -163,10 +163,25 @@ impl From<RamLayout> for Vec<Run> {
 }
 
 /// A set of pages: a bitmap over frames `0..end`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(PartialEq, Eq)]
 pub struct PageSet {
     words: Vec<u64>,
     end: Gfn,
+}
+
+impl Clone for PageSet {
+    fn clone(&self) -> Self {
+        Self {
+            words: self.words.clone(),
+            end: self.end,
+        }
+    }
+
+    /// Into the memory that this set has already: sets are copied every round.
+    fn clone_from(&mut self, source: &Self) {
+        self.words.clone_from(&source.words);
+        self.end = source.end;
+    }
 }
 
 impl std::fmt::Debug for PageSet {
