@@ -68,6 +68,8 @@ pub(crate) struct Batches {
     at: Gfn,
     size: u64,
     left: u64,
+    /// Of a pass that sends last what is being written: pages that will be appended.
+    to_come: Option<u64>,
 }
 
 impl Batches {
@@ -86,7 +88,19 @@ impl Batches {
             at: 0,
             size: size.clamp(1, BATCH_PAGES),
             left,
+            to_come: None,
         }
+    }
+
+    /// So many pages will be appended, and what comes later is likelier to be sent again.
+    pub(crate) const fn before(mut self, to_come: u64) -> Self {
+        self.to_come = Some(to_come);
+        self
+    }
+
+    /// Pages after those that were taken which are likelier to be sent again.
+    pub(crate) fn warmer(&self) -> u64 {
+        self.to_come.map_or(0, |to_come| self.left + to_come)
     }
 
     /// Pages that were not taken.
@@ -96,7 +110,9 @@ impl Batches {
 
     /// These go after all others.
     pub(crate) fn append(&mut self, pages: PageSet) {
-        self.left += pages.len();
+        let count = pages.len();
+        self.left += count;
+        self.to_come = self.to_come.map(|to_come| to_come.saturating_sub(count));
         self.parts.insert(0, pages);
     }
 
@@ -217,6 +233,8 @@ pub(crate) struct BatchMode {
     pub paused: bool,
     /// The destination is asked to say when the batch is in place.
     pub tell: bool,
+    /// Pages of a first pass that come later and are likelier to be sent again.
+    pub warmer: u64,
 }
 
 impl Sender {
@@ -274,6 +292,7 @@ impl Sender {
                 &mut Batch {
                     data: &mut self.data,
                     round: mode.round,
+                    warmer: mode.warmer,
                     copy: &mut |gfn, into| guest.copy_page(gfn, into),
                     out: &mut self.head,
                 },

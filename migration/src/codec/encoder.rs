@@ -76,9 +76,10 @@ impl Coding {
         }
     }
 
-    fn has_room(&self) -> bool {
+    /// Whether the cache has a free place that none of so many pages to come needs more.
+    fn has_room(&self, warmer: u64) -> bool {
         let cache = self.cache.as_ref();
-        cache.is_some_and(|cache| cache.len() < cache.capacity())
+        cache.is_some_and(|cache| cache.len().saturating_add(warmer) < cache.capacity())
     }
 
     /// A lane's encoder.
@@ -177,6 +178,8 @@ pub struct Batch<'a> {
     pub data: &'a mut Vec<Run>,
     /// The round.
     pub round: u32,
+    /// Pages of a first pass that come after these and are likelier to be sent again: the cache keeps places for them.
+    pub warmer: u64,
     /// Copies a page out of guest memory.
     pub copy: &'a mut dyn FnMut(Gfn, &mut Page) -> Result<(), PortError>,
     /// Takes the frames.
@@ -332,7 +335,7 @@ impl Encoder {
                 let one = Run::new(gfn, 1);
                 let again = delta && (self.shared.roomy || self.shared.seen.contains(gfn));
                 // A place that is free is better filled: the page may be written to before the cache has others to choose.
-                let first = delta && !again && self.shared.has_room();
+                let first = delta && !again && self.shared.has_room(batch.warmer);
                 let enters = again || first;
                 if level == Level::Raw && !enters {
                     append(&mut self.raw_runs, one, run.first);

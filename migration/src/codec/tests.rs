@@ -33,6 +33,7 @@ struct Pair {
     memory: BTreeMap<Gfn, Page>,
     arrived: BTreeMap<Gfn, Page>,
     round: u32,
+    warmer: u64,
     /// In how many runs raw pages went last.
     raw_runs: usize,
 }
@@ -50,6 +51,7 @@ impl Pair {
             memory: BTreeMap::new(),
             arrived: BTreeMap::new(),
             round: 1,
+            warmer: 0,
             raw_runs: 0,
         }
     }
@@ -65,6 +67,7 @@ impl Pair {
         let mut batch = Batch {
             data: &mut data,
             round: self.round,
+            warmer: self.warmer,
             copy: &mut |gfn, into: &mut Page| {
                 *reads.entry(gfn).or_default() += 1;
                 *into = memory.get(&gfn).copied().unwrap_or(ZEROS);
@@ -215,6 +218,7 @@ proptest! {
         let mut batch = Batch {
             data: &mut data,
             round: 2,
+            warmer: 0,
             copy: &mut |gfn, into: &mut Page| { *into = memory[&gfn]; into[5] ^= 1; Ok(()) },
             out: &mut out,
         };
@@ -241,6 +245,32 @@ proptest! {
 }
 
 /// Every coder gets what it is for, and makes it small.
+/// The cache has room for half of what is sent: for what comes last, where that is likelier to be sent again.
+#[test]
+fn places_are_kept_for_warmer_pages() {
+    let changes = |warmer: [u64; 2]| {
+        let mut pair = Pair::new(Compress::Delta, 128);
+        let (cold, warm): (Vec<Gfn>, Vec<Gfn>) = (0..256).partition(|gfn| gfn % 2 == 0);
+        for gfn in cold.iter().chain(&warm) {
+            pair.memory
+                .insert(*gfn, content::page(Content::Noise, *gfn));
+        }
+        for (pages, warmer) in [&cold, &warm].into_iter().zip(warmer) {
+            pair.warmer = warmer;
+            pair.send(pages).unwrap();
+        }
+        (pair.round, pair.warmer) = (2, 0);
+        for gfn in &warm {
+            pair.memory.get_mut(gfn).unwrap()[7] ^= 1;
+        }
+        let coded = pair.send(&warm).unwrap();
+        assert_eq!(pair.arrived, pair.memory);
+        coded.codecs.delta.pages
+    };
+    assert_eq!(changes([0, 0]), 0, "the first took all places");
+    assert_eq!(changes([128, 0]), 128, "places are kept");
+}
+
 #[test]
 fn pages_find_their_coder() {
     let ratio = |kind, content| {

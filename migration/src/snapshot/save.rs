@@ -240,6 +240,7 @@ impl<G, W: WriteAt> Shared<'_, G, W> {
             &mut Batch {
                 data: &mut lane.data,
                 round: 0,
+                warmer: 0,
                 copy: &mut |gfn, into| self.guest.copy_page(gfn, into),
                 out: &mut lane.out,
             },

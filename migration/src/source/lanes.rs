@@ -78,7 +78,8 @@ struct Done {
 
 /// What a lane does next.
 enum Turn {
-    Send,
+    /// After this batch so many warmer ones come; see [`Batches::warmer`].
+    Send(u64),
     Wait,
     End,
 }
@@ -100,7 +101,7 @@ impl<'a> Shared<'a> {
                 self.change.notify_all();
             }
             if sends {
-                return Turn::Send;
+                return Turn::Send(state.batches.warmer());
             }
             if !state.more {
                 state.over = true;
@@ -134,7 +135,13 @@ impl<'a> Shared<'a> {
                 Turn::Wait => channel
                     .send(Header::bare(FrameType::Alive, 0), &[])
                     .map_err(SendError::from),
-                Turn::Send => self.batch(channel, sender, guest, &runs, &mut done),
+                Turn::Send(warmer) => {
+                    let mode = BatchMode {
+                        warmer,
+                        ..self.mode
+                    };
+                    self.batch((channel, sender), guest, &runs, mode, &mut done)
+                }
             };
             sent_at = self.clock.now();
             if let Err(error) = result {
@@ -150,18 +157,18 @@ impl<'a> Shared<'a> {
 
     fn batch<L: Link, G: Guest<L>>(
         &self,
-        channel: &mut Channel<L>,
-        sender: &mut Sender,
+        (channel, sender): (&mut Channel<L>, &mut Sender),
         guest: &G,
         runs: &[Run],
+        mode: BatchMode,
         done: &mut Done,
     ) -> Result<(), SendError> {
-        let waited = if self.mode.paused {
+        let waited = if mode.paused {
             Duration::ZERO
         } else {
             self.pacer.wait(self.clock, &|| self.cancel.is_cancelled())
         };
-        let mut sent = sender.send(channel, guest, runs, self.mode, self.clock)?;
+        let mut sent = sender.send(channel, guest, runs, mode, self.clock)?;
         self.pacer.charge(sent.bytes, self.clock);
         sent.link += waited;
         done.runs.extend_from_slice(runs);

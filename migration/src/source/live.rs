@@ -146,6 +146,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             round: self.round,
             paused,
             tell: false,
+            warmer: 0,
         };
         self.lanes_used.begin_round();
         // Of the first pages nobody knows yet how often they are dirtied.
@@ -217,7 +218,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         for part in pass.parts() {
             guest.clear_dirty(&part, &mut words).map_err(failed)?;
         }
-        let first = Batches::new(pass.next(), SendOrder::Address, &self.heat, batch);
+        let step = pass.next();
+        let to_come = pass.left().len();
+        let first = Batches::new(step, SendOrder::Address, &self.heat, batch).before(to_come);
         let mut log = PageSet::new(self.layout.end());
         let mut more = || {
             if pass.left().is_empty() {
@@ -260,6 +263,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 continue;
             }
             self.check_cancel()?;
+            let mode = BatchMode {
+                warmer: batches.warmer(),
+                ..mode
+            };
             let waited = self.pace(mode);
             let mut sent =
                 self.sender

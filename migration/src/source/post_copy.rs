@@ -142,6 +142,7 @@ impl<'a> Serving<'a> {
             round: self.round,
             paused: true,
             tell,
+            warmer: 0,
         }
     }
 

@@ -130,6 +130,7 @@ impl<'a> Pair<'a> {
             let mut batch = Batch {
                 data: &mut raw,
                 round: self.round,
+                warmer: 0,
                 copy: &mut |gfn, into| Ok(from.copy_page(gfn, into)?),
                 out: &mut out,
             };
