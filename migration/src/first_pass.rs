@@ -26,9 +26,7 @@ const FEWEST: u64 = 64;
 #[derive(Debug)]
 pub(crate) struct FirstPass {
     left: PageSet,
-    /// Those of them that were written since the pass began.
-    written: PageSet,
-    /// Those that were not: for each step anew.
+    /// Those of them that were not written: for each step anew.
     calm: PageSet,
     step: u64,
 }
@@ -36,7 +34,6 @@ pub(crate) struct FirstPass {
 impl FirstPass {
     pub(crate) fn new(pages: PageSet) -> Self {
         Self {
-            written: PageSet::new(pages.end()),
             calm: PageSet::new(pages.end()),
             step: (pages.len() / STEPS).max(FEWEST),
             left: pages,
@@ -48,24 +45,26 @@ impl FirstPass {
         &self.left
     }
 
-    /// What the dirty log has: those that are left, and pages that were sent.
-    pub(crate) fn found(&mut self, log: &PageSet) {
-        self.written.clear();
-        self.written.union_with(log);
-        self.written.intersect_with(&self.left);
-    }
-
-    /// Takes the next step's pages, of whole regions where nothing was written to them; none when nothing is left.
-    pub(crate) fn next(&mut self) -> PageSet {
+    /// Takes the next step's pages, of whole regions where nothing was written to them; none when nothing is left. `log` is what
+    /// was written since the pass began, to those that are left and to pages that were sent.
+    pub(crate) fn next(&mut self, log: &PageSet) -> PageSet {
         self.calm.clone_from(&self.left);
-        self.calm.subtract(&self.written);
+        self.calm.subtract(log);
         // What is written all the time goes last, and then all of it is as good as any.
         let from = if self.calm.is_empty() {
             &self.left
         } else {
             &self.calm
         };
-        let written = self.written.words().chunks(REGION_WORDS).map(count);
+        let left = self.left.words().chunks(REGION_WORDS);
+        let written = left
+            .zip(log.words().chunks(REGION_WORDS))
+            .map(|(left, log)| {
+                left.iter()
+                    .zip(log)
+                    .map(|(l, w)| (l & w).count_ones())
+                    .sum::<u32>()
+            });
         let parts = from.words().chunks(REGION_WORDS);
         let mut regions: Vec<_> = written
             .zip(parts.enumerate())
@@ -127,20 +126,18 @@ mod tests {
     fn a_warm_region_waits_for_the_cold_ones() {
         let end = 32 * REGION as Gfn;
         let mut pass = FirstPass::new(set(end, &[Run::new(0, end)]));
-        let first = pass.next();
+        let first = pass.next(&PageSet::new(end));
         assert_eq!(first, set(end, &[Run::new(0, end / 16)]));
         let written: Vec<Run> = (0..end / 2).step_by(7).map(|g| Run::new(g, 1)).collect();
         let log = set(end, &written);
         let mut cold = PageSet::new(end);
         for _ in 0..8 {
-            pass.found(&log);
-            cold.union_with(&pass.next());
+            cold.union_with(&pass.next(&log));
         }
         assert_eq!(cold, set(end, &[Run::new(end / 2, end / 2)]));
         let mut last = PageSet::new(end);
         while !pass.left().is_empty() {
-            pass.found(&log);
-            last = pass.next();
+            last = pass.next(&log);
             let mut calm = pass.left().clone();
             calm.subtract(&log);
             assert!(calm.is_empty() || !last.iter().any(|gfn| log.contains(gfn)));
@@ -164,9 +161,8 @@ mod tests {
             let mut steps = 0;
             for log in logs.iter().cycle() {
                 let log: Vec<Run> = log.iter().map(|(first, count)| Run::new(*first, *count)).collect();
-                pass.found(&set(6000, &log));
                 let before = pass.left().len();
-                let step = pass.next();
+                let step = pass.next(&set(6000, &log));
                 if step.is_empty() {
                     break;
                 }

@@ -266,6 +266,15 @@ impl Options {
             || self.on_timeout == OnTimeout::Postcopy
     }
 
+    /// The defaults, but for what was added to the algorithms since they were published: pages go by address.
+    #[must_use]
+    pub fn as_published() -> Self {
+        Self {
+            reorder: Some(false),
+            ..Self::default()
+        }
+    }
+
     /// Whether pages that are dirtied often go late in a round. By themselves pre-copy and hybrid do that; STORD and MPLM,
     /// which say themselves what goes when, keep the order of their papers.
     #[must_use]

@@ -108,6 +108,11 @@ impl Batches {
         self.left
     }
 
+    /// Pages that will be appended.
+    pub(crate) fn to_come(&self) -> u64 {
+        self.to_come.unwrap_or(0)
+    }
+
     /// These go after all others.
     pub(crate) fn append(&mut self, pages: PageSet) {
         let count = pages.len();

@@ -266,14 +266,19 @@ impl<'a> NestedVmm<'a> {
 
     /// Waits for a part of its guest's output.
     pub fn prints(&self, part: &str) {
+        self.awaits("the guest never printed", part, |out, _| out.contains(part));
+    }
+
+    /// Waits for a part of what the program itself says.
+    pub fn says(&self, part: &str) {
+        self.awaits("it never said", part, |_, said| said.contains(part));
+    }
+
+    fn awaits(&self, never: &str, part: &str, has: impl Fn(&str, &str) -> bool) {
         let found = self
             .process
-            .until(NESTED_PATIENCE, |out, _| out.contains(part).then_some(()));
-        assert!(
-            found.is_some(),
-            "the guest never printed {part:?}; {}",
-            self.trouble()
-        );
+            .until(NESTED_PATIENCE, |out, said| has(out, said).then_some(()));
+        assert!(found.is_some(), "{never} {part:?}; {}", self.trouble());
     }
 
     /// Waits for a line of its guest that `wanted` makes something of.
@@ -284,6 +289,13 @@ impl<'a> NestedVmm<'a> {
                 .find_map(|line| wanted(&line))
         });
         found.unwrap_or_else(|| panic!("the guest never printed {name}; {}", self.trouble()))
+    }
+
+    /// Waits for a line that its guest's writer prints here, once a second while it runs.
+    pub fn goes_on(&self) {
+        self.line("a line of its writer", |line| {
+            matches!(line, Line::Stat { .. }).then_some(())
+        });
     }
 
     /// Waits until its guest's disk writer (`ferry.disk=`) has made and verified this many writes; how many it has made.
@@ -308,18 +320,6 @@ impl<'a> NestedVmm<'a> {
             _ => None,
         });
         gaps.max().unwrap_or(0)
-    }
-
-    /// Waits for a part of what the program itself says.
-    pub fn says(&self, part: &str) {
-        let found = self
-            .process
-            .until(NESTED_PATIENCE, |_, said| said.contains(part).then_some(()));
-        assert!(
-            found.is_some(),
-            "it never said {part:?}; {}",
-            self.trouble()
-        );
     }
 
     /// Types a line on the guest's console.

@@ -3,7 +3,7 @@
 
 use ferry_guest_images::Line;
 use ferry_migration::options::PolicyKind;
-use ferry_tests::{NestedHost, NestedVmm, nested_hosts};
+use ferry_tests::{NestedHost, nested_hosts};
 
 /// What a guest of these tests does: it writes memory and verifies what it wrote.
 const WRITER: &str = "ferry.run=dirty:wss=8M,rate=300";
@@ -97,9 +97,7 @@ fn linux_moves_between_hosts_and_keeps_its_connections() {
     });
     let mut client = first.client("10.9.0.100:80");
     client.lap();
-    guest.line("a line before the moves", |line| {
-        matches!(line, Line::Stat { .. }).then_some(())
-    });
+    guest.goes_on();
     let quiet = client.lap();
     let mut answered = quiet.answered;
     eprintln!(
@@ -115,9 +113,7 @@ fn linux_moves_between_hosts_and_keeps_its_connections() {
         let there = to.receive_with(&card);
         let report = guest.migrate(there.uri(), &options);
         assert_eq!(guest.ends().code, 0);
-        there.line("a line after the move", |line| {
-            matches!(line, Line::Stat { .. }).then_some(())
-        });
+        there.goes_on();
         let lap = client.lap();
         eprintln!(
             "{options:?}: {} rounds, {:.0} ms, downtime {:.0} ms; longest gap of the guest {} ms, of its client {} ms; \
@@ -147,8 +143,9 @@ fn linux_moves_between_hosts_and_keeps_its_connections() {
     guest.verdict();
 }
 
-/// Twenty moves, two of them without a copy, with all devices at work: a disk on storage that both processes reach, written all over and verified, a network
-/// card with a client, random numbers that must not repeat, a balloon. The guest's clock must not drift by more than the pauses.
+/// Twenty moves, two of them without a copy, with all devices at work: a disk on storage that both processes reach, written all
+/// over and verified, a network card with a client, random numbers that must not repeat, a balloon. The guest's clock must not
+/// drift by more than the pauses.
 #[test]
 fn linux_moves_twenty_times_with_all_devices_busy() {
     const MOVES: usize = 20;
@@ -158,7 +155,8 @@ fn linux_moves_twenty_times_with_all_devices_busy() {
     let host = NestedHost::start();
     host.run_well(&["/init", "truncate", "/tmp/disk", "4194304"]);
     host.bridge("10.8.0.1/24", &[], &["tap0", "tap1"]);
-    let devices = |tap| ["--disk", "/tmp/disk", "--net", tap];
+    let disk = ["--disk", "/tmp/disk"];
+    let devices = |tap| [&disk[..], &["--net", tap]].concat();
     let cmdline = "ferry.disk=/dev/vda ferry.rng=/dev/hwrng ferry.net=eth0=10.8.0.2/24";
     let linux = [
         "--linux",
@@ -168,7 +166,7 @@ fn linux_moves_twenty_times_with_all_devices_busy() {
         "--cmdline",
         cmdline,
     ];
-    let mut guest = host.guest(&[linux.as_slice(), &devices("tap=tap0")].concat());
+    let mut guest = host.guest(&[linux.to_vec(), devices("tap=tap0")].concat());
     guest.prints("ferry-guest: ready");
     let mut client = host.client("10.8.0.2:80");
     let before = client.lap();
@@ -179,7 +177,7 @@ fn linux_moves_twenty_times_with_all_devices_busy() {
         let verify: &[&str] = if n % 5 == 0 { &["--verify"] } else { &[] };
         let (there, how) = if n % 7 == 0 {
             // Memory and card as they are, to another process of this host.
-            let there = host.receive_at(&format!("unix:/tmp/{n}"), &devices("")[..2]);
+            let there = host.receive_at(&format!("unix:/tmp/{n}"), &disk);
             (there, vec!["--handover", "on"])
         } else {
             let there = host.receive_with(&devices(taps.next().unwrap_or_default()));
@@ -249,15 +247,11 @@ fn linux_moves_between_hosts() {
     // As many writes again as the disk has blocks, twice over: what was written before the move is read after it.
     let here = there.disk_writes(0);
     there.disk_writes(here + 2048);
-    there.line("a line after the move", |line| {
-        matches!(line, Line::Stat { .. }).then_some(())
-    });
+    there.goes_on();
     // Back over what was left there.
     let back = first.receive_with(&DISK);
     there.migrate(back.uri(), &["--copy-disk", "--verify"]);
-    back.line("a line after the way back", |line| {
-        matches!(line, Line::Stat { .. }).then_some(())
-    });
+    back.goes_on();
     let here = back.disk_writes(0);
     back.disk_writes(here + 1024);
     back.verdict();
@@ -280,19 +274,14 @@ fn a_guest_of_huge_pages_goes_all_ways_but_one() {
         free.unwrap_or_else(|| panic!("{doctor:?}"))
     };
     assert_eq!(free(), POOL);
-    let goes_on = |vmm: &NestedVmm<'_>| {
-        vmm.line("a line here", |line| {
-            matches!(line, Line::Stat { .. }).then_some(())
-        });
-    };
     let writer = ["--nas", "dirty:wss=4M,rate=300,fill=half"];
     let guest = host.guest(&[&writer[..], &MEMORY].concat());
-    goes_on(&guest);
+    guest.goes_on();
     assert!(free() < POOL, "its memory is not of the pool");
     let there = host.receive();
     guest.migrate(there.uri(), &["--verify"]);
     assert_eq!(guest.ends().code, 0);
-    goes_on(&there);
+    there.goes_on();
 
     for how in [["--policy", "hybrid"], ["--on-timeout", "postcopy"]] {
         let ran = there.command(&[&["migrate", "tcp:127.0.0.1:1"], &how[..]].concat());
@@ -307,17 +296,17 @@ fn a_guest_of_huge_pages_goes_all_ways_but_one() {
     let report = there.migrate(here.uri(), &["--handover", "on"]);
     assert_eq!(report.pages.sent, 0, "{report:#?}");
     assert_eq!(there.ends().code, 0);
-    goes_on(&here);
+    here.goes_on();
     let there = host.receive();
     here.migrate(there.uri(), &["--verify"]);
     assert_eq!(here.ends().code, 0);
-    goes_on(&there);
+    there.goes_on();
 
     let saved = there.command(&["snapshot", "/tmp/huge.snap"]);
     assert_eq!(saved.code, 0, "{saved:?}");
     let copy = host.restore("/tmp/huge.snap");
     copy.says("all memory was read before the guest ran");
-    goes_on(&copy);
+    copy.goes_on();
     // There is no room for a third.
     let third = [
         &["ferry", "run"],

@@ -206,13 +206,9 @@ impl<'a> Rounds<'a> {
             // As the engine learns in its first pass.
             self.log.subtract(&pages);
             let mut pass = FirstPass::new(pages);
-            loop {
-                let step = pass.next();
-                if step.is_empty() {
-                    break;
-                }
+            while !pass.left().is_empty() {
+                let step = pass.next(&self.log);
                 self.send_pages(step, SendOrder::Address, &mut sending);
-                pass.found(&self.log);
             }
         } else {
             self.send_pages(pages, order, &mut sending);

@@ -47,8 +47,7 @@ struct Shared<'a> {
 struct State<'a> {
     batches: Batches,
     lanes: &'a mut Lanes,
-    /// What comes after these will be said.
-    more: bool,
+    /// Below so many pages left it is to be said what comes after them.
     low: u64,
     /// Nothing is left, or nothing more is to be sent.
     over: bool,
@@ -64,8 +63,8 @@ impl State<'_> {
     }
 
     /// Whether it is to be said what comes next.
-    const fn is_low(&self) -> bool {
-        self.more && !self.over && self.batches.left() < self.low
+    fn is_low(&self) -> bool {
+        self.batches.to_come() > 0 && !self.over && self.batches.left() < self.low
     }
 }
 
@@ -78,8 +77,7 @@ struct Done {
 
 /// What a lane does next.
 enum Turn {
-    /// After this batch so many warmer ones come; see [`Batches::warmer`].
-    Send(u64),
+    Send(BatchMode),
     Wait,
     End,
 }
@@ -101,9 +99,12 @@ impl<'a> Shared<'a> {
                 self.change.notify_all();
             }
             if sends {
-                return Turn::Send(state.batches.warmer());
+                return Turn::Send(BatchMode {
+                    warmer: state.batches.warmer(),
+                    ..self.mode
+                });
             }
-            if !state.more {
+            if state.batches.to_come() == 0 {
                 state.over = true;
                 self.change.notify_all();
                 return Turn::End;
@@ -135,13 +136,7 @@ impl<'a> Shared<'a> {
                 Turn::Wait => channel
                     .send(Header::bare(FrameType::Alive, 0), &[])
                     .map_err(SendError::from),
-                Turn::Send(warmer) => {
-                    let mode = BatchMode {
-                        warmer,
-                        ..self.mode
-                    };
-                    self.batch((channel, sender), guest, &runs, mode, &mut done)
-                }
+                Turn::Send(mode) => self.batch((channel, sender), guest, &runs, mode, &mut done),
             };
             sent_at = self.clock.now();
             if let Err(error) = result {
@@ -194,15 +189,14 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         mode: BatchMode,
         mut more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
+        self.lanes_used.begin_round();
         let guest = self.guest;
-        let before = self.progress.round_sent;
         let count = self.lanes.len();
         let shared = Shared {
             state: Mutex::new(State {
                 low: low(batches.left()),
                 batches,
                 lanes: &mut self.lanes_used,
-                more: more.is_some(),
                 over: false,
                 sent_pages: 0,
                 ended: 0,
@@ -228,13 +222,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             let mut told = self.setup.clock.now();
             let mut state = shared.state();
             while state.ended < count && !handles.iter().all(|handle| handle.is_finished()) {
-                if state.is_low() {
+                if let (true, Some(more)) = (state.is_low(), &mut more) {
                     drop(state);
-                    let next = more.as_mut().map_or(Ok(None), |more| more());
+                    let next = more();
                     state = shared.state();
                     match next {
-                        Ok(Some(pages)) => state.append(pages),
-                        Ok(None) => state.more = false,
+                        Ok(pages) => state.append(pages),
                         Err(error) => {
                             failure = Some(error);
                             state.over = true;
@@ -254,7 +247,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 }
                 if now.saturating_sub(told) >= PROGRESS_EVERY {
                     told = now;
-                    snapshot.round_sent = before + state.sent_pages;
+                    snapshot.round_sent = state.sent_pages;
                     events(Event::Progress(snapshot.clone()));
                 }
             }
@@ -265,7 +258,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 .collect()
         });
         drop(shared);
-        self.progress.round_sent = before;
+        self.progress.round_sent = 0;
         let lost = results.len() < count;
         let mut total = Sent::default();
         for done in results {

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 /// Progress is told this often.
 pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-/// Tells, on the engine's own thread, what a round sends after all that it was told before; `None` at its end.
-pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<Option<PageSet>, SourceError>;
+/// Tells, on the engine's own thread, what comes next of the pages that [`Batches::to_come`] counts.
+pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<PageSet, SourceError>;
 /// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
 const MEASURABLE: u64 = 64 << 10;
 
@@ -148,15 +148,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             tell: false,
             warmer: 0,
         };
-        self.lanes_used.begin_round();
         // Of the first pages nobody knows yet how often they are dirtied.
         let learns = order == SendOrder::ColdFirst && self.sent_once.is_empty();
         let sent = if learns {
             self.send_first_pass(pages, mode, batch)?
         } else {
-            let few = !worth_lanes(pages.len());
             let batches = Batches::new(pages, order, &self.heat, batch);
-            self.send_batches(batches, few, mode, None)?
+            self.send_batches(batches, mode, None)?
         };
         if self.rounds.len() >= Self::ROUNDS_KEPT {
             // The first and the last tell the story.
@@ -191,10 +189,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     fn send_batches(
         &mut self,
         batches: Batches,
-        few: bool,
         mode: BatchMode,
         more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
+        let few = !worth_lanes(batches.left() + batches.to_come());
         if few || self.lanes.is_empty() {
             self.send_here(batches, mode, more)
         } else {
@@ -211,27 +209,22 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     ) -> Result<Sent, SourceError> {
         let failed = |e| SourceError::guest("reading the dirty log", e);
         let guest = self.guest;
-        let few = !worth_lanes(pages.len());
         let mut pass = FirstPass::new(pages);
         let mut words = Vec::new();
         // All are pending: from here on the log tells which of them are written. Each is cleared once more as it leaves.
         for part in pass.parts() {
             guest.clear_dirty(&part, &mut words).map_err(failed)?;
         }
-        let step = pass.next();
+        let mut log = PageSet::new(self.layout.end());
+        let step = pass.next(&log);
         let to_come = pass.left().len();
         let first = Batches::new(step, SendOrder::Address, &self.heat, batch).before(to_come);
-        let mut log = PageSet::new(self.layout.end());
         let mut more = || {
-            if pass.left().is_empty() {
-                return Ok(None);
-            }
             log.clear();
             guest.collect_dirty(&mut log).map_err(failed)?;
-            pass.found(&log);
-            Ok(Some(pass.next()))
+            Ok(pass.next(&log))
         };
-        self.send_batches(first, few, mode, Some(&mut more))
+        self.send_batches(first, mode, Some(&mut more))
     }
 
     /// Marks the end of a round on every channel.
@@ -256,9 +249,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let mut runs = Vec::with_capacity(64);
         loop {
             if !batches.next(&mut runs) {
-                match more.as_mut().map_or(Ok(None), |more| more())? {
-                    Some(pages) => batches.append(pages),
-                    None => return Ok(total),
+                match &mut more {
+                    Some(more) if batches.to_come() > 0 => batches.append(more()?),
+                    _ => return Ok(total),
                 }
                 continue;
             }

@@ -20,8 +20,7 @@ const TUN: libc::c_uint = 0x54;
 
 /// Attaches the file to the interface `name`, of less than `IFNAMSIZ` bytes.
 pub(super) fn attach(file: &File, name: &str, flags: libc::c_int) -> io::Result<()> {
-    // SAFETY: an ifreq is plain old data, for which all zeros is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let mut request = empty_request();
     // The last byte stays zero, however long the name is.
     let room = request.ifr_name.len() - 1;
     for (to, from) in request.ifr_name[..room].iter_mut().zip(name.bytes()) {
@@ -35,8 +34,7 @@ pub(super) fn attach(file: &File, name: &str, flags: libc::c_int) -> io::Result<
 
 /// The interface that the file is attached to: its name and flags.
 pub(super) fn interface(file: &File) -> io::Result<(String, libc::c_int)> {
-    // SAFETY: an ifreq is plain old data, for which all zeros is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let mut request = empty_request();
     // SAFETY: TUNGETIFF writes an ifreq, whatever its number says; `request` is one and outlives the call.
     check(unsafe { ioctl_with_mut_ref(file, TUNGETIFF(), &mut request) })?;
     let name = request.ifr_name.iter().map(|c| c.to_ne_bytes()[0]);
@@ -64,6 +62,11 @@ pub(super) fn set_header_size(file: &File, bytes: usize) -> io::Result<()> {
 pub(super) fn set_offloads(file: &File, flags: libc::c_uint) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its flags by value.
     check(unsafe { ioctl_with_val(file, TUNSETOFFLOAD(), flags.into()) })
+}
+
+fn empty_request() -> libc::ifreq {
+    // SAFETY: an ifreq is plain old data, for which all zeros is a value.
+    unsafe { std::mem::zeroed() }
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

@@ -108,9 +108,7 @@ fn model(args: &Args, kernel: &str, trace: &Trace) -> Case {
     let setup = Setup::new(header.layout.clone(), link);
     let options = Options {
         timeout: args.timeout,
-        // In address order, as it was published.
-        reorder: Some(false),
-        ..Options::default()
+        ..Options::as_published()
     };
     let run = |options: Options| migrate(&setup, &options, &mut Replay::new(trace, 1));
     let mplm = |share: u32, sync: f64| Options {

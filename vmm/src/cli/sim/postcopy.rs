@@ -110,9 +110,7 @@ impl Way {
             downtime: TARGET,
             max_rounds: Some(ROUNDS),
             on_timeout: OnTimeout::Stop,
-            // In address order, as it was published.
-            reorder: Some(false),
-            ..Options::default()
+            ..Options::as_published()
         };
         let mut setup = setup.clone();
         if self == Self::Slides {

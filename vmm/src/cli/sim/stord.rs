@@ -104,9 +104,7 @@ impl Bench<'_> {
             split: case.split,
             downtime: self.args.downtime,
             timeout: Duration::MAX,
-            // In address order, as it was published.
-            reorder: Some(false),
-            ..Options::default()
+            ..Options::as_published()
         };
         migrate(&self.setup(case), &options, &mut self.guest(case.rate))
     }

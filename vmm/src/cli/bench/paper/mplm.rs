@@ -109,9 +109,7 @@ pub fn experiment(args: &Args) -> Result<Experiment, Failure> {
             downtime: target(seconds),
             timeout,
             on_timeout: OnTimeout::Stop,
-            // In address order, as it was published.
-            reorder: Some(false),
-            ..Options::default()
+            ..Options::as_published()
         };
         ours(&pre_copy_name(seconds), options)
     }));

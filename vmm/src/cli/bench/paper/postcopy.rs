@@ -73,9 +73,7 @@ pub fn experiment(args: &Args) -> Result<Experiment, Failure> {
         max_rounds: Some(ROUNDS),
         timeout: Duration::from_millis(whole(pass * PASSES * 1e3)),
         on_timeout: OnTimeout::Stop,
-        // In address order, as it was published.
-        reorder: Some(false),
-        ..Options::default()
+        ..Options::as_published()
     };
     let post = |order, pivots| way(PolicyKind::Postcopy, order, pivots);
     let policies = [

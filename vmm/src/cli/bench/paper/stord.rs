@@ -77,9 +77,7 @@ pub fn experiment(args: &Args) -> Result<Experiment, Failure> {
         downtime: TARGET,
         timeout: Duration::from_millis(whole(pass * PASSES * 1e3)),
         on_timeout: OnTimeout::Stop,
-        // In address order, as it was published.
-        reorder: Some(false),
-        ..Options::default()
+        ..Options::as_published()
     };
     let mut policies = vec![ours(PRE_COPY, options.clone())];
     policies.extend(args.split.iter().map(|&split| {
