@@ -24,7 +24,7 @@ use ferry_migration::report::Status;
 use ferry_migration::wire::{FrameType, Header, encode_runs};
 use ferry_tests::benchmark_host;
 use ferry_vmm::machine::Machine;
-use ferry_vmm::memory::{GuestRam, PAGE_SIZE, SplicePipe, Userfault, check_userfault};
+use ferry_vmm::memory::{GuestRam, PAGE_SIZE, PageRun, SplicePipe, Userfault, check_userfault};
 use ferry_vmm::migrate::{Arrival, Handle, Receiver, Uri, migrate};
 use guest::Guest;
 use measure::{Cost, process_cpu, timed};
@@ -264,17 +264,21 @@ fn feed(ram: &GuestRam, out: &TcpStream, runs: &[Run], framed: bool) -> Result<(
     Ok(())
 }
 
-/// From a socket into guest memory that is new, or that was written before.
+/// From a socket into guest memory that is new, or that was written before; as whole batches, or as single pages with others
+/// between them.
 fn receive(table: &Table, from: &GuestRam) -> Result<()> {
     let to = GuestRam::new(from.size(), false)?;
     let pipe = SplicePipe::new()?;
     let runs = batches(&to);
-    let ways: [(&str, bool, bool); 3] = [
-        ("into new memory, by splice", true, true),
-        ("into new memory, by recvmsg", true, false),
-        ("into memory that is there", false, false),
+    let ways: [(&str, bool, bool, bool); 5] = [
+        ("into new memory, by splice", true, true, false),
+        ("into new memory, by recvmsg", true, false, false),
+        ("single new pages, by splice", true, true, true),
+        ("single new pages, by recvmsg", true, false, true),
+        ("into memory that is there", false, false, false),
     ];
-    for (what, new, splice) in ways {
+    for (what, new, splice, single) in ways {
+        let placed: Vec<Vec<PageRun>> = runs.iter().map(|run| pieces(*run, single)).collect();
         table.stage("receive", what, || {
             for run in runs.iter().filter(|_| new) {
                 to.drop_pages(run.first, run.count)?;
@@ -283,12 +287,11 @@ fn receive(table: &Table, from: &GuestRam) -> Result<()> {
             let (received, cost) = std::thread::scope(|scope| {
                 scope.spawn(|| feed(from, &out, &runs, false));
                 timed(|| {
-                    runs.iter().try_for_each(|run| {
-                        let run = (run.first, run.count);
+                    placed.iter().try_for_each(|runs| {
                         if splice {
-                            to.splice_pages(into.as_fd(), &pipe, run, |_| Ok(()))
+                            to.splice_pages(into.as_fd(), &pipe, runs, |_| Ok(()))
                         } else {
-                            to.read_pages(into.as_fd(), &[run], |_| Ok(()))
+                            to.read_pages(into.as_fd(), runs, |_| Ok(()))
                         }
                     })
                 })
@@ -298,6 +301,16 @@ fn receive(table: &Table, from: &GuestRam) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// A batch as memory takes it: whole, or page by page, no two of them beside each other.
+fn pieces(run: Run, single: bool) -> Vec<PageRun> {
+    if !single {
+        return vec![(run.first, run.count)];
+    }
+    let every_other = |from| (from..run.end()).step_by(2);
+    let pages = every_other(run.first).chain(every_other(run.first + 1));
+    pages.map(|gfn| (gfn, 1)).collect()
 }
 
 /// Pages that were decoded or fetched, into guest memory.

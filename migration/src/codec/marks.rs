@@ -37,6 +37,29 @@ impl Marks {
             .is_some_and(|(word, bit)| word.fetch_or(bit, Ordering::Relaxed) & bit != 0)
     }
 
+    /// The first part of a run whose pages are all in the set.
+    #[must_use]
+    pub fn first_run(&self, within: Run) -> Option<Run> {
+        let end = within.end().min(self.words.len() as u64 * 64);
+        let first = self.next(within.first, end, 0)?;
+        let end = self.next(first, end, u64::MAX).unwrap_or(end);
+        Some(Run::new(first, end - first))
+    }
+
+    /// The first page from `gfn` on, below `end`, that is in the set, or with all bits to `flip` the first that is not.
+    fn next(&self, mut gfn: Gfn, end: Gfn, flip: u64) -> Option<Gfn> {
+        while gfn < end {
+            let (word, _) = self.word(gfn)?;
+            let rest = (word.load(Ordering::Relaxed) ^ flip) >> (gfn % 64);
+            if rest != 0 {
+                let found = gfn + u64::from(rest.trailing_zeros());
+                return (found < end).then_some(found);
+            }
+            gfn += 64 - gfn % 64;
+        }
+        None
+    }
+
     /// Adds the pages of a run, or takes them off.
     pub fn set_run(&self, run: Run, present: bool) {
         let mut gfn = run.first;
@@ -81,6 +104,11 @@ mod tests {
                 for gfn in 0..256 {
                     prop_assert_eq!(marks.contains(gfn), naive.contains(&gfn));
                 }
+                let within = Run::new(first, count);
+                let inside: Vec<_> = naive.range(within.first..within.end()).copied().collect();
+                let together = inside.iter().zip(inside.first().copied().unwrap_or(0)..).take_while(|(a, b)| *a == b).count();
+                let expected = inside.first().map(|first| Run::new(*first, together as u64));
+                prop_assert_eq!(marks.first_run(within), expected);
             }
             prop_assert!(!marks.contains(u64::MAX) && !marks.insert(1 << 40));
             marks.set_run(Run::new(250, 1000), true);

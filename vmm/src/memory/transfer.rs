@@ -181,7 +181,7 @@ impl GuestRam {
         }
     }
 
-    /// Reads a run of pages that hold nothing yet from a socket, through a pipe, into the memory file.
+    /// Reads runs of pages that hold nothing yet from a socket, through a pipe, into the memory file.
     ///
     /// `recvmsg` into fresh memory takes a fault for each page, in which the kernel zeroes what the
     /// very next copy overwrites. A write to the file needs neither, and `splice` copies from the
@@ -194,17 +194,20 @@ impl GuestRam {
         &self,
         socket: BorrowedFd<'_>,
         pipe: &SplicePipe,
-        (first, count): PageRun,
+        runs: &[PageRun],
         mut stalled: impl FnMut(bool) -> io::Result<()>,
     ) -> io::Result<()> {
-        let (region, page) = self.layout.find(first, count).map_err(bad_range)?;
-        let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
-        let mut offset = libc::loff_t::try_from(start).map_err(io::Error::other)?;
-        let mut left = usize::try_from(count * PAGE_SIZE).map_err(io::Error::other)?;
+        let mut left = 0;
+        for (first, count) in runs {
+            left += self.in_file(*first, *count)?.1;
+        }
+        let mut runs = runs.iter();
+        // Of the run in hand: where its next byte belongs in the file, and how many are to come.
+        let (mut offset, mut of_run): (libc::loff_t, usize) = (0, 0);
         let none = std::ptr::null_mut();
         let (read_end, write_end) = (pipe.read.as_raw_fd(), pipe.write.as_raw_fd());
+        let flags = libc::SPLICE_F_MOVE | libc::SPLICE_F_MORE;
         while left > 0 {
-            let flags = libc::SPLICE_F_MOVE | libc::SPLICE_F_MORE;
             // SAFETY: no memory of this process is involved; null offsets mean the descriptors' own.
             let n = unsafe { libc::splice(socket.as_raw_fd(), none, write_end, none, left, flags) };
             let mut waiting = match usize::try_from(n) {
@@ -217,27 +220,47 @@ impl GuestRam {
             };
             left -= waiting;
             while waiting > 0 {
+                if of_run == 0 {
+                    let Some((first, count)) = runs.next() else {
+                        break;
+                    };
+                    (offset, of_run) = self.in_file(*first, *count)?;
+                }
                 // SAFETY: `offset` is a valid loff_t that the kernel reads and advances; it stays within the
-                // region's part of the file, since no more than the run's bytes were taken off the socket.
+                // run's part of the file, since no more than the rest of the run is asked for.
                 let n = unsafe {
                     libc::splice(
                         read_end,
                         none,
                         self.file.as_raw_fd(),
                         &mut offset,
-                        waiting,
+                        waiting.min(of_run),
                         flags,
                     )
                 };
                 match usize::try_from(n) {
                     Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                    Ok(n) => waiting -= n,
+                    Ok(n) => {
+                        waiting -= n;
+                        of_run -= n;
+                    }
                     Err(_) => retry(&mut |_| Ok(()))?,
                 }
             }
             stalled(true)?;
         }
         Ok(())
+    }
+
+    /// Where pages lie in the memory file, and how many bytes they are.
+    fn in_file(&self, first: u64, count: u64) -> io::Result<(libc::loff_t, usize)> {
+        let (region, page) = self.layout.find(first, count).map_err(bad_range)?;
+        let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
+        let bytes = usize::try_from(count * PAGE_SIZE).map_err(io::Error::other)?;
+        Ok((
+            libc::loff_t::try_from(start).map_err(io::Error::other)?,
+            bytes,
+        ))
     }
 
     /// Whether a page holds only zeros, as seen now. Reads no further than the first group of bytes that are not.
@@ -365,18 +388,43 @@ impl GuestRam {
         None
     }
 
+    /// The first part of the pages, all of one region, that may have contents.
+    #[must_use]
+    pub fn populated(&self, mut first_gfn: u64, count: u64) -> Option<PageRun> {
+        let end = first_gfn.checked_add(count)?;
+        if !self.hugepages {
+            // Where the file cannot tell, all of it may.
+            let first = self.next_data(first_gfn).unwrap_or(first_gfn);
+            let after = self.seek(first, libc::SEEK_HOLE).unwrap_or(end).min(end);
+            return (first < after).then(|| (first, after - first));
+        }
+        while first_gfn < end {
+            let (hole, absent) = self
+                .unpopulated(first_gfn, end - first_gfn)
+                .unwrap_or((end, 0));
+            if hole > first_gfn {
+                return Some((first_gfn, hole - first_gfn));
+            }
+            first_gfn = hole + absent;
+        }
+        None
+    }
+
     /// The first page at or after `gfn`, in its region, that has contents in the memory file.
     pub(super) fn next_data(&self, gfn: u64) -> Option<u64> {
+        self.seek(gfn, libc::SEEK_DATA)
+    }
+
+    fn seek(&self, gfn: u64, whence: libc::c_int) -> Option<u64> {
         let (region, page) = self.layout.find(gfn, 1).ok()?;
         let region = &self.layout.regions()[region];
         let from = libc::off_t::try_from(region.file_offset + page * PAGE_SIZE).ok()?;
         // SAFETY: lseek takes no pointers. The file's position, which it moves, is used by nobody: all access is
         // by mapping and by offset.
-        let data = unsafe { libc::lseek(self.file.as_raw_fd(), from, libc::SEEK_DATA) };
-        match u64::try_from(data) {
-            Ok(data) => Some(
-                region.first_gfn
-                    + (data / PAGE_SIZE).saturating_sub(region.file_offset / PAGE_SIZE),
+        let at = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
+        match u64::try_from(at) {
+            Ok(at) => Some(
+                region.first_gfn + (at / PAGE_SIZE).saturating_sub(region.file_offset / PAGE_SIZE),
             ),
             // ENXIO: nothing up to the end of the file.
             Err(_) if io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => {
@@ -464,6 +512,11 @@ mod tests {
         assert_eq!(a.unpopulated(3, 1021), Some((5, 510)));
         assert_eq!(a.unpopulated(3, 2), None);
         assert_eq!(a.unpopulated(701, 323), Some((701, 323)));
+        assert_eq!(a.populated(0, 1024), Some((3, 2)));
+        assert_eq!(a.populated(4, 1020), Some((4, 1)));
+        assert_eq!(a.populated(5, 1019), Some((700, 1)));
+        assert_eq!(a.populated(5, 695), None);
+        assert_eq!(a.populated(701, 323), None);
         assert!(a.page_is_zero(2).unwrap() && !a.page_is_zero(3).unwrap());
         let (from, to) = UnixStream::pair().unwrap();
         let runs = [(3, 2), (700, 1)];
@@ -487,9 +540,9 @@ mod tests {
         let c = GuestRam::new(4 << 20, false).unwrap();
         let pipe = SplicePipe::new().unwrap();
         a.write_pages(from.as_fd(), &[], &runs, |_| Ok(())).unwrap();
-        c.splice_pages(to.as_fd(), &pipe, (3, 2), |_| Ok(()))
+        c.splice_pages(to.as_fd(), &pipe, &[(3, 2)], |_| Ok(()))
             .unwrap();
-        c.splice_pages(to.as_fd(), &pipe, (700, 1), |_| Ok(()))
+        c.splice_pages(to.as_fd(), &pipe, &[(700, 1)], |_| Ok(()))
             .unwrap();
         for gfn in 0..1024 {
             a.copy_page(gfn, &mut x).unwrap();
@@ -497,12 +550,12 @@ mod tests {
             assert_eq!(x, y, "page {gfn}");
         }
         assert!(
-            c.splice_pages(to.as_fd(), &pipe, (1023, 2), |_| Ok(()))
+            c.splice_pages(to.as_fd(), &pipe, &[(1023, 2)], |_| Ok(()))
                 .is_err()
         );
         drop(from);
         let error = c
-            .splice_pages(to.as_fd(), &pipe, (1, 1), |_| Ok(()))
+            .splice_pages(to.as_fd(), &pipe, &[(1, 1)], |_| Ok(()))
             .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         let error = b.read_pages(to.as_fd(), &[(1, 1)], |_| Ok(())).unwrap_err();

@@ -25,7 +25,7 @@ pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Sen
 /// Guest memory being filled.
 pub struct RamSink {
     ram: Arc<GuestRam>,
-    /// Pages that were written: decoded ones are placed in another way while nothing lies there.
+    /// Pages that may hold something; what is placed comes in another way where nothing lies.
     filled: Marks,
     faults: Mutex<Faults>,
 }
@@ -41,8 +41,21 @@ enum Faults {
 }
 
 impl RamSink {
-    /// Shorter runs are not worth two more system calls.
-    const LONG: u64 = 16;
+    fn new(ram: Arc<GuestRam>, layout: &RamLayout) -> Self {
+        let filled = Marks::new(layout.end());
+        for region in layout.runs() {
+            let mut at = region.first;
+            while let Some(run) = ram.populated(at, region.end() - at) {
+                filled.set_run(Run::new(run.0, run.1), true);
+                at = run.0 + run.1;
+            }
+        }
+        Self {
+            ram,
+            filled,
+            faults: Mutex::new(Faults::NotBegun),
+        }
+    }
 
     /// Where to place pages of a running guest; `None` when nobody waits for any: one that comes late, because the guest has
     /// ended while it was on its way, has no place any more.
@@ -66,20 +79,15 @@ impl RamSink {
     }
 
     fn read_direct(&self, link: &StreamLink, runs: &[PageRun]) -> io::Result<()> {
-        if runs.is_empty() {
-            return Ok(());
-        }
         let (fd, mut patience) = link.parts();
         self.ram
             .read_pages(fd, runs, |progress| patience.tick(progress))
     }
 
-    /// Whether a run is long, and nothing was written to any of its pages. What was, is remembered: to ask the memory file
-    /// would mean waiting for another lane that writes to it.
+    /// Whether nothing was written to any page of a run. What was, is remembered: to ask the memory file would mean waiting
+    /// for another lane that writes to it.
     fn is_fresh(&self, (first, count): PageRun) -> bool {
-        count >= Self::LONG
-            && !self.ram.hugepages()
-            && !(first..first + count).any(|gfn| self.filled.contains(gfn))
+        !self.ram.hugepages() && self.filled.first_run(Run::new(first, count)).is_none()
     }
 }
 
@@ -87,58 +95,47 @@ impl PageSink<StreamLink> for RamSink {
     fn receive(&self, link: &mut StreamLink, runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let mut rest = page_runs(runs, &mut buffer)?;
-        // Long runs of memory that holds nothing yet have a shorter way; all else is read straight
-        // into place, as many runs at once as lie together.
-        while !rest.is_empty() {
-            let direct = rest.iter().take_while(|run| !self.is_fresh(**run)).count();
-            let (now, later) = rest.split_at(direct);
-            self.read_direct(link, now)?;
-            rest = later;
-            if let Some((&run, later)) = rest.split_first() {
-                match link.splice_pipe() {
-                    Some((fd, mut patience, pipe)) => {
-                        self.ram
-                            .splice_pages(fd, pipe, run, |progress| patience.tick(progress))?;
-                    }
-                    None => self.read_direct(link, &[run])?,
-                }
-                rest = later;
+        // Memory that holds nothing yet has a shorter way; all else is read straight into place. As many runs at once as
+        // lie together.
+        while let Some(first) = rest.first() {
+            let fresh = self.is_fresh(*first);
+            let alike = rest.iter().take_while(|run| self.is_fresh(**run) == fresh);
+            let (now, later) = rest.split_at(alike.count());
+            for (first, count) in now {
+                self.filled.set_run(Run::new(*first, *count), true);
             }
+            match link.splice_pipe() {
+                Some((fd, mut patience, pipe)) if fresh => {
+                    self.ram
+                        .splice_pages(fd, pipe, now, |progress| patience.tick(progress))?;
+                }
+                _ => self.read_direct(link, now)?,
+            }
+            rest = later;
         }
-        runs.iter().for_each(|run| self.filled.set_run(*run, true));
         Ok(())
     }
 
     fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
-        // Exact but for zero pages, which are as good as fresh either way.
-        let fresh = !self.filled.contains(run.first);
+        let fresh = self.filled.first_run(run).is_none();
         self.filled.set_run(run, true);
         Ok(self.ram.write_decoded(run.first, bytes, fresh)?)
     }
 
-    fn zero(&self, run: Run) -> Result<(), PortError> {
+    fn zero(&self, mut run: Run) -> Result<(), PortError> {
         // Where nothing was written nothing is to be done: new memory is zero.
-        let mut at = run.first;
-        while at < run.end() {
-            match self.ram.unpopulated(at, run.end() - at) {
-                Some((first, count)) => {
-                    if first > at {
-                        self.ram.discard(at, first - at)?;
-                    }
-                    at = first + count;
-                }
-                None => {
-                    self.ram.discard(at, run.end() - at)?;
-                    at = run.end();
-                }
-            }
+        while let Some(filled) = self.filled.first_run(run) {
+            self.ram.discard(filled.first, filled.count)?;
+            self.filled.set_run(filled, false);
+            run = Run::new(filled.end(), run.end() - filled.end());
         }
         Ok(())
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
-        if self.ram.unpopulated(gfn, 1).is_some() {
-            // Comparing memory must not make the host find memory for empty pages.
+        // Comparing memory must not make the host find memory for empty pages; what a running guest has made of others, the
+        // memory file knows.
+        if !self.filled.contains(gfn) && self.ram.unpopulated(gfn, 1).is_some() {
             into.fill(0);
             return Ok(());
         }
@@ -244,11 +241,7 @@ impl MachineHost {
                 "the source's memory layout is not that of its machine's description".into(),
             );
         }
-        let sink = Arc::new(RamSink {
-            ram: Arc::clone(machine.ram()),
-            filled: Marks::new(layout.end()),
-            faults: Mutex::new(Faults::NotBegun),
-        });
+        let sink = Arc::new(RamSink::new(Arc::clone(machine.ram()), layout));
         self.machine = Some(Arc::new(machine));
         self.sink = Some(Arc::clone(&sink));
         Ok(sink)
@@ -311,6 +304,7 @@ impl Host<StreamLink> for MachineHost {
         }
         for run in pages.runs() {
             sink.ram.drop_pages(run.first, run.count)?;
+            sink.filled.set_run(run, false);
         }
         Ok(())
     }
@@ -406,15 +400,82 @@ fn announce(machine: &Arc<Machine>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::net::UnixStream;
+
+    /// What comes to a page: all of it in one of the three ways in which pages come.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Decoded(Run, u8),
+        Zero(Run),
+        Raw(Vec<Run>, u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let run = || (0..240_u64, 1..16_u64).prop_map(|(first, count)| Run::new(first, count));
+        prop_oneof![
+            (run(), any::<u8>()).prop_map(|(run, byte)| Step::Decoded(run, byte)),
+            run().prop_map(Step::Zero),
+            (proptest::collection::vec(run(), 1..20), any::<u8>())
+                .prop_map(|(runs, byte)| Step::Raw(runs, byte)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Whatever order pages come in and however, the last is what lies there, and what never came takes no memory. Twice:
+        /// what the second sink finds in the memory is as good as what it placed itself.
+        #[test]
+        fn the_last_that_came_lies_there(steps in proptest::collection::vec(step(), 0..30), cut in 0..30_usize) {
+            let ram = Arc::new(GuestRam::new(1 << 20, false).unwrap());
+            let layout = engine_layout(&ram).unwrap();
+            let mut sink = RamSink::new(Arc::clone(&ram), &layout);
+            let (here, there) = UnixStream::pair().unwrap();
+            let mut link = StreamLink::unix(here).unwrap();
+            let mut naive = vec![None; 256];
+            let page = |gfn: Gfn, byte: u8| [byte ^ gfn.to_le_bytes()[0]; PAGE_SIZE];
+            let bytes = |run: Run, byte| -> Vec<u8> { (run.first..run.end()).flat_map(|gfn| page(gfn, byte)).collect() };
+            for (n, step) in steps.into_iter().enumerate() {
+                if n == cut {
+                    sink = RamSink::new(Arc::clone(&ram), &layout);
+                }
+                let (runs, now) = match step {
+                    Step::Decoded(run, byte) => {
+                        sink.write(run, &bytes(run, byte)).unwrap();
+                        (vec![run], Some(byte))
+                    }
+                    Step::Zero(run) => {
+                        sink.zero(run).unwrap();
+                        (vec![run], None)
+                    }
+                    Step::Raw(runs, byte) => {
+                        let body: Vec<u8> = runs.iter().flat_map(|run| bytes(*run, byte)).collect();
+                        std::thread::scope(|scope| {
+                            scope.spawn(|| (&there).write_all(&body).unwrap());
+                            sink.receive(&mut link, &runs).unwrap();
+                        });
+                        (runs, Some(byte))
+                    }
+                };
+                for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
+                    naive[usize::try_from(gfn).unwrap()] = now;
+                }
+            }
+            let mut found = [0; PAGE_SIZE];
+            for (gfn, expected) in (0..).zip(&naive) {
+                prop_assert_eq!(ram.unpopulated(gfn, 1).is_some(), expected.is_none(), "page {}", gfn);
+                sink.copy_page(gfn, &mut found).unwrap();
+                prop_assert!(found == expected.map_or([0; PAGE_SIZE], |byte| page(gfn, byte)), "page {}", gfn);
+                prop_assert_eq!(ram.unpopulated(gfn, 1).is_some(), expected.is_none(), "page {}", gfn);
+            }
+        }
+    }
 
     #[test]
     fn a_page_that_comes_after_the_end_is_not_an_error() {
         let ram = Arc::new(GuestRam::new(1 << 20, false).unwrap());
-        let sink = RamSink {
-            ram,
-            filled: Marks::new(256),
-            faults: Mutex::new(Faults::NotBegun),
-        };
+        let layout = engine_layout(&ram).unwrap();
+        let sink = RamSink::new(ram, &layout);
         let bytes = [1; PAGE_SIZE];
         let run = Run::new(3, 1);
         assert!(sink.place(run, &bytes).is_err());
