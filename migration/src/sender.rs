@@ -240,6 +240,8 @@ pub(crate) struct BatchMode {
     pub tell: bool,
     /// Pages of a first pass that come later and are likelier to be sent again.
     pub warmer: u64,
+    /// Lanes that send at the same time, this one included.
+    pub lanes: u16,
 }
 
 impl Sender {
@@ -298,6 +300,7 @@ impl Sender {
                     data: &mut self.data,
                     round: mode.round,
                     warmer: mode.warmer,
+                    lanes: mode.lanes,
                     copy: &mut |gfn, into| guest.copy_page(gfn, into),
                     out: &mut self.head,
                 },

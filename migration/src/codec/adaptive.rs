@@ -6,10 +6,14 @@
 //!
 //! - a level is *tried* when its prospect, the best case, beats the cost of raw pages by [`TRY`];
 //! - what it costs then is measured, and it is left unless it saves a tenth of what raw pages cost; it is not tried again
-//!   for a while, each time four times as long, unless the link has become slower by half;
+//!   for a while, each time four times as long, nor is another that makes pages no smaller, unless the link has become half as
+//!   fast;
 //! - what raw pages cost is measured while they are sent. While others are, it is only known to be at most what sending
 //!   and coding took: a receiver that decodes looks like a slow link, so that nothing is believed slower before raw pages
-//!   are looked at, which they are now and then.
+//!   are looked at, which they are now and then, the more seldom the more is gained by then;
+//! - a sender that waits, waits for what the receiver does with pages that were sent long before: the sockets' buffers lie
+//!   between them. So nothing is measured after a change before a lane has sent as much as they hold ([`FLUSH`]), and then from
+//!   wait to wait.
 //!
 //! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`] of the time.
 
@@ -38,6 +42,8 @@ impl Level {
 pub struct Outcome {
     /// How it was coded.
     pub level: Level,
+    /// Lanes that were sending at the same time: of all they do together, a page takes that part of its time on one of them.
+    pub lanes: u16,
     /// Its pages, those known to be zero not counted.
     pub pages: u64,
     /// Bytes that went out for them.
@@ -46,6 +52,13 @@ pub struct Outcome {
     pub encode: Duration,
     /// Time spent in sending.
     pub link: Duration,
+}
+
+impl Outcome {
+    /// Seconds for a page, coding and sending.
+    fn wall(&self) -> f64 {
+        (self.encode + self.link).as_secs_f64() / self.pages.max(1) as f64
+    }
 }
 
 /// What a level costs.
@@ -60,12 +73,54 @@ struct Estimate {
 /// That a level was found not to pay.
 #[derive(Clone, Copy, Debug)]
 struct Refuted {
-    /// Seconds for a byte on the link at that time.
+    /// What a raw page cost at that time, in seconds.
     at: f64,
-    /// Raw batches until it may be tried again.
-    left: u32,
+    /// Raw pages until it may be tried again.
+    left: u64,
     /// How many there were at first.
-    patience: u32,
+    patience: u64,
+}
+
+/// Seconds for a page, lately.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    seconds: f64,
+    pages: f64,
+}
+
+impl Pace {
+    const UNKNOWN: Self = Self {
+        seconds: 0.0,
+        pages: 0.0,
+    };
+
+    fn get(&self) -> Option<f64> {
+        (self.pages > 0.0).then(|| self.seconds / self.pages)
+    }
+
+    fn add(&mut self, seconds: f64, pages: f64) {
+        self.count_for(MEMORY);
+        self.seconds += seconds;
+        self.pages += pages;
+    }
+
+    /// It cannot be more than that.
+    fn is_at_most(&mut self, most: f64) {
+        match self.get() {
+            Some(known) if known > most => self.seconds *= most / known,
+            Some(_) => {}
+            // The first that is measured itself replaces it.
+            None => (self.seconds, self.pages) = (most, 1.0),
+        }
+    }
+
+    /// What was added is to count for so much at most.
+    fn count_for(&mut self, pages: f64) {
+        if self.pages > pages {
+            self.seconds *= pages / self.pages;
+            self.pages = pages;
+        }
+    }
 }
 
 /// What batches of one level came to.
@@ -95,9 +150,57 @@ impl Lately {
         self.link = self.link.saturating_add(outcome.link);
     }
 
+    /// Seconds for a page, coding and sending.
+    fn wall(&self) -> f64 {
+        (self.encode + self.link).as_secs_f64() / self.pages.max(1) as f64
+    }
+
     fn is_enough(&self) -> bool {
         self.encode.saturating_add(self.link) >= ENOUGH_TIME
             || self.batches >= ENOUGH_BATCHES && self.bytes >= ENOUGH_BYTES
+    }
+}
+
+/// What a lane has sent since the last change.
+#[derive(Clone, Copy, Debug)]
+pub struct Lane {
+    /// Which it was.
+    change: u64,
+    sent: Lately,
+    /// It tells in what is measured.
+    tells: bool,
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        Self::since(0)
+    }
+}
+
+impl Lane {
+    const fn since(change: u64) -> Self {
+        Self {
+            change,
+            sent: Lately::NONE,
+            tells: false,
+        }
+    }
+
+    /// Whether what the lane measures for this batch is the change's doing: from the first wait on after what was sent before
+    /// has left the buffers.
+    fn tells(&mut self, change: u64, outcome: &Outcome) -> bool {
+        if self.change != change {
+            *self = Self::since(change);
+        }
+        let told = self.tells;
+        if !told {
+            self.sent.add(outcome);
+            // At first buffers are empty: who waits has filled them.
+            let first_wait = change == 0 && outcome.wall() > WAIT;
+            let flushed = self.sent.bytes >= FLUSH && outcome.wall() >= self.sent.wall();
+            self.tells = first_wait || flushed;
+        }
+        told
     }
 }
 
@@ -105,9 +208,9 @@ impl Lately {
 #[derive(Clone, Debug)]
 pub struct Chooser {
     level: Level,
-    /// Seconds that the link takes for a byte; `None` while unknown.
-    link: Option<f64>,
-    /// The same by the user's cap.
+    /// What the link takes for a raw page.
+    link: Pace,
+    /// The same at least, by the user's cap.
     floor: f64,
     /// What `link` was made of lately: what enough batches came to, each time, the latest anywhere.
     links: [f64; STEADY],
@@ -117,26 +220,40 @@ pub struct Chooser {
     estimates: [Option<Estimate>; 3],
     /// By level: where it was found not to pay, since the link is what it is.
     refuted: [Option<Refuted>; 3],
-    /// Seconds for a page, coding and sending, at this level; `None` while unknown.
-    wall: Option<f64>,
-    /// Batches since the level was chosen.
-    batches: u32,
-    /// A look at raw pages interrupts the level: the batches that are still to pass before it is begun in earnest.
-    looking: Option<u32>,
+    /// Seconds for a page, coding and sending, at this level.
+    wall: Pace,
+    /// Pages that were measured since the level was chosen.
+    pages: u64,
+    /// How often judgement was passed since then.
+    judged: u32,
+    /// Counts the changes.
+    change: u64,
+    /// A look at raw pages interrupts the level.
+    looking: bool,
+    /// What they cost when they were sent last; `None` where none were yet.
+    looked: Option<f64>,
     /// What the last batches came to, until there are enough of them to tell.
     lately: Lately,
-    /// Batches after which the next such look is due.
-    look_after: u32,
+    /// Pages after which the next such look is due, at the least.
+    look_after: u64,
     sampled: Duration,
     elapsed: Duration,
 }
 
 /// A sample's weight.
 const SAMPLE_WEIGHT: f64 = 0.2;
-/// The weight of what enough batches came to.
-const WEIGHT: f64 = 0.5;
-/// The same while raw pages are looked at.
-const LOOK_WEIGHT: f64 = 0.7;
+/// The weight of what enough batches came to, at least: of the first few it is the mean.
+const WEIGHT: f64 = 0.2;
+/// Bytes that a look takes.
+const LOOK_BYTES: u64 = 16 << 20;
+/// What was known counts for so much beside what a look shows.
+const LOOK_LEAVES: f64 = 0.2;
+/// What was measured counts for so many pages at most.
+const MEMORY: f64 = 16_384.0;
+/// Pages after which a level is judged.
+const SETTLE: u64 = 4096;
+/// Of few pages little is known: after that many, a level is left only where it costs this much more than it may after many.
+const DOUBT: f64 = 0.1;
 /// Batches are judged together until they have taken so long, or are so many and so large: a sender that waits for room in
 /// its socket is woken when a third of it is free, so that of several batches one waits for all.
 const ENOUGH_TIME: Duration = Duration::from_millis(25);
@@ -150,21 +267,27 @@ const TRY: f64 = 0.8;
 /// A level is kept where it costs at most this much of what raw pages cost: what is measured is a tenth off, and to
 /// code for nothing takes a processor from somebody.
 const KEEP: f64 = 0.9;
-/// Raw batches after which a level that did not pay is tried again, the first time; each further time it is four times as many.
-const FIRST_PATIENCE: u32 = 64;
-/// Another coded level is taken when it promises at most this much of what the present one costs.
+/// Raw pages after which a level that did not pay is tried again, the first time; each further time it is four times as many.
+const FIRST_PATIENCE: u64 = 1 << 17;
+/// Nor is another level tried meanwhile, unless it sends at most this much of what that one did.
+const UNLIKE: f64 = 0.8;
+/// It is tried again at once where raw pages cost so many times what they cost then.
+const SLOWER: f64 = 2.0;
+/// Another coded level is taken when it promises at most this much of what the present one did.
 const BETTER: f64 = 0.9;
-/// Batches that pass at the beginning of a look: what lies coded in the socket's buffer holds them up.
-const PASS: u32 = 4;
-/// Batches after which a level is judged: the socket's buffer hides what the first cost.
-const SETTLE: u32 = 8;
-/// The first look comes after this many batches, each further one after twice as many.
-const FIRST_LOOK: u32 = 32;
-/// A coded page that takes longer than this (2.2 Gbit/s, at two to one) is most likely held up by the link, and not by what
-/// the receiver makes of it: the first look can wait.
-const SLOW_LINK: f64 = 15e-6;
-/// Batches until then.
-const FIRST_LOOK_SLOW: u32 = 1024;
+/// Bytes that a lane sends after a change before what it measures is the change's doing: those before lie in the socket's buffers,
+/// here and at the receiver, 14 MB of them by Linux's defaults.
+const FLUSH: u64 = 16 << 20;
+/// The first look comes after this many pages, each further one after twice as many.
+const FIRST_LOOK: u64 = 1 << 15;
+/// Pages until then where no raw page has been sent yet.
+const FIRST_LOOK_UNKNOWN: u64 = 1 << 13;
+/// Where coded pages show that raw ones cost less than this much of what they did, another look is due.
+const FASTER: f64 = 0.75;
+/// Share of the time that other looks may take.
+const LOOK_SHARE: f64 = 0.03;
+/// A batch that takes longer than this for a page has waited.
+const WAIT: f64 = 15e-6;
 /// Seconds that patching a page takes at least: a copy, a comparison, and a copy into the cache.
 const PATCH: f64 = 3e-6;
 /// Share of the time that samples may take.
@@ -176,8 +299,8 @@ impl Chooser {
     pub const fn new(start: Level, floor: f64) -> Self {
         Self {
             level: start,
-            link: None,
-            floor,
+            link: Pace::UNKNOWN,
+            floor: floor * PAGE_BYTES as f64,
             links: [0.0; STEADY],
             seen: 0,
             estimates: [
@@ -189,9 +312,12 @@ impl Chooser {
                 None,
             ],
             refuted: [None; 3],
-            wall: None,
-            batches: 0,
-            looking: None,
+            wall: Pace::UNKNOWN,
+            pages: 0,
+            judged: 0,
+            change: 0,
+            looking: false,
+            looked: None,
             lately: Lately::NONE,
             look_after: FIRST_LOOK,
             sampled: Duration::ZERO,
@@ -202,21 +328,15 @@ impl Chooser {
     /// How the next batch is to be coded.
     #[must_use]
     pub const fn level(&self) -> Level {
-        if self.looking.is_some() {
-            Level::Raw
-        } else {
-            self.level
-        }
+        if self.looking { Level::Raw } else { self.level }
     }
 
     /// What a raw page costs, in seconds.
     fn raw(&self) -> Option<f64> {
-        let link = if self.floor > 0.0 {
-            self.link.unwrap_or(0.0).max(self.floor)
-        } else {
-            self.link?
-        };
-        Some(link * PAGE_BYTES as f64)
+        if self.floor > 0.0 {
+            return Some(self.link.get().unwrap_or(0.0).max(self.floor));
+        }
+        self.link.get()
     }
 
     /// Whether the link is slow enough that trying patches of pages that are sent again costs nothing that anybody
@@ -226,10 +346,10 @@ impl Chooser {
     pub fn link_has_time(&self) -> bool {
         let patch = self.estimates[Level::Patch.index()].map_or(0.0, |e| e.encode);
         let usual = self.usual_link().unwrap_or(0.0).max(self.floor);
-        4.0 * patch.max(PATCH) < usual * PAGE_BYTES as f64
+        4.0 * patch.max(PATCH) < usual
     }
 
-    /// Seconds that the link takes for a byte, usually; `None` while that is unknown.
+    /// Seconds that the link takes for a raw page, usually; `None` while that is unknown.
     fn usual_link(&self) -> Option<f64> {
         let mut links = self.links;
         let links = links.get_mut(..self.seen.min(STEADY))?;
@@ -268,109 +388,159 @@ impl Chooser {
         }));
     }
 
-    /// Takes what a batch came to, and decides anew.
-    pub fn record(&mut self, outcome: Outcome) {
+    /// Takes what a batch came to on a lane, and decides anew.
+    pub fn record(&mut self, lane: &mut Lane, mut outcome: Outcome) {
+        let lanes = u32::from(outcome.lanes.max(1));
+        outcome.encode /= lanes;
+        outcome.link /= lanes;
         self.elapsed += outcome.encode + outcome.link;
         // What was on its way on another lane when the level changed tells nothing about this one.
         if outcome.pages == 0 || outcome.bytes == 0 || outcome.level != self.level() {
             return;
         }
-        if let Some(passing @ 1..) = &mut self.looking {
-            *passing -= 1;
+        let level = outcome.level;
+        if !lane.tells(self.change, &outcome) {
             return;
         }
         self.lately.add(&outcome);
-        if !self.lately.is_enough() {
+        let enough = if self.looking {
+            self.lately.bytes >= LOOK_BYTES
+        } else {
+            self.lately.is_enough()
+        };
+        // From wait to wait: between them batches take nothing.
+        if !enough || outcome.wall() < self.lately.wall() {
             return;
         }
-        let level = outcome.level;
+        let wall = self.lately.wall();
         let Lately {
-            batches,
             pages,
             bytes,
             encode,
             link,
+            ..
         } = std::mem::replace(&mut self.lately, Lately::NONE);
-        self.learn(level, pages, bytes, encode, WEIGHT);
-        let at_least = link.as_secs_f64() / bytes as f64;
-        let at_most = (encode + link).as_secs_f64() / bytes as f64;
-        let seen = match self.link {
-            Some(known) if level > Level::Raw => known.min(at_most),
-            _ => at_least,
+        self.judged = self.judged.saturating_add(1);
+        let weight = WEIGHT.max(1.0 / f64::from(self.judged));
+        self.learn(level, pages, bytes, encode, weight);
+        // As pages of so many bytes.
+        let on_wire = bytes as f64 / PAGE_BYTES as f64;
+        // A look is short, and meant to replace what was believed.
+        let looked = std::mem::take(&mut self.looking);
+        if looked {
+            self.link.count_for(LOOK_LEAVES * on_wire);
+        } else {
+            self.wall.add(wall * pages as f64, pages as f64);
+        }
+        let seen = link.as_secs_f64() / on_wire;
+        let seen = if level == Level::Raw {
+            self.link.add(seen * on_wire, on_wire);
+            seen
+        } else {
+            let at_most = self.at_most();
+            if self.pages >= SETTLE || self.link.get().is_none() {
+                self.link.is_at_most(at_most);
+            }
+            self.link.get().map_or(at_most, |known| known.min(at_most))
         };
         self.links[self.seen % STEADY] = seen;
         self.seen += 1;
-        // A look is short, and meant to replace what was believed.
-        let looked = self.looking.take().is_some();
-        let weight = if looked { LOOK_WEIGHT } else { WEIGHT };
-        self.link = Some(self.link.map_or(seen, |old| blend(old, seen, weight)));
+        if level == Level::Raw {
+            self.looked = self.link.get();
+        }
         if looked {
-            self.batches = 0;
-            self.judge(true);
+            self.turn();
+            self.judge();
             return;
         }
         if level == Level::Raw {
             for refuted in self.refuted.iter_mut().flatten() {
-                refuted.left = refuted.left.saturating_sub(batches);
+                refuted.left = refuted.left.saturating_sub(pages);
             }
         }
-        let wall = (encode + link).as_secs_f64() / pages as f64;
-        self.wall = Some(self.wall.map_or(wall, |old| blend(old, wall, WEIGHT)));
-        self.batches = self.batches.saturating_add(batches);
-        self.judge(false);
-        let slow = self.wall.is_some_and(|wall| wall > SLOW_LINK);
-        let after = self.look_after.max(if slow { FIRST_LOOK_SLOW } else { 0 });
+        self.pages = self.pages.saturating_add(pages);
+        self.judge();
         // The cap is known, and no look would show it.
-        if self.level > Level::Raw && self.batches >= after && self.floor == 0.0 {
-            self.looking = Some(PASS);
-            self.look_after = after.saturating_mul(2);
+        if self.level > Level::Raw && self.floor == 0.0 && self.is_look_due() {
+            self.look();
+            self.look_after = self.pages.saturating_mul(2);
         }
+    }
+
+    /// The more a level seems to gain, the more a look costs, and the less likely it is to show anything.
+    fn is_look_due(&self) -> bool {
+        let (Some(raw), Some(wall), Some(looked)) = (self.link.get(), self.wall.get(), self.looked)
+        else {
+            return self.pages >= FIRST_LOOK_UNKNOWN;
+        };
+        if raw < FASTER * looked {
+            return true;
+        }
+        let costs = (raw / wall - 1.0) * ((FLUSH + LOOK_BYTES) / PAGE_BYTES) as f64;
+        self.pages >= self.look_after && self.pages as f64 * LOOK_SHARE >= costs
+    }
+
+    /// Seconds that the link takes for a raw page at most, by what coded ones take.
+    fn at_most(&self) -> f64 {
+        let ratio = self.estimates[self.level.index()].map_or(1.0, |estimate| estimate.ratio);
+        self.wall.get().unwrap_or(f64::MAX) / ratio
     }
 
     /// What a level promises, the time for a page if all goes well; `None` where that was refuted a short while ago.
     fn prospect(&self, level: Level, raw: f64) -> Option<f64> {
-        let Estimate { encode, ratio } = self.estimates[level.index()]?;
-        if self.refuted[level.index()].is_some_and(|refuted| refuted.left > 0) {
+        let Estimate { ratio, .. } = self.estimates[level.index()]?;
+        let alike = |(refuted, estimate): (&Option<Refuted>, &Option<Estimate>)| {
+            refuted.is_some_and(|refuted| refuted.left > 0)
+                && estimate.is_some_and(|estimate| ratio > UNLIKE * estimate.ratio)
+        };
+        if self.refuted.iter().zip(&self.estimates).any(alike) {
             return None;
         }
+        self.at_best(level, raw)
+    }
+
+    /// Seconds for a page at a level if all goes well.
+    fn at_best(&self, level: Level, raw: f64) -> Option<f64> {
+        let Estimate { encode, ratio } = self.estimates[level.index()]?;
         let link = ratio * raw;
         Some(encode.max(link) + 0.1 * encode.min(link))
     }
 
-    fn judge(&mut self, looked: bool) {
+    fn judge(&mut self) {
         let Some(raw) = self.raw() else { return };
         for refuted in &mut self.refuted {
-            if refuted.is_some_and(|refuted| raw > 1.5 * refuted.at * PAGE_BYTES as f64) {
+            if refuted.is_some_and(|refuted| raw > SLOWER * refuted.at) {
                 *refuted = None;
             }
         }
-        if !looked && self.batches < SETTLE {
-            return;
-        }
-        let now = match (self.level, self.wall) {
+        let now = match (self.level, self.wall.get()) {
             (Level::Raw, _) => raw,
-            (level, Some(wall)) => {
-                let capped = self.estimates[level.index()]
-                    .map_or(0.0, |e| e.ratio * self.floor * PAGE_BYTES as f64);
+            (level, Some(wall)) if self.pages >= SETTLE => {
+                let capped = self.estimates[level.index()].map_or(0.0, |e| e.ratio * self.floor);
                 wall.max(capped)
             }
-            (_, None) => return,
+            _ => return,
         };
-        if self.level > Level::Raw && now > KEEP * raw {
+        let keep = KEEP + DOUBT * SETTLE as f64 / self.pages.max(1) as f64;
+        if self.level > Level::Raw && now > keep * raw {
+            if self.looked.is_none() {
+                self.look();
+                return;
+            }
             let refuted = &mut self.refuted[self.level.index()];
             let patience = refuted.map_or(FIRST_PATIENCE, |r| r.patience.saturating_mul(4));
             *refuted = Some(Refuted {
-                at: raw / PAGE_BYTES as f64,
+                at: raw,
                 left: patience,
                 patience,
             });
             self.go_to(Level::Raw);
             return;
         }
-        let limit = if self.level == Level::Raw {
-            TRY * raw
-        } else {
-            BETTER * now
+        // What another coder promises is compared with what this one did: both at their best.
+        let limit = match self.level {
+            Level::Raw => TRY * raw,
+            level => BETTER * self.at_best(level, raw).unwrap_or(now),
         };
         let best = [Level::Patch, Level::Full]
             .into_iter()
@@ -384,12 +554,24 @@ impl Chooser {
         }
     }
 
+    fn look(&mut self) {
+        self.looking = true;
+        self.turn();
+    }
+
     fn go_to(&mut self, level: Level) {
         self.level = level;
-        self.wall = None;
-        self.lately = Lately::NONE;
-        self.batches = 0;
+        self.wall = Pace::UNKNOWN;
+        self.pages = 0;
+        self.judged = 0;
         self.look_after = FIRST_LOOK;
+        self.turn();
+    }
+
+    /// What is measured from here on is of something else.
+    fn turn(&mut self) {
+        self.lately = Lately::NONE;
+        self.change += 1;
     }
 }
 

@@ -1,6 +1,6 @@
 //! Coding at the source: one lane's encoder.
 
-use super::adaptive::{Chooser, Level, Outcome};
+use super::adaptive::{Chooser, Lane, Level, Outcome};
 use super::cache::DeltaCache;
 use super::class::{is_regular, is_sparse};
 use super::marks::Marks;
@@ -50,10 +50,8 @@ impl Coding {
         let zstd = kind.zstd() && agreed.has(Features::ZSTD);
         let cache = DeltaCache::new(options.delta_cache, guest_pages);
         let useful = patches && cache.capacity() > 0;
-        // Lanes that nobody has asked for are opened only where a cap is no bound for one of them.
-        let lanes = f64::from(options.channels.unwrap_or(1).max(1));
-        // Seconds that a lane needs for a byte, by the user's cap.
-        let floor = options.bandwidth.map_or(0.0, |cap| lanes / cap as f64);
+        // Seconds that a byte takes at least, by the user's cap.
+        let floor = options.bandwidth.map_or(0.0, |cap| 1.0 / cap as f64);
         let kind = if patches || zstd {
             kind
         } else {
@@ -145,6 +143,7 @@ pub struct Coded {
     /// By coder.
     pub codecs: Codecs,
     level: Option<Level>,
+    lanes: u16,
 }
 
 /// The encoder of one lane: buffers that are reused, nothing is allocated for a page.
@@ -152,6 +151,7 @@ pub struct Coded {
 pub struct Encoder {
     shared: Coding,
     proof: Proof,
+    lane: Lane,
     /// Copies of pages: those waiting for zstd, and the one in hand after them.
     copies: Vec<Page>,
     tags: Vec<u8>,
@@ -180,6 +180,8 @@ pub struct Batch<'a> {
     pub round: u32,
     /// Pages of a first pass that come after these and are likelier to be sent again: the cache keeps places for them.
     pub warmer: u64,
+    /// Lanes that send at the same time, this one included.
+    pub lanes: u16,
     /// Copies a page out of guest memory.
     pub copy: &'a mut dyn FnMut(Gfn, &mut Page) -> Result<(), PortError>,
     /// Takes the frames.
@@ -249,14 +251,17 @@ impl Encoder {
             took,
             codecs: tally,
             level: coded,
+            lanes: batch.lanes,
         })
     }
 
     /// A batch has been sent: `bytes` for its data pages, in `link`.
-    pub fn sent(&self, coded: &Coded, bytes: u64, link: Duration) {
+    pub fn sent(&mut self, coded: &Coded, bytes: u64, link: Duration) {
+        let mut lane = self.lane;
         if let (Some(mut chooser), Some(level)) = (self.chooser(), coded.level) {
-            chooser.record(Outcome {
+            let outcome = Outcome {
                 level,
+                lanes: coded.lanes,
                 pages: coded.pages,
                 bytes,
                 // Samples are none of the batch's cost.
@@ -266,8 +271,10 @@ impl Encoder {
                     coded.took
                 },
                 link,
-            });
+            };
+            chooser.record(&mut lane, outcome);
         }
+        self.lane = lane;
     }
 
     /// Sending failed: nobody knows what the destination has.
@@ -535,12 +542,14 @@ impl Encoder {
             with_zstd += self.pack(regular, room)?.unwrap_or(room) as u64;
         }
         let compressed = clock.now();
+        // While this lane codes, the others do.
+        let lanes = u32::from(batch.lanes.max(1));
+        let share = |until: Duration| until.saturating_sub(began) / lanes;
         if let Some(mut chooser) = self.chooser() {
             let bytes = bytes + kept as u64 * PAGE_BYTES;
-            chooser.sample(Level::Patch, taken, bytes, patched.saturating_sub(began));
+            chooser.sample(Level::Patch, taken, bytes, share(patched));
             if self.shared.zstd {
-                let took = compressed.saturating_sub(began);
-                chooser.sample(Level::Full, taken, with_zstd, took);
+                chooser.sample(Level::Full, taken, with_zstd, share(compressed));
             }
         }
         Ok(())

@@ -241,6 +241,7 @@ impl<G, W: WriteAt> Shared<'_, G, W> {
                 data: &mut lane.data,
                 round: 0,
                 warmer: 0,
+                lanes: 1,
                 copy: &mut |gfn, into| self.guest.copy_page(gfn, into),
                 out: &mut lane.out,
             },

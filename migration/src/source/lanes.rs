@@ -101,6 +101,7 @@ impl<'a> Shared<'a> {
             if sends {
                 return Turn::Send(BatchMode {
                     warmer: state.batches.warmer(),
+                    lanes: state.lanes.used(),
                     ..self.mode
                 });
             }

@@ -147,6 +147,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             paused,
             tell: false,
             warmer: 0,
+            lanes: 1,
         };
         // Of the first pages nobody knows yet how often they are dirtied.
         let learns = order == SendOrder::ColdFirst && self.sent_once.is_empty();

@@ -100,6 +100,8 @@ pub(super) struct Serving<'a> {
     layout: &'a RamLayout,
     pub(super) clock: &'a dyn Clock,
     round: u32,
+    /// That push at the same time.
+    lanes: u16,
     timeout: Duration,
     began: Duration,
 }
@@ -107,7 +109,7 @@ pub(super) struct Serving<'a> {
 impl<'a> Serving<'a> {
     pub(super) fn new(
         missing: PageSet,
-        push: Push,
+        (push, lanes): (Push, u16),
         source: (&'a RamLayout, &'a dyn Clock),
         round: u32,
         timeout: Duration,
@@ -128,6 +130,7 @@ impl<'a> Serving<'a> {
             layout,
             clock,
             round,
+            lanes,
             timeout,
             began: clock.now(),
         }
@@ -143,6 +146,7 @@ impl<'a> Serving<'a> {
             paused: true,
             tell,
             warmer: 0,
+            lanes: self.lanes,
         }
     }
 
@@ -309,7 +313,9 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
     {
         let options = setup.options;
         let push = Push::new(order, usize::from(options.pivots));
-        Serving::new(missing, push, (layout, setup.clock), round, options.timeout)
+        let lanes = options.channels.unwrap_or(1).max(1);
+        let source = (layout, setup.clock);
+        Serving::new(missing, (push, lanes), source, round, options.timeout)
     }
 
     /// Runs `work` while the fault channels are being answered.
