@@ -144,6 +144,12 @@ impl GuestRam {
         self.hugepages
     }
 
+    /// Whether another process had it before: it may hold pages that were never touched here.
+    #[must_use]
+    pub fn is_adopted(&self) -> bool {
+        self.adopted
+    }
+
     /// Where the RAM lies in the guest-physical address space.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {

@@ -57,7 +57,7 @@ pub struct Outcome {
 impl Outcome {
     /// Seconds for a page, coding and sending.
     fn wall(&self) -> f64 {
-        (self.encode + self.link).as_secs_f64() / self.pages.max(1) as f64
+        per_page(self.encode.saturating_add(self.link), self.pages)
     }
 }
 
@@ -150,14 +150,18 @@ impl Lately {
         self.link = self.link.saturating_add(outcome.link);
     }
 
-    /// Seconds for a page, coding and sending.
+    /// Coding and sending.
+    const fn time(&self) -> Duration {
+        self.encode.saturating_add(self.link)
+    }
+
+    /// Seconds for a page of it.
     fn wall(&self) -> f64 {
-        (self.encode + self.link).as_secs_f64() / self.pages.max(1) as f64
+        per_page(self.time(), self.pages)
     }
 
     fn is_enough(&self) -> bool {
-        self.encode.saturating_add(self.link) >= ENOUGH_TIME
-            || self.batches >= ENOUGH_BATCHES && self.bytes >= ENOUGH_BYTES
+        self.time() >= ENOUGH_TIME || self.batches >= ENOUGH_BATCHES && self.bytes >= ENOUGH_BYTES
     }
 }
 
@@ -412,30 +416,25 @@ impl Chooser {
         if !enough || outcome.wall() < self.lately.wall() {
             return;
         }
-        let wall = self.lately.wall();
-        let Lately {
-            pages,
-            bytes,
-            encode,
-            link,
-            ..
-        } = std::mem::replace(&mut self.lately, Lately::NONE);
+        let lately = std::mem::replace(&mut self.lately, Lately::NONE);
+        let pages = lately.pages;
+        let link = lately.link.as_secs_f64();
         self.judged = self.judged.saturating_add(1);
         let weight = WEIGHT.max(1.0 / f64::from(self.judged));
-        self.learn(level, pages, bytes, encode, weight);
+        self.learn(level, pages, lately.bytes, lately.encode, weight);
         // As pages of so many bytes.
-        let on_wire = bytes as f64 / PAGE_BYTES as f64;
+        let on_wire = lately.bytes as f64 / PAGE_BYTES as f64;
         // A look is short, and meant to replace what was believed.
         let looked = std::mem::take(&mut self.looking);
         if looked {
             self.link.count_for(LOOK_LEAVES * on_wire);
         } else {
-            self.wall.add(wall * pages as f64, pages as f64);
+            self.wall.add(lately.time().as_secs_f64(), pages as f64);
         }
-        let seen = link.as_secs_f64() / on_wire;
         let seen = if level == Level::Raw {
-            self.link.add(seen * on_wire, on_wire);
-            seen
+            self.link.add(link, on_wire);
+            self.looked = self.link.get();
+            link / on_wire
         } else {
             let at_most = self.at_most();
             if self.pages >= SETTLE || self.link.get().is_none() {
@@ -445,9 +444,6 @@ impl Chooser {
         };
         self.links[self.seen % STEADY] = seen;
         self.seen += 1;
-        if level == Level::Raw {
-            self.looked = self.link.get();
-        }
         if looked {
             self.turn();
             self.judge();
@@ -573,6 +569,10 @@ impl Chooser {
         self.lately = Lately::NONE;
         self.change += 1;
     }
+}
+
+fn per_page(time: Duration, pages: u64) -> f64 {
+    time.as_secs_f64() / pages.max(1) as f64
 }
 
 fn blend(old: f64, new: f64, weight: f64) -> f64 {

@@ -80,6 +80,11 @@ impl Coding {
         cache.is_some_and(|cache| cache.len().saturating_add(warmer) < cache.capacity())
     }
 
+    fn chooser(&self) -> Option<MutexGuard<'_, Chooser>> {
+        let chooser = self.chooser.as_ref()?;
+        Some(chooser.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// A lane's encoder.
     #[must_use]
     pub fn encoder(&self) -> Encoder {
@@ -236,7 +241,11 @@ impl Encoder {
                 level.max(Level::Patch)
             })
         } else {
-            if self.chooser().is_some_and(|chooser| chooser.wants_sample()) {
+            if self
+                .shared
+                .chooser()
+                .is_some_and(|chooser| chooser.wants_sample())
+            {
                 self.sample(batch, clock)?;
             }
             self.mark_seen(batch.data);
@@ -257,8 +266,7 @@ impl Encoder {
 
     /// A batch has been sent: `bytes` for its data pages, in `link`.
     pub fn sent(&mut self, coded: &Coded, bytes: u64, link: Duration) {
-        let mut lane = self.lane;
-        if let (Some(mut chooser), Some(level)) = (self.chooser(), coded.level) {
+        if let (Some(mut chooser), Some(level)) = (self.shared.chooser(), coded.level) {
             let outcome = Outcome {
                 level,
                 lanes: coded.lanes,
@@ -272,9 +280,8 @@ impl Encoder {
                 },
                 link,
             };
-            chooser.record(&mut lane, outcome);
+            chooser.record(&mut self.lane, outcome);
         }
-        self.lane = lane;
     }
 
     /// Sending failed: nobody knows what the destination has.
@@ -284,13 +291,8 @@ impl Encoder {
         }
     }
 
-    fn chooser(&self) -> Option<MutexGuard<'_, Chooser>> {
-        let chooser = self.shared.chooser.as_ref()?;
-        Some(chooser.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     fn level(&self) -> Level {
-        match (self.chooser(), self.shared.kind) {
+        match (self.shared.chooser(), self.shared.kind) {
             (Some(chooser), _) if self.shared.zstd => chooser.level(),
             (Some(chooser), _) => chooser.level().min(Level::Patch),
             (None, Compress::Zstd) => Level::Full,
@@ -304,7 +306,7 @@ impl Encoder {
         if self.shared.cache.is_none() {
             return false;
         }
-        let Some(has_time) = self.chooser().map(|chooser| chooser.link_has_time()) else {
+        let Some(has_time) = self.shared.chooser().map(|chooser| chooser.link_has_time()) else {
             return true;
         };
         if !has_time {
@@ -545,7 +547,7 @@ impl Encoder {
         // While this lane codes, the others do.
         let lanes = u32::from(batch.lanes.max(1));
         let share = |until: Duration| until.saturating_sub(began) / lanes;
-        if let Some(mut chooser) = self.chooser() {
+        if let Some(mut chooser) = self.shared.chooser() {
             let bytes = bytes + kept as u64 * PAGE_BYTES;
             chooser.sample(Level::Patch, taken, bytes, share(patched));
             if self.shared.zstd {
