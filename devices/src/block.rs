@@ -33,7 +33,7 @@ use crate::virtio::{
     COMMON_FEATURES, Context, Device, DeviceState, DrainError, Kind, Memory, RestoreError, Sparse,
     Violation,
 };
-use pool::{PATIENCE, Pool};
+use pool::{Pool, TIMEOUT};
 use request::{ID_LEN, MAX_DISCARD, MAX_RANGES, MAX_SEGMENT, MAX_ZEROES, Options, Request};
 
 const QUEUE_SIZE: u16 = 256;
@@ -183,7 +183,7 @@ impl<M: Memory> Device<M> for Block<M> {
         let waiting = self.pool.drain().map_err(|requests| DrainError {
             requests,
             what: self.disk.path().display().to_string(),
-            patience: PATIENCE,
+            timeout: TIMEOUT,
         })?;
         for request in waiting.iter().rev() {
             cx.queues[0].put_back(request.head);

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A device that can be reached by loads and stores (or `in` and `out`).
+/// A device that can be reached by loads and disks (or `in` and `out`).
 pub trait BusDevice: Send {
     /// Fills `data` with what the guest reads at `offset` bytes from the start of the device's range.
     fn read(&mut self, offset: u64, data: &mut [u8]);

@@ -12,7 +12,9 @@
 use ferry_migration::destination::{self, Destination, greet};
 use ferry_migration::options::{OnTimeout, Options};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{Clock, Guest, Host, Link, PageSink, PageSource, PortError};
+use ferry_migration::port::{
+    Clock, DestinationVm, Link, PageSink, PageSource, PortError, SourceVm,
+};
 use ferry_migration::report::{Report, Status};
 use ferry_migration::source::{self, CancelSwitch, Setup};
 use ferry_migration::wire::SessionId;
@@ -28,7 +30,7 @@ const PAGES: u64 = 4096;
 /// How far apart successive writes are; it and the number of pages have no common divisor.
 const STRIDE: u64 = 1237;
 /// How long the other side may take for anything, on a machine that has much else to do.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 type Page = [u8; PAGE_SIZE];
 
@@ -202,7 +204,7 @@ impl PageSource<Tcp> for Vm {
     }
 }
 
-impl Guest<Tcp> for Vm {
+impl SourceVm<Tcp> for Vm {
     fn layout(&self) -> RamLayout {
         // One run from page 0 is a layout.
         RamLayout::new(vec![Run::new(0, PAGES)]).unwrap_or_else(|_| unreachable!())
@@ -295,7 +297,7 @@ impl PageSink<Tcp> for Vm {
     }
 }
 
-impl Host<Tcp> for Elsewhere {
+impl DestinationVm<Tcp> for Elsewhere {
     type Sink = Vm;
 
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<Vm>, PortError> {
@@ -327,9 +329,9 @@ impl Host<Tcp> for Elsewhere {
 /// Waits for a guest and lets it run.
 fn receive(listener: &TcpListener) -> Result<Vm, PortError> {
     let timeouts = destination::Timeouts {
-        handshake: PATIENCE,
-        transfer: PATIENCE,
-        commit: PATIENCE,
+        handshake: TIMEOUT,
+        transfer: TIMEOUT,
+        commit: TIMEOUT,
     };
     let link = Tcp::new(listener.accept()?.0)?;
     let (channel, preamble) = greet(link, timeouts.handshake)?;
@@ -362,10 +364,10 @@ fn send(vm: &Vm, to: SocketAddr) -> Report {
         cancel: &CancelSwitch::default(),
         events: &mut |_| {},
         timeouts: source::Timeouts {
-            handshake: PATIENCE,
-            transfer: PATIENCE,
-            ready: PATIENCE,
-            commit: PATIENCE,
+            handshake: TIMEOUT,
+            transfer: TIMEOUT,
+            ready: TIMEOUT,
+            commit: TIMEOUT,
         },
         threads: true,
     };
@@ -390,7 +392,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     processor.join().map_err(died)??;
 
     // The guest goes on where it was.
-    let (left, deadline) = (vm.lock().steps, Instant::now() + PATIENCE);
+    let (left, deadline) = (vm.lock().steps, Instant::now() + TIMEOUT);
     while arrived.lock().steps <= left && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(1));
     }

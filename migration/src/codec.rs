@@ -7,7 +7,7 @@
 //!  destination  frame ──▶ Decoder ──▶ PageSink::write             raw          as they are (PAGES, encoding 0)
 //! ```
 //!
-//! An [`Encoder`] belongs to a lane. It takes the pages of a batch that are not zero, copies each out of guest memory
+//! An [`Encoder`] belongs to a data channel. It takes the pages of a batch that are not zero, copies each out of guest memory
 //! **exactly once** and codes the copy: what is coded is one snapshot, whatever the guest writes meanwhile (it wrote
 //! after its dirty bit was cleared, so that the page is sent again). Pages that no coder helps are not part of any
 //! frame of its own; they go out straight from guest memory as without it.

@@ -34,30 +34,30 @@
 //! The engine handles one frame per [`Destination::step`], so that a simulator can drive it; a
 //! real destination calls [`Destination::run`].
 
-mod arriving;
 mod blocks;
+mod data_channels;
 mod doubt;
 mod error;
 mod faults;
 mod following;
 mod hello;
-mod lanes;
+mod missing_pages;
 mod pages;
 
-pub use arriving::Arriving;
 pub use blocks::BlocksError;
+pub use data_channels::{DataChannel, DataChannelSet};
 pub use error::DestinationError;
-pub use faults::FaultLane;
-pub use lanes::{Lane, LaneSet};
+pub use faults::FaultChannel;
+pub use missing_pages::MissingPages;
 
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
-use crate::port::{Clock, Host, Link, PageSink};
+use crate::port::{Clock, DestinationVm, Link, PageSink};
 use crate::source::page_hash;
 use crate::wire::{
     Channel, FrameType, Header, Hello, Preamble, Ready, Role, Running, SessionId, WireError,
     send_set,
 };
-use blocks::Stores;
+use blocks::Disks;
 use pages::PageReceiver;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,7 +65,7 @@ use std::time::Duration;
 /// Where the destination stands; see the module's figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Connected; no greeting yet.
+    /// Connected; no handshake yet.
     Waiting,
     /// The machine stands, memory arrives.
     Filling,
@@ -86,7 +86,7 @@ pub enum State {
 /// How long the destination waits for the source.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
-    /// For the greeting.
+    /// For the handshake.
     pub handshake: Duration,
     /// For the next frame while memory arrives; the source is then taken for dead.
     pub transfer: Duration,
@@ -141,7 +141,7 @@ pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Pre
 }
 
 /// One migration, as it arrives.
-pub struct Destination<L: Link, H: Host<L>> {
+pub struct Destination<L: Link, H: DestinationVm<L>> {
     channel: Channel<L>,
     session: SessionId,
     host: H,
@@ -151,13 +151,13 @@ pub struct Destination<L: Link, H: Host<L>> {
     greeting: Option<Hello>,
     layout: Option<RamLayout>,
     sink: Option<Arc<H::Sink>>,
-    lanes: Option<Arc<LaneSet<L, H::Sink>>>,
+    data_channels: Option<Arc<DataChannelSet<L, H::Sink>>>,
     clock: Arc<dyn Clock + Send + Sync>,
     /// The guest's memory is the source's own: no page comes.
     shared: bool,
     /// Pages that are to follow the guest, as far as they were listed.
     missing: Option<PageSet>,
-    arriving: Option<Arc<Arriving<L, H::Sink>>>,
+    missing_pages: Option<Arc<MissingPages<L, H::Sink>>>,
     /// The connection is one that a source opened to end a doubt: it does not know what is missing.
     reattached: bool,
     /// The guest runs, and the next step tells the source.
@@ -166,7 +166,7 @@ pub struct Destination<L: Link, H: Host<L>> {
     pushed: bool,
     receiver: PageReceiver,
     /// Disks that move with the guest.
-    stores: Stores,
+    disks: Disks,
     block_round: u32,
     round: u32,
     restored: bool,
@@ -194,7 +194,7 @@ struct HashCheck {
     first: Option<u64>,
 }
 
-impl<L: Link, H: Host<L>> Destination<L, H> {
+impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// Takes a control channel whose preamble was answered by [`greet`].
     pub fn new(
         mut channel: Channel<L>,
@@ -213,16 +213,16 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             greeting: None,
             layout: None,
             sink: None,
-            lanes: None,
+            data_channels: None,
             clock,
             shared: false,
             missing: None,
-            arriving: None,
+            missing_pages: None,
             reattached: false,
             untold: None,
             pushed: false,
             receiver: PageReceiver::default(),
-            stores: Stores::none(),
+            disks: Disks::none(),
             block_round: 0,
             round: 0,
             restored: false,
@@ -252,33 +252,38 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         &self.policy
     }
 
-    /// The data channels' meeting point, once the greeting was taken and announced some.
+    /// The data channels' meeting point, once the handshake was taken and announced some.
     #[must_use]
-    pub const fn lanes(&self) -> Option<&Arc<LaneSet<L, H::Sink>>> {
-        self.lanes.as_ref()
+    pub const fn data_channels(&self) -> Option<&Arc<DataChannelSet<L, H::Sink>>> {
+        self.data_channels.as_ref()
     }
 
     /// The pages that follow the guest, in post-copy: for its fault channels and for those who look on.
     #[must_use]
-    pub const fn arriving(&self) -> Option<&Arc<Arriving<L, H::Sink>>> {
-        self.arriving.as_ref()
+    pub const fn missing_pages(&self) -> Option<&Arc<MissingPages<L, H::Sink>>> {
+        self.missing_pages.as_ref()
     }
 
     /// Takes a fault channel whose preamble was answered; `index` is the preamble's.
     ///
     /// # Errors
     /// When there is no such channel or it is attached already; the peer was told.
-    pub fn fault_lane(
-        arriving: &Arc<Arriving<L, H::Sink>>,
+    pub fn fault_channel(
+        missing_pages: &Arc<MissingPages<L, H::Sink>>,
         mut channel: Channel<L>,
         index: u16,
         timeouts: Timeouts,
-    ) -> Result<FaultLane<L, H::Sink>, DestinationError> {
-        let era = arriving
+    ) -> Result<FaultChannel<L, H::Sink>, DestinationError> {
+        let era = missing_pages
             .attach(index)
             .inspect_err(|error| channel.send_abort(&error.to_string()))?;
-        let arriving = Arc::clone(arriving);
-        Ok(FaultLane::new(channel, arriving, era, timeouts.transfer))
+        let missing_pages = Arc::clone(missing_pages);
+        Ok(FaultChannel::new(
+            channel,
+            missing_pages,
+            era,
+            timeouts.transfer,
+        ))
     }
 
     /// The host.
@@ -350,20 +355,20 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// The connection is lost, and with it its other channels.
     fn lose(&self, error: &DestinationError) {
-        if let Some(arriving) = &self.arriving {
-            arriving.lose(&error.to_string());
+        if let Some(missing_pages) = &self.missing_pages {
+            missing_pages.lose(&error.to_string());
         }
-        if let Some(lanes) = &self.lanes {
-            lanes.close();
+        if let Some(data_channels) = &self.data_channels {
+            data_channels.close();
         }
     }
 
     fn discard(&mut self) {
-        if let Some(lanes) = &self.lanes {
-            lanes.close();
+        if let Some(data_channels) = &self.data_channels {
+            data_channels.close();
         }
-        if let Some(arriving) = &self.arriving {
-            arriving.end();
+        if let Some(missing_pages) = &self.missing_pages {
+            missing_pages.end();
         }
         self.sink = None;
         self.host.discard();
@@ -396,14 +401,14 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 self.compare(&header)?
             }
             (State::Filling, FrameType::MissingRuns | FrameType::MissingBits)
-                if self.arriving.is_some() && !self.restored =>
+                if self.missing_pages.is_some() && !self.restored =>
             {
                 self.list_missing(&header)?;
             }
             (State::Filling, FrameType::Blocks | FrameType::BlocksZero | FrameType::BlocksHash)
                 if self.takes_blocks(header.kind) =>
             {
-                self.stores.receive(&mut self.channel, &header)?;
+                self.disks.receive(&mut self.channel, &header)?;
             }
             (State::Filling, FrameType::BlocksEnd) if self.takes_blocks(header.kind) => {
                 self.blocks_end(&header)?;
@@ -432,7 +437,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// Whether blocks of disks may come; their hashes only where they were announced.
     fn takes_blocks(&self, kind: FrameType) -> bool {
-        !self.stores.is_empty() && !self.restored && (self.verify || kind != FrameType::BlocksHash)
+        !self.disks.is_empty() && !self.restored && (self.verify || kind != FrameType::BlocksHash)
     }
 
     /// All blocks that were sent outlast a crash, and the source hears it.
@@ -443,7 +448,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .refuse(header, "the end of the next round of blocks")
                 .into());
         }
-        self.stores.flush()?;
+        self.disks.flush()?;
         self.block_round = header.round;
         self.channel
             .send(Header::bare(FrameType::BlocksStored, header.round), &[])?;
@@ -458,8 +463,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .refuse(header, "the end of the next round")
                 .into());
         }
-        if let Some(lanes) = &self.lanes {
-            lanes.end_round(header.round)?;
+        if let Some(data_channels) = &self.data_channels {
+            data_channels.end_round(header.round)?;
         }
         self.round = header.round;
         self.channel
@@ -504,7 +509,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 first,
             });
         }
-        self.stores.complete(self.verify)?;
+        self.disks.complete(self.verify)?;
         let total = self.layout.as_ref().map_or(0, RamLayout::pages);
         let to_follow = self.missing.as_ref().map_or(0, PageSet::len);
         if self.verify && self.hashes.compared != total - to_follow {
@@ -513,13 +518,13 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .refuse(header, "the hashes of all pages")
                 .into());
         }
-        if let (Some(missing), Some(arriving), Some(sink)) =
-            (self.missing.take(), &self.arriving, &self.sink)
+        if let (Some(missing), Some(missing_pages), Some(sink)) =
+            (self.missing.take(), &self.missing_pages, &self.sink)
         {
             self.host
                 .begin_post_copy(&missing)
                 .map_err(DestinationError::Unfit)?;
-            arriving.begin(Arc::clone(sink), missing);
+            missing_pages.begin(Arc::clone(sink), missing);
         }
         let began = self.clock.now();
         self.host.restore(&bytes).map_err(DestinationError::State)?;
@@ -559,13 +564,16 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// Tells the source that the guest runs here.
     fn tell_running(&mut self, started: Started) -> Result<Step, DestinationError> {
-        let missing = self.arriving.as_ref().map(|a| a.missing());
+        let missing = self.missing_pages.as_ref().map(|a| a.missing());
         let left = missing.as_ref().map_or(0, PageSet::len);
         let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
         // Pages may all be here and not all be compared.
         let compare = self.verify
             && self.follows()
-            && self.arriving.as_ref().is_some_and(|a| !a.is_complete());
+            && self
+                .missing_pages
+                .as_ref()
+                .is_some_and(|a| !a.is_complete());
         let running = Running {
             start_us: micros(started.ran.saturating_sub(started.asked)),
             since_us: micros(self.clock.now().saturating_sub(started.ran)),

@@ -4,7 +4,7 @@
 //! implements the traits of [`port`] and calls [`source::migrate`] on one host and drives a
 //! [`destination::Destination`] on the other.
 //!
-//! Data flows one way. Source: `Guest::collect_dirty → PageSet → Policy → batch → Link`.
+//! Data flows one way. Source: `SourceVm::collect_dirty → PageSet → Policy → batch → Link`.
 //! Destination: `Link → decode → PageSink`.
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -19,9 +19,9 @@
 
 mod bandwidth;
 pub mod codec;
+pub mod data_channels;
 pub mod destination;
 mod first_pass;
-pub mod lanes;
 pub mod model;
 pub mod options;
 pub mod order;

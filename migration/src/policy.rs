@@ -52,7 +52,7 @@ pub struct View<'a> {
     /// Bytes of CPU and device state that the pause will have to send.
     pub state_bytes: u64,
     /// Bytes of blocks of disks that the destination lacks or has stale; what is pending of them is sent before each round.
-    pub store_bytes: u64,
+    pub disk_bytes: u64,
     /// What a pause costs beside sending: a few round trips, stopping and starting.
     pub pause_overhead: Duration,
     /// Since the migration of memory began.
@@ -72,7 +72,7 @@ impl View<'_> {
     /// Bytes that are pending: pages, and blocks of disks.
     #[must_use]
     pub const fn pending_bytes(&self) -> u64 {
-        self.pending_pages * PAGE_BYTES + self.store_bytes
+        self.pending_pages * PAGE_BYTES + self.disk_bytes
     }
 
     /// Bytes per second at which rounds go out while the guest runs: the link's, under the cap.

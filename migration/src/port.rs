@@ -2,8 +2,8 @@
 //! migrate a guest of your own.
 //!
 //! ```text
-//! source:       Guest::collect_dirty → PageSet → Policy → batch → PageSource::transmit → Link
-//! destination:  Link → PageSink::receive → memory;   STATE → Host::restore;   COMMIT → Host::run
+//! source:       SourceVm::collect_dirty → PageSet → Policy → batch → PageSource::transmit → Link
+//! destination:  Link → PageSink::receive → memory;   STATE → DestinationVm::restore;   COMMIT → DestinationVm::run
 //! ```
 //!
 //! The engines never hold a reference into guest memory, because a running guest writes to it:
@@ -100,18 +100,18 @@ pub trait PageSource<L: Link>: Sync {
 /// A guest at the source. All but the methods of [`PageSource`] are called from the engine's own
 /// thread; those also from threads that answer page faults, while the guest stands still.
 ///
-/// Dirty pages: [`collect_dirty`](Guest::collect_dirty) only *reads* the log; a page stays in it
-/// until [`clear_dirty`](Guest::clear_dirty), which the engine calls right before it reads the
+/// Dirty pages: [`collect_dirty`](SourceVm::collect_dirty) only *reads* the log; a page stays in it
+/// until [`clear_dirty`](SourceVm::clear_dirty), which the engine calls right before it reads the
 /// page for sending. So what was not sent is still dirty, whatever fails in between.
-pub trait Guest<L: Link>: PageSource<L> {
+pub trait SourceVm<L: Link>: PageSource<L> {
     /// Where the guest has RAM.
     fn layout(&self) -> RamLayout;
-    /// The machine's configuration, for [`Host::prepare`].
+    /// The machine's configuration, for [`DestinationVm::prepare`].
     ///
     /// # Errors
     /// When it cannot be described.
     fn description(&self) -> Result<Vec<u8>, PortError>;
-    /// About how many bytes [`Guest::save`] will return: part of the downtime's estimate.
+    /// About how many bytes [`SourceVm::save`] will return: part of the downtime's estimate.
     fn state_bytes(&self) -> u64;
     /// Starts the dirty log with every page dirty (or: every page that must be sent).
     ///
@@ -155,7 +155,7 @@ pub trait Guest<L: Link>: PageSource<L> {
     fn release(&self);
     /// What the guest keeps outside its memory and can move with it, in the order in which it knows them: asked for where
     /// [`Options::copy_disk`](crate::options::Options::copy_disk) is set.
-    fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
+    fn disks(&self) -> Vec<Arc<dyn BlockSource>> {
         Vec::new()
     }
 
@@ -164,7 +164,7 @@ pub trait Guest<L: Link>: PageSource<L> {
     ///
     /// After that, whatever happens, one side at most may run the guest in this memory, and a side whose state is older
     /// than the memory must not: that is for the implementation to see to, in [`resume`](Self::resume),
-    /// [`commit`](Self::commit) and [`Host::run`].
+    /// [`commit`](Self::commit) and [`DestinationVm::run`].
     ///
     /// # Errors
     /// Why it cannot be, although the link can carry it.
@@ -189,7 +189,7 @@ pub trait Guest<L: Link>: PageSource<L> {
     fn fault_channels(&self) -> u16 {
         1
     }
-    /// Processors of this host that lanes of pages may be sent with.
+    /// Processors of this host that data channels of pages may be sent with.
     fn processors(&self) -> u16 {
         1
     }
@@ -208,9 +208,9 @@ fn no_post_copy<T>() -> Result<T, PortError> {
     Err("this destination has no post-copy".into())
 }
 
-/// Guest memory at the destination. Lanes fill it in parallel: pages of one round are disjoint.
+/// Guest memory at the destination. Data channels fill it in parallel: pages of one round are disjoint.
 ///
-/// The last three methods are post-copy's, after [`Host::begin_post_copy`]: whoever touches a page
+/// The last three methods are post-copy's, after [`DestinationVm::begin_post_copy`]: whoever touches a page
 /// that is not in place waits for it.
 pub trait PageSink<L: Link>: Send + Sync {
     /// Receives the pages of `runs` from the link straight into guest memory. The engine has
@@ -280,16 +280,16 @@ pub trait PageSink<L: Link>: Send + Sync {
 }
 
 /// The destination host.
-pub trait Host<L: Link> {
+pub trait DestinationVm<L: Link> {
     /// The guest's memory here.
     type Sink: PageSink<L> + 'static;
 
-    /// Makes room for copies of the guest's stores, of so many bytes each, or refuses in one sentence. Called before
-    /// [`Host::prepare`], if the stores are to move; what was made is to go with [`Host::discard`].
+    /// Makes room for copies of the guest's disks, of so many bytes each, or refuses in one sentence. Called before
+    /// [`DestinationVm::prepare`], if the disks are to move; what was made is to go with [`DestinationVm::discard`].
     ///
     /// # Errors
     /// Why this host cannot take them.
-    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
         let _ = bytes;
         Err("this destination takes no copies of disks".into())
     }
@@ -341,7 +341,7 @@ pub trait Host<L: Link> {
         let _ = pages;
         no_post_copy()
     }
-    /// From now on these pages are missing, and whoever touches one waits. Called before [`Host::restore`].
+    /// From now on these pages are missing, and whoever touches one waits. Called before [`DestinationVm::restore`].
     ///
     /// # Errors
     /// Why that cannot be.

@@ -4,7 +4,7 @@
 
 mod latency;
 
-pub use crate::lanes::Channels;
+pub use crate::data_channels::Channels;
 pub use latency::{Bucket, Latencies};
 
 use serde::{Deserialize, Serialize};

@@ -1,10 +1,10 @@
-//! Sending sets of pages: batches, zero pages, pacing. One [`Sender`] per lane; nothing is
+//! Sending sets of pages: batches, zero pages, pacing. One [`Sender`] per data channel; nothing is
 //! allocated per page, and nothing is copied that is not coded.
 
 use crate::codec::{Batch, Encoder, MAX_CODED_PAGES, append};
 use crate::page::{Gfn, Heat, PAGE_BYTES, PAGE_SIZE, PageSet, Run};
 use crate::policy::{SendOrder, pages_in, seconds};
-use crate::port::{Clock, Guest, Link, PageSource, PortError};
+use crate::port::{Clock, Link, PageSource, PortError, SourceVm};
 use crate::report::Codecs;
 use crate::wire::{
     Channel, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, MAX_RUNS, RUN_BYTES, WireError,
@@ -35,10 +35,10 @@ pub(crate) struct Sent {
     /// Known to hold nothing without a look at them, and told as such.
     pub skipped_pages: u64,
     pub bytes: u64,
-    /// Time spent on the link and waiting for the user's cap, summed over the lanes; looking for
+    /// Time spent on the link and waiting for the user's cap, summed over the data channels; looking for
     /// zero pages and coding are not part of it.
     pub link: Duration,
-    /// Time spent on coding, summed over the lanes.
+    /// Time spent on coding, summed over the data channels.
     pub coding: Duration,
     /// What the coders did.
     pub codecs: Codecs,
@@ -157,7 +157,7 @@ impl Batches {
     }
 }
 
-/// The user's bandwidth cap: a token bucket over virtual time. Shared by the lanes.
+/// The user's bandwidth cap: a token bucket over virtual time. Shared by the data channels.
 #[derive(Debug)]
 pub(crate) struct Pacer {
     /// Bytes per second; `None` is no cap.
@@ -220,7 +220,7 @@ impl Pacer {
     }
 }
 
-/// Reusable buffers of one lane, and its encoder.
+/// Reusable buffers of one data channel, and its encoder.
 #[derive(Debug, Default)]
 pub(crate) struct Sender {
     encoder: Encoder,
@@ -240,12 +240,12 @@ pub(crate) struct BatchMode {
     pub tell: bool,
     /// Pages of a first pass that come later and are likelier to be sent again.
     pub warmer: u64,
-    /// Lanes that send at the same time, this one included.
-    pub lanes: u16,
+    /// Data channels that send at the same time, this one included.
+    pub data_channels: u16,
 }
 
 impl Sender {
-    /// A lane's sender.
+    /// A data channel's sender.
     pub(crate) fn new(encoder: Encoder) -> Self {
         Self {
             encoder,
@@ -260,7 +260,7 @@ impl Sender {
 
     /// Sends the pages of `runs` (at most [`BATCH_PAGES`]) in one write: a frame for the zero
     /// pages, then those of the coded ones, then one for the others.
-    pub(crate) fn send<L: Link, G: Guest<L> + ?Sized>(
+    pub(crate) fn send<L: Link, G: SourceVm<L> + ?Sized>(
         &mut self,
         channel: &mut Channel<L>,
         guest: &G,
@@ -300,7 +300,7 @@ impl Sender {
                     data: &mut self.data,
                     round: mode.round,
                     warmer: mode.warmer,
-                    lanes: mode.lanes,
+                    data_channels: mode.data_channels,
                     copy: &mut |gfn, into| guest.copy_page(gfn, into),
                     out: &mut self.head,
                 },
@@ -360,7 +360,7 @@ impl Sender {
         })
     }
 
-    fn crc_of_pages<L: Link, G: Guest<L> + ?Sized>(
+    fn crc_of_pages<L: Link, G: SourceVm<L> + ?Sized>(
         &self,
         guest: &G,
         mut crc: u32,

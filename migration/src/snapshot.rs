@@ -92,7 +92,7 @@ pub enum SnapshotError {
         /// What is wrong there.
         what: &'static str,
     },
-    /// The greeting cannot be understood.
+    /// The handshake cannot be understood.
     #[error("its description at byte {offset} cannot be read: {source}")]
     Contents {
         /// Where.

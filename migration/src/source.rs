@@ -28,9 +28,9 @@
 //! source. From Committed on the source never runs the guest by itself.
 
 mod blocks;
+mod data_channels;
 mod error;
 mod handshake;
-mod lanes;
 mod live;
 pub(crate) mod post_copy;
 mod push;
@@ -44,18 +44,18 @@ pub use recover::recover;
 pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;
-use crate::lanes::{Channels, Lanes};
+use crate::data_channels::{Channels, DataChannels};
 use crate::options::Options;
 use crate::order::PushOrder;
 use crate::page::{Heat, PageSet, RamLayout};
 use crate::policy::{self, Policy, View};
-use crate::port::{Clock, Guest, Link};
+use crate::port::{Clock, Link, SourceVm};
 use crate::report::{
     Codecs, Downtime, Event, Faults, Pages, Phase, Progress, Report, Round, Status,
 };
 use crate::sender::{Pacer, Sender, Sent};
 use crate::wire::{Channel, FrameType, Header, Role, SessionId, WireError};
-use blocks::Stores;
+use blocks::Disks;
 use post_copy::FaultChannel;
 use std::collections::VecDeque;
 use std::io;
@@ -147,7 +147,7 @@ const HANDOVER: &str = "handover";
 /// How long the engine waits for a peer.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
-    /// For the answer to the greeting: the destination builds the machine meanwhile.
+    /// For the answer to the handshake: the destination builds the machine meanwhile.
     pub handshake: Duration,
     /// For any progress of the link while the guest runs.
     pub transfer: Duration,
@@ -214,20 +214,20 @@ enum LiveEnd {
 }
 
 /// The source engine: owns everything about one migration but the guest.
-pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
+pub(crate) struct Source<'a, 'g, L: Link, G: SourceVm<L>> {
     setup: Setup<'a, L>,
     guest: &'g G,
     control: Channel<L>,
-    lanes: Vec<(Channel<L>, Sender)>,
-    lanes_used: Lanes,
+    data_channels: Vec<(Channel<L>, Sender)>,
+    data_channels_used: DataChannels,
     /// Why so many.
-    lanes_why: String,
+    data_channels_why: String,
     /// When something was last sent on all of them.
-    lanes_at: Duration,
+    data_channels_at: Duration,
     /// Post-copy's page requests come in on these.
     faults: Vec<FaultChannel<L>>,
     /// Disks that move with the guest.
-    stores: Stores,
+    disks: Disks,
     sender: Sender,
     pacer: Pacer,
     policy: &'static str,
@@ -274,7 +274,7 @@ pub(crate) struct Source<'a, 'g, L: Link, G: Guest<L>> {
 
 /// Moves a guest; blocks until the end. The guest runs on here unless the report's status is
 /// `Completed` or `Interrupted` (it runs at the destination) or `InDoubt` (it runs nowhere).
-pub fn migrate<L: Link, G: Guest<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
+pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
     let mut policy = policy::from_options(setup.options);
     let name = policy.name();
     let session = setup.session.to_string();
@@ -299,7 +299,7 @@ fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
+impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
     /// An engine with nothing but its control channel, whose preamble was not sent yet.
     fn connect(
         guest: &'g G,
@@ -315,12 +315,12 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             pacer: Pacer::new(setup.options.bandwidth),
             guest,
             control: Channel::new(link),
-            lanes: Vec::new(),
-            lanes_used: Lanes::new(0, true),
-            lanes_why: String::new(),
-            lanes_at: began,
+            data_channels: Vec::new(),
+            data_channels_used: DataChannels::new(0, true),
+            data_channels_why: String::new(),
+            data_channels_at: began,
             faults: Vec::new(),
-            stores: Stores::none(),
+            disks: Disks::none(),
             sender: Sender::default(),
             policy,
             shared: false,
@@ -423,7 +423,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
                 status
             }
         };
-        self.stores.stop();
+        self.disks.stop();
         let report = self.report(status, error.map(|error| error.to_string()));
         if self.state == State::Discardable {
             self.guest.release();
@@ -508,7 +508,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             bandwidth: self.bandwidth.estimate(),
             cap: self.setup.options.bandwidth.map(|cap| cap as f64),
             state_bytes: self.guest.state_bytes(),
-            store_bytes: self.stores.pending_bytes(),
+            disk_bytes: self.disks.pending_bytes(),
             pause_overhead: 2 * self.rtt + policy::STOP_AND_START,
             elapsed: self.now().saturating_sub(self.memory_began),
         }
@@ -517,7 +517,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
     fn bytes_wire(&self) -> u64 {
         self.control.sent()
             + self
-                .lanes
+                .data_channels
                 .iter()
                 .map(|(channel, _)| channel.sent())
                 .sum::<u64>()
@@ -534,9 +534,9 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
         let moved = self.state == State::PostCopy;
         self.progress.predicted_downtime_ms = predicted.map(ms).filter(|_| !moved);
         self.progress.pending_pages = pending;
-        if let Some(disk) = self.stores.report() {
+        if let Some(disk) = self.disks.report() {
             self.progress.disk_total = Some(disk.total);
-            self.progress.disk_pending = Some(self.stores.pending_bytes().min(disk.total));
+            self.progress.disk_pending = Some(self.disks.pending_bytes().min(disk.total));
         }
         self.progress.round = self.round + 1;
         self.progress.elapsed_ms = ms(self.now().saturating_sub(self.began));
@@ -548,13 +548,17 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
     }
 
     fn channels(&self) -> Channels {
-        let opened = u16::try_from(self.lanes.len()).unwrap_or(u16::MAX);
-        let used = self.lanes_used.used().min(opened);
+        let opened = u16::try_from(self.data_channels.len()).unwrap_or(u16::MAX);
+        let used = self.data_channels_used.used().min(opened);
         Channels {
             opened,
             used,
-            bytes: self.lanes.iter().map(|(lane, _)| lane.sent()).collect(),
-            why: self.lanes_used.reason(&self.lanes_why),
+            bytes: self
+                .data_channels
+                .iter()
+                .map(|(data_channel, _)| data_channel.sent())
+                .collect(),
+            why: self.data_channels_used.reason(&self.data_channels_why),
         }
     }
 
@@ -578,7 +582,7 @@ impl<'a, 'g, L: Link, G: Guest<L>> Source<'a, 'g, L, G> {
             pages: self.pages.clone(),
             codecs: self.codecs,
             channels: self.channels(),
-            disk: self.stores.report(),
+            disk: self.disks.report(),
             bytes_wire,
             mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
             faults: std::mem::take(&mut self.faults_there),

@@ -46,7 +46,7 @@ mod hello;
 mod preamble;
 mod set;
 
-pub use blocks::{MAX_BLOCKS, MAX_STORE_BLOCKS, MAX_STORES};
+pub use blocks::{MAX_BLOCKS, MAX_DISK_BLOCKS, MAX_DISKS};
 pub use channel::{Channel, WireError, check_crc};
 pub use frame::{
     Encoding, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, HeaderError, Limits,

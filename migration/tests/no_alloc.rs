@@ -29,8 +29,8 @@ use std::time::Duration;
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// What a lane's encoder and decoder may hold together, whatever they send.
-const LANE_BUFFERS: usize = 6 << 20;
+/// What a data channel's encoder and decoder may hold together, whatever they send.
+const DATA_CHANNEL_BUFFERS: usize = 6 << 20;
 /// The delta cache, smaller than either guest, so that it is as full with the one as with the other.
 const CACHE: u64 = 1 << 20;
 
@@ -49,17 +49,17 @@ impl Clock for Ticks {
     }
 }
 
-/// The destination's process: the first connection is the control channel, each further one a lane.
+/// The destination's process: the first connection is the control channel, each further one a data channel.
 fn serve(connections: Receiver<MemoryLink>, memory: &Memory) {
     let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
     let host = TestHost::new(memory.clone());
     let clock = Arc::new(Ticks::default());
     let mut engine = Destination::new(channel, &preamble, host, DESTINATION_TIMEOUTS, clock);
-    // The greeting, which says how many lanes will come.
+    // The handshake, which says how many data channels will come.
     engine.step().unwrap();
     std::thread::scope(|scope| {
-        if let Some(lanes) = engine.lanes() {
-            let lanes = lanes.clone();
+        if let Some(data_channels) = engine.data_channels() {
+            let data_channels = data_channels.clone();
             scope.spawn(move || {
                 for link in connections {
                     let (channel, preamble) = destination::greet(link, NEVER).unwrap();
@@ -67,8 +67,8 @@ fn serve(connections: Receiver<MemoryLink>, memory: &Memory) {
                     if preamble.role != Role::Data {
                         continue;
                     }
-                    let lane = lanes.attach(channel, preamble.channel).unwrap();
-                    scope.spawn(move || lane.run());
+                    let data_channel = data_channels.attach(channel, preamble.channel).unwrap();
+                    scope.spawn(move || data_channel.run());
                 }
             });
         }
@@ -173,11 +173,11 @@ fn allocations_do_not_grow_with_the_pages() {
         );
         // Sets of pages and heat: a few bits and a byte a page, some of them copied once a round.
         let more_bytes = large.bytes_allocated.saturating_sub(small.bytes_allocated);
-        // A lane that had nothing to do with the small guest has no buffers for coding yet.
+        // A data channel that had nothing to do with the small guest has no buffers for coding yet.
         let buffers = if compress == Compress::None {
             0
         } else {
-            usize::from(channels) * LANE_BUFFERS
+            usize::from(channels) * DATA_CHANNEL_BUFFERS
         };
         assert!(
             more_bytes < a_page * (LARGE - SMALL) / PAGE_SIZE + buffers,

@@ -11,7 +11,7 @@ mod trace;
 mod virtio;
 
 pub use api::api;
-pub use destination::{handshake, lanes};
+pub use destination::{data_channels, handshake};
 pub(crate) use guest::StandIn;
 pub use kernel::kernel;
 pub use link::mend;

@@ -176,9 +176,9 @@ pub fn virtio_state() -> Vec<Vec<u8>> {
     .collect()
 }
 
-/// For [`lanes`](crate::fuzz_bodies::lanes): migrations that succeed, as they are.
-pub fn lanes() -> Vec<Vec<u8>> {
-    stream::on_lanes()
+/// For [`data channels`](crate::fuzz_bodies::data channels): migrations that succeed, as they are.
+pub fn data_channels() -> Vec<Vec<u8>> {
+    stream::on_data_channels()
 }
 
 /// For [`source`](crate::fuzz_bodies::source).
@@ -266,7 +266,7 @@ pub const TARGETS: &[(&str, Seeds)] = &[
     ("frame", frame),
     ("codec", codec),
     ("handshake", handshake),
-    ("lanes", lanes),
+    ("data_channels", data_channels),
     ("source", source),
     ("machine_state", machine_state),
     ("snapshot", snapshot),

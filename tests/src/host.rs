@@ -1,6 +1,6 @@
 //! A `ferry` process that is a guest's VMM.
 
-use crate::{PATIENCE, ferry, until};
+use crate::{TIMEOUT, ferry, until};
 use ferry_guest_images::{Line, STOP, Verdict};
 use ferry_migration::options::{OnTimeout, Options};
 use ferry_migration::report::{Report, Status};
@@ -69,7 +69,7 @@ impl Host {
         Self::run_with(work, memory, cpus, &[])
     }
 
-    /// As [`Host::run`], with more options.
+    /// As [`DestinationVm::run`], with more options.
     pub fn run_with(work: &str, memory: &str, cpus: u32, more: &[&str]) -> Self {
         let cpus = cpus.to_string();
         let args = [
@@ -80,7 +80,7 @@ impl Host {
         host
     }
 
-    /// As [`Host::run`], a kernel that is run until it is told to stop.
+    /// As [`DestinationVm::run`], a kernel that is run until it is told to stop.
     pub fn run_kernel(kernel: &str, memory: &str, cpus: u32) -> Self {
         let cpus = cpus.to_string();
         let host = Self::start(&[
@@ -96,18 +96,18 @@ impl Host {
         Self::receive_with(&[])
     }
 
-    /// As [`Host::receive`], with more options.
+    /// As [`DestinationVm::receive`], with more options.
     pub fn receive_with(more: &[&str]) -> Self {
         let args = ["receive", "tcp:127.0.0.1:0", "--serial", "stdio"];
         Self::listening(Self::start(&[&args, more].concat()))
     }
 
-    /// As [`Host::receive`], on a Unix socket.
+    /// As [`DestinationVm::receive`], on a Unix socket.
     pub fn receive_unix() -> Self {
         Self::receive_unix_with(&[])
     }
 
-    /// As [`Host::receive_unix`], with more options.
+    /// As [`DestinationVm::receive_unix`], with more options.
     pub fn receive_unix_with(more: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let uri = format!("unix:{}", dir.path().join("link").display());
@@ -118,14 +118,14 @@ impl Host {
         ))
     }
 
-    /// As [`Host::receive`], started by a shell that first runs `preparation` in a mount namespace of its own, where it
+    /// As [`DestinationVm::receive`], started by a shell that first runs `preparation` in a mount namespace of its own, where it
     /// may change what the receiver sees of this host; `wrapper` then starts ferry. Needs root.
     pub fn receive_where(preparation: &str, wrapper: &str) -> Self {
         let args = ["receive", "tcp:127.0.0.1:0", "--serial", "stdio"];
         Self::listening(Self::start_where(preparation, wrapper, &args))
     }
 
-    /// As [`Host::start`], in such a place.
+    /// As [`DestinationVm::start`], in such a place.
     pub fn start_where(preparation: &str, wrapper: &str, args: &[&str]) -> Self {
         let script = format!("{preparation} && exec {wrapper} \"$@\"");
         let shell = ["unshare", "--mount", "sh", "-c", &script, "sh"];
@@ -205,7 +205,7 @@ impl Host {
     /// Waits for a line of its guest. One that goes on printing others is no hang: a kernel takes as long as it takes.
     pub fn guest_line(&self, name: &str, wanted: impl Fn(&Line<'_>) -> bool) -> String {
         let name = format!("the guest printed {name}");
-        let limit = Instant::now() + 10 * PATIENCE;
+        let limit = Instant::now() + 10 * TIMEOUT;
         let mut lines = Vec::new();
         loop {
             let known = lines.len();
@@ -238,7 +238,7 @@ impl Host {
         self.said.all()
     }
 
-    /// How many lines it has said: for [`Host::settles`].
+    /// How many lines it has said: for [`DestinationVm::settles`].
     pub fn mark(&self) -> usize {
         self.said.all().len()
     }
@@ -254,7 +254,7 @@ impl Host {
     }
 
     fn wait_for<T>(&self, name: &str, mut what: impl FnMut() -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(found) = what() {
                 return found;
@@ -386,7 +386,7 @@ impl Host {
 
     /// Waits for the process's end, and until all that it printed was read: its exit status.
     pub fn ends(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().unwrap() {
                 self.wait_for("all that it printed was read", || {

@@ -1,6 +1,6 @@
 //! What the end-to-end tests are made of.
 //!
-//! A test starts real `ferry` processes ([`Host`]), joins them by a network that misbehaves on request ([`Proxy`]), and
+//! A test starts real `ferry` processes ([`DestinationVm`]), joins them by a network that misbehaves on request ([`Proxy`]), and
 //! lets the guest say what became of its memory. [`fuzz_bodies`] holds what the fuzz targets do, as ordinary functions.
 //!
 //! Nothing here asserts how long anything takes: [`PATIENCE`] only turns a hang into a failure.
@@ -19,7 +19,7 @@ mod relay;
 
 pub use ferry::{Ran, can_pretend, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
-pub use nested::{NESTED_PATIENCE, NestedClient, NestedHost, NestedVmm, Turn, nested_hosts};
+pub use nested::{NESTED_TIMEOUT, NestedClient, NestedHost, NestedVmm, Turn, nested_hosts};
 pub use proxy::{Action, Proxy, Way};
 pub use relay::{Relay, UnixLink};
 
@@ -28,7 +28,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long anything may take before the test calls it a hang.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// This host's KVM, for the benchmark of `what`; says loudly where it does not run: without KVM, and where nobody asked
 /// for it with the `--bench` that `cargo bench` adds.
@@ -56,7 +56,7 @@ pub fn is_locked(disk: &Path) -> bool {
 /// # Panics
 /// After [`PATIENCE`], with the name of what was waited for.
 pub fn until(name: &str, mut what: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !what() {
         assert!(Instant::now() < deadline, "waited in vain until {name}");
         std::thread::sleep(Duration::from_millis(10));

@@ -13,7 +13,7 @@ use ferry_migration::report::{Report, Status};
 use crate::ferry;
 
 /// How long anything may take in a nested host before the test calls it a hang: it is emulated, and shares its processors.
-pub const NESTED_PATIENCE: Duration = Duration::from_secs(240);
+pub const NESTED_TIMEOUT: Duration = Duration::from_secs(240);
 
 /// A test's turn: nested hosts are emulated, and two tests at a time would only be slower.
 pub type Turn = MutexGuard<'static, ()>;
@@ -110,15 +110,15 @@ impl NestedHost {
     /// Runs a program to its end.
     pub fn run(&self, arguments: &[&str]) -> Ran {
         self.nested
-            .run(arguments, NESTED_PATIENCE)
+            .run(arguments, NESTED_TIMEOUT)
             .unwrap_or_else(|e| panic!("{arguments:?}: {e}; {}", self.tasks()))
     }
 
     /// What all threads in it are doing, and what it printed last, for messages.
     pub fn tasks(&self) -> String {
         /// One that answers does so within seconds; one that does not has told enough.
-        const PATIENCE: Duration = Duration::from_secs(30);
-        let tasks = match self.nested.run(&["/init", "tasks"], PATIENCE) {
+        const TIMEOUT: Duration = Duration::from_secs(30);
+        let tasks = match self.nested.run(&["/init", "tasks"], TIMEOUT) {
             Ok(ran) => ran.stdout,
             Err(e) => format!("what its threads are doing is not known ({e})"),
         };
@@ -176,7 +176,7 @@ impl NestedHost {
     pub fn receive_at(&self, uri: &str, devices: &[&str]) -> NestedVmm<'_> {
         let scheme = uri.split_inclusive(':').next().unwrap_or_default();
         let mut vmm = NestedVmm::start(self, &[&["receive", uri], devices].concat());
-        let uri = vmm.process.until(NESTED_PATIENCE, |_, said| {
+        let uri = vmm.process.until(NESTED_TIMEOUT, |_, said| {
             said.split_ascii_whitespace()
                 .find(|w| w.starts_with(scheme))
                 .map(str::to_owned)
@@ -199,7 +199,7 @@ impl NestedClient<'_> {
     pub fn lap(&mut self) -> Lap {
         self.laps += 1;
         self.process.input(b"l").unwrap();
-        let lap = self.process.until(NESTED_PATIENCE, |out, _| {
+        let lap = self.process.until(NESTED_TIMEOUT, |out, _| {
             out.lines()
                 .filter_map(Lap::parse)
                 .find(|lap| lap.number == self.laps)
@@ -212,7 +212,7 @@ impl NestedClient<'_> {
     /// It ends, still on its one connection.
     pub fn ends(self) {
         self.process.end_input().unwrap();
-        let ran = self.process.wait(NESTED_PATIENCE);
+        let ran = self.process.wait(NESTED_TIMEOUT);
         let ran = ran.unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(ran.code, 0, "{ran:?}");
         assert_eq!(ran.stdout.matches("connected to").count(), 1, "{ran:?}");
@@ -277,13 +277,13 @@ impl<'a> NestedVmm<'a> {
     fn awaits(&self, never: &str, part: &str, has: impl Fn(&str, &str) -> bool) {
         let found = self
             .process
-            .until(NESTED_PATIENCE, |out, said| has(out, said).then_some(()));
+            .until(NESTED_TIMEOUT, |out, said| has(out, said).then_some(()));
         assert!(found.is_some(), "{never} {part:?}; {}", self.trouble());
     }
 
     /// Waits for a line of its guest that `wanted` makes something of.
     pub fn line<T>(&self, name: &str, wanted: impl Fn(&Line<'_>) -> Option<T>) -> T {
-        let found = self.process.until(NESTED_PATIENCE, |out, _| {
+        let found = self.process.until(NESTED_TIMEOUT, |out, _| {
             out.lines()
                 .filter_map(Line::parse)
                 .find_map(|line| wanted(&line))
@@ -300,7 +300,7 @@ impl<'a> NestedVmm<'a> {
 
     /// Waits until its guest's disk writer (`ferry.disk=`) has made and verified this many writes; how many it has made.
     pub fn disk_writes(&self, at_least: u64) -> u64 {
-        let found = self.process.until(NESTED_PATIENCE, |out, _| {
+        let found = self.process.until(NESTED_TIMEOUT, |out, _| {
             assert!(!out.contains("CORRUPT"), "{out}");
             out.lines()
                 .filter_map(|l| {
@@ -352,7 +352,7 @@ impl<'a> NestedVmm<'a> {
     pub fn ends(self) -> Ran {
         let ran = self
             .process
-            .wait(NESTED_PATIENCE)
+            .wait(NESTED_TIMEOUT)
             .unwrap_or_else(|e| panic!("{e}"));
         assert!(!ran.stderr.contains("panicked"), "{ran:?}");
         ran

@@ -1,6 +1,6 @@
 //! A peer that speaks the protocol as well, or as badly, as a test wants.
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use ferry_migration::page::Run;
 use ferry_migration::port::Link;
 use ferry_migration::wire::{
@@ -49,7 +49,7 @@ pub fn shared_ready_at() -> u64 {
     answered(Features::SUPPORTED)
 }
 
-/// Where the answer to a greeting ends.
+/// Where the answer to a handshake ends.
 fn answered(features: Features) -> u64 {
     let ack = serde_json::to_vec(&HelloAck { features }).unwrap();
     (PREAMBLE_BYTES + HEADER_BYTES + ack.len()) as u64
@@ -59,17 +59,17 @@ fn answered(features: Features) -> u64 {
 pub fn dial(to: SocketAddr) -> RawLink {
     let stream = TcpStream::connect(to).unwrap();
     stream.set_nodelay(true).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     RawLink(stream)
 }
 
 /// Connects and exchanges preambles.
 pub fn greet(to: SocketAddr, role: Role, index: u16, session: SessionId) -> Channel<RawLink> {
-    greet_on(dial(to), role, index, session)
+    handshake_on(dial(to), role, index, session)
 }
 
 /// Exchanges preambles.
-pub fn greet_on<L: Link>(link: L, role: Role, index: u16, session: SessionId) -> Channel<L> {
+pub fn handshake_on<L: Link>(link: L, role: Role, index: u16, session: SessionId) -> Channel<L> {
     let mut channel = Channel::new(link);
     channel
         .send_preamble(&Preamble::new(role, index, session))
@@ -81,7 +81,7 @@ pub fn greet_on<L: Link>(link: L, role: Role, index: u16, session: SessionId) ->
 /// What a real source said first, taken from a recording.
 #[derive(Clone, Debug)]
 pub struct Opening {
-    /// Its greeting, with a machine that this host can build.
+    /// Its handshake, with a machine that this host can build.
     pub hello: Hello,
     /// Where its second frame begins.
     pub frames_at: u64,
@@ -149,7 +149,7 @@ pub fn listener(script: impl FnOnce(RawLink, &TcpListener) + Send + 'static) -> 
     uri
 }
 
-/// Answers preamble and greeting as a receiver should.
+/// Answers preamble and handshake as a receiver should.
 pub fn accept(link: RawLink, features: Features) -> Channel<RawLink> {
     let mut channel = preambled(link);
     let header = channel.recv_header().unwrap();
@@ -194,7 +194,7 @@ pub fn hold(channel: Channel<RawLink>) {
     rest(&mut channel.into_link());
 }
 
-/// A control channel whose greeting was accepted.
+/// A control channel whose handshake was accepted.
 pub fn greeted(to: SocketAddr, hello: &Hello) -> Channel<RawLink> {
     let mut channel = greet(to, Role::Control, 0, SESSION);
     channel

@@ -4,7 +4,7 @@
 //! Planned faults hit the first connection; later ones (data and fault channels, `recover`) pass unharmed unless they
 //! are refused, or all are cut or stalled.
 
-use crate::{PATIENCE, until};
+use crate::{TIMEOUT, until};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -321,7 +321,7 @@ impl Shared {
         let plan = self.plan.lock().unwrap();
         let waited = self
             .thawed
-            .wait_timeout_while(plan, PATIENCE, |plan| closed(plan));
+            .wait_timeout_while(plan, TIMEOUT, |plan| closed(plan));
         !waited.unwrap().1.timed_out()
     }
 

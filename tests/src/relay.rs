@@ -1,6 +1,6 @@
 //! Between a source and a destination that are joined by a Unix socket: bytes and open files pass, until a test says not.
 
-use crate::{PATIENCE, until};
+use crate::{TIMEOUT, until};
 use ferry_migration::port::Link;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -52,7 +52,7 @@ impl UnixLink {
     /// Connects to `unix:PATH`.
     pub fn connect(uri: &str) -> Self {
         let stream = UnixStream::connect(uri.strip_prefix("unix:").unwrap()).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         Self {
             stream,
             files: Vec::new(),

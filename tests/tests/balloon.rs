@@ -40,7 +40,7 @@ fn balloon_rests(vmm: &NestedVmm<'_>) -> BalloonStatus {
             return balloon;
         }
         assert!(
-            Instant::now() < deadline + ferry_tests::NESTED_PATIENCE,
+            Instant::now() < deadline + ferry_tests::NESTED_TIMEOUT,
             "the balloon was never filled: {balloon:?}; {}",
             vmm.all()
         );

@@ -15,9 +15,9 @@ fn options(policy: PolicyKind, channels: Option<u16>) -> Options {
     }
 }
 
-/// Every family on lanes, on one processor and on two, memory compared on both sides and by the guest.
+/// Every family on data channels, on one processor and on two, memory compared on both sides and by the guest.
 #[test]
-fn every_family_moves_on_lanes() {
+fn every_family_moves_on_data_channels() {
     if !guests_run() {
         return;
     }
@@ -48,11 +48,11 @@ fn every_family_moves_on_lanes() {
             if let Some(asked) = options.channels {
                 assert_eq!((channels.opened, channels.used), (asked, asked));
                 // How they share it is the scheduler's affair.
-                let on_lanes: u64 = channels.bytes.iter().sum();
+                let on_data_channels: u64 = channels.bytes.iter().sum();
                 // Pages that the guest asks for go beside them.
                 let asked_for = report.faults.count << 12;
                 let pushed = report.bytes_wire.saturating_sub(asked_for);
-                assert!(on_lanes > pushed / 2, "{report:#?}");
+                assert!(on_data_channels > pushed / 2, "{report:#?}");
             }
             assert!(!channels.why.is_empty());
             assert_eq!(here.ends(), Some(0), "{:#?}", here.said());
@@ -64,7 +64,7 @@ fn every_family_moves_on_lanes() {
     }
 }
 
-/// Before the commit a lost lane, or control channel, is a failed migration: the guest runs on where it was, and moves
+/// Before the commit a lost data channel, or control channel, is a failed migration: the guest runs on where it was, and moves
 /// the next time.
 #[test]
 fn a_lost_channel_before_the_commit_changes_nothing() {

@@ -142,7 +142,7 @@ fn what_cannot_be_a_copy_is_refused_and_the_guest_runs_on() {
     let small = vec![5; 512];
     std::fs::write(place.path("small.img"), &small).unwrap();
     std::os::unix::fs::symlink(place.path("disk.img"), place.path("link.img")).unwrap();
-    let used = Disk::arriving(&place.path("used.img"), false, SIZE).unwrap();
+    let used = Disk::missing_pages(&place.path("used.img"), false, SIZE).unwrap();
     used.0.copy_in(0, b"somebody's").unwrap();
     let read_only = ["--disk".to_owned(), format!("{},ro", place.text("ro.img"))];
     for (what, args, sentence) in [

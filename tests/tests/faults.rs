@@ -77,7 +77,7 @@ fn a_cut_before_the_commit_leaves_the_guest() {
         );
         stays(&source, &destination, &report, paused, mark);
     };
-    // In the greeting, at and in the first frames, and all over memory.
+    // In the handshake, at and in the first frames, and all over memory.
     let greeting = [
         0,
         1,

@@ -100,13 +100,13 @@ fn virtio_states() {
 }
 
 #[test]
-fn lanes() {
-    for (at, seed) in fuzz_seeds::lanes().iter().enumerate() {
-        let state = fuzz_bodies::lanes(seed, ferry_tests::PATIENCE);
+fn data_channels() {
+    for (at, seed) in fuzz_seeds::data_channels().iter().enumerate() {
+        let state = fuzz_bodies::data_channels(seed, ferry_tests::TIMEOUT);
         assert_eq!(state, Some(State::Complete), "seed {at}");
     }
-    mutations(&fuzz_seeds::lanes(), 2000, |bytes| {
-        fuzz_bodies::lanes(bytes, Duration::from_millis(1));
+    mutations(&fuzz_seeds::data_channels(), 2000, |bytes| {
+        fuzz_bodies::data_channels(bytes, Duration::from_millis(1));
     });
 }
 

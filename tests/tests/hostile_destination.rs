@@ -169,7 +169,7 @@ fn a_source_survives_its_receiver() {
         failed(name, &report, expected);
         source.reaches(State::Running);
     }
-    // Reads all and never answers: its user loses patience.
+    // Reads all and never answers: its user loses timeout.
     for answered in [false, true] {
         let uri = receiver(move |mut link| {
             if answered {

@@ -16,7 +16,7 @@ use ferry_tests::peer::{
     Frame, RawLink, SESSION, abort_of, accept, checked, greet, greeted, hold, listener,
     missing_frame, page_frame, preambled, send, still_frame, until_state, zero_frame,
 };
-use ferry_tests::{Host, PATIENCE, State, guests_run, until};
+use ferry_tests::{Host, State, TIMEOUT, guests_run, until};
 use ferry_vmm::api::client::Action;
 use ferry_vmm::api::types::RecoverRequest;
 use ferry_vmm::machine::Machine;
@@ -45,7 +45,7 @@ impl Made {
             layout: RamLayout::new(vec![Run::new(0, PAGES)]).unwrap(),
             channels: 0,
             faults: 1,
-            stores: Vec::new(),
+            disks: Vec::new(),
             policy: "postcopy".into(),
             machine: serde_json::to_vec(machine.description()).unwrap(),
         };
@@ -210,14 +210,14 @@ fn fault_channels_are_counted() {
     let mut both = [fault(), fault()];
     let mut told = None;
     until("a second fault channel of this number is refused", || {
-        let patience = Duration::from_millis(10);
+        let timeout = Duration::from_millis(10);
         told = both
             .iter_mut()
-            .position(|c| c.link().wait_readable(patience).unwrap());
+            .position(|c| c.link().wait_readable(timeout).unwrap());
         told.is_some()
     });
     let second = &mut both[told.unwrap()];
-    second.link().set_timeout(Some(PATIENCE));
+    second.link().set_timeout(Some(TIMEOUT));
     assert!(abort_of(second).contains(taken));
     drop((both, channel));
     receiver.reaches(State::Receiving);

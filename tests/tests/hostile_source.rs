@@ -53,7 +53,7 @@ fn takes_a_good_migration(receiver: Host) {
     receiver.verdict();
 }
 
-/// Nonsense before the greeting.
+/// Nonsense before the handshake.
 #[test]
 fn a_receiver_survives_strangers() {
     if !guests_run() {
@@ -112,7 +112,7 @@ fn a_receiver_survives_strangers() {
     takes_a_good_migration(receiver);
 }
 
-/// Frames that are well-formed and wrong, before and after a good greeting.
+/// Frames that are well-formed and wrong, before and after a good handshake.
 #[test]
 fn a_receiver_survives_lies() {
     if !guests_run() {
@@ -123,7 +123,7 @@ fn a_receiver_survives_lies() {
     let address = receiver.address();
     let bare = |kind| Header::bare(kind, 0);
     let raw = |header: Header, payload: Vec<u8>| (header, payload);
-    // Before the greeting.
+    // Before the handshake.
     for (name, frame, expected) in [
         (
             "a commit",
@@ -205,8 +205,8 @@ fn a_receiver_survives_lies() {
         }
     };
     let with_disks = |bytes: &[u64]| Hello {
-        required: Features::STORES,
-        stores: bytes.to_vec(),
+        required: Features::DISKS,
+        disks: bytes.to_vec(),
         ..hello.clone()
     };
     for (name, hello) in [
@@ -268,7 +268,7 @@ fn a_receiver_survives_lies() {
         drop(channel);
         survives_it(&receiver, mark);
     }
-    // After a good greeting.
+    // After a good handshake.
     let end = hello.layout.end();
     let compressed = zstd::bulk::compress(&[7; 2 * 4096], 1).unwrap();
     for (name, frame, expected) in [

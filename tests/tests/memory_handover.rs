@@ -5,7 +5,7 @@ use ferry_guest_images::{Class, Kernel, Line, Problem};
 use ferry_migration::options::{Handover, Options, PolicyKind};
 use ferry_migration::report::{Phase, Status};
 use ferry_migration::wire::{Channel, Features, FrameType, Header, Hello, Role};
-use ferry_tests::peer::{Opening, SESSION, abort_of, greet_on, shared_ready_at};
+use ferry_tests::peer::{Opening, SESSION, abort_of, handshake_on, shared_ready_at};
 use ferry_tests::{Host, Migration, Relay, State, UnixLink, guests_run, until};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -331,7 +331,7 @@ fn word() -> OwnedFd {
 /// Bytes of the guests whose greetings are told again.
 const MEMORY: u64 = 64 << 20;
 
-/// A source, a receiver, and the greeting that the one said to the other, without files.
+/// A source, a receiver, and the handshake that the one said to the other, without files.
 fn recorded() -> (Host, Host, Hello) {
     let source = Host::run(WORK, "64M", 1);
     let receiver = Host::receive_unix();
@@ -345,9 +345,9 @@ fn recorded() -> (Host, Host, Hello) {
     (source, receiver, hello)
 }
 
-/// Says a greeting, and these files beside it.
+/// Says a handshake, and these files beside it.
 fn greets(receiver: &Host, hello: &Hello, files: Vec<OwnedFd>) -> Channel<UnixLink> {
-    let mut channel = greet_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
+    let mut channel = handshake_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
     channel.link().files = files;
     channel
         .send(Header::bare(FrameType::Hello, 0), &hello.encode())

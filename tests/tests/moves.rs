@@ -186,12 +186,12 @@ fn four_channels_and_every_byte_is_counted() {
             proxy.total(Way::Forth) >= report.bytes_wire
         });
         assert_eq!(report.bytes_wire, proxy.total(Way::Forth));
-        let lanes = if channels == 1 {
+        let data_channels = if channels == 1 {
             0
         } else {
             u64::from(channels)
         };
-        assert_eq!(proxy.connections(), 1 + lanes);
+        assert_eq!(proxy.connections(), 1 + data_channels);
         assert_eq!(source.ends(), Some(0));
         show(&format!("{channels} channels"), &report, &destination);
         destination.verdict();

@@ -199,7 +199,7 @@ fn a_cut_interrupts_and_recover_goes_on() {
 
 /// The push has channels of its own, and one of them is cut: what was on it is asked for again.
 #[test]
-fn a_lost_lane_of_the_push_interrupts() {
+fn a_lost_data_channel_of_the_push_interrupts() {
     if !guests_run() {
         return;
     }

@@ -13,7 +13,7 @@ use crate::virtio::{Event, Memory};
 /// Requests of a disk that are carried out at once. They wait for the disk, not for a processor.
 const THREADS: usize = 4;
 /// How long a pause waits for requests that the disk has.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 
 struct State {
     waiting: VecDeque<Request>,
@@ -99,7 +99,7 @@ impl<M: Memory> Pool<M> {
     /// Waits for what has begun and returns what has not, oldest first. When the disk does not answer in time all goes
     /// on, and the number of requests that it has is the error.
     pub(super) fn drain(&self) -> Result<Vec<Request>, usize> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let mut state = self.shared.lock();
         let waiting = std::mem::take(&mut state.waiting);
         while state.running > 0 {

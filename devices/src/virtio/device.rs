@@ -40,14 +40,14 @@ pub struct Context<'a, M> {
 
 /// A device did not come to rest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{requests} requests to {what} have not come back within {patience:?}")]
+#[error("{requests} requests to {what} have not come back within {timeout:?}")]
 pub struct DrainError {
     /// Requests under way.
     pub requests: usize,
     /// What was asked.
     pub what: String,
     /// How long they were waited for.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
 /// A kind of device. Its methods are called with the device's lock held, one at a time.

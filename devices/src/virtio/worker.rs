@@ -28,7 +28,7 @@ pub struct PauseError {
 }
 
 /// How long a pause waits for a device that is at work.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) struct Inner<D> {
     device: D,
@@ -77,7 +77,7 @@ impl<D: Device<M>, M: Memory> Shared<D, M> {
 
     /// The lock, if it can be had in time: a worker may be waiting for a page of the guest's that has not arrived.
     fn lock_in_time(&self) -> Result<Locked<'_, D, M>, DrainError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let mut gate = None;
         loop {
             // Held once it is had, so that the worker does not take the device again before us.
@@ -94,7 +94,7 @@ impl<D: Device<M>, M: Memory> Shared<D, M> {
                 return Err(DrainError {
                     requests: 1,
                     what: "guest memory, which may not have arrived,".to_owned(),
-                    patience: PATIENCE,
+                    timeout: TIMEOUT,
                 });
             }
             std::thread::sleep(Duration::from_micros(50));

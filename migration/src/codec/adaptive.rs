@@ -1,4 +1,4 @@
-//! Which coders the lanes use, from what they measure: a pure object, batches in, a decision out.
+//! Which coders the data channels use, from what they measure: a pure object, batches in, a decision out.
 //!
 //! Every page costs time on the link, and coding costs time on a processor. While a batch is coded the link still
 //! drains what the socket holds, so that in the best case a page takes the *larger* of the two, and where the "link" is
@@ -12,7 +12,7 @@
 //!   and coding took: a receiver that decodes looks like a slow link, so that nothing is believed slower before raw pages
 //!   are looked at, which they are now and then, the more seldom the more is gained by then;
 //! - a sender that waits, waits for what the receiver does with pages that were sent long before: the sockets' buffers lie
-//!   between them. So nothing is measured after a change before a lane has sent as much as they hold ([`FLUSH`]), and then from
+//!   between them. So nothing is measured after a change before a data channel has sent as much as they hold ([`FLUSH`]), and then from
 //!   wait to wait.
 //!
 //! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`] of the time.
@@ -42,8 +42,8 @@ impl Level {
 pub struct Outcome {
     /// How it was coded.
     pub level: Level,
-    /// Lanes that were sending at the same time: of all they do together, a page takes that part of its time on one of them.
-    pub lanes: u16,
+    /// Data channels that were sending at the same time: of all they do together, a page takes that part of its time on one of them.
+    pub data_channels: u16,
     /// Its pages, those known to be zero not counted.
     pub pages: u64,
     /// Bytes that went out for them.
@@ -78,7 +78,7 @@ struct Refuted {
     /// Raw pages until it may be tried again.
     left: u64,
     /// How many there were at first.
-    patience: u64,
+    timeout: u64,
 }
 
 /// Seconds for a page, lately.
@@ -165,9 +165,9 @@ impl Lately {
     }
 }
 
-/// What a lane has sent since the last change.
+/// What a data channel has sent since the last change.
 #[derive(Clone, Copy, Debug)]
-pub struct Lane {
+pub struct DataChannel {
     /// Which it was.
     change: u64,
     sent: Lately,
@@ -175,13 +175,13 @@ pub struct Lane {
     tells: bool,
 }
 
-impl Default for Lane {
+impl Default for DataChannel {
     fn default() -> Self {
         Self::since(0)
     }
 }
 
-impl Lane {
+impl DataChannel {
     const fn since(change: u64) -> Self {
         Self {
             change,
@@ -190,7 +190,7 @@ impl Lane {
         }
     }
 
-    /// Whether what the lane measures for this batch is the change's doing: from the first wait on after what was sent before
+    /// Whether what the data channel measures for this batch is the change's doing: from the first wait on after what was sent before
     /// has left the buffers.
     fn tells(&mut self, change: u64, outcome: &Outcome) -> bool {
         if self.change != change {
@@ -208,7 +208,7 @@ impl Lane {
     }
 }
 
-/// The decision, for all lanes of a migration.
+/// The decision, for all data channels of a migration.
 #[derive(Clone, Debug)]
 pub struct Chooser {
     level: Level,
@@ -272,14 +272,14 @@ const TRY: f64 = 0.8;
 /// code for nothing takes a processor from somebody.
 const KEEP: f64 = 0.9;
 /// Raw pages after which a level that did not pay is tried again, the first time; each further time it is four times as many.
-const FIRST_PATIENCE: u64 = 1 << 17;
+const FIRST_TIMEOUT: u64 = 1 << 17;
 /// Nor is another level tried meanwhile, unless it sends at most this much of what that one did.
 const UNLIKE: f64 = 0.8;
 /// It is tried again at once where raw pages cost so many times what they cost then.
 const SLOWER: f64 = 2.0;
 /// Another coded level is taken when it promises at most this much of what the present one did.
 const BETTER: f64 = 0.9;
-/// Bytes that a lane sends after a change before what it measures is the change's doing: those before lie in the socket's buffers,
+/// Bytes that a data channel sends after a change before what it measures is the change's doing: those before lie in the socket's buffers,
 /// here and at the receiver, 14 MB of them by Linux's defaults.
 const FLUSH: u64 = 16 << 20;
 /// The first look comes after this many pages, each further one after twice as many.
@@ -392,18 +392,18 @@ impl Chooser {
         }));
     }
 
-    /// Takes what a batch came to on a lane, and decides anew.
-    pub fn record(&mut self, lane: &mut Lane, mut outcome: Outcome) {
-        let lanes = u32::from(outcome.lanes.max(1));
-        outcome.encode /= lanes;
-        outcome.link /= lanes;
+    /// Takes what a batch came to on a data channel, and decides anew.
+    pub fn record(&mut self, data_channel: &mut DataChannel, mut outcome: Outcome) {
+        let data_channels = u32::from(outcome.data_channels.max(1));
+        outcome.encode /= data_channels;
+        outcome.link /= data_channels;
         self.elapsed += outcome.encode + outcome.link;
-        // What was on its way on another lane when the level changed tells nothing about this one.
+        // What was on its way on another data channel when the level changed tells nothing about this one.
         if outcome.pages == 0 || outcome.bytes == 0 || outcome.level != self.level() {
             return;
         }
         let level = outcome.level;
-        if !lane.tells(self.change, &outcome) {
+        if !data_channel.tells(self.change, &outcome) {
             return;
         }
         self.lately.add(&outcome);
@@ -524,11 +524,11 @@ impl Chooser {
                 return;
             }
             let refuted = &mut self.refuted[self.level.index()];
-            let patience = refuted.map_or(FIRST_PATIENCE, |r| r.patience.saturating_mul(4));
+            let timeout = refuted.map_or(FIRST_TIMEOUT, |r| r.timeout.saturating_mul(4));
             *refuted = Some(Refuted {
                 at: raw,
-                left: patience,
-                patience,
+                left: timeout,
+                timeout,
             });
             self.go_to(Level::Raw);
             return;

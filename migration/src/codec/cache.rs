@@ -9,8 +9,8 @@
 //! What is entered has not been sent yet, and the sending may fail. Then the two sides no longer agree, and nobody
 //! knows about which pages: [`DeltaCache::doubt`] begins a new generation, and entries of older ones are void.
 //!
-//! Lanes share the cache, since a page goes out on whichever is free. The rounds of a migration are ordered by a
-//! barrier on every lane, and in a round each page is sent once: so a difference arrives after its base.
+//! Data channels share the cache, since a page goes out on whichever is free. The rounds of a migration are ordered by a
+//! barrier on every data channel, and in a round each page is sent once: so a difference arrives after its base.
 //!
 //! A page is worth its place while it comes again. Entries count their uses; a new page replaces an old one only where
 //! one is found that has none left and was not used in this round or the last, so that a walk over more pages than
@@ -22,7 +22,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks, so that lanes seldom meet.
+/// Locks, so that data channels seldom meet.
 const SHARDS: usize = 16;
 /// Pages by which a shard's memory grows (256 KiB).
 const GROWTH: usize = 64;
@@ -99,7 +99,7 @@ impl DeltaCache {
     }
 
     fn shard(&self, gfn: Gfn) -> MutexGuard<'_, Shard> {
-        // Neighbours are often sent by one lane: they share a lock in groups.
+        // Neighbours are often sent by one data channel: they share a lock in groups.
         let shard = usize::try_from(gfn / 16).unwrap_or(0) % SHARDS;
         self.shards[shard]
             .lock()

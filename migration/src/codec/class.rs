@@ -64,8 +64,8 @@ fn repeats(words: &[[u8; 8]]) -> bool {
     // Four tables, so that a byte that repeats does not wait for its own count.
     let mut counts = [[0_u8; 256]; 4];
     for word in words.iter().step_by(WORDS / SAMPLED as usize) {
-        for (lane, byte) in word.iter().enumerate() {
-            let count = &mut counts[lane % 4][usize::from(*byte)];
+        for (data_channel, byte) in word.iter().enumerate() {
+            let count = &mut counts[data_channel % 4][usize::from(*byte)];
             *count = count.saturating_add(1);
         }
     }

@@ -1,6 +1,6 @@
-//! Coding at the source: one lane's encoder.
+//! Coding at the source: one data channel's encoder.
 
-use super::adaptive::{Chooser, Lane, Level, Outcome};
+use super::adaptive::{Chooser, DataChannel, Level, Outcome};
 use super::cache::DeltaCache;
 use super::class::{is_regular, is_sparse};
 use super::marks::Marks;
@@ -25,7 +25,7 @@ const SAMPLE: u64 = 8;
 /// Pages looked up in the cache after which it must have saved something.
 const PROOF: u64 = 4096;
 
-/// What the lanes of a migration share.
+/// What the data channels of a migration share.
 #[derive(Clone, Debug, Default)]
 pub struct Coding {
     kind: Compress,
@@ -85,7 +85,7 @@ impl Coding {
         Some(chooser.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A lane's encoder.
+    /// A data channel's encoder.
     #[must_use]
     pub fn encoder(&self) -> Encoder {
         Encoder {
@@ -148,15 +148,15 @@ pub struct Coded {
     /// By coder.
     pub codecs: Codecs,
     level: Option<Level>,
-    lanes: u16,
+    data_channels: u16,
 }
 
-/// The encoder of one lane: buffers that are reused, nothing is allocated for a page.
+/// The encoder of one data channel: buffers that are reused, nothing is allocated for a page.
 #[derive(Default)]
 pub struct Encoder {
     shared: Coding,
     proof: Proof,
-    lane: Lane,
+    data_channel: DataChannel,
     /// Copies of pages: those waiting for zstd, and the one in hand after them.
     copies: Vec<Page>,
     tags: Vec<u8>,
@@ -185,8 +185,8 @@ pub struct Batch<'a> {
     pub round: u32,
     /// Pages of a first pass that come after these and are likelier to be sent again: the cache keeps places for them.
     pub warmer: u64,
-    /// Lanes that send at the same time, this one included.
-    pub lanes: u16,
+    /// Data channels that send at the same time, this one included.
+    pub data_channels: u16,
     /// Copies a page out of guest memory.
     pub copy: &'a mut dyn FnMut(Gfn, &mut Page) -> Result<(), PortError>,
     /// Takes the frames.
@@ -260,7 +260,7 @@ impl Encoder {
             took,
             codecs: tally,
             level: coded,
-            lanes: batch.lanes,
+            data_channels: batch.data_channels,
         })
     }
 
@@ -269,7 +269,7 @@ impl Encoder {
         if let (Some(mut chooser), Some(level)) = (self.shared.chooser(), coded.level) {
             let outcome = Outcome {
                 level,
-                lanes: coded.lanes,
+                data_channels: coded.data_channels,
                 pages: coded.pages,
                 bytes,
                 // Samples are none of the batch's cost.
@@ -280,7 +280,7 @@ impl Encoder {
                 },
                 link,
             };
-            chooser.record(&mut self.lane, outcome);
+            chooser.record(&mut self.data_channel, outcome);
         }
     }
 
@@ -544,9 +544,9 @@ impl Encoder {
             with_zstd += self.pack(regular, room)?.unwrap_or(room) as u64;
         }
         let compressed = clock.now();
-        // While this lane codes, the others do.
-        let lanes = u32::from(batch.lanes.max(1));
-        let share = |until: Duration| until.saturating_sub(began) / lanes;
+        // While this data channel codes, the others do.
+        let data_channels = u32::from(batch.data_channels.max(1));
+        let share = |until: Duration| until.saturating_sub(began) / data_channels;
         if let Some(mut chooser) = self.shared.chooser() {
             let bytes = bytes + kept as u64 * PAGE_BYTES;
             chooser.sample(Level::Patch, taken, bytes, share(patched));

@@ -1,4 +1,4 @@
-//! A set of pages that several lanes change at once.
+//! A set of pages that several data channels change at once.
 
 use crate::page::{Gfn, Run};
 use std::sync::atomic::{AtomicU64, Ordering};

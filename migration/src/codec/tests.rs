@@ -68,7 +68,7 @@ impl Pair {
             data: &mut data,
             round: self.round,
             warmer: self.warmer,
-            lanes: 1,
+            data_channels: 1,
             copy: &mut |gfn, into: &mut Page| {
                 *reads.entry(gfn).or_default() += 1;
                 *into = memory.get(&gfn).copied().unwrap_or(ZEROS);
@@ -220,7 +220,7 @@ proptest! {
             data: &mut data,
             round: 2,
             warmer: 0,
-            lanes: 1,
+            data_channels: 1,
             copy: &mut |gfn, into: &mut Page| { *into = memory[&gfn]; into[5] ^= 1; Ok(()) },
             out: &mut out,
         };

@@ -5,7 +5,7 @@ use crate::page::{PageSet, Run};
 use crate::port::{BLOCK_BYTES, BlockSink, Link, PortError, blocks_in};
 use crate::source::{all_zero, block_hashes};
 use crate::wire::{
-    Channel, Encoding, Features, FrameType, Header, MAX_BLOCKS, MAX_STORE_BLOCKS, MAX_STORES,
+    Channel, Encoding, Features, FrameType, Header, MAX_BLOCKS, MAX_DISK_BLOCKS, MAX_DISKS,
 };
 use std::io;
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use zstd::bulk::Decompressor;
 /// Why blocks of a disk were refused, or could not be kept. Disks are counted from 0.
 #[derive(Debug, thiserror::Error)]
 pub enum BlocksError {
-    /// A greeting that cannot be meant.
+    /// A handshake that cannot be meant.
     #[error(
-        "the source announces {disks} disks of {blocks} blocks of 64 KiB together; 1 to {MAX_STORES} disks of at most \
-         {MAX_STORE_BLOCKS} blocks can move, none of them empty"
+        "the source announces {disks} disks of {blocks} blocks of 64 KiB together; 1 to {MAX_DISKS} disks of at most \
+         {MAX_DISK_BLOCKS} blocks can move, none of them empty"
     )]
     Announced {
         /// How many disks.
@@ -55,7 +55,7 @@ pub enum BlocksError {
         /// Bytes of the blocks.
         wanted: u64,
     },
-    /// A coding that the greeting did not settle on.
+    /// A coding that the handshake did not settle on.
     #[error("the source sent compressed blocks, which was not agreed on in the greeting")]
     NotAgreed,
     /// Not what zstd makes.
@@ -109,7 +109,7 @@ pub enum BlocksError {
 }
 
 /// A disk being filled.
-struct Store {
+struct CopiedDisk {
     sink: Arc<dyn BlockSink>,
     bytes: u64,
     arrived: PageSet,
@@ -118,15 +118,15 @@ struct Store {
 /// Blocks of a frame, found on a disk.
 struct Place<'a> {
     disk: usize,
-    store: &'a mut Store,
+    copy: &'a mut CopiedDisk,
     blocks: Run,
     offset: u64,
     bytes: u64,
 }
 
 /// The disks of an arriving guest.
-pub(super) struct Stores {
-    all: Vec<Store>,
+pub(super) struct Disks {
+    all: Vec<CopiedDisk>,
     coded: bool,
     zstd: Option<Decompressor<'static>>,
     body: Vec<u8>,
@@ -137,7 +137,7 @@ pub(super) struct Stores {
     first: Option<(usize, u64)>,
 }
 
-impl Stores {
+impl Disks {
     /// None.
     pub(super) const fn none() -> Self {
         Self {
@@ -153,14 +153,14 @@ impl Stores {
         }
     }
 
-    /// Whether stores of these sizes can be; to be asked before anything is made for them.
+    /// Whether disks of these sizes can be; to be asked before anything is made for them.
     pub(super) fn check(bytes: &[u64]) -> Result<(), BlocksError> {
         let blocks = bytes
             .iter()
             .fold(0_u64, |sum, bytes| sum.saturating_add(blocks_in(*bytes)));
         if bytes.is_empty()
-            || bytes.len() > MAX_STORES
-            || blocks > MAX_STORE_BLOCKS
+            || bytes.len() > MAX_DISKS
+            || blocks > MAX_DISK_BLOCKS
             || bytes.contains(&0)
         {
             return Err(BlocksError::Announced {
@@ -183,13 +183,13 @@ impl Stores {
                 made: sinks.len(),
             });
         }
-        let store = |(sink, &bytes)| Store {
+        let copy = |(sink, &bytes)| CopiedDisk {
             sink,
             bytes,
             arrived: PageSet::new(blocks_in(bytes)),
         };
         Ok(Self {
-            all: sinks.into_iter().zip(bytes).map(store).collect(),
+            all: sinks.into_iter().zip(bytes).map(copy).collect(),
             coded: agreed.has(Features::ZSTD),
             ..Self::none()
         })
@@ -201,11 +201,11 @@ impl Stores {
 
     fn place(&mut self, header: &Header) -> Result<Place<'_>, BlocksError> {
         let (disk, blocks) = header.blocks();
-        let store = self
+        let copy = self
             .all
             .get_mut(disk)
-            .filter(|store| blocks.count > 0 && blocks.end() <= blocks_in(store.bytes));
-        let Some(store) = store else {
+            .filter(|copy| blocks.count > 0 && blocks.end() <= blocks_in(copy.bytes));
+        let Some(copy) = copy else {
             return Err(BlocksError::Outside {
                 disk,
                 first: blocks.first,
@@ -213,10 +213,10 @@ impl Stores {
             });
         };
         let offset = blocks.first * BLOCK_BYTES;
-        let end = (blocks.end() * BLOCK_BYTES).min(store.bytes);
+        let end = (blocks.end() * BLOCK_BYTES).min(copy.bytes);
         Ok(Place {
             disk,
-            store,
+            copy,
             blocks,
             offset,
             bytes: end - offset,
@@ -258,9 +258,9 @@ impl Stores {
                 wanted: place.bytes,
             });
         }
-        let written = place.store.sink.write(place.offset, bytes);
+        let written = place.copy.sink.write(place.offset, bytes);
         written.map_err(failed("writing to", place.disk))?;
-        place.store.arrived.insert_run(place.blocks);
+        place.copy.arrived.insert_run(place.blocks);
         self.plain = plain;
         Ok(())
     }
@@ -294,9 +294,9 @@ impl Stores {
     fn zero(&mut self, header: &Header) -> Result<(), BlocksError> {
         self.unflushed = true;
         let place = self.place(header)?;
-        let zeroed = place.store.sink.zero(place.offset, place.bytes);
+        let zeroed = place.copy.sink.zero(place.offset, place.bytes);
         zeroed.map_err(failed("clearing blocks of", place.disk))?;
-        place.store.arrived.insert_run(place.blocks);
+        place.copy.arrived.insert_run(place.blocks);
         Ok(())
     }
 
@@ -310,7 +310,7 @@ impl Stores {
         let (mut different, mut first) = (0, None);
         let mut at = place.offset;
         while at < end {
-            let hole = place.store.sink.hole(at, end - at);
+            let hole = place.copy.sink.hole(at, end - at);
             if zero && (hole >= BLOCK_BYTES || hole >= end - at) {
                 at = if hole >= end - at {
                     end
@@ -320,7 +320,7 @@ impl Stores {
                 continue;
             }
             plain.resize(usize::try_from(BLOCK_BYTES.min(end - at)).unwrap_or(0), 0);
-            let read = place.store.sink.read(at, &mut plain);
+            let read = place.copy.sink.read(at, &mut plain);
             read.map_err(failed("reading", disk))?;
             let number = at / BLOCK_BYTES;
             let equal = match hashes.next() {
@@ -343,8 +343,8 @@ impl Stores {
     /// Returns when all that came outlasts a crash.
     pub(super) fn flush(&mut self) -> Result<(), BlocksError> {
         if std::mem::take(&mut self.unflushed) {
-            for (disk, store) in self.all.iter().enumerate() {
-                store.sink.flush().map_err(failed("flushing", disk))?;
+            for (disk, copy) in self.all.iter().enumerate() {
+                copy.sink.flush().map_err(failed("flushing", disk))?;
             }
         }
         Ok(())
@@ -353,12 +353,12 @@ impl Stores {
     /// Before the guest is complete: that its disks are.
     pub(super) fn complete(&mut self, verify: bool) -> Result<(), BlocksError> {
         let mut total = 0;
-        for (disk, store) in self.all.iter().enumerate() {
-            let blocks = store.arrived.end() - store.arrived.len();
+        for (disk, copy) in self.all.iter().enumerate() {
+            let blocks = copy.arrived.end() - copy.arrived.len();
             if blocks > 0 {
                 return Err(BlocksError::Incomplete { disk, blocks });
             }
-            total += store.arrived.end();
+            total += copy.arrived.end();
         }
         if let Some((disk, first)) = self.first {
             return Err(BlocksError::Differs {

@@ -2,10 +2,10 @@
 
 use super::{Destination, DestinationError, State};
 use crate::page::RamLayout;
-use crate::port::{Host, Link};
+use crate::port::{DestinationVm, Link};
 use crate::wire::{Channel, Preamble};
 
-impl<L: Link, H: Host<L>> Destination<L, H> {
+impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// Goes on with a new connection that a source opened to end the doubt
     /// ([`Role::Recover`], preamble answered): its word is the next frame.
     pub fn reattach(&mut self, mut channel: Channel<L>, preamble: &Preamble) {
@@ -17,12 +17,12 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.channel = channel;
         self.reattached = true;
         // Only this connection counts from here on: what it brings is one push.
-        (self.round, self.pushed, self.lanes) = (0, false, None);
+        (self.round, self.pushed, self.data_channels) = (0, false, None);
         // Its source asks before it is told.
         self.untold = None;
         // Also where the guest does not run yet: the fault channels of the old connection are of no use.
-        if let Some(arriving) = &self.arriving {
-            arriving.reconnect();
+        if let Some(missing_pages) = &self.missing_pages {
+            missing_pages.reconnect();
         }
         match self.state {
             // The first confirmation may have been lost on its way: it is said again.
@@ -38,7 +38,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
     /// # Errors
     /// When the guest is not complete here, or cannot be started.
     pub fn take_over(&mut self) -> Result<(), DestinationError> {
-        let left = self.arriving.as_ref().map_or(0, |a| a.left());
+        let left = self.missing_pages.as_ref().map_or(0, |a| a.left());
         match self.state {
             _ if left > 0 => Err(DestinationError::Lacking(left)),
             State::Ready | State::InDoubt => {

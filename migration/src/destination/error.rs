@@ -59,7 +59,7 @@ pub enum DestinationError {
     Start(PortError),
     /// A data channel failed.
     #[error("data channel {index} failed: {reason}")]
-    Lane {
+    DataChannel {
         /// Which.
         index: u16,
         /// Why.
@@ -103,7 +103,7 @@ pub enum DestinationError {
     Lacking(u64),
     /// A data channel never came or stands still.
     #[error("round {round} did not end on {missing} of the data channels in time")]
-    LaneSilent {
+    DataChannelSilent {
         /// The round.
         round: u32,
         /// How many are missing.

@@ -4,7 +4,7 @@
 //! as the guest has vCPUs none of them waits for another's page.
 
 use super::DestinationError;
-use super::arriving::{Arriving, FaultIs};
+use super::missing_pages::{FaultIs, MissingPages};
 use super::pages::PageReceiver;
 use crate::page::{Gfn, Run};
 use crate::port::{Link, PageSink};
@@ -16,9 +16,9 @@ use std::time::Duration;
 const TICK: Duration = Duration::from_millis(100);
 
 /// One fault channel.
-pub struct FaultLane<L, S> {
+pub struct FaultChannel<L, S> {
     channel: Channel<L>,
-    arriving: Arc<Arriving<L, S>>,
+    missing_pages: Arc<MissingPages<L, S>>,
     receiver: PageReceiver,
     /// Of the connection that it belongs to.
     era: u64,
@@ -26,18 +26,18 @@ pub struct FaultLane<L, S> {
     asking: bool,
 }
 
-impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
+impl<L: Link, S: PageSink<L>> FaultChannel<L, S> {
     pub(super) fn new(
         mut channel: Channel<L>,
-        arriving: Arc<Arriving<L, S>>,
+        missing_pages: Arc<MissingPages<L, S>>,
         era: u64,
         timeout: Duration,
     ) -> Self {
-        channel.set_end(arriving.layout.end());
+        channel.set_end(missing_pages.layout.end());
         channel.link().set_timeout(Some(timeout));
         Self {
             channel,
-            arriving,
+            missing_pages,
             receiver: PageReceiver::default(),
             era,
             asking: false,
@@ -48,7 +48,7 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
     /// another. `waited_for` says whether the guest may still come.
     pub fn run(mut self, waited_for: &dyn Fn() -> bool) {
         let sink = loop {
-            if let Some(begun) = self.arriving.wait_begun(TICK) {
+            if let Some(begun) = self.missing_pages.wait_begun(TICK) {
                 break begun;
             }
             if !waited_for() {
@@ -58,22 +58,22 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
         while !self.ended() {
             if let Err(error) = self.step(sink.as_ref(), TICK) {
                 if !self.ended() {
-                    self.arriving.lose(&error.to_string());
+                    self.missing_pages.lose(&error.to_string());
                 }
                 break;
             }
         }
         let Self {
             channel,
-            arriving,
+            missing_pages,
             era,
             ..
         } = self;
         drop(channel);
         // Nobody can be asked now; but who waits is to be known, and asked for when the source is back.
-        while arriving.is_lost(era) {
+        while missing_pages.is_lost(era) {
             let heard = match sink.next_fault(TICK) {
-                Ok(Some(fault)) if arriving.fault(fault, era) == FaultIs::Local => {
+                Ok(Some(fault)) if missing_pages.fault(fault, era) == FaultIs::Local => {
                     sink.place_zero(Run::new(fault.gfn, 1))
                 }
                 Ok(_) => Ok(()),
@@ -88,7 +88,7 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
 
     /// Whether it has nothing more to do.
     pub(crate) fn ended(&self) -> bool {
-        self.arriving.ended(self.era)
+        self.missing_pages.ended(self.era)
     }
 
     /// Whether the next step waits for the source's answer.
@@ -105,12 +105,12 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
         if self.asking {
             return self.answered();
         }
-        if let Some(gfn) = self.arriving.next_unasked(self.era) {
+        if let Some(gfn) = self.missing_pages.next_unasked(self.era) {
             return self.ask(gfn);
         }
         let fault = sink.next_fault(wait).map_err(DestinationError::Memory)?;
         let Some(fault) = fault else { return Ok(()) };
-        match self.arriving.fault(fault, self.era) {
+        match self.missing_pages.fault(fault, self.era) {
             FaultIs::New => self.ask(fault.gfn),
             FaultIs::Known => Ok(()),
             FaultIs::Local => sink
@@ -136,10 +136,10 @@ impl<L: Link, S: PageSink<L>> FaultLane<L, S> {
         match header.kind {
             FrameType::Pages | FrameType::Zero => {
                 self.receiver
-                    .receive_to(&mut self.channel, &header, &self.arriving)
+                    .receive_to(&mut self.channel, &header, &self.missing_pages)
             }
             FrameType::OnItsWay => {
-                self.arriving.on_its_way();
+                self.missing_pages.on_its_way();
                 Ok(())
             }
             _ => Err(self

@@ -2,7 +2,7 @@
 
 use super::{Destination, DestinationError, State, Step};
 use crate::page::PageSet;
-use crate::port::{Host, Link};
+use crate::port::{DestinationVm, Link};
 use crate::wire::{Arrived, Channel, FLAG_TELL, FrameType, Header, WireError, recv_set};
 use std::time::Duration;
 
@@ -17,11 +17,11 @@ pub(super) fn tell_placed<L: Link>(
     Ok(())
 }
 
-impl<L: Link, H: Host<L>> Destination<L, H> {
+impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// Whether pages follow the guest, or did.
     #[must_use]
     pub fn follows(&self) -> bool {
-        self.arriving.as_ref().is_some_and(|a| a.begun())
+        self.missing_pages.as_ref().is_some_and(|a| a.begun())
     }
 
     /// Pages that will follow the guest.
@@ -52,10 +52,10 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 return Ok(false);
             }
             // Before any frame: a push without a pause would hide it.
-            if let Some(why) = self.arriving.as_ref().and_then(|a| a.lost()) {
+            if let Some(why) = self.missing_pages.as_ref().and_then(|a| a.lost()) {
                 return Err(DestinationError::FaultChannel(why));
             }
-            let left = self.arriving.as_ref().map_or(0, |a| a.left());
+            let left = self.missing_pages.as_ref().map_or(0, |a| a.left());
             let wait = if self.pushed && left > 0 { LAST } else { TICK };
             if self
                 .channel
@@ -83,7 +83,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// Whether everything has come.
     fn can_complete(&self) -> bool {
-        self.arriving
+        self.missing_pages
             .as_ref()
             .is_some_and(|a| (self.pushed || a.is_dismissed()) && a.is_complete())
     }
@@ -94,18 +94,18 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         header: &Header,
         kind: FrameType,
     ) -> Result<(), DestinationError> {
-        let Some(arriving) = &self.arriving else {
+        let Some(missing_pages) = &self.missing_pages else {
             return Err(DestinationError::NotPostCopy);
         };
         match kind {
             FrameType::Pages | FrameType::Zero if !self.pushed => {
                 self.receiver
-                    .receive_to(&mut self.channel, header, arriving)?;
+                    .receive_to(&mut self.channel, header, missing_pages)?;
                 tell_placed(&mut self.channel, header)
             }
             FrameType::RoundEnd if !self.pushed && header.round == self.round + 1 => {
-                if let Some(lanes) = &self.lanes {
-                    lanes.end_round(header.round)?;
+                if let Some(data_channels) = &self.data_channels {
+                    data_channels.end_round(header.round)?;
                 }
                 self.round = header.round;
                 self.pushed = true;
@@ -114,7 +114,7 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             FrameType::Verify if self.pushed => {
                 self.channel.recv_payload(header, &mut self.buffer)?;
                 for (gfn, hash) in (header.gfn..).zip(self.buffer.as_chunks::<8>().0) {
-                    arriving.compare(gfn, *hash);
+                    missing_pages.compare(gfn, *hash);
                 }
                 Ok(())
             }
@@ -128,11 +128,14 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
 
     /// Tells the source once everything is in place and compared.
     pub(super) fn completed(&mut self) -> Result<Step, DestinationError> {
-        let done = self.arriving.as_ref().filter(|_| self.can_complete());
+        let done = self.missing_pages.as_ref().filter(|_| self.can_complete());
         let Some((faults, different)) = done.and_then(|a| a.complete()) else {
             return Ok(Step::Continue);
         };
-        let ended = self.arriving.as_ref().is_some_and(|a| a.is_dismissed());
+        let ended = self
+            .missing_pages
+            .as_ref()
+            .is_some_and(|a| a.is_dismissed());
         // The guest is complete, whether the source hears it or not.
         self.finish();
         let arrived = Arrived {
@@ -145,8 +148,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
     }
 
     pub(super) fn finish(&mut self) {
-        if let Some(arriving) = self.arriving.take() {
-            arriving.end();
+        if let Some(missing_pages) = self.missing_pages.take() {
+            missing_pages.end();
             self.host.end_post_copy();
         }
         self.enter(State::Complete);

@@ -1,18 +1,18 @@
-//! The greeting: what is coming, and whether this host can take it.
+//! The handshake: what is coming, and whether this host can take it.
 
-use super::arriving::Arriving;
-use super::blocks::Stores;
-use super::lanes::LaneSet;
+use super::blocks::Disks;
+use super::data_channels::DataChannelSet;
+use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
 use super::{Destination, DestinationError, State};
 use crate::codec::Decoder;
 use crate::codec::marks::Marks;
 use crate::options::Options;
-use crate::port::{Host, Link};
+use crate::port::{DestinationVm, Link};
 use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
 use std::sync::Arc;
 
-impl<L: Link, H: Host<L>> Destination<L, H> {
+impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// What is coming. A source that offers the files of the guest's devices is asked for them before it is answered; no
     /// other knows the question.
     pub(super) fn hello(&mut self, header: &Header) -> Result<(), DestinationError> {
@@ -70,9 +70,9 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
                 .check_post_copy()
                 .map_err(DestinationError::Unfit)?;
         }
-        let sinks = if hello.required.has(Features::STORES) {
-            Stores::check(&hello.stores)?;
-            let sinks = self.host.take_stores(&hello.stores);
+        let sinks = if hello.required.has(Features::DISKS) {
+            Disks::check(&hello.disks)?;
+            let sinks = self.host.take_disks(&hello.disks);
             sinks.map_err(DestinationError::Unfit)?
         } else {
             Vec::new()
@@ -90,8 +90,8 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
             }
         };
         self.channel.set_end(hello.layout.end());
-        if hello.required.has(Features::STORES) {
-            self.stores = Stores::new(&hello.stores, sinks, agreed)?;
+        if hello.required.has(Features::DISKS) {
+            self.disks = Disks::new(&hello.disks, sinks, agreed)?;
         }
         let end = if agreed.has(Features::PATCH) {
             hello.layout.end()
@@ -102,19 +102,20 @@ impl<L: Link, H: Host<L>> Destination<L, H> {
         self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
         if post_copy {
             let clock = Arc::clone(&self.clock);
-            let arriving = Arriving::new(hello.layout.clone(), clock, self.verify, hello.faults);
-            self.arriving = Some(Arc::new(arriving));
+            let missing_pages =
+                MissingPages::new(hello.layout.clone(), clock, self.verify, hello.faults);
+            self.missing_pages = Some(Arc::new(missing_pages));
         }
         if hello.channels > 0 && !self.shared {
-            let set = LaneSet::new(
+            let set = DataChannelSet::new(
                 Arc::clone(&sink),
                 hello.layout.clone(),
                 (agreed, copies),
-                self.arriving.clone(),
+                self.missing_pages.clone(),
                 hello.channels,
                 self.timeouts.transfer,
             );
-            self.lanes = Some(Arc::new(set));
+            self.data_channels = Some(Arc::new(set));
         }
         self.layout = Some(hello.layout);
         self.sink = Some(sink);

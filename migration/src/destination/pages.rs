@@ -1,7 +1,7 @@
 //! Receiving page frames into guest memory.
 
 use super::DestinationError;
-use super::arriving::Arriving;
+use super::missing_pages::MissingPages;
 use crate::codec::Decoder;
 use crate::page::{PAGE_BYTES, PAGE_SIZE, RamLayout, Run};
 use crate::port::{Link, PageSink};
@@ -111,11 +111,11 @@ impl PageReceiver {
         &mut self,
         channel: &mut Channel<L>,
         header: &Header,
-        arriving: &Arriving<L, S>,
+        missing_pages: &MissingPages<L, S>,
     ) -> Result<(), DestinationError> {
-        let crc = self.table(channel, header, &arriving.layout)?;
+        let crc = self.table(channel, header, &missing_pages.layout)?;
         if header.kind == FrameType::Zero {
-            return arriving.place(&self.runs, None);
+            return missing_pages.place(&self.runs, None);
         }
         if !is_whole(header) {
             // They hold still at the source: there is no reason not to have a checksum.
@@ -133,14 +133,14 @@ impl PageReceiver {
             let pages = self
                 .decoder
                 .decode(header.encoding(), &self.runs, &self.body, base)?;
-            return arriving.place(&self.runs, Some(pages));
+            return missing_pages.place(&self.runs, Some(pages));
         }
-        arriving
+        missing_pages
             .sink()?
             .fetch(channel.link(), &self.runs, &mut self.body)
             .map_err(WireError::Io)?;
         check_crc(header, crc32c::crc32c_append(crc, &self.body))?;
-        arriving.place(&self.runs, Some(&self.body))
+        missing_pages.place(&self.runs, Some(&self.body))
     }
 
     /// Receives the run table and checks it; returns its checksum.

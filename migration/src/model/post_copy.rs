@@ -206,9 +206,9 @@ fn run(
         let mut time = touch.map_or(f64::INFINITY, |touch| touch.at + stood);
         transfer.push_until(time);
         // Demand paging, as the engine ends it: when the guest is quiet, or the user's time is up.
-        let patience = timeout.min(last_fault + QUIET.as_secs_f64());
-        if time >= patience && !transfer.remaining.is_empty() {
-            transfer.free_at = transfer.free_at.max(patience);
+        let timeout = timeout.min(last_fault + QUIET.as_secs_f64());
+        if time >= timeout && !transfer.remaining.is_empty() {
+            transfer.free_at = transfer.free_at.max(timeout);
             transfer.push.flush();
             transfer.push_until(time);
         }

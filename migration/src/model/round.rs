@@ -177,7 +177,7 @@ impl<'a> Rounds<'a> {
                 .then(|| self.effective(self.live_bandwidth())),
             cap: self.cap,
             state_bytes: self.setup.state_bytes,
-            store_bytes: 0,
+            disk_bytes: 0,
             pause_overhead: self.setup.pause_overhead,
             elapsed: seconds(self.now),
         }

@@ -65,7 +65,7 @@ mod tests {
             cap: None,
             bandwidth: Some(1e9),
             state_bytes: 10_000,
-            store_bytes: 0,
+            disk_bytes: 0,
             pause_overhead: Duration::from_millis(200),
             elapsed: Duration::from_secs(1),
         };
@@ -96,7 +96,7 @@ mod tests {
             cap: None,
             bandwidth: (round > 0).then_some(4096.0 * 10_000.0),
             state_bytes: 4096 * 10,
-            store_bytes: 0,
+            disk_bytes: 0,
             pause_overhead: Duration::ZERO,
             elapsed: Duration::from_secs(elapsed),
         })

@@ -1,17 +1,17 @@
-//! What a guest keeps outside its memory, where that is to move with it: its disks, as *stores* of blocks.
+//! What a guest keeps outside its memory, where that is to move with it: its disks, as *disks* of blocks.
 
 use super::PortError;
 
-/// Bytes in a block: what is tracked, sent and compared as one. A store's last block may be shorter.
+/// Bytes in a block: what is tracked, sent and compared as one. A disk's last block may be shorter.
 pub const BLOCK_BYTES: u64 = 64 << 10;
 
-/// How many blocks a store of so many bytes has.
+/// How many blocks a disk of so many bytes has.
 #[must_use]
 pub const fn blocks_in(bytes: u64) -> u64 {
     bytes.div_ceil(BLOCK_BYTES)
 }
 
-/// A store at the source. The guest goes on writing to it while it is copied.
+/// A disk at the source. The guest goes on writing to it while it is copied.
 ///
 /// A write counts as written when it is done, and before the guest hears that it is: what was read too early or half is
 /// then found written later, and read again. While the guest is paused nothing is written, and every write that was done
@@ -45,7 +45,7 @@ pub trait BlockSource: Send + Sync {
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PortError>;
 }
 
-/// A store at the destination, being filled. Nothing is believed of what it held before.
+/// A disk at the destination, being filled. Nothing is believed of what it held before.
 pub trait BlockSink: Send + Sync {
     /// Writes bytes.
     ///

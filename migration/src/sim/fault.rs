@@ -72,7 +72,7 @@ pub enum PortFault {
     /// The guest does not start at the destination.
     Run,
     /// The destination has no room for the disk.
-    TakeStores,
+    TakeDisks,
     /// The n-th reading of the disk fails.
     DiskRead(u64),
     /// The n-th writing of the disk at the destination fails.
@@ -90,7 +90,7 @@ pub enum PortFault {
 impl PortFault {
     pub(super) fn random_disk(rng: &mut Rng) -> Self {
         match rng.below(4) {
-            0 => Self::TakeStores,
+            0 => Self::TakeDisks,
             1 => Self::DiskRead(rng.below(8)),
             2 => Self::DiskWrite(rng.below(8)),
             _ => Self::DiskFlush,

@@ -7,7 +7,7 @@ use super::lock;
 use super::world::{STATE, World, weight_of};
 use crate::codec::content::{self, Content};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{BlockSource, Guest, PageSource, PortError};
+use crate::port::{BlockSource, PageSource, PortError, SourceVm};
 use crate::wire::SessionId;
 use std::io;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -96,7 +96,7 @@ impl PageSource<SimLink> for SimGuest {
     }
 }
 
-impl Guest<SimLink> for SimGuest {
+impl SourceVm<SimLink> for SimGuest {
     fn layout(&self) -> RamLayout {
         lock(&self.world).layout.clone()
     }
@@ -166,7 +166,7 @@ impl Guest<SimLink> for SimGuest {
         Ok(())
     }
 
-    fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
+    fn disks(&self) -> Vec<Arc<dyn BlockSource>> {
         if lock(&self.world).disks.bytes == 0 {
             return Vec::new();
         }

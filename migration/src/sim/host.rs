@@ -7,7 +7,7 @@ use super::link::SimLink;
 use super::lock;
 use super::world::{STATE, World};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{BlockSink, Host, Link, PageFault, PageSink, PortError};
+use crate::port::{BlockSink, DestinationVm, Link, PageFault, PageSink, PortError};
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -109,11 +109,11 @@ impl PageSink<SimLink> for SimSink {
     }
 }
 
-impl Host<SimLink> for SimHost {
+impl DestinationVm<SimLink> for SimHost {
     type Sink = SimSink;
 
-    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
-        lock(&self.world).port_fails(PortFault::TakeStores)?;
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        lock(&self.world).port_fails(PortFault::TakeDisks)?;
         let make = |bytes: &u64| SimCopy::make(&self.world, *bytes);
         Ok(bytes.iter().map(make).collect())
     }

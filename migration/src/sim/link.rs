@@ -6,7 +6,7 @@
 use super::host::{SimHost, SimSink};
 use super::lock;
 use super::world::{Connection, Side, World};
-use crate::destination::{self, Destination, FaultLane, State, Step};
+use crate::destination::{self, Destination, FaultChannel, State, Step};
 use crate::port::{Clock, Link};
 use crate::wire::{HEADER_BYTES, PREAMBLE_BYTES, Role};
 use std::io;
@@ -153,7 +153,7 @@ pub(super) struct Peer {
     /// The connection that the engine listens to; `None` after it ended.
     listening: Option<usize>,
     /// Fault channels, by connection.
-    faults: Vec<(usize, FaultLane<SimLink, SimSink>)>,
+    faults: Vec<(usize, FaultChannel<SimLink, SimSink>)>,
 }
 
 impl Peer {
@@ -217,20 +217,29 @@ impl Peer {
 
     /// Lets a fault channel do one thing; `false` when it waits.
     fn drive_fault(&mut self, at: usize, arrived: bool) -> bool {
-        let arriving = self.engine.as_ref().and_then(|e| e.arriving().cloned());
-        let Some(arriving) = arriving else {
+        let missing_pages = self
+            .engine
+            .as_ref()
+            .and_then(|e| e.missing_pages().cloned());
+        let Some(missing_pages) = missing_pages else {
             return false;
         };
-        let Some(sink) = arriving.wait_begun(Duration::ZERO) else {
+        let Some(sink) = missing_pages.wait_begun(Duration::ZERO) else {
             return false;
         };
-        let (_, lane) = &mut self.faults[at];
-        let heard = !lock(&self.world).faults_heard.is_empty() || arriving.has_unasked();
-        if lane.ended() || !(if lane.is_asking() { arrived } else { heard }) {
+        let (_, data_channel) = &mut self.faults[at];
+        let heard = !lock(&self.world).faults_heard.is_empty() || missing_pages.has_unasked();
+        if data_channel.ended()
+            || !(if data_channel.is_asking() {
+                arrived
+            } else {
+                heard
+            })
+        {
             return false;
         }
-        if let Err(error) = lane.step(&sink, Duration::ZERO) {
-            arriving.lose(&error.to_string());
+        if let Err(error) = data_channel.step(&sink, Duration::ZERO) {
+            missing_pages.lose(&error.to_string());
             return false;
         }
         true
@@ -251,16 +260,20 @@ impl Peer {
                 }
             }
             Role::Fault => {
-                let arriving = self.engine.as_ref().and_then(|e| e.arriving());
-                if let Some(arriving) = arriving {
+                let missing_pages = self.engine.as_ref().and_then(|e| e.missing_pages());
+                if let Some(missing_pages) = missing_pages {
                     let timeouts = destination::Timeouts::default();
-                    let lane = Destination::<SimLink, SimHost>::fault_lane(
-                        arriving,
+                    let data_channel = Destination::<SimLink, SimHost>::fault_channel(
+                        missing_pages,
                         channel,
                         preamble.channel,
                         timeouts,
                     );
-                    self.faults.extend(lane.ok().map(|lane| (connection, lane)));
+                    self.faults.extend(
+                        data_channel
+                            .ok()
+                            .map(|data_channel| (connection, data_channel)),
+                    );
                 }
             }
             _ if self.engine.is_none() => {

@@ -574,7 +574,7 @@ fn every_fault_at_every_message_with_a_disk() {
 #[test]
 fn a_disk_that_fails_keeps_the_guest_where_it_is() {
     for (fault, part) in [
-        (PortFault::TakeStores, "TakeStores"),
+        (PortFault::TakeDisks, "TakeDisks"),
         (PortFault::DiskRead(0), "reading a disk of the guest"),
         (PortFault::DiskRead(1), "reading a disk of the guest"),
         (PortFault::DiskWrite(1), "disk 0 failed"),

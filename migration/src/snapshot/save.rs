@@ -1,11 +1,11 @@
 //! Writing a snapshot of a guest.
 //!
 //! ```text
-//!  paused    pause ─▶ all pages, by all lanes ─▶ state ─▶ the caller lets it run ─▶ index, trailer
+//!  paused    pause ─▶ all pages, by all data channels ─▶ state ─▶ the caller lets it run ─▶ index, trailer
 //!  live      log on ─▶ all pages ─▶ what was dirtied … ─▶ pause ─▶ the rest ─▶ state ─▶ …
 //! ```
 //!
-//! What is in the file is the guest at the moment of its pause, either way. Each lane takes blocks of pages in turn, codes
+//! What is in the file is the guest at the moment of its pause, either way. Each data channel takes blocks of pages in turn, codes
 //! them and writes them to a place of its own in the file.
 
 use super::places::Places;
@@ -13,7 +13,7 @@ use super::{BLOCK_PAGES, Trailer, encode_head};
 use crate::codec::{Batch, Coding, Encoder};
 use crate::options::{Compress, Options};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{Clock, Guest, Link, PortError};
+use crate::port::{Clock, Link, PortError, SourceVm};
 use crate::report::Codecs;
 use crate::sender::{split, table_header};
 use crate::wire::{
@@ -92,7 +92,7 @@ pub enum SaveError {
     /// Somebody did not want it any more.
     #[error("the snapshot was cancelled")]
     Cancelled,
-    /// A lane failed inside.
+    /// A data channel failed inside.
     #[error("a thread that writes failed inside; the VMM's output says where")]
     Broken,
 }
@@ -128,7 +128,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// A thread's buffers.
 #[derive(Default)]
-struct Lane {
+struct DataChannel {
     encoder: Encoder,
     batch: Vec<Run>,
     zero: Vec<Run>,
@@ -139,7 +139,7 @@ struct Lane {
     codecs: Codecs,
 }
 
-/// What the lanes share.
+/// What the data channels share.
 struct Shared<'a, G, W> {
     guest: &'a G,
     file: &'a W,
@@ -184,35 +184,35 @@ impl<G, W: WriteAt> Shared<'_, G, W> {
     /// Writes the pages of a set as they are now.
     fn pass<L: Link>(
         &self,
-        lanes: &mut [Lane],
+        data_channels: &mut [DataChannel],
         pages: &PageSet,
         live: bool,
     ) -> Result<(), SaveError>
     where
-        G: Guest<L>,
+        G: SourceVm<L>,
     {
         let pass = Pass {
             pages,
             at: Mutex::new(0),
             live,
         };
-        let work = |lane: &mut Lane| -> Result<(), SaveError> {
-            while pass.next(&self.layout, &mut lane.batch) {
+        let work = |data_channel: &mut DataChannel| -> Result<(), SaveError> {
+            while pass.next(&self.layout, &mut data_channel.batch) {
                 if (self.cancelled)() {
                     return Err(SaveError::Cancelled);
                 }
-                self.block::<L>(lane, pass.live)?;
+                self.block::<L>(data_channel, pass.live)?;
             }
             Ok(())
         };
-        let Some((first, others)) = lanes.split_first_mut() else {
+        let Some((first, others)) = data_channels.split_first_mut() else {
             return Ok(());
         };
         std::thread::scope(|scope| {
             let work = &work;
             let threads: Vec<_> = others
                 .iter_mut()
-                .map(|lane| scope.spawn(move || work(lane)))
+                .map(|data_channel| scope.spawn(move || work(data_channel)))
                 .collect();
             let mut result = work(first);
             for thread in threads {
@@ -223,94 +223,118 @@ impl<G, W: WriteAt> Shared<'_, G, W> {
         })
     }
 
-    /// Codes and writes a lane's block.
-    fn block<L: Link>(&self, lane: &mut Lane, live: bool) -> Result<(), SaveError>
+    /// Codes and writes a data channel's block.
+    fn block<L: Link>(&self, data_channel: &mut DataChannel, live: bool) -> Result<(), SaveError>
     where
-        G: Guest<L>,
+        G: SourceVm<L>,
     {
         if live {
             // Taken off first, read after: what is written from here on is dirty again.
             self.guest
-                .clear_dirty(&lane.batch, &mut lane.scratch)
+                .clear_dirty(&data_channel.batch, &mut data_channel.scratch)
                 .map_err(SaveError::Guest)?;
         }
-        split(self.guest, &lane.batch, &mut lane.zero, &mut lane.data);
-        lane.out.clear();
-        let coded = lane.encoder.encode(
+        split(
+            self.guest,
+            &data_channel.batch,
+            &mut data_channel.zero,
+            &mut data_channel.data,
+        );
+        data_channel.out.clear();
+        let coded = data_channel.encoder.encode(
             &mut Batch {
-                data: &mut lane.data,
+                data: &mut data_channel.data,
                 round: 0,
                 warmer: 0,
-                lanes: 1,
+                data_channels: 1,
                 copy: &mut |gfn, into| self.guest.copy_page(gfn, into),
-                out: &mut lane.out,
+                out: &mut data_channel.out,
             },
             self.clock,
         );
         let coded = coded.map_err(SaveError::Guest)?;
-        lane.codecs.join(&coded.codecs);
-        self.put_raw::<L>(lane, coded.raw)?;
+        data_channel.codecs.join(&coded.codecs);
+        self.put_raw::<L>(data_channel, coded.raw)?;
         let offset = {
             let mut places = lock(&self.places);
             let offset = places.end;
-            places.end += lane.out.len() as u64;
+            places.end += data_channel.out.len() as u64;
             offset
         };
         let began = self.clock.now();
-        write(self.file, &lane.out, offset)?;
+        write(self.file, &data_channel.out, offset)?;
         let link = self.clock.now().saturating_sub(began);
-        lane.encoder.sent(&coded, lane.out.len() as u64, link);
-        self.note(lane, offset);
+        data_channel
+            .encoder
+            .sent(&coded, data_channel.out.len() as u64, link);
+        self.note(data_channel, offset);
         Ok(())
     }
 
     /// Appends a frame of what no coder took. From a copy: the checksum is of what is written, whatever the guest does.
-    fn put_raw<L: Link>(&self, lane: &mut Lane, pages: u64) -> Result<(), SaveError>
+    fn put_raw<L: Link>(&self, data_channel: &mut DataChannel, pages: u64) -> Result<(), SaveError>
     where
-        G: Guest<L>,
+        G: SourceVm<L>,
     {
-        let Some(first) = lane.data.first() else {
+        let Some(first) = data_channel.data.first() else {
             return Ok(());
         };
-        let at = lane.out.len();
-        lane.out.resize(at + HEADER_BYTES, 0);
-        encode_runs(&lane.data, &mut lane.out);
+        let at = data_channel.out.len();
+        data_channel.out.resize(at + HEADER_BYTES, 0);
+        encode_runs(&data_channel.data, &mut data_channel.out);
         let mut page = [0; PAGE_SIZE];
-        for gfn in lane.data.iter().flat_map(|run| run.first..run.end()) {
+        for gfn in data_channel
+            .data
+            .iter()
+            .flat_map(|run| run.first..run.end())
+        {
             self.guest
                 .copy_page(gfn, &mut page)
                 .map_err(SaveError::Guest)?;
-            lane.out.extend_from_slice(&page);
+            data_channel.out.extend_from_slice(&page);
         }
         let header = Header {
             flags: FLAG_CRC,
-            payload_crc: crc32c::crc32c(&lane.out[at + HEADER_BYTES..]),
-            ..table_header(FrameType::Pages, first.first, lane.data.len(), pages, 0)
+            payload_crc: crc32c::crc32c(&data_channel.out[at + HEADER_BYTES..]),
+            ..table_header(
+                FrameType::Pages,
+                first.first,
+                data_channel.data.len(),
+                pages,
+                0,
+            )
         };
-        lane.out[at..at + HEADER_BYTES].copy_from_slice(&header.encode());
+        data_channel.out[at..at + HEADER_BYTES].copy_from_slice(&header.encode());
         Ok(())
     }
 
     /// Enters the frames of a block that was written at `offset`.
-    fn note(&self, lane: &mut Lane, offset: u64) {
+    fn note(&self, data_channel: &mut DataChannel, offset: u64) {
         let limits = Limits {
             end: self.layout.end(),
         };
         let mut places = lock(&self.places);
-        lane.zero.iter().for_each(|run| places.set(*run, 0));
+        data_channel.zero.iter().for_each(|run| places.set(*run, 0));
         let mut at = 0;
-        while let Some(head) = lane.out.get(at..).and_then(|rest| rest.first_chunk()) {
+        while let Some(head) = data_channel
+            .out
+            .get(at..)
+            .and_then(|rest| rest.first_chunk())
+        {
             // Our own frames, a moment ago.
             let Ok(header) = Header::decode(head, limits) else {
                 debug_assert!(false, "a frame of our own cannot be read");
                 return;
             };
             let table = at + HEADER_BYTES;
-            let entries = &lane.out[table..table + header.table_bytes()];
-            places.written += decode_runs(entries, &mut lane.table);
+            let entries = &data_channel.out[table..table + header.table_bytes()];
+            places.written += decode_runs(entries, &mut data_channel.table);
             places.frames.push(offset + at as u64);
             let place = u32::try_from(places.frames.len()).unwrap_or(u32::MAX);
-            lane.table.iter().for_each(|run| places.set(*run, place));
+            data_channel
+                .table
+                .iter()
+                .for_each(|run| places.set(*run, place));
             at = table + header.length as usize;
         }
     }
@@ -373,7 +397,7 @@ impl std::fmt::Debug for SaveSetup<'_> {
 ///
 /// # Errors
 /// [`SaveError`]; the file is then worth nothing.
-pub fn save<L: Link, G: Guest<L>, W: WriteAt>(
+pub fn save<L: Link, G: SourceVm<L>, W: WriteAt>(
     guest: &G,
     file: &W,
     setup: SaveSetup<'_>,
@@ -402,10 +426,10 @@ pub fn save<L: Link, G: Guest<L>, W: WriteAt>(
         layout.pages(),
         layout.end(),
     );
-    let mut lanes: Vec<Lane> = (0..threads)
-        .map(|_| Lane {
+    let mut data_channels: Vec<DataChannel> = (0..threads)
+        .map(|_| DataChannel {
             encoder: coding.encoder(),
-            ..Lane::default()
+            ..DataChannel::default()
         })
         .collect();
     let shared = Shared {
@@ -425,16 +449,28 @@ pub fn save<L: Link, G: Guest<L>, W: WriteAt>(
     if options.live {
         guest.start_tracking().map_err(SaveError::Guest)?;
     }
-    let live = options
-        .live
-        .then(|| rounds::<L, G, W>(&shared, &mut lanes, options, &mut pending, &mut saved));
+    let live = options.live.then(|| {
+        rounds::<L, G, W>(
+            &shared,
+            &mut data_channels,
+            options,
+            &mut pending,
+            &mut saved,
+        )
+    });
     let result = live.unwrap_or(Ok(())).and_then(|()| {
-        let state = stop::<L, G, W>(&shared, &mut lanes, options, &mut pending, &mut saved)?;
+        let state = stop::<L, G, W>(
+            &shared,
+            &mut data_channels,
+            options,
+            &mut pending,
+            &mut saved,
+        )?;
         let machine = describe().map_err(SaveError::Guest)?;
         Ok((state, machine))
     });
-    for lane in &lanes {
-        saved.codecs.join(&lane.codecs);
+    for data_channel in &data_channels {
+        saved.codecs.join(&data_channel.codecs);
     }
     match &result {
         Ok(_) => release(&saved),
@@ -451,9 +487,9 @@ pub fn save<L: Link, G: Guest<L>, W: WriteAt>(
 }
 
 /// The live rounds; leaves what is to be written in the pause in `pending`.
-fn rounds<L: Link, G: Guest<L>, W: WriteAt>(
+fn rounds<L: Link, G: SourceVm<L>, W: WriteAt>(
     shared: &Shared<'_, G, W>,
-    lanes: &mut [Lane],
+    data_channels: &mut [DataChannel],
     options: &SaveOptions,
     pending: &mut PageSet,
     saved: &mut Saved,
@@ -461,7 +497,7 @@ fn rounds<L: Link, G: Guest<L>, W: WriteAt>(
     loop {
         let began = shared.clock.now();
         let pages = pending.len();
-        shared.pass::<L>(lanes, pending, true)?;
+        shared.pass::<L>(data_channels, pending, true)?;
         saved.rounds += 1;
         let took = shared.clock.now().saturating_sub(began).as_secs_f64();
         pending.clear();
@@ -480,9 +516,9 @@ fn rounds<L: Link, G: Guest<L>, W: WriteAt>(
 }
 
 /// Stops the guest and writes what is pending; returns its state.
-fn stop<L: Link, G: Guest<L>, W: WriteAt>(
+fn stop<L: Link, G: SourceVm<L>, W: WriteAt>(
     shared: &Shared<'_, G, W>,
-    lanes: &mut [Lane],
+    data_channels: &mut [DataChannel],
     options: &SaveOptions,
     pending: &mut PageSet,
     saved: &mut Saved,
@@ -498,7 +534,7 @@ fn stop<L: Link, G: Guest<L>, W: WriteAt>(
     }
     let stopped = now();
     saved.quiesce = stopped.saturating_sub(saved.paused_at);
-    shared.pass::<L>(lanes, pending, false)?;
+    shared.pass::<L>(data_channels, pending, false)?;
     saved.rounds += 1;
     let written = now();
     saved.pages_took = written.saturating_sub(stopped);
@@ -529,7 +565,7 @@ fn finish<G, W: WriteAt>(
         required: Features(required),
         layout: shared.layout.clone(),
         channels: 0,
-        stores: Vec::new(),
+        disks: Vec::new(),
         faults: 0,
         policy: "snapshot".into(),
         machine: machine.to_vec(),

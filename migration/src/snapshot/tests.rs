@@ -2,7 +2,7 @@ use super::*;
 use crate::codec::content::{self, Content};
 use crate::options::Compress;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{Clock, Guest, Link, PageFault, PageSink, PageSource, PortError};
+use crate::port::{Clock, Link, PageFault, PageSink, PageSource, PortError, SourceVm};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -105,7 +105,7 @@ impl PageSource<NoLink> for Writer {
     }
 }
 
-impl Guest<NoLink> for Writer {
+impl SourceVm<NoLink> for Writer {
     fn layout(&self) -> RamLayout {
         self.layout.clone()
     }

@@ -21,7 +21,7 @@ use super::{Source, SourceError, State, ms};
 use crate::codec::ZSTD_LEVEL;
 use crate::options::{Compress, Options};
 use crate::page::{PAGE_BYTES, PageSet, Run};
-use crate::port::{BLOCK_BYTES, BlockSource, Guest, Link, PortError, blocks_in};
+use crate::port::{BLOCK_BYTES, BlockSource, Link, PortError, SourceVm, blocks_in};
 use crate::report::Disk;
 use crate::wire::{Encoding, Features, FrameType, HEADER_BYTES, Header, MAX_BLOCKS};
 use std::sync::Arc;
@@ -37,15 +37,15 @@ const LITTLE: u64 = 1 << 20;
 /// A round that leaves more than this share of what it found has shrunk nothing worth another.
 const SHRUNK: f64 = 0.9;
 
-/// A store and what is known of it.
-struct Store {
+/// A disk and what is known of it.
+struct CopiedDisk {
     source: Arc<dyn BlockSource>,
     bytes: u64,
     pending: PageSet,
     sent_once: PageSet,
 }
 
-impl Store {
+impl CopiedDisk {
     /// Bytes of a run of blocks; the last block may be short.
     const fn bytes_of(&self, run: Run) -> u64 {
         let end = run.end().saturating_mul(BLOCK_BYTES);
@@ -66,9 +66,9 @@ impl Store {
     }
 }
 
-/// The stores of a guest that move with it.
-pub(super) struct Stores {
-    all: Vec<Store>,
+/// The disks of a guest that move with it.
+pub(super) struct Disks {
+    all: Vec<CopiedDisk>,
     coder: Coder,
     buffer: Vec<u8>,
     /// Ends of rounds that were sent, and that were answered.
@@ -81,7 +81,7 @@ pub(super) struct Stores {
     report: Disk,
 }
 
-impl Stores {
+impl Disks {
     /// None.
     pub(super) fn none() -> Self {
         Self {
@@ -106,7 +106,7 @@ impl Stores {
                 let end = blocks_in(bytes);
                 let mut pending = PageSet::new(end);
                 pending.insert_run(Run::new(0, end));
-                Store {
+                CopiedDisk {
                     source,
                     bytes,
                     pending,
@@ -116,7 +116,7 @@ impl Stores {
             .collect();
         let report = Disk {
             disks: all.len() as u64,
-            total: all.iter().map(|store| store.bytes).sum(),
+            total: all.iter().map(|copy| copy.bytes).sum(),
             ..Disk::default()
         };
         Self {
@@ -130,9 +130,9 @@ impl Stores {
         self.all.is_empty()
     }
 
-    /// Their sizes, for the greeting.
+    /// Their sizes, for the handshake.
     pub(super) fn sizes(&self) -> Vec<u64> {
-        self.all.iter().map(|store| store.bytes).collect()
+        self.all.iter().map(|copy| copy.bytes).collect()
     }
 
     /// Codes blocks as the options want and the destination can.
@@ -142,7 +142,7 @@ impl Stores {
 
     /// Bytes that are known to be pending.
     pub(super) fn pending_bytes(&self) -> u64 {
-        let blocks: u64 = self.all.iter().map(|store| store.pending.len()).sum();
+        let blocks: u64 = self.all.iter().map(|copy| copy.pending.len()).sum();
         blocks * BLOCK_BYTES
     }
 
@@ -172,28 +172,28 @@ impl Stores {
     }
 
     fn start(&self) -> Result<(), PortError> {
-        self.all.iter().try_for_each(|store| store.source.start())
+        self.all.iter().try_for_each(|copy| copy.source.start())
     }
 
     /// Writes are not remembered any more.
     pub(super) fn stop(&self) {
-        self.all.iter().for_each(|store| store.source.stop());
+        self.all.iter().for_each(|copy| copy.source.stop());
     }
 
     /// Unites what was written with what is pending.
     pub(super) fn collect(&mut self) -> Result<(), SourceError> {
-        for store in &mut self.all {
-            let words = store
+        for copy in &mut self.all {
+            let words = copy
                 .source
                 .take_written()
                 .map_err(|e| SourceError::guest("asking which blocks of a disk were written", e))?;
-            store.pending.insert_words(0, &words);
+            copy.pending.insert_words(0, &words);
         }
         Ok(())
     }
 
     /// Blocks of this run went out.
-    fn delivered(&mut self, store: usize, run: Run, zero: bool, paused: bool) {
+    fn delivered(&mut self, copy: usize, run: Run, zero: bool, paused: bool) {
         let bytes = run.count * BLOCK_BYTES;
         let report = &mut self.report;
         *(if zero {
@@ -207,12 +207,12 @@ impl Stores {
         if !zero {
             self.beside.0 += bytes;
         }
-        let Some(store) = self.all.get_mut(store) else {
+        let Some(copy) = self.all.get_mut(copy) else {
             return;
         };
-        store.pending.remove_run(run);
+        copy.pending.remove_run(run);
         let mut at = run.first;
-        while let Some(again) = store
+        while let Some(again) = copy
             .sent_once
             .next_run(at, u64::MAX)
             .filter(|again| again.first < run.end())
@@ -220,60 +220,60 @@ impl Stores {
             report.resent += (again.end().min(run.end()) - again.first) * BLOCK_BYTES;
             at = again.end();
         }
-        store.sent_once.insert_run(run);
+        copy.sent_once.insert_run(run);
     }
 }
 
-impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// Sends the disks while the guest runs, until little of them is left. Memory is not logged yet: it would only slow the
     /// guest down.
     pub(super) fn copy_disks(&mut self) -> Result<(), SourceError> {
-        if self.stores.is_empty() {
+        if self.disks.is_empty() {
             return Ok(());
         }
         self.enter(State::Disks);
         let began = self.now();
-        self.stores
+        self.disks
             .start()
             .map_err(|e| SourceError::guest("watching what is written to a disk", e))?;
         loop {
-            let found = self.stores.pending_bytes();
+            let found = self.disks.pending_bytes();
             self.send_blocks(false)?;
             // What the destination has not taken yet is being written over meanwhile.
-            self.await_blocks(self.stores.asked)?;
-            self.stores.collect()?;
-            let left = self.stores.pending_bytes();
+            self.await_blocks(self.disks.asked)?;
+            self.disks.collect()?;
+            let left = self.disks.pending_bytes();
             if left <= LITTLE || left as f64 > found as f64 * SHRUNK {
                 break;
             }
         }
-        self.stores.report.ms = ms(self.now().saturating_sub(began));
-        self.stores.beside = (0, Duration::ZERO);
+        self.disks.report.ms = ms(self.now().saturating_sub(began));
+        self.disks.beside = (0, Duration::ZERO);
         Ok(())
     }
 
     /// Sends the blocks written since the last time, before a round of pages.
     pub(super) fn send_written_blocks(&mut self) -> Result<(), SourceError> {
         let began = self.now();
-        self.stores.collect()?;
+        self.disks.collect()?;
         self.send_blocks(false)?;
-        self.stores.beside.1 += self.now().saturating_sub(began);
+        self.disks.beside.1 += self.now().saturating_sub(began);
         Ok(())
     }
 
     /// Sends all blocks that are pending, and ends the round.
     pub(super) fn send_blocks(&mut self, paused: bool) -> Result<(), SourceError> {
-        if self.stores.pending_bytes() == 0 {
+        if self.disks.pending_bytes() == 0 {
             return Ok(());
         }
-        for store in 0..self.stores.all.len() {
-            self.send_store(store, paused)?;
+        for copy in 0..self.disks.all.len() {
+            self.send_disk(copy, paused)?;
         }
-        self.stores.report.rounds += 1;
+        self.disks.report.rounds += 1;
         self.end_blocks(paused)
     }
 
-    fn send_store(&mut self, number: usize, paused: bool) -> Result<(), SourceError> {
+    fn send_disk(&mut self, number: usize, paused: bool) -> Result<(), SourceError> {
         // As many as the cap lets through in a moment, and at least one.
         let batch = if paused {
             u64::from(MAX_BLOCKS)
@@ -281,11 +281,11 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             (self.pacer.batch_pages() * PAGE_BYTES / BLOCK_BYTES).clamp(1, u64::from(MAX_BLOCKS))
         };
         let mut at = 0;
-        while let Some(store) = self.stores.all.get(number)
-            && let Some(run) = store.pending.next_run(at, u64::from(u32::MAX))
+        while let Some(copy) = self.disks.all.get(number)
+            && let Some(run) = copy.pending.next_run(at, u64::from(u32::MAX))
         {
             self.check_cancel()?;
-            let hole = store.hole(run);
+            let hole = copy.hole(run);
             at = if hole.count > 0 {
                 self.send_zero_blocks(number, hole, paused)?;
                 hole.end()
@@ -300,10 +300,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             };
             self.take_acks()?;
             // Data channels are silent while blocks go out on this one, and must not be taken for dead.
-            self.keep_lanes_alive()?;
+            self.keep_data_channels_alive()?;
             self.tell_progress();
-            let due = self.stores.since_asked >= PIECE
-                || self.now().saturating_sub(self.stores.asked_at) >= PIECE_TIME;
+            let due = self.disks.since_asked >= PIECE
+                || self.now().saturating_sub(self.disks.asked_at) >= PIECE_TIME;
             if due && !paused {
                 self.end_blocks(false)?;
             }
@@ -318,7 +318,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         run: Run,
         paused: bool,
     ) -> Result<(), SourceError> {
-        let mut buffer = std::mem::take(&mut self.stores.buffer);
+        let mut buffer = std::mem::take(&mut self.disks.buffer);
         self.read_blocks(number, run, &mut buffer)?;
         let block = usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX);
         let is_zero = |n: u64| {
@@ -342,7 +342,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             }
             from = to;
         }
-        self.stores.buffer = buffer;
+        self.disks.buffer = buffer;
         Ok(())
     }
 
@@ -352,12 +352,11 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         run: Run,
         buffer: &mut Vec<u8>,
     ) -> Result<(), SourceError> {
-        let Some(store) = self.stores.all.get(number) else {
+        let Some(copy) = self.disks.all.get(number) else {
             return Ok(());
         };
-        buffer.resize(usize::try_from(store.bytes_of(run)).unwrap_or(0), 0);
-        store
-            .source
+        buffer.resize(usize::try_from(copy.bytes_of(run)).unwrap_or(0), 0);
+        copy.source
             .read(run.first * BLOCK_BYTES, buffer)
             .map_err(|e| SourceError::guest("reading a disk of the guest", e))
     }
@@ -372,7 +371,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let clock = self.setup.clock;
         let mut header = Header::of_blocks(FrameType::Blocks, number, run);
         let (length, began) = {
-            let coded = self.stores.coder.code(bytes, &|| clock.now());
+            let coded = self.disks.coder.code(bytes, &|| clock.now());
             if coded.is_some() {
                 header.encoding = Encoding::Zstd as u8;
             }
@@ -382,9 +381,9 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             (payload.len(), began)
         };
         let took = clock.now().saturating_sub(began);
-        self.stores.coder.sent(length, took);
+        self.disks.coder.sent(length, took);
         self.charge_blocks((HEADER_BYTES + length) as u64);
-        self.stores.delivered(number, run, false, paused);
+        self.disks.delivered(number, run, false, paused);
         Ok(())
     }
 
@@ -397,25 +396,25 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let header = Header::of_blocks(FrameType::BlocksZero, number, run);
         self.control.send(header, &[])?;
         self.charge_blocks(HEADER_BYTES as u64);
-        self.stores.delivered(number, run, true, paused);
+        self.disks.delivered(number, run, true, paused);
         Ok(())
     }
 
     fn charge_blocks(&mut self, wire: u64) {
         self.pacer.charge(wire, self.setup.clock);
-        self.stores.report.bytes_wire += wire;
-        self.stores.since_asked += wire;
+        self.disks.report.bytes_wire += wire;
+        self.disks.since_asked += wire;
     }
 
     /// Asks the destination to flush what it has, once it has done so for the piece before.
     fn end_blocks(&mut self, paused: bool) -> Result<(), SourceError> {
         if !paused {
-            self.await_blocks(self.stores.asked)?;
+            self.await_blocks(self.disks.asked)?;
         }
-        self.stores.asked += 1;
-        self.stores.since_asked = 0;
-        self.stores.asked_at = self.now();
-        let round = self.stores.asked;
+        self.disks.asked += 1;
+        self.disks.since_asked = 0;
+        self.disks.asked_at = self.now();
+        let round = self.disks.asked;
         self.control
             .send(Header::bare(FrameType::BlocksEnd, round), &[])?;
         Ok(())
@@ -423,7 +422,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
 
     /// Waits for the answer to the end of this round.
     pub(super) fn await_blocks(&mut self, round: u32) -> Result<(), SourceError> {
-        while self.stores.answered < round {
+        while self.disks.answered < round {
             self.check_cancel()?;
             self.take_ack()?;
         }
@@ -433,13 +432,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     /// Sends hashes of all blocks, in the pause, so that the destination can compare.
     pub(super) fn send_block_hashes(&mut self) -> Result<(), SourceError> {
         let mut buffer = Vec::new();
-        for number in 0..self.stores.all.len() {
+        for number in 0..self.disks.all.len() {
             let mut at = 0;
-            while let Some(store) = self.stores.all.get(number)
-                && at < store.pending.end()
+            while let Some(copy) = self.disks.all.get(number)
+                && at < copy.pending.end()
             {
-                let left = (store.pending.end() - at).min(u64::from(u32::MAX));
-                let hole = store.hole(Run::new(at, left));
+                let left = (copy.pending.end() - at).min(u64::from(u32::MAX));
+                let hole = copy.hole(Run::new(at, left));
                 let mut hashes = Vec::new();
                 let run = if hole.count > 0 {
                     hole
@@ -466,12 +465,12 @@ pub(crate) fn all_zero(bytes: &[u8]) -> bool {
 }
 
 /// The hashes by which `--verify` compares blocks; the place is the seed, so that blocks that were swapped do not pass.
-pub(crate) fn block_hashes(store: usize, first: u64, bytes: &[u8]) -> impl Iterator<Item = u8> {
+pub(crate) fn block_hashes(copy: usize, first: u64, bytes: &[u8]) -> impl Iterator<Item = u8> {
     let block = usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX);
     (first..)
         .zip(bytes.chunks(block))
         .flat_map(move |(number, bytes)| {
-            let seed = (store as u64) << 48 ^ number;
+            let seed = (copy as u64) << 48 ^ number;
             xxhash_rust::xxh3::xxh3_64_with_seed(bytes, seed).to_le_bytes()
         })
 }

@@ -1,17 +1,17 @@
-//! Before memory moves: the greeting, what both sides can do, the channels.
+//! Before memory moves: the handshake, what both sides can do, the channels.
 
-use super::blocks::Stores;
+use super::blocks::Disks;
 use super::post_copy::FaultChannel;
 use super::{HANDOVER, Source, SourceError, State};
 use crate::codec::Coding;
-use crate::lanes::{Lanes, to_open};
+use crate::data_channels::{DataChannels, to_open};
 use crate::options::{Compress, Handover};
-use crate::port::{Guest, Link};
+use crate::port::{Link, SourceVm};
 use crate::report::Phase;
 use crate::sender::Sender;
 use crate::wire::{Channel, Features, FrameType, Header, Hello, HelloAck, Role};
 
-impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     pub(super) fn handshake(&mut self) -> Result<(), SourceError> {
         self.progress.phase = Phase::Connecting;
         let timeouts = self.setup.timeouts;
@@ -22,15 +22,15 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         self.rtt = self.now().saturating_sub(sent);
         let options = self.setup.options;
         let (channels, why) = to_open(options, self.guest.processors());
-        self.lanes_used = Lanes::new(channels, options.channels.is_some());
-        self.lanes_why = why;
+        self.data_channels_used = DataChannels::new(channels, options.channels.is_some());
+        self.data_channels_why = why;
         let mut faults = 0;
         let mut required = Features::default();
         if options.copy_disk {
-            self.stores = Stores::new(self.guest.stores());
+            self.disks = Disks::new(self.guest.disks());
         }
-        if !self.stores.is_empty() {
-            required = required.or(Features::STORES);
+        if !self.disks.is_empty() {
+            required = required.or(Features::DISKS);
         }
         if options.verify {
             required = required.or(Features::VERIFY);
@@ -66,7 +66,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             layout: self.layout.clone(),
             channels,
             faults,
-            stores: self.stores.sizes(),
+            disks: self.disks.sizes(),
             policy: self.policy.to_owned(),
             machine: self
                 .guest
@@ -111,17 +111,18 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             self.layout.pages(),
             self.layout.end(),
         );
-        self.stores.agree(options, ack.features);
+        self.disks.agree(options, ack.features);
         self.sender = Sender::new(coding.encoder());
         for index in 0..channels {
             let channel = self.open_channel(Role::Data, index)?;
-            self.lanes.push((channel, Sender::new(coding.encoder())));
+            self.data_channels
+                .push((channel, Sender::new(coding.encoder())));
         }
         for index in 0..faults {
             let channel = self.open_channel(Role::Fault, index)?;
             self.faults.push(FaultChannel::new(channel));
         }
-        self.lanes_at = self.now();
+        self.data_channels_at = self.now();
         self.control.link().set_timeout(Some(timeouts.transfer));
         Ok(())
     }
@@ -134,21 +135,21 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             .start_tracking()
             .map_err(|e| SourceError::guest("starting the dirty log", e))?;
         self.collected_at = self.now();
-        if !self.stores.is_empty() {
+        if !self.disks.is_empty() {
             self.memory_began = self.now();
         }
         self.enter(State::Running);
         Ok(())
     }
 
-    /// Has the guest's memory itself go out with the greeting, where that is wanted and can be.
+    /// Has the guest's memory itself go out with the handshake, where that is wanted and can be.
     pub(super) fn share_memory(&mut self) -> Result<bool, SourceError> {
         let wanted = self.setup.options.handover;
         if wanted == Handover::Off {
             return Ok(false);
         }
         // Disks are copied from host to host: that is another kind of move.
-        let shared = if self.stores.is_empty() {
+        let shared = if self.disks.is_empty() {
             self.guest.share_memory(self.control.link())
         } else {
             Ok(false)

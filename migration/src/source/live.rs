@@ -1,11 +1,11 @@
 //! The live phase: collect, decide, send; and draining the link before the pause.
 
-use super::lanes::worth_lanes;
+use super::data_channels::worth_data_channels;
 use super::{InFlight, LiveEnd, Source, SourceError, State, ms};
 use crate::first_pass::FirstPass;
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{Decision, Policy, SendOrder};
-use crate::port::{Guest, Link};
+use crate::port::{Link, SourceVm};
 use crate::report::{Event, Round};
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Sent};
 use crate::wire::{FrameType, Header, WireError};
@@ -18,7 +18,7 @@ pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<PageSet, SourceError>;
 /// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
 const MEASURABLE: u64 = 64 << 10;
 
-impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// Sends rounds until the policy stops and the link is empty.
     pub(super) fn live(&mut self, policy: &mut dyn Policy) -> Result<LiveEnd, SourceError> {
         loop {
@@ -34,7 +34,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                 self.send_written_blocks()?;
             }
             self.collect()?;
-            self.stores.collect()?;
+            self.disks.collect()?;
             let decision = policy.next(&self.view());
             let (end, why) = match decision {
                 Decision::Send { mut pages, order } => {
@@ -54,13 +54,13 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
                     (LiveEnd::HandOver(order), why)
                 }
             };
-            if self.in_flight.is_empty() && !self.stores.is_awaiting() {
+            if self.in_flight.is_empty() && !self.disks.is_awaiting() {
                 self.why = Some(why);
                 return Ok(end);
             }
             // What still lies in socket buffers would be paid for in the pause.
             self.enter(State::Draining);
-            while !self.in_flight.is_empty() || self.stores.is_awaiting() {
+            while !self.in_flight.is_empty() || self.disks.is_awaiting() {
                 self.check_cancel()?;
                 self.take_ack()?;
             }
@@ -147,7 +147,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             paused,
             tell: false,
             warmer: 0,
-            lanes: 1,
+            data_channels: 1,
         };
         // Of the first pages nobody knows yet how often they are dirtied.
         let learns = order == SendOrder::ColdFirst && self.sent_once.is_empty();
@@ -172,7 +172,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         });
         self.barrier(self.round)?;
         let ended = self.now();
-        // Lanes send at the same time, and each looks for zero pages while others send: more than the time that went by
+        // Data channels send at the same time, and each looks for zero pages while others send: more than the time that went by
         // cannot have been the link's.
         let link = (sent.link + sent.coding).min(ended.saturating_sub(started));
         self.in_flight.push_back(InFlight {
@@ -181,7 +181,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             link,
             started,
             ended,
-            beside: self.stores.take_beside(),
+            beside: self.disks.take_beside(),
         });
         Ok(sent)
     }
@@ -193,11 +193,11 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         mode: BatchMode,
         more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
-        let few = !worth_lanes(batches.left() + batches.to_come());
-        if few || self.lanes.is_empty() {
+        let few = !worth_data_channels(batches.left() + batches.to_come());
+        if few || self.data_channels.is_empty() {
             self.send_here(batches, mode, more)
         } else {
-            self.send_on_lanes(batches, mode, more)
+            self.send_on_data_channels(batches, mode, more)
         }
     }
 
@@ -230,10 +230,10 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
 
     /// Marks the end of a round on every channel.
     pub(super) fn barrier(&mut self, round: u32) -> Result<(), SourceError> {
-        for (lane, _) in &mut self.lanes {
-            lane.send(Header::bare(FrameType::RoundEnd, round), &[])?;
+        for (data_channel, _) in &mut self.data_channels {
+            data_channel.send(Header::bare(FrameType::RoundEnd, round), &[])?;
         }
-        self.lanes_at = self.now();
+        self.data_channels_at = self.now();
         self.control
             .send(Header::bare(FrameType::RoundEnd, round), &[])?;
         Ok(())
@@ -270,7 +270,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             self.delivered(&runs, sent);
             total.add(sent);
             self.take_acks()?;
-            self.keep_lanes_alive()?;
+            self.keep_data_channels_alive()?;
             self.tell_progress();
         }
     }
@@ -321,21 +321,21 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
     pub(super) fn take_ack(&mut self) -> Result<(), SourceError> {
         let answered_at = self.answered_at.take();
         let header = self.control.recv_header()?;
-        if self.stores.take_answer(&header) {
+        if self.disks.take_answer(&header) {
             return Ok(());
         }
         let expected = self.in_flight.front().copied();
         match expected {
             Some(flight) if header.kind == FrameType::RoundAck && header.round == flight.round => {
                 self.in_flight.pop_front();
-                // It may have come while lanes were sending.
+                // It may have come while data channels were sending.
                 let now = answered_at.unwrap_or_else(|| self.now());
                 let took = now.saturating_sub(flight.started);
                 // What the link took: the time in its calls and until the last byte was placed.
                 let (blocks, beside) = flight.beside;
                 let link = flight.link + now.saturating_sub(flight.ended) + beside;
                 if flight.sent.bytes + blocks < MEASURABLE {
-                    // A small round measures the round trip, and the greeting's was measured while
+                    // A small round measures the round trip, and the handshake's was measured while
                     // the destination had other things to do.
                     self.rtt = self.rtt.min(now.saturating_sub(flight.ended));
                 }

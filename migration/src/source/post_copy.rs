@@ -19,7 +19,7 @@ use super::push::{Pushed, Pusher, Stream};
 use super::{Source, SourceError, State, ms};
 use crate::order::{Push, PushOrder};
 use crate::page::{PageSet, RamLayout, Run};
-use crate::port::{Clock, Guest, Link};
+use crate::port::{Clock, Link, SourceVm};
 use crate::report::{Event, Round};
 use crate::sender::{BatchMode, Sender, Sent};
 use crate::wire::{Arrived, Channel, FrameType, Header, WireError};
@@ -101,7 +101,7 @@ pub(super) struct Serving<'a> {
     pub(super) clock: &'a dyn Clock,
     round: u32,
     /// That push at the same time.
-    lanes: u16,
+    data_channels: u16,
     timeout: Duration,
     began: Duration,
 }
@@ -109,7 +109,7 @@ pub(super) struct Serving<'a> {
 impl<'a> Serving<'a> {
     pub(super) fn new(
         missing: PageSet,
-        (push, lanes): (Push, u16),
+        (push, data_channels): (Push, u16),
         source: (&'a RamLayout, &'a dyn Clock),
         round: u32,
         timeout: Duration,
@@ -130,7 +130,7 @@ impl<'a> Serving<'a> {
             layout,
             clock,
             round,
-            lanes,
+            data_channels,
             timeout,
             began: clock.now(),
         }
@@ -146,7 +146,7 @@ impl<'a> Serving<'a> {
             paused: true,
             tell,
             warmer: 0,
-            lanes: self.lanes,
+            data_channels: self.data_channels,
         }
     }
 
@@ -169,7 +169,11 @@ impl<'a> Serving<'a> {
     }
 
     /// Answers faults until the phase ends.
-    pub(super) fn answer_all<L: Link, G: Guest<L>>(&self, fault: &mut FaultChannel<L>, guest: &G) {
+    pub(super) fn answer_all<L: Link, G: SourceVm<L>>(
+        &self,
+        fault: &mut FaultChannel<L>,
+        guest: &G,
+    ) {
         while !self.stopped() {
             let result = match fault.channel.link().wait_readable(TICK) {
                 Ok(true) => self.answer(fault, guest),
@@ -187,7 +191,7 @@ impl<'a> Serving<'a> {
     }
 
     /// Answers one fault, which has arrived.
-    fn answer<L: Link, G: Guest<L>>(
+    fn answer<L: Link, G: SourceVm<L>>(
         &self,
         fault: &mut FaultChannel<L>,
         guest: &G,
@@ -299,7 +303,7 @@ impl<L: Link> FaultChannel<L> {
     }
 }
 
-impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
+impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     /// What the guest has not got yet, as the push stream will see it.
     pub(super) fn serving<'s>(
         layout: &'s RamLayout,
@@ -313,9 +317,15 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
     {
         let options = setup.options;
         let push = Push::new(order, usize::from(options.pivots));
-        let lanes = options.channels.unwrap_or(1).max(1);
+        let data_channels = options.channels.unwrap_or(1).max(1);
         let source = (layout, setup.clock);
-        Serving::new(missing, (push, lanes), source, round, options.timeout)
+        Serving::new(
+            missing,
+            (push, data_channels),
+            source,
+            round,
+            options.timeout,
+        )
     }
 
     /// Runs `work` while the fault channels are being answered.
@@ -400,8 +410,8 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
             .link()
             .set_timeout(Some(self.setup.timeouts.transfer));
         self.control.link().bound_queue(QUEUE);
-        for (lane, _) in &mut self.lanes {
-            lane.link().bound_queue(QUEUE);
+        for (data_channel, _) in &mut self.data_channels {
+            data_channel.link().bound_queue(QUEUE);
         }
         let sent = self.send_rest(serving, hashes);
         match sent {
@@ -409,12 +419,12 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
             Err(SourceError::Wire(WireError::Io(_))) | Ok(()) => {}
             Err(error) => return Err(error),
         }
-        let patience = if sent.is_ok() {
+        let timeout = if sent.is_ok() {
             self.setup.timeouts.transfer
         } else {
             PARTING
         };
-        let arrived = self.wait_arrived(serving, patience);
+        let arrived = self.wait_arrived(serving, timeout);
         match (sent, arrived) {
             (Err(error), Err(_)) => Err(error),
             (_, arrived) => arrived,
@@ -427,11 +437,11 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
         serving: &Serving<'_>,
         hashes: Option<&PageSet>,
     ) -> Result<(), SourceError> {
-        // Lanes that nobody has asked for are for rounds: here answers to page faults need link and processors.
-        let over = if self.lanes.is_empty() || self.setup.options.channels.is_none() {
+        // Data channels that nobody has asked for are for rounds: here answers to page faults need link and processors.
+        let over = if self.data_channels.is_empty() || self.setup.options.channels.is_none() {
             self.push_here(serving)?
         } else {
-            self.push_on_lanes(serving)?;
+            self.push_on_data_channels(serving)?;
             false
         };
         if over {
@@ -462,7 +472,7 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                 channel: &mut self.control,
                 sender: &mut self.sender,
                 stream: &mut stream,
-                patience: self.setup.timeouts.transfer,
+                timeout: self.setup.timeouts.transfer,
             };
             match pusher.push(wait)? {
                 Pushed::All => return Ok(false),
@@ -473,7 +483,7 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                     return Ok(true);
                 }
             }
-            self.keep_lanes_alive()?;
+            self.keep_data_channels_alive()?;
             if self.now().saturating_sub(self.last_event) >= TICK {
                 self.pending.clone_from(&serving.outgoing().remaining);
                 self.emit_progress();
@@ -492,12 +502,12 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
     }
 
     /// Several channels: each takes the next batch when it is free.
-    fn push_on_lanes(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
+    fn push_on_data_channels(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
         let (guest, pacer) = (self.guest, &self.pacer);
-        let (tells, patience) = (self.tells, self.setup.timeouts.transfer);
-        let lanes = &mut self.lanes;
+        let (tells, timeout) = (self.tells, self.setup.timeouts.transfer);
+        let data_channels = &mut self.data_channels;
         std::thread::scope(|scope| {
-            let threads: Vec<_> = lanes
+            let threads: Vec<_> = data_channels
                 .iter_mut()
                 .map(|(channel, sender)| {
                     scope.spawn(move || {
@@ -509,7 +519,7 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
                             channel,
                             sender,
                             stream: &mut stream,
-                            patience,
+                            timeout,
                         };
                         loop {
                             let error = match pusher.push(TICK) {
@@ -529,7 +539,7 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
             for thread in threads {
                 if thread.join().is_err() {
                     let error = "a sender thread panicked".into();
-                    serving.fail(SourceError::guest("sending on a lane", error));
+                    serving.fail(SourceError::guest("sending on a data_channel", error));
                 }
             }
         });
@@ -540,9 +550,9 @@ impl<'a, L: Link, G: Guest<L>> Source<'a, '_, L, G> {
     fn wait_arrived(
         &mut self,
         serving: &Serving<'_>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Arrived, SourceError> {
-        let until = self.now() + patience;
+        let until = self.now() + timeout;
         let header = loop {
             self.answer_here(serving)?;
             if let Some(header) = self.heard.take() {

@@ -1,11 +1,11 @@
 //! A stream of pushes in post-copy: what is pushed next goes out as the user's cap and the [`Window`] allow.
 
 use super::SourceError;
-use super::lanes::ALIVE;
+use super::data_channels::ALIVE;
 use super::post_copy::{Next, PUSH_PAGES, Serving};
 use super::window::Window;
 use crate::page::Run;
-use crate::port::{Guest, Link};
+use crate::port::{Link, SourceVm};
 use crate::sender::{Pacer, Sender};
 use crate::wire::{Channel, FrameType, Header, WireError};
 use std::time::Duration;
@@ -48,10 +48,10 @@ pub(super) struct Pusher<'a, 'b, L, G> {
     pub(super) sender: &'a mut Sender,
     pub(super) stream: &'a mut Stream,
     /// How long the destination may say nothing of what it was sent.
-    pub(super) patience: Duration,
+    pub(super) timeout: Duration,
 }
 
-impl<L: Link, G: Guest<L>> Pusher<'_, '_, L, G> {
+impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
     /// One batch, or a wait of at most `wait` for the destination's word.
     pub(super) fn push(&mut self, wait: Duration) -> Result<Pushed, SourceError> {
         let clock = self.serving.clock;
@@ -129,7 +129,7 @@ impl<L: Link, G: Guest<L>> Pusher<'_, '_, L, G> {
         }
         let now = self.serving.clock.now();
         let waiting = self.stream.window.as_ref().map(|w| w.waiting(now));
-        if waiting.is_some_and(|waiting| waiting >= self.patience) {
+        if waiting.is_some_and(|waiting| waiting >= self.timeout) {
             return Err(SourceError::Silent("that pages are in place"));
         }
         Ok(None)

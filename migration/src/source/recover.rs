@@ -4,21 +4,21 @@
 use super::post_copy::FaultChannel;
 use super::{Setup, Source, SourceError, State};
 use crate::page::PageSet;
-use crate::port::{Guest, Link};
+use crate::port::{Link, SourceVm};
 use crate::report::{Report, Status};
 use crate::wire::{Channel, FrameType, Role, SessionId, recv_set};
 use std::io;
 use std::time::Duration;
 
 /// How long each answer may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn attach<L: Link>(
     connect: &mut dyn FnMut(Role, u16) -> io::Result<L>,
     session: SessionId,
 ) -> Result<Channel<L>, SourceError> {
     let mut link = connect(Role::Recover, 0).map_err(SourceError::Connect)?;
-    link.set_timeout(Some(PATIENCE));
+    link.set_timeout(Some(TIMEOUT));
     let mut channel = Channel::new(link);
     channel.open(Role::Recover, 0, session)?;
     Ok(channel)
@@ -31,7 +31,7 @@ fn attach<L: Link>(
 /// The report's status is `Completed`; `InDoubt` when the destination cannot be reached, belongs to another migration or
 /// no longer has the guest; `Interrupted` when it runs the guest and the connection was lost again.
 /// Its numbers are those of this connection.
-pub fn recover<L: Link, G: Guest<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
+pub fn recover<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
     let name = setup.options.policy.name();
     let session = setup.session.to_string();
     match Source::connect(guest, setup, Role::Recover, name) {
@@ -43,11 +43,11 @@ pub fn recover<L: Link, G: Guest<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
     }
 }
 
-impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     fn reattach(&mut self) -> Result<(), SourceError> {
         self.state = State::Committed;
         self.pending.clear();
-        self.control.link().set_timeout(Some(PATIENCE));
+        self.control.link().set_timeout(Some(TIMEOUT));
         self.control.set_end(self.layout.end());
         self.control.open(Role::Recover, 0, self.setup.session)?;
         let running = self.commit()?;

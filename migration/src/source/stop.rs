@@ -4,7 +4,7 @@ use super::{InFlight, Source, SourceError, State, ms};
 use crate::order::PushOrder;
 use crate::page::{Gfn, PAGE_SIZE, PageSet, Run};
 use crate::policy::SendOrder;
-use crate::port::{Guest, Link};
+use crate::port::{Link, SourceVm};
 use crate::sender::Sent;
 use crate::wire::{FrameType, Header, Ready, Running, WireError, send_set};
 use std::io;
@@ -13,7 +13,7 @@ use std::time::Duration;
 /// Hashes in one VERIFY frame (1 MiB of them).
 const VERIFY_PAGES: u64 = 128 << 10;
 
-impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
+impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// Pauses the guest, sends what is left, and commits.
     pub(super) fn stop_and_copy(&mut self) -> Result<(), SourceError> {
         let collected = self.stop()?;
@@ -50,7 +50,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         // What is dirty already will be missing in any case: the destination drops it before the pause.
         // From here on each page is sent once, to where nothing can be read: no page is a base any more.
         self.sender.without_bases();
-        self.lanes
+        self.data_channels
             .iter_mut()
             .for_each(|(_, sender)| sender.without_bases());
         let known = self.pending.clone();
@@ -112,7 +112,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let collected = self.now();
         self.downtime.quiesce_ms = ms(collected.saturating_sub(stopped_at));
         // The last of the disks: the guest must not run there without it.
-        self.stores.collect()?;
+        self.disks.collect()?;
         self.send_blocks(true)?;
         Ok(collected)
     }
@@ -141,7 +141,7 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
             .map_err(|e| SourceError::guest("saving the machine's state", e))?;
         self.control
             .send(Header::bare(FrameType::State, self.round), &state)?;
-        while !self.in_flight.is_empty() || self.stores.is_awaiting() {
+        while !self.in_flight.is_empty() || self.disks.is_awaiting() {
             self.take_ack()
                 .map_err(|e| silent(e, "that the last pages and blocks arrived"))?;
         }

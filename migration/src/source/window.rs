@@ -313,17 +313,17 @@ mod tests {
     fn push(rates: [f64; 2], delay: Duration, time: Duration) -> (f64, [Duration; 2]) {
         let mut window = Window::new(Duration::ZERO);
         let (mut now, mut free) = (Duration::ZERO, Duration::ZERO);
-        let mut arriving: VecDeque<Duration> = VecDeque::new();
+        let mut missing_pages: VecDeque<Duration> = VecDeque::new();
         let (mut placed, mut longest) = (0.0, [Duration::ZERO; 2]);
         while now < time {
             let rate = rates[usize::from(now >= time / 2)];
             if window.is_full() {
-                now = now.max(arriving.pop_front().unwrap());
+                now = now.max(missing_pages.pop_front().unwrap());
                 assert!(window.placed(now));
                 continue;
             }
-            while arriving.front().is_some_and(|at| *at <= now) {
-                arriving.pop_front();
+            while missing_pages.front().is_some_and(|at| *at <= now) {
+                missing_pages.pop_front();
                 assert!(window.placed(now));
             }
             let bytes = window.batch_pages(64) * PAGE_BYTES;
@@ -334,7 +334,7 @@ mod tests {
                 *longest = (*longest).max(free - now);
             }
             free += seconds(bytes as f64 / rate);
-            arriving.push_back(free + delay);
+            missing_pages.push_back(free + delay);
             window.sent(bytes, now);
             if now >= time / 2 {
                 placed += bytes as f64;

@@ -1,4 +1,4 @@
-//! Blocks of a guest's stores (its disks) on the wire, where HELLO announced some.
+//! Blocks of a guest's disks (its disks) on the wire, where HELLO announced some.
 //!
 //! ```text
 //!    │ BLOCKS… BLOCKS-ZERO… BLOCKS-END n ─────▶ │  written, flushed
@@ -6,7 +6,7 @@
 //! ```
 //!
 //! They travel on the control channel, before and between the rounds of pages, and what is left in the pause. In a
-//! header of theirs the field `gfn` names the store in its upper 16 bits and the first block in the others; `count` says
+//! header of theirs the field `gfn` names the disk in its upper 16 bits and the first block in the others; `count` says
 //! how many blocks it is about. BLOCKS-HASH has a hash for each block, or no payload where all of them are zero.
 
 use super::{FrameType, Header};
@@ -14,29 +14,29 @@ use crate::page::Run;
 
 /// Blocks in a BLOCKS frame at most: 1 MiB.
 pub const MAX_BLOCKS: u32 = 16;
-/// Stores of a guest at most.
-pub const MAX_STORES: usize = 64;
-/// Blocks of all of a guest's stores together at most: 128 TiB.
-pub const MAX_STORE_BLOCKS: u64 = 1 << 31;
+/// Disks of a guest at most.
+pub const MAX_DISKS: usize = 64;
+/// Blocks of all of a guest's disks together at most: 128 TiB.
+pub const MAX_DISK_BLOCKS: u64 = 1 << 31;
 
-const STORE_SHIFT: u32 = 48;
+const DISK_SHIFT: u32 = 48;
 
 impl Header {
-    /// A header about blocks of a store.
+    /// A header about blocks of a disk.
     #[must_use]
-    pub fn of_blocks(kind: FrameType, store: usize, blocks: Run) -> Self {
+    pub fn of_blocks(kind: FrameType, disk: usize, blocks: Run) -> Self {
         Self {
-            gfn: (store as u64) << STORE_SHIFT | blocks.first,
+            gfn: (disk as u64) << DISK_SHIFT | blocks.first,
             count: u32::try_from(blocks.count).unwrap_or(u32::MAX),
             ..Self::bare(kind, 0)
         }
     }
 
-    /// The store and the blocks that it is about; whether there are such is for the receiver to check.
+    /// The disk and the blocks that it is about; whether there are such is for the receiver to check.
     #[must_use]
     pub fn blocks(&self) -> (usize, Run) {
-        let store = usize::try_from(self.gfn >> STORE_SHIFT).unwrap_or(usize::MAX);
-        let first = self.gfn & ((1 << STORE_SHIFT) - 1);
-        (store, Run::new(first, u64::from(self.count)))
+        let disk = usize::try_from(self.gfn >> DISK_SHIFT).unwrap_or(usize::MAX);
+        let first = self.gfn & ((1 << DISK_SHIFT) - 1);
+        (disk, Run::new(first, u64::from(self.count)))
     }
 }

@@ -20,10 +20,10 @@ pub enum WireError {
     /// A header.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// A greeting.
+    /// A handshake.
     #[error(transparent)]
     Hello(#[from] HelloError),
-    /// JSON after the greeting.
+    /// JSON after the handshake.
     #[error("the peer's {kind:?} message cannot be understood: {error}")]
     Json {
         /// Which.

@@ -85,15 +85,15 @@ pub enum FrameType {
     Alive = 18,
     /// Destination: the pages up to the next frame of this channel that asked for it are in place (post-copy).
     Placed = 19,
-    /// Destination: the files that the guest's devices use are wanted, before the greeting is answered.
+    /// Destination: the files that the guest's devices use are wanted, before the handshake is answered.
     FilesWanted = 20,
     /// Source: here they are, beside this frame.
     Files = 21,
-    /// Source: blocks of a store.
+    /// Source: blocks of a disk.
     Blocks = 32,
-    /// Source: blocks of a store that are zero.
+    /// Source: blocks of a disk that are zero.
     BlocksZero = 33,
-    /// Source: hashes of blocks of a store.
+    /// Source: hashes of blocks of a disk.
     BlocksHash = 34,
     /// Source: these were the blocks of round `round`.
     BlocksEnd = 35,

@@ -26,8 +26,8 @@ impl Features {
     pub const PATCH: Self = Self(1 << 9);
 
     /// The contents of disks move too.
-    pub const STORES: Self = Self(1 << 16);
-    /// The guest's memory itself comes beside the greeting, and no page is sent. Agreed on only where it did come.
+    pub const DISKS: Self = Self(1 << 16);
+    /// The guest's memory itself comes beside the handshake, and no page is sent. Agreed on only where it did come.
     pub const SHARED_MEMORY: Self = Self(1 << 17);
     /// With the memory: open files that the guest's devices use come when the destination asks for them.
     pub const SHARED_FILES: Self = Self(1 << 18);
@@ -40,7 +40,7 @@ impl Features {
             | Self::POST_COPY.0
             | Self::ZSTD.0
             | Self::PATCH.0
-            | Self::STORES.0
+            | Self::DISKS.0
             | Self::SHARED_MEMORY.0
             | Self::SHARED_FILES.0,
     );
@@ -84,9 +84,9 @@ pub struct Hello {
     /// Channels for page faults that the source will open.
     #[serde(default)]
     pub faults: u16,
-    /// Bytes of each of the guest's stores, in order, whose contents move.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub stores: Vec<u64>,
+    /// Bytes of each of the guest's disks, in order, whose contents move.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", alias = "stores")]
+    pub disks: Vec<u64>,
     /// The policy's name, for the destination's log.
     pub policy: String,
     /// The machine's configuration, opaque here.
@@ -142,7 +142,7 @@ pub struct Arrived {
     pub ended: bool,
 }
 
-/// Why a greeting could not be read.
+/// Why a handshake could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum HelloError {
     /// Too short for its own length field.
@@ -192,7 +192,7 @@ mod tests {
             layout: RamLayout::new(vec![Run::new(0, 100), Run::new(200, 7)]).unwrap(),
             channels: 3,
             faults: 2,
-            stores: vec![1 << 30, 512],
+            disks: vec![1 << 30, 512],
             policy: "precopy".into(),
             machine: vec![1, 2, 3],
         };

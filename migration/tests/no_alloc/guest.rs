@@ -2,7 +2,7 @@
 
 use super::link::MemoryLink;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{Guest, Host, Link, PageSink, PageSource, PortError};
+use ferry_migration::port::{DestinationVm, Link, PageSink, PageSource, PortError, SourceVm};
 use ferry_migration::wire::SessionId;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -110,7 +110,7 @@ impl PageSource<MemoryLink> for TestGuest {
     }
 }
 
-impl Guest<MemoryLink> for TestGuest {
+impl SourceVm<MemoryLink> for TestGuest {
     fn layout(&self) -> RamLayout {
         RamLayout::new(vec![Run::new(0, self.memory.0.len() as u64)]).unwrap()
     }
@@ -198,7 +198,7 @@ impl PageSink<MemoryLink> for TestSink {
     }
 }
 
-impl Host<MemoryLink> for TestHost {
+impl DestinationVm<MemoryLink> for TestHost {
     type Sink = TestSink;
 
     fn prepare(&mut self, _: &RamLayout, machine: &[u8]) -> Result<Arc<TestSink>, PortError> {

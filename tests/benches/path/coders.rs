@@ -131,7 +131,7 @@ impl<'a> Pair<'a> {
                 data: &mut raw,
                 round: self.round,
                 warmer: 0,
-                lanes: 1,
+                data_channels: 1,
                 copy: &mut |gfn, into| Ok(from.copy_page(gfn, into)?),
                 out: &mut out,
             };

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// How often the guest tells of its progress.
 const STAT: Duration = Duration::from_millis(20);
 /// How long anything of the guest's may take.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A running guest.
 pub struct Guest {
@@ -91,7 +91,7 @@ impl Guest {
     }
 
     fn wait_for<T>(&self, what: &str, find: impl Fn(&Line<'_>) -> Option<T>) -> Result<T> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let text = self
                 .console

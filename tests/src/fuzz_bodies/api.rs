@@ -1,6 +1,6 @@
 //! A client of the control socket that sends anything at all.
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use ferry_migration::report::{Event, Progress};
 use ferry_vmm::api::events::{Publisher, Subscription};
 use ferry_vmm::api::server::{Limits, Server};
@@ -20,10 +20,10 @@ pub fn api(bytes: &[u8]) -> usize {
     static SERVER: LazyLock<(tempfile::TempDir, Server)> = LazyLock::new(|| {
         let directory = tempfile::tempdir().unwrap();
         let limits = Limits {
-            idle: PATIENCE,
-            request: PATIENCE,
-            reply: PATIENCE,
-            linger: PATIENCE,
+            idle: TIMEOUT,
+            request: TIMEOUT,
+            reply: TIMEOUT,
+            linger: TIMEOUT,
             ..Limits::default()
         };
         let path = directory.path().join("api");
@@ -33,7 +33,7 @@ pub fn api(bytes: &[u8]) -> usize {
     let server = &SERVER.1;
     let mut client = UnixStream::connect(server.path()).unwrap();
     server.accept();
-    client.set_read_timeout(Some(2 * PATIENCE)).unwrap();
+    client.set_read_timeout(Some(2 * TIMEOUT)).unwrap();
     // It may have been refused and hung up on before its end. Longer input would need somebody who reads meanwhile.
     let _ = client.write_all(&bytes[..bytes.len().min(64 << 10)]);
     let _ = client.shutdown(Shutdown::Write);

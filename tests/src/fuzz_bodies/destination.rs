@@ -1,9 +1,11 @@
 //! A destination that is told anything at all.
 
 use super::link::{Gate, MemoryLink, NoTime, Seen, channels, mend};
-use ferry_migration::destination::{Destination, FaultLane, State, Step, Timeouts, greet};
+use ferry_migration::destination::{Destination, FaultChannel, State, Step, Timeouts, greet};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{BlockSink, Host, Link, PageFault, PageSink, PortError, blocks_in};
+use ferry_migration::port::{
+    BlockSink, DestinationVm, Link, PageFault, PageSink, PortError, blocks_in,
+};
 use ferry_migration::wire::{
     Channel, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, Preamble, Role, SessionId,
 };
@@ -16,7 +18,7 @@ const SESSION: SessionId = SessionId([7; 16]);
 /// Pages of RAM that the fuzzed destination agrees to build.
 const MOST_PAGES: u64 = 1 << 16;
 
-/// A greeting, and a destination that is given these bytes by its source: it ends with an error or with the guest
+/// A handshake, and a destination that is given these bytes by its source: it ends with an error or with the guest
 /// running, never by a panic, and never asks for much more than what arrives.
 ///
 /// Checksums are mended on the way, so that what lies behind them is reached: in the headers always, in payloads where
@@ -64,14 +66,14 @@ fn stands(destination: Destination<MemoryLink, FuzzHost>) -> State {
     state
 }
 
-/// A destination whose source says these bytes on several channels: what is said on the control channel after a greeting
+/// A destination whose source says these bytes on several channels: what is said on the control channel after a handshake
 /// that asks for two data channels (and, by the first byte, for post-copy and hashes), on each data channel until the guest
 /// runs and from then on, on the fault channel, and on the control and the fault channel of a second connection, if the
 /// first is lost.
 ///
-/// Besides what [`handshake`] looks at: no page is placed twice, whatever comes on which channel. `patience` is how long a
+/// Besides what [`handshake`] looks at: no page is placed twice, whatever comes on which channel. `timeout` is how long a
 /// channel is waited for. Returns where the destination stood in the end, if there was input.
-pub fn lanes(bytes: &[u8], patience: Duration) -> Option<State> {
+pub fn data_channels(bytes: &[u8], timeout: Duration) -> Option<State> {
     let (&mode, said) = bytes.split_first()?;
     let mut said = channels(said, mode & 1 == 1).into_iter();
     let mut next = || said.next().unwrap_or_default();
@@ -89,7 +91,7 @@ pub fn lanes(bytes: &[u8], patience: Duration) -> Option<State> {
         layout: RamLayout::new(vec![Run::new(0, 32), Run::new(64, 32)]).unwrap(),
         channels: 2,
         faults: u16::from(post_copy),
-        stores: Vec::new(),
+        disks: Vec::new(),
         policy: "precopy".into(),
         machine: b"a machine".to_vec(),
     };
@@ -107,7 +109,7 @@ pub fn lanes(bytes: &[u8], patience: Duration) -> Option<State> {
     let link = MemoryLink::new(stream, Seen::AtOnce);
     let (channel, preamble) = greet(link, Duration::ZERO).unwrap();
     let timeouts = Timeouts {
-        transfer: patience,
+        transfer: timeout,
         ..Timeouts::default()
     };
     let host = FuzzHost::default();
@@ -121,19 +123,19 @@ pub fn lanes(bytes: &[u8], patience: Duration) -> Option<State> {
             if mode & 8 == 0 {
                 link = link.then(&runs, next()).then(&over, Vec::new());
             }
-            let lanes = destination.lanes().unwrap();
-            lanes.attach(Channel::new(link), index).unwrap()
+            let data_channels = destination.data_channels().unwrap();
+            data_channels.attach(Channel::new(link), index).unwrap()
         })
         .collect();
-    let arriving = destination.arriving().cloned();
+    let missing_pages = destination.missing_pages().cloned();
     let asks = |said| {
         let channel = Channel::new(MemoryLink::new(said, Seen::AtOnce));
-        let lane = arriving
-            .as_ref()
-            .map(|arriving| Destination::<_, FuzzHost>::fault_lane(arriving, channel, 0, timeouts));
-        lane.transpose().unwrap()
+        let data_channel = missing_pages.as_ref().map(|missing_pages| {
+            Destination::<_, FuzzHost>::fault_channel(missing_pages, channel, 0, timeouts)
+        });
+        data_channel.transpose().unwrap()
     };
-    let play = |destination: &mut Destination<_, _>, fault: Option<FaultLane<_, _>>| {
+    let play = |destination: &mut Destination<_, _>, fault: Option<FaultChannel<_, _>>| {
         let mut fault = fault;
         while let Ok(step @ (Step::Continue | Step::Running)) = destination.step() {
             if step == Step::Running {
@@ -142,15 +144,15 @@ pub fn lanes(bytes: &[u8], patience: Duration) -> Option<State> {
             let failed = fault
                 .as_mut()
                 .and_then(|fault| fault.step(sink.as_ref(), Duration::ZERO).err());
-            if let (Some(error), Some(arriving)) = (failed, &arriving) {
-                arriving.lose(&error.to_string());
+            if let (Some(error), Some(missing_pages)) = (failed, &missing_pages) {
+                missing_pages.lose(&error.to_string());
                 fault = None;
             }
         }
     };
     std::thread::scope(|scope| {
-        data.into_iter().for_each(|lane| {
-            scope.spawn(move || lane.run());
+        data.into_iter().for_each(|data_channel| {
+            scope.spawn(move || data_channel.run());
         });
         play(&mut destination, asks(next()));
         // As when their connections end.
@@ -292,10 +294,10 @@ impl BlockSink for FuzzDisk {
     }
 }
 
-impl Host<MemoryLink> for FuzzHost {
+impl DestinationVm<MemoryLink> for FuzzHost {
     type Sink = FuzzSink;
 
-    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
         if bytes.iter().map(|bytes| blocks_in(*bytes)).sum::<u64>() > FuzzDisk::MOST {
             return Err("too large".into());
         }

@@ -2,7 +2,7 @@
 
 use super::link::MemoryLink;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{BLOCK_BYTES, BlockSource, Guest, Link, PageSource, PortError};
+use ferry_migration::port::{BLOCK_BYTES, BlockSource, Link, PageSource, PortError, SourceVm};
 use ferry_migration::wire::SessionId;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -82,7 +82,7 @@ impl PageSource<MemoryLink> for StandIn {
     }
 }
 
-impl Guest<MemoryLink> for StandIn {
+impl SourceVm<MemoryLink> for StandIn {
     fn layout(&self) -> RamLayout {
         self.layout.clone()
     }
@@ -157,7 +157,7 @@ impl Guest<MemoryLink> for StandIn {
         standing.released = true;
     }
 
-    fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
+    fn disks(&self) -> Vec<Arc<dyn BlockSource>> {
         vec![Arc::new(Disk)]
     }
 

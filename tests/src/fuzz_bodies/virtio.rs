@@ -19,7 +19,7 @@ const SECTORS: u64 = 64;
 
 type Memory = GuestMemoryMmap<()>;
 
-/// Bytes are a device and then what its guest does: stores to registers, stores to memory, notifications, pauses, moves.
+/// Bytes are a device and then what its guest does: disks to registers, disks to memory, notifications, pauses, moves.
 ///
 /// Whatever it is, nothing panics or goes on forever, the backends get nothing that they cannot have, and what is saved
 /// can be restored and is the same then.

@@ -19,14 +19,14 @@ impl Stream {
     }
 
     /// As [`open`](Self::open), with disks of so many bytes.
-    fn open_with(required: Features, channels: u16, faults: u16, stores: Vec<u64>) -> Self {
+    fn open_with(required: Features, channels: u16, faults: u16, disks: Vec<u64>) -> Self {
         let hello = Hello {
             offered: Features::SUPPORTED,
             required,
             layout: RamLayout::new(vec![Run::new(0, 32), Run::new(64, 32)]).unwrap(),
             channels,
             faults,
-            stores,
+            disks,
             policy: "precopy".into(),
             machine: b"a machine".to_vec(),
         };
@@ -132,9 +132,9 @@ pub(super) fn migration(verify: bool, channels: u16) -> Vec<u8> {
 /// A whole migration with two disks, of one block and a bit, and of four.
 pub(super) fn with_disks() -> Vec<u8> {
     const BLOCK: usize = 64 << 10;
-    let required = Features::STORES.or(Features::VERIFY);
+    let required = Features::DISKS.or(Features::VERIFY);
     let mut stream = Stream::open_with(required, 0, 0, vec![(BLOCK + 512) as u64, 4 << 16]);
-    let blocks = |kind, store, first, count| Header::of_blocks(kind, store, Run::new(first, count));
+    let blocks = |kind, disk, first, count| Header::of_blocks(kind, disk, Run::new(first, count));
     let mut put = |header: Header, encoding, payload: &[u8]| {
         stream.put_coded(encoding, header.kind, 0, header.gfn, header.count, payload);
     };
@@ -144,16 +144,16 @@ pub(super) fn with_disks() -> Vec<u8> {
     let packed = zstd::bulk::compress(&vec![9; 2 * BLOCK], 1).unwrap();
     put(blocks(FrameType::Blocks, 1, 1, 2), Encoding::Zstd, &packed);
     stream.put(FrameType::BlocksEnd, 1, 0, 0, &[]);
-    let hash = |store: u64, block: u64, bytes: &[u8]| {
-        xxhash_rust::xxh3::xxh3_64_with_seed(bytes, store << 48 ^ block).to_le_bytes()
+    let hash = |disk: u64, block: u64, bytes: &[u8]| {
+        xxhash_rust::xxh3::xxh3_64_with_seed(bytes, disk << 48 ^ block).to_le_bytes()
     };
-    for (store, first, bytes) in [
+    for (disk, first, bytes) in [
         (0, 0, &[7; BLOCK][..]),
         (0, 1, &[7; 512]),
         (1, 1, &[9; BLOCK]),
     ] {
-        let header = blocks(FrameType::BlocksHash, store, first, 1);
-        let hash = hash(store as u64, first, bytes);
+        let header = blocks(FrameType::BlocksHash, disk, first, 1);
+        let hash = hash(disk as u64, first, bytes);
         stream.put(header.kind, 0, header.gfn, header.count, &hash);
     }
     let hash = hash(1, 2, &[9; BLOCK]);
@@ -230,14 +230,14 @@ fn frames(write: impl FnOnce(&mut Stream)) -> Vec<u8> {
     stream.0
 }
 
-/// What `fuzz_bodies::lanes` is given: its mode, and what is said on each channel.
+/// What `fuzz_bodies::data channels` is given: its mode, and what is said on each channel.
 fn said(mode: &[u8], channels: &[Vec<u8>]) -> Vec<u8> {
     let channels: Vec<&[u8]> = channels.iter().map(Vec::as_slice).collect();
     [mode.to_vec(), joined(&channels)].concat()
 }
 
 /// Migrations over two data channels: pre-copy, post-copy, and post-copy whose connection is lost.
-pub(super) fn on_lanes() -> Vec<Vec<u8>> {
+pub(super) fn on_data_channels() -> Vec<Vec<u8>> {
     let bare = |stream: &mut Stream, kind, round| stream.put(kind, round, 0, 0, &[]);
     let round = |round, run: Run, contents: bool| {
         frames(|stream| {

@@ -19,7 +19,7 @@ const MAX_HEAD: usize = 16 << 10;
 const MAX_BODY: usize = 8 << 20;
 
 /// How long a VMM may take to answer anything but a migration.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a request has no result.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +121,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn status(&self) -> Result<Status, ClientError> {
-        self.read_json(self.request("GET", "/v1/status", None, Some(PATIENCE))?)
+        self.read_json(self.request("GET", "/v1/status", None, Some(TIMEOUT))?)
     }
 
     /// `GET /v1/migration`.
@@ -129,7 +129,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn migration(&self) -> Result<MigrationStatus, ClientError> {
-        self.read_json(self.request("GET", "/v1/migration", None, Some(PATIENCE))?)
+        self.read_json(self.request("GET", "/v1/migration", None, Some(TIMEOUT))?)
     }
 
     /// Pause, resume, stop or cancel.
@@ -137,7 +137,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn act(&self, action: Action) -> Result<(), ClientError> {
-        self.request("PUT", action.path(), Some(b"{}".to_vec()), Some(PATIENCE))
+        self.request("PUT", action.path(), Some(b"{}".to_vec()), Some(TIMEOUT))
             .map(drop)
     }
 
@@ -146,7 +146,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn balloon(&self) -> Result<BalloonStatus, ClientError> {
-        self.read_json(self.request("GET", "/v1/balloon", None, Some(PATIENCE))?)
+        self.read_json(self.request("GET", "/v1/balloon", None, Some(TIMEOUT))?)
     }
 
     /// `PUT /v1/balloon`.
@@ -155,7 +155,7 @@ impl Client {
     /// [`ClientError`].
     pub fn set_balloon(&self, request: &BalloonRequest) -> Result<(), ClientError> {
         let body = self.to_json(request)?;
-        self.request("PUT", "/v1/balloon", Some(body), Some(PATIENCE))
+        self.request("PUT", "/v1/balloon", Some(body), Some(TIMEOUT))
             .map(drop)
     }
 
@@ -227,7 +227,7 @@ impl Client {
     pub fn record(&self, request: &RecordRequest, to: &mut dyn Write) -> Result<(), ClientError> {
         let body = self.to_json(request)?;
         // Two intervals without a frame and the VMM is not just slow.
-        let silence = PATIENCE + 2 * Duration::from_millis(request.interval_ms);
+        let silence = TIMEOUT + 2 * Duration::from_millis(request.interval_ms);
         let reply = self.request("PUT", "/v1/record", Some(body), Some(silence))?;
         let mut from: Box<dyn Read> = match reply.body {
             Body::Plain(b) => Box::new(b),
@@ -245,7 +245,7 @@ impl Client {
         }
     }
 
-    /// Any request of any server: its status and its body, whatever they are. Waits for the answer for `patience`, or for
+    /// Any request of any server: its status and its body, whatever they are. Waits for the answer for `timeout`, or for
     /// half a minute.
     ///
     /// # Errors
@@ -255,9 +255,9 @@ impl Client {
         method: &str,
         target: &str,
         body: Option<Vec<u8>>,
-        patience: Option<Duration>,
+        timeout: Option<Duration>,
     ) -> Result<(u16, Vec<u8>), ClientError> {
-        let reply = self.exchange(method, target, body, Some(patience.unwrap_or(PATIENCE)))?;
+        let reply = self.exchange(method, target, body, Some(timeout.unwrap_or(TIMEOUT)))?;
         Ok((reply.status, self.read_all(reply.body)?))
     }
 
@@ -298,7 +298,7 @@ impl Client {
     }
 
     fn connect(&self) -> Result<UnixStream, ClientError> {
-        dial(&self.path, PATIENCE).map_err(|cause| match cause.kind() {
+        dial(&self.path, TIMEOUT).map_err(|cause| match cause.kind() {
             io::ErrorKind::NotFound => ClientError::NoSocket(self.path.clone()),
             _ => ClientError::NoAnswer {
                 path: self.path.clone(),
@@ -312,9 +312,9 @@ impl Client {
         method: &str,
         target: &str,
         body: Option<Vec<u8>>,
-        patience: Option<Duration>,
+        timeout: Option<Duration>,
     ) -> Result<Reply, ClientError> {
-        let reply = self.exchange(method, target, body, patience)?;
+        let reply = self.exchange(method, target, body, timeout)?;
         if (200..300).contains(&reply.status) {
             return Ok(reply);
         }
@@ -336,7 +336,7 @@ impl Client {
         method: &str,
         target: &str,
         body: Option<Vec<u8>>,
-        patience: Option<Duration>,
+        timeout: Option<Duration>,
     ) -> Result<Reply, ClientError> {
         let stream = self.connect()?;
         let body = body.unwrap_or_default();
@@ -349,8 +349,8 @@ impl Client {
         .into_bytes();
         bytes.extend_from_slice(&body);
         let prepare = || {
-            stream.set_read_timeout(patience)?;
-            stream.set_write_timeout(Some(PATIENCE))
+            stream.set_read_timeout(timeout)?;
+            stream.set_write_timeout(Some(TIMEOUT))
         };
         prepare().map_err(|e| self.lost(e))?;
         // A server that refuses early may not read all; its answer counts, if there is one.

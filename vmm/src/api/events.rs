@@ -45,10 +45,10 @@ pub enum Next {
 }
 
 impl Subscription {
-    /// Waits for the next event, at most `patience`.
+    /// Waits for the next event, at most `timeout`.
     #[must_use]
-    pub fn next(&self, patience: Duration) -> Next {
-        let deadline = Instant::now() + patience;
+    pub fn next(&self, timeout: Duration) -> Next {
+        let deadline = Instant::now() + timeout;
         let mut queue = self.shared.lock();
         loop {
             if let Some(event) = queue.events.pop_front() {

@@ -74,16 +74,16 @@ impl Connection {
         }
     }
 
-    /// Reads the next request's head. Waits `idle` for its first byte and `patience` for the rest: the sum counts,
+    /// Reads the next request's head. Waits `idle` for its first byte and `timeout` for the rest: the sum counts,
     /// not each byte's wait, so a client that trickles is cut off as well.
     ///
     /// # Errors
     /// [`ReadError`].
-    pub fn read_head(&mut self, idle: Duration, patience: Duration) -> Result<Head, ReadError> {
+    pub fn read_head(&mut self, idle: Duration, timeout: Duration) -> Result<Head, ReadError> {
         if self.buffer.is_empty() && self.fill(MAX_HEAD, Instant::now() + idle)? == 0 {
             return Err(ReadError::Ended);
         }
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         loop {
             if let Some((head, used)) = parse_head(&self.buffer)? {
                 self.buffer.drain(..used);
@@ -111,11 +111,11 @@ impl Connection {
     ///
     /// # Errors
     /// [`ReadError`].
-    pub fn read_body(&mut self, length: usize, patience: Duration) -> Result<Vec<u8>, ReadError> {
+    pub fn read_body(&mut self, length: usize, timeout: Duration) -> Result<Vec<u8>, ReadError> {
         if length > MAX_BODY {
             return Err(too_large());
         }
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         while self.buffer.len() < length {
             match self.fill(length - self.buffer.len(), deadline) {
                 Ok(0) => return Err(refused(400, "the request ends in the middle of its body")),
@@ -151,12 +151,12 @@ impl Connection {
         }
     }
 
-    /// Writes all of it within `patience`.
+    /// Writes all of it within `timeout`.
     ///
     /// # Errors
     /// The peer is gone or does not read.
-    pub fn write(&mut self, mut bytes: &[u8], patience: Duration) -> io::Result<()> {
-        let deadline = Instant::now() + patience;
+    pub fn write(&mut self, mut bytes: &[u8], timeout: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + timeout;
         while !bytes.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -377,7 +377,7 @@ pub fn stream_head(content: &str, chunked: bool) -> Vec<u8> {
         ""
     };
     format!(
-        "HTTP/1.1 200 OK\r\nServer: ferry\r\nContent-Type: {content}\r\nCache-Control: no-store\r\n\
+        "HTTP/1.1 200 OK\r\nServer: ferry\r\nContent-Type: {content}\r\nCache-Control: no-disk\r\n\
          {framing}Connection: close\r\n\r\n"
     )
     .into_bytes()

@@ -162,10 +162,10 @@ impl Server {
         }
     }
 
-    /// Ends: idle connections are closed, busy ones get `patience` to finish (a migration's stream to deliver its
+    /// Ends: idle connections are closed, busy ones get `timeout` to finish (a migration's stream to deliver its
     /// report); the socket file is removed.
-    pub fn shutdown(self, patience: Duration) {
-        let deadline = Instant::now() + patience;
+    pub fn shutdown(self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
         let mut open = self.shared.open();
         open.closing = true;
         for (stream, busy) in open.streams.values() {

@@ -222,11 +222,11 @@ fn lock_directory(directory: &Path) -> Option<Flock<File>> {
     None
 }
 
-/// Connects as a client, waiting at most `patience` for a server whose queue is full.
+/// Connects as a client, waiting at most `timeout` for a server whose queue is full.
 ///
 /// # Errors
 /// Those of connect(2); `InvalidInput` for a path that is too long.
-pub fn dial(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+pub fn dial(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     let address = UnixAddr::new(path).map_err(|e| match e {
         Errno::ENAMETOOLONG => io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -234,7 +234,7 @@ pub fn dial(path: &Path, patience: Duration) -> io::Result<UnixStream> {
         ),
         e => e.into(),
     })?;
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     loop {
         let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
         match connect(fd.as_raw_fd(), &address) {

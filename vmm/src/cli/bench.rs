@@ -110,7 +110,7 @@ struct Common {
     cloud_hypervisor: Option<PathBuf>,
     /// When a migration that does not end is given up.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10m")]
-    patience: Duration,
+    timeout: Duration,
     /// How long to measure: runs are made in rounds, one of every cell, and no round is begun that is not expected to end in
     /// time. The first goes as far as the time does.
     #[arg(long, value_name = "TIME", value_parser = duration)]
@@ -206,7 +206,7 @@ fn measure(
         ferry,
         qemu: common.qemu.clone(),
         cloud: cloud::program(named.or(common.cloud_hypervisor.as_deref())),
-        patience: common.patience,
+        timeout: common.timeout,
     };
     if cfg!(debug_assertions) {
         say("this ferry is a debug build: its figures say nothing; use cargo build --release");

@@ -38,7 +38,7 @@ pub struct Args {
 }
 
 /// How long a step may take before the demo gives up on it: this is for hosts that hang, not a speed limit.
-const PATIENCE: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(240);
 /// How often files and sockets are looked at.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -120,9 +120,9 @@ impl Host {
                     self.name
                 )));
             }
-            if began.elapsed() > PATIENCE {
+            if began.elapsed() > TIMEOUT {
                 return Err(Failure(format!(
-                    "process {} did not {what} within {PATIENCE:?}",
+                    "process {} did not {what} within {TIMEOUT:?}",
                     self.name
                 )));
             }
@@ -210,7 +210,7 @@ fn in_nested_host(why: &str, work: &str, cpus: &str) -> Result<ExitCode, Failure
     ))?;
     let process = nested.ferry(&["demo", "--linux", "--nas", work, "--cpus", cpus])?;
     let mut seen = 0;
-    while let Some(bytes) = process.stdout_after(seen, PATIENCE) {
+    while let Some(bytes) = process.stdout_after(seen, TIMEOUT) {
         seen += bytes.len();
         std::io::stdout().write_all(&bytes)?;
         std::io::stdout().flush()?;

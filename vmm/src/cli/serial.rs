@@ -103,9 +103,9 @@ impl Spool {
         Ok(Self { shared })
     }
 
-    /// Waits until all that was written has left, at most `patience`.
-    pub fn drain(&self, patience: Duration) {
-        let deadline = Instant::now() + patience;
+    /// Waits until all that was written has left, at most `timeout`.
+    pub fn drain(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
         let mut queue = self.shared.lock();
         while (!queue.bytes.is_empty() || queue.writing) && !queue.broken {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -265,7 +265,7 @@ impl Ring {
         // SAFETY: the index is below `entries`, which is what is mapped.
         let entry = unsafe { self.base.add(index) }.as_ptr();
         // SAFETY: `flags` lies inside the mapping, which lives as long as `self`, is aligned as a u32, and is
-        // accessed by this process only here, as an atomic; the kernel stores to it as a whole.
+        // accessed by this process only here, as an atomic; the kernel disks to it as a whole.
         let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) };
         // KVM writes the page first, and then this with release order.
         if flags.load(Ordering::Acquire) != DIRTY {

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::kvm_run;
 
-/// A mapping of a vCPU's `kvm_run`, of our own beside the one inside `VcpuFd`: other threads store to
+/// A mapping of a vCPU's `kvm_run`, of our own beside the one inside `VcpuFd`: other threads disk to
 /// `immediate_exit` here while the vCPU's thread is at work, and a `&mut kvm_run` of kvm-ioctls over
 /// the same address would alias that. Nobody makes a Rust reference to the whole of this one.
 #[derive(Debug)]

@@ -20,7 +20,7 @@ use crate::memory::GuestRam;
 
 /// How long a pause waits for a vCPU. It takes microseconds; the only thing that can take long is a
 /// device whose output blocks.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +68,7 @@ pub enum PauseError {
     Ended(Exit),
     /// A vCPU did not stop.
     #[error(
-        "{0} of the machine's vCPUs did not stop within {PATIENCE:?}: a device seems to block, perhaps a serial output that nobody reads, or a page of the guest's memory has not arrived; the machine runs on"
+        "{0} of the machine's vCPUs did not stop within {TIMEOUT:?}: a device seems to block, perhaps a serial output that nobody reads, or a page of the guest's memory has not arrived; the machine runs on"
     )]
     Stuck(usize),
     /// A device did not come to rest.
@@ -185,7 +185,7 @@ impl Control {
         for kicker in &self.kickers {
             kicker.kick();
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while inner.exit.is_none() && inner.parked.contains(&false) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -4,7 +4,7 @@ use super::StreamLink;
 use super::host::RamSink;
 use super::receive::Shared;
 use crate::machine::Machine;
-use ferry_migration::destination::Arriving;
+use ferry_migration::destination::MissingPages;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -122,7 +122,7 @@ impl Following {
 
 /// Pages that a source sends.
 pub(super) struct Sent {
-    pub pages: Arc<Arriving<StreamLink, RamSink>>,
+    pub pages: Arc<MissingPages<StreamLink, RamSink>>,
     pub sink: Arc<RamSink>,
 }
 

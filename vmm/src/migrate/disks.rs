@@ -1,4 +1,4 @@
-//! A machine's disks as the engine's stores: those of a guest that leaves, and those made for one that arrives.
+//! A machine's disks as the engine's disks: those of a guest that leaves, and those made for one that arrives.
 
 use std::sync::Arc;
 
@@ -11,16 +11,16 @@ use crate::machine::{DeviceError, DiskOptions};
 const _: () = assert!(BLOCK == BLOCK_BYTES);
 
 /// A disk with its path in what goes wrong.
-pub(super) struct DiskStore(pub Arc<Disk>);
+pub(super) struct DiskCopy(pub Arc<Disk>);
 
-impl DiskStore {
+impl DiskCopy {
     fn at(&self, what: &str, offset: u64, error: &std::io::Error) -> PortError {
         let path = self.0.path().display();
         format!("the disk {path} cannot be {what} at byte {offset}: {error}").into()
     }
 }
 
-impl BlockSource for DiskStore {
+impl BlockSource for DiskCopy {
     fn bytes(&self) -> u64 {
         self.0.bytes()
     }
@@ -50,7 +50,7 @@ impl BlockSource for DiskStore {
     }
 }
 
-impl BlockSink for DiskStore {
+impl BlockSink for DiskCopy {
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), PortError> {
         let written = self.0.copy_in(offset, bytes);
         written.map_err(|e| self.at("written", offset, &e))
@@ -76,11 +76,11 @@ impl BlockSink for DiskStore {
 
 /// Disks that are copied here.
 #[derive(Default)]
-pub(super) struct ArrivingDisks {
+pub(super) struct IncomingDisks {
     all: Vec<(Arc<Disk>, bool)>,
 }
 
-impl ArrivingDisks {
+impl IncomingDisks {
     /// Opens or makes a file for each.
     ///
     /// # Errors
@@ -97,7 +97,7 @@ impl ArrivingDisks {
             });
         }
         for (options, bytes) in options.iter().zip(bytes) {
-            let (disk, made) = Disk::arriving(&options.path, options.read_only, *bytes)
+            let (disk, made) = Disk::missing_pages(&options.path, options.read_only, *bytes)
                 .map_err(DeviceError::Disk)?;
             self.all.push((Arc::new(disk), made));
         }
@@ -112,7 +112,7 @@ impl ArrivingDisks {
 
     /// For the engine.
     pub(super) fn sinks(&self) -> Vec<Arc<dyn BlockSink>> {
-        let sink = |(disk, _): &(Arc<Disk>, bool)| Arc::new(DiskStore(Arc::clone(disk))) as _;
+        let sink = |(disk, _): &(Arc<Disk>, bool)| Arc::new(DiskCopy(Arc::clone(disk))) as _;
         self.all.iter().map(sink).collect()
     }
 

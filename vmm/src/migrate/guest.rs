@@ -1,14 +1,14 @@
-//! A machine at the source: the engine's [`Guest`].
+//! A machine at the source: the engine's [`SourceVm`].
 
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{BlockSource, Guest, PageSource, PortError};
+use ferry_migration::port::{BlockSource, PageSource, PortError, SourceVm};
 use ferry_migration::wire::{MAX_RUNS, SessionId};
 
-use super::disks::DiskStore;
+use super::disks::DiskCopy;
 use super::{Handle, StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Machine, PausedMachine};
 
@@ -40,10 +40,10 @@ impl PageSource<StreamLink> for MachineGuest<'_> {
     fn transmit(&self, link: &mut StreamLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let runs = page_runs(runs, &mut buffer)?;
-        let (fd, mut patience) = link.parts();
+        let (fd, mut timeout) = link.parts();
         self.machine
             .ram()
-            .write_pages(fd, head, runs, |progress| patience.tick(progress))
+            .write_pages(fd, head, runs, |progress| timeout.tick(progress))
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
@@ -62,7 +62,7 @@ impl PageSource<StreamLink> for MachineGuest<'_> {
     }
 }
 
-impl Guest<StreamLink> for MachineGuest<'_> {
+impl SourceVm<StreamLink> for MachineGuest<'_> {
     fn layout(&self) -> RamLayout {
         // The machine's own layout is sorted and disjoint, which is all that is asked.
         engine_layout(self.machine.ram())
@@ -173,9 +173,9 @@ impl Guest<StreamLink> for MachineGuest<'_> {
         self.machine.stop();
     }
 
-    fn stores(&self) -> Vec<Arc<dyn BlockSource>> {
-        let store = |disk: &Arc<_>| Arc::new(DiskStore(Arc::clone(disk))) as _;
-        self.machine.disks().iter().map(store).collect()
+    fn disks(&self) -> Vec<Arc<dyn BlockSource>> {
+        let disk = |disk: &Arc<_>| Arc::new(DiskCopy(Arc::clone(disk))) as _;
+        self.machine.disks().iter().map(disk).collect()
     }
 
     fn share_memory(&self, link: &mut StreamLink) -> Result<bool, PortError> {

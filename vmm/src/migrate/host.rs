@@ -1,4 +1,4 @@
-//! A destination: the engine's [`Host`] and [`PageSink`] over a machine that is built for the guest.
+//! A destination: the engine's [`DestinationVm`] and [`PageSink`] over a machine that is built for the guest.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -8,10 +8,10 @@ use std::time::Duration;
 use ferry_migration::codec::marks::Marks;
 use ferry_migration::options::Tracking;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{BlockSink, Host, PageFault, PageSink, PortError};
+use ferry_migration::port::{BlockSink, DestinationVm, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
 
-use super::disks::ArrivingDisks;
+use super::disks::IncomingDisks;
 use super::{StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Backends, DeviceDescription, Machine, MachineDescription, MachineState};
 use crate::memory::{
@@ -84,13 +84,13 @@ impl RamSink {
     }
 
     fn read_direct(&self, link: &StreamLink, runs: &[PageRun]) -> io::Result<()> {
-        let (fd, mut patience) = link.parts();
+        let (fd, mut timeout) = link.parts();
         self.ram
-            .read_pages(fd, runs, |progress| patience.tick(progress))
+            .read_pages(fd, runs, |progress| timeout.tick(progress))
     }
 
     /// Whether nothing was written to any page of a run. What was, is remembered: to ask the memory file would mean waiting
-    /// for another lane that writes to it.
+    /// for another data channel that writes to it.
     fn is_fresh(&self, (first, count): PageRun) -> bool {
         !self.ram.hugepages() && self.filled.first_run(Run::new(first, count)).is_none()
     }
@@ -110,9 +110,9 @@ impl PageSink<StreamLink> for RamSink {
                 self.filled.set_run(Run::new(*first, *count), true);
             }
             match link.splice_pipe() {
-                Some((fd, mut patience, pipe)) if fresh => {
+                Some((fd, mut timeout, pipe)) if fresh => {
                     self.ram
-                        .splice_pages(fd, pipe, now, |progress| patience.tick(progress))?;
+                        .splice_pages(fd, pipe, now, |progress| timeout.tick(progress))?;
                 }
                 _ => self.read_direct(link, now)?,
             }
@@ -184,7 +184,7 @@ pub struct MachineHost {
     backends: Backends,
     dirty: Tracking,
     /// Those that are copied here.
-    disks: ArrivingDisks,
+    disks: IncomingDisks,
     machine: Option<Arc<Machine>>,
     sink: Option<Arc<RamSink>>,
     /// That came, while the taps are asked for.
@@ -199,7 +199,7 @@ impl MachineHost {
             serial,
             backends,
             dirty,
-            disks: ArrivingDisks::default(),
+            disks: IncomingDisks::default(),
             machine: None,
             sink: None,
             memory: None,
@@ -254,10 +254,10 @@ impl MachineHost {
     }
 }
 
-impl Host<StreamLink> for MachineHost {
+impl DestinationVm<StreamLink> for MachineHost {
     type Sink = RamSink;
 
-    fn take_stores(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
         self.disks.make(&self.backends.disks, bytes)?;
         Ok(self.disks.sinks())
     }

@@ -42,13 +42,13 @@ pub struct StreamLink {
 }
 
 /// Decides whether a wait goes on.
-pub(super) struct Patience<'a> {
+pub(super) struct Timeout<'a> {
     timeout: Option<Duration>,
     cancel: Option<&'a Handle>,
     since: Option<Instant>,
 }
 
-impl Patience<'_> {
+impl Timeout<'_> {
     /// Called after progress (`true`) and after a time slice without (`false`).
     pub(super) fn tick(&mut self, progress: bool) -> io::Result<()> {
         if progress {
@@ -155,16 +155,16 @@ impl StreamLink {
     }
 
     /// The socket and how long to wait on it.
-    pub(super) fn parts(&self) -> (BorrowedFd<'_>, Patience<'_>) {
+    pub(super) fn parts(&self) -> (BorrowedFd<'_>, Timeout<'_>) {
         let fd = match &self.stream {
             Stream::Tcp(s) => s.as_fd(),
             Stream::Unix(s) => s.as_fd(),
         };
-        (fd, self.patience(None))
+        (fd, self.timeout(None))
     }
 
-    const fn patience(&self, since: Option<Instant>) -> Patience<'_> {
-        Patience {
+    const fn timeout(&self, since: Option<Instant>) -> Timeout<'_> {
+        Timeout {
             timeout: self.timeout,
             cancel: self.cancel.as_ref(),
             since,
@@ -172,12 +172,12 @@ impl StreamLink {
     }
 
     /// A pipe for moving pages off this socket, made when first needed; `None` where that fails.
-    pub(super) fn splice_pipe(&mut self) -> Option<(BorrowedFd<'_>, Patience<'_>, &SplicePipe)> {
+    pub(super) fn splice_pipe(&mut self) -> Option<(BorrowedFd<'_>, Timeout<'_>, &SplicePipe)> {
         if self.pipe.is_none() {
             self.pipe = SplicePipe::new().ok();
         }
-        let (fd, patience) = self.parts();
-        self.pipe.as_ref().map(|pipe| (fd, patience, pipe))
+        let (fd, timeout) = self.parts();
+        self.pipe.as_ref().map(|pipe| (fd, timeout, pipe))
     }
 
     /// What goes, and came, beside the bytes; `None` where the connection carries nothing but bytes.
@@ -215,7 +215,7 @@ impl Link for StreamLink {
                     IoSlice::advance_slices(&mut left, n);
                     since = None;
                 }
-                Err(error) => since = self.patience(since).retry(error)?,
+                Err(error) => since = self.timeout(since).retry(error)?,
             }
         }
         Ok(())
@@ -236,7 +236,7 @@ impl Link for StreamLink {
                     done += n;
                     since = None;
                 }
-                Err(error) => since = self.patience(since).retry(error)?,
+                Err(error) => since = self.timeout(since).retry(error)?,
             }
         }
         Ok(())

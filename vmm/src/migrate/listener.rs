@@ -25,7 +25,7 @@ pub enum ReceiveError {
         hint: &'static str,
     },
     /// A thread cannot be started.
-    #[error("cannot start a thread for arriving migrations: {0}")]
+    #[error("cannot start a thread for missing_pages migrations: {0}")]
     Thread(io::Error),
 }
 

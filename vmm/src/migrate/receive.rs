@@ -17,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_migration::destination::{
-    self, Arriving, Destination, DestinationError, LaneSet, State, Step,
+    self, DataChannelSet, Destination, DestinationError, MissingPages, State, Step,
 };
 use ferry_migration::options::Tracking;
 use ferry_migration::wire::{Channel, Preamble, Role, SessionId};
@@ -31,10 +31,10 @@ use crate::machine::Backends;
 pub use super::host::SerialFactory;
 
 /// How long a new connection may take to say what it is.
-const GREETING: Duration = Duration::from_secs(10);
+const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long a new migration waits for one that is ending.
 const SETTLING: Duration = Duration::from_secs(2);
-/// Connections that may be open at once: all lanes of a migration, its other channels, and a few
+/// Connections that may be open at once: all data channels of a migration, its other channels, and a few
 /// strangers.
 const MAX_CONNECTIONS: usize = 96;
 
@@ -56,13 +56,13 @@ pub enum ReceiveState {
 }
 
 type Engine = Destination<StreamLink, MachineHost>;
-type Lanes = Arc<LaneSet<StreamLink, RamSink>>;
+type DataChannels = Arc<DataChannelSet<StreamLink, RamSink>>;
 
 /// The migration that arrives.
 struct Active {
     session: SessionId,
-    lanes: Option<Lanes>,
-    arriving: Option<Arc<Arriving<StreamLink, RamSink>>>,
+    data_channels: Option<DataChannels>,
+    missing_pages: Option<Arc<MissingPages<StreamLink, RamSink>>>,
     state: ReceiveState,
     /// The engine, when it has no connection: in doubt or complete.
     parked: Option<Box<Engine>>,
@@ -234,7 +234,7 @@ impl Shared {
 
     fn arrived(&self, engine: &mut Engine) {
         if let Some(machine) = engine.host().machine().cloned() {
-            let pages = engine.arriving().cloned();
+            let pages = engine.missing_pages().cloned();
             let sink = engine.host().sink().cloned();
             let following = pages
                 .zip(sink)
@@ -298,7 +298,7 @@ fn spawn(shared: &Arc<Shared>, link: StreamLink) {
 }
 
 fn connection(shared: &Arc<Shared>, link: StreamLink) {
-    match destination::greet(link, GREETING) {
+    match destination::greet(link, HANDSHAKE) {
         Ok((channel, preamble)) => match preamble.role {
             Role::Control => control(shared, channel, &preamble),
             Role::Data => data(shared, channel, &preamble),
@@ -327,8 +327,8 @@ fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamb
                 None => {
                     *active = Some(Active {
                         session: preamble.session,
-                        lanes: None,
-                        arriving: None,
+                        data_channels: None,
+                        missing_pages: None,
                         state: ReceiveState::Receiving,
                         parked: None,
                     });
@@ -348,7 +348,7 @@ fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamb
                         .unwrap_or_else(PoisonError::into_inner)
                         .0;
                 }
-                Some(_) => break Some("another migration is arriving here"),
+                Some(_) => break Some("another migration is missing_pages here"),
             }
         }
     };
@@ -375,11 +375,11 @@ fn drive(shared: &Arc<Shared>, mut engine: Box<Engine>) {
                 let Some(active) = guard.as_mut() else {
                     continue;
                 };
-                if active.lanes.is_none() && engine.lanes().is_some()
-                    || active.arriving.is_none() && engine.arriving().is_some()
+                if active.data_channels.is_none() && engine.data_channels().is_some()
+                    || active.missing_pages.is_none() && engine.missing_pages().is_some()
                 {
-                    active.lanes = engine.lanes().cloned();
-                    active.arriving = engine.arriving().cloned();
+                    active.data_channels = engine.data_channels().cloned();
+                    active.missing_pages = engine.missing_pages().cloned();
                     shared.changed.notify_all();
                 }
             }
@@ -415,7 +415,7 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
             (ReceiveState::Done, followed.then_some(Arrival::Complete))
         }
         State::Interrupted => {
-            let left = engine.arriving().map_or(0, |a| a.left());
+            let left = engine.missing_pages().map_or(0, |a| a.left());
             let sentence = format!(
                 "the guest runs here and lacks {left} pages, for the connection to the source is lost ({why}); it waits where \
                  it needs one; `ferry recover` at the source sends them"
@@ -464,29 +464,31 @@ fn enter(shared: &Shared, state: ReceiveState) {
 fn park(active: &mut Option<Active>, engine: Box<Engine>, state: ReceiveState) {
     if let Some(active) = active {
         active.parked = Some(engine);
-        active.lanes = None;
+        active.data_channels = None;
         active.state = state;
     }
 }
 
-/// A data channel: waits until its migration's greeting was taken, then fills memory.
+/// A data channel: waits until its migration's handshake was taken, then fills memory.
 fn data(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
-    let Some(lanes) = wait_for(shared, preamble.session, |active| active.lanes.clone()) else {
+    let Some(data_channels) = wait_for(shared, preamble.session, |active| {
+        active.data_channels.clone()
+    }) else {
         return refuse(channel, "no migration here has announced this data channel");
     };
-    match lanes.attach(channel, preamble.channel) {
-        Ok(lane) => lane.run(),
+    match data_channels.attach(channel, preamble.channel) {
+        Ok(data_channel) => data_channel.run(),
         Err(error) => tracing::warn!(%error, "a data channel was closed"),
     }
 }
 
-/// What a migration's greeting announces, once it was taken.
+/// What a migration's handshake announces, once it was taken.
 fn wait_for<T>(
     shared: &Shared,
     session: SessionId,
     announced: impl Fn(&Active) -> Option<T>,
 ) -> Option<T> {
-    let until = Instant::now() + GREETING;
+    let until = Instant::now() + HANDSHAKE;
     let mut active = shared.active();
     loop {
         match active.as_ref().filter(|a| a.session == session) {
@@ -506,19 +508,20 @@ fn wait_for<T>(
     }
 }
 
-/// A fault channel: waits until its migration's greeting was taken, then asks for the pages that the
+/// A fault channel: waits until its migration's handshake was taken, then asks for the pages that the
 /// guest waits for.
 fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
-    let Some(arriving) = wait_for(shared, preamble.session, |active| active.arriving.clone())
-    else {
+    let Some(missing_pages) = wait_for(shared, preamble.session, |active| {
+        active.missing_pages.clone()
+    }) else {
         return refuse(
             channel,
             "no migration here has announced this fault channel",
         );
     };
     let timeouts = destination::Timeouts::default();
-    match Engine::fault_lane(&arriving, channel, preamble.channel, timeouts) {
-        Ok(lane) => lane.run(&|| {
+    match Engine::fault_channel(&missing_pages, channel, preamble.channel, timeouts) {
+        Ok(data_channel) => data_channel.run(&|| {
             let active = shared.active();
             active
                 .as_ref()
@@ -532,14 +535,14 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
 fn recover(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
     let engine = {
         // The engine may be about to notice that its connection is gone.
-        let until = Instant::now() + GREETING;
+        let until = Instant::now() + HANDSHAKE;
         let mut active = shared.active();
         if let Some(a) = active.as_ref().filter(|a| a.session == preamble.session)
             && a.state == ReceiveState::Following
-            && let Some(arriving) = &a.arriving
+            && let Some(missing_pages) = &a.missing_pages
         {
             // Whoever opens a new connection has given the old one up.
-            arriving.lose("the source has opened another");
+            missing_pages.lose("the source has opened another");
         }
         loop {
             match active.as_mut().filter(|a| a.session == preamble.session) {

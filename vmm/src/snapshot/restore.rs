@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use ferry_migration::options::Tracking;
-use ferry_migration::port::{Host, PortError};
+use ferry_migration::port::{DestinationVm, PortError};
 use ferry_migration::report::Faults;
 use ferry_migration::snapshot::{Filling, Snapshot, SnapshotError as FormatError, fill_all};
 use serde::{Deserialize, Serialize};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ferry_migration::port::{Clock, Guest};
+use ferry_migration::port::{Clock, SourceVm};
 use ferry_migration::snapshot::{self as format, SaveError, SaveOptions, SaveSetup};
 
 use super::{Contents, DiskMark, ms, threads};

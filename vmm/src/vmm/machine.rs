@@ -1,4 +1,4 @@
-//! A [`Machine`] as a [`Guest`].
+//! A [`Machine`] as a [`SourceVm`].
 
 use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
 use crate::api::types::{

@@ -325,12 +325,12 @@ fn devices_that_cannot_be_are_refused_with_a_sentence() {
     let text = sentence(builder().devices(backends("/no/such.img".as_ref())));
     assert!(text.contains("/no/such.img"), "{text}");
     // Elsewhere: too few disks, or another one.
-    let arriving = || builder().from_description(first.description());
-    let text = sentence(arriving());
+    let missing_pages = || builder().from_description(first.description());
+    let text = sentence(missing_pages());
     assert!(text.contains("--disk"), "{text}");
     let other = NamedTempFile::new().unwrap();
     other.as_file().set_len(512).unwrap();
-    let text = sentence(arriving().devices(backends(other.path())));
+    let text = sentence(missing_pages().devices(backends(other.path())));
     assert!(text.contains("512 bytes"), "{text}");
     // And states of machines with other devices.
     let state = first.pause().unwrap().save().unwrap();

@@ -24,7 +24,11 @@ impl Disk {
     ///
     /// # Errors
     /// [`DiskError`]; a file that was made is removed again.
-    pub fn arriving(path: &Path, read_only: bool, bytes: u64) -> Result<(Self, bool), DiskError> {
+    pub fn missing_pages(
+        path: &Path,
+        read_only: bool,
+        bytes: u64,
+    ) -> Result<(Self, bool), DiskError> {
         let error = |source: io::Error| DiskError::Open {
             path: path.to_owned(),
             hint: match source.kind() {
@@ -208,7 +212,7 @@ mod tests {
     fn a_copy_is_made_locked_filled_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("copy.img");
-        let (disk, made) = Disk::arriving(&path, false, SIZE).unwrap();
+        let (disk, made) = Disk::missing_pages(&path, false, SIZE).unwrap();
         assert!(made);
         assert_eq!(disk.hole(0, SIZE), SIZE);
         assert!(Disk::open(&path, false).unwrap().lock().is_err());
@@ -222,7 +226,7 @@ mod tests {
         assert!(bytes[..4096].iter().all(|b| *b == 0) && bytes[4096..].iter().all(|b| *b == 7));
         drop(disk);
         // The next copy goes over it.
-        let (disk, made) = Disk::arriving(&path, false, SIZE).unwrap();
+        let (disk, made) = Disk::missing_pages(&path, false, SIZE).unwrap();
         assert!(!made);
         disk.remove();
         assert!(!path.exists());
@@ -232,7 +236,11 @@ mod tests {
     fn what_must_not_be_overwritten_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("other.img");
-        let refused = |bytes| Disk::arriving(&path, false, bytes).unwrap_err().to_string();
+        let refused = |bytes| {
+            Disk::missing_pages(&path, false, bytes)
+                .unwrap_err()
+                .to_string()
+        };
         fs::write(&path, [5; 512]).unwrap();
         let text = refused(SIZE);
         assert!(
@@ -247,24 +255,24 @@ mod tests {
             assert!(text.contains("--copy-disk"), "{text}");
         }
         assert_eq!(fs::read(&path).unwrap(), [5; 512]);
-        let text = Disk::arriving(dir.path(), false, SIZE)
+        let text = Disk::missing_pages(dir.path(), false, SIZE)
             .unwrap_err()
             .to_string();
         assert!(text.contains(&dir.path().display().to_string()), "{text}");
-        let text = Disk::arriving(&dir.path().join("no/such"), false, 512)
+        let text = Disk::missing_pages(&dir.path().join("no/such"), false, 512)
             .unwrap_err()
             .to_string();
         assert!(text.contains("directory"), "{text}");
         // Larger than any file can be: nothing is left behind.
         let huge = dir.path().join("huge");
-        assert!(Disk::arriving(&huge, false, u64::MAX).is_err() && !huge.exists());
+        assert!(Disk::missing_pages(&huge, false, u64::MAX).is_err() && !huge.exists());
     }
 
     #[test]
     fn a_read_only_copy_is_shared_once_it_has_arrived() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("copy.img");
-        let (disk, _) = Disk::arriving(&path, true, SIZE).unwrap();
+        let (disk, _) = Disk::missing_pages(&path, true, SIZE).unwrap();
         disk.copy_in(0, &[1]).unwrap();
         let other = Disk::open(&path, true).unwrap();
         assert!(other.lock().is_err());

@@ -81,7 +81,7 @@ fn send(guest: Guest, wire: Wire, batches: u32, chooser: Option<&mut Chooser>) -
     // What lies in the socket: when the receiver is done with it, and its pages on the wire.
     let mut queue = VecDeque::<(f64, f64)>::new();
     let (mut now, mut done, mut queued) = (0.0_f64, 0.0_f64, 0.0_f64);
-    let (mut rng, mut lane) = (Rng::new(wire.seed), Lane::default());
+    let (mut rng, mut data_channel) = (Rng::new(wire.seed), DataChannel::default());
     let mut levels = [0; 3];
     let micros = |us: f64| Duration::from_secs_f64(us / 1e6);
     for _ in 0..batches {
@@ -132,13 +132,13 @@ fn send(guest: Guest, wire: Wire, batches: u32, chooser: Option<&mut Chooser>) -
         if adaptive {
             let outcome = Outcome {
                 level,
-                lanes: 1,
+                data_channels: 1,
                 pages: 256,
                 bytes: pages_bytes(wired),
                 encode: micros(encode),
                 link: micros(now - began),
             };
-            chooser.record(&mut lane, outcome);
+            chooser.record(&mut data_channel, outcome);
         }
     }
     (now.max(done), levels)
@@ -296,10 +296,10 @@ fn nothing_is_divided_by_nothing() {
     let mut chooser = Chooser::new(Level::Raw, 0.0);
     for (pages, bytes) in [(0, 0), (1, 0), (0, 1), (u64::MAX, u64::MAX)] {
         chooser.record(
-            &mut Lane::default(),
+            &mut DataChannel::default(),
             Outcome {
                 level: Level::Raw,
-                lanes: 1,
+                data_channels: 1,
                 pages,
                 bytes,
                 encode: Duration::ZERO,
@@ -314,14 +314,14 @@ fn nothing_is_divided_by_nothing() {
 /// Pauses of the receiver do not make a fast link a slow one; a link that has become slow does.
 #[test]
 fn a_pause_is_not_a_slow_link() {
-    let (mut chooser, mut lane) = (Chooser::new(Level::Raw, 0.0), Lane::default());
+    let (mut chooser, mut data_channel) = (Chooser::new(Level::Raw, 0.0), DataChannel::default());
     let mut batches = |us_per_page: u64, count: u32| {
         for _ in 0..count {
             chooser.record(
-                &mut lane,
+                &mut data_channel,
                 Outcome {
                     level: Level::Raw,
-                    lanes: 1,
+                    data_channels: 1,
                     pages: 1024,
                     bytes: 1024 * PAGE_BYTES,
                     encode: Duration::ZERO,

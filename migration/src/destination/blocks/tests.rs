@@ -48,16 +48,16 @@ impl BlockSink for Memory {
     }
 }
 
-fn stores() -> (Stores, Arc<Memory>) {
+fn disks() -> (Disks, Arc<Memory>) {
     let disk = Arc::new(Memory(Mutex::new((vec![1; BYTES as usize], 0))));
     let sinks = vec![Arc::clone(&disk) as Arc<dyn BlockSink>];
-    let stores = Stores::new(&[BYTES], sinks, Features::SUPPORTED).unwrap();
-    (stores, disk)
+    let disks = Disks::new(&[BYTES], sinks, Features::SUPPORTED).unwrap();
+    (disks, disk)
 }
 
 /// A frame as it would be received.
 fn frame(
-    stores: &mut Stores,
+    disks: &mut Disks,
     header: Header,
     encoding: Encoding,
     payload: &[u8],
@@ -72,7 +72,7 @@ fn frame(
     let bytes = [&header.encode()[..], payload].concat();
     let mut channel = Channel::new(Sent(bytes));
     let header = channel.recv_header().map_err(|e| e.to_string())?;
-    let result = stores.receive(&mut channel, &header);
+    let result = disks.receive(&mut channel, &header);
     result.map_err(|e| e.to_string())
 }
 
@@ -82,17 +82,17 @@ fn blocks(kind: FrameType, first: u64, count: u64) -> Header {
 
 #[test]
 fn a_disk_is_complete_when_every_block_came_and_compares() {
-    let (mut stores, disk) = stores();
+    let (mut disks, disk) = disks();
     let raw = Encoding::Raw;
     let block = vec![7; BLOCK_BYTES as usize];
-    frame(&mut stores, blocks(FrameType::Blocks, 1, 1), raw, &block).unwrap();
-    let why = stores.complete(false).unwrap_err().to_string();
+    frame(&mut disks, blocks(FrameType::Blocks, 1, 1), raw, &block).unwrap();
+    let why = disks.complete(false).unwrap_err().to_string();
     assert!(why.contains("3 blocks of disk 0 never came"), "{why}");
-    frame(&mut stores, blocks(FrameType::BlocksZero, 0, 3), raw, &[]).unwrap();
+    frame(&mut disks, blocks(FrameType::BlocksZero, 0, 3), raw, &[]).unwrap();
     let packed = zstd::bulk::compress(&vec![9; BLOCK_BYTES as usize + 512], 1).unwrap();
     let last = blocks(FrameType::Blocks, 2, 2);
-    frame(&mut stores, last, Encoding::Zstd, &packed).unwrap();
-    stores.complete(false).unwrap();
+    frame(&mut disks, last, Encoding::Zstd, &packed).unwrap();
+    disks.complete(false).unwrap();
     assert_eq!(disk.0.lock().unwrap().1, 1, "flushed once");
     let whole = disk.0.lock().unwrap().0.clone();
     assert!(all_zero(&whole[..2 << 16]) && whole[2 << 16..].iter().all(|b| *b == 9));
@@ -102,40 +102,40 @@ fn a_disk_is_complete_when_every_block_came_and_compares() {
         let end = (at + count * block.len()).min(whole.len());
         block_hashes(0, first, &whole[at..end]).collect()
     };
-    frame(&mut stores, blocks(FrameType::BlocksHash, 0, 2), raw, &[]).unwrap();
-    let why = stores.complete(true).unwrap_err().to_string();
+    frame(&mut disks, blocks(FrameType::BlocksHash, 0, 2), raw, &[]).unwrap();
+    let why = disks.complete(true).unwrap_err().to_string();
     assert!(why.contains("hashes of 2 blocks"), "{why}");
     let hashes = blocks(FrameType::BlocksHash, 2, 2);
-    frame(&mut stores, hashes, raw, &hash(2, 2)).unwrap();
-    stores.complete(true).unwrap();
+    frame(&mut disks, hashes, raw, &hash(2, 2)).unwrap();
+    disks.complete(true).unwrap();
     // A byte that is not as it was.
     disk.write(BYTES - 1, &[8]).unwrap();
-    frame(&mut stores, hashes, raw, &hash(2, 2)).unwrap();
-    let why = stores.complete(true).unwrap_err().to_string();
+    frame(&mut disks, hashes, raw, &hash(2, 2)).unwrap();
+    let why = disks.complete(true).unwrap_err().to_string();
     assert!(
         why.contains("in 1 blocks") && why.contains("block 3"),
         "{why}"
     );
-    let (mut stores, _) = self::stores();
-    frame(&mut stores, blocks(FrameType::BlocksZero, 0, 4), raw, &[]).unwrap();
+    let (mut disks, _) = self::disks();
+    frame(&mut disks, blocks(FrameType::BlocksZero, 0, 4), raw, &[]).unwrap();
     disk.write(0, &[1]).unwrap();
     frame(
-        &mut stores,
+        &mut disks,
         blocks(FrameType::BlocksHash, 0, 1),
         raw,
         &[0; 8],
     )
     .unwrap();
-    assert!(stores.complete(true).is_err());
+    assert!(disks.complete(true).is_err());
 }
 
 #[test]
 fn nothing_is_written_outside_a_disk_nor_believed() {
-    let (mut stores, disk) = stores();
+    let (mut disks, disk) = disks();
     let before = disk.0.lock().unwrap().0.clone();
     let block = vec![7; BLOCK_BYTES as usize];
     let mut refused = |header, encoding, payload: &[u8], part: &str| {
-        let why = frame(&mut stores, header, encoding, payload).unwrap_err();
+        let why = frame(&mut disks, header, encoding, payload).unwrap_err();
         assert!(why.contains(part), "{why}, not {part}");
     };
     let raw = Encoding::Raw;
@@ -181,8 +181,8 @@ fn nothing_is_written_outside_a_disk_nor_believed() {
         &short,
         "encoding 2",
     );
-    stores.coded = false;
-    let why = frame(&mut stores, blocks(FrameType::Blocks, 0, 1), zstd, &short).unwrap_err();
+    disks.coded = false;
+    let why = frame(&mut disks, blocks(FrameType::Blocks, 0, 1), zstd, &short).unwrap_err();
     assert!(why.contains("not agreed on"), "{why}");
     assert!(disk.0.lock().unwrap().0 == before);
 }
@@ -190,10 +190,10 @@ fn nothing_is_written_outside_a_disk_nor_believed() {
 #[test]
 fn sizes_that_cannot_be_are_refused_before_anything_is_made() {
     for bytes in [&[][..], &[0], &[1, 0], &[u64::MAX], &[1 << 47, 1], &[1; 65]] {
-        assert!(Stores::check(bytes).is_err(), "{bytes:?}");
+        assert!(Disks::check(bytes).is_err(), "{bytes:?}");
     }
     for bytes in [&[1][..], &[1 << 47], &[1 << 40; 64]] {
-        assert!(Stores::check(bytes).is_ok(), "{bytes:?}");
+        assert!(Disks::check(bytes).is_ok(), "{bytes:?}");
     }
-    assert!(Stores::new(&[1, 2], Vec::new(), Features::SUPPORTED).is_err());
+    assert!(Disks::new(&[1, 2], Vec::new(), Features::SUPPORTED).is_err());
 }

@@ -49,7 +49,7 @@ const STAGES: [(&str, &str); 8] = [
 const CMDLINE: &str = "loglevel=6 earlyprintk=ttyS0,115200";
 
 /// What takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(240);
 
 /// Measure how long a stock Debian Linux takes from `ferry run --linux` until it is ready, stage by stage.
 ///
@@ -173,7 +173,7 @@ fn elsewhere(args: &Args) -> Result<Boots, Failure> {
     let command = [
         "bench", "boot", "--json", "--runs", &runs, "--cpus", &cpus, "--memory", &memory,
     ];
-    let ran = nested.ferry(&command)?.wait(PATIENCE * args.runs)?;
+    let ran = nested.ferry(&command)?.wait(TIMEOUT * args.runs)?;
     for sentence in ran.stderr.lines() {
         say(sentence.trim_start_matches("ferry: "));
     }
@@ -216,8 +216,8 @@ fn boot(args: &Args, dir: &Path) -> Result<Boot, Failure> {
         .name("ferry-console".into())
         .spawn(move || follow(console, &to))?;
     let printed = interrupt::until(
-        PATIENCE,
-        || format!("the guest is not ready after {PATIENCE:?}"),
+        TIMEOUT,
+        || format!("the guest is not ready after {TIMEOUT:?}"),
         || {
             let found = printed(&lines.lock().unwrap_or_else(PoisonError::into_inner));
             if found.is_none() && !vmm.runs() {
@@ -233,7 +233,7 @@ fn boot(args: &Args, dir: &Path) -> Result<Boot, Failure> {
     marks.extend(printed);
     // Its control socket has to go before the next one makes its own.
     vmm.type_in(b"poweroff\n")?;
-    vmm.end(PATIENCE)?;
+    vmm.end(TIMEOUT)?;
     in_order(began, &marks)
 }
 

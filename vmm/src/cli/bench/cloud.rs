@@ -27,7 +27,7 @@ pub const PROGRAM: &str = "cloud-hypervisor";
 pub const VARIABLE: &str = "FERRY_CLOUD_HYPERVISOR";
 /// The first version that has a downtime target, connections and post-copy; an older one would overlook them.
 const OLDEST: u32 = 53;
-/// Its own default for the whole migration, which the benchmark's patience replaces.
+/// Its own default for the whole migration, which the benchmark's timeout replaces.
 const SECOND_MS: u64 = 1000;
 
 /// The program that flags or the environment name.
@@ -70,7 +70,7 @@ pub struct Pairing {
     destination: Client,
     how: Cloud,
     url: String,
-    patience: Duration,
+    timeout: Duration,
 }
 
 /// A process whose serial port is its stdin and stdout.
@@ -140,7 +140,7 @@ pub fn start(
         destination: Client::new(&files.path("b.api")),
         how: how.clone(),
         url: format!("tcp:{}:{}", net.address(), free_port()?),
-        patience: of.patience,
+        timeout: of.timeout,
     };
     for (client, process) in [&pair.source, &pair.destination]
         .iter()
@@ -159,11 +159,11 @@ pub fn start(
 }
 
 /// A command of the API.
-fn command(client: &Client, name: &str, body: &Value, patience: Duration) -> Result<(), Failure> {
+fn command(client: &Client, name: &str, body: &Value, timeout: Duration) -> Result<(), Failure> {
     let target = format!("/api/v1/{name}");
     let body = serde_json::to_vec(body)?;
     let (status, answer) = client
-        .call("PUT", &target, Some(body), Some(patience))
+        .call("PUT", &target, Some(body), Some(timeout))
         .map_err(|e| Failure(format!("Cloud Hypervisor was told {name}: {e}")))?;
     if (200..300).contains(&status) {
         return Ok(());
@@ -198,7 +198,7 @@ impl Pairing {
         let mut request = json!({
             "destination_url": self.url,
             "downtime_ms": self.how.downtime_ms.max(1),
-            "timeout_s": self.patience.as_secs().max(1),
+            "timeout_s": self.timeout.as_secs().max(1),
             "connections": self.how.connections,
         });
         if let Some(ms) = self.how.stop_after_ms {
@@ -224,10 +224,10 @@ impl Pair for Pairing {
             wanted["memory_mode"] = json!("Postcopy");
         }
         // A connection that waits for its answer longer than the migration may take.
-        let patience = self.patience + Duration::from_secs(60);
+        let timeout = self.timeout + Duration::from_secs(60);
         let receiver = self.destination.clone();
         let receive = std::thread::spawn(move || {
-            command(&receiver, "vm.receive-migration", &wanted, patience)
+            command(&receiver, "vm.receive-migration", &wanted, timeout)
         });
         let (pid, port) = (self.processes[1].id(), self.port());
         let ready = interrupt::until(
@@ -237,7 +237,7 @@ impl Pair for Pairing {
         );
         let began = Instant::now();
         let sent = ready
-            .and_then(|()| command(&self.source, "vm.send-migration", &self.request(), patience));
+            .and_then(|()| command(&self.source, "vm.send-migration", &self.request(), timeout));
         if sent.is_err() {
             // Nobody will come: the receiver is to stop waiting for him.
             super::process::end_by_force(pid);
@@ -248,7 +248,7 @@ impl Pair for Pairing {
         sent.and(received)?;
         let total_ms = began.elapsed().as_secs_f64() * 1e3;
         // One that stays is asked; one that has gone by itself cannot be, and need not.
-        let _ = command(&self.source, "vmm.shutdown", &json!({}), patience);
+        let _ = command(&self.source, "vmm.shutdown", &json!({}), timeout);
         Ok(Told {
             total_ms,
             report: json!({ "told": self.request() }),

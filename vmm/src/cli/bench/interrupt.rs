@@ -62,9 +62,9 @@ pub fn pause(time: Duration) -> Result<(), Failure> {
     }
 }
 
-/// Waits until `look` finds something; `late` says what it was that did not come in `patience`.
+/// Waits until `look` finds something; `late` says what it was that did not come in `timeout`.
 pub fn until<T>(
-    patience: Duration,
+    timeout: Duration,
     late: impl FnOnce() -> String,
     mut look: impl FnMut() -> Result<Option<T>, Failure>,
 ) -> Result<T, Failure> {
@@ -73,7 +73,7 @@ pub fn until<T>(
         if let Some(found) = look()? {
             return Ok(found);
         }
-        if began.elapsed() > patience {
+        if began.elapsed() > timeout {
             return Err(Failure(late()));
         }
         pause(LOOK)?;

@@ -25,12 +25,12 @@ impl Log {
     pub fn wait<T>(
         &self,
         what: &str,
-        patience: Duration,
+        timeout: Duration,
         alive: impl Fn() -> Result<(), Failure>,
         wanted: impl Fn(&Line<'_>) -> Option<T>,
     ) -> Result<T, Failure> {
-        let late = || format!("the guest has not told {what} in {patience:?}");
-        interrupt::until(patience, late, || {
+        let late = || format!("the guest has not told {what} in {timeout:?}");
+        interrupt::until(timeout, late, || {
             let text = self.text();
             // What follows the last line end is still being printed.
             let whole = text.rfind('\n').map_or("", |end| &text[..end]);

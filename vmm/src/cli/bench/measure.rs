@@ -146,12 +146,12 @@ pub struct Watched<T> {
     pub destination: Use,
 }
 
-/// Does something and watches both processes meanwhile. Ends them by force after `patience`, or when it is interrupted, so
+/// Does something and watches both processes meanwhile. Ends them by force after `timeout`, or when it is interrupted, so
 /// that whoever waits for them comes back.
 pub fn watched<T>(
     [source, destination]: [u32; 2],
     guest_kib: u64,
-    patience: Duration,
+    timeout: Duration,
     what: impl FnOnce() -> Result<T, Failure>,
 ) -> Result<Watched<T>, Failure> {
     let mut watches = [source, destination].map(|pid| Watch::new(pid, guest_kib));
@@ -161,7 +161,7 @@ pub fn watched<T>(
     let look = || {
         while !stop.load(Ordering::Relaxed) {
             watches.iter_mut().for_each(Watch::look);
-            if interrupt::wanted() || began.elapsed() > patience {
+            if interrupt::wanted() || began.elapsed() > timeout {
                 late.store(true, Ordering::Relaxed);
                 end_by_force(source);
                 end_by_force(destination);
@@ -179,7 +179,7 @@ pub fn watched<T>(
     interrupt::check()?;
     if late.load(Ordering::Relaxed) {
         return Err(Failure(format!(
-            "the migration has not ended in {patience:?}; its processes were ended"
+            "the migration has not ended in {timeout:?}; its processes were ended"
         )));
     }
     let result = result?;

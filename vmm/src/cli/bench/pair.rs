@@ -41,7 +41,7 @@ pub struct Machine {
     /// The rate of the time-stamp counter, so that every VMM's guests are told the same.
     pub tsc_khz: u64,
     /// How long a migration may take.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
 /// Two VMMs, the source with a guest.
@@ -159,7 +159,7 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
     }
     let before = log.text().len();
     let counted = net.counters()?;
-    let moved = watched(pids, cell.guest.memory >> 10, machine.patience, || {
+    let moved = watched(pids, cell.guest.memory >> 10, machine.timeout, || {
         let told = pair.migrate()?;
         // The source's end is part of what a migration costs.
         let [source, _] = pair.processes();

@@ -131,10 +131,10 @@ impl Process {
     }
 
     /// Waits for its end.
-    pub fn end(&self, patience: Duration) -> Result<(), Failure> {
+    pub fn end(&self, timeout: Duration) -> Result<(), Failure> {
         interrupt::until(
-            patience,
-            || format!("{} has not ended in {patience:?}", self.name),
+            timeout,
+            || format!("{} has not ended in {timeout:?}", self.name),
             || Ok((!self.runs()).then_some(())),
         )
     }

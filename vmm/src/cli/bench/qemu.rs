@@ -172,7 +172,7 @@ impl Pair for Pairing {
             self.source.command("migrate-start-postcopy", &json!({}))?;
         }
         let mut dirtied: Vec<(f64, f64)> = Vec::new();
-        let mut patience = self.how.stop_after_ms.map(Duration::from_millis);
+        let mut timeout = self.how.stop_after_ms.map(Duration::from_millis);
         let mut stopped = false;
         // A question every 10 ms: fewer would not disturb less, and more would.
         let report = loop {
@@ -186,8 +186,8 @@ impl Pair for Pairing {
                 }
                 _ => {}
             }
-            if patience.is_some_and(|patience| began.elapsed() > patience) {
-                patience = None;
+            if timeout.is_some_and(|timeout| began.elapsed() > timeout) {
+                timeout = None;
                 stopped = true;
                 self.source.command("stop", &json!({}))?;
             }

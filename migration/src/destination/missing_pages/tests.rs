@@ -52,50 +52,53 @@ impl Clock for NoTime {
 }
 
 /// Four pages are to follow.
-fn arriving() -> Arriving<NoLink, AnySink> {
+fn missing_pages() -> MissingPages<NoLink, AnySink> {
     let layout = RamLayout::new(vec![Run::new(0, 4)]).unwrap();
     let all = layout.all();
-    let arriving = Arriving::new(layout, Arc::new(NoTime), true, 1);
-    arriving.begin(Arc::new(AnySink), all);
-    arriving
+    let missing_pages = MissingPages::new(layout, Arc::new(NoTime), true, 1);
+    missing_pages.begin(Arc::new(AnySink), all);
+    missing_pages
 }
 
 const fn page_of(gfn: Gfn) -> [u8; PAGE_SIZE] {
     [gfn.to_le_bytes()[0] + 1; PAGE_SIZE]
 }
 
-fn place(arriving: &Arriving<NoLink, AnySink>, gfn: Gfn) {
-    arriving
+fn place(missing_pages: &MissingPages<NoLink, AnySink>, gfn: Gfn) {
+    missing_pages
         .place(&[Run::new(gfn, 1)], Some(&page_of(gfn)))
         .unwrap();
 }
 
 /// The source's hash of a page, right or wrong.
-fn tell(arriving: &Arriving<NoLink, AnySink>, gfn: Gfn, right: bool) {
+fn tell(missing_pages: &MissingPages<NoLink, AnySink>, gfn: Gfn, right: bool) {
     let hash = page_hash(gfn, &page_of(if right { gfn } else { gfn + 7 }));
-    arriving.compare(gfn, hash.to_le_bytes());
+    missing_pages.compare(gfn, hash.to_le_bytes());
 }
 
 /// The answer to a fault travels on its own channel: the hash of its page may be here before it.
 #[test]
 fn hashes_and_pages_come_in_any_order() {
     for wrong in [None, Some(0), Some(3)] {
-        let arriving = arriving();
+        let missing_pages = missing_pages();
         let right = |gfn| wrong != Some(gfn);
-        place(&arriving, 0);
-        tell(&arriving, 0, right(0));
-        tell(&arriving, 1, right(1));
-        tell(&arriving, 2, right(2));
-        place(&arriving, 2);
+        place(&missing_pages, 0);
+        tell(&missing_pages, 0, right(0));
+        tell(&missing_pages, 1, right(1));
+        tell(&missing_pages, 2, right(2));
+        place(&missing_pages, 2);
         // Said again after a reconnection: once is enough.
-        tell(&arriving, 0, right(0));
-        tell(&arriving, 1, right(1));
-        place(&arriving, 3);
-        assert!(arriving.complete().is_none());
-        place(&arriving, 1);
-        assert!(arriving.complete().is_none(), "page 3 was not compared");
-        tell(&arriving, 3, right(3));
-        let (_, different) = arriving.complete().unwrap();
+        tell(&missing_pages, 0, right(0));
+        tell(&missing_pages, 1, right(1));
+        place(&missing_pages, 3);
+        assert!(missing_pages.complete().is_none());
+        place(&missing_pages, 1);
+        assert!(
+            missing_pages.complete().is_none(),
+            "page 3 was not compared"
+        );
+        tell(&missing_pages, 3, right(3));
+        let (_, different) = missing_pages.complete().unwrap();
         assert_eq!(different, u64::from(wrong.is_some()), "{wrong:?}");
     }
 }
@@ -103,23 +106,26 @@ fn hashes_and_pages_come_in_any_order() {
 /// Who waits after the connection was lost is known, and asked for by the next one only.
 #[test]
 fn faults_without_a_connection_wait_for_the_next() {
-    let arriving = arriving();
+    let missing_pages = missing_pages();
     let fault = |gfn| PageFault { gfn, waiter: 1 };
-    let old = arriving.attach(0).unwrap();
-    assert!(arriving.attach(0).is_err(), "it is connected already");
-    assert!(arriving.attach(1).is_err(), "it was not announced");
-    assert_eq!(arriving.fault(fault(0), old), FaultIs::New);
-    arriving.lose("the network is gone");
-    assert!(arriving.ended(old) && arriving.is_lost(old));
-    assert_eq!(arriving.fault(fault(1), old), FaultIs::Known);
-    assert_eq!((arriving.waiting(), arriving.next_unasked(old)), (2, None));
-    arriving.reconnect();
-    let new = arriving.attach(0).unwrap();
-    assert!(arriving.ended(old) && !arriving.is_lost(old) && !arriving.ended(new));
+    let old = missing_pages.attach(0).unwrap();
+    assert!(missing_pages.attach(0).is_err(), "it is connected already");
+    assert!(missing_pages.attach(1).is_err(), "it was not announced");
+    assert_eq!(missing_pages.fault(fault(0), old), FaultIs::New);
+    missing_pages.lose("the network is gone");
+    assert!(missing_pages.ended(old) && missing_pages.is_lost(old));
+    assert_eq!(missing_pages.fault(fault(1), old), FaultIs::Known);
+    assert_eq!(
+        (missing_pages.waiting(), missing_pages.next_unasked(old)),
+        (2, None)
+    );
+    missing_pages.reconnect();
+    let new = missing_pages.attach(0).unwrap();
+    assert!(missing_pages.ended(old) && !missing_pages.is_lost(old) && !missing_pages.ended(new));
     // Heard by a thread of the old connection, which is on its way out.
-    assert_eq!(arriving.fault(fault(2), old), FaultIs::Known);
-    assert_eq!(arriving.next_unasked(old), None);
-    let asked: Vec<_> = std::iter::from_fn(|| arriving.next_unasked(new)).collect();
+    assert_eq!(missing_pages.fault(fault(2), old), FaultIs::Known);
+    assert_eq!(missing_pages.next_unasked(old), None);
+    let asked: Vec<_> = std::iter::from_fn(|| missing_pages.next_unasked(new)).collect();
     assert_eq!(asked, [0, 1, 2]);
-    assert_eq!(arriving.fault(fault(3), new), FaultIs::New);
+    assert_eq!(missing_pages.fault(fault(3), new), FaultIs::New);
 }

@@ -1,8 +1,8 @@
 //! Data channels at the destination: each in a thread of its own, meeting at the end of a round.
 
 use super::DestinationError;
-use super::arriving::Arriving;
 use super::following::tell_placed;
+use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
 use crate::codec::Decoder;
 use crate::codec::marks::Marks;
@@ -13,10 +13,10 @@ use std::marker::PhantomData;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What the lanes have told.
+/// What the data channels have told.
 #[derive(Debug, Default)]
 struct Told {
-    /// The last round that each lane has ended, the control channel's last.
+    /// The last round that each data channel has ended, the control channel's last.
     rounds: Vec<u32>,
     attached: Vec<bool>,
     failed: Option<(u16, String)>,
@@ -24,13 +24,13 @@ struct Told {
 }
 
 /// The meeting point of a migration's data channels.
-pub struct LaneSet<L, S> {
+pub struct DataChannelSet<L, S> {
     sink: Arc<S>,
     layout: RamLayout,
     agreed: Features,
     copies: Arc<Marks>,
     /// In post-copy, once the guest runs.
-    arriving: Option<Arc<Arriving<L, S>>>,
+    missing_pages: Option<Arc<MissingPages<L, S>>>,
     timeout: Duration,
     told: Mutex<Told>,
     change: Condvar,
@@ -38,19 +38,19 @@ pub struct LaneSet<L, S> {
 }
 
 /// One data channel.
-pub struct Lane<L, S> {
+pub struct DataChannel<L, S> {
     channel: Channel<L>,
     index: u16,
-    set: Arc<LaneSet<L, S>>,
+    set: Arc<DataChannelSet<L, S>>,
     receiver: PageReceiver,
 }
 
-impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
+impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
     pub(super) fn new(
         sink: Arc<S>,
         layout: RamLayout,
         (agreed, copies): (Features, Arc<Marks>),
-        arriving: Option<Arc<Arriving<L, S>>>,
+        missing_pages: Option<Arc<MissingPages<L, S>>>,
         count: u16,
         timeout: Duration,
     ) -> Self {
@@ -64,7 +64,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
             layout,
             agreed,
             copies,
-            arriving,
+            missing_pages,
             timeout,
             told: Mutex::new(told),
             change: Condvar::new(),
@@ -84,13 +84,13 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         self: &Arc<Self>,
         mut channel: Channel<L>,
         index: u16,
-    ) -> Result<Lane<L, S>, DestinationError> {
+    ) -> Result<DataChannel<L, S>, DestinationError> {
         {
             let mut told = self.told();
             match told.attached.get_mut(usize::from(index)) {
                 Some(attached) if !*attached => *attached = true,
                 _ => {
-                    return Err(DestinationError::Lane {
+                    return Err(DestinationError::DataChannel {
                         index,
                         reason: "no such data channel was announced, or it is connected already"
                             .into(),
@@ -100,7 +100,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         }
         channel.set_end(self.layout.end());
         channel.link().set_timeout(Some(self.timeout));
-        Ok(Lane {
+        Ok(DataChannel {
             channel,
             index,
             set: Arc::clone(self),
@@ -108,7 +108,7 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         })
     }
 
-    /// The control channel has ended `round`; waits until every lane has.
+    /// The control channel has ended `round`; waits until every data channel has.
     pub(super) fn end_round(&self, round: u32) -> Result<(), DestinationError> {
         if let Some(ended) = self.told().rounds.last_mut() {
             *ended = round;
@@ -117,13 +117,13 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         self.wait(round)
     }
 
-    /// Waits until every lane and the control channel have ended `round`.
+    /// Waits until every data channel and the control channel have ended `round`.
     fn wait(&self, round: u32) -> Result<(), DestinationError> {
         let until = Instant::now() + self.timeout;
         let mut told = self.told();
         loop {
             if let Some((index, reason)) = &told.failed {
-                return Err(DestinationError::Lane {
+                return Err(DestinationError::DataChannel {
                     index: *index,
                     reason: reason.clone(),
                 });
@@ -133,11 +133,11 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
                 return Ok(());
             }
             if told.closed {
-                return Err(DestinationError::LaneSilent { round, missing });
+                return Err(DestinationError::DataChannelSilent { round, missing });
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(DestinationError::LaneSilent { round, missing });
+                return Err(DestinationError::DataChannelSilent { round, missing });
             }
             told = self
                 .change
@@ -147,14 +147,14 @@ impl<L: Link, S: PageSink<L>> LaneSet<L, S> {
         }
     }
 
-    /// The migration is over: lanes that fail from now on do not matter.
+    /// The migration is over: data channels that fail from now on do not matter.
     pub(super) fn close(&self) {
         self.told().closed = true;
         self.change.notify_all();
     }
 }
 
-impl<L: Link, S: PageSink<L>> Lane<L, S> {
+impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
     /// Handles frames until the channel ends.
     pub fn run(mut self) {
         if let Err(error) = self.receive() {
@@ -172,11 +172,11 @@ impl<L: Link, S: PageSink<L>> Lane<L, S> {
             let header = self.channel.recv_header()?;
             match header.kind {
                 FrameType::Pages | FrameType::Zero => {
-                    let arriving = self.set.arriving.as_ref().filter(|a| a.begun());
-                    match arriving {
-                        Some(arriving) => {
+                    let missing_pages = self.set.missing_pages.as_ref().filter(|a| a.begun());
+                    match missing_pages {
+                        Some(missing_pages) => {
                             self.receiver
-                                .receive_to(&mut self.channel, &header, arriving)?;
+                                .receive_to(&mut self.channel, &header, missing_pages)?;
                             tell_placed(&mut self.channel, &header)?;
                         }
                         None => self.receiver.receive(

@@ -1,12 +1,12 @@
 //! Sending a round on several data channels.
 //!
-//! Each lane takes the next batch when it is free, so that a slow lane holds nobody up; the lanes that are not in use
-//! (see [`crate::lanes`]) wait for the round's end.
+//! Each data channel takes the next batch when it is free, so that a slow data channel holds nobody up; the data channels that are not in use
+//! (see [`crate::data channels`]) wait for the round's end.
 
 use super::{Source, SourceError};
-use crate::lanes::Lanes;
+use crate::data_channels::DataChannels;
 use crate::page::{PAGE_BYTES, PageSet, Run};
-use crate::port::{Clock, Guest, Link};
+use crate::port::{Clock, Link, SourceVm};
 use crate::report::Event;
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Pacer, SendError, Sender, Sent};
 use crate::source::CancelSwitch;
@@ -15,26 +15,26 @@ use crate::wire::{Channel, FrameType, Header, WireError};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Something is sent on an open lane at least so often, so that the destination does not take it for dead.
+/// Something is sent on an open data channel at least so often, so that the destination does not take it for dead.
 pub(super) const ALIVE: Duration = Duration::from_secs(5);
-/// How often a lane that is not in use looks whether the user has cancelled.
+/// How often a data channel that is not in use looks whether the user has cancelled.
 const TICK: Duration = Duration::from_millis(100);
-/// A round of at most so many pages goes out on the control channel: starting the lanes would take as long.
+/// A round of at most so many pages goes out on the control channel: starting the data channels would take as long.
 const SMALL: u64 = 2 * BATCH_PAGES;
 
 /// Of so many pages that were said: when fewer than this are left to be taken, it is time to say what comes after them, so that no
-/// lane waits for that.
+/// data channel waits for that.
 const fn low(said: u64) -> u64 {
     const MOST: u64 = 4 * BATCH_PAGES;
     if said / 2 < MOST { said / 2 + 1 } else { MOST }
 }
 
-/// Whether so many pages are worth starting the lanes for.
-pub(super) const fn worth_lanes(pages: u64) -> bool {
+/// Whether so many pages are worth starting the data channels for.
+pub(super) const fn worth_data_channels(pages: u64) -> bool {
     pages > SMALL
 }
 
-/// What the lanes of a round share.
+/// What the data channels of a round share.
 struct Shared<'a> {
     state: Mutex<State<'a>>,
     change: Condvar,
@@ -46,7 +46,7 @@ struct Shared<'a> {
 
 struct State<'a> {
     batches: Batches,
-    lanes: &'a mut Lanes,
+    data_channels: &'a mut DataChannels,
     /// Below so many pages left it is to be said what comes after them.
     low: u64,
     /// Nothing is left, or nothing more is to be sent.
@@ -68,14 +68,14 @@ impl State<'_> {
     }
 }
 
-/// What a lane has done.
+/// What a data channel has done.
 struct Done {
     runs: Vec<Run>,
     sent: Sent,
     error: Option<SendError>,
 }
 
-/// What a lane does next.
+/// What a data channel does next.
 enum Turn {
     Send(BatchMode),
     Wait,
@@ -87,13 +87,13 @@ impl<'a> Shared<'a> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What lane `index` does next; a batch goes into `runs`.
+    /// What data channel `index` does next; a batch goes into `runs`.
     fn turn(&self, index: usize, runs: &mut Vec<Run>) -> Turn {
         let mut state = self.state();
         if state.over || self.cancel.is_cancelled() {
             return Turn::End;
         }
-        if index < usize::from(state.lanes.used()) {
+        if index < usize::from(state.data_channels.used()) {
             let sends = state.batches.next(runs);
             if state.is_low() {
                 self.change.notify_all();
@@ -101,7 +101,7 @@ impl<'a> Shared<'a> {
             if sends {
                 return Turn::Send(BatchMode {
                     warmer: state.batches.warmer(),
-                    lanes: state.lanes.used(),
+                    data_channels: state.data_channels.used(),
                     ..self.mode
                 });
             }
@@ -116,8 +116,8 @@ impl<'a> Shared<'a> {
         Turn::Wait
     }
 
-    /// A lane: batches until there are no more.
-    fn run<L: Link, G: Guest<L>>(
+    /// A data channel: batches until there are no more.
+    fn run<L: Link, G: SourceVm<L>>(
         &self,
         index: usize,
         (channel, sender): &mut (Channel<L>, Sender),
@@ -151,7 +151,7 @@ impl<'a> Shared<'a> {
         done
     }
 
-    fn batch<L: Link, G: Guest<L>>(
+    fn batch<L: Link, G: SourceVm<L>>(
         &self,
         (channel, sender): (&mut Channel<L>, &mut Sender),
         guest: &G,
@@ -172,7 +172,7 @@ impl<'a> Shared<'a> {
         let now = self.clock.now();
         let mut state = self.state();
         state.sent_pages += sent.pages();
-        if state.lanes.sent(sent.data_pages * PAGE_BYTES, now) {
+        if state.data_channels.sent(sent.data_pages * PAGE_BYTES, now) {
             self.change.notify_all();
         }
         Ok(())
@@ -182,22 +182,22 @@ impl<'a> Shared<'a> {
 /// How often it is looked whether the round before is in place.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
-impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
-    /// Sends the batches, and `more` of them, on as many lanes as are in use.
-    pub(super) fn send_on_lanes(
+impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
+    /// Sends the batches, and `more` of them, on as many data channels as are in use.
+    pub(super) fn send_on_data_channels(
         &mut self,
         batches: Batches,
         mode: BatchMode,
         mut more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
-        self.lanes_used.begin_round();
+        self.data_channels_used.begin_round();
         let guest = self.guest;
-        let count = self.lanes.len();
+        let count = self.data_channels.len();
         let shared = Shared {
             state: Mutex::new(State {
                 low: low(batches.left()),
                 batches,
-                lanes: &mut self.lanes_used,
+                data_channels: &mut self.data_channels_used,
                 over: false,
                 sent_pages: 0,
                 ended: 0,
@@ -214,10 +214,12 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         let results: Vec<Done> = std::thread::scope(|scope| {
             let shared = &shared;
             let handles: Vec<_> = self
-                .lanes
+                .data_channels
                 .iter_mut()
                 .enumerate()
-                .map(|(index, lane)| scope.spawn(move || shared.run(index, lane, guest)))
+                .map(|(index, data_channel)| {
+                    scope.spawn(move || shared.run(index, data_channel, guest))
+                })
                 .collect();
             // This thread says meanwhile what comes next, tells the progress, and sees when the round before is in place.
             let mut told = self.setup.clock.now();
@@ -270,22 +272,22 @@ impl<L: Link, G: Guest<L>> Source<'_, '_, L, G> {
         match failure {
             Some(error) => Err(error),
             None if lost => Err(SourceError::guest(
-                "sending on a lane",
+                "sending on a data_channel",
                 "a sender thread panicked".into(),
             )),
             None => self.check_cancel().map(|()| total),
         }
     }
 
-    /// Lanes that nothing is sent on for a while: says on each that the source lives.
-    pub(super) fn keep_lanes_alive(&mut self) -> Result<(), WireError> {
+    /// Data channels that nothing is sent on for a while: says on each that the source lives.
+    pub(super) fn keep_data_channels_alive(&mut self) -> Result<(), WireError> {
         let now = self.now();
-        if self.lanes.is_empty() || now.saturating_sub(self.lanes_at) < ALIVE {
+        if self.data_channels.is_empty() || now.saturating_sub(self.data_channels_at) < ALIVE {
             return Ok(());
         }
-        self.lanes_at = now;
-        for (lane, _) in &mut self.lanes {
-            lane.send(Header::bare(FrameType::Alive, 0), &[])?;
+        self.data_channels_at = now;
+        for (data_channel, _) in &mut self.data_channels {
+            data_channel.send(Header::bare(FrameType::Alive, 0), &[])?;
         }
         Ok(())
     }

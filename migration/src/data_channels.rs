@@ -1,10 +1,10 @@
-//! How many data channels ("lanes") a migration opens, and how many of them it uses: pure decisions over what was
+//! How many data channels ("data channels") a migration opens, and how many of them it uses: pure decisions over what was
 //! measured.
 //!
-//! A lane is worth having where one stream does not fill the link: one sender and one receiver are two processors at most,
-//! and at the receiver finding memory for a page takes longer than copying it. On a link that one lane fills, further
-//! lanes only take processor time from the guest. Nobody can tell the two cases apart beforehand, nor by how long a
-//! sender waits (it waits for a slow link as for a busy receiver). So they are tried: pages are sent on as many lanes as
+//! A data channel is worth having where one stream does not fill the link: one sender and one receiver are two processors at most,
+//! and at the receiver finding memory for a page takes longer than copying it. On a link that one data channel fills, further
+//! data channels only take processor time from the guest. Nobody can tell the two cases apart beforehand, nor by how long a
+//! sender waits (it waits for a slow link as for a busy receiver). So they are tried: pages are sent on as many data channels as
 //! are open, then on half of them, and so on while that is no slower; and from time to time the other way, since what
 //! was measured once may have been somebody else's noise.
 
@@ -12,17 +12,17 @@ use crate::options::{Options, PolicyKind};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// The most lanes that are opened without being asked for.
+/// The most data channels that are opened without being asked for.
 const MOST: u16 = 4;
-/// A cap below this (3.2 Gbit/s) is filled by one lane on any processor.
-const ONE_LANE: u64 = 400_000_000;
+/// A cap below this (3.2 Gbit/s) is filled by one data channel on any processor.
+const ONE_DATA_CHANNEL: u64 = 400_000_000;
 /// Bytes of a measurement: what socket buffers take without delay is small beside it.
 const WINDOW: u64 = 32 << 20;
-/// Bytes after a change that are not measured: what other lanes still have in hand.
+/// Bytes after a change that are not measured: what other data channels still have in hand.
 const SETTLE: u64 = 4 << 20;
-/// Fewer lanes are kept where they carry at least this share of what more carried.
+/// Fewer data channels are kept where they carry at least this share of what more carried.
 const ENOUGH: f64 = 0.95;
-/// Windows after which more lanes are tried again; each time twice as many.
+/// Windows after which more data channels are tried again; each time twice as many.
 const AGAIN: u32 = 8;
 
 /// The channels of a migration, as the report shows them.
@@ -39,7 +39,7 @@ pub struct Channels {
     pub why: String,
 }
 
-/// How many lanes to open, and why, where the source has so many processors. 0 means that pages share the control
+/// How many data channels to open, and why, where the source has so many processors. 0 means that pages share the control
 /// channel.
 #[must_use]
 pub fn to_open(options: &Options, processors: u16) -> (u16, String) {
@@ -52,18 +52,18 @@ pub fn to_open(options: &Options, processors: u16) -> (u16, String) {
     if options.policy == PolicyKind::Postcopy {
         return none("what the guest waits for is not to queue behind more than one stream");
     }
-    if options.bandwidth.is_some_and(|cap| cap < ONE_LANE) {
+    if options.bandwidth.is_some_and(|cap| cap < ONE_DATA_CHANNEL) {
         return none("it carries all that the bandwidth cap lets through");
     }
     if processors < 2 {
         return none("there is one processor to send with");
     }
-    let lanes = processors.min(MOST);
-    let why = format!("up to {lanes} data connections, for {processors} processors");
-    (lanes, why)
+    let data_channels = processors.min(MOST);
+    let why = format!("up to {data_channels} data connections, for {processors} processors");
+    (data_channels, why)
 }
 
-/// A number of lanes that is being compared with another.
+/// A number of data channels that is being compared with another.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Trial {
     /// How many were used before.
@@ -72,16 +72,16 @@ struct Trial {
     rate: f64,
 }
 
-/// How many of the open lanes are used.
+/// How many of the open data channels are used.
 #[derive(Clone, Debug)]
-pub struct Lanes {
+pub struct DataChannels {
     open: u16,
     used: u16,
     fixed: bool,
     trial: Option<Trial>,
     /// Fewer than this are too few, as far as is known.
     floor: u16,
-    /// Numbers of lanes were compared.
+    /// Numbers of data channels were compared.
     compared: bool,
     /// Of the present window: bytes that are not measured, those that were, and since when.
     skip: u64,
@@ -91,8 +91,8 @@ pub struct Lanes {
     again: u32,
 }
 
-impl Lanes {
-    /// `open` lanes, all in use; `fixed` for good.
+impl DataChannels {
+    /// `open` data channels, all in use; `fixed` for good.
     #[must_use]
     pub const fn new(open: u16, fixed: bool) -> Self {
         Self {
@@ -141,7 +141,7 @@ impl Lanes {
         self.since = None;
     }
 
-    /// So many bytes of guest memory that was not zero have left by `now`, on whichever lane. `true` when the number to
+    /// So many bytes of guest memory that was not zero have left by `now`, on whichever data channel. `true` when the number to
     /// use has changed.
     pub fn sent(&mut self, bytes: u64, now: Duration) -> bool {
         if self.fixed || self.open < 2 {
@@ -239,8 +239,12 @@ mod tests {
 
     #[test]
     fn by_itself_it_opens_as_many_as_there_are_processors() {
-        for (processors, lanes) in [(0, 0), (1, 0), (2, 2), (3, 3), (4, 4), (128, 4)] {
-            assert_eq!(to_open(&options(None), processors).0, lanes, "{processors}");
+        for (processors, data_channels) in [(0, 0), (1, 0), (2, 2), (3, 3), (4, 4), (128, 4)] {
+            assert_eq!(
+                to_open(&options(None), processors).0,
+                data_channels,
+                "{processors}"
+            );
         }
         let capped = |cap| Options {
             bandwidth: Some(cap),
@@ -260,69 +264,82 @@ mod tests {
         assert_eq!(to_open(&asked, 4).0, 3);
     }
 
-    /// Sends so many MiB where `rate` says what so many lanes carry, in MB/s.
-    fn send(lanes: &mut Lanes, mib: u64, now: &mut f64, rate: impl Fn(u16) -> f64) -> Vec<u16> {
-        let mut used = vec![lanes.used()];
+    /// Sends so many MiB where `rate` says what so many data channels carry, in MB/s.
+    fn send(
+        data_channels: &mut DataChannels,
+        mib: u64,
+        now: &mut f64,
+        rate: impl Fn(u16) -> f64,
+    ) -> Vec<u16> {
+        let mut used = vec![data_channels.used()];
         for _ in 0..mib {
-            *now += f64::from(1 << 20) / (rate(lanes.used()) * 1e6);
-            if lanes.sent(1 << 20, Duration::from_secs_f64(*now)) {
-                used.push(lanes.used());
+            *now += f64::from(1 << 20) / (rate(data_channels.used()) * 1e6);
+            if data_channels.sent(1 << 20, Duration::from_secs_f64(*now)) {
+                used.push(data_channels.used());
             }
         }
         used
     }
 
     #[test]
-    fn one_lane_fills_a_slow_link_and_is_left_alone() {
-        let mut lanes = Lanes::new(4, false);
+    fn one_data_channel_fills_a_slow_link_and_is_left_alone() {
+        let mut data_channels = DataChannels::new(4, false);
         let mut now = 0.0;
-        assert_eq!(send(&mut lanes, 128, &mut now, |_| 119.0), [4, 2, 1]);
+        assert_eq!(
+            send(&mut data_channels, 128, &mut now, |_| 119.0),
+            [4, 2, 1]
+        );
         // Two are tried now and then, ever less often.
-        let later = send(&mut lanes, 32 << 10, &mut now, |_| 119.0);
-        assert_eq!(lanes.used(), 1);
+        let later = send(&mut data_channels, 32 << 10, &mut now, |_| 119.0);
+        assert_eq!(data_channels.used(), 1);
         assert!(later.len() < 20, "{later:?}");
     }
 
     #[test]
-    fn lanes_that_carry_more_are_used() {
+    fn data_channels_that_carry_more_are_used() {
         for open in [2, 3, 4, 8] {
-            let mut lanes = Lanes::new(open, false);
-            send(&mut lanes, 256, &mut 0.0, |n| 400.0 * f64::from(n));
-            assert_eq!(lanes.used(), open);
+            let mut data_channels = DataChannels::new(open, false);
+            send(&mut data_channels, 256, &mut 0.0, |n| 400.0 * f64::from(n));
+            assert_eq!(data_channels.used(), open);
         }
-        // Two processors there: more than two lanes carry no more.
-        let mut lanes = Lanes::new(4, false);
-        send(&mut lanes, 512, &mut 0.0, |n| 400.0 * f64::from(n.min(2)));
-        assert_eq!(lanes.used(), 2);
-        assert_eq!(lanes.reason("x"), "x; 2 carried as much as more did");
+        // Two processors there: more than two data channels carry no more.
+        let mut data_channels = DataChannels::new(4, false);
+        send(&mut data_channels, 512, &mut 0.0, |n| {
+            400.0 * f64::from(n.min(2))
+        });
+        assert_eq!(data_channels.used(), 2);
+        assert_eq!(
+            data_channels.reason("x"),
+            "x; 2 carried as much as more did"
+        );
     }
 
     #[test]
     fn it_follows_the_link() {
-        let mut lanes = Lanes::new(2, false);
+        let mut data_channels = DataChannels::new(2, false);
         let mut now = 0.0;
-        send(&mut lanes, 128, &mut now, |_| 119.0);
-        assert_eq!(lanes.used(), 1);
-        send(&mut lanes, 2048, &mut now, |n| 500.0 * f64::from(n));
-        assert_eq!(lanes.used(), 2);
-        send(&mut lanes, 4096, &mut now, |_| 119.0);
-        assert_eq!(lanes.used(), 1);
+        send(&mut data_channels, 128, &mut now, |_| 119.0);
+        assert_eq!(data_channels.used(), 1);
+        send(&mut data_channels, 2048, &mut now, |n| 500.0 * f64::from(n));
+        assert_eq!(data_channels.used(), 2);
+        send(&mut data_channels, 4096, &mut now, |_| 119.0);
+        assert_eq!(data_channels.used(), 1);
     }
 
     /// What was asked for is used; time that stands still divides nothing by nothing.
     #[test]
-    fn fixed_lanes_stay_and_odd_times_harm_nobody() {
-        let mut lanes = Lanes::new(3, true);
-        send(&mut lanes, 512, &mut 0.0, |_| 100.0);
-        assert_eq!(lanes.used(), 3);
+    fn fixed_data_channels_stay_and_odd_times_harm_nobody() {
+        let mut data_channels = DataChannels::new(3, true);
+        send(&mut data_channels, 512, &mut 0.0, |_| 100.0);
+        assert_eq!(data_channels.used(), 3);
         for open in 0..3 {
-            let mut lanes = Lanes::new(open, false);
+            let mut data_channels = DataChannels::new(open, false);
             for _ in 0..100 {
-                lanes.sent(u64::MAX >> 8, Duration::ZERO);
-                lanes.begin_round();
-                lanes.sent(64 << 20, Duration::ZERO);
+                data_channels.sent(u64::MAX >> 8, Duration::ZERO);
+                data_channels.begin_round();
+                data_channels.sent(64 << 20, Duration::ZERO);
             }
-            assert!(lanes.used() <= open);
+            assert!(data_channels.used() <= open);
         }
     }
 }

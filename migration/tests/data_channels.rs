@@ -1,5 +1,5 @@
-//! Several data channels, source and destination in this process with real threads: what a lane that is slow, dies or
-//! stalls does to the others and to the guest, and how many lanes are used. Counts and contents are asserted, never times.
+//! Several data channels, source and destination in this process with real threads: what a data channel that is slow, dies or
+//! stalls does to the others and to the guest, and how many data channels are used. Counts and contents are asserted, never times.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod no_alloc {
@@ -44,7 +44,7 @@ fn serve(connections: Receiver<MemoryLink>, memory: &Memory) -> State {
     let mut engine = Destination::new(channel, &preamble, host, DESTINATION_TIMEOUTS, clock);
     engine.step().unwrap();
     std::thread::scope(|scope| {
-        if let Some(lanes) = engine.lanes().cloned() {
+        if let Some(data_channels) = engine.data_channels().cloned() {
             scope.spawn(move || {
                 for link in connections {
                     let Ok((channel, preamble)) = destination::greet(link, NEVER) else {
@@ -54,8 +54,8 @@ fn serve(connections: Receiver<MemoryLink>, memory: &Memory) -> State {
                     if preamble.role != Role::Data {
                         continue;
                     }
-                    let lane = lanes.attach(channel, preamble.channel).unwrap();
-                    scope.spawn(move || lane.run());
+                    let data_channel = data_channels.attach(channel, preamble.channel).unwrap();
+                    scope.spawn(move || data_channel.run());
                 }
             });
         }
@@ -70,7 +70,7 @@ struct Outcome {
     equal: bool,
 }
 
-/// Migrates a guest of so many MiB; `trouble` says what each lane suffers from.
+/// Migrates a guest of so many MiB; `trouble` says what each data channel suffers from.
 fn migrate(mib: usize, channels: Option<u16>, trouble: impl Fn(u16) -> Option<Trouble>) -> Outcome {
     migrate_in_order(mib, Some(false), channels, trouble)
 }
@@ -131,17 +131,17 @@ fn migrate_guest(
     }
 }
 
-/// What no lane suffers from.
+/// What no data channel suffers from.
 const fn none(_: u16) -> Option<Trouble> {
     None
 }
 
 #[test]
-fn a_slow_lane_does_not_hold_the_others() {
-    // Lane 1 takes no page before the others have carried five sixths of what is not zero. A lane that got its share
+fn a_slow_data_channel_does_not_hold_the_others() {
+    // Data channel 1 takes no page before the others have carried five sixths of what is not zero. A data channel that got its share
     // of the pages beforehand would keep a third from them, and they would wait for each other.
     let others = Arc::new(Carried::default());
-    let outcome = migrate(64, Some(3), |lane| match lane {
+    let outcome = migrate(64, Some(3), |data_channel| match data_channel {
         1 => Some(Trouble::Waits(Arc::clone(&others), 45 << 20)),
         _ => Some(Trouble::Counts(Arc::clone(&others))),
     });
@@ -156,7 +156,7 @@ fn a_slow_lane_does_not_hold_the_others() {
 }
 
 #[test]
-fn a_lane_that_dies_or_stalls_leaves_the_guest_where_it_is() {
+fn a_data_channel_that_dies_or_stalls_leaves_the_guest_where_it_is() {
     let dies: fn(Arc<Carried>, u64) -> Trouble = Trouble::Dies;
     let stalls: fn(Arc<Carried>, u64) -> Trouble = Trouble::Stalls;
     for (kind, after, reorder) in [
@@ -169,10 +169,10 @@ fn a_lane_that_dies_or_stalls_leaves_the_guest_where_it_is() {
         (dies, (1 << 20) + 80, None),
         (stalls, 100, None),
     ] {
-        // Lanes take batches when they are free: the others wait, so that this one surely gets as far as its trouble.
+        // Data channels take batches when they are free: the others wait, so that this one surely gets as far as its trouble.
         let carried = Arc::new(Carried::default());
         let trouble = kind(Arc::clone(&carried), after);
-        let outcome = migrate_in_order(32, reorder, Some(3), |lane| match lane {
+        let outcome = migrate_in_order(32, reorder, Some(3), |data_channel| match data_channel {
             1 => Some(trouble.clone()),
             _ => Some(Trouble::Waits(Arc::clone(&carried), after + 1)),
         });
@@ -186,39 +186,48 @@ fn a_lane_that_dies_or_stalls_leaves_the_guest_where_it_is() {
     }
 }
 
-/// Small rounds go out on the control channel, large ones on the lanes; whatever overtakes whatever, the newer page wins.
+/// Small rounds go out on the control channel, large ones on the data channels; whatever overtakes whatever, the newer page wins.
 #[test]
 fn rounds_of_all_sizes_arrive_in_order() {
-    for (mib, lanes) in [(1, 2), (3, 2), (9, 4), (24, 7)] {
-        let outcome = migrate(mib, Some(lanes), none);
+    for (mib, data_channels) in [(1, 2), (3, 2), (9, 4), (24, 7)] {
+        let outcome = migrate(mib, Some(data_channels), none);
         let report = outcome.report;
         assert_eq!(report.status, Status::Completed, "{:?}", report.error);
-        assert!(outcome.equal, "{mib} MiB on {lanes} lanes");
+        assert!(outcome.equal, "{mib} MiB on {data_channels} data_channels");
         assert!(report.pages.resent > 0);
         assert_eq!(
             (report.channels.opened, report.channels.used),
-            (lanes, lanes)
+            (data_channels, data_channels)
         );
-        let on_lanes: u64 = report.channels.bytes.iter().sum();
-        // What is small is not worth the lanes: they carry the ends of rounds.
+        let on_data_channels: u64 = report.channels.bytes.iter().sum();
+        // What is small is not worth the data channels: they carry the ends of rounds.
         let small = mib <= 1;
-        assert_eq!(on_lanes < 4096, small, "{mib} MiB: {:?}", report.channels);
+        assert_eq!(
+            on_data_channels < 4096,
+            small,
+            "{mib} MiB: {:?}",
+            report.channels
+        );
     }
 }
 
-/// What comes next is said while lanes send: each page goes out, however many steps that makes, and what was written meanwhile
+/// What comes next is said while data channels send: each page goes out, however many steps that makes, and what was written meanwhile
 /// again.
 #[test]
 fn a_first_pass_in_steps_arrives() {
-    for (mib, lanes) in [(1, 2), (3, 2), (9, 4), (24, 7), (70, 3)] {
-        let outcome = migrate_in_order(mib, Some(true), Some(lanes), none);
+    for (mib, data_channels) in [(1, 2), (3, 2), (9, 4), (24, 7), (70, 3)] {
+        let outcome = migrate_in_order(mib, Some(true), Some(data_channels), none);
         let report = outcome.report;
         assert_eq!(report.status, Status::Completed, "{:?}", report.error);
-        assert!(outcome.equal, "{mib} MiB on {lanes} lanes");
+        assert!(outcome.equal, "{mib} MiB on {data_channels} data_channels");
         let pages = (mib as u64) << 8;
         let first = report.rounds.first().map(|round| round.pages);
-        assert_eq!(first, Some(pages), "{mib} MiB on {lanes} lanes");
-        assert_eq!(report.channels.used, lanes);
+        assert_eq!(
+            first,
+            Some(pages),
+            "{mib} MiB on {data_channels} data_channels"
+        );
+        assert_eq!(report.channels.used, data_channels);
     }
 }
 
@@ -247,7 +256,7 @@ fn what_no_coder_shrinks_arrives() {
 
 /// One processor here, as far as the guest's port says: nothing is opened that was not asked for.
 #[test]
-fn nobody_asked_for_lanes() {
+fn nobody_asked_for_data_channels() {
     let report = migrate(4, None, none).report;
     assert_eq!(report.status, Status::Completed, "{:?}", report.error);
     assert_eq!(report.channels.opened, 0);

@@ -20,7 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// What has come, who waits for what.
-pub struct Arriving<L, S> {
+pub struct MissingPages<L, S> {
     pub(super) layout: RamLayout,
     clock: Arc<dyn Clock + Send + Sync>,
     verify: bool,
@@ -81,7 +81,7 @@ pub(super) enum FaultIs {
     Local,
 }
 
-impl<L: Link, S: PageSink<L>> Arriving<L, S> {
+impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
     pub(super) fn new(
         layout: RamLayout,
         clock: Arc<dyn Clock + Send + Sync>,
