@@ -1,0 +1,177 @@
+//! What the destination engine needs from a virtual machine monitor.
+
+use super::{BlockSink, Link, PortError};
+use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Somebody has begun to wait for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageFault {
+    /// The page.
+    pub gfn: Gfn,
+    /// Who waits: any number that tells threads apart. One that looks again is told of again.
+    pub waiter: u32,
+}
+
+fn no_post_copy<T>() -> Result<T, PortError> {
+    Err("this destination has no post-copy".into())
+}
+
+/// Guest memory at the destination. Data channels fill it in parallel: pages of one round are disjoint.
+///
+/// The last three methods are post-copy's, after [`DestinationVm::begin_post_copy`]: whoever touches a page
+/// that is not in place waits for it.
+pub trait PageSink<L: Link>: Send + Sync {
+    /// Receives the pages of `runs` from the link straight into guest memory. The engine has
+    /// checked that the runs are RAM.
+    ///
+    /// # Errors
+    /// As [`Link::recv`].
+    fn receive(&self, link: &mut L, runs: &[Run]) -> io::Result<()>;
+    /// Writes pages that were decoded: `bytes` are those of the run, one page after the other. The engine has checked
+    /// that the run is RAM.
+    ///
+    /// # Errors
+    /// When memory cannot be written.
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError>;
+    /// Makes the pages zero.
+    ///
+    /// # Errors
+    /// When memory cannot be written.
+    fn zero(&self, run: Run) -> Result<(), PortError>;
+    /// Copies one page out.
+    ///
+    /// # Errors
+    /// When the page is not RAM.
+    fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError>;
+    /// Receives the pages of `runs` from the link into a buffer, to be placed as a whole later.
+    ///
+    /// # Errors
+    /// As [`Link::recv`].
+    fn fetch(&self, link: &mut L, runs: &[Run], into: &mut Vec<u8>) -> io::Result<()> {
+        // Grows while bytes arrive: a count that was lied about costs what the liar really sends.
+        const STEP: usize = 256 << 10;
+        let bytes: u64 = runs.iter().map(Run::bytes).sum();
+        let length = usize::try_from(bytes).map_err(io::Error::other)?;
+        into.clear();
+        while into.len() < length {
+            let at = into.len();
+            into.resize(length.min(at + STEP), 0);
+            link.recv(&mut into[at..])?;
+        }
+        Ok(())
+    }
+    /// Puts pages in place, each as a whole: nobody sees a part of it. Those who wait go on.
+    ///
+    /// # Errors
+    /// When there is no memory for them; none of them is lost then, and it can be tried again.
+    fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        let _ = (run, bytes);
+        no_post_copy()
+    }
+    /// As [`place`](Self::place), with zeros; pages that are in place already stay as they are.
+    ///
+    /// # Errors
+    /// As there.
+    fn place_zero(&self, run: Run) -> Result<(), PortError> {
+        let _ = run;
+        no_post_copy()
+    }
+    /// The next page that somebody has begun to wait for; `None` after the time. Called from
+    /// several threads.
+    ///
+    /// # Errors
+    /// When faults cannot be heard of.
+    fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError> {
+        let _ = timeout;
+        no_post_copy()
+    }
+}
+
+/// The destination host.
+pub trait DestinationVm<L: Link> {
+    /// The guest's memory here.
+    type Sink: PageSink<L> + 'static;
+
+    /// Makes room for copies of the guest's disks, of so many bytes each, or refuses in one sentence. Called before
+    /// [`DestinationVm::prepare`], if the disks are to move; what was made is to go with [`DestinationVm::discard`].
+    ///
+    /// # Errors
+    /// Why this host cannot take them.
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        let _ = bytes;
+        Err("this destination takes no copies of disks".into())
+    }
+    /// Builds the machine, paused, with empty memory, or refuses in one sentence: everything
+    /// that can be checked before a page is sent is checked here (CPU features, memory).
+    ///
+    /// # Errors
+    /// Why this host cannot take the guest.
+    fn prepare(&mut self, layout: &RamLayout, machine: &[u8])
+    -> Result<Arc<Self::Sink>, PortError>;
+
+    /// Whether the files that the guest's devices use are wanted, which the source offers: they come beside what is received
+    /// next on `link`, and [`adopt`](Self::adopt) follows.
+    ///
+    /// # Errors
+    /// What came so far is not this guest's memory.
+    fn wants_files(&mut self, link: &mut L) -> Result<bool, PortError> {
+        let _ = link;
+        Ok(false)
+    }
+
+    /// As [`prepare`](Self::prepare), over the memory itself, which came beside what was received last on `link`; `None`
+    /// where none came. Until [`run`](Self::run) no byte of it may be changed: the guest runs in it, at the source.
+    ///
+    /// # Errors
+    /// As there, and that what came is not this guest's memory.
+    fn adopt(
+        &mut self,
+        link: &mut L,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<Option<Arc<Self::Sink>>, PortError> {
+        let _ = (link, layout, machine);
+        Ok(None)
+    }
+    /// Whether this host can run a guest whose memory is not there yet; asked before anything is sent.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    fn check_post_copy(&self) -> Result<(), PortError> {
+        no_post_copy()
+    }
+    /// What memory holds of these pages is stale, and is dropped. Called for all pages that will follow the
+    /// guest, for most of them before the guest's pause.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
+        let _ = pages;
+        no_post_copy()
+    }
+    /// From now on these pages are missing, and whoever touches one waits. Called before [`DestinationVm::restore`].
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
+        let _ = missing;
+        no_post_copy()
+    }
+    /// All pages are in place.
+    fn end_post_copy(&mut self) {}
+    /// Puts the state into the machine and checks it.
+    ///
+    /// # Errors
+    /// Why it does not fit.
+    fn restore(&mut self, state: &[u8]) -> Result<(), PortError>;
+    /// The source has committed: runs the guest. Returns how long ago its first instruction was.
+    ///
+    /// # Errors
+    /// Why it does not run.
+    fn run(&mut self) -> Result<Duration, PortError>;
+    /// Throws the machine away; the source still owns the guest.
+    fn discard(&mut self);
+}
