@@ -27,14 +27,7 @@ fn build() -> PathBuf {
     let profile = if name == "debug" { "dev" } else { name };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into());
     let built = Command::new(cargo)
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            "ferry-vmm",
-            "--bin",
-            "ferry",
-        ])
+        .args(["build", "--quiet", "--package", "ferry", "--bin", "ferry"])
         .args(["--profile", profile, "--target-dir"])
         .arg(profile_dir.parent().unwrap())
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))

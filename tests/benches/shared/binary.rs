@@ -58,7 +58,7 @@ fn build(target: &Path) -> Result<PathBuf> {
             "--quiet",
             "--release",
             "-p",
-            "ferry-vmm",
+            "ferry",
             "--bin",
             "ferry",
             "--target-dir",

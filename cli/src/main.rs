@@ -1,0 +1,236 @@
+//! `ferry`: what the command line takes, and which command does it.
+//!
+//! Errors are one sentence on stderr, exit status 1, or 2 for a wrong command line.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
+#![forbid(unsafe_code)]
+
+mod balloon;
+mod console;
+mod devices;
+mod doctor;
+mod manage;
+mod migrate;
+mod nas;
+mod receive;
+mod restore;
+mod run;
+mod serial;
+mod serve;
+mod snapshot;
+#[cfg(not(feature = "lab"))]
+mod without_lab;
+
+use clap::error::ErrorKind;
+use clap::{ArgAction, Parser, Subcommand};
+#[cfg(feature = "lab")]
+use ferry_lab::{bench, demo, record, sim};
+use ferry_terminal::output::{Failure, say};
+use std::process::ExitCode;
+#[cfg(not(feature = "lab"))]
+use without_lab::{bench, demo, record, sim};
+
+/// Runs virtual machines and moves them between hosts while they run.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ferry",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
+#[command(after_help = "Example, in two terminals of one host:
+  ferry receive tcp:127.0.0.1:7000 --api /tmp/b.sock
+  ferry run --nas mg.A --api /tmp/a.sock
+and in a third:
+  ferry migrate --api /tmp/a.sock tcp:127.0.0.1:7000
+
+Sizes take K M G (powers of 1024), rates Kbit Mbit Gbit (or K M G for bytes per second), durations ms s m h.
+The log goes to stderr; FERRY_LOG sets what it says, as in FERRY_LOG=debug.")]
+struct Cli {
+    /// Log more (-v what happens, -vv how, -vvv all).
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(run::Args),
+    Receive(receive::Args),
+    Migrate(migrate::Args),
+    Cancel(manage::Cancel),
+    Status(manage::Status),
+    Pause(manage::Pause),
+    Resume(manage::Resume),
+    Stop(manage::Stop),
+    PowerButton(manage::PowerButton),
+    Recover(manage::Recover),
+    Balloon(balloon::Args),
+    Record(record::Args),
+    Snapshot(snapshot::Args),
+    Restore(restore::Args),
+    Doctor(doctor::Args),
+    Nas(nas::Args),
+    Sim(sim::Args),
+    Demo(demo::Args),
+    Bench(Box<bench::Args>),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
+    log(cli.verbose);
+    let result = match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Receive(args) => receive::run(&args),
+        Command::Migrate(args) => migrate::run(&args),
+        Command::Cancel(args) => args.run(),
+        Command::Status(args) => args.run(),
+        Command::Pause(args) => args.run(),
+        Command::Resume(args) => args.run(),
+        Command::Stop(args) => args.run(),
+        Command::PowerButton(args) => args.run(),
+        Command::Recover(args) => args.run(),
+        Command::Balloon(args) => balloon::run(&args),
+        Command::Record(args) => record::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
+        Command::Restore(args) => restore::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Nas(args) => nas::run(&args),
+        Command::Sim(args) => sim::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(Failure(sentence)) => {
+            say(&sentence);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// clap's answer: help as it is, errors in one sentence.
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+        }
+        _ => say(&one_sentence(
+            &error.render().to_string(),
+            std::env::args().nth(1),
+        )),
+    }
+    ExitCode::from(2)
+}
+
+/// clap's paragraphs on one line: what is wrong and its tips, without the usage, which --help shows better.
+fn one_sentence(text: &str, command: Option<String>) -> String {
+    let paragraphs = text
+        .split("\n\n")
+        .map(|p| p.split_whitespace().collect::<Vec<_>>().join(" "));
+    let told: Vec<String> = paragraphs
+        .filter(|p| {
+            !p.is_empty() && !p.starts_with("Usage:") && !p.starts_with("For more information")
+        })
+        .map(|p| p.trim_start_matches("error: ").to_owned())
+        .collect();
+    let known = command.filter(|c| !c.is_empty() && c.bytes().all(|b| b.is_ascii_lowercase()));
+    let known = known.filter(|c| {
+        <Cli as clap::CommandFactory>::command()
+            .find_subcommand(c)
+            .is_some()
+    });
+    let help = known.map_or_else(
+        || "ferry --help".to_owned(),
+        |c| format!("ferry {c} --help"),
+    );
+    format!("{}; see `{help}`", told.join("; "))
+}
+
+fn log(verbose: u8) {
+    use tracing_subscriber::EnvFilter;
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = match std::env::var("FERRY_LOG") {
+        Ok(text) if verbose == 0 => EnvFilter::try_new(&text).unwrap_or_else(|e| {
+            say(&format!(
+                "FERRY_LOG={text} is not understood ({e}); logging warnings only"
+            ));
+            EnvFilter::new("warn")
+        }),
+        _ => EnvFilter::new(level),
+    };
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal);
+    // A second subscriber would be the only reason to fail, and there is none.
+    let _ = builder.try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_an_example() {
+        for command in Cli::command().get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("Example"), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn usage_errors_are_one_sentence() {
+        let text = |args: &[&str]| {
+            let error = Cli::try_parse_from(args).unwrap_err();
+            one_sentence(
+                &error.render().to_string(),
+                args.get(1).map(|a| (*a).to_owned()),
+            )
+        };
+        assert_eq!(
+            text(&["ferry", "migrate", "tcp:x:1"]),
+            "the following required arguments were not provided: --api <SOCKET>; see `ferry migrate --help`"
+        );
+        let downtime = text(&[
+            "ferry",
+            "migrate",
+            "--api",
+            "s",
+            "tcp:x:1",
+            "--downtime",
+            "300",
+        ]);
+        assert_eq!(
+            downtime,
+            "invalid value '300' for '--downtime <TIME>': a duration is a number with ms, s, m or h, such as 300ms or \
+             1.5s; see `ferry migrate --help`"
+        );
+        let typo = text(&["ferry", "migrat"]);
+        assert!(
+            typo.contains("unrecognized subcommand 'migrat'") && typo.contains("'migrate'"),
+            "{typo}"
+        );
+        assert!(typo.ends_with("see `ferry --help`"), "{typo}");
+    }
+}

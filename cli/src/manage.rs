@@ -1,0 +1,208 @@
+//! The small commands: status, pause, resume, stop, cancel, recover.
+
+use ferry_terminal::output::{Failure, put, put_json, say};
+use ferry_terminal::progress::line;
+use ferry_terminal::units::{memory, span};
+use ferry_vmm::api::client::{Action, Client};
+use ferry_vmm::api::types::{RecoverRequest, StateName, Status as StatusBody};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Show where a guest is and what its VMM does.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  ferry status --api /tmp/a.sock")]
+pub struct Status {
+    /// The control socket of the guest's VMM.
+    #[arg(long, value_name = "SOCKET")]
+    api: PathBuf,
+    /// Print one JSON object instead.
+    #[arg(long)]
+    json: bool,
+}
+
+macro_rules! simple {
+    ($(#[$meta:meta])* $name:ident, $action:expr, $done:expr, $example:literal) => {
+        $(#[$meta])*
+        #[derive(Debug, clap::Args)]
+        #[command(after_help = concat!("Example:\n  ", $example))]
+        pub struct $name {
+            /// The control socket of the guest's VMM.
+            #[arg(long, value_name = "SOCKET")]
+            api: PathBuf,
+        }
+
+        impl $name {
+            pub fn run(&self) -> Result<ExitCode, Failure> {
+                Client::new(&self.api).act($action)?;
+                say($done);
+                Ok(ExitCode::SUCCESS)
+            }
+        }
+    };
+}
+
+simple!(
+    /// Stop a guest's processors until `ferry resume`.
+    Pause, Action::Pause, "the guest is paused", "ferry pause --api /tmp/a.sock"
+);
+simple!(
+    /// Let a paused guest run on.
+    Resume, Action::Resume, "the guest runs", "ferry resume --api /tmp/a.sock"
+);
+simple!(
+    /// End a guest and its VMM; a migration that has not committed is cancelled first.
+    Stop, Action::Stop, "the guest is being ended", "ferry stop --api /tmp/a.sock"
+);
+simple!(
+    /// Give up the migration that is under way; the guest runs on where it is.
+    Cancel, Action::Cancel, "the migration is being cancelled; the guest stays where it is, unless it has just moved",
+    "ferry cancel --api /tmp/a.sock"
+);
+
+simple!(
+    /// Press the power button of a guest's machine: a guest with ACPI, such as Linux, shuts down in its own time.
+    PowerButton, Action::PowerButton, "the power button was pressed", "ferry power-button --api /tmp/a.sock"
+);
+
+/// Resolve a migration that was handed over and never confirmed, or that lost its connection in post-copy.
+///
+/// At the source: asks the destination again and sends the pages that it lacks; when it has all of the guest, the VMM here ends. With --take-over, at either side:
+/// runs the guest here.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  ferry recover --api /tmp/a.sock
+  ferry recover --api /tmp/a.sock --take-over      after making sure that the guest does not run on the other side")]
+pub struct Recover {
+    /// The control socket of the guest's VMM.
+    #[arg(long, value_name = "SOCKET")]
+    api: PathBuf,
+    /// Where the destination listens now, if that has changed.
+    #[arg(value_name = "URI", conflicts_with = "take_over")]
+    uri: Option<String>,
+    /// Run the guest here. Only when you know that it does not run on the other side: two copies of one guest destroy
+    /// each other's data.
+    #[arg(long)]
+    take_over: bool,
+}
+
+impl Recover {
+    pub fn run(&self) -> Result<ExitCode, Failure> {
+        let request = RecoverRequest {
+            uri: self.uri.clone(),
+            take_over: self.take_over,
+        };
+        Client::new(&self.api).recover(&request)?;
+        say(if self.take_over {
+            "the guest runs here"
+        } else {
+            "the guest runs at the destination"
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Status {
+    pub fn run(&self) -> Result<ExitCode, Failure> {
+        let status = Client::new(&self.api).status()?;
+        if self.json {
+            put_json(&status)?
+        } else {
+            put(&text(&status))?
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// For people.
+fn text(status: &StatusBody) -> String {
+    let mut text = format!(
+        "state      {}: {}\n",
+        status.state.name(),
+        clean(&status.explanation)
+    );
+    if let Some(guest) = &status.guest {
+        let name = guest.name.as_deref().map_or("unnamed".into(), clean);
+        let cpus = if guest.cpus == 1 { "CPU" } else { "CPUs" };
+        text += &format!(
+            "guest      {name}, {}, {} {cpus}\n",
+            memory(guest.memory_bytes),
+            guest.cpus
+        );
+    }
+    if let Some(balloon) = &status.balloon {
+        text += &super::balloon::text(balloon);
+    }
+    if let Some(progress) = &status.migration {
+        text += &format!("migration  {}\n", line(progress));
+    } else if status.state == StateName::InDoubt {
+        text += "migration  ended in doubt; nothing is lost as long as this VMM is kept\n";
+    }
+    // Exact to 2⁵³ milliseconds.
+    #[allow(clippy::cast_precision_loss)]
+    let up = span(status.uptime_ms as f64);
+    text += &format!(
+        "VMM        ferry {}, process {}, up {up}\n",
+        clean(&status.version),
+        status.pid
+    );
+    text
+}
+
+/// Names come from whoever answers on the socket: no control characters reach the terminal.
+fn clean(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferry_migration::report::{Phase, Progress};
+    use ferry_vmm::api::types::GuestInfo;
+
+    #[test]
+    fn a_status_for_people() {
+        let mut status = StatusBody {
+            schema: 1,
+            version: "0.1.0".into(),
+            pid: 42,
+            state: StateName::Migrating,
+            explanation: "the guest is being migrated to tcp:b:7000; `ferry cancel` keeps it here"
+                .into(),
+            guest: Some(GuestInfo {
+                name: Some("web\u{1b}".into()),
+                memory_bytes: 512 << 20,
+                cpus: 2,
+            }),
+            uptime_ms: 61_500,
+            migration: Some(Progress {
+                phase: Phase::Live,
+                round: 3,
+                pending_pages: 12_345,
+                mbps: 934.25,
+                predicted_downtime_ms: Some(12.34),
+                ..Progress::default()
+            }),
+            listening: None,
+            lacks: None,
+            balloon: None,
+        };
+        assert_eq!(
+            text(&status),
+            "state      migrating: the guest is being migrated to tcp:b:7000; `ferry cancel` keeps it here\n\
+             guest      web?, 512 MiB, 2 CPUs\n\
+             migration  round 3, 12,345 pages pending, 934.2 MB/s, downtime ≈ 12.3 ms\n\
+             VMM        ferry 0.1.0, process 42, up 1 min 01 s\n"
+        );
+        status.guest = None;
+        status.migration = None;
+        status.state = StateName::Receiving;
+        status.explanation = "waits on tcp:0.0.0.0:7000 for a guest to arrive".into();
+        assert_eq!(
+            text(&status),
+            "state      receiving: waits on tcp:0.0.0.0:7000 for a guest to arrive\n\
+             VMM        ferry 0.1.0, process 42, up 1 min 01 s\n"
+        );
+    }
+}

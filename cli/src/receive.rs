@@ -1,0 +1,62 @@
+//! `ferry receive`.
+
+use super::serve::{Place, Signals, bind, serve};
+use ferry_terminal::output::{Failure, say};
+use ferry_vmm::migrate::{Listener, Receiver, Uri};
+use ferry_vmm::vmm::{MachineGuest, Vmm};
+use std::process::ExitCode;
+use std::sync::mpsc;
+
+/// Wait for a guest to be migrated here, then be its VMM.
+///
+/// The guest's size and processors come with it; what is behind its disks and network cards here is to be given, in the
+/// same order. A migration that fails before the guest has moved leaves this waiting for
+/// the next. The keys and signals of `ferry run` work here too.
+///
+/// On unix:PATH the guest comes from a process on this host, which hands over the memory itself instead of copying it: the
+/// way to go on under a newer ferry. The taps of its network cards come too: --net is to be given only if a card is to have
+/// another tap here, and then for each card.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock
+  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock --disk /net/disk.img --net tap=tap0
+  ferry receive unix:/tmp/link --api /tmp/b.sock")]
+pub struct Args {
+    /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH.
+    #[arg(value_name = "URI")]
+    uri: Uri,
+    #[command(flatten)]
+    place: Place,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    let signals = Signals::take()?;
+    let (spool, serial) = args.place.console()?;
+    let listener = Listener::bind(&args.uri)?;
+    let uri = listener.local_uri().to_string();
+    let vmm = Vmm::receiving(uri.clone())?;
+    let server = bind(args.place.api.as_deref(), None, &vmm)?;
+    // What happens is booked where it happens, before the source hears of it; it is told to people here, for whom nobody
+    // is to wait.
+    let (tell, told) = mpsc::channel::<String>();
+    std::thread::Builder::new()
+        .name("ferry-arrivals".into())
+        .spawn(move || told.iter().for_each(|sentence| say(&sentence)))?;
+    let (books, listening) = (vmm.clone(), uri.clone());
+    let owner = move |arrival| {
+        // The thread lives as long as this does.
+        let _ = tell.send(MachineGuest::book(&books, &listening, arrival));
+    };
+    say(&format!("waiting on {uri} for a guest"));
+    let receiver = Receiver::of(
+        listener,
+        serial,
+        args.place.devices.backends(),
+        args.place.dirty,
+        Box::new(owner),
+    )?;
+    let result = serve(&vmm, server, signals, &args.place.serial, &spool);
+    // Kept until here: it answers a source that asks again whether its guest has arrived.
+    drop(receiver);
+    result
+}

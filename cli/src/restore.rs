@@ -1,0 +1,122 @@
+//! `ferry restore`.
+
+use super::serial::Serial;
+use super::serve::{Place, Signals, bind, serve};
+use ferry_terminal::output::{Failure, put_json, say};
+use ferry_terminal::units::{grouped, span};
+use ferry_vmm::snapshot::{RestoreOptions, RestoreReport, restore};
+use ferry_vmm::vmm::{MachineGuest, Vmm};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// Run a guest from a snapshot, and be its VMM.
+///
+/// The guest runs at once, and its memory is read while it does: first where it waits for a page, and around there. What
+/// is behind its disks and network cards is to be given, in their order; the disks must be as they were at the snapshot.
+/// The guest does not know that it was away: its clock goes on from the snapshot, and a file that is restored twice makes
+/// two guests with one identity. The keys and signals of `ferry run` work here too.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  ferry restore guest.snap --api /tmp/b.sock")]
+pub struct Args {
+    /// The file.
+    #[arg(value_name = "PATH")]
+    path: PathBuf,
+    #[command(flatten)]
+    place: Place,
+    /// Read all memory before the guest runs.
+    #[arg(long)]
+    eager: bool,
+    /// Take disks that were changed since the snapshot; the guest's file systems may be destroyed.
+    #[arg(long)]
+    force: bool,
+    /// Print a report as one JSON object, when all memory is there.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    if args.json && args.place.serial == Serial::Stdio {
+        return Err(Failure(
+            "--json prints on stdout, where the guest's serial port is; add --serial null or --serial file:PATH".into(),
+        ));
+    }
+    let signals = Signals::take()?;
+    let (spool, serial) = args.place.console()?;
+    // The socket before the guest: once that runs nothing may fail.
+    let vmm = Vmm::receiving(format!("the snapshot {}", args.path.display()))?;
+    let server = bind(args.place.api.as_deref(), None, &vmm)?;
+    let options = RestoreOptions {
+        path: args.path.clone(),
+        eager: args.eager,
+        force: args.force,
+        dirty: args.place.dirty,
+    };
+    let restored = restore(&options, serial, args.place.devices.backends(), &|| {
+        signals.came()
+    })?;
+    let running = restored.is_running();
+    let guest = MachineGuest::followed(restored.machine, restored.following);
+    vmm.arrived(Arc::clone(&guest) as _, running);
+    guest.watch(&vmm)?;
+    say(match running {
+        true => "the guest runs here",
+        false => "the guest is here, paused as it was; `ferry resume` lets it run",
+    });
+    let reporting = tell_when_done(restored.report, args.json)?;
+    let result = serve(&vmm, server, signals, &args.place.serial, &spool);
+    // A guest that ended needs no more memory, so this ends soon.
+    let _ = reporting.join();
+    result
+}
+
+fn tell_when_done(
+    report: JoinHandle<RestoreReport>,
+    json: bool,
+) -> Result<JoinHandle<()>, Failure> {
+    let tell = move || {
+        let Ok(report) = report.join() else { return };
+        if let Some(why) = &report.why_eager {
+            say(&format!("all memory was read before the guest ran: {why}"));
+        }
+        if !json {
+            say(&sentence(&report));
+        } else if let Err(Failure(why)) = put_json(&report) {
+            say(&why);
+        }
+    };
+    let thread = std::thread::Builder::new().name("ferry-report".into());
+    Ok(thread.spawn(tell)?)
+}
+
+fn sentence(report: &RestoreReport) -> String {
+    if let Some(error) = &report.error {
+        return error.clone();
+    }
+    if report.unread_pages > 0 {
+        return format!(
+            "the guest ended before {} pages of its memory were read",
+            grouped(report.unread_pages)
+        );
+    }
+    let faults = &report.faults;
+    let waits = match faults.count {
+        0 => String::new(),
+        count => format!(
+            "; it waited {} times for a page (median {:.0} µs, p99 {:.0} µs, at most {:.0} µs)",
+            grouped(count),
+            faults.p50_us,
+            faults.p99_us,
+            faults.max_us
+        ),
+    };
+    format!(
+        "all of the guest's memory is here after {}: {} of {} pages from {:.1} MB; it could run after {:.1} ms{waits}",
+        span(report.total_ms),
+        grouped(report.data_pages),
+        grouped(report.pages),
+        report.bytes_read as f64 / 1e6,
+        report.start_ms
+    )
+}

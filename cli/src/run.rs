@@ -1,0 +1,263 @@
+//! `ferry run`.
+
+use super::balloon::Setting;
+use super::devices;
+use super::serial::Serial;
+use super::serve::{Signals, bind, serve};
+use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
+use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
+use ferry_migration::options::Tracking;
+use ferry_terminal::flags::named;
+use ferry_terminal::output::{Failure, say};
+use ferry_terminal::timeline::Timeline;
+use ferry_terminal::units::{duration, memory, size};
+use ferry_vmm::boot::Kernel;
+use ferry_vmm::machine::{Backends, Machine};
+use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::File;
+use std::io::Write;
+use std::ops::RangeInclusive;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// RAM of `--linux` where none is asked for.
+const LINUX_MEMORY: u64 = 256 << 20;
+/// A thread that was woken is in the guest long before.
+const FIRST_ENTRY: Duration = Duration::from_secs(5);
+/// There is no PCI, and looking for it takes time; a guest that panics shall end.
+const LINUX_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
+
+/// Boot a guest and be its VMM until it ends or moves away.
+///
+/// With a terminal as its console: Ctrl-A x ends the guest, Ctrl-A h shows the keys. SIGINT and SIGTERM end the guest too; a
+/// migration that is under way is cancelled first.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  ferry run --nas dirty:wss=64M,rate=2000 --api /tmp/a.sock
+  ferry run --linux --cpus 2 --api /tmp/a.sock
+  ferry run --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0 --memory 512M --cpus 2 --api /tmp/a.sock")]
+#[command(group = clap::ArgGroup::new("guest").required(true))]
+pub struct Args {
+    /// The kernel: an ELF file (PVH or vmlinux) or a bzImage.
+    #[arg(long, value_name = "PATH", group = "guest", requires = "memory")]
+    kernel: Option<PathBuf>,
+    /// The built-in bare guest's work: KERNEL.CLASS such as mg.A (ep is cg mg ft bt sp; S W A B C), dirty:… or idle:….
+    #[arg(long, value_name = "WORK", group = "guest", value_parser = Workload::parse)]
+    nas: Option<Workload>,
+    /// Debian's kernel for clouds (downloaded once, see FERRY_CACHE) with ferry's own init: HTTP on port 80, commands on the
+    /// console, and the work that --cmdline names, such as ferry.run=mg.S.
+    #[arg(long, group = "guest")]
+    linux: bool,
+    /// An initial RAM disk.
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line; with --linux, what to add to it.
+    #[arg(long, value_name = "TEXT", conflicts_with = "nas")]
+    cmdline: Option<String>,
+    /// How often --nas runs its kernel; 0 is until it is told to stop.
+    #[arg(long, value_name = "TIMES", requires = "nas")]
+    repeat: Option<u64>,
+    /// How often --nas prints a line about its progress; a second if left out.
+    #[arg(long, value_name = "TIME", requires = "nas", value_parser = stat_interval)]
+    stat: Option<Duration>,
+    /// How often --nas sends a zero byte between its lines, a sign of life for those who listen on the serial port.
+    #[arg(long, value_name = "TIME", requires = "nas", value_parser = beat_interval)]
+    beat: Option<Duration>,
+    /// RAM, such as 512M; what the work needs, with --nas; 256M with --linux.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    memory: Option<u64>,
+    /// Virtual processors.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
+    #[arg(long, value_name = "SOCKET")]
+    api: Option<PathBuf>,
+    /// Where the serial port goes: stdio, file:PATH or null.
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: Serial,
+    /// RAM from the host's pool of huge pages.
+    #[arg(long)]
+    hugepages: bool,
+    /// How the pages that the guest dirties are found while it is migrated: by KVM's log, by its rings, or auto.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
+    dirty: Tracking,
+    /// The guest's name, for people.
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    devices: devices::Args,
+    /// A memory balloon: the guest can give memory back to the host, and says how much it has free. With auto it gives what
+    /// it does not use, every 5s, and gets it back when it is short; see `ferry balloon`.
+    #[arg(
+        long,
+        value_name = "auto|SIZE",
+        num_args = 0..=1,
+        default_missing_value = "on",
+        value_parser = Setting::parse
+    )]
+    balloon: Option<Setting>,
+    /// Where to write when each stage of the start was reached, for ferry bench boot.
+    #[arg(long, value_name = "PATH", hide = true)]
+    timeline: Option<PathBuf>,
+}
+
+/// What the bare guest takes for the time between two lines.
+fn stat_interval(text: &str) -> Result<Duration, String> {
+    let refusal = "the guest prints a line every 20ms to 60s; give a time between";
+    interval(text, &Manner::STAT_MS, refusal)
+}
+
+/// What the bare guest takes for the time between two signs of life.
+fn beat_interval(text: &str) -> Result<Duration, String> {
+    let refusal = "the guest sends a byte every 1ms to 1s; give a time between";
+    interval(text, &Manner::BEAT_MS, refusal)
+}
+
+fn interval(text: &str, ms: &RangeInclusive<u64>, refusal: &str) -> Result<Duration, String> {
+    let interval = duration(text)?;
+    match u64::try_from(interval.as_millis()) {
+        Ok(found) if ms.contains(&found) => Ok(interval),
+        _ => Err(refusal.into()),
+    }
+}
+
+pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    let mut timeline = Timeline::new(args.timeline.as_deref());
+    timeline.mark("start");
+    let signals = Signals::take()?;
+    let memory = ram(args)?;
+    let spool = args.serial.open()?;
+    let mut builder = Machine::builder()
+        .memory(memory)
+        .cpus(args.cpus)
+        .hugepages(args.hugepages)
+        .dirty(args.dirty)
+        .devices(Backends {
+            balloon: args.balloon.is_some(),
+            // The built-in guest has no use for random numbers.
+            rng: args.nas.is_none(),
+            ..args.devices.backends()
+        })
+        .serial(Box::new(spool.clone()));
+    if let Some(name) = &args.name {
+        builder = builder.name(name);
+    }
+    let machine = Arc::new(builder.build()?);
+    timeline.mark("machine");
+    load(args, &machine, &mut timeline)?;
+    timeline.mark("load");
+    let guest = MachineGuest::with_workload(Arc::clone(&machine), workload(args));
+    if let Some(setting) = args.balloon {
+        guest.set_balloon(&setting.request()).map_err(Failure)?;
+    }
+    let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
+    guest.watch(&vmm)?;
+    let server = bind(args.api.as_deref(), args.name.as_deref(), &vmm)?;
+    // Through the VMM, which keeps the state: the last thing that can fail is behind us.
+    ferry_vmm::api::Control::resume(&vmm)?;
+    if timeline.is_wanted() {
+        let entered = machine.wait_first_entry(FIRST_ENTRY);
+        timeline.mark_at("entry", entered.unwrap_or_else(Instant::now));
+        timeline.write()?;
+    }
+    tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
+    serve(&vmm, server, signals, &args.serial, &spool)
+}
+
+/// The RAM that was asked for, or what the bare guest's work needs.
+fn ram(args: &Args) -> Result<u64, Failure> {
+    let Some(workload) = &args.nas else {
+        return args
+            .memory
+            .or(args.linux.then_some(LINUX_MEMORY))
+            .ok_or_else(|| Failure("--kernel needs --memory, such as --memory 512M".into()));
+    };
+    let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
+    if cpus > MAX_CPUS {
+        return Err(Failure(format!(
+            "the bare guest has at most {MAX_CPUS} processors; give --cpus {MAX_CPUS} or less"
+        )));
+    }
+    // Huge pages are of 2 MiB; what the workload needs is whole ones.
+    let needed = workload.memory_needed(cpus);
+    match args.memory {
+        Some(given) if given < needed => Err(Failure(format!(
+            "{workload} needs {} of memory on {cpus} processors, --memory gives {}; give it more or leave it out",
+            memory(needed),
+            memory(given)
+        ))),
+        Some(given) => Ok(given),
+        None => Ok(needed),
+    }
+}
+
+/// What the guest runs, for people.
+fn workload(args: &Args) -> Option<String> {
+    let nas = args.nas.as_ref().map(ToString::to_string);
+    nas.or_else(|| args.cmdline.clone())
+}
+
+fn load(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), Failure> {
+    if let Some(path) = &args.kernel {
+        let cmdline = args.cmdline.clone().unwrap_or_default();
+        timeline.mark("images");
+        machine.load(&Kernel {
+            path: path.clone(),
+            initrd: args.initrd.clone(),
+            cmdline,
+        })?;
+        return Ok(());
+    }
+    let Some(workload) = &args.nas else {
+        return load_linux(args, machine, timeline);
+    };
+    let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
+    let millis = |interval: Duration| u64::try_from(interval.as_millis()).ok();
+    let tsc_khz = machine.tsc_khz().map(u64::from);
+    let manner = Manner {
+        repeat: args.repeat,
+        stat_ms: args.stat.and_then(millis),
+        beat_ms: args.beat.and_then(millis),
+    };
+    let cmdline = workload.command_line_with(cpus, tsc_khz, manner);
+    let (path, _image) = in_memory("the built-in guest", BARE)?;
+    timeline.mark("images");
+    machine.load(&Kernel {
+        path,
+        initrd: None,
+        cmdline,
+    })?;
+    Ok(())
+}
+
+fn load_linux(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), Failure> {
+    let kernel = linux::Kernel::get(&|sentence| say(sentence))?;
+    let disk = RamDisk::new(&kernel.modules(GUEST_MODULES)?)?.finish();
+    let (initrd, _disk) = in_memory("the initial RAM disk", &disk)?;
+    let cmdline = match &args.cmdline {
+        Some(more) => format!("{LINUX_CMDLINE} {more}"),
+        None => LINUX_CMDLINE.to_owned(),
+    };
+    let path = kernel.image()?;
+    timeline.mark("images");
+    machine.load(&Kernel {
+        path,
+        initrd: Some(initrd),
+        cmdline,
+    })?;
+    Ok(())
+}
+
+/// The loader takes files. This one is in memory for as long as it is open, and its name is that of our own descriptor.
+fn in_memory(what: &str, bytes: &[u8]) -> Result<(PathBuf, File), Failure> {
+    let failed = |e: std::io::Error| Failure(format!("{what} cannot be unpacked ({e})"));
+    let fd = memfd_create("ferry-image", MFdFlags::MFD_CLOEXEC).map_err(|e| failed(e.into()))?;
+    let mut file = File::from(fd);
+    file.write_all(bytes).map_err(failed)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    Ok((path, file))
+}

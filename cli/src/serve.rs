@@ -1,0 +1,292 @@
+//! The main loop of a VMM: control socket, console, signals, and the guest's end, in one epoll.
+
+use super::console::{KEYS, Key, Terminal, feed_from_pipe};
+use super::devices;
+use super::serial::{Serial, Spool};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use ferry_migration::options::Tracking;
+use ferry_terminal::flags::named;
+use ferry_terminal::output::{Failure, say};
+use ferry_vmm::api::server::{Limits, Server};
+use ferry_vmm::migrate::SerialFactory;
+use ferry_vmm::priority::in_background;
+use ferry_vmm::vmm::{Outcome, Vmm};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long replies in hand, such as the report of the migration that has just ended, may take.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// How often keys are offered again to a guest that did not take them, in milliseconds.
+const RETRY_MS: i32 = 20;
+
+/// Signals that come closer together than this are one wish: timeout(1) signals a process and then its group, and a
+/// guest in doubt must not be discarded by that.
+pub const SAME_WISH: Duration = Duration::from_secs(1);
+
+const SERVER: u32 = 0;
+const FINISHED: u32 = 1;
+const SIGNAL: u32 = 2;
+const TERMINAL: u32 = 3;
+
+/// SIGINT, SIGTERM and SIGHUP as a descriptor. To be taken before any thread is started: threads inherit that they are
+/// blocked, and one that did not would be killed by them.
+pub struct Signals(SignalFd);
+
+impl Signals {
+    pub fn take() -> Result<Self, Failure> {
+        let mut set = SigSet::empty();
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            set.add(signal);
+        }
+        let take = || {
+            set.thread_block()?;
+            SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        };
+        take()
+            .map(Self)
+            .map_err(|e: nix::errno::Errno| Failure(format!("cannot watch for signals ({e})")))
+    }
+
+    /// Whether one has come; for what is done before [`serve`].
+    pub fn came(&self) -> bool {
+        matches!(self.0.read_signal(), Ok(Some(_)))
+    }
+}
+
+/// What a VMM is told here whose guest comes from elsewhere: all else comes with the guest.
+#[derive(Debug, clap::Args)]
+pub struct Place {
+    /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
+    #[arg(long, value_name = "SOCKET")]
+    pub api: Option<PathBuf>,
+    /// Where the guest's serial port goes: stdio, file:PATH or null.
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: Serial,
+    /// How the pages that the guest dirties are found when it is migrated on: by KVM's log, by its rings, or auto.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
+    pub dirty: Tracking,
+    #[command(flatten)]
+    pub devices: devices::Args,
+}
+
+impl Place {
+    /// Opens where the serial port goes: for [`serve`], and for the machine that comes.
+    pub fn console(&self) -> Result<(Spool, SerialFactory), Failure> {
+        let spool = self.serial.open()?;
+        let output = spool.clone();
+        let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
+        Ok((spool, Arc::new(serial)))
+    }
+}
+
+/// The control socket's path where none was given.
+pub fn default_socket(name: Option<&str>) -> PathBuf {
+    let fits = |n: &&str| {
+        !n.is_empty()
+            && n.len() <= 40
+            && n.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
+    let stem = name
+        .filter(fits)
+        .map_or_else(|| std::process::id().to_string(), str::to_owned);
+    let directory = std::env::var_os("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .filter(|d| d.is_dir());
+    directory
+        .unwrap_or_else(|| PathBuf::from("/tmp"))
+        .join(format!("ferry-{stem}.sock"))
+}
+
+/// Makes the control socket.
+pub fn bind(path: Option<&Path>, name: Option<&str>, vmm: &Vmm) -> Result<Server, Failure> {
+    let chosen = path.map_or_else(|| default_socket(name), Path::to_owned);
+    let server = Server::bind(&chosen, Arc::new(vmm.clone()), Limits::default())?;
+    if path.is_none() {
+        say(&format!("control socket: {}", chosen.display()));
+    }
+    Ok(server)
+}
+
+/// Serves until the VMM has nothing more to do.
+pub fn serve(
+    vmm: &Vmm,
+    server: Server,
+    signals: Signals,
+    serial: &Serial,
+    spool: &Spool,
+) -> Result<ExitCode, Failure> {
+    let terminal = if *serial == Serial::Stdio {
+        Terminal::take()
+    } else {
+        None
+    };
+    match (&terminal, serial) {
+        (Some(_), _) => say(KEYS),
+        (None, Serial::Stdio) => feed_stdin(vmm)?,
+        _ => {}
+    }
+    let server = Arc::new(server);
+    let subscriber = Loop {
+        vmm: vmm.clone(),
+        server: Arc::clone(&server),
+        signals,
+        terminal,
+        pending: false,
+        signalled: None,
+    };
+    let failed = |e: event_manager::Error| Failure(format!("the event loop failed ({e})"));
+    let mut manager = EventManager::new().map_err(failed)?;
+    let id = manager.add_subscriber(subscriber);
+    let outcome = loop {
+        let pending = manager.subscriber_mut(id).map_err(failed)?.retry();
+        manager
+            .run_with_timeout(if pending { RETRY_MS } else { -1 })
+            .map_err(failed)?;
+        if let Some(outcome) = vmm.outcome() {
+            break outcome;
+        }
+    };
+    // The guest may have moved to another process of this host.
+    in_background();
+    // The terminal is the user's again before we speak.
+    drop(manager);
+    spool.drain(FAREWELL);
+    spool.close();
+    if let Some(server) = Arc::into_inner(server) {
+        server.shutdown(FAREWELL);
+    }
+    Ok(tell(&outcome))
+}
+
+fn tell(outcome: &Outcome) -> ExitCode {
+    say(&outcome.sentence);
+    if outcome.success {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// A terminal that we may not take because we are in the background must not be read either: reading would stop us.
+fn feed_stdin(vmm: &Vmm) -> Result<(), Failure> {
+    if io::IsTerminal::is_terminal(&io::stdin()) {
+        return Ok(());
+    }
+    feed_from_pipe(vmm.clone())
+        .map_err(|e| Failure(format!("cannot start a thread for stdin ({e})")))
+}
+
+struct Loop {
+    vmm: Vmm,
+    server: Arc<Server>,
+    signals: Signals,
+    terminal: Option<Terminal>,
+    /// Keys wait for the guest.
+    pending: bool,
+    /// When the last signal was heeded.
+    signalled: Option<Instant>,
+}
+
+impl Loop {
+    /// Offers waiting keys again; whether some are left.
+    fn retry(&mut self) -> bool {
+        if self.pending {
+            self.pending = self.terminal.as_mut().is_some_and(|t| t.flush(&self.vmm));
+        }
+        self.pending
+    }
+
+    fn signal(&mut self) {
+        while let Ok(Some(info)) = self.signals.0.read_signal() {
+            if self.signalled.is_some_and(|at| at.elapsed() < SAME_WISH) {
+                continue;
+            }
+            self.signalled = Some(Instant::now());
+            let number = i32::try_from(info.ssi_signo).unwrap_or(0);
+            let name = Signal::try_from(number).map_or("a signal", Signal::as_str);
+            self.interrupt(&format!("on {name}"));
+        }
+    }
+
+    fn interrupt(&self, how: &str) {
+        if let Some(sentence) = self.vmm.interrupt(how) {
+            say(&sentence);
+        }
+    }
+
+    fn typed(&mut self, ops: &mut EventOps) {
+        let Some(terminal) = &mut self.terminal else {
+            return;
+        };
+        let Some(keys) = terminal.read() else {
+            // The terminal is gone; its SIGHUP decides what that means.
+            let _ = ops.remove(Events::empty(terminal));
+            return;
+        };
+        self.pending = terminal.flush(&self.vmm);
+        for key in keys {
+            match key {
+                Key::Quit => self.interrupt("by Ctrl-A x"),
+                Key::Help => say(KEYS),
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for Loop {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            SERVER => self.server.accept(),
+            // The loop looks at the outcome after every event. Left readable, nothing else need be remembered.
+            FINISHED => {}
+            SIGNAL => self.signal(),
+            TERMINAL => self.typed(ops),
+            _ => {}
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let signals = self.signals.0.as_fd().as_raw_fd();
+        let finished = self.vmm.finished_event().as_raw_fd();
+        let mut all = vec![
+            (SERVER, self.server.as_raw_fd()),
+            (FINISHED, finished),
+            (SIGNAL, signals),
+        ];
+        all.extend(self.terminal.as_ref().map(|t| (TERMINAL, t.as_raw_fd())));
+        for (data, fd) in all {
+            if let Err(e) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
+                tracing::error!("cannot watch descriptor {fd}: {e}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_sockets_are_named_after_the_guest_if_that_is_a_name() {
+        let file = |name| {
+            default_socket(name)
+                .file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .to_owned()
+        };
+        assert_eq!(file(Some("web-1")), "ferry-web-1.sock");
+        let own = format!("ferry-{}.sock", std::process::id());
+        assert_eq!(file(None), own);
+        assert_eq!(file(Some("../x")), own);
+        assert_eq!(file(Some(&"x".repeat(80))), own);
+    }
+}

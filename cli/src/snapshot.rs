@@ -1,0 +1,143 @@
+//! `ferry snapshot`.
+
+use super::migrate::cancel_on_signal;
+use ferry_migration::options::Compress;
+use ferry_terminal::flags::named;
+use ferry_terminal::output::{Failure, put, put_json};
+use ferry_terminal::units::{grouped, span};
+use ferry_vmm::api::client::Client;
+use ferry_vmm::api::types::{SnapshotReport, SnapshotRequest, Then};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Write a guest to a file, for `ferry restore`.
+///
+/// The guest stands still while its memory is written, and goes on afterwards; with --live it runs while most of it is
+/// written, which takes longer and a larger file. The file is the guest at one moment. It is written by the guest's VMM,
+/// can be read by that user alone, and has its name only when it is complete: Ctrl-C (or `ferry cancel`) leaves none. Pages of zeros take no room. Disks are not
+/// in it: copy them while the guest stands still (--then pause), with `cp -p`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  ferry snapshot --api /tmp/a.sock guest.snap
+  ferry snapshot --api /tmp/a.sock guest.snap --then stop --compress zstd")]
+pub struct Args {
+    /// The control socket of the guest's VMM.
+    #[arg(long, value_name = "SOCKET")]
+    api: PathBuf,
+    /// The file to make.
+    #[arg(value_name = "PATH")]
+    path: PathBuf,
+    /// What becomes of the guest: resume (it goes on as before), pause or stop (the VMM ends).
+    #[arg(long, value_name = "ACTION", default_value = "resume", value_parser = named::<Then>)]
+    then: Then,
+    /// Let the guest run while most of its memory is written.
+    #[arg(long)]
+    live: bool,
+    /// How pages are made smaller: none, zstd, or auto, which takes to a coder only where writing is slower than that.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = compress)]
+    compress: Compress,
+    /// Replace a file of that name.
+    #[arg(long)]
+    force: bool,
+    /// Print the report as one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Of the migration's ways those that need nothing at the other side.
+fn compress(text: &str) -> Result<Compress, String> {
+    match named(text)? {
+        Compress::Delta => Err(
+            "a snapshot has no earlier pages to differ from; give none, zstd, adaptive or auto"
+                .into(),
+        ),
+        compress => Ok(compress),
+    }
+}
+
+pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    // The VMM has another working directory.
+    let path = std::path::absolute(&args.path).map_err(|e| {
+        Failure(format!(
+            "{} is no path for a file ({e})",
+            args.path.display()
+        ))
+    })?;
+    let request = SnapshotRequest {
+        path,
+        compress: args.compress,
+        live: args.live,
+        force: args.force,
+        then: args.then,
+    };
+    let client = Client::new(&args.api);
+    cancel_on_signal(client.clone(), "cancelling; no file is made")?;
+    let report = client.snapshot(&request)?;
+    if args.json {
+        put_json(&report)?;
+    } else {
+        put(&text(&report, args.then))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn text(report: &SnapshotReport, then: Then) -> String {
+    let what = match then {
+        Then::Resume => "the guest goes on as before",
+        Then::Pause => "the guest is paused",
+        Then::Stop => "the guest was ended",
+    };
+    let written = match report.rounds {
+        0 | 1 => String::new(),
+        rounds => format!(
+            ", in {rounds} passes; {} pages were written again",
+            grouped(report.superseded)
+        ),
+    };
+    format!(
+        "{}: {:.1} MB in {}; {what}\n\
+         downtime   {:.1} ms = quiesce {:.2} ms + memory {:.1} ms + state {:.2} ms + start\n\
+         pages      {} of {} hold something{written}\n",
+        report.path.display(),
+        report.bytes as f64 / 1e6,
+        span(report.total_ms),
+        report.downtime_ms,
+        report.quiesce_ms,
+        report.pages_ms,
+        report.state_ms,
+        grouped(report.data_pages),
+        grouped(report.pages),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn what_it_takes() {
+        let parse = |more: &[&str]| {
+            let line = [&["x", "--api", "s", "f"], more].concat();
+            Line::try_parse_from(line).map(|line| line.args)
+        };
+        let args = parse(&[]).unwrap();
+        assert_eq!(
+            (args.then, args.compress, args.live),
+            (Then::Resume, Compress::Auto, false)
+        );
+        let args = parse(&["--then", "stop", "--compress", "zstd", "--live"]).unwrap();
+        assert_eq!(
+            (args.then, args.compress, args.live),
+            (Then::Stop, Compress::Zstd, true)
+        );
+        assert!(parse(&["--compress", "delta"]).is_err());
+        assert!(parse(&["--then", "fly"]).is_err());
+    }
+}

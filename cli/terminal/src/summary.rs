@@ -1,0 +1,380 @@
+//! A migration's report on one screen.
+
+use crate::units::{grouped, span, traffic};
+use ferry_migration::report::{Report, Round, Status};
+
+/// Rounds that are shown at the beginning and at the end when there are too many.
+const FIRST: usize = 4;
+const LAST: usize = 8;
+
+/// The sentence that says how it ended.
+pub fn sentence(report: &Report, uri: &str) -> String {
+    let why = report.error.as_deref().map(clean).unwrap_or_default();
+    let because = if why.is_empty() {
+        String::new()
+    } else {
+        format!(" ({why})")
+    };
+    match report.status {
+        Status::Completed if report.verified == Some(false) => {
+            format!("the guest runs at {uri} on memory that is not as it was{because}")
+        }
+        Status::Completed => format!(
+            "the guest runs at {uri}, moved in {} with {} of downtime",
+            span(report.total_ms),
+            span(report.downtime_ms)
+        ),
+        Status::Failed => {
+            format!("the migration to {uri} failed{because}; the guest runs on where it was")
+        }
+        Status::Cancelled => {
+            format!("the migration to {uri} was cancelled{because}; the guest runs on where it was")
+        }
+        Status::Interrupted => format!(
+            "the migration to {uri} was interrupted{because}: the guest runs there and lacks pages that are only here; \
+             `ferry recover` sends them"
+        ),
+        Status::InDoubt => format!(
+            "the migration to {uri} ended in doubt{because}: neither side runs the guest by \
+             itself; `ferry recover` asks the destination again, and `ferry status` says what else can be done"
+        ),
+    }
+}
+
+/// Everything else that people want to know.
+pub fn table(report: &Report) -> String {
+    let mut text = rounds(report);
+    let mut row = |name: &str, value: String| text.push_str(&format!("{name:<10} {value}\n"));
+    let d = &report.downtime;
+    row(
+        "downtime",
+        format!(
+            "{} = quiesce {} + last pages {} + state {} + start {}",
+            span(report.downtime_ms),
+            span(d.quiesce_ms),
+            span(d.last_pages_ms),
+            span(d.state_ms),
+            span(d.start_ms)
+        ),
+    );
+    let p = &report.pages;
+    row(
+        "pages",
+        format!(
+            "{} sent and {} zero ({} of them again), {} skipped, of {}",
+            grouped(p.sent),
+            grouped(p.zero),
+            grouped(p.resent),
+            grouped(p.skipped),
+            grouped(p.total)
+        ),
+    );
+    row(
+        "wire",
+        format!("{} at {:.1} MB/s", traffic(report.bytes_wire), report.mbps),
+    );
+    let channels = &report.channels;
+    if channels.opened > 0 {
+        row(
+            "channels",
+            format!(
+                "{} of {}: {}",
+                channels.used,
+                channels.opened,
+                clean(&channels.why)
+            ),
+        );
+    }
+    let c = &report.codecs;
+    if !c.is_empty() {
+        let coders = [
+            ("zstd", c.zstd),
+            ("delta", c.delta),
+            ("sparse", c.sparse),
+            ("copied", c.copied),
+        ];
+        let used = coders.iter().filter(|(_, coder)| coder.pages > 0);
+        let parts: Vec<String> = used
+            .map(|(name, coder)| {
+                format!(
+                    "{name} {} pages, {} saved",
+                    grouped(coder.pages),
+                    traffic(coder.bytes_saved)
+                )
+            })
+            .collect();
+        row(
+            "codecs",
+            format!("{}, in {}", parts.join("; "), span(c.encode_ms)),
+        );
+    }
+    if let Some(d) = &report.disk {
+        row(
+            "disks",
+            format!(
+                "{} sent and {} zero ({} of them again, {} in the pause), of {}; {} on the wire, {} rounds, {}",
+                traffic(d.sent),
+                traffic(d.zero),
+                traffic(d.resent),
+                traffic(d.in_pause),
+                traffic(d.total),
+                traffic(d.bytes_wire),
+                d.rounds,
+                span(d.ms)
+            ),
+        );
+    }
+    let f = &report.faults;
+    if f.count > 0 {
+        row(
+            "faults",
+            format!(
+                "{}, median {}, 99 % within {}, worst {}, stalled {}",
+                grouped(f.count),
+                span(f.p50_us / 1e3),
+                span(f.p99_us / 1e3),
+                span(f.max_us / 1e3),
+                span(f.stalled_ms)
+            ),
+        );
+    }
+    let verified = match report.verified {
+        Some(true) => "yes, all memory is equal on both sides",
+        Some(false) => "NO: memory differs between the sides",
+        None => "not asked for (--verify)",
+    };
+    row("verified", verified.into());
+    row("policy", clean(&report.policy));
+    if let Some(why) = &report.why {
+        row("why", clean(why));
+    }
+    text
+}
+
+fn rounds(report: &Report) -> String {
+    if report.rounds.is_empty() {
+        return String::new();
+    }
+    let mut text = format!(
+        "{:>5} {:>12} {:>10} {:>10} {:>12}\n",
+        "round", "pages", "wire", "time", "dirtied"
+    );
+    let count = report.rounds.len();
+    // Where the report itself left some out, that is behind its first; the numbers tell.
+    let gap = |i: usize| {
+        let next = report.rounds.get(i + 1).map_or(0, |r| u64::from(r.n));
+        report
+            .rounds
+            .get(i)
+            .map_or(0, |r| next.saturating_sub(u64::from(r.n) + 1))
+    };
+    let hidden = if count > FIRST + LAST + 1 {
+        FIRST..count - LAST
+    } else {
+        0..0
+    };
+    let mut missing = 0;
+    for (i, round) in report.rounds.iter().enumerate() {
+        if hidden.contains(&i) {
+            missing += 1 + gap(i);
+            continue;
+        }
+        if missing > 0 {
+            let label = format!("… {} more …", grouped(std::mem::take(&mut missing)));
+            text.push_str(&format!("{label:>18}\n"));
+        }
+        // The last round of a guest that moved is the one in the pause; nothing is dirtied in it.
+        let stop = i + 1 == count && report.status == Status::Completed;
+        text.push_str(&round_row(round, stop));
+        missing = gap(i);
+    }
+    text
+}
+
+fn round_row(round: &Round, stop: bool) -> String {
+    let (name, dirtied) = if round.follows {
+        ("after".into(), "–".into())
+    } else if stop {
+        ("stop".into(), "–".into())
+    } else {
+        (round.n.to_string(), grouped(round.dirtied))
+    };
+    format!(
+        "{name:>5} {:>12} {:>10} {:>10} {dirtied:>12}\n",
+        grouped(round.pages),
+        traffic(round.bytes),
+        span(round.ms)
+    )
+}
+
+/// Words of another process: no control characters reach the terminal.
+fn clean(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferry_migration::report::{Downtime, Faults, Pages};
+
+    fn report() -> Report {
+        Report {
+            schema: 1,
+            session: "6f1e".into(),
+            policy: "precopy".into(),
+            status: Status::Completed,
+            error: None,
+            total_ms: 2012.3,
+            downtime_ms: 12.3,
+            downtime: Downtime {
+                quiesce_ms: 0.4,
+                last_pages_ms: 9.1,
+                state_ms: 1.9,
+                start_ms: 0.9,
+            },
+            rounds_omitted: 0,
+            rounds: vec![
+                Round {
+                    n: 1,
+                    pages: 131_072,
+                    bytes: 412_345_678,
+                    ms: 1920.0,
+                    dirtied: 4210,
+                    ..Round::default()
+                },
+                Round {
+                    n: 2,
+                    pages: 4210,
+                    bytes: 17_260_000,
+                    ms: 80.2,
+                    dirtied: 311,
+                    ..Round::default()
+                },
+                Round {
+                    n: 3,
+                    pages: 311,
+                    bytes: 1_275_000,
+                    ms: 9.1,
+                    dirtied: 0,
+                    ..Round::default()
+                },
+            ],
+            pages: Pages {
+                total: 131_072,
+                sent: 37_289,
+                resent: 4521,
+                zero: 98_304,
+                skipped: 0,
+            },
+            codecs: Default::default(),
+            channels: Default::default(),
+            disk: None,
+            bytes_wire: 430_880_678,
+            mbps: 214.1,
+            faults: Faults::default(),
+            verified: Some(true),
+            why: Some("pending pages fit the downtime target".into()),
+        }
+    }
+
+    #[test]
+    fn a_completed_migration() {
+        assert_eq!(
+            sentence(&report(), "tcp:b:7000"),
+            "the guest runs at tcp:b:7000, moved in 2.01 s with 12.3 ms of downtime"
+        );
+        let expected = "\
+round        pages       wire       time      dirtied
+    1      131,072   412.3 MB     1.92 s        4,210
+    2        4,210    17.3 MB    80.2 ms          311
+ stop          311     1.3 MB     9.1 ms            –
+downtime   12.3 ms = quiesce 0.40 ms + last pages 9.1 ms + state 1.9 ms + start 0.90 ms
+pages      37,289 sent and 98,304 zero (4,521 of them again), 0 skipped, of 131,072
+wire       430.9 MB at 214.1 MB/s
+verified   yes, all memory is equal on both sides
+policy     precopy
+why        pending pages fit the downtime target
+";
+        assert_eq!(table(&report()), expected);
+    }
+
+    #[test]
+    fn other_ends_say_where_the_guest_is() {
+        let end = |status, error: Option<&str>| {
+            sentence(
+                &Report {
+                    status,
+                    error: error.map(Into::into),
+                    ..report()
+                },
+                "tcp:b:7000",
+            )
+        };
+        assert_eq!(
+            end(
+                Status::Failed,
+                Some("the destination closed\nthe connection")
+            ),
+            "the migration to tcp:b:7000 failed (the destination closed the connection); the guest runs on where it was"
+        );
+        assert_eq!(
+            end(Status::Cancelled, None),
+            "the migration to tcp:b:7000 was cancelled; the guest runs on where it was"
+        );
+        assert!(end(Status::InDoubt, None).contains("`ferry recover`"));
+    }
+
+    #[test]
+    fn a_thousand_rounds_fit_a_screen() {
+        let round = |n| Round {
+            n,
+            pages: 1,
+            bytes: 1,
+            ms: 1.0,
+            dirtied: 1,
+            ..Round::default()
+        };
+        let long = Report {
+            rounds: (1..=1000).map(round).collect(),
+            ..report()
+        };
+        let text = table(&long);
+        assert!(text.lines().count() <= 24, "{text}");
+        assert!(text.contains("… 988 more …"), "{text}");
+        let gap = Report {
+            rounds: [1, 2, 3, 2000, 2001].map(round).into(),
+            rounds_omitted: 1996,
+            ..report()
+        };
+        assert!(table(&gap).contains("… 1,996 more …"), "{}", table(&gap));
+        let all = Report {
+            rounds: (1..=13).map(round).collect(),
+            ..report()
+        };
+        assert!(!table(&all).contains("more"));
+    }
+
+    #[test]
+    fn differences_and_faults_are_shown() {
+        let faults = Faults {
+            count: 1500,
+            p50_us: 210.0,
+            p99_us: 900.0,
+            max_us: 12_000.0,
+            stalled_ms: 420.0,
+            ..Faults::default()
+        };
+        let text = table(&Report {
+            verified: Some(false),
+            faults,
+            ..report()
+        });
+        assert!(text.contains("verified   NO: memory differs"), "{text}");
+        assert!(
+            text.contains("faults     1,500, median 0.21 ms, 99 % within 0.90 ms, worst 12.0 ms, stalled 420.0 ms"),
+            "{text}"
+        );
+    }
+}

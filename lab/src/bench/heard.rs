@@ -1,0 +1,141 @@
+//! What an outside listener hears of a guest that moves: when bytes arrive from its serial port, on either side.
+//!
+//! The guest has no network card. It sends a byte every [`BEAT_MS`], and whoever reads its serial port, first the source's and
+//! then the destination's, is the client that a move keeps waiting. That is independent of the guest's clock and of the VMM's
+//! word, and as fine as the beat.
+
+use ferry_guest_images::Manner;
+use ferry_terminal::output::Failure;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Milliseconds between two bytes of a guest.
+pub const BEAT_MS: u64 = 2;
+/// The most arrivals that are kept: hours of them.
+const MAX_ARRIVALS: usize = 1 << 23;
+/// How long after the guest's first word at the destination a silence still belongs to the move; as long as the guest's own
+/// gap is looked for.
+const AFTER: Duration = Duration::from_millis(100);
+
+/// Listens to a guest, and writes its text into a file.
+pub struct Ear {
+    arrivals: Arc<Mutex<Vec<Instant>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ear {
+    /// Begins.
+    pub fn listen(mut from: impl Read + Send + 'static, path: &Path) -> Result<Self, Failure> {
+        let mut file = File::create(path)?;
+        let arrivals = Arc::new(Mutex::new(Vec::new()));
+        let mine = Arc::clone(&arrivals);
+        let listen = move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let count = match from.read(&mut buffer) {
+                    Ok(0) => return,
+                    Ok(count) => count,
+                    Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                    Err(_) => return,
+                };
+                let now = Instant::now();
+                {
+                    let mut arrivals = mine.lock().unwrap_or_else(PoisonError::into_inner);
+                    if arrivals.len() < MAX_ARRIVALS {
+                        arrivals.push(now);
+                    }
+                }
+                let text = text(&buffer[..count]);
+                if !text.is_empty() && file.write_all(&text).is_err() {
+                    // Without the guest's words the run fails, and says what it waited for.
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("ferry-listener".into())
+            .spawn(listen)?;
+        Ok(Self {
+            arrivals,
+            thread: Some(thread),
+        })
+    }
+
+    /// Waits until all that a process said before it ended was heard.
+    pub fn end(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has nothing more to say.
+            let _ = thread.join();
+        }
+    }
+
+    /// When bytes arrived, so far.
+    pub fn arrivals(&self) -> Vec<Instant> {
+        let arrivals = self.arrivals.lock();
+        arrivals.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A guest's lines without its signs of life.
+fn text(bytes: &[u8]) -> Vec<u8> {
+    bytes
+        .iter()
+        .copied()
+        .filter(|byte| *byte != Manner::BEAT)
+        .collect()
+}
+
+/// The longest silence at the move, in milliseconds: of those that had not ended when the source said its last word, and had
+/// begun before a tenth of a second after the destination's first. Nothing if one of them said nothing.
+pub fn silence_ms(source: &[Instant], destination: &[Instant]) -> Option<f64> {
+    let (last, first) = (*source.last()?, *destination.first()?);
+    let mut all: Vec<Instant> = source.iter().chain(destination).copied().collect();
+    all.sort();
+    let until = first.max(last) + AFTER;
+    let near = all
+        .windows(2)
+        .filter(|pair| pair[1] > last.min(first) && pair[0] < until);
+    near.map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3)
+        .reduce(f64::max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silence_is_that_of_the_move() {
+        let zero = Instant::now();
+        let at = |ms: &[u64]| -> Vec<Instant> {
+            ms.iter()
+                .map(|ms| zero + Duration::from_millis(*ms))
+                .collect()
+        };
+        let source = at(&[0, 80, 82, 84, 86]);
+        assert_eq!(silence_ms(&source, &at(&[97, 99, 101])), Some(11.0));
+        // Post-copy: it speaks, and then waits for a page.
+        assert_eq!(silence_ms(&source, &at(&[97, 137, 139])), Some(40.0));
+        // Long after the move it is no longer the move's.
+        assert_eq!(silence_ms(&source, &at(&[88, 150, 189, 400])), Some(62.0));
+        assert_eq!(
+            silence_ms(&source, &at(&[88, 100, 150, 187, 189, 400])),
+            Some(50.0)
+        );
+        assert_eq!(silence_ms(&source, &[]), None);
+        assert_eq!(silence_ms(&[], &source), None);
+    }
+
+    #[test]
+    fn what_is_no_text_is_heard_and_not_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut ear = Ear::listen(&b"a\0b\0\n"[..], &path).unwrap();
+        ear.end();
+        assert_eq!(std::fs::read(&path).unwrap(), b"ab\n");
+        assert_eq!(ear.arrivals().len(), 1);
+    }
+}
