@@ -180,7 +180,7 @@ pub struct Options {
     /// Post-copy with bubbling: how many streams of faults have a bubble each; 1 is the single-pivot form.
     pub pivots: u16,
     /// Data channels beside the control channel; 1 means that pages share the control channel. `None` opens as many as
-    /// processors and link may be worth, and uses those that turn out to be; see [`crate::data channels`].
+    /// processors and link may be worth, and uses those that turn out to be; see [`crate::data_channels`].
     pub channels: Option<u16>,
     /// How pages are made smaller on their way.
     pub compress: Compress,

@@ -69,7 +69,7 @@ impl Host {
         Self::run_with(work, memory, cpus, &[])
     }
 
-    /// As [`DestinationVm::run`], with more options.
+    /// As [`Host::run`], with more options.
     pub fn run_with(work: &str, memory: &str, cpus: u32, more: &[&str]) -> Self {
         let cpus = cpus.to_string();
         let args = [
@@ -80,7 +80,7 @@ impl Host {
         host
     }
 
-    /// As [`DestinationVm::run`], a kernel that is run until it is told to stop.
+    /// As [`Host::run`], a kernel that is run until it is told to stop.
     pub fn run_kernel(kernel: &str, memory: &str, cpus: u32) -> Self {
         let cpus = cpus.to_string();
         let host = Self::start(&[
@@ -96,18 +96,18 @@ impl Host {
         Self::receive_with(&[])
     }
 
-    /// As [`DestinationVm::receive`], with more options.
+    /// As [`Host::receive`], with more options.
     pub fn receive_with(more: &[&str]) -> Self {
         let args = ["receive", "tcp:127.0.0.1:0", "--serial", "stdio"];
         Self::listening(Self::start(&[&args, more].concat()))
     }
 
-    /// As [`DestinationVm::receive`], on a Unix socket.
+    /// As [`Host::receive`], on a Unix socket.
     pub fn receive_unix() -> Self {
         Self::receive_unix_with(&[])
     }
 
-    /// As [`DestinationVm::receive_unix`], with more options.
+    /// As [`Host::receive_unix`], with more options.
     pub fn receive_unix_with(more: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let uri = format!("unix:{}", dir.path().join("link").display());
@@ -118,14 +118,14 @@ impl Host {
         ))
     }
 
-    /// As [`DestinationVm::receive`], started by a shell that first runs `preparation` in a mount namespace of its own, where it
+    /// As [`Host::receive`], started by a shell that first runs `preparation` in a mount namespace of its own, where it
     /// may change what the receiver sees of this host; `wrapper` then starts ferry. Needs root.
     pub fn receive_where(preparation: &str, wrapper: &str) -> Self {
         let args = ["receive", "tcp:127.0.0.1:0", "--serial", "stdio"];
         Self::listening(Self::start_where(preparation, wrapper, &args))
     }
 
-    /// As [`DestinationVm::start`], in such a place.
+    /// As [`Host::start`], in such a place.
     pub fn start_where(preparation: &str, wrapper: &str, args: &[&str]) -> Self {
         let script = format!("{preparation} && exec {wrapper} \"$@\"");
         let shell = ["unshare", "--mount", "sh", "-c", &script, "sh"];
@@ -238,7 +238,7 @@ impl Host {
         self.said.all()
     }
 
-    /// How many lines it has said: for [`DestinationVm::settles`].
+    /// How many lines it has said: for [`Host::settles`].
     pub fn mark(&self) -> usize {
         self.said.all().len()
     }

@@ -1,9 +1,9 @@
 //! What the end-to-end tests are made of.
 //!
-//! A test starts real `ferry` processes ([`DestinationVm`]), joins them by a network that misbehaves on request ([`Proxy`]), and
+//! A test starts real `ferry` processes ([`Host`]), joins them by a network that misbehaves on request ([`Proxy`]), and
 //! lets the guest say what became of its memory. [`fuzz_bodies`] holds what the fuzz targets do, as ordinary functions.
 //!
-//! Nothing here asserts how long anything takes: [`PATIENCE`] only turns a hang into a failure.
+//! Nothing here asserts how long anything takes: [`TIMEOUT`] only turns a hang into a failure.
 #![forbid(unsafe_code)]
 // This crate is test code: a broken expectation must stop the test where it is seen.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -54,7 +54,7 @@ pub fn is_locked(disk: &Path) -> bool {
 /// Waits until `what` is so.
 ///
 /// # Panics
-/// After [`PATIENCE`], with the name of what was waited for.
+/// After [`TIMEOUT`], with the name of what was waited for.
 pub fn until(name: &str, mut what: impl FnMut() -> bool) {
     let deadline = Instant::now() + TIMEOUT;
     while !what() {

@@ -18,7 +18,7 @@
 //!
 //! # Lock order
 //!
-//! 1. the run control's state ([`control`]): held for moments, and while waiting on its condition
+//! 1. the run control's state (`control`): held for moments, and while waiting on its condition
 //!    variable. Never taken by a thread that holds one of the others.
 //! 2. a vCPU: held by its thread all the while it runs, by savers while it is parked.
 //! 3. a device: held during one access.

@@ -60,7 +60,7 @@ pub trait Guest: Send + Sync + 'static {
     /// Name and size.
     fn info(&self) -> GuestInfo;
 
-    /// Stops the processors until [`SourceVm::resume`].
+    /// Stops the processors until [`Guest::resume`].
     ///
     /// # Errors
     /// A sentence; the guest then still runs.

@@ -1,4 +1,4 @@
-//! A client of the server in [`http`](crate::http), on ONE connection that it never opens again: it shows that a connection
+//! A client of the server in `http`, on ONE connection that it never opens again: it shows that a connection
 //! survives a migration, that no request is lost, doubled or damaged on the way, and for how long nothing was heard.
 //!
 //! One request after the other, each with its number and with a body that follows from it; the answer must have that body, and

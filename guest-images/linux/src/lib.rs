@@ -18,7 +18,7 @@
 //! A guest also answers HTTP on port 80 (a counter and an echo) and takes commands on its console.
 //!
 //! The crate is compiled with rustc alone and linked statically, so it has no dependency but the kernels; the system
-//! calls that std does not offer are in [`sys`].
+//! calls that std does not offer are in `sys`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 pub mod agent;

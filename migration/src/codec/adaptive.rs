@@ -4,7 +4,7 @@
 //! drains what the socket holds, so that in the best case a page takes the *larger* of the two, and where the "link" is
 //! itself a processor copying bytes (loopback) their *sum*. So:
 //!
-//! - a level is *tried* when its prospect, the best case, beats the cost of raw pages by [`TRY`];
+//! - a level is *tried* when its prospect, the best case, beats the cost of raw pages by `TRY`;
 //! - what it costs then is measured, and it is left unless it saves a tenth of what raw pages cost; it is not tried again
 //!   for a while, each time four times as long, nor is another that makes pages no smaller, unless the link has become half as
 //!   fast;
@@ -12,7 +12,7 @@
 //!   and coding took: a receiver that decodes looks like a slow link, so that nothing is believed slower before raw pages
 //!   are looked at, which they are now and then, the more seldom the more is gained by then;
 //! - a sender that waits, waits for what the receiver does with pages that were sent long before: the sockets' buffers lie
-//!   between them. So nothing is measured after a change before a data channel has sent as much as they hold ([`FLUSH`]), and then from
+//!   between them. So nothing is measured after a change before a data channel has sent as much as they hold (`FLUSH`), and then from
 //!   wait to wait.
 //!
 //! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`] of the time.

@@ -7,7 +7,7 @@ use crate::wire::{Channel, Preamble};
 
 impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// Goes on with a new connection that a source opened to end the doubt
-    /// ([`Role::Recover`], preamble answered): its word is the next frame.
+    /// (role *recover*, preamble answered): its word is the next frame.
     pub fn reattach(&mut self, mut channel: Channel<L>, preamble: &Preamble) {
         if let Err(error) = preamble.expect_session(self.session) {
             channel.send_abort(&error.to_string());

@@ -10,7 +10,7 @@
 //!
 //! The disks are complete at the destination before it says READY, whatever the policy: no block follows a guest that was
 //! moved by post-copy. Their loop is apart from the policies, which see of it only the bytes that are still to be sent
-//! ([`View::store_bytes`](crate::policy::View::store_bytes)): they are part of the predicted pause.
+//! ([`View::disk_bytes`](crate::policy::View::disk_bytes)): they are part of the predicted pause.
 //!
 //! Why no write is lost: a block is pending until it was handed to the link, and is read after it was taken from what was
 //! written. A write that was done before it was taken is in what is read; one that was not is marked when it is done, and

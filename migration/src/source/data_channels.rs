@@ -1,7 +1,7 @@
 //! Sending a round on several data channels.
 //!
 //! Each data channel takes the next batch when it is free, so that a slow data channel holds nobody up; the data channels that are not in use
-//! (see [`crate::data channels`]) wait for the round's end.
+//! (see [`crate::data_channels`]) wait for the round's end.
 
 use super::{Source, SourceError};
 use crate::data_channels::DataChannels;
