@@ -325,7 +325,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
 
     /// What an error means for who owns the guest.
     fn fail(&mut self, error: &DestinationError) {
-        let aborted = matches!(error, DestinationError::Wire(WireError::PeerAborted(_)));
+        let aborted = matches!(error, DestinationError::Wire(error) if error.is_from_peer());
         match self.state {
             State::Waiting | State::Filling => {
                 if !aborted {

@@ -473,14 +473,12 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
         if was != State::Connecting {
             self.guest.stop_tracking();
         }
-        if !matches!(error, SourceError::Wire(WireError::PeerAborted(_))) {
+        let told = matches!(error, SourceError::Wire(error) if error.is_from_peer());
+        if !told {
             self.control.send_abort(&error.for_peer());
         }
         self.enter(State::Aborted);
-        if was == State::Stopped
-            && broken
-            && !matches!(error, SourceError::Wire(WireError::PeerAborted(_)))
-        {
+        if was == State::Stopped && broken && !told {
             // The destination may be ready and wait for a commit that will never come.
             recover::tell_abort(&mut self.setup, &error.for_peer());
         }

@@ -21,7 +21,8 @@
 //!
 //! The guest's disks move where they are asked for: see `wire/blocks.rs`.
 //!
-//! Either side may send ABORT with a reason at any time before the commit.
+//! Either side may send ABORT with a reason at any time before the commit. After it the destination may still answer
+//! that it did not start the guest and never will ([`AbortCode::NotStarted`]).
 //!
 //! In post-copy the pause sends no pages but the set of those that will follow, and they follow
 //! after RUNNING, each once: pushed on the control or data channels, or asked for on a channel
@@ -49,7 +50,7 @@ mod set;
 pub use blocks::{MAX_BLOCKS, MAX_DISK_BLOCKS, MAX_DISKS};
 pub use channel::{Channel, WireError, check_crc};
 pub use frame::{
-    Encoding, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, HeaderError, Limits,
+    AbortCode, Encoding, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, HeaderError, Limits,
     MAX_BATCH_PAGES, MAX_RUNS, RUN_BYTES, decode_runs, encode_runs,
 };
 pub use hello::{Arrived, Features, Hello, HelloAck, HelloError, Ready, Running};

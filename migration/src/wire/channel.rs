@@ -1,8 +1,8 @@
 //! A link with frames on it.
 
 use super::{
-    FLAG_CRC, FrameType, HEADER_BYTES, Header, HeaderError, HelloError, Limits, PREAMBLE_BYTES,
-    Preamble, PreambleError, Role, SessionId,
+    AbortCode, FLAG_CRC, FrameType, HEADER_BYTES, Header, HeaderError, HelloError, Limits,
+    PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId,
 };
 use crate::page::Gfn;
 use crate::port::Link;
@@ -64,6 +64,26 @@ pub enum WireError {
     /// The peer gave up and said why.
     #[error("the peer gave up: {0}")]
     PeerAborted(String),
+    /// The destination has refused the commit, and never runs the guest ([`AbortCode::NotStarted`]).
+    #[error("the destination did not start the guest: {0}")]
+    NotStarted(String),
+    /// The peer cannot answer now ([`AbortCode::Busy`]).
+    #[error("the peer is busy: {0}")]
+    Busy(String),
+    /// The peer does not know the migration ([`AbortCode::UnknownSession`]).
+    #[error("the peer does not know the migration: {0}")]
+    UnknownSession(String),
+}
+
+impl WireError {
+    /// Whether the peer itself has said that it is over: it need not be told.
+    #[must_use]
+    pub const fn is_from_peer(&self) -> bool {
+        matches!(
+            self,
+            Self::PeerAborted(_) | Self::NotStarted(_) | Self::Busy(_) | Self::UnknownSession(_)
+        )
+    }
 }
 
 /// A link with frames on it, counting its bytes.
@@ -191,12 +211,20 @@ impl<L: Link> Channel<L> {
 
     /// Tells the peer that it is over, as well as that still works.
     pub fn send_abort(&mut self, reason: &str) {
+        self.send_abort_as(AbortCode::GaveUp, reason);
+    }
+
+    /// As [`send_abort`](Self::send_abort), and what that means.
+    pub fn send_abort_as(&mut self, code: AbortCode, reason: &str) {
         let mut end = reason.len().min(1024);
         while !reason.is_char_boundary(end) {
             end -= 1;
         }
-        if let Err(error) = self.send(Header::bare(FrameType::Abort, 0), &reason.as_bytes()[..end])
-        {
+        let header = Header {
+            count: code as u32,
+            ..Header::bare(FrameType::Abort, 0)
+        };
+        if let Err(error) = self.send(header, &reason.as_bytes()[..end]) {
             tracing::debug!(%error, "the peer could not be told that the migration ends");
         }
     }
@@ -264,9 +292,15 @@ impl<L: Link> Channel<L> {
             };
         }
         let mut bytes = Vec::new();
-        match self.recv_payload(header, &mut bytes) {
-            Ok(()) => WireError::PeerAborted(printable(&bytes)),
-            Err(error) => error,
+        if let Err(error) = self.recv_payload(header, &mut bytes) {
+            return error;
+        }
+        let reason = printable(&bytes);
+        match AbortCode::of(header) {
+            AbortCode::GaveUp => WireError::PeerAborted(reason),
+            AbortCode::NotStarted => WireError::NotStarted(reason),
+            AbortCode::Busy => WireError::Busy(reason),
+            AbortCode::UnknownSession => WireError::UnknownSession(reason),
         }
     }
 }
@@ -294,4 +328,62 @@ fn printable(bytes: &[u8]) -> String {
         .map(|c| if c.is_control() { ' ' } else { c })
         .take(1024)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+    use std::time::Duration;
+
+    /// Everything that is sent comes back.
+    #[derive(Default)]
+    struct Loop(VecDeque<u8>);
+
+    impl Link for Loop {
+        fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+            self.0.extend(head.iter().chain(body));
+            Ok(())
+        }
+
+        fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
+            for byte in buf {
+                *byte = self.0.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
+            }
+            Ok(())
+        }
+
+        fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
+            Ok(!self.0.is_empty())
+        }
+
+        fn set_timeout(&mut self, _: Option<Duration>) {}
+    }
+
+    /// "Busy", "not started" and "unknown" are three answers, and a code of a newer build is the general one.
+    #[test]
+    fn an_abort_says_what_it_means() {
+        let answer = |count| {
+            let mut channel = Channel::new(Loop::default());
+            channel.send_abort("why");
+            let mut header = channel.recv_header().unwrap();
+            header.count = count;
+            channel.refuse(&header, "anything")
+        };
+        assert!(matches!(answer(0), WireError::PeerAborted(why) if why == "why"));
+        assert!(matches!(answer(1), WireError::NotStarted(why) if why == "why"));
+        assert!(matches!(answer(2), WireError::Busy(why) if why == "why"));
+        assert!(matches!(answer(3), WireError::UnknownSession(why) if why == "why"));
+        assert!(matches!(answer(77), WireError::PeerAborted(why) if why == "why"));
+        let codes = [
+            AbortCode::NotStarted,
+            AbortCode::Busy,
+            AbortCode::UnknownSession,
+        ];
+        for (n, code) in (1..).zip(codes) {
+            let mut channel = Channel::new(Loop::default());
+            channel.send_abort_as(code, "why");
+            assert_eq!(channel.recv_header().unwrap().count, n);
+        }
+    }
 }

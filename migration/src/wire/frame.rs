@@ -67,7 +67,7 @@ pub enum FrameType {
     Commit = 9,
     /// Destination: the guest runs. JSON.
     Running = 10,
-    /// Either: it is over; the payload says why.
+    /// Either: it is over; the payload says why, `count` what that means ([`AbortCode`]).
     Abort = 11,
     /// Source: hashes of pages `gfn..gfn + count`.
     Verify = 12,
@@ -171,6 +171,33 @@ impl FrameType {
     }
 }
 
+/// What an ABORT means, in its header's `count`. A build that does not know the value reads the sentence alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[repr(u32)]
+pub enum AbortCode {
+    /// The peer gave up.
+    GaveUp = 0,
+    /// The destination did not start the guest and never will: the guest belongs to the source again.
+    NotStarted = 1,
+    /// The peer cannot answer now; the question can be retried.
+    Busy = 2,
+    /// The peer does not know that migration, which proves nothing about its guest.
+    UnknownSession = 3,
+}
+
+impl AbortCode {
+    /// The code of a header.
+    pub(super) const fn of(header: &Header) -> Self {
+        match header.count {
+            1 => Self::NotStarted,
+            2 => Self::Busy,
+            3 => Self::UnknownSession,
+            _ => Self::GaveUp,
+        }
+    }
+}
+
 /// What a header is checked against.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -195,7 +222,7 @@ pub struct Header {
     pub length: u32,
     /// The first page, where the frame is about pages.
     pub gfn: Gfn,
-    /// Runs in the table, hashes, or pages asked for.
+    /// Runs in the table, hashes, or pages asked for; of an ABORT its [`AbortCode`].
     pub count: u32,
     /// The round that it belongs to.
     pub round: u32,
