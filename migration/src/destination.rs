@@ -54,13 +54,17 @@ use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{Clock, DestinationVm, Link, PageSink};
 use crate::source::page_hash;
 use crate::wire::{
-    Channel, FrameType, Header, Hello, Preamble, Ready, Role, Running, SessionId, WireError,
-    send_set,
+    AbortCode, Channel, FrameType, Header, Hello, Preamble, Ready, Role, Running, SessionId,
+    WireError, send_set,
 };
 use blocks::Disks;
 use pages::PageReceiver;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How often a wait looks whether it is over.
+const TICK: Duration = Duration::from_millis(100);
 
 /// Where the destination stands; see the module's figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,9 +90,10 @@ pub enum State {
 /// How long the destination waits for the source.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
-    /// For the handshake.
+    /// For all of the handshake, until the machine is built.
     pub handshake: Duration,
-    /// For the next frame while memory arrives; the source is then taken for dead.
+    /// For the next frame on any channel while memory arrives; the source is then taken for dead. A frame takes
+    /// [`FRAME_TIMEOUTS`] times as long at most, however its bytes trickle.
     pub transfer: Duration,
     /// For the commit; then the migration is in doubt.
     pub commit: Duration,
@@ -97,12 +102,15 @@ pub struct Timeouts {
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
-            handshake: Duration::from_secs(10),
+            handshake: Duration::from_secs(20),
             transfer: Duration::from_secs(60),
             commit: Duration::from_secs(30),
         }
     }
 }
+
+/// How many times the transfer timeout a frame may take: 16 MiB in 10 min is 28 kB/s.
+pub const FRAME_TIMEOUTS: u32 = 10;
 
 /// What happened in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +130,7 @@ pub enum Step {
 /// When the peer does not speak the protocol or is of another version; it was told ours.
 pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Preamble), WireError> {
     link.set_timeout(Some(timeout));
+    link.set_deadline(Some(timeout));
     let mut channel = Channel::new(link);
     let theirs = channel.recv_preamble();
     let (role, index, session) = theirs
@@ -132,7 +141,10 @@ pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Pre
     // Also a peer of another version gets ours, so that it can say both.
     channel.send_preamble(&Preamble::new(role, index, session))?;
     match theirs {
-        Ok(theirs) => Ok((channel, theirs)),
+        Ok(theirs) => {
+            channel.link().set_deadline(None);
+            Ok((channel, theirs))
+        }
         Err(error) => {
             channel.send_abort(&error.to_string());
             Err(error)
@@ -143,6 +155,8 @@ pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Pre
 /// One migration, as it arrives.
 pub struct Destination<L: Link, H: DestinationVm<L>> {
     channel: Channel<L>,
+    /// The source may still say something on it.
+    connected: bool,
     session: SessionId,
     host: H,
     state: State,
@@ -169,8 +183,8 @@ pub struct Destination<L: Link, H: DestinationVm<L>> {
     disks: Disks,
     block_round: u32,
     round: u32,
-    restored: bool,
-    restore_us: u64,
+    /// The pages are all here: what is compared now, or was restored, is not written any more.
+    sealed: bool,
     hashes: HashCheck,
     verify: bool,
     policy: String,
@@ -204,8 +218,10 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         clock: Arc<dyn Clock + Send + Sync>,
     ) -> Self {
         channel.link().set_timeout(Some(timeouts.handshake));
+        channel.link().set_deadline(Some(timeouts.handshake));
         Self {
             channel,
+            connected: true,
             session: preamble.session,
             host,
             state: State::Waiting,
@@ -225,8 +241,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
             disks: Disks::none(),
             block_round: 0,
             round: 0,
-            restored: false,
-            restore_us: 0,
+            sealed: false,
             hashes: HashCheck::default(),
             verify: false,
             policy: String::new(),
@@ -337,6 +352,11 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
                 if aborted {
                     self.discard();
                 } else {
+                    // A source that was only slow still says its word on this connection.
+                    self.connected = matches!(
+                        error,
+                        DestinationError::Wire(WireError::Io(e)) if e.kind() == io::ErrorKind::TimedOut
+                    );
                     self.lose(error);
                     self.enter(State::InDoubt);
                 }
@@ -376,12 +396,14 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     }
 
     fn handle(&mut self) -> Result<Step, DestinationError> {
+        self.set_deadline();
         if let Some(started) = self.untold.take() {
             return self.tell_running(started);
         }
         if self.state == State::Running && self.follows() && !self.wait_for_frame()? {
             return self.completed();
         }
+        self.wait_while_data_flows()?;
         let header = self.channel.recv_header()?;
         match (self.state, header.kind) {
             (State::Waiting, kind) if self.greeting.is_some() => {
@@ -392,16 +414,14 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
             }
             (State::Waiting, FrameType::Hello) => self.hello(&header)?,
             (State::Filling, FrameType::Pages | FrameType::Zero)
-                if !self.restored && !self.shared =>
+                if !self.sealed && !self.shared =>
             {
                 self.pages(&header)?
             }
-            (State::Filling, FrameType::RoundEnd) if !self.restored => self.round_end(&header)?,
-            (State::Filling, FrameType::Verify) if self.verify && !self.restored => {
-                self.compare(&header)?
-            }
+            (State::Filling, FrameType::RoundEnd) if !self.sealed => self.round_end(&header)?,
+            (State::Filling, FrameType::Verify) if self.verify => self.compare(&header)?,
             (State::Filling, FrameType::MissingRuns | FrameType::MissingBits)
-                if self.missing_pages.is_some() && !self.restored =>
+                if self.missing_pages.is_some() && !self.sealed =>
             {
                 self.list_missing(&header)?;
             }
@@ -427,6 +447,48 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         Ok(Step::Continue)
     }
 
+    /// Nothing that trickles in holds a phase open. The handshake has one deadline for all of it.
+    fn set_deadline(&mut self) {
+        let deadline = match self.state {
+            State::Waiting => return,
+            State::Ready | State::InDoubt => self.timeouts.commit,
+            _ => self.timeouts.transfer * FRAME_TIMEOUTS,
+        };
+        self.channel.link().set_deadline(Some(deadline));
+    }
+
+    /// The control channel may be silent while pages come on others.
+    fn wait_while_data_flows(&mut self) -> Result<(), DestinationError> {
+        let Some(data_channels) = &self.data_channels else {
+            return Ok(());
+        };
+        data_channels.heard();
+        if self.state != State::Filling {
+            return Ok(());
+        }
+        let mut silence = data_channels.silence();
+        while !self
+            .channel
+            .link()
+            .wait_readable(TICK)
+            .map_err(WireError::Io)?
+        {
+            if data_channels.is_silent(&mut silence) {
+                return Err(WireError::Io(std::io::ErrorKind::TimedOut.into()).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// From now on nothing writes into the guest's memory but what is missing.
+    fn seal(&mut self) -> Result<(), DestinationError> {
+        if let Some(data_channels) = &self.data_channels {
+            data_channels.seal()?;
+        }
+        self.sealed = true;
+        Ok(())
+    }
+
     fn pages(&mut self, header: &Header) -> Result<(), DestinationError> {
         let (Some(sink), Some(layout)) = (&self.sink, &self.layout) else {
             return Err(self.channel.refuse(header, "a greeting").into());
@@ -437,7 +499,12 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
 
     /// Whether blocks of disks may come; their hashes only where they were announced.
     fn takes_blocks(&self, kind: FrameType) -> bool {
-        !self.disks.is_empty() && !self.restored && (self.verify || kind != FrameType::BlocksHash)
+        let wanted = match kind {
+            FrameType::BlocksHash => self.verify,
+            // What was compared is not written any more.
+            _ => !self.disks.is_compared(),
+        };
+        !self.disks.is_empty() && wanted
     }
 
     /// All blocks that were sent outlast a crash, and the source hears it.
@@ -477,6 +544,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         let Some(sink) = self.sink.clone() else {
             return Err(self.channel.refuse(header, "a greeting").into());
         };
+        self.seal()?;
         let mut bytes = std::mem::take(&mut self.buffer);
         self.channel.recv_payload(header, &mut bytes)?;
         let mut page = [0; PAGE_SIZE];
@@ -509,6 +577,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
                 first,
             });
         }
+        self.seal()?;
         self.disks.complete(self.verify)?;
         let total = self.layout.as_ref().map_or(0, RamLayout::pages);
         let to_follow = self.missing.as_ref().map_or(0, PageSet::len);
@@ -525,19 +594,21 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
                 .begin_post_copy(&missing)
                 .map_err(DestinationError::Unfit)?;
             missing_pages.begin(Arc::clone(sink), missing);
+            if let Some(data_channels) = &self.data_channels {
+                data_channels.follow(missing_pages);
+            }
         }
         let began = self.clock.now();
         self.host.restore(&bytes).map_err(DestinationError::State)?;
-        self.restore_us =
-            u64::try_from(self.clock.now().saturating_sub(began).as_micros()).unwrap_or(u64::MAX);
-        self.restored = true;
+        let restore = self.clock.now().saturating_sub(began);
         let ready = Ready {
             verified: self.verify,
-            restore_us: self.restore_us,
+            restore_us: u64::try_from(restore.as_micros()).unwrap_or(u64::MAX),
         };
         self.channel.link().set_timeout(Some(self.timeouts.commit));
         // From the first byte of this answer on the source may commit: an error now is a doubt.
         self.enter(State::Ready);
+        self.set_deadline();
         self.channel.send_json(FrameType::Ready, &ready)?;
         Ok(())
     }
@@ -547,6 +618,12 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         let asked = self.clock.now();
         let mut ran = asked;
         if !matches!(self.state, State::Running | State::Interrupted) {
+            if let Err(error) = self.host.claim() {
+                self.channel
+                    .send_abort_as(AbortCode::NotStarted, &error.to_string());
+                self.discard();
+                return Err(DestinationError::NotStarted(error));
+            }
             match self.host.run() {
                 Ok(ago) => ran = self.clock.now().saturating_sub(ago),
                 Err(error) => {

@@ -61,6 +61,12 @@ pub trait Link: Send {
 
     /// How long a send or receive may wait; `None` is for ever.
     fn set_timeout(&mut self, timeout: Option<Duration>);
+
+    /// How long all sends and receives from now on may take together, however the bytes trickle; `None` is for ever. They
+    /// fail as for a timeout then. A link without deadlines has its timeout alone.
+    fn set_deadline(&mut self, deadline: Option<Duration>) {
+        let _ = deadline;
+    }
 }
 
 /// Time, as the engines see it.

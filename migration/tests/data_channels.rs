@@ -9,12 +9,14 @@ mod no_alloc {
 
 use ferry_migration::destination::{self, Destination, State};
 use ferry_migration::options::{Compress, OnTimeout, Options};
-use ferry_migration::page::PAGE_SIZE;
-use ferry_migration::port::Clock;
+use ferry_migration::page::{PAGE_SIZE, RamLayout, Run};
+use ferry_migration::port::{Clock, Link};
 use ferry_migration::report::{Report, Status};
 use ferry_migration::rng::Rng;
 use ferry_migration::source::{self, CancelSwitch, Setup};
-use ferry_migration::wire::{Role, SessionId};
+use ferry_migration::wire::{
+    Channel, Features, FrameType, HEADER_BYTES, Header, Hello, Role, SessionId, encode_runs,
+};
 use no_alloc::guest::{Memory, TestGuest, TestHost};
 use no_alloc::link::{
     Carried, DESTINATION_TIMEOUTS, MemoryLink, NEVER, SOURCE_TIMEOUTS, Trouble, pair,
@@ -38,10 +40,18 @@ impl Clock for Real {
 
 /// The destination's process; the state that it ends in.
 fn serve(connections: Receiver<MemoryLink>, memory: &Memory) -> State {
+    serve_for(connections, memory, DESTINATION_TIMEOUTS)
+}
+
+fn serve_for(
+    connections: Receiver<MemoryLink>,
+    memory: &Memory,
+    timeouts: destination::Timeouts,
+) -> State {
     let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
     let host = TestHost::new(memory.clone());
     let clock = Arc::new(Real(Instant::now()));
-    let mut engine = Destination::new(channel, &preamble, host, DESTINATION_TIMEOUTS, clock);
+    let mut engine = Destination::new(channel, &preamble, host, timeouts, clock);
     engine.step().unwrap();
     std::thread::scope(|scope| {
         if let Some(data_channels) = engine.data_channels().cloned() {
@@ -265,4 +275,148 @@ fn nobody_asked_for_data_channels() {
         "{:?}",
         report.channels
     );
+}
+
+/// A source made by hand, with one data channel; the destination's answers are what a test waits for.
+struct ByHand {
+    control: Channel<MemoryLink>,
+    data: Channel<MemoryLink>,
+    arrived: Memory,
+    peer: std::thread::JoinHandle<State>,
+}
+
+const PAGES: u64 = 16;
+
+impl ByHand {
+    fn connect(required: Features, timeouts: destination::Timeouts) -> Self {
+        let arrived = Memory::new(usize::try_from(PAGES).unwrap());
+        let (sender, connections) = channel();
+        let memory = arrived.clone();
+        let peer = std::thread::spawn(move || serve_for(connections, &memory, timeouts));
+        let open = |role| {
+            let (ours, theirs) = pair();
+            sender.send(theirs).unwrap();
+            let mut channel = Channel::new(ours);
+            channel.open(role, 0, SessionId([7; 16])).unwrap();
+            channel.set_end(PAGES);
+            channel
+        };
+        let mut control = open(Role::Control);
+        let hello = Hello {
+            offered: Features::SUPPORTED.without(Features::SHARED_MEMORY),
+            required: required.or(Features::CHANNELS),
+            layout: RamLayout::new(vec![Run::new(0, PAGES)]).unwrap(),
+            channels: 1,
+            faults: 0,
+            disks: Vec::new(),
+            policy: "precopy".into(),
+            machine: b"pages".to_vec(),
+        };
+        let header = Header::bare(FrameType::Hello, 0);
+        control.send(header, &hello.encode()).unwrap();
+        let mut this = Self {
+            control,
+            data: open(Role::Data),
+            arrived,
+            peer,
+        };
+        this.expect(FrameType::HelloAck);
+        this
+    }
+
+    fn expect(&mut self, kind: FrameType) {
+        let header = self.control.recv_header().unwrap();
+        let mut bytes = Vec::new();
+        self.control.recv_payload(&header, &mut bytes).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        assert_eq!(header.kind, kind, "{text}");
+    }
+
+    fn end_round(&mut self, round: u32) {
+        let header = Header::bare(FrameType::RoundEnd, round);
+        self.control.send(header, &[]).unwrap();
+        self.data.send(header, &[]).unwrap();
+        self.expect(FrameType::RoundAck);
+    }
+
+    fn page(channel: &mut Channel<MemoryLink>, gfn: u64, byte: u8) {
+        let mut table = Vec::new();
+        encode_runs(&[Run::new(gfn, 1)], &mut table);
+        let header = Header {
+            gfn,
+            count: 1,
+            length: u32::try_from(table.len() + PAGE_SIZE).unwrap(),
+            payload_crc: crc32c::crc32c(&table),
+            ..Header::bare(FrameType::Pages, 1)
+        };
+        let head = [&header.encode()[..], &table].concat();
+        assert_eq!(head.len(), HEADER_BYTES + table.len());
+        channel.link().send(&head, &[byte; PAGE_SIZE]).unwrap();
+    }
+
+    fn hashes(&mut self) {
+        let hash = |gfn| xxhash_rust::xxh3::xxh3_64_with_seed(&[0; PAGE_SIZE], gfn).to_le_bytes();
+        let hashes: Vec<u8> = (0..PAGES).flat_map(hash).collect();
+        let header = Header {
+            count: u32::try_from(PAGES).unwrap(),
+            ..Header::bare(FrameType::Verify, 1)
+        };
+        self.control.send(header, &hashes).unwrap();
+    }
+}
+
+/// What a source sends on a data channel after the guest was verified, or is complete, is not written into it.
+#[test]
+fn nothing_is_written_into_a_complete_guest() {
+    for verify in [false, true] {
+        let required = if verify {
+            Features::VERIFY
+        } else {
+            Features::default()
+        };
+        let mut source = ByHand::connect(required, DESTINATION_TIMEOUTS);
+        source.end_round(1);
+        let state = Header::bare(FrameType::State, 1);
+        if verify {
+            source.hashes();
+        }
+        source.control.send(state, b"state").unwrap();
+        source.expect(FrameType::Ready);
+        ByHand::page(&mut source.data, 3, 0x5a);
+        // The channel is closed; where it is not, the page was taken before so long.
+        let enough = Some(Duration::from_secs(3));
+        source.data.link().set_timeout(enough);
+        assert!(source.data.recv_header().is_err());
+        let commit = Header::bare(FrameType::Commit, 1);
+        source.control.send(commit, &[]).unwrap();
+        source.expect(FrameType::Running);
+        let page = *source.arrived.page(3).lock().unwrap();
+        assert!(page == [0; PAGE_SIZE], "verify {verify}");
+        drop((source.control, source.data));
+        assert_eq!(source.peer.join().unwrap(), State::Complete);
+    }
+}
+
+/// A round that takes longer than the timeout, while its pages come on a data channel, is no silence of the control channel.
+#[test]
+fn pages_on_a_data_channel_are_a_sign_of_life() {
+    let timeout = Duration::from_millis(800);
+    let timeouts = destination::Timeouts {
+        transfer: timeout,
+        ..DESTINATION_TIMEOUTS
+    };
+    let mut source = ByHand::connect(Features::default(), timeouts);
+    for n in 0..8 {
+        ByHand::page(&mut source.data, n, 1);
+        std::thread::sleep(timeout / 4);
+    }
+    source.end_round(1);
+    let state = Header::bare(FrameType::State, 1);
+    source.control.send(state, b"state").unwrap();
+    source.expect(FrameType::Ready);
+    let commit = Header::bare(FrameType::Commit, 1);
+    source.control.send(commit, &[]).unwrap();
+    source.expect(FrameType::Running);
+    drop((source.control, source.data));
+    assert_eq!(source.peer.join().unwrap(), State::Complete);
 }

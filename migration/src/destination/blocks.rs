@@ -199,6 +199,11 @@ impl Disks {
         self.all.is_empty()
     }
 
+    /// Whether their comparing has begun.
+    pub(super) const fn is_compared(&self) -> bool {
+        self.compared > 0
+    }
+
     fn place(&mut self, header: &Header) -> Result<Place<'_>, BlocksError> {
         let (disk, blocks) = header.blocks();
         let copy = self

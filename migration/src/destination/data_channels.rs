@@ -1,38 +1,73 @@
 //! Data channels at the destination: each in a thread of its own, meeting at the end of a round.
+//!
+//! What a channel may do is what the set gives it for a frame:
+//!
+//! ```text
+//!            STATE, or the first VERIFY        post-copy: STATE
+//!  Filling ────────────────────────────▶ Sealed ───────────────▶ Following
+//!  writes guest memory                   writes nothing          places missing pages, each once
+//! ```
+//!
+//! So before READY no channel can write into the guest, and nothing is written after it was verified.
 
-use super::DestinationError;
 use super::following::tell_placed;
 use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
+use super::{DestinationError, FRAME_TIMEOUTS};
 use crate::codec::Decoder;
 use crate::codec::marks::Marks;
 use crate::page::RamLayout;
-use crate::port::{Link, PageSink};
-use crate::wire::{Channel, Features, FrameType, WireError};
+use crate::port::{Clock, Link, PageSink};
+use crate::wire::{Channel, Features, FrameType, Header, WireError};
 use std::marker::PhantomData;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How often a wait looks whether it is over.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Where the pages of a frame go.
+enum Target<L, S> {
+    /// Into the memory of a guest that does not run.
+    Filling(Arc<S>),
+    /// Nowhere.
+    Sealed,
+    /// Into the memory of a guest that lacks them.
+    Following(Arc<MissingPages<L, S>>),
+}
+
+impl<L, S> Clone for Target<L, S> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Filling(sink) => Self::Filling(Arc::clone(sink)),
+            Self::Sealed => Self::Sealed,
+            Self::Following(missing_pages) => Self::Following(Arc::clone(missing_pages)),
+        }
+    }
+}
 
 /// What the data channels have told.
-#[derive(Debug, Default)]
-struct Told {
+struct Told<L, S> {
     /// The last round that each data channel has ended, the control channel's last.
     rounds: Vec<u32>,
     attached: Vec<bool>,
     failed: Option<(u16, String)>,
     closed: bool,
+    target: Target<L, S>,
+    /// Channels that are in the middle of a frame of pages.
+    writing: usize,
+    /// Counts the frames of all channels, the control channel's included.
+    frames: u64,
 }
 
 /// The meeting point of a migration's data channels.
 pub struct DataChannelSet<L, S> {
-    sink: Arc<S>,
     layout: RamLayout,
     agreed: Features,
     copies: Arc<Marks>,
-    /// In post-copy, once the guest runs.
-    missing_pages: Option<Arc<MissingPages<L, S>>>,
     timeout: Duration,
-    told: Mutex<Told>,
+    clock: Arc<dyn Clock + Send + Sync>,
+    told: Mutex<Told<L, S>>,
     change: Condvar,
     link: PhantomData<fn(L)>,
 }
@@ -45,34 +80,43 @@ pub struct DataChannel<L, S> {
     receiver: PageReceiver,
 }
 
+/// Notices that no channel of a migration has brought anything for too long.
+pub(super) struct Silence {
+    frames: u64,
+    since: Duration,
+}
+
 impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
     pub(super) fn new(
         sink: Arc<S>,
         layout: RamLayout,
         (agreed, copies): (Features, Arc<Marks>),
-        missing_pages: Option<Arc<MissingPages<L, S>>>,
         count: u16,
         timeout: Duration,
+        clock: Arc<dyn Clock + Send + Sync>,
     ) -> Self {
         let told = Told {
             rounds: vec![0; usize::from(count) + 1],
             attached: vec![false; usize::from(count)],
-            ..Told::default()
+            failed: None,
+            closed: false,
+            target: Target::Filling(sink),
+            writing: 0,
+            frames: 0,
         };
         Self {
-            sink,
             layout,
             agreed,
             copies,
-            missing_pages,
             timeout,
+            clock,
             told: Mutex::new(told),
             change: Condvar::new(),
             link: PhantomData,
         }
     }
 
-    fn told(&self) -> std::sync::MutexGuard<'_, Told> {
+    fn told(&self) -> MutexGuard<'_, Told<L, S>> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -108,6 +152,66 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
         })
     }
 
+    /// From now on no data channel writes into the guest. Every channel has ended the last round.
+    ///
+    /// # Errors
+    /// A channel is in the middle of pages that belong to no round.
+    pub(super) fn seal(&self) -> Result<(), DestinationError> {
+        let mut told = self.told();
+        if told.writing > 0 {
+            return Err(DestinationError::PagesAfterState);
+        }
+        told.target = Target::Sealed;
+        Ok(())
+    }
+
+    /// From now on the channels bring what is missing.
+    pub(super) fn follow(&self, missing_pages: &Arc<MissingPages<L, S>>) {
+        self.told().target = Target::Following(Arc::clone(missing_pages));
+    }
+
+    /// Begins a frame of pages; to be ended by [`written`](Self::written) where it writes.
+    fn begin_pages(&self) -> Target<L, S> {
+        let mut told = self.told();
+        if !matches!(told.target, Target::Sealed) {
+            told.writing += 1;
+        }
+        told.target.clone()
+    }
+
+    fn written(&self) {
+        let mut told = self.told();
+        told.writing -= 1;
+        told.frames += 1;
+    }
+
+    /// A frame has come on a channel.
+    pub(super) fn heard(&self) {
+        self.told().frames += 1;
+    }
+
+    /// Begins to watch for silence.
+    pub(super) fn silence(&self) -> Silence {
+        Silence {
+            frames: self.told().frames,
+            since: self.clock.now(),
+        }
+    }
+
+    /// Whether every channel has been silent for too long. One that is in the middle of a frame is not: its link
+    /// notices that by itself.
+    pub(super) fn is_silent(&self, silence: &mut Silence) -> bool {
+        self.silent(&self.told(), silence)
+    }
+
+    fn silent(&self, told: &Told<L, S>, silence: &mut Silence) -> bool {
+        let now = self.clock.now();
+        if told.frames != silence.frames || told.writing > 0 {
+            (silence.frames, silence.since) = (told.frames, now);
+        }
+        now.saturating_sub(silence.since) >= self.timeout
+    }
+
     /// The control channel has ended `round`; waits until every data channel has.
     pub(super) fn end_round(&self, round: u32) -> Result<(), DestinationError> {
         if let Some(ended) = self.told().rounds.last_mut() {
@@ -117,9 +221,10 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
         self.wait(round)
     }
 
-    /// Waits until every data channel and the control channel have ended `round`.
+    /// Waits until every data channel and the control channel have ended `round`, for as long as any channel brings
+    /// something.
     fn wait(&self, round: u32) -> Result<(), DestinationError> {
-        let until = Instant::now() + self.timeout;
+        let mut silence = self.silence();
         let mut told = self.told();
         loop {
             if let Some((index, reason)) = &told.failed {
@@ -132,24 +237,27 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
             if missing == 0 {
                 return Ok(());
             }
-            if told.closed {
-                return Err(DestinationError::DataChannelSilent { round, missing });
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if told.closed || self.silent(&told, &mut silence) {
                 return Err(DestinationError::DataChannelSilent { round, missing });
             }
             told = self
                 .change
-                .wait_timeout(told, left)
+                .wait_timeout(told, TICK)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
     }
 
+    fn is_closed(&self) -> bool {
+        self.told().closed
+    }
+
     /// The migration is over: data channels that fail from now on do not matter.
     pub(super) fn close(&self) {
-        self.told().closed = true;
+        let mut told = self.told();
+        told.closed = true;
+        told.target = Target::Sealed;
+        drop(told);
         self.change.notify_all();
     }
 }
@@ -168,44 +276,12 @@ impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
     }
 
     fn receive(&mut self) -> Result<(), DestinationError> {
-        loop {
+        while self.wait_for_frame()? {
             let header = self.channel.recv_header()?;
             match header.kind {
-                FrameType::Pages | FrameType::Zero => {
-                    let missing_pages = self.set.missing_pages.as_ref().filter(|a| a.begun());
-                    match missing_pages {
-                        Some(missing_pages) => {
-                            self.receiver
-                                .receive_to(&mut self.channel, &header, missing_pages)?;
-                            tell_placed(&mut self.channel, &header)?;
-                        }
-                        None => self.receiver.receive(
-                            &mut self.channel,
-                            &header,
-                            self.set.sink.as_ref(),
-                            &self.set.layout,
-                        )?,
-                    }
-                }
-                FrameType::Alive => {}
-                FrameType::RoundEnd => {
-                    let mut told = self.set.told();
-                    let ended = &mut told.rounds[usize::from(self.index)];
-                    if header.round != *ended + 1 {
-                        return Err(WireError::Unexpected {
-                            kind: header.kind,
-                            round: header.round,
-                            expected: "the end of the next round",
-                        }
-                        .into());
-                    }
-                    *ended = header.round;
-                    drop(told);
-                    self.set.change.notify_all();
-                    // A page of the next round may have been sent in this one on another channel, and be still on its
-                    // way there: it must not be placed over the newer one, and it may be what that one differs from.
-                    self.set.wait(header.round)?;
-                }
+                FrameType::Pages | FrameType::Zero => self.pages(&header)?,
+                FrameType::Alive => self.set.heard(),
+                FrameType::RoundEnd => self.round_end(&header)?,
                 _ => {
                     return Err(self
                         .channel
@@ -214,5 +290,70 @@ impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Waits for a frame while any channel brings something; `false` when the migration is over.
+    fn wait_for_frame(&mut self) -> Result<bool, DestinationError> {
+        let mut silence = self.set.silence();
+        loop {
+            let ready = self.channel.link().wait_readable(TICK);
+            if ready.map_err(WireError::Io)? {
+                let deadline = self.set.timeout * FRAME_TIMEOUTS;
+                self.channel.link().set_deadline(Some(deadline));
+                return Ok(true);
+            }
+            if self.set.is_closed() {
+                return Ok(false);
+            }
+            if self.set.is_silent(&mut silence) {
+                return Err(WireError::Io(std::io::ErrorKind::TimedOut.into()).into());
+            }
+        }
+    }
+
+    fn pages(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let target = self.set.begin_pages();
+        let Self {
+            channel,
+            set,
+            receiver,
+            ..
+        } = self;
+        let placed = match &target {
+            Target::Sealed => {
+                return Err(channel
+                    .refuse(header, "nothing more: the guest is complete")
+                    .into());
+            }
+            Target::Filling(sink) => receiver.receive(channel, header, sink.as_ref(), &set.layout),
+            Target::Following(missing_pages) => receiver
+                .receive_to(channel, header, missing_pages)
+                .and_then(|()| tell_placed(channel, header)),
+        };
+        // Nothing of it is held when the set may be sealed.
+        drop(target);
+        set.written();
+        placed
+    }
+
+    fn round_end(&mut self, header: &Header) -> Result<(), DestinationError> {
+        let mut told = self.set.told();
+        let ended = &mut told.rounds[usize::from(self.index)];
+        if header.round != *ended + 1 {
+            return Err(WireError::Unexpected {
+                kind: header.kind,
+                round: header.round,
+                expected: "the end of the next round",
+            }
+            .into());
+        }
+        *ended = header.round;
+        told.frames += 1;
+        drop(told);
+        self.set.change.notify_all();
+        // A page of the next round may have been sent in this one on another channel, and be still on its way there: it
+        // must not be placed over the newer one, and it may be what that one differs from.
+        self.set.wait(header.round)
     }
 }

@@ -15,6 +15,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         }
         channel.set_end(self.layout.as_ref().map_or(0, RamLayout::end));
         self.channel = channel;
+        self.connected = true;
         self.reattached = true;
         // Only this connection counts from here on: what it brings is one push.
         (self.round, self.pushed, self.data_channels) = (0, false, None);
@@ -32,6 +33,18 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         }
     }
 
+    /// Whether the source has something to say on the connection that a doubt is about: the next
+    /// [`step`](Destination::step) takes it.
+    pub fn has_word(&mut self) -> bool {
+        self.connected && self.channel.link().readable().unwrap_or(true)
+    }
+
+    /// Whether the source may still say something on the present connection.
+    #[must_use]
+    pub const fn is_connected(&self) -> bool {
+        self.connected
+    }
+
     /// An operator's word in place of the source's: runs the guest here. Only right when the
     /// source is certain not to run it.
     ///
@@ -42,6 +55,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         match self.state {
             _ if left > 0 => Err(DestinationError::Lacking(left)),
             State::Ready | State::InDoubt => {
+                self.host.claim().map_err(DestinationError::NotStarted)?;
                 self.host.run().map_err(DestinationError::Start)?;
                 self.enter(State::Running);
                 Ok(())

@@ -54,6 +54,9 @@ pub enum DestinationError {
     /// The state does not fit the machine.
     #[error("the machine's state cannot be restored: {0}")]
     State(PortError),
+    /// Committed, but this host does not want the guest any more. The source was told that it keeps it.
+    #[error("the guest was not started here, and stays with the source: {0}")]
+    NotStarted(PortError),
     /// Committed, but the guest cannot run here.
     #[error("the guest was handed over but cannot be started here: {0}")]
     Start(PortError),
@@ -101,6 +104,11 @@ pub enum DestinationError {
     /// An operator's word that cannot be followed.
     #[error("the guest cannot run on here without the {0} pages that only the source has")]
     Lacking(u64),
+    /// A channel that would write into a complete guest.
+    #[error(
+        "the source was sending pages on a data channel when it sent the machine's state or hashes; the last round ends before them"
+    )]
+    PagesAfterState,
     /// A data channel never came or stands still.
     #[error("round {round} did not end on {missing} of the data channels in time")]
     DataChannelSilent {

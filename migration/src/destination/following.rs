@@ -1,6 +1,6 @@
 //! Post-copy at the destination: pages that follow a guest which runs already.
 
-use super::{Destination, DestinationError, State, Step};
+use super::{Destination, DestinationError, State, Step, TICK};
 use crate::page::PageSet;
 use crate::port::{DestinationVm, Link};
 use crate::wire::{Arrived, Channel, FLAG_TELL, FrameType, Header, WireError, recv_set};
@@ -44,9 +44,9 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// Waits for the next frame of the push, or (`false`) for the last page, which may come on another
     /// channel, or for a fault channel's failure.
     pub(super) fn wait_for_frame(&mut self) -> Result<bool, DestinationError> {
-        const TICK: Duration = Duration::from_millis(100);
         const LAST: Duration = Duration::from_millis(1);
-        let until = self.clock.now() + self.timeouts.transfer;
+        let mut until = self.clock.now() + self.timeouts.transfer;
+        let mut before = u64::MAX;
         loop {
             if self.can_complete() {
                 return Ok(false);
@@ -56,6 +56,10 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
                 return Err(DestinationError::FaultChannel(why));
             }
             let left = self.missing_pages.as_ref().map_or(0, |a| a.left());
+            if left < before {
+                // Pages come on another channel: the source lives.
+                (before, until) = (left, self.clock.now() + self.timeouts.transfer);
+            }
             let wait = if self.pushed && left > 0 { LAST } else { TICK };
             if self
                 .channel

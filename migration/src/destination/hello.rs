@@ -41,6 +41,8 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
 
     /// Whether this host can take it; builds the machine and answers.
     pub(super) fn accept(&mut self, hello: Hello) -> Result<(), DestinationError> {
+        // How long this host takes to build the machine is not the source's affair.
+        self.channel.link().set_deadline(None);
         let most = hello.channels.max(hello.faults);
         if most > Options::MAX_CHANNELS {
             return Err(DestinationError::Channels(most));
@@ -111,9 +113,9 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
                 Arc::clone(&sink),
                 hello.layout.clone(),
                 (agreed, copies),
-                self.missing_pages.clone(),
                 hello.channels,
                 self.timeouts.transfer,
+                Arc::clone(&self.clock),
             );
             self.data_channels = Some(Arc::new(set));
         }

@@ -167,6 +167,14 @@ pub trait DestinationVm<L: Link> {
     /// # Errors
     /// Why it does not fit.
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError>;
+    /// Asked when the source has committed, before [`run`](Self::run): whether the guest may run here. After an error it
+    /// never does: the engine tells the source so and [discards](Self::discard) the machine.
+    ///
+    /// # Errors
+    /// Why not: this VMM was told to stop, for example.
+    fn claim(&mut self) -> Result<(), PortError> {
+        Ok(())
+    }
     /// The source has committed: runs the guest. Returns how long ago its first instruction was.
     ///
     /// # Errors

@@ -170,6 +170,7 @@ impl DestinationVm<SimLink> for SimHost {
                 .violations
                 .push("a damaged state reached the machine".into());
         }
+        world.complete = true;
         Ok(())
     }
 

@@ -61,6 +61,8 @@ pub(super) struct World {
     pub source_runs: bool,
     pub destination_runs: bool,
     pub destination_has: bool,
+    /// The destination has the state: nothing but what is missing is written there any more.
+    pub complete: bool,
     pub committed: bool,
     /// Whether the link carries memory itself, and whether the destination has taken it.
     pub shares: bool,
@@ -140,6 +142,7 @@ impl World {
             source_runs: true,
             destination_runs: false,
             destination_has: false,
+            complete: false,
             committed: false,
             shares: scenario.shares,
             shared: false,
@@ -497,7 +500,10 @@ impl World {
 
     /// The destination puts a page in place.
     pub fn fill(&mut self, gfn: Gfn, version: u64) {
-        if self.shared {
+        if self.complete {
+            let wrong = format!("page {gfn} was written into a complete guest");
+            self.violations.push(wrong);
+        } else if self.shared {
             let wrong = format!("page {gfn} was written into memory that the source's guest has");
             self.violations.push(wrong);
         } else {

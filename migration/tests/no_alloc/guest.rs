@@ -20,7 +20,7 @@ impl Memory {
         Self((0..pages).map(|_| Mutex::new([0; PAGE_SIZE])).collect())
     }
 
-    fn page(&self, gfn: Gfn) -> &Mutex<Page> {
+    pub fn page(&self, gfn: Gfn) -> &Mutex<Page> {
         &self.0[usize::try_from(gfn).unwrap()]
     }
 }

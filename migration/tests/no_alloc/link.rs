@@ -227,9 +227,13 @@ impl Link for MemoryLink {
         self.into.read(buf, self.timeout)
     }
 
-    fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
-        let ring = self.into.ring.lock().unwrap();
-        Ok(ring.held > 0 || ring.closed)
+    fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
+        let empty = |ring: &Ring| ring.held == 0;
+        match self.into.wait_while(Some(timeout), empty) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn set_timeout(&mut self, timeout: Option<Duration>) {

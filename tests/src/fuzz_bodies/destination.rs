@@ -1,6 +1,6 @@
 //! A destination that is told anything at all.
 
-use super::link::{Gate, MemoryLink, NoTime, Seen, channels, mend};
+use super::link::{Gate, MemoryLink, NoTime, RealTime, Seen, channels, mend};
 use ferry_migration::destination::{Destination, FaultChannel, State, Step, Timeouts, greet};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
@@ -11,6 +11,7 @@ use ferry_migration::wire::{
 };
 use std::collections::HashMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -113,7 +114,8 @@ pub fn data_channels(bytes: &[u8], timeout: Duration) -> Option<State> {
         ..Timeouts::default()
     };
     let host = FuzzHost::default();
-    let mut destination = Destination::new(channel, &preamble, host, timeouts, Arc::new(NoTime));
+    let clock = Arc::new(RealTime::new());
+    let mut destination = Destination::new(channel, &preamble, host, timeouts, clock);
     assert_eq!(destination.step().unwrap(), Step::Continue);
     let sink = destination.host().sink.clone().unwrap();
     let [runs, over] = [Arc::<Gate>::default(), Arc::default()];
@@ -177,17 +179,28 @@ struct FuzzSink {
     /// Pages that were written; the others are zero.
     written: Mutex<HashMap<Gfn, [u8; PAGE_SIZE]>>,
     missing: Arc<Mutex<Option<PageSet>>>,
+    /// The guest is complete: only what is missing may come.
+    complete: Arc<AtomicBool>,
     /// Where the guest looks next.
     asked: Mutex<u64>,
 }
 
+impl FuzzSink {
+    fn not_complete(&self) {
+        let complete = self.complete.load(Ordering::SeqCst);
+        assert!(!complete, "a complete guest was written into");
+    }
+}
+
 impl PageSink<MemoryLink> for FuzzSink {
     fn receive(&self, link: &mut MemoryLink, runs: &[Run]) -> io::Result<()> {
+        self.not_complete();
         let mut page = [0; PAGE_SIZE];
         for run in runs {
             assert!(self.layout.contains(*run), "{run:?} is not RAM");
             for gfn in run.first..run.end() {
                 link.recv(&mut page)?;
+                self.not_complete();
                 self.written.lock().unwrap().insert(gfn, page);
             }
         }
@@ -195,6 +208,7 @@ impl PageSink<MemoryLink> for FuzzSink {
     }
 
     fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        self.not_complete();
         assert!(self.layout.contains(run), "{run:?} is not RAM");
         assert_eq!(bytes.len() as u64, run.bytes());
         let pages = bytes.as_chunks::<PAGE_SIZE>().0;
@@ -204,6 +218,7 @@ impl PageSink<MemoryLink> for FuzzSink {
     }
 
     fn zero(&self, run: Run) -> Result<(), PortError> {
+        self.not_complete();
         assert!(self.layout.contains(run), "{run:?} is not RAM");
         let mut written = self.written.lock().unwrap();
         written.retain(|gfn, _| *gfn < run.first || *gfn >= run.end());
@@ -256,6 +271,7 @@ impl PageSink<MemoryLink> for FuzzSink {
 struct FuzzHost {
     restored: bool,
     ran: bool,
+    complete: Arc<AtomicBool>,
     missing: Arc<Mutex<Option<PageSet>>>,
     sink: Option<Arc<FuzzSink>>,
 }
@@ -316,6 +332,7 @@ impl DestinationVm<MemoryLink> for FuzzHost {
             layout: layout.clone(),
             written: Mutex::default(),
             missing: Arc::clone(&self.missing),
+            complete: Arc::clone(&self.complete),
             asked: Mutex::default(),
         });
         self.sink = Some(Arc::clone(&sink));
@@ -341,6 +358,7 @@ impl DestinationVm<MemoryLink> for FuzzHost {
             return Err("the state is empty".into());
         }
         self.restored = true;
+        self.complete.store(true, Ordering::SeqCst);
         Ok(())
     }
 

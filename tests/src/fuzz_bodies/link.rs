@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The largest piece that an engine may ask its link for at once: what it allocates before a byte has arrived.
 const PIECE: usize = 1 << 20;
@@ -78,6 +78,25 @@ impl Clock for NoTime {
     }
 
     fn sleep(&self, _: Duration) {}
+}
+
+/// Time as it passes.
+pub(super) struct RealTime(Instant);
+
+impl RealTime {
+    pub(super) fn new() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock for RealTime {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+
+    fn sleep(&self, duration: Duration) {
+        std::thread::sleep(duration);
+    }
 }
 
 /// Looking at the clock takes time, so that whoever waits for a time does not wait for ever.
