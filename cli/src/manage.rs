@@ -83,6 +83,9 @@ pub struct Recover {
     /// each other's data.
     #[arg(long)]
     take_over: bool,
+    /// With --take-over: insist although the guest's disks were, or may have been, written since its state was saved.
+    #[arg(long, requires = "take_over")]
+    force: bool,
 }
 
 impl Recover {
@@ -90,6 +93,7 @@ impl Recover {
         let request = RecoverRequest {
             uri: self.uri.clone(),
             take_over: self.take_over,
+            force: self.force,
         };
         Client::new(&self.api).recover(&request)?;
         say(if self.take_over {

@@ -3,8 +3,9 @@
 use super::serve::{Place, Signals, bind, serve};
 use ferry_terminal::output::{Failure, say};
 use ferry_vmm::migrate::{Listener, Receiver, Uri};
-use ferry_vmm::vmm::{MachineGuest, Vmm};
+use ferry_vmm::vmm::{Arrivals, Vmm};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::mpsc;
 
 /// Wait for a guest to be migrated here, then be its VMM.
@@ -42,18 +43,17 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     std::thread::Builder::new()
         .name("ferry-arrivals".into())
         .spawn(move || told.iter().for_each(|sentence| say(&sentence)))?;
-    let (books, listening) = (vmm.clone(), uri.clone());
-    let owner = move |arrival| {
+    let owner = Arrivals::new(vmm.clone(), uri.clone(), move |sentence| {
         // The thread lives as long as this does.
-        let _ = tell.send(MachineGuest::book(&books, &listening, arrival));
-    };
+        let _ = tell.send(sentence);
+    });
     say(&format!("waiting on {uri} for a guest"));
     let receiver = Receiver::of(
         listener,
         serial,
         args.place.devices.backends(),
         args.place.dirty,
-        Box::new(owner),
+        Arc::new(owner),
     )?;
     let result = serve(&vmm, server, signals, &args.place.serial, &spool);
     // Kept until here: it answers a source that asks again whether its guest has arrived.

@@ -338,8 +338,8 @@ impl Host {
     /// `ferry recover`.
     pub fn recover(&self, take_over: bool) -> Result<(), String> {
         let request = RecoverRequest {
-            uri: None,
             take_over,
+            ..RecoverRequest::default()
         };
         self.client.recover(&request).map_err(|e| e.to_string())
     }

@@ -511,7 +511,7 @@ fn a_source_does_not_believe_every_lack() {
         });
         let request = RecoverRequest {
             uri: Some(uri),
-            take_over: false,
+            ..RecoverRequest::default()
         };
         let error = source.client().recover(&request).unwrap_err().to_string();
         eprintln!("{name}: {error}");

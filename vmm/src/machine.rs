@@ -34,6 +34,7 @@ mod builder;
 mod control;
 mod description;
 mod devices;
+mod disk_marks;
 mod features;
 mod load;
 mod paused;
@@ -75,6 +76,7 @@ pub struct Machine {
     vcpus: Vec<Arc<Mutex<Vcpu>>>,
     devices: Devices,
     virtio: Arc<VirtioSet>,
+    disk_marks: disk_marks::DiskMarks,
     dirty_log: DirtyLog,
     vm: Arc<Vm>,
     description: MachineDescription,
@@ -241,6 +243,20 @@ impl Machine {
     /// [`DeviceError::Disk`]; some locks may be held still.
     pub fn release_disks(&self) -> Result<(), DeviceError> {
         self.virtio.release_disks()
+    }
+
+    /// Notes the disks as they are, with the state of the paused guest: for [`check_disks`](Self::check_disks).
+    pub fn note_disks(&self) {
+        self.disk_marks.note(self.virtio.disks());
+    }
+
+    /// Whether the guest, whose state is that of the last [`note_disks`](Self::note_disks), fits its disks still: another
+    /// host may have run it on them meanwhile.
+    ///
+    /// # Errors
+    /// They were written, or nothing tells (a block device); a sentence.
+    pub fn check_disks(&self) -> Result<(), String> {
+        self.disk_marks.check()
     }
 
     /// Tells the network where the guest's cards are now, once.

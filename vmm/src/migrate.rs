@@ -6,15 +6,17 @@
 mod arrival;
 mod beside;
 mod disks;
+
 pub(crate) mod guest;
 pub(crate) mod host;
 mod link;
 mod listener;
+mod newcomers;
 mod receive;
 mod uri;
 
 pub(crate) use arrival::Awaited;
-pub use arrival::{Arrival, Doubt, Following, Owner};
+pub use arrival::{Arrival, Following, GuestInDoubt, Owner};
 pub use link::StreamLink;
 pub use listener::{Listener, ReceiveError};
 pub use receive::{ReceiveState, Receiver, SerialFactory};

@@ -7,7 +7,7 @@
 //!    │    │ the source           │    │
 //!    │    │ fell silent          │    │ failed, cancelled
 //!    │    ▼              migrate │    │
-//!    │  Unconfirmed ──▶ Running  ▼    │
+//!    │ArrivalInDoubt ▶ Running  ▼   │
 //!    │    arrived,            Migrating ──completed──▶ Moved      (the VMM ends)
 //!    │    take over              │  │                    ▲
 //!    │                  in doubt │  │ interrupted        │ recover
@@ -20,7 +20,7 @@
 //!
 //! `Moved` and `InDoubt` have no way back by `resume`: there may be a second copy of the guest that
 //! runs. In `Interrupted` there is one: it lacks pages that only this side has. Only an operator who says so (`take_over`) lets a guest in doubt run here; the same holds for
-//! `Unconfirmed`, which is what the destination has of the same doubt.
+//! `ArrivalInDoubt`, which is what the destination has of the same doubt.
 //!
 //! One lock (`Core::inner`) guards the state. It is held while a machine is paused or resumed, which takes microseconds
 //! unless a device blocks; never while a migration runs. A listener's queue is locked inside it, never the other way
@@ -34,7 +34,7 @@ mod recording;
 mod snapshot;
 mod state;
 
-pub use machine::MachineGuest;
+pub use machine::{Arrivals, MachineGuest};
 pub use recording::Recording;
 pub use state::{Ending, Outcome};
 
@@ -71,6 +71,17 @@ pub trait Guest: Send + Sync + 'static {
     /// # Errors
     /// A sentence; the guest then still stands.
     fn resume(&self) -> Result<(), String>;
+
+    /// Whether its processors run, whatever was asked of them.
+    fn is_running(&self) -> bool;
+
+    /// Whether its disks are still those that fit its memory, for a guest that was handed over and not confirmed.
+    ///
+    /// # Errors
+    /// They were written on the other side, or nothing tells; a sentence.
+    fn check_disks(&self) -> Result<(), String> {
+        Ok(())
+    }
 
     /// Ends the guest for good.
     fn stop(&self);
@@ -153,13 +164,13 @@ pub struct Lacks {
 }
 
 /// A guest that is complete here and was never handed over.
-pub trait Unconfirmed: Send + Sync {
+pub trait TakeOver: Send + Sync {
     /// Runs it, on the operator's word that it does not run at the source; it has
     /// [arrived](Vmm::arrived) when this returns.
     ///
     /// # Errors
-    /// A sentence.
-    fn take_over(&self) -> Result<(), String>;
+    /// A sentence. `force` insists where only its disks speak against it.
+    fn take_over(&self, force: bool) -> Result<(), String>;
 }
 
 /// A migration that has not begun.
@@ -248,35 +259,58 @@ impl Vmm {
         })
     }
 
+    /// Whether a guest that arrives is still wanted.
+    ///
+    /// # Errors
+    /// Why not; a sentence.
+    pub fn wants_arrival(&self) -> Result<(), String> {
+        self.core.lock().wants_arrival()
+    }
+
+    /// The source has handed a guest over: it belongs to this VMM from now on, and [arrives](Self::arrived) when it runs.
+    ///
+    /// # Errors
+    /// It is not wanted any more; a sentence.
+    pub fn claim_arrival(&self) -> Result<(), String> {
+        let mut inner = self.core.lock();
+        inner.wants_arrival()?;
+        inner.state = State::Starting;
+        Ok(())
+    }
+
     /// A migration has brought the guest; it runs, or stands still as it did at the source. To be called before the source
     /// can know: whoever hears of it there may ask for anything here.
     pub fn arrived(&self, guest: Arc<dyn Guest>, running: bool) {
         let mut inner = self.core.lock();
         match inner.state {
-            State::Receiving { .. } | State::Unconfirmed { .. } => {
+            State::Receiving { .. } | State::ArrivalInDoubt { .. } | State::Starting => {
+                // Stopped while it was starting here: as if that had come a moment later.
+                let ending = inner.ending.take();
+                if ending.is_some() {
+                    guest.stop();
+                }
                 inner.guest = Some(guest);
-                inner.state = if running {
-                    State::Running
-                } else {
-                    State::Paused
-                };
+                match ending {
+                    Some(ending) => self.core.finish(&mut inner, State::Ended(ending)),
+                    None if running => inner.state = State::Running,
+                    None => inner.state = State::Paused,
+                }
             }
-            // Stopped while it arrived: that is what "stop" meant.
+            // Stopped before the source handed it over, by a receiver that did not ask.
             _ => guest.stop(),
         }
     }
 
     /// A guest is complete here and the source fell silent before it handed it over; `why` is its
     /// sentence.
-    pub fn unconfirmed(&self, why: String, doubt: Arc<dyn Unconfirmed>) {
+    pub fn arrival_in_doubt(&self, why: String, guest: Arc<dyn TakeOver>) {
         let mut inner = self.core.lock();
-        if matches!(
-            inner.state,
-            State::Receiving { .. } | State::Unconfirmed { .. }
-        ) {
-            inner.state = State::Unconfirmed {
+        if inner.wants_arrival().is_ok() {
+            // A request to end was about a guest that would run; this may be its only copy.
+            inner.ending = None;
+            inner.state = State::ArrivalInDoubt {
                 why,
-                doubt,
+                guest,
                 warned: false,
             };
         }
@@ -285,7 +319,7 @@ impl Vmm {
     /// The source has said that it keeps the guest: a doubt is over, and the next may arrive.
     pub fn arrival_failed(&self, listening: String) {
         let mut inner = self.core.lock();
-        if matches!(inner.state, State::Unconfirmed { .. }) {
+        if matches!(inner.state, State::ArrivalInDoubt { .. } | State::Starting) {
             inner.state = State::Receiving { listening };
         }
     }
@@ -301,7 +335,8 @@ impl Vmm {
             }
             // Not this VMM's guest any more, or ended before.
             State::Receiving { .. }
-            | State::Unconfirmed { .. }
+            | State::ArrivalInDoubt { .. }
+            | State::Starting
             | State::Moved { .. }
             | State::InDoubt(_)
             | State::Interrupted(_)
@@ -321,7 +356,7 @@ impl Vmm {
         let mut inner = self.core.lock();
         if let State::InDoubt(Lost { warned, .. })
         | State::Interrupted(Lost { warned, .. })
-        | State::Unconfirmed { warned, .. } = &mut inner.state
+        | State::ArrivalInDoubt { warned, .. } = &mut inner.state
             && !std::mem::replace(warned, true)
         {
             let what = inner.state.explanation();
@@ -345,6 +380,18 @@ impl Vmm {
     }
 }
 
+impl Inner {
+    fn wants_arrival(&self) -> Result<(), String> {
+        match &self.state {
+            State::Receiving { .. } | State::ArrivalInDoubt { .. } | State::Starting => Ok(()),
+            state => Err(format!(
+                "the receiver takes no guest any more: {}",
+                state.explanation()
+            )),
+        }
+    }
+}
+
 impl Core {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Every transition is one assignment: whoever panicked left a valid state.
@@ -362,6 +409,14 @@ impl Core {
     fn stop(&self, inner: &mut Inner, how: &str) -> Result<Option<String>, String> {
         match &inner.state {
             State::Moved { .. } | State::Ended(_) => Ok(None),
+            State::Starting => {
+                inner
+                    .ending
+                    .get_or_insert_with(|| Ending::Stopped(how.to_owned()));
+                Ok(Some(
+                    "the guest was just handed over; it is ended as soon as it runs".into(),
+                ))
+            }
             State::Migrating { to, handle, .. } => {
                 if !handle.cancel() {
                     // What is here may be the only copy of pages that the guest lacks there.
@@ -377,7 +432,7 @@ impl Core {
                 Ok(Some(note))
             }
             State::Receiving { .. }
-            | State::Unconfirmed { .. }
+            | State::ArrivalInDoubt { .. }
             | State::Running
             | State::Paused
             | State::InDoubt(_)
@@ -460,7 +515,9 @@ fn after(inner: &mut Inner, to: &str, report: &Report) -> State {
             {
                 State::Paused
             }
-            None => State::Running,
+            // The engine has resumed it, which may have failed.
+            None if inner.guest.as_ref().is_some_and(|guest| guest.is_running()) => State::Running,
+            None => State::Paused,
         },
     }
 }

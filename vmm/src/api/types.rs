@@ -122,6 +122,8 @@ pub struct RecoverRequest {
     pub uri: Option<String>,
     /// Run the guest here, on the operator's word that it does not run on the other side.
     pub take_over: bool,
+    /// Take over although nothing tells whether the guest's disks were written since its state was saved.
+    pub force: bool,
 }
 
 /// The body of `PUT /v1/record`.

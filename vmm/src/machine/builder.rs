@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::control::{Control, EndWish};
 use super::description::{DescriptionError, FORMAT, MachineDescription};
 use super::devices::{Backends, DeviceError, VirtioSet};
+use super::disk_marks::DiskMarks;
 use super::{Devices, Machine, lock};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
 use crate::memory::{GuestRam, RamError, ShareError, SharedRam};
@@ -314,6 +315,7 @@ impl Builder {
                 acpi_pm,
             },
             virtio,
+            disk_marks: DiskMarks::default(),
             dirty_log: DirtyLog::new(vm.clone()),
             vm,
             description,

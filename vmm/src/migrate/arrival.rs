@@ -9,9 +9,37 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// Hears what arrives, as it happens, on the thread that receives it. It must not wait for anything that the source does:
-/// a source hears that its guest has arrived when this has returned, so that it is booked here before anybody can know.
-pub type Owner = Box<dyn Fn(Arrival) + Send + Sync>;
+/// Who the guest of a receiver is for. Its methods are called on the thread that receives, and must not wait for anything
+/// that the source does: a source is told that its guest has arrived after [`arrival`](Self::arrival) has returned.
+///
+/// A function that takes arrivals is an owner that wants every guest.
+pub trait Owner: Send + Sync {
+    /// Whether a guest is still wanted here; asked before the source is told that all is ready.
+    ///
+    /// # Errors
+    /// Why not; a sentence.
+    fn wants(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// The source has committed, or an operator takes over: from now on the guest belongs here, although it does not run
+    /// yet. After an error it never runs here, and the source is told so.
+    ///
+    /// # Errors
+    /// Why it is not wanted any more; a sentence.
+    fn claim(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// What has happened.
+    fn arrival(&self, arrival: Arrival);
+}
+
+impl<F: Fn(Arrival) + Send + Sync> Owner for F {
+    fn arrival(&self, arrival: Arrival) {
+        self(arrival);
+    }
+}
 
 /// What a receiver tells its owner.
 #[derive(Debug)]
@@ -20,13 +48,13 @@ pub enum Arrival {
     Refused(String),
     /// A migration failed or was cancelled; the source has its guest; waiting for the next. A sentence.
     Failed(String),
-    /// The guest is complete here and does not run: the source has fallen silent before its commit
-    /// was read. `doubt`, or the source's `recover`, ends that.
+    /// The guest is complete here and does not run: the source has fallen silent before its commit was read. The source's
+    /// word, whenever it comes, or an operator's ends that.
     InDoubt {
         /// A sentence.
         why: String,
-        /// For an operator's word.
-        doubt: Doubt,
+        /// For the operator.
+        guest: GuestInDoubt,
     },
     /// The guest is here, and runs if it ran at the source; which does not know yet.
     Arrived {
@@ -43,18 +71,18 @@ pub enum Arrival {
 
 /// A guest that is complete at a receiver and was not handed over.
 #[derive(Clone, Debug)]
-pub struct Doubt(pub(super) Weak<Shared>);
+pub struct GuestInDoubt(pub(super) Weak<Shared>);
 
-impl Doubt {
+impl GuestInDoubt {
     /// As [`Receiver::take_over`](super::Receiver::take_over).
     ///
     /// # Errors
     /// As there.
-    pub fn take_over(&self) -> Result<(), String> {
+    pub fn take_over(&self, force: bool) -> Result<(), String> {
         let receiver = self.0.upgrade();
         receiver
-            .ok_or("nothing is received here any more")?
-            .take_over()
+            .ok_or("this receiver has ended; the guest in doubt is gone with it")?
+            .take_over(force)
     }
 }
 

@@ -149,6 +149,8 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
     fn save(&self) -> Result<Vec<u8>, PortError> {
         let guard = lock(&self.paused);
         let paused = guard.as_ref().ok_or("the machine is not paused")?;
+        // A take-over here is refused if the destination ran the guest on its disks meanwhile.
+        self.machine.note_disks();
         let mut bytes = vec![u8::from(paused.was_running())];
         bytes.extend(paused.save()?.to_bytes()?);
         Ok(bytes)

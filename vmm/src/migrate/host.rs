@@ -11,6 +11,7 @@ use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{BlockSink, DestinationVm, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
 
+use super::arrival::Owner;
 use super::disks::IncomingDisks;
 use super::{StreamLink, engine_layout, lock, page_runs};
 use crate::machine::{Backends, DeviceDescription, Machine, MachineDescription, MachineState};
@@ -191,6 +192,8 @@ pub struct MachineHost {
     memory: Option<SharedRam>,
     run_after: bool,
     started: bool,
+    /// Who the guest is for; `None` where that cannot change its mind.
+    owner: Option<Arc<dyn Owner>>,
 }
 
 impl MachineHost {
@@ -205,6 +208,21 @@ impl MachineHost {
             memory: None,
             run_after: true,
             started: false,
+            owner: None,
+        }
+    }
+
+    /// Asks this owner before it takes the guest.
+    pub(super) fn owned_by(mut self, owner: Arc<dyn Owner>) -> Self {
+        self.owner = Some(owner);
+        self
+    }
+
+    /// Before a take-over: whether the disks are still those of the guest's state.
+    pub(super) fn check_disks(&self, force: bool) -> Result<(), String> {
+        match &self.machine {
+            Some(machine) if !force => machine.check_disks(),
+            _ => Ok(()),
         }
     }
 
@@ -338,6 +356,9 @@ impl DestinationVm<StreamLink> for MachineHost {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
+        if let Some(owner) = &self.owner {
+            owner.wants()?;
+        }
         let machine = self.machine.as_ref().ok_or("there is no machine")?;
         let (&running, state) = state.split_first().ok_or("the state is empty")?;
         let state = MachineState::from_bytes(state)?;
@@ -348,7 +369,15 @@ impl DestinationVm<StreamLink> for MachineHost {
             tracing::info!(?skipped, "an MSR of the source cannot be set here");
         }
         self.run_after = running != 0;
+        machine.note_disks();
         Ok(())
+    }
+
+    fn claim(&mut self) -> Result<(), PortError> {
+        match &self.owner {
+            Some(owner) => Ok(owner.claim()?),
+            None => Ok(()),
+        }
     }
 
     fn run(&mut self) -> Result<Duration, PortError> {

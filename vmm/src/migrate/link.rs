@@ -35,6 +35,7 @@ enum Stream {
 pub struct StreamLink {
     stream: Stream,
     timeout: Option<Duration>,
+    deadline: Option<Instant>,
     cancel: Option<Handle>,
     pipe: Option<SplicePipe>,
     /// Files on their way beside the bytes; over Unix sockets only.
@@ -44,6 +45,7 @@ pub struct StreamLink {
 /// Decides whether a wait goes on.
 pub(super) struct Timeout<'a> {
     timeout: Option<Duration>,
+    deadline: Option<Instant>,
     cancel: Option<&'a Handle>,
     since: Option<Instant>,
 }
@@ -51,6 +53,12 @@ pub(super) struct Timeout<'a> {
 impl Timeout<'_> {
     /// Called after progress (`true`) and after a time slice without (`false`).
     pub(super) fn tick(&mut self, progress: bool) -> io::Result<()> {
+        if self.deadline.is_some_and(|until| Instant::now() >= until) {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the peer has taken longer than this step may take",
+            ));
+        }
         if progress {
             self.since = None;
             return Ok(());
@@ -93,6 +101,7 @@ impl StreamLink {
         Ok(Self {
             stream: Stream::Tcp(stream),
             timeout: None,
+            deadline: None,
             cancel: None,
             pipe: None,
             beside: None,
@@ -110,6 +119,7 @@ impl StreamLink {
         Ok(Self {
             stream: Stream::Unix(stream),
             timeout: None,
+            deadline: None,
             cancel: None,
             pipe: None,
             beside: Some(Beside::default()),
@@ -166,6 +176,7 @@ impl StreamLink {
     const fn timeout(&self, since: Option<Instant>) -> Timeout<'_> {
         Timeout {
             timeout: self.timeout,
+            deadline: self.deadline,
             cancel: self.cancel.as_ref(),
             since,
         }
@@ -214,6 +225,9 @@ impl Link for StreamLink {
                 Ok(n) => {
                     IoSlice::advance_slices(&mut left, n);
                     since = None;
+                    if !left.is_empty() {
+                        self.timeout(None).tick(true)?;
+                    }
                 }
                 Err(error) => since = self.timeout(since).retry(error)?,
             }
@@ -235,6 +249,9 @@ impl Link for StreamLink {
                 Ok(n) => {
                     done += n;
                     since = None;
+                    if done < buf.len() {
+                        self.timeout(None).tick(true)?;
+                    }
                 }
                 Err(error) => since = self.timeout(since).retry(error)?,
             }
@@ -271,6 +288,10 @@ impl Link for StreamLink {
 
     fn set_timeout(&mut self, timeout: Option<Duration>) {
         self.timeout = timeout;
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Duration>) {
+        self.deadline = deadline.map(|deadline| Instant::now() + deadline);
     }
 }
 

@@ -1,7 +1,8 @@
 //! Where migrations come to: a TCP or Unix socket that listens.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::newcomers::Address;
 use super::{StreamLink, Uri};
 
 /// Why nothing can be received.
@@ -25,7 +27,7 @@ pub enum ReceiveError {
         hint: &'static str,
     },
     /// A thread cannot be started.
-    #[error("cannot start a thread for missing_pages migrations: {0}")]
+    #[error("cannot start a thread for migrations: {0}")]
     Thread(io::Error),
 }
 
@@ -95,7 +97,7 @@ impl Listener {
     }
 
     /// Takes connections until it is told to stop.
-    pub(super) fn accept_until(&self, stop: &AtomicBool, take: impl Fn(StreamLink)) {
+    pub(super) fn accept_until(&self, stop: &AtomicBool, take: impl Fn(Incoming)) {
         let tick = Timespec {
             tv_sec: 0,
             tv_nsec: 100_000_000,
@@ -108,14 +110,12 @@ impl Listener {
             if !matches!(ready, Ok(n) if n > 0) {
                 continue;
             }
-            let link = match &self.socket {
-                Socket::Tcp(l) => l.accept().and_then(|(stream, _)| StreamLink::tcp(stream)),
-                Socket::Unix(l, _) => l
-                    .accept()
-                    .and_then(|(stream, _)| StreamLink::accepted(stream)),
+            let incoming = match &self.socket {
+                Socket::Tcp(l) => l.accept().and_then(|(s, from)| Incoming::tcp(s, from)),
+                Socket::Unix(l, _) => l.accept().and_then(|(s, _)| Incoming::unix(s)),
             };
-            match link {
-                Ok(link) => take(link),
+            match incoming {
+                Ok(incoming) => take(incoming),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -123,6 +123,32 @@ impl Listener {
                 }
             }
         }
+    }
+}
+
+/// A connection that was just accepted.
+pub(super) struct Incoming {
+    pub link: StreamLink,
+    pub address: Address,
+    /// A second descriptor of its socket, by which it can be closed.
+    pub socket: OwnedFd,
+}
+
+impl Incoming {
+    fn tcp(stream: TcpStream, from: SocketAddr) -> io::Result<Self> {
+        Ok(Self {
+            socket: stream.try_clone()?.into(),
+            link: StreamLink::tcp(stream)?,
+            address: Some(from.ip()),
+        })
+    }
+
+    fn unix(stream: UnixStream) -> io::Result<Self> {
+        Ok(Self {
+            socket: stream.try_clone()?.into(),
+            link: StreamLink::accepted(stream)?,
+            address: None,
+        })
     }
 }
 

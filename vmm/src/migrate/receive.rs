@@ -7,11 +7,14 @@
 //!                                              └▶ role recover: handed to the engine that has lost its connection
 //! ```
 //!
+//! While a guest is in doubt its engine is *parked* ([`Active::parked`]): the thread that drove it polls its connection, on
+//! which a slow source may still commit; a source that reconnects takes it, and so does an operator, in that order.
+//!
 //! One migration at a time: a second is told that the receiver is busy. After a failure that leaves
 //! the guest with the source, the next may come. After the guest runs here the receiver goes on
 //! answering sources of *that* session that ask whether it does.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,11 +23,12 @@ use ferry_migration::destination::{
     self, DataChannelSet, Destination, DestinationError, MissingPages, State, Step,
 };
 use ferry_migration::options::Tracking;
-use ferry_migration::wire::{Channel, Preamble, Role, SessionId};
+use ferry_migration::wire::{AbortCode, Channel, Preamble, Role, SessionId};
 
-use super::arrival::{Arrival, Doubt, Following, Owner, Sent};
+use super::arrival::{Arrival, Following, GuestInDoubt, Owner, Sent};
 use super::host::{MachineHost, RamSink};
-use super::listener::{Listener, ReceiveError};
+use super::listener::{Incoming, Listener, ReceiveError};
+use super::newcomers::Newcomers;
 use super::{MonotonicClock, StreamLink, Uri};
 use crate::machine::Backends;
 
@@ -34,9 +38,8 @@ pub use super::host::SerialFactory;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long a new migration waits for one that is ending.
 const SETTLING: Duration = Duration::from_secs(2);
-/// Connections that may be open at once: all data channels of a migration, its other channels, and a few
-/// strangers.
-const MAX_CONNECTIONS: usize = 96;
+/// How often a parked engine's connection is polled: far less often than a source waits for an answer.
+const POLL: Duration = Duration::from_millis(50);
 
 /// Where a receiver stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,9 +77,9 @@ pub(super) struct Shared {
     serial: SerialFactory,
     backends: Backends,
     dirty: Tracking,
-    owner: Owner,
+    owner: Arc<dyn Owner>,
     stop: AtomicBool,
-    connections: AtomicUsize,
+    newcomers: Newcomers,
 }
 
 /// Listens for migrations until it is dropped.
@@ -115,7 +118,7 @@ impl Receiver {
             let _ = sender.send(arrival);
         };
         let listener = Listener::bind(uri)?;
-        let mut receiver = Self::of(listener, serial, backends, dirty, Box::new(owner))?;
+        let mut receiver = Self::of(listener, serial, backends, dirty, Arc::new(owner))?;
         receiver.arrivals = Some(Mutex::new(arrivals));
         Ok(receiver)
     }
@@ -129,7 +132,7 @@ impl Receiver {
         serial: SerialFactory,
         backends: Backends,
         dirty: Tracking,
-        owner: Owner,
+        owner: Arc<dyn Owner>,
     ) -> Result<Self, ReceiveError> {
         let uri = listener.local_uri().clone();
         let shared = Arc::new(Shared {
@@ -140,7 +143,7 @@ impl Receiver {
             dirty,
             owner,
             stop: AtomicBool::new(false),
-            connections: AtomicUsize::new(0),
+            newcomers: Newcomers::default(),
         });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -190,13 +193,14 @@ impl Receiver {
             .map(|active| active.session.to_string())
     }
 
-    /// An operator's word that the source does not run the guest and never will: runs it here. The
-    /// machine comes as [`Arrival::Arrived`].
+    /// An operator's word that the source does not run the guest and never will: runs it here. The machine comes as
+    /// [`Arrival::Arrived`]. What the source has said meanwhile counts first. `force` insists where nothing tells whether
+    /// the guest's disks have been written since its state was saved.
     ///
     /// # Errors
-    /// When no guest is in doubt here, or it cannot be started; a sentence.
-    pub fn take_over(&self) -> Result<(), String> {
-        self.shared.take_over()
+    /// No guest is in doubt here, the source keeps it, its disks have been written, or it cannot be started; a sentence.
+    pub fn take_over(&self, force: bool) -> Result<(), String> {
+        self.shared.take_over(force)
     }
 
     /// An operator's word that the source has the guest: throws the copy here away and waits for
@@ -205,7 +209,7 @@ impl Receiver {
     /// # Errors
     /// When no guest is in doubt here.
     pub fn abandon(&self) -> Result<(), String> {
-        let mut engine = self.shared.doubtful()?;
+        let mut engine = self.shared.in_doubt()?;
         engine.abandon();
         *self.shared.active() = None;
         self.shared.changed.notify_all();
@@ -229,7 +233,7 @@ impl Shared {
 
     /// Never under the lock: an owner may ask where this stands, or take a while.
     fn tell(&self, arrival: Arrival) {
-        (self.owner)(arrival);
+        self.owner.arrival(arrival);
     }
 
     fn arrived(&self, engine: &mut Engine) {
@@ -243,28 +247,41 @@ impl Shared {
         }
     }
 
-    /// Takes the engine whose guest is in doubt, waiting for one who has it in hand.
-    fn doubtful(&self) -> Result<Box<Engine>, String> {
+    /// Takes the engine whose guest is in doubt. Waits while another thread has it, or while its source has said something
+    /// that has not been read.
+    fn in_doubt(&self) -> Result<Box<Engine>, String> {
         let mut active = self.active();
         loop {
-            let doubtful = active.as_mut();
-            let Some(doubtful) = doubtful.filter(|a| a.state == ReceiveState::InDoubt) else {
+            let parked = active.as_mut();
+            let Some(parked) = parked.filter(|a| a.state == ReceiveState::InDoubt) else {
                 return Err("no guest is in doubt here".into());
             };
-            if let Some(engine) = doubtful.parked.take() {
-                return Ok(engine);
+            match parked.parked.take() {
+                // The thread that polls it reads that.
+                Some(mut engine) if engine.has_word() => parked.parked = Some(engine),
+                Some(engine) => return Ok(engine),
+                None => {}
             }
             active = self
                 .changed
-                .wait(active)
-                .unwrap_or_else(PoisonError::into_inner);
+                .wait_timeout(active, POLL)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 
-    pub(super) fn take_over(&self) -> Result<(), String> {
-        let mut engine = self.doubtful()?;
-        // Without the lock: whoever else has a word about this guest waits for what comes of this one.
-        let result = engine.take_over().map_err(|e| e.to_string());
+    pub(super) fn take_over(&self, force: bool) -> Result<(), String> {
+        let mut engine = match self.in_doubt() {
+            Ok(engine) => engine,
+            // The source's own word has come meanwhile.
+            Err(_) if self.has_guest() => return Ok(()),
+            Err(why) => return Err(why),
+        };
+        // Without the lock: a source that reconnects waits for the end of this.
+        let result = match engine.host().check_disks(force) {
+            Ok(()) => engine.take_over().map_err(|e| e.to_string()),
+            Err(why) => Err(why),
+        };
         let state = match &result {
             Ok(()) => {
                 self.arrived(&mut engine);
@@ -276,43 +293,52 @@ impl Shared {
         self.changed.notify_all();
         result
     }
+
+    fn has_guest(&self) -> bool {
+        let active = self.active();
+        active
+            .as_ref()
+            .is_some_and(|a| matches!(a.state, ReceiveState::Done | ReceiveState::Following))
+    }
 }
 
-fn spawn(shared: &Arc<Shared>, link: StreamLink) {
-    if shared.connections.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
-        shared.connections.fetch_sub(1, Ordering::SeqCst);
-        tracing::warn!("too many connections; one was closed");
-        return;
-    }
+fn spawn(shared: &Arc<Shared>, incoming: Incoming) {
+    let Incoming {
+        link,
+        address,
+        socket,
+    } = incoming;
+    let id = shared.newcomers.admit(address, socket);
     let worker = Arc::clone(shared);
     let result = std::thread::Builder::new()
         .name("ferry-receive".into())
-        .spawn(move || {
-            connection(&worker, link);
-            worker.connections.fetch_sub(1, Ordering::SeqCst);
-        });
+        .spawn(move || connection(&worker, link, id));
     if let Err(error) = result {
-        shared.connections.fetch_sub(1, Ordering::SeqCst);
+        shared.newcomers.leave(id);
         tracing::warn!(%error, "a connection was closed");
     }
 }
 
-fn connection(shared: &Arc<Shared>, link: StreamLink) {
-    match destination::greet(link, HANDSHAKE) {
+fn connection(shared: &Arc<Shared>, link: StreamLink, id: u64) {
+    let handshake = destination::greet(link, HANDSHAKE);
+    let stays = shared.newcomers.leave(id);
+    match handshake {
         Ok((channel, preamble)) => match preamble.role {
             Role::Control => control(shared, channel, &preamble),
             Role::Data => data(shared, channel, &preamble),
             Role::Recover => recover(shared, channel, &preamble),
             Role::Fault => faults(shared, channel, &preamble),
         },
+        // Closed to make room: that was said then.
+        Err(_) if !stays => {}
         Err(error) => shared.tell(Arrival::Refused(format!(
             "a connection was refused: {error}"
         ))),
     }
 }
 
-fn refuse(mut channel: Channel<StreamLink>, why: &str) {
-    channel.send_abort(why);
+fn refuse(mut channel: Channel<StreamLink>, code: AbortCode, why: &str) {
+    channel.send_abort_as(code, why);
 }
 
 /// A migration's control channel: runs the engine until it ends.
@@ -348,18 +374,19 @@ fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamb
                         .unwrap_or_else(PoisonError::into_inner)
                         .0;
                 }
-                Some(_) => break Some("another migration is missing_pages here"),
+                Some(_) => break Some("another migration is arriving here"),
             }
         }
     };
     if let Some(why) = busy {
-        return refuse(channel, why);
+        return refuse(channel, AbortCode::Busy, why);
     }
     let host = MachineHost::new(
         Arc::clone(&shared.serial),
         shared.backends.clone(),
         shared.dirty,
-    );
+    )
+    .owned_by(Arc::clone(&shared.owner));
     let timeouts = destination::Timeouts::default();
     let clock = Arc::new(MonotonicClock::new());
     let engine = Destination::new(channel, preamble, host, timeouts, clock);
@@ -429,8 +456,8 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
             let why = format!(
                 "the guest is complete here and does not run, for the source fell silent before it handed it over ({why})"
             );
-            let doubt = Doubt(Arc::downgrade(shared));
-            (ReceiveState::InDoubt, Some(Arrival::InDoubt { why, doubt }))
+            let guest = GuestInDoubt(Arc::downgrade(shared));
+            (ReceiveState::InDoubt, Some(Arrival::InDoubt { why, guest }))
         }
         State::Waiting | State::Filling | State::Discarded => {
             // Also after a doubt: the next one waits for this end, and is not refused.
@@ -451,8 +478,45 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
     if let Some(arrival) = arrival {
         shared.tell(arrival);
     }
+    let session = engine.session();
     park(&mut shared.active(), engine, state);
     shared.changed.notify_all();
+    if state == ReceiveState::InDoubt {
+        poll_parked(shared, session);
+    }
+}
+
+/// A source that was only slow commits, or gives up, on the connection that it has: polls the parked engine's connection
+/// until the guest is no longer in doubt or the connection is gone.
+fn poll_parked(shared: &Arc<Shared>, session: SessionId) {
+    loop {
+        std::thread::sleep(POLL);
+        let mut active = shared.active();
+        let parked = active.as_mut();
+        let Some(parked) =
+            parked.filter(|a| a.session == session && a.state == ReceiveState::InDoubt)
+        else {
+            return;
+        };
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        match parked.parked.take() {
+            Some(mut engine) if engine.has_word() => {
+                drop(active);
+                return drive(shared, engine);
+            }
+            Some(engine) => {
+                let connected = engine.is_connected();
+                parked.parked = Some(engine);
+                if !connected {
+                    return;
+                }
+            }
+            // Another thread has it: a source that has reconnected, or an operator.
+            None => {}
+        }
+    }
 }
 
 fn enter(shared: &Shared, state: ReceiveState) {
@@ -474,7 +538,8 @@ fn data(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
     let Some(data_channels) = wait_for(shared, preamble.session, |active| {
         active.data_channels.clone()
     }) else {
-        return refuse(channel, "no migration here has announced this data channel");
+        let why = "no migration here has announced this data channel";
+        return refuse(channel, AbortCode::UnknownSession, why);
     };
     match data_channels.attach(channel, preamble.channel) {
         Ok(data_channel) => data_channel.run(),
@@ -514,10 +579,8 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
     let Some(missing_pages) = wait_for(shared, preamble.session, |active| {
         active.missing_pages.clone()
     }) else {
-        return refuse(
-            channel,
-            "no migration here has announced this fault channel",
-        );
+        let why = "no migration here has announced this fault channel";
+        return refuse(channel, AbortCode::UnknownSession, why);
     };
     let timeouts = destination::Timeouts::default();
     match Engine::fault_channel(&missing_pages, channel, preamble.channel, timeouts) {
@@ -533,35 +596,42 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
 
 /// A source that asks, or tells, what became of a guest.
 fn recover(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
-    let engine = {
-        // The engine may be about to notice that its connection is gone.
-        let until = Instant::now() + HANDSHAKE;
-        let mut active = shared.active();
-        if let Some(a) = active.as_ref().filter(|a| a.session == preamble.session)
-            && a.state == ReceiveState::Following
-            && let Some(missing_pages) = &a.missing_pages
-        {
-            // Whoever opens a new connection has given the old one up.
-            missing_pages.lose("the source has opened another");
-        }
-        loop {
-            match active.as_mut().filter(|a| a.session == preamble.session) {
-                Some(a) if a.parked.is_some() => break a.parked.take(),
-                Some(_) if Instant::now() < until => {}
-                _ => break None,
-            }
-            active = shared
-                .changed
-                .wait_timeout(active, Duration::from_millis(50))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    };
-    match engine {
-        Some(mut engine) => {
+    match parked(shared, preamble.session) {
+        Ok(mut engine) => {
             engine.reattach(channel, preamble);
             drive(shared, engine);
         }
-        None => refuse(channel, "this receiver does not know that migration"),
+        Err((code, why)) => refuse(channel, code, why),
+    }
+}
+
+/// Takes the engine of a migration that has lost its connection, or is about to notice that.
+fn parked(shared: &Shared, session: SessionId) -> Result<Box<Engine>, (AbortCode, &'static str)> {
+    let until = Instant::now() + HANDSHAKE;
+    let mut active = shared.active();
+    if let Some(a) = active.as_ref().filter(|a| a.session == session)
+        && a.state == ReceiveState::Following
+        && let Some(missing_pages) = &a.missing_pages
+    {
+        // The source has dropped the old connection.
+        missing_pages.lose("the source has opened another");
+    }
+    loop {
+        let Some(a) = active.as_mut().filter(|a| a.session == session) else {
+            let why = "this receiver does not know that migration";
+            return Err((AbortCode::UnknownSession, why));
+        };
+        if let Some(engine) = a.parked.take() {
+            return Ok(engine);
+        }
+        if Instant::now() >= until {
+            let why = "that migration is being worked on here; retry in some seconds";
+            return Err((AbortCode::Busy, why));
+        }
+        active = shared
+            .changed
+            .wait_timeout(active, POLL)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0;
     }
 }

@@ -197,7 +197,7 @@ impl Control for Vmm {
 
     fn recover(&self, request: &RecoverRequest) -> Result<(), Refusal> {
         if request.take_over {
-            self.core.take_over()
+            self.core.take_over(request.force)
         } else {
             self.core.ask_again(request)
         }
@@ -250,14 +250,14 @@ fn no_balloon() -> Refusal {
 }
 
 impl Core {
-    fn take_over(&self) -> Result<(), Refusal> {
+    fn take_over(&self, force: bool) -> Result<(), Refusal> {
         let mut inner = self.lock();
         match (&inner.state, &inner.guest) {
-            (State::Unconfirmed { doubt, .. }, _) => {
-                let doubt = Arc::clone(doubt);
+            (State::ArrivalInDoubt { guest, .. }, _) => {
+                let guest = Arc::clone(guest);
                 // The guest arrives before this returns, and that takes the lock.
                 drop(inner);
-                doubt.take_over().map_err(Refusal::Failed)?;
+                guest.take_over(force).map_err(Refusal::Failed)?;
             }
             (State::InDoubt(Lost { to, asking, .. }), _) if asking.is_some() => {
                 return Err(Refusal::Conflict(format!(
@@ -271,6 +271,9 @@ impl Core {
                 )));
             }
             (State::InDoubt(_), Some(guest)) => {
+                if !force {
+                    guest.check_disks().map_err(Refusal::Conflict)?;
+                }
                 guest.resume().map_err(Refusal::Failed)?;
                 inner.state = State::Running;
             }

@@ -1,11 +1,11 @@
 //! A [`Machine`] as a [`SourceVm`].
 
-use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, Unconfirmed, Vmm};
+use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, TakeOver, Vmm};
 use crate::api::types::{
     BalloonRequest, BalloonStatus, GuestInfo, SnapshotReport, SnapshotRequest,
 };
 use crate::machine::{Exit, Machine, RunState};
-use crate::migrate::{Arrival, Doubt, Following, Handle, Uri, migrate, recover};
+use crate::migrate::{Arrival, Following, GuestInDoubt, Handle, Owner, Uri, migrate, recover};
 use crate::record::MachineRecording;
 use crate::snapshot;
 use ferry_migration::options::Options;
@@ -64,8 +64,8 @@ impl MachineGuest {
                 vmm.arrival_failed(listening.to_owned());
                 sentence
             }
-            Arrival::InDoubt { why, doubt } => {
-                vmm.unconfirmed(why.clone(), Arc::new(doubt));
+            Arrival::InDoubt { why, guest } => {
+                vmm.arrival_in_doubt(why.clone(), Arc::new(guest));
                 why
             }
             Arrival::Complete => "all of the guest's memory has arrived".into(),
@@ -143,6 +143,14 @@ impl Guest for MachineGuest {
 
     fn resume(&self) -> Result<(), String> {
         self.machine.resume().map_err(|e| e.to_string())
+    }
+
+    fn is_running(&self) -> bool {
+        self.machine.run_state() == RunState::Running
+    }
+
+    fn check_disks(&self) -> Result<(), String> {
+        self.machine.check_disks()
     }
 
     fn stop(&self) {
@@ -274,8 +282,40 @@ impl MigrationHandle for Handle {
     }
 }
 
-impl Unconfirmed for Doubt {
-    fn take_over(&self) -> Result<(), String> {
-        Doubt::take_over(self)
+impl TakeOver for GuestInDoubt {
+    fn take_over(&self, force: bool) -> Result<(), String> {
+        GuestInDoubt::take_over(self, force)
+    }
+}
+
+/// Books what a [`Receiver`](crate::migrate::Receiver) tells with a VMM, whose state decides whether a guest is wanted.
+pub struct Arrivals<F> {
+    vmm: Vmm,
+    listening: String,
+    say: F,
+}
+
+impl<F: Fn(String) + Send + Sync> Arrivals<F> {
+    /// For a receiver at `listening`; `say` takes a sentence for people about each arrival, and must not block.
+    pub const fn new(vmm: Vmm, listening: String, say: F) -> Self {
+        Self {
+            vmm,
+            listening,
+            say,
+        }
+    }
+}
+
+impl<F: Fn(String) + Send + Sync> Owner for Arrivals<F> {
+    fn wants(&self) -> Result<(), String> {
+        self.vmm.wants_arrival()
+    }
+
+    fn claim(&self) -> Result<(), String> {
+        self.vmm.claim_arrival()
+    }
+
+    fn arrival(&self, arrival: Arrival) {
+        (self.say)(MachineGuest::book(&self.vmm, &self.listening, arrival));
     }
 }

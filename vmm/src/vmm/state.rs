@@ -1,6 +1,6 @@
 //! The states of a [`Vmm`](super::Vmm), and what to say about them.
 
-use super::{MigrationHandle, Unconfirmed};
+use super::{MigrationHandle, TakeOver};
 use crate::api::types::StateName;
 use ferry_migration::report::Phase;
 use std::sync::Arc;
@@ -46,12 +46,14 @@ pub(super) enum State {
         listening: String,
     },
     /// A guest is complete here, and the source fell silent before it handed it over.
-    Unconfirmed {
+    ArrivalInDoubt {
         why: String,
-        doubt: Arc<dyn Unconfirmed>,
+        guest: Arc<dyn TakeOver>,
         /// The user was told that ending would discard it.
         warned: bool,
     },
+    /// The source has committed: the guest belongs here and is about to run.
+    Starting,
     Running,
     Paused,
     Migrating {
@@ -95,12 +97,12 @@ impl Lost {
 impl State {
     pub(super) const fn name(&self) -> StateName {
         match self {
-            Self::Receiving { .. } => StateName::Receiving,
+            Self::Receiving { .. } | Self::Starting => StateName::Receiving,
             Self::Running => StateName::Running,
             Self::Paused => StateName::Paused,
             Self::Migrating { .. } => StateName::Migrating,
             Self::Moved { .. } => StateName::Moved,
-            Self::Unconfirmed { .. } | Self::InDoubt(_) => StateName::InDoubt,
+            Self::ArrivalInDoubt { .. } | Self::InDoubt(_) => StateName::InDoubt,
             Self::Interrupted(_) => StateName::Interrupted,
             Self::Ended(_) => StateName::Ended,
         }
@@ -110,11 +112,12 @@ impl State {
     pub(super) fn explanation(&self) -> String {
         match self {
             Self::Receiving { listening } => format!("waits on {listening} for a guest to arrive"),
-            Self::Unconfirmed { why, .. } => format!(
+            Self::ArrivalInDoubt { why, .. } => format!(
                 "a guest is complete here and was not handed over ({why}); `ferry recover` at the \
                  source does that; if the source surely does not run it, `ferry recover \
                  --take-over` runs it here, and if it does, `ferry stop` discards this copy"
             ),
+            Self::Starting => "the guest was handed over to this VMM and is about to run".into(),
             Self::Running => "the guest runs here".into(),
             Self::Paused => "the guest is paused here; `ferry resume` lets it run".into(),
             Self::Migrating { to, handle, .. } => match handle.progress().phase {

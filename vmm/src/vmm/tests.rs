@@ -22,6 +22,10 @@ enum Step {
 struct Journal {
     calls: Mutex<Vec<&'static str>>,
     progress: Mutex<Progress>,
+    /// The guest's processors stand still.
+    stands: AtomicBool,
+    /// The guest's disks were written on the other side.
+    written: AtomicBool,
 }
 
 impl Journal {
@@ -57,6 +61,15 @@ impl Guest for FakeGuest {
     }
     fn resume(&self) -> Result<(), String> {
         self.journal.note("resume");
+        Ok(())
+    }
+    fn is_running(&self) -> bool {
+        !self.journal.stands.load(Ordering::SeqCst)
+    }
+    fn check_disks(&self) -> Result<(), String> {
+        if self.journal.written.load(Ordering::SeqCst) {
+            return Err("the disk was written; --force insists".into());
+        }
         Ok(())
     }
     fn stop(&self) {
@@ -114,8 +127,8 @@ impl Migration for FakeRecovery {
     }
 }
 
-impl Unconfirmed for Journal {
-    fn take_over(&self) -> Result<(), String> {
+impl TakeOver for Journal {
+    fn take_over(&self, _: bool) -> Result<(), String> {
         self.note("take over");
         Ok(())
     }
@@ -244,7 +257,7 @@ fn pauses_and_resumes_once() {
     is_conflict(rig.vmm.cancel());
     is_conflict(rig.vmm.recover(&RecoverRequest {
         take_over: true,
-        uri: None,
+        ..RecoverRequest::default()
     }));
 }
 
@@ -264,7 +277,7 @@ fn a_migrating_guest_is_left_alone() {
     is_conflict(rig.vmm.resume());
     is_conflict(rig.vmm.recover(&RecoverRequest {
         take_over: true,
-        uri: None,
+        ..RecoverRequest::default()
     }));
     let sentence = is_conflict(rig.vmm.migrate(&request("tcp:elsewhere:1")));
     assert!(
@@ -310,7 +323,7 @@ fn a_moved_guest_never_runs_here_again() {
     is_conflict(rig.vmm.migrate(&request("tcp:there:1")));
     is_conflict(rig.vmm.recover(&RecoverRequest {
         take_over: true,
-        uri: None,
+        ..RecoverRequest::default()
     }));
     rig.vmm.stop().unwrap();
     rig.vmm.guest_ended(Ending::Shutdown);
@@ -341,7 +354,7 @@ fn a_guest_in_doubt_runs_only_on_the_operators_word() {
     rig.vmm
         .recover(&RecoverRequest {
             take_over: true,
-            uri: None,
+            ..RecoverRequest::default()
         })
         .unwrap();
     assert_eq!(
@@ -456,6 +469,7 @@ fn the_destination_can_be_asked_again() {
     let elsewhere = RecoverRequest {
         uri: Some("tcp:moved:2".into()),
         take_over: false,
+        ..RecoverRequest::default()
     };
     rig.vmm.recover(&elsewhere).unwrap();
     assert_eq!(rig.journal.calls(), ["recovery", "recovery"]);
@@ -465,7 +479,7 @@ fn the_destination_can_be_asked_again() {
     );
     is_conflict(rig.vmm.recover(&RecoverRequest {
         take_over: true,
-        uri: None,
+        ..RecoverRequest::default()
     }));
     is_conflict(rig.vmm.resume());
 }
@@ -490,7 +504,7 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
     let journal = Arc::new(Journal::default());
     let doubtful = || {
         let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
-        vmm.unconfirmed("the source fell silent".into(), Arc::clone(&journal) as _);
+        vmm.arrival_in_doubt("the source fell silent".into(), Arc::clone(&journal) as _);
         assert_eq!(vmm.status().state, StateName::InDoubt);
         vmm
     };
@@ -509,7 +523,7 @@ fn a_guest_that_was_not_handed_over_waits_for_a_word() {
     }
     vmm.recover(&RecoverRequest {
         take_over: true,
-        uri: None,
+        ..RecoverRequest::default()
     })
     .unwrap();
     assert_eq!(journal.calls(), ["take over"]);
@@ -574,6 +588,7 @@ fn an_interrupted_guest_is_kept_until_its_pages_are_there() {
         rig.vmm.recover(&RecoverRequest {
             uri: Some(uri.into()),
             take_over,
+            ..RecoverRequest::default()
         })
     };
     // The guest runs over there: no second copy, whoever asks.
@@ -592,4 +607,76 @@ fn an_interrupted_guest_is_kept_until_its_pages_are_there() {
     }
     recover("tcp:b:1", false).unwrap();
     assert_eq!(rig.state(), StateName::Moved);
+}
+
+/// A receiver that was told to stop takes no guest: the source is told before it commits, or that it was not started.
+#[test]
+fn a_stopped_receiver_claims_no_guest() {
+    let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
+    vmm.wants_arrival().unwrap();
+    vmm.stop().unwrap();
+    assert!(vmm.wants_arrival().unwrap_err().contains("was ended"));
+    assert!(vmm.claim_arrival().unwrap_err().contains("was ended"));
+    assert_eq!(vmm.status().state, StateName::Ended);
+}
+
+/// From the commit on the guest is this VMM's: a stop waits until it runs and ends it then, and is not the end of a
+/// receiver without a guest.
+#[test]
+fn a_stop_while_the_guest_starts_is_about_the_guest() {
+    let journal = Arc::new(Journal::default());
+    let guest = || FakeGuest {
+        journal: Arc::clone(&journal),
+        steps: Mutex::new(None),
+    };
+    let starting = || {
+        let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
+        vmm.claim_arrival().unwrap();
+        vmm
+    };
+    let vmm = starting();
+    assert!(vmm.interrupt("on SIGTERM").unwrap().contains("handed over"));
+    assert!(vmm.outcome().is_none());
+    vmm.arrived(Arc::new(guest()), true);
+    assert_eq!(vmm.status().state, StateName::Ended);
+    assert_eq!(journal.calls(), ["stop"]);
+
+    let vmm = starting();
+    vmm.arrived(Arc::new(guest()), true);
+    assert_eq!(vmm.status().state, StateName::Running);
+
+    // It could not be started: it may be the only copy, and is kept.
+    let vmm = starting();
+    vmm.stop().unwrap();
+    vmm.arrival_in_doubt("it did not start".into(), Arc::clone(&journal) as _);
+    assert_eq!(vmm.status().state, StateName::InDoubt);
+}
+
+/// After a migration that failed the machine is asked: a resume may have failed too.
+#[test]
+fn a_guest_that_could_not_be_resumed_is_paused() {
+    let rig = Rig::new();
+    let events = rig.begin();
+    rig.journal.stands.store(true, Ordering::SeqCst);
+    rig.end(&events, Step::End(report::Status::Failed));
+    assert_eq!(rig.state(), StateName::Paused);
+}
+
+#[test]
+fn a_take_over_of_old_memory_over_a_newer_disk_is_refused() {
+    let rig = Rig::migrated(report::Status::InDoubt);
+    rig.journal.written.store(true, Ordering::SeqCst);
+    let mut request = RecoverRequest {
+        take_over: true,
+        ..RecoverRequest::default()
+    };
+    let why = is_conflict(rig.vmm.recover(&request));
+    assert!(why.contains("--force"), "{why}");
+    assert_eq!(
+        (rig.state(), rig.journal.calls()),
+        (StateName::InDoubt, vec![])
+    );
+    request.force = true;
+    rig.vmm.recover(&request).unwrap();
+    assert_eq!(rig.state(), StateName::Running);
 }

@@ -42,7 +42,7 @@ fn moves(uri: &Uri, options: &Options) {
         Arc::new(|| Ok(Box::new(std::io::sink()) as _)),
         Backends::default(),
         Tracking::Auto,
-        Box::new(owner),
+        Arc::new(owner),
     )
     .unwrap();
     let mut heard = |event| {

@@ -30,6 +30,9 @@ impl Guest for Slow {
         self.note("resume");
         Ok(())
     }
+    fn is_running(&self) -> bool {
+        true
+    }
     fn stop(&self) {
         self.note("stop");
     }
