@@ -7,7 +7,7 @@ mod no_alloc {
     pub mod link;
 }
 
-use ferry_migration::destination::{self, Destination, State};
+use ferry_migration::destination::{self, Destination, State, Step};
 use ferry_migration::options::{Compress, OnTimeout, Options};
 use ferry_migration::page::{PAGE_SIZE, RamLayout, Run};
 use ferry_migration::port::{Clock, Link};
@@ -419,4 +419,60 @@ fn pages_on_a_data_channel_are_a_sign_of_life() {
     source.expect(FrameType::Running);
     drop((source.control, source.data));
     assert_eq!(source.peer.join().unwrap(), State::Complete);
+}
+
+/// The destination falls into doubt while its source is only slow: the commit that comes later on the same connection
+/// counts.
+#[test]
+fn a_slow_source_still_commits() {
+    let (ours, theirs) = pair();
+    let (tell, told) = channel();
+    let peer = std::thread::spawn(move || {
+        let (channel, preamble) = destination::greet(theirs, NEVER).unwrap();
+        let host = TestHost::new(Memory::new(16));
+        let timeouts = destination::Timeouts {
+            commit: Duration::from_millis(50),
+            ..DESTINATION_TIMEOUTS
+        };
+        let clock = Arc::new(Real(Instant::now()));
+        let mut engine = Destination::new(channel, &preamble, host, timeouts, clock);
+        engine.run().unwrap_err();
+        assert_eq!(engine.state(), State::InDoubt);
+        assert!(engine.is_connected() && !engine.has_word());
+        tell.send(()).unwrap();
+        while !engine.has_word() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(engine.step().unwrap(), Step::Running);
+        assert_eq!(engine.step().unwrap(), Step::Complete);
+    });
+    let mut control = Channel::new(ours);
+    control.open(Role::Control, 0, SessionId([7; 16])).unwrap();
+    control.set_end(PAGES);
+    let hello = Hello {
+        offered: Features::SUPPORTED.without(Features::SHARED_MEMORY),
+        required: Features::default(),
+        layout: RamLayout::new(vec![Run::new(0, PAGES)]).unwrap(),
+        channels: 0,
+        faults: 0,
+        disks: Vec::new(),
+        policy: "precopy".into(),
+        machine: b"pages".to_vec(),
+    };
+    let expect = |control: &mut Channel<MemoryLink>, kind| {
+        let header = control.recv_header().unwrap();
+        control.recv_payload(&header, &mut Vec::new()).unwrap();
+        assert_eq!(header.kind, kind);
+    };
+    let header = Header::bare(FrameType::Hello, 0);
+    control.send(header, &hello.encode()).unwrap();
+    expect(&mut control, FrameType::HelloAck);
+    let state = Header::bare(FrameType::State, 0);
+    control.send(state, b"state").unwrap();
+    expect(&mut control, FrameType::Ready);
+    told.recv().unwrap();
+    let commit = Header::bare(FrameType::Commit, 0);
+    control.send(commit, &[]).unwrap();
+    expect(&mut control, FrameType::Running);
+    peer.join().unwrap();
 }

@@ -242,7 +242,7 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
             }
             told = self
                 .change
-                .wait_timeout(told, TICK)
+                .wait_timeout(told, TICK.min(self.timeout))
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }

@@ -256,11 +256,10 @@ impl Shared {
             let Some(parked) = parked.filter(|a| a.state == ReceiveState::InDoubt) else {
                 return Err("no guest is in doubt here".into());
             };
-            match parked.parked.take() {
-                // The thread that polls it reads that.
-                Some(mut engine) if engine.has_word() => parked.parked = Some(engine),
-                Some(engine) => return Ok(engine),
-                None => {}
+            // The thread that polls it reads what the source has said.
+            let free = |engine: &mut Box<Engine>| !engine.has_word();
+            if let Some(engine) = parked.parked.take_if(free) {
+                return Ok(engine);
             }
             active = self
                 .changed
@@ -501,20 +500,14 @@ fn poll_parked(shared: &Arc<Shared>, session: SessionId) {
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
-        match parked.parked.take() {
-            Some(mut engine) if engine.has_word() => {
-                drop(active);
-                return drive(shared, engine);
-            }
-            Some(engine) => {
-                let connected = engine.is_connected();
-                parked.parked = Some(engine);
-                if !connected {
-                    return;
-                }
-            }
-            // Another thread has it: a source that has reconnected, or an operator.
-            None => {}
+        if let Some(engine) = parked.parked.take_if(|engine| engine.has_word()) {
+            drop(active);
+            return drive(shared, engine);
+        }
+        // Where there is none another thread has it: a source that has reconnected, or an operator.
+        let lost = parked.parked.as_ref().is_some_and(|e| !e.is_connected());
+        if lost {
+            return;
         }
     }
 }

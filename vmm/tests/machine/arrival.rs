@@ -9,7 +9,7 @@ use ferry_migration::report::{Event, Phase, Status};
 use ferry_vmm::api::Control;
 use ferry_vmm::api::types::StateName;
 use ferry_vmm::machine::{Backends, Machine};
-use ferry_vmm::migrate::{Arrival, Handle, Listener, Receiver, Uri, migrate};
+use ferry_vmm::migrate::{Arrival, Handle, Listener, Owner, ReceiveState, Receiver, Uri, migrate};
 use ferry_vmm::vmm::{MachineGuest, Vmm};
 
 use crate::support::{COUNT, COUNTER, kvm, machine, progresses};
@@ -88,4 +88,70 @@ fn a_source_hears_of_its_guest_when_that_is_booked() {
         ..Options::default()
     };
     moves(&Uri::Unix(dir.path().join("link")), &options);
+}
+
+/// An owner that was told to stop, and says so when it is asked first or last.
+struct Stopped {
+    wants: bool,
+}
+
+const STOPPED: &str = "this receiver was told to stop";
+
+impl Owner for Stopped {
+    fn wants(&self) -> Result<(), String> {
+        if self.wants {
+            Ok(())
+        } else {
+            Err(STOPPED.into())
+        }
+    }
+
+    fn claim(&self) -> Result<(), String> {
+        Err(STOPPED.into())
+    }
+
+    fn arrival(&self, arrival: Arrival) {
+        assert!(!matches!(arrival, Arrival::Arrived { .. }), "{arrival:?}");
+    }
+}
+
+/// A receiver that is stopped in the pause takes no guest: the source is told before its commit, or that its guest was
+/// not started.
+#[test]
+fn a_stopped_receiver_starts_no_guest() {
+    if !kvm() {
+        return;
+    }
+    for wants in [false, true] {
+        let source = Arc::new(machine(Machine::builder(), &COUNT));
+        source.resume().unwrap();
+        progresses(&source, COUNTER);
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let to = listener.local_uri().clone();
+        let receiver = Receiver::of(
+            listener,
+            Arc::new(|| Ok(Box::new(std::io::sink()) as _)),
+            Backends::default(),
+            Tracking::Auto,
+            Arc::new(Stopped { wants }),
+        )
+        .unwrap();
+        let report = migrate(
+            &source,
+            &to,
+            &Options::default(),
+            &Handle::new(),
+            &mut |_| {},
+        );
+        assert_ne!(report.status, Status::Completed, "{report:#?}");
+        let why = report.error.unwrap();
+        assert!(why.contains(STOPPED), "{why}");
+        if !wants {
+            assert_eq!(report.status, Status::Failed);
+            progresses(&source, COUNTER);
+        }
+        while receiver.state() != ReceiveState::Waiting {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
