@@ -1,9 +1,10 @@
-//! `--disk` and `--net`: what is behind a guest's devices on this host.
+//! `--disk`, `--net` and `--memory-backing`: what is behind a guest's devices and memory on this host.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use ferry_vmm::machine::{Backends, DiskOptions, NetOptions};
+use ferry_vmm::memory::{Backing, MemoryOptions};
 
 /// For `ferry run` and `ferry receive` alike.
 #[derive(Debug, clap::Args)]
@@ -16,12 +17,24 @@ pub struct Args {
     /// A network card: an existing tap device, and the card's address if it matters. May be given more than once.
     #[arg(long, value_name = "tap=NAME[,mac=MAC]")]
     net: Vec<Net>,
+    /// What the guest's memory is made of: 2 MiB pages where the host has them (auto, thp), 4k, or the host's pool of 2 MiB
+    /// pages (hugetlb).
+    #[arg(long, value_name = "auto|thp|4k|hugetlb", default_value = "auto")]
+    memory_backing: Backing,
+    /// Take all of the guest's memory from the host before the guest runs.
+    #[arg(long)]
+    memory_prealloc: bool,
 }
 
 impl Args {
     /// As the machine wants them.
     pub fn backends(&self) -> Backends {
+        let memory = MemoryOptions {
+            backing: self.memory_backing,
+            prealloc: self.memory_prealloc,
+        };
         Backends {
+            memory,
             disks: self.disk.iter().map(|disk| disk.0.clone()).collect(),
             nets: self.net.iter().map(|net| net.0.clone()).collect(),
             ..Backends::default()

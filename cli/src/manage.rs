@@ -4,7 +4,7 @@ use ferry_terminal::output::{Failure, put, put_json, say};
 use ferry_terminal::progress::line;
 use ferry_terminal::units::{memory, span};
 use ferry_vmm::api::client::{Action, Client};
-use ferry_vmm::api::types::{RecoverRequest, StateName, Status as StatusBody};
+use ferry_vmm::api::types::{MemoryInfo, RecoverRequest, StateName, Status as StatusBody};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -132,6 +132,9 @@ fn text(status: &StatusBody) -> String {
             memory(guest.memory_bytes),
             guest.cpus
         );
+        if let Some(info) = &guest.memory {
+            text += &pages(info);
+        }
     }
     if let Some(balloon) = &status.balloon {
         text += &super::balloon::text(balloon);
@@ -149,6 +152,24 @@ fn text(status: &StatusBody) -> String {
         clean(&status.version),
         status.pid
     );
+    text
+}
+
+/// What the RAM is made of.
+fn pages(info: &MemoryInfo) -> String {
+    let kind = match info.backing.as_str() {
+        "thp" => "transparent 2 MiB pages",
+        "hugetlb" => "2 MiB pages of the host's pool",
+        _ => "4 KiB pages",
+    };
+    let mut text = format!(
+        "RAM        {kind}: {} of {} in use are in pages of 2 MiB\n",
+        memory(info.huge_bytes),
+        memory(info.resident_bytes)
+    );
+    if let Some(note) = &info.note {
+        text += &format!("           {}\n", clean(note));
+    }
     text
 }
 
@@ -178,6 +199,12 @@ mod tests {
                 name: Some("web\u{1b}".into()),
                 memory_bytes: 512 << 20,
                 cpus: 2,
+                memory: Some(MemoryInfo {
+                    backing: "thp".into(),
+                    resident_bytes: 300 << 20,
+                    huge_bytes: 298 << 20,
+                    note: Some("because".into()),
+                }),
             }),
             uptime_ms: 61_500,
             migration: Some(Progress {
@@ -196,6 +223,7 @@ mod tests {
             text(&status),
             "state      migrating: the guest is being migrated to tcp:b:7000; `ferry cancel` keeps it here\n\
              guest      web?, 512 MiB, 2 CPUs\n\
+             RAM        transparent 2 MiB pages: 298 MiB of 300 MiB in use are in pages of 2 MiB\n           because\n\
              migration  round 3, 12,345 pages pending, 934.2 MB/s, downtime ≈ 12.3 ms\n\
              VMM        ferry 0.1.0, process 42, up 1 min 01 s\n"
         );

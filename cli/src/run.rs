@@ -13,6 +13,7 @@ use ferry_terminal::timeline::Timeline;
 use ferry_terminal::units::{duration, memory, size};
 use ferry_vmm::boot::Kernel;
 use ferry_vmm::machine::{Backends, Machine};
+use ferry_vmm::memory::Backing;
 use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
@@ -79,8 +80,8 @@ pub struct Args {
     /// Where the serial port goes: stdio, file:PATH or null.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: Serial,
-    /// RAM from the host's pool of huge pages.
-    #[arg(long)]
+    /// The old name of --memory-backing hugetlb.
+    #[arg(long, conflicts_with = "memory_backing")]
     hugepages: bool,
     /// How the pages that the guest dirties are found while it is migrated: by KVM's log, by its rings, or auto.
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
@@ -131,17 +132,20 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
     let memory = ram(args)?;
     let spool = args.serial.open()?;
+    let mut backends = Backends {
+        balloon: args.balloon.is_some(),
+        // The built-in guest has no use for random numbers.
+        rng: args.nas.is_none(),
+        ..args.devices.backends()
+    };
+    if args.hugepages {
+        backends.memory.backing = Backing::Hugetlb;
+    }
     let mut builder = Machine::builder()
         .memory(memory)
         .cpus(args.cpus)
-        .hugepages(args.hugepages)
         .dirty(args.dirty)
-        .devices(Backends {
-            balloon: args.balloon.is_some(),
-            // The built-in guest has no use for random numbers.
-            rng: args.nas.is_none(),
-            ..args.devices.backends()
-        })
+        .devices(backends)
         .serial(Box::new(spool.clone()));
     if let Some(name) = &args.name {
         builder = builder.name(name);

@@ -24,7 +24,9 @@ use ferry_migration::report::Status;
 use ferry_migration::wire::{FrameType, Header, encode_runs};
 use ferry_tests::benchmark_host;
 use ferry_vmm::machine::Machine;
-use ferry_vmm::memory::{GuestRam, PAGE_SIZE, PageRun, SplicePipe, Userfault, check_userfault};
+use ferry_vmm::memory::{
+    Backing, GuestRam, PAGE_SIZE, PageRun, SplicePipe, Userfault, check_userfault,
+};
 use ferry_vmm::migrate::{Arrival, Handle, Receiver, Uri, migrate};
 use guest::Guest;
 use measure::{Cost, process_cpu, timed};
@@ -181,11 +183,11 @@ fn collect(table: &Table, machine: &Machine) -> Result<()> {
 
 /// Looking at pages: whether there are any, whether they are zero; and copying them.
 fn read(table: &Table, ram: &GuestRam) -> Result<()> {
-    let zero = GuestRam::new(ram.size(), false)?;
+    let zero = GuestRam::new(ram.size(), Backing::Small)?;
     for run in batches(&zero) {
         zero.populate(run.first, run.count);
     }
-    let absent = GuestRam::new(ram.size(), false)?;
+    let absent = GuestRam::new(ram.size(), Backing::Small)?;
     for (ram, what) in [(&absent, "never written"), (ram, "full"), (&zero, "zero")] {
         let runs = batches(ram);
         table.stage(
@@ -267,7 +269,7 @@ fn feed(ram: &GuestRam, out: &TcpStream, runs: &[Run], framed: bool) -> Result<(
 /// From a socket into guest memory that is new, or that was written before; as whole batches, or as single pages with others
 /// between them.
 fn receive(table: &Table, from: &GuestRam) -> Result<()> {
-    let to = GuestRam::new(from.size(), false)?;
+    let to = GuestRam::new(from.size(), Backing::Small)?;
     let pipe = SplicePipe::new()?;
     let runs = batches(&to);
     let ways: [(&str, bool, bool, bool); 5] = [
@@ -315,7 +317,7 @@ fn pieces(run: Run, single: bool) -> Vec<PageRun> {
 
 /// Pages that were decoded or fetched, into guest memory.
 fn place(table: &Table) -> Result<()> {
-    let ram = Arc::new(GuestRam::new(table.memory, false)?);
+    let ram = Arc::new(GuestRam::new(table.memory, Backing::Small)?);
     let runs = batches(&ram);
     let bytes = vec![0x5a; usize::try_from(BATCH * PAGE_SIZE)?];
     let of = |run: &Run| &bytes[..usize::try_from(run.bytes()).unwrap_or(0)];

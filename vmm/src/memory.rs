@@ -1,7 +1,7 @@
-//! Guest memory: one memfd, mapped shared, laid out around the hole below 4 GiB.
+//! Guest memory: one memory file, mapped shared, laid out around the hole below 4 GiB.
 //!
 //! ```text
-//!  guest-physical              memfd
+//!  guest-physical              memory file
 //!  0          ┌──────────┐ 0
 //!             │ low RAM  │
 //!  ≤ 3 GiB    └──────────┘ ≤ 3 GiB ─┐
@@ -11,12 +11,16 @@
 //!             └──────────┘
 //! ```
 //!
-//! A memfd and not anonymous memory: it can be handed to another process, and `fallocate` gives pages
-//! back to the host. What the VMM itself writes (boot data, device queues) is marked page by page in a
+//! A file and not anonymous memory: it can be handed to another process, and `fallocate` gives pages
+//! back to the host. It is made of 2 MiB pages where the host has them ([`Backing`]). What the VMM itself writes (boot data, device queues) is marked page by page in a
 //! [`DirtyBitmap`], since KVM's dirty log only sees the guest's own writes.
 
+mod available;
+mod backing;
 mod bitmap;
+mod collapse;
 mod error;
+mod huge_mount;
 mod layout;
 mod memfd;
 mod shared;
@@ -26,16 +30,20 @@ mod userfault;
 use std::fs::File;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use vm_memory::bitmap::NewBitmap as _;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+pub(crate) use available::{available_memory, check_available};
+pub use backing::{Backing, MemoryOptions, Resident};
+use backing::{PageKind, Pages};
 pub use bitmap::DirtyBitmap;
 pub use error::{RamError, RangeError};
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
-pub(crate) use memfd::{available_memory, check_available};
 pub use shared::{ClaimError, ShareError, SharedRam};
 pub use transfer::{PageRun, SplicePipe};
 pub use userfault::{
@@ -44,7 +52,7 @@ pub use userfault::{
 
 /// Size of a guest page as the dirty log, the wire and this crate count them, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
-/// Size of a huge page of the pool that `--hugepages` uses, in bytes.
+/// Size of a huge page, in bytes.
 pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// Guest memory as `vm-memory` sees it; writes through it are tracked.
@@ -59,9 +67,16 @@ pub struct GuestRam {
     bases: Vec<NonNull<u8>>,
     bitmaps: Vec<DirtyBitmap>,
     file: Arc<File>,
-    hugepages: bool,
+    pages: Pages,
+    /// All of it was taken from the host when it was made.
+    preallocated: bool,
+    /// Whether a 2 MiB page may be filled where one page comes. Off from the first page that post-copy drops until all
+    /// are in place.
+    fills_huge: AtomicBool,
     /// Another process had it before: it may hold pages that were never touched through this mapping.
     adopted: bool,
+    /// When it was last asked how much of it is there, and the answer: the kernel walks all page tables for it.
+    resident: Mutex<Option<(Instant, Resident)>>,
     tenure: shared::Tenure,
 }
 
@@ -74,26 +89,84 @@ unsafe impl Send for GuestRam {}
 unsafe impl Sync for GuestRam {}
 
 impl GuestRam {
-    /// Creates `bytes` of zeroed RAM. With `hugepages`, it comes from the host's pool of 2 MiB pages
-    /// and is reserved there at once; without, pages are taken from the host as they are touched.
+    /// Creates `bytes` of zeroed RAM. The pool's pages are reserved at once; others are taken from the host as they are
+    /// touched. Where the host has no 2 MiB pages to give, the RAM is made of 4 KiB pages, and
+    /// [`note`](Self::note) says why.
     ///
     /// # Errors
     /// [`RamError`]: a size that cannot be, more than the host has, a pool that is too small, or a
     /// refusal of the kernel.
-    pub fn new(bytes: u64, hugepages: bool) -> Result<Self, RamError> {
-        let layout = RamLayout::new(bytes, hugepages)?;
-        if !hugepages {
-            // A pool's shortage is found by mmap; ordinary memory is overcommitted silently, and the
-            // OOM killer would find it in the middle of a run.
-            check_available(bytes)?;
+    pub fn new(bytes: u64, backing: Backing) -> Result<Self, RamError> {
+        let pool = backing == Backing::Hugetlb;
+        let layout = RamLayout::new(bytes, pool)?;
+        if pool {
+            let pages = Pages::new(PageKind::Hugetlb);
+            return Self::map(layout, Arc::new(memfd::create(bytes, true)?), pages);
         }
-        let file = memfd::create(bytes, hugepages)?;
-        Self::map(layout, Arc::new(file), hugepages)
+        // A pool's shortage is found by mmap; ordinary memory is overcommitted silently, and the
+        // OOM killer would find it in the middle of a run.
+        check_available(bytes)?;
+        let (file, pages) = match backing {
+            Backing::Auto | Backing::Transparent if backing::has_room(bytes) => {
+                backing::transparent_file(bytes)?
+            }
+            _ => (memfd::create(bytes, false)?, Pages::new(PageKind::Small)),
+        };
+        Self::map(layout, Arc::new(file), pages)
+    }
+
+    /// As [`new`](Self::new), and takes all of it from the host at once if that is wished.
+    ///
+    /// # Errors
+    /// As there, and [`RamError::Prealloc`].
+    pub fn with_options(bytes: u64, options: MemoryOptions) -> Result<Self, RamError> {
+        let mut ram = Self::new(bytes, options.backing)?;
+        if options.prealloc {
+            ram.prealloc()?;
+        }
+        Ok(ram)
+    }
+
+    /// The RAM of a guest that had `hugepages` of a pool where it comes from, or had none: what is asked for here counts.
+    /// With [`Backing::Auto`] such a guest gets the pool's pages, or others where the pool has too few.
+    ///
+    /// # Errors
+    /// As for [`with_options`](Self::with_options).
+    pub fn arriving(bytes: u64, hugepages: bool, options: MemoryOptions) -> Result<Self, RamError> {
+        if !hugepages || options.backing != Backing::Auto {
+            return Self::with_options(bytes, options);
+        }
+        let pool = MemoryOptions {
+            backing: Backing::Hugetlb,
+            ..options
+        };
+        match Self::with_options(bytes, pool) {
+            // A kernel without pools says so otherwise.
+            Err(error @ (RamError::PoolTooSmall { .. } | RamError::Memfd { .. })) => {
+                let mut ram = Self::with_options(bytes, options)?;
+                ram.pages.note = Some(format!(
+                    "the guest had pages of a hugetlb pool, and has none here: {error}"
+                ));
+                Ok(ram)
+            }
+            result => result,
+        }
+    }
+
+    fn prealloc(&mut self) -> Result<(), RamError> {
+        let bytes = self.size();
+        for (region, base) in self.layout.regions().iter().zip(&self.bases) {
+            memfd::populate(*base, region.bytes())
+                .map_err(|source| RamError::Prealloc { bytes, source })?;
+        }
+        self.preallocated = true;
+        Ok(())
     }
 
     /// RAM over a file of its size.
-    fn map(layout: RamLayout, file: Arc<File>, hugepages: bool) -> Result<Self, RamError> {
+    fn map(layout: RamLayout, file: Arc<File>, pages: Pages) -> Result<Self, RamError> {
         let bytes = layout.size();
+        let hugepages = pages.kind == PageKind::Hugetlb;
         let mut mapped = Vec::new();
         let mut bases = Vec::new();
         let mut bitmaps = Vec::new();
@@ -113,6 +186,11 @@ impl GuestRam {
                 .map_err(|e| RamError::map(e, bytes, hugepages))?;
             let base = NonNull::new(mapping.as_ptr()).ok_or(RamError::TooBig { bytes })?;
             memfd::exclude_from_core_dumps(base, size);
+            match pages.kind {
+                PageKind::Small => memfd::forbid_transparent_hugepages(base, region.bytes()),
+                PageKind::Transparent => memfd::allow_transparent_hugepages(base, region.bytes()),
+                PageKind::Hugetlb => {}
+            }
             bases.push(base);
             mapped.push(
                 GuestRegionMmap::new(mapping, GuestAddress(region.address()))
@@ -126,8 +204,11 @@ impl GuestRam {
             bases,
             bitmaps,
             file,
-            hugepages,
+            fills_huge: AtomicBool::new(pages.kind == PageKind::Transparent),
+            pages,
+            preallocated: false,
             adopted: false,
+            resident: Mutex::new(None),
             tenure: shared::Tenure::default(),
         })
     }
@@ -141,7 +222,61 @@ impl GuestRam {
     /// Whether the RAM comes from the huge page pool.
     #[must_use]
     pub fn hugepages(&self) -> bool {
-        self.hugepages
+        self.pages.kind == PageKind::Hugetlb
+    }
+
+    /// What the RAM is made of; never [`Backing::Auto`].
+    #[must_use]
+    pub fn backing(&self) -> Backing {
+        self.pages.kind.backing()
+    }
+
+    /// Why it is not made of what it could be, in a sentence.
+    #[must_use]
+    pub fn note(&self) -> Option<&str> {
+        self.pages.note.as_deref()
+    }
+
+    /// Whether a 2 MiB page may be filled where one page comes.
+    #[must_use]
+    pub fn fills_huge(&self) -> bool {
+        self.fills_huge.load(Ordering::Acquire)
+    }
+
+    /// Whether all of it was taken from the host when it was made.
+    #[must_use]
+    pub fn is_preallocated(&self) -> bool {
+        self.preallocated
+    }
+
+    /// How much of it this process has mapped, and how. The answer may be some time old: the more it costs the kernel, the
+    /// more seldom it is asked.
+    #[must_use]
+    pub fn resident(&self) -> Resident {
+        /// The least time between two questions.
+        const OLD: Duration = Duration::from_secs(1);
+        /// At most this part of the time is spent on the answers.
+        const SHARE: u32 = 100;
+        let mut last = self.resident.lock().unwrap_or_else(PoisonError::into_inner);
+        let began = Instant::now();
+        if let Some((until, answer)) = *last
+            && began < until
+        {
+            return answer;
+        }
+        let ranges: Vec<_> = self.layout.regions().iter().zip(&self.bases).collect();
+        let ranges: Vec<_> = ranges
+            .into_iter()
+            .map(|(region, base)| {
+                let start = base.addr().get() as u64;
+                (start, start + region.bytes())
+            })
+            .collect();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+        let answer = Resident::of(&smaps, &ranges);
+        let cost = began.elapsed();
+        *last = Some((Instant::now() + OLD.max(cost * SHARE), answer));
+        answer
     }
 
     /// Whether another process had it before: it may hold pages that were never touched here.
@@ -200,10 +335,25 @@ impl GuestRam {
 
     /// Has the host fill the memory page by page from now on. Best effort: a kernel without transparent huge pages
     /// refuses, and needs no telling.
-    fn forbid_transparent_hugepages(&self) {
+    pub(crate) fn forbid_transparent_hugepages(&self) {
+        // Those of 4 KiB pages never had them.
+        if !self.fills_huge.swap(false, Ordering::AcqRel) {
+            return;
+        }
         for (region, base) in self.layout.regions().iter().zip(&self.bases) {
             memfd::forbid_transparent_hugepages(*base, region.bytes());
         }
+    }
+
+    /// Takes [`forbid_transparent_hugepages`](Self::forbid_transparent_hugepages) back, where 2 MiB pages were wished.
+    fn allow_transparent_hugepages(&self) {
+        if self.pages.kind != PageKind::Transparent {
+            return;
+        }
+        for (region, base) in self.layout.regions().iter().zip(&self.bases) {
+            memfd::allow_transparent_hugepages(*base, region.bytes());
+        }
+        self.fills_huge.store(true, Ordering::Release);
     }
 
     /// Marks pages as dirtied by the VMM: for writes that go past [`memory`](Self::memory), e.g. a
@@ -264,15 +414,31 @@ impl GuestRam {
     /// # Errors
     /// [`RamError::Range`] when any of the pages is not RAM, [`RamError::Punch`] from the kernel.
     pub fn discard(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {
+        let unit = match self.pages.kind {
+            PageKind::Hugetlb => HUGE_PAGE_SIZE,
+            PageKind::Small | PageKind::Transparent => PAGE_SIZE,
+        };
+        self.make_zero(first_gfn, count, unit)
+    }
+
+    /// Makes pages zero, as [`discard`](Self::discard) does, and splits no 2 MiB page for it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn clear(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {
+        let unit = match self.pages.kind {
+            PageKind::Transparent if self.fills_huge() => HUGE_PAGE_SIZE,
+            PageKind::Hugetlb => HUGE_PAGE_SIZE,
+            PageKind::Small | PageKind::Transparent => PAGE_SIZE,
+        };
+        self.make_zero(first_gfn, count, unit)
+    }
+
+    /// Punches out what is whole units of the file, and overwrites the rest.
+    fn make_zero(&self, first_gfn: u64, count: u64, unit: u64) -> Result<(), RamError> {
         let (region, page) = self.layout.find(first_gfn, count)?;
         let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
         let end = start + count * PAGE_SIZE;
-        let unit = if self.hugepages {
-            HUGE_PAGE_SIZE
-        } else {
-            PAGE_SIZE
-        };
-        // Only whole pages of the file's own size can be punched out; the rest is overwritten.
         let inner = start.next_multiple_of(unit)..(end / unit * unit);
         if inner.is_empty() {
             self.overwrite_with_zeros(first_gfn, count)?;
@@ -299,15 +465,22 @@ impl GuestRam {
             return Ok(());
         }
         let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
-        self.punch(first_gfn, count, &(start..start + count * PAGE_SIZE))?;
-        // Of a huge page that it cannot split, the kernel overwrites the part with zeros instead: the guest
-        // would then read zeros and never wait. That would be silent, so it is asked for.
-        match self.next_data(first_gfn) {
-            Some(next) if next >= first_gfn + count => Ok(()),
-            there => Err(RamError::NotAbsent {
-                gfn: there.unwrap_or(first_gfn),
-            }),
+        // Of a 2 MiB page that it cannot split, since a system call uses it just now, the kernel overwrites the part with
+        // zeros instead: the guest would then read zeros and never wait. That would be silent, so it is asked for.
+        const TRIES: u32 = 50;
+        const PAUSE: Duration = Duration::from_millis(1);
+        let mut there = None;
+        for _ in 0..TRIES {
+            self.punch(first_gfn, count, &(start..start + count * PAGE_SIZE))?;
+            match self.next_data(first_gfn) {
+                Some(next) if next >= first_gfn + count => return Ok(()),
+                next => there = next,
+            }
+            std::thread::sleep(PAUSE);
         }
+        Err(RamError::NotAbsent {
+            gfn: there.unwrap_or(first_gfn),
+        })
     }
 
     /// Punches bytes of the file out, for pages that an error names.

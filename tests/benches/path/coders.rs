@@ -9,7 +9,7 @@ use ferry_migration::options::{Compress, Options};
 use ferry_migration::page::{PAGE_SIZE, Run};
 use ferry_migration::port::Clock;
 use ferry_migration::wire::{Features, HEADER_BYTES, Header, Limits, decode_runs};
-use ferry_vmm::memory::GuestRam;
+use ferry_vmm::memory::{Backing, GuestRam};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
@@ -94,7 +94,7 @@ impl<'a> Pair<'a> {
         let pages = from.size() / PAGE_SIZE as u64;
         Ok(Self {
             from,
-            to: GuestRam::new(from.size(), false)?,
+            to: GuestRam::new(from.size(), Backing::Small)?,
             encoder: Coding::new(&options, agreed, pages, end).encoder(),
             decoder: Decoder::new(agreed, Arc::new(Marks::new(end))),
             clock: RealTime(Instant::now()),

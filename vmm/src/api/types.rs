@@ -1,6 +1,7 @@
 //! The JSON of the control socket. Names are an interface: fields are added, never renamed.
 
 use crate::machine::{BalloonAuto, BalloonInfo};
+use crate::memory::GuestRam;
 use crate::vmm::Lacks;
 use ferry_migration::options::{Compress, Options};
 use ferry_migration::report::{Codecs, Progress, Report};
@@ -55,6 +56,36 @@ pub struct GuestInfo {
     pub memory_bytes: u64,
     /// Virtual processors.
     pub cpus: u32,
+    /// What the RAM is made of; `null` when nothing is known of that.
+    #[serde(default)]
+    pub memory: Option<MemoryInfo>,
+}
+
+/// What a guest's RAM is made of on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryInfo {
+    /// `thp` (transparent pages of 2 MiB), `4k` or `hugetlb` (2 MiB pages of the host's pool).
+    pub backing: String,
+    /// Bytes that are there and mapped.
+    pub resident_bytes: u64,
+    /// Of those, in pages of 2 MiB.
+    pub huge_bytes: u64,
+    /// Why it is not made of what it could be, in a sentence.
+    pub note: Option<String>,
+}
+
+impl MemoryInfo {
+    /// What is known of this RAM.
+    #[must_use]
+    pub fn of(ram: &GuestRam) -> Self {
+        let resident = ram.resident();
+        Self {
+            backing: ram.backing().name().into(),
+            resident_bytes: resident.bytes,
+            huge_bytes: resident.huge_bytes,
+            note: ram.note().map(str::to_owned),
+        }
+    }
 }
 
 /// The answer to `GET /v1/status`.

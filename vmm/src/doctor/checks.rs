@@ -2,7 +2,10 @@
 
 use super::{Check, Files, Kind, Need, on_path};
 use crate::kvm::probe::{self, KvmFacts, ProbeError};
-use crate::memory::{UserfaultBy, UserfaultError, check_userfault};
+use crate::memory::{
+    Backing, GuestRam, PAGE_SIZE, RamError, UserfaultBy, UserfaultError, available_memory,
+    check_userfault,
+};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::io;
 
@@ -45,6 +48,7 @@ pub fn all(files: &Files) -> Vec<Check> {
         memfd(),
         userfaultfd(files),
         memory(files),
+        guest_pages(GuestRam::new(PROBE, Backing::Auto)),
         hugepages(files),
         clocksource(files),
     ]);
@@ -224,13 +228,13 @@ fn huge_page_split(files: &Files) -> Check {
             name,
             Need::Useful,
             "guests' huge pages are split by the guests' writes during a migration, if there are any",
-            "nothing need be done without --hugepages; Linux 5.18 and later split them ahead",
+            "nothing need be done without --memory-backing hugetlb; Linux 5.18 and later split them ahead",
         ),
         _ => bad(
             name,
             Need::Useful,
             "guests' huge pages are split by the guests' writes during a migration: eager_page_split is off",
-            "only for --hugepages: load the module kvm with eager_page_split=1",
+            "only for --memory-backing hugetlb: load the module kvm with eager_page_split=1",
         ),
     }
 }
@@ -285,8 +289,42 @@ fn userfaultfd(files: &Files) -> Check {
     }
 }
 
+/// Memory that is made to see of what: a few pages of 2 MiB.
+const PROBE: u64 = 8 << 20;
+
+/// Of what pages guests' memory is made by default: asked of memory, since many settings decide together.
+fn guest_pages(probe: Result<GuestRam, RamError>) -> Check {
+    let name = "guest-pages";
+    let (found, advice) = match probe {
+        Ok(ram) => {
+            ram.populate(0, PROBE / PAGE_SIZE);
+            let resident = ram.resident();
+            let share = resident.huge_bytes * 100 / resident.bytes.max(1);
+            match (ram.backing(), ram.note()) {
+                (Backing::Transparent, _) if share > 0 => {
+                    let found = format!(
+                        "guests get transparent 2 MiB pages ({share} % of {} MiB just now)",
+                        PROBE >> 20
+                    );
+                    return good(name, Need::Useful, found);
+                }
+                (Backing::Transparent, _) => (
+                    "guests ask for transparent 2 MiB pages, and the host had none just now".into(),
+                    "free memory, or `echo 1 | sudo tee /proc/sys/vm/compact_memory`",
+                ),
+                (_, note) => (
+                    note.unwrap_or("guest memory has 4 KiB pages").to_owned(),
+                    "guests are slower and take longer to arrive; see --memory-backing",
+                ),
+            }
+        }
+        Err(error) => (error.to_string(), "see the checks of memory"),
+    };
+    bad(name, Need::Useful, found, advice)
+}
+
 fn memory(files: &Files) -> Check {
-    let free = files.meminfo("MemAvailable") / 1024;
+    let free = available_memory().map_or(files.meminfo("MemAvailable") / 1024, |bytes| bytes >> 20);
     if free >= 256 {
         good("memory", Need::Useful, format!("{free} MiB available"))
     } else {
@@ -306,14 +344,14 @@ fn hugepages(files: &Files) -> Check {
         files.meminfo("Hugepagesize"),
     );
     if free > 0 {
-        let found = format!("{free} free pages of {size} KiB for --hugepages");
+        let found = format!("{free} free pages of {size} KiB for --memory-backing hugetlb");
         good("hugepages", Need::Useful, found)
     } else {
         bad(
             "hugepages",
             Need::Useful,
-            "the pool of huge pages is empty: --hugepages will not work",
-            "nothing need be done without --hugepages; `sudo sysctl vm.nr_hugepages=1024` reserves 2 GiB where pages are 2 MiB",
+            "the pool of huge pages is empty: --memory-backing hugetlb will not work",
+            "nothing need be done without --memory-backing hugetlb; `sudo sysctl vm.nr_hugepages=1024` reserves 2 GiB where pages are 2 MiB",
         )
     }
 }

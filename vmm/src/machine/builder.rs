@@ -74,6 +74,7 @@ pub enum BuildError {
 pub struct Builder {
     memory: u64,
     cpus: u32,
+    /// Whether the guest's RAM came from a pool where it arrives from.
     hugepages: bool,
     name: String,
     serial: Box<dyn Write + Send>,
@@ -118,7 +119,7 @@ impl std::fmt::Debug for Builder {
 }
 
 impl Builder {
-    /// RAM in bytes; a multiple of 4 KiB, of 2 MiB with huge pages. There is no default.
+    /// RAM in bytes; a multiple of 4 KiB, of 2 MiB with [`Backing::Hugetlb`](crate::memory::Backing::Hugetlb). There is no default.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory = bytes;
@@ -129,13 +130,6 @@ impl Builder {
     #[must_use]
     pub fn cpus(mut self, n: u32) -> Self {
         self.cpus = n;
-        self
-    }
-
-    /// RAM from the host's pool of 2 MiB pages; off by default.
-    #[must_use]
-    pub fn hugepages(mut self, on: bool) -> Self {
-        self.hugepages = on;
         self
     }
 
@@ -154,8 +148,8 @@ impl Builder {
         self
     }
 
-    /// The virtio devices, and what is behind them here. For a machine from a description: what is behind the devices
-    /// that it has.
+    /// What is behind the memory, the virtio devices, and what is behind them here. For a machine from a description: what
+    /// is behind the devices that it has.
     #[must_use]
     pub fn devices(mut self, backends: Backends) -> Self {
         self.backends = backends;
@@ -186,7 +180,7 @@ impl Builder {
         self
     }
 
-    /// The same machine as another one, which may be on another host: memory, vCPUs, huge pages, name
+    /// The same machine as another one, which may be on another host: memory, vCPUs, name
     /// and CPU features are taken from its description.
     #[must_use]
     pub fn from_description(mut self, description: &MachineDescription) -> Self {
@@ -236,8 +230,12 @@ impl Builder {
         };
         let ram = Arc::new(match self.shared {
             Some(shared) => GuestRam::adopt(self.memory, self.hugepages, shared)?,
-            None => GuestRam::new(self.memory, self.hugepages)?,
+            None => GuestRam::arriving(self.memory, self.hugepages, self.backends.memory)?,
         });
+        if let Some(note) = ram.note() {
+            tracing::info!(note, "the guest's memory");
+        }
+        let hugepages = ram.hugepages();
         let entries = match self.dirty {
             Tracking::Log => 0,
             Tracking::Ring if !host.has_dirty_rings() => return Err(BuildError::NoDirtyRing),
@@ -285,7 +283,7 @@ impl Builder {
             name: self.name,
             memory: self.memory,
             cpus: self.cpus,
-            hugepages: self.hugepages,
+            hugepages,
             cpuid,
             tsc_khz,
             devices,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::devices::{DeviceDescription, MAX_DEVICES};
 use super::features;
 use crate::kvm::{CpuidEntry, Host, IoctlError, MAX_CPUID_ENTRIES, MAX_CPUS, OpenError};
-use crate::memory::{self, RamError, RamLayout};
+use crate::memory::{RamError, RamLayout};
 
 /// Version of [`MachineDescription`].
 pub(super) const FORMAT: u32 = 2;
@@ -91,9 +91,6 @@ pub enum UnfitHost {
         /// The most there can be here.
         host: u32,
     },
-    /// Too little memory.
-    #[error(transparent)]
-    Memory(RamError),
 }
 
 impl MachineDescription {
@@ -121,7 +118,7 @@ impl MachineDescription {
         Ok(())
     }
 
-    /// Checks that this host can run the machine.
+    /// Checks that this host can run the machine. Whether it has the memory is found when that is made.
     ///
     /// # Errors
     /// [`UnfitHost`], with the names of missing CPU features.
@@ -138,9 +135,6 @@ impl MachineDescription {
         let missing = features::missing(&self.cpuid, &host.guest_cpuid()?);
         if !missing.is_empty() {
             return Err(UnfitHost::Features(missing));
-        }
-        if !self.hugepages {
-            memory::check_available(self.memory).map_err(UnfitHost::Memory)?;
         }
         Ok(())
     }

@@ -30,7 +30,7 @@ pub use place::{MAX_DEVICES, MmioDevice, place};
 
 use super::builder::BuildError;
 use crate::kvm::Vm;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MemoryOptions};
 use crate::tap::Tap;
 use balloon::HostPages;
 use ballooning::Ballooning;
@@ -53,9 +53,11 @@ pub struct NetOptions {
     pub mac: Option<MacAddress>,
 }
 
-/// What is behind the virtio devices on this host.
+/// What is behind the guest's memory and virtio devices on this host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Backends {
+    /// What its memory is made of.
+    pub memory: MemoryOptions,
     /// The disks, in the order in which the guest sees them.
     pub disks: Vec<DiskOptions>,
     /// The network cards, in the order in which the guest sees them.

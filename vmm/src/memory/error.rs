@@ -48,15 +48,17 @@ pub enum RamError {
     },
     /// More than the host has free.
     #[error(
-        "the guest's {} MiB of memory are more than this host has available ({} MiB): ask for less or free memory",
+        "the guest's {} MiB of memory are more than {by} has available ({} MiB): ask for less or free memory",
         bytes >> 20,
         available >> 20
     )]
     NotAvailable {
         /// Size asked for.
         bytes: u64,
-        /// `MemAvailable` of the host, in bytes.
+        /// What there is, in bytes.
         available: u64,
+        /// Who has no more: "this host", or the memory cgroup.
+        by: String,
     },
     /// The huge page pool is too small.
     #[error(
@@ -71,6 +73,16 @@ pub enum RamError {
     /// The memfd could not be made.
     #[error("a memory file of {bytes} bytes could not be created: {source}")]
     Memfd {
+        /// Size asked for.
+        bytes: u64,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// Not all of it could be taken from the host at once.
+    #[error(
+        "the guest's {bytes} bytes of memory could not be taken from the host at once, as --memory-prealloc asks: {source}"
+    )]
+    Prealloc {
         /// Size asked for.
         bytes: u64,
         /// The kernel's reason.
@@ -98,7 +110,7 @@ pub enum RamError {
     },
     /// The kernel kept a page that it was told to drop.
     #[error(
-        "guest page {gfn:#x} could not be dropped, since it is part of a huge page that is in use: write `never` to /sys/kernel/mm/transparent_hugepage/shmem_enabled and migrate again"
+        "guest page {gfn:#x} could not be dropped, since it is part of a huge page that is in use: give --memory-backing 4k to the destination and migrate again"
     )]
     NotAbsent {
         /// The page.

@@ -63,44 +63,43 @@ pub(super) fn exclude_from_core_dumps(base: NonNull<u8>, size: usize) {
 
 /// Keeps the kernel from filling more than one page at a time. Advice only, so a refusal is no error.
 pub(super) fn forbid_transparent_hugepages(base: NonNull<u8>, bytes: u64) {
+    advise(base, bytes, libc::MADV_NOHUGEPAGE);
+}
+
+/// Lets the kernel fill 2 MiB at a time, and look for such a page. Advice only, so a refusal is no error.
+pub(super) fn allow_transparent_hugepages(base: NonNull<u8>, bytes: u64) {
+    advise(base, bytes, libc::MADV_HUGEPAGE);
+}
+
+fn advise(base: NonNull<u8>, bytes: u64, advice: libc::c_int) {
     let size = usize::try_from(bytes).unwrap_or(0);
-    // SAFETY: the caller has mapped `bytes` bytes at `base`; the advice changes no byte of them.
-    unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_NOHUGEPAGE) };
+    // SAFETY: the caller has mapped `bytes` bytes at `base`; neither advice that is given here changes a byte of them.
+    unsafe { libc::madvise(base.as_ptr().cast(), size, advice) };
 }
 
-/// Whether the host has `bytes` of memory to give. A host that does not tell is believed to.
-pub(crate) fn check_available(bytes: u64) -> Result<(), RamError> {
-    match available_memory() {
-        Some(available) if bytes > available => Err(RamError::NotAvailable { bytes, available }),
-        _ => Ok(()),
+/// Takes memory for all pages of a mapping from the host, in pieces that a signal can come between.
+pub(super) fn populate(base: NonNull<u8>, bytes: u64) -> io::Result<()> {
+    const PIECE: usize = 64 << 20;
+    let size = usize::try_from(bytes).map_err(io::Error::other)?;
+    let mut done = 0;
+    while done < size {
+        let piece = PIECE.min(size - done);
+        // SAFETY: the caller has mapped `bytes` bytes at `base`, and `done + piece` is within; populating changes no
+        // contents.
+        let result = unsafe {
+            libc::madvise(
+                base.add(done).as_ptr().cast(),
+                piece,
+                libc::MADV_POPULATE_WRITE,
+            )
+        };
+        match result {
+            0 => done += piece,
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
     }
-}
-
-/// Bytes that the host can give without swapping, where it tells.
-pub(crate) fn available_memory() -> Option<u64> {
-    available(&std::fs::read_to_string("/proc/meminfo").ok()?)
-}
-
-/// `MemAvailable` in bytes; the file has it in KiB.
-fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn meminfo_is_read_and_nonsense_is_not() {
-        assert_eq!(
-            available("MemTotal: 9 kB\nMemAvailable:    3 kB\n"),
-            Some(3072)
-        );
-        assert_eq!(available("MemAvailable: lots"), None);
-        assert_eq!(available(""), None);
-    }
+    Ok(())
 }

@@ -27,8 +27,9 @@ use rustix::fs::{
     fstatfs,
 };
 use rustix::io::Errno;
+use rustix::process::geteuid;
 
-use super::{GuestRam, RamError, RamLayout};
+use super::{GuestRam, PageKind, Pages, RamError, RamLayout, backing};
 
 /// What another process of this host needs in order to map a guest's memory.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ pub enum ShareError {
     },
     /// It could be cut under the guest.
     #[error(
-        "the memory file that was given is not sealed against shrinking: whoever else has it could crash this process"
+        "the memory file that was given is neither sealed against shrinking nor a nameless file of this user: a process that has it could crash this one"
     )]
     Unsealed,
     /// It cannot be written, or not for long.
@@ -151,12 +152,16 @@ impl GuestRam {
     /// [`ShareError`]: it is not what the guest needs, or cannot be mapped.
     pub fn adopt(bytes: u64, hugepages: bool, shared: SharedRam) -> Result<Self, ShareError> {
         let layout = RamLayout::new(bytes, hugepages)?;
-        check(&shared.memory, bytes, hugepages)?;
+        let sealed = check(&shared.memory, bytes, hugepages)?;
         // A word that cannot be said at once must not stop anybody.
         let flags = fcntl_getfl(&shared.word).map_err(|e| ShareError::Examine(e.into()))?;
         fcntl_setfl(&shared.word, flags | OFlags::NONBLOCK)
             .map_err(|e| ShareError::Examine(e.into()))?;
-        let mut ram = Self::map(layout, Arc::new(File::from(shared.memory)), hugepages)?;
+        let pages = Pages::new(match hugepages {
+            true => PageKind::Hugetlb,
+            false => backing::adopted_kind(sealed),
+        });
+        let mut ram = Self::map(layout, Arc::new(File::from(shared.memory)), pages)?;
         ram.adopted = true;
         ram.tenure.lock().words.push(shared.word);
         Ok(ram)
@@ -223,16 +228,23 @@ impl GuestRam {
 const TMPFS: u64 = 0x0102_1994;
 const HUGETLBFS: u64 = 0x9584_58f6;
 
-/// Whether what was given is memory for this guest, and stays so.
-fn check(memory: &OwnedFd, bytes: u64, hugepages: bool) -> Result<(), ShareError> {
+/// Whether what was given is memory for this guest, and stays so. Returns whether seals say the latter.
+///
+/// Files of a tmpfs know no seals. Whoever has such a file writable could cut it; who that is depends on its owner: a
+/// nameless file of this user (or of root) was given to this process by one that could end it anyway.
+fn check(memory: &OwnedFd, bytes: u64, hugepages: bool) -> Result<bool, ShareError> {
     let examine = |e: Errno| ShareError::Examine(e.into());
     // Only files in memory know seals.
     let seals = fcntl_get_seals(memory).map_err(|_| ShareError::Kind)?;
-    let found = fstat(memory).map_err(examine)?.st_size;
+    let file = fstat(memory).map_err(examine)?;
+    let found = file.st_size;
     if u64::try_from(found) != Ok(bytes) {
         return Err(ShareError::Size { bytes, found });
     }
-    if !seals.contains(SealFlags::SHRINK) {
+    let sealed = seals.contains(SealFlags::SHRINK);
+    let ours = file.st_uid == 0 || file.st_uid == geteuid().as_raw();
+    let unsealable = seals == SealFlags::SEAL && file.st_nlink == 0 && !hugepages;
+    if !sealed && !(unsealable && ours) {
         return Err(ShareError::Unsealed);
     }
     let mode = fcntl_getfl(memory).map_err(examine)? & OFlags::ACCMODE;
@@ -248,7 +260,11 @@ fn check(memory: &OwnedFd, bytes: u64, hugepages: bool) -> Result<(), ShareError
         true => kind == (HUGETLBFS, super::HUGE_PAGE_SIZE),
         false => kind.0 == TMPFS,
     };
-    if fits { Ok(()) } else { Err(ShareError::Pages) }
+    if fits {
+        Ok(sealed)
+    } else {
+        Err(ShareError::Pages)
+    }
 }
 
 /// Whether a word was said; does not wait, whatever it is.

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use super::{GuestRam, PAGE_SIZE, RangeError};
+use super::{GuestRam, PAGE_SIZE, PageKind, RangeError};
 
 /// Segments of one vectored system call; Linux takes 1,024 (`IOV_MAX`).
 const SEGMENTS: usize = 640;
@@ -293,8 +293,9 @@ impl GuestRam {
     /// Writes decoded pages to `first_gfn` and those after it; `bytes` are whole pages. Nobody runs this guest yet, so
     /// that nothing is marked as dirty.
     ///
-    /// `fresh` pages hold nothing yet: they are written to the memory file, so that they are neither faulted in one by
-    /// one nor zeroed before they are overwritten (two thirds of the time). Others are overwritten where they are mapped.
+    /// `fresh` pages hold nothing yet: of 4 KiB, they are written to the memory file, so that they are neither faulted in
+    /// one by one nor zeroed before they are overwritten (two thirds of the time). Others are overwritten where they are
+    /// mapped: there one fault brings 2 MiB.
     ///
     /// # Errors
     /// `InvalidInput` when a page is not RAM or `bytes` are no whole pages; the file's own error.
@@ -307,8 +308,7 @@ impl GuestRam {
         }
         let count = bytes.len() as u64 / PAGE_SIZE;
         let (region, page) = self.layout.find(first_gfn, count).map_err(bad_range)?;
-        // A file of huge pages cannot be written to.
-        if fresh && !self.hugepages {
+        if fresh && self.takes_writes() {
             let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
             return self.file.write_all_at(bytes, start);
         }
@@ -317,6 +317,13 @@ impl GuestRam {
         // reference into guest memory; `bytes` lie elsewhere.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into.as_ptr(), bytes.len()) };
         Ok(())
+    }
+
+    /// Whether pages that hold nothing yet are better written to the memory file than where they are mapped. A file of the
+    /// pool cannot be written to at all.
+    #[must_use]
+    pub fn takes_writes(&self) -> bool {
+        self.pages.kind == PageKind::Small
     }
 
     /// Copies a page out.
@@ -350,7 +357,7 @@ impl GuestRam {
     #[must_use]
     pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
         const CHUNK: usize = 512;
-        if self.hugepages && self.adopted {
+        if self.hugepages() && self.adopted {
             return None;
         }
         let mut resident = [0_u8; CHUNK];
@@ -375,7 +382,7 @@ impl GuestRam {
                 .take_while(|state| **state & 1 == 0)
                 .count() as u64;
             let first = at + skip as u64;
-            if self.hugepages {
+            if self.hugepages() {
                 return Some((first, absent));
             }
             let data = self.next_data(first).unwrap_or(first);
@@ -392,7 +399,7 @@ impl GuestRam {
     #[must_use]
     pub fn populated(&self, mut first_gfn: u64, count: u64) -> Option<PageRun> {
         let end = first_gfn.checked_add(count)?;
-        if !self.hugepages {
+        if !self.hugepages() {
             // Where the file cannot tell, all of it may.
             let first = self.next_data(first_gfn).unwrap_or(first_gfn);
             let after = self.seek(first, libc::SEEK_HOLE).unwrap_or(end).min(end);
@@ -490,6 +497,7 @@ fn retry(stalled: &mut impl FnMut(bool) -> io::Result<()>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Backing;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
     use vm_memory::{Bytes, GuestAddress};
@@ -497,8 +505,8 @@ mod tests {
     #[test]
     fn pages_cross_a_socket_and_holes_stay_holes() {
         let (a, b) = (
-            GuestRam::new(4 << 20, false).unwrap(),
-            GuestRam::new(4 << 20, false).unwrap(),
+            GuestRam::new(4 << 20, Backing::Small).unwrap(),
+            GuestRam::new(4 << 20, Backing::Small).unwrap(),
         );
         for gfn in [3_u64, 4, 700] {
             a.memory()
@@ -537,7 +545,7 @@ mod tests {
             assert_eq!(x, y, "page {gfn}");
         }
         // The other way into memory: through a pipe, into the file.
-        let c = GuestRam::new(4 << 20, false).unwrap();
+        let c = GuestRam::new(4 << 20, Backing::Small).unwrap();
         let pipe = SplicePipe::new().unwrap();
         a.write_pages(from.as_fd(), &[], &runs, |_| Ok(())).unwrap();
         c.splice_pages(to.as_fd(), &pipe, &[(3, 2)], |_| Ok(()))
@@ -566,7 +574,7 @@ mod tests {
 
     #[test]
     fn one_byte_anywhere_is_not_zero() {
-        let ram = GuestRam::new(4 << 20, false).unwrap();
+        let ram = GuestRam::new(4 << 20, Backing::Small).unwrap();
         for at in 0..4096 {
             for value in [1_u8, 0x80, 0xff] {
                 ram.memory()
@@ -584,7 +592,7 @@ mod tests {
 
     #[test]
     fn decoded_pages_are_placed_where_they_belong() {
-        let ram = GuestRam::new(4 << 20, false).unwrap();
+        let ram = GuestRam::new(4 << 20, Backing::Small).unwrap();
         let bytes: Vec<u8> = (0..=250).cycle().take(3 * 4096).collect();
         for (first, pages, fresh) in [
             (10, 1, true),

@@ -102,7 +102,7 @@ pub struct Userfault {
 impl Userfault {
     /// From now on, whoever touches a page that is absent waits for it.
     ///
-    /// Transparent huge pages are switched off for the RAM, for good: they would fill 2 MiB where one page came.
+    /// Transparent huge pages are switched off for the RAM until this is dropped: they would fill 2 MiB where one page came.
     ///
     /// # Errors
     /// [`UserfaultError`]; then nothing is changed.
@@ -308,6 +308,8 @@ impl Drop for Userfault {
                 let _ = sys::unregister(&self.fd, start, len);
             }
         }
+        self.ram.allow_transparent_hugepages();
+        self.ram.collapse_in_background();
     }
 }
 

@@ -135,6 +135,7 @@ impl Receiver {
         owner: Arc<dyn Owner>,
     ) -> Result<Self, ReceiveError> {
         let uri = listener.local_uri().clone();
+        backends.memory.prepare();
         let shared = Arc::new(Shared {
             active: Mutex::new(None),
             changed: Condvar::new(),

@@ -2,7 +2,7 @@
 
 use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, TakeOver, Vmm};
 use crate::api::types::{
-    BalloonRequest, BalloonStatus, GuestInfo, SnapshotReport, SnapshotRequest,
+    BalloonRequest, BalloonStatus, GuestInfo, MemoryInfo, SnapshotReport, SnapshotRequest,
 };
 use crate::machine::{Exit, Machine, RunState};
 use crate::migrate::{Arrival, Following, GuestInDoubt, Handle, Owner, Uri, migrate, recover};
@@ -123,6 +123,7 @@ impl Guest for MachineGuest {
             name: Some(d.name.clone()),
             memory_bytes: d.memory,
             cpus: d.cpus,
+            memory: Some(MemoryInfo::of(self.machine.ram())),
         }
     }
 

@@ -52,6 +52,7 @@ impl Guest for FakeGuest {
         GuestInfo {
             name: None,
             memory_bytes: 4096,
+            memory: None,
             cpus: 1,
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_vmm::machine::{Machine, PauseError};
-use ferry_vmm::memory::{Fault, GuestRam, Userfault, UserfaultError, Waited};
+use ferry_vmm::memory::{Backing, Fault, GuestRam, Userfault, UserfaultError, Waited};
 
 use crate::support::{COUNT, COUNTER, MIB, eventually, kvm, machine, progresses, read};
 
@@ -165,7 +165,7 @@ fn a_machine_ends_while_a_page_is_missing() {
 #[test]
 fn huge_pages_are_refused() {
     // As small as a huge page can be; most hosts have no pool.
-    match GuestRam::new(2 * MIB, true) {
+    match GuestRam::new(2 * MIB, Backing::Hugetlb) {
         Ok(ram) => {
             let error = Userfault::register(Arc::new(ram)).unwrap_err();
             assert!(matches!(error, UserfaultError::Hugepages), "{error}");

@@ -46,6 +46,7 @@ impl Control for Fake {
             guest: Some(GuestInfo {
                 name: Some("fake".into()),
                 memory_bytes: 1 << 20,
+                memory: None,
                 cpus: 1,
             }),
             uptime_ms: 1,

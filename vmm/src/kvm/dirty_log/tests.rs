@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::boot::{Entry, Gdt};
 use crate::kvm::{Host, Vcpu, VmExit};
-use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::memory::{Backing, GuestRam, PAGE_SIZE};
 use ferry_devices::bus::Bus;
 
 const PAGES: u64 = 512;
@@ -22,7 +22,7 @@ fn vm(flags: u32, ring: u32) -> Option<(Arc<Vm>, Vcpu)> {
         }
     };
     host.hide_dirty_log_flags(!flags);
-    let ram = Arc::new(GuestRam::new(PAGES * PAGE_SIZE, false).unwrap());
+    let ram = Arc::new(GuestRam::new(PAGES * PAGE_SIZE, Backing::Small).unwrap());
     ram.memory()
         .write_slice(&CODE, GuestAddress(0x1000))
         .unwrap();

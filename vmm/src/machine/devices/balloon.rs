@@ -123,11 +123,12 @@ impl FreePages for HostPages {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Backing;
     use vm_memory::{Bytes, GuestAddress};
 
     #[test]
     fn pages_that_were_given_back_are_known_to_be_empty() {
-        let ram = Arc::new(GuestRam::new(1 << 20, false).unwrap());
+        let ram = Arc::new(GuestRam::new(1 << 20, Backing::Small).unwrap());
         let pages = HostPages::new(Arc::clone(&ram));
         ram.memory()
             .write_slice(&[7; 1 << 20], GuestAddress(0))

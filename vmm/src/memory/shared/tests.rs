@@ -1,4 +1,5 @@
 use super::*;
+use crate::memory::Backing;
 use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 use std::os::unix::fs::MetadataExt;
 use vm_memory::{Bytes, GuestAddress};
@@ -6,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 const BYTES: u64 = 4 << 20;
 
 fn pair() -> (GuestRam, GuestRam) {
-    let a = GuestRam::new(BYTES, false).unwrap();
+    let a = GuestRam::new(BYTES, Backing::Small).unwrap();
     let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
     (a, b)
 }
@@ -17,7 +18,7 @@ fn runs(ram: &GuestRam) -> Result<bool, ClaimError> {
 
 #[test]
 fn both_sides_see_the_same_memory() {
-    let a = GuestRam::new(BYTES, false).unwrap();
+    let a = GuestRam::new(BYTES, Backing::Small).unwrap();
     let at = GuestAddress(0x3000);
     a.memory().write_obj(1_u64, at).unwrap();
     let blocks = || a.file().metadata().unwrap().blocks();
@@ -32,6 +33,46 @@ fn both_sides_see_the_same_memory() {
     assert_eq!(b.memory().read_obj::<u64>(at).unwrap(), 2);
 }
 
+/// As `ferry run` makes it: of 2 MiB pages, which no seal protects.
+#[test]
+fn memory_of_2_mib_pages_is_shared_and_stays_so() {
+    let a = GuestRam::new(BYTES, Backing::Auto).unwrap();
+    let at = GuestAddress(0x3000);
+    a.memory().write_obj(1_u64, at).unwrap();
+    let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
+    assert_eq!(b.backing(), a.backing());
+    assert_eq!(b.memory().read_obj::<u64>(at).unwrap(), 1);
+    assert!(runs(&a).unwrap());
+    assert!(matches!(runs(&b), Err(ClaimError::Held)));
+    drop(a);
+    assert!(matches!(runs(&b), Err(ClaimError::Stale)));
+}
+
+/// Of a user who is neither root nor this one: it could be cut at any time.
+#[test]
+fn an_unsealed_file_of_another_user_is_refused() {
+    let file = match super::super::huge_mount::file(BYTES) {
+        Ok(file) => file,
+        Err(error) => return eprintln!("NOT RUN: an_unsealed_file_of_another_user: {error}"),
+    };
+    let shared = |file: &File| SharedRam {
+        memory: OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+            .unwrap()
+            .into(),
+        word: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+    };
+    GuestRam::adopt(BYTES, false, shared(&file)).unwrap();
+    let another = geteuid().as_raw() + 4711;
+    if let Err(error) = std::os::unix::fs::fchown(&file, Some(another), None) {
+        return eprintln!("NOT RUN: an_unsealed_file_of_another_user: {error}");
+    }
+    let error = GuestRam::adopt(BYTES, false, shared(&file)).unwrap_err();
+    assert!(matches!(error, ShareError::Unsealed), "{error}");
+}
+
 #[test]
 fn one_side_at_a_time_runs_the_guest() {
     let (a, b) = pair();
@@ -43,7 +84,7 @@ fn one_side_at_a_time_runs_the_guest() {
 /// The way of a hand-over that works: the source gives it up, the destination takes it, and the source has nothing left.
 #[test]
 fn after_a_commit_the_destination_runs_the_guest_and_the_source_never_again() {
-    let a = GuestRam::new(BYTES, false).unwrap();
+    let a = GuestRam::new(BYTES, Backing::Small).unwrap();
     runs(&a).unwrap();
     let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
     a.give_up().unwrap();
@@ -58,7 +99,7 @@ fn after_a_commit_the_destination_runs_the_guest_and_the_source_never_again() {
 /// Committed, and the destination died before it ran: the source may.
 #[test]
 fn a_commit_that_nobody_read_can_be_taken_back() {
-    let a = GuestRam::new(BYTES, false).unwrap();
+    let a = GuestRam::new(BYTES, Backing::Small).unwrap();
     runs(&a).unwrap();
     let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
     a.give_up().unwrap();
@@ -69,7 +110,7 @@ fn a_commit_that_nobody_read_can_be_taken_back() {
 /// The source resumed its guest and died later: what the destination kept of it is older than the memory.
 #[test]
 fn a_source_that_went_on_leaves_nothing_to_run() {
-    let a = GuestRam::new(BYTES, false).unwrap();
+    let a = GuestRam::new(BYTES, Backing::Small).unwrap();
     runs(&a).unwrap();
     let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
     runs(&a).unwrap();
@@ -81,7 +122,7 @@ fn a_source_that_went_on_leaves_nothing_to_run() {
 /// The source died in the pause: the kernel has freed its lock, and the memory is as it was.
 #[test]
 fn a_source_that_died_in_the_pause_leaves_all() {
-    let a = GuestRam::new(BYTES, false).unwrap();
+    let a = GuestRam::new(BYTES, Backing::Small).unwrap();
     runs(&a).unwrap();
     let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
     drop(a);
@@ -91,7 +132,7 @@ fn a_source_that_died_in_the_pause_leaves_all() {
 /// Sharing once more takes the memory back from whoever was given it before.
 #[test]
 fn the_last_who_was_given_it_counts() {
-    let a = GuestRam::new(BYTES, false).unwrap();
+    let a = GuestRam::new(BYTES, Backing::Small).unwrap();
     let give = || GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
     let (b, c) = (give(), give());
     assert!(matches!(runs(&b), Err(ClaimError::Stale)));

@@ -7,13 +7,14 @@ use std::thread::{Scope, ScopedJoinHandle};
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
+use crate::memory::{Backing, PageKind, Pages};
 
 const MIB: u64 = 1 << 20;
 const LONG: Duration = Duration::from_secs(60);
 
 /// Empty RAM whose faults are ours, where this user may have that; says loudly if not.
 fn registered(bytes: u64) -> Option<Userfault> {
-    register(Arc::new(GuestRam::new(bytes, false).unwrap()))
+    register(Arc::new(GuestRam::new(bytes, Backing::Small).unwrap()))
 }
 
 fn register(ram: Arc<GuestRam>) -> Option<Userfault> {
@@ -226,7 +227,7 @@ fn a_system_call_waits_for_its_pages() {
 
 #[test]
 fn dropped_pages_fault_again() {
-    let ram = Arc::new(GuestRam::new(2 * MIB, false).unwrap());
+    let ram = Arc::new(GuestRam::new(2 * MIB, Backing::Small).unwrap());
     for gfn in 40..60 {
         ram.memory()
             .write_slice(&page(1), GuestAddress(gfn * 4096))
@@ -462,7 +463,7 @@ fn ram_on_a_small_host(at: &std::path::Path, bytes: u64, limit: u64) -> io::Resu
     file.set_len(bytes)?;
     let layout = super::super::RamLayout::new(bytes, false).unwrap();
     Ok(Arc::new(
-        GuestRam::map(layout, Arc::new(file), false).unwrap(),
+        GuestRam::map(layout, Arc::new(file), Pages::new(PageKind::Small)).unwrap(),
     ))
 }
 
@@ -551,4 +552,45 @@ fn what_it_costs() {
         trips[trips.len() / 2],
         trips[trips.len() * 99 / 100],
     );
+}
+
+/// Memory of 2 MiB pages, of which some pages are dropped: these alone fault, and the end allows 2 MiB pages again.
+#[test]
+fn pages_of_a_2_mib_page_fault_alone() {
+    let ram = Arc::new(GuestRam::new(4 * MIB, Backing::Auto).unwrap());
+    if ram.backing() != Backing::Transparent {
+        eprintln!(
+            "NOT RUN: pages_of_a_2_mib_page_fault_alone: {:?}",
+            ram.note()
+        );
+        return;
+    }
+    for gfn in 0..1024 {
+        ram.memory()
+            .write_slice(&page(gfn), GuestAddress(gfn * PAGE_SIZE))
+            .unwrap();
+    }
+    let missing = [5, 6, 511, 512];
+    for gfn in missing {
+        ram.drop_pages(gfn, 1).unwrap();
+    }
+    let Some(userfault) = register(Arc::clone(&ram)) else {
+        return;
+    };
+    assert!(!ram.fills_huge());
+    std::thread::scope(|s| {
+        for gfn in missing {
+            let touch = reader(s, &ram, gfn);
+            assert_eq!(fault(&userfault).gfn, gfn);
+            let placed = userfault.place(gfn, 1, &page(gfn)).unwrap();
+            assert_eq!(placed.placed, 1);
+            assert_eq!(touch.join().unwrap().0, first_word(gfn));
+        }
+    });
+    drop(userfault);
+    assert!(ram.fills_huge());
+    // The thread that puts them together works meanwhile: it changes nothing.
+    for gfn in 0..1024 {
+        assert_eq!(read(&ram, gfn), first_word(gfn));
+    }
 }

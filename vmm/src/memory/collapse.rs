@@ -1,0 +1,83 @@
+//! Puts 2 MiB pages back together that post-copy has filled page by page.
+//!
+//! A thread of low priority goes over the memory once. It sleeps three times as long as it works, since while a
+//! 2 MiB page is put together the guest waits that touches it.
+
+use std::io;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use super::{GuestRam, HUGE_PAGE_SIZE, PAGE_SIZE};
+use crate::priority::in_background;
+
+/// Pages of a 2 MiB page.
+const TOGETHER: u64 = HUGE_PAGE_SIZE / PAGE_SIZE;
+/// How much longer it sleeps than it works.
+const REST: u32 = 3;
+/// The shortest sleep, so that the processor is left at all.
+const SHORTEST: Duration = Duration::from_micros(200);
+
+impl GuestRam {
+    /// Starts to put the memory's 2 MiB pages together, if it is made of such. Ends by itself: at the end of the memory,
+    /// with the memory, or when 2 MiB pages are [forbidden](Self::fills_huge) again.
+    pub(super) fn collapse_in_background(self: &Arc<Self>) {
+        if !self.fills_huge() {
+            return;
+        }
+        let ram = Arc::downgrade(self);
+        let thread = std::thread::Builder::new().name("ferry-collapse".into());
+        let work = move || {
+            in_background();
+            collapse_all(&ram);
+        };
+        if let Err(error) = thread.spawn(work) {
+            tracing::warn!(%error, "the guest's memory stays in 4 KiB pages");
+        }
+    }
+
+    /// Puts the 2 MiB page from `first_gfn` on together. `false` when nothing is there to be put together.
+    ///
+    /// # Errors
+    /// The kernel's: `InvalidInput` where it cannot do so at all.
+    pub fn collapse(&self, first_gfn: u64) -> io::Result<bool> {
+        if self.populated(first_gfn, TOGETHER).is_none() {
+            return Ok(false);
+        }
+        let base = self
+            .host_address(first_gfn, TOGETHER)
+            .map_err(io::Error::other)?;
+        let size = usize::try_from(HUGE_PAGE_SIZE).map_err(io::Error::other)?;
+        // SAFETY: `host_address` has checked that as much is mapped there; collapsing changes no contents.
+        match unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_COLLAPSE) } {
+            0 => Ok(true),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+fn collapse_all(ram: &Weak<GuestRam>) {
+    let Some(regions) = ram.upgrade().map(|ram| ram.regions().to_vec()) else {
+        return;
+    };
+    for region in regions {
+        for first in (region.first_gfn..).step_by(512) {
+            if first + TOGETHER > region.end_gfn() {
+                break;
+            }
+            let began = Instant::now();
+            let Some(ram) = ram.upgrade().filter(|ram| ram.fills_huge()) else {
+                return;
+            };
+            match ram.collapse(first) {
+                // Before Linux 6.1.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
+                // No 2 MiB page to be had now, or a page that is in use elsewhere: the next may do.
+                Ok(true) | Err(_) => {
+                    drop(ram);
+                    std::thread::sleep((began.elapsed() * REST).max(SHORTEST));
+                }
+                Ok(false) => {}
+            }
+        }
+    }
+}
