@@ -30,6 +30,7 @@ mod runner;
 mod spec;
 mod statistics;
 mod table;
+mod warm;
 
 use ferry_terminal::output::{Failure, put, say};
 use ferry_terminal::units::duration;
@@ -115,6 +116,10 @@ struct Common {
     /// time. The first goes as far as the time does.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     budget: Option<Duration>,
+    /// Leave out what is done right before each migration, for every VMM alike: to have the host's 2 MiB pages at hand, as a
+    /// host has that is not a guest itself.
+    #[arg(long)]
+    cold: bool,
     /// Only say how many runs are to be made, and about how long they take.
     #[arg(long)]
     plan: bool,
@@ -211,6 +216,7 @@ fn measure(
         qemu: common.qemu.clone(),
         cloud: cloud::program(named.or(common.cloud_hypervisor.as_deref())),
         timeout: common.timeout,
+        cold: common.cold,
     };
     if cfg!(debug_assertions) {
         say("this ferry is a debug build: its figures say nothing; use cargo build --release");

@@ -63,6 +63,9 @@ pub struct Figures {
     pub destination: Use,
     /// Whether the guest found all of its memory, or its results, intact at the destination.
     pub verified: bool,
+    /// Whether the host's 2 MiB pages were at hand right before.
+    #[serde(default)]
+    pub warm: bool,
 }
 
 impl Figures {

@@ -7,6 +7,7 @@ use super::log::{Log, STAT_MS, seen};
 use super::measure::{Figures, Told, watched};
 use super::net::Net;
 use super::process::{Process, said};
+use super::warm::{available, warm};
 use super::{cloud, ferry, qemu};
 use ferry_guest_images::{BARE, Line, Manner, STOP, Workload};
 use ferry_nas::workload::Workload as Kind;
@@ -42,6 +43,8 @@ pub struct Machine {
     pub tsc_khz: u64,
     /// How long a migration may take.
     pub timeout: Duration,
+    /// Whether 2 MiB pages are left as they are before a migration.
+    pub cold: bool,
 }
 
 /// Two VMMs, the source with a guest.
@@ -157,6 +160,7 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
             in_its_loop(&log, alive)?;
         }
     }
+    let warm = !machine.cold && warm(cell.guest.memory, available());
     let before = log.text().len();
     let counted = net.counters()?;
     let moved = watched(pids, cell.guest.memory >> 10, machine.timeout, || {
@@ -181,6 +185,7 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
         source: moved.source,
         destination: moved.destination,
         verified,
+        warm,
     })
 }
 

@@ -29,6 +29,22 @@ pub fn columns(rows: &[Row<'_>], main: bool) -> Vec<&'static Metric> {
         .collect()
 }
 
+/// Whether the host's 2 MiB pages were at hand before the runs of a group.
+fn warmth(rows: &[Row<'_>]) -> Option<String> {
+    let runs = || rows.iter().flat_map(|row| row.good.iter());
+    let (all, warm) = (runs().count(), runs().filter(|(_, f)| f.warm).count());
+    match warm {
+        _ if all == 0 => None,
+        0 => Some("Cold: the host's 2 MiB pages were not fetched before the migrations.".into()),
+        some if some == all => {
+            Some("Warm: the host's 2 MiB pages were at hand right before each migration.".into())
+        }
+        some => Some(format!(
+            "Warm in {some} of {all} runs: in the others the host's 2 MiB pages were not at hand before the migration."
+        )),
+    }
+}
+
 /// What is wrong in the runs of a group: what failed, and what a VMM says of itself that others did not see.
 pub fn remarks(rows: &[Row<'_>]) -> Vec<String> {
     let mut remarks = Vec::new();
@@ -42,6 +58,7 @@ pub fn remarks(rows: &[Row<'_>]) -> Vec<String> {
             "This machine stopped the guest for up to {noise:.1} ms in ordinary seconds: gaps of that order are its own."
         ));
     }
+    remarks.extend(warmth(rows));
     let courses = rows.iter().filter_map(|row| {
         let course = row.typical()?.seen.course?;
         Some(format!("{}: {course}", row.cell.policy.name))
