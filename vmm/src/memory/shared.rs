@@ -244,7 +244,7 @@ fn check(memory: &OwnedFd, bytes: u64, hugepages: bool) -> Result<bool, ShareErr
     let sealed = seals.contains(SealFlags::SHRINK);
     let ours = file.st_uid == 0 || file.st_uid == geteuid().as_raw();
     let unsealable = seals == SealFlags::SEAL && file.st_nlink == 0 && !hugepages;
-    if !sealed && !(unsealable && ours) {
+    if !(sealed || unsealable && ours) {
         return Err(ShareError::Unsealed);
     }
     let mode = fcntl_getfl(memory).map_err(examine)? & OFlags::ACCMODE;
