@@ -8,6 +8,7 @@
 // This crate is test code: a broken expectation must stop the test where it is seen.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+pub mod book;
 mod ferry;
 pub mod fuzz_bodies;
 pub mod fuzz_seeds;
