@@ -1,0 +1,172 @@
+//! The house: which crate may use which, and where `unsafe` may stand.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
+}
+
+/// The packages that `package` is built with, itself among them; of its tests and build scripts none.
+fn dependencies(package: &str) -> BTreeSet<String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let out = Command::new(cargo)
+        .args(["tree", "--offline", "--locked", "--package", package])
+        .args(["--edges", "normal", "--all-features"])
+        .args(["--prefix", "none", "--format", "{p}"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(
+        out.status.success(),
+        "cargo tree {package}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    let names = text.lines().filter_map(|line| line.split(' ').next());
+    let names: BTreeSet<String> = names.map(str::to_owned).collect();
+    assert!(names.contains(package), "{text}");
+    names
+}
+
+fn uses_none_of(package: &str, others: &[&str]) {
+    let found = dependencies(package);
+    let wrong: Vec<_> = others
+        .iter()
+        .filter(|name| found.contains(**name))
+        .collect();
+    assert!(wrong.is_empty(), "{package} depends on {wrong:?}");
+}
+
+#[test]
+fn the_vmm_needs_nothing_of_a_command_line_or_a_laboratory() {
+    uses_none_of(
+        "ferry-vmm",
+        &[
+            "clap",
+            "indicatif",
+            "plotters",
+            "toml",
+            "tracing-subscriber",
+            "ferry",
+            "ferry-guest-images",
+            "ferry-lab",
+            "ferry-nas",
+            "ferry-terminal",
+        ],
+    );
+}
+
+#[test]
+fn migration_and_devices_do_not_know_each_other_nor_a_hypervisor() {
+    let above = ["kvm-ioctls", "kvm-bindings", "ferry-vmm"];
+    uses_none_of(
+        "ferry-migration",
+        &[&above[..], &["ferry-devices"]].concat(),
+    );
+    uses_none_of(
+        "ferry-devices",
+        &[&above[..], &["ferry-migration"]].concat(),
+    );
+}
+
+#[test]
+fn the_terminal_knows_no_vmm() {
+    uses_none_of("ferry-terminal", &["ferry-vmm", "ferry-lab", "kvm-ioctls"]);
+    assert!(!dependencies("ferry-lab").contains("ferry"));
+}
+
+/// Every Rust file of the repository, as its path from the root.
+fn sources() -> Vec<String> {
+    let mut found = Vec::new();
+    let mut directories = vec![root()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() {
+                if name != "target" && !name.starts_with('.') {
+                    directories.push(path);
+                }
+            } else if name.ends_with(".rs") {
+                let path = path.strip_prefix(root()).unwrap();
+                found.push(path.to_str().unwrap().to_owned());
+            }
+        }
+    }
+    assert!(found.len() > 100, "{found:?}");
+    found
+}
+
+/// Whether a line of code opens something unsafe: `unsafe` as a word, outside a comment.
+fn is_unsafe(line: &str) -> bool {
+    let code = line.split("//").next().unwrap_or_default();
+    let is_word = |c: char| c.is_alphanumeric() || c == '_' || c == '"' || c == '`';
+    code.match_indices("unsafe").any(|(at, word)| {
+        let before = code[..at].chars().next_back();
+        let after = code[at + word.len()..].chars().next();
+        !before.is_some_and(is_word) && !after.is_some_and(is_word)
+    })
+}
+
+#[test]
+fn unsafe_is_found_where_it_is() {
+    for line in [
+        "    unsafe { f() };",
+        "unsafe impl Sync for X {}",
+        "    checked(unsafe {",
+        "#[unsafe(no_mangle)]",
+    ] {
+        assert!(is_unsafe(line), "{line}");
+    }
+    for line in [
+        "#![forbid(unsafe_code)]",
+        "// unsafe { f() }",
+        "fn is_unsafe()",
+        "    f(\"unsafe\");",
+    ] {
+        assert!(!is_unsafe(line), "{line}");
+    }
+}
+
+#[test]
+fn unsafe_stands_only_where_the_design_has_it() {
+    const ROOMS: [&str; 7] = [
+        "vmm/src/kvm/",
+        "vmm/src/memory.rs",
+        "vmm/src/memory/",
+        "vmm/src/sandbox",
+        "vmm/src/tap/ioctl.rs",
+        // The guests' own code: no library lies below it.
+        "guest-images/bare/",
+        "guest-images/linux/src/sys.rs",
+    ];
+    for path in sources() {
+        if path == file!() || ROOMS.iter().any(|room| path.starts_with(room)) {
+            continue;
+        }
+        let text = fs::read_to_string(root().join(&path)).unwrap();
+        for (at, line) in text.lines().enumerate() {
+            assert!(!is_unsafe(line), "{path}:{}: {line}", at + 1);
+        }
+    }
+}
+
+/// The laboratory reaches a VMM through its control socket, and reads what `ferry doctor` finds.
+#[test]
+fn the_laboratory_uses_nothing_of_the_vmm_but_its_client_and_the_doctor() {
+    const DOORS: [&str; 3] = ["api::client::", "api::types::", "doctor"];
+    for path in sources().iter().filter(|path| path.starts_with("lab/src/")) {
+        let text = fs::read_to_string(root().join(path)).unwrap();
+        for (_, rest) in text.split("ferry_vmm").skip(1).map(|rest| rest.split_at(2)) {
+            let door = DOORS.iter().any(|door| rest.starts_with(door));
+            assert!(door, "{path}: ferry_vmm::{}", rest.lines().next().unwrap());
+        }
+    }
+}
