@@ -1,6 +1,7 @@
 //! `ferry balloon`, and what `ferry run --balloon` takes.
 
 use ferry_terminal::output::{Failure, put, put_json, say};
+use ferry_terminal::rows::Rows;
 use ferry_terminal::units::{duration, memory, size, span};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::{BalloonRequest, BalloonStatus, BalloonWish, GuestMemory};
@@ -105,8 +106,14 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn text(balloon: &BalloonStatus) -> String {
+    let mut rows = Rows::default();
+    show(balloon, &mut rows);
+    rows.text()
+}
+
 /// For people, also in `ferry status`.
-pub fn text(balloon: &BalloonStatus) -> String {
+pub fn show(balloon: &BalloonStatus, rows: &mut Rows) {
     let auto = balloon.auto.map_or(String::new(), |auto| {
         format!(
             ", moved every {} to leave {}",
@@ -114,16 +121,18 @@ pub fn text(balloon: &BalloonStatus) -> String {
             memory(auto.reserve_bytes)
         )
     });
-    let mut text = format!(
-        "balloon    {} of {}{auto}; {} went back to the host\n",
-        memory(balloon.actual_bytes),
-        memory(balloon.target_bytes),
-        memory(balloon.discarded_bytes)
+    rows.add(
+        "balloon",
+        format!(
+            "{} of {}{auto}; {} went back to the host",
+            memory(balloon.actual_bytes),
+            memory(balloon.target_bytes),
+            memory(balloon.discarded_bytes)
+        ),
     );
     if let Some(guest) = &balloon.guest {
-        text += &format!("memory     {}\n", says(guest));
+        rows.add("memory", says(guest));
     }
-    text
 }
 
 fn says(guest: &GuestMemory) -> String {

@@ -11,6 +11,7 @@ mod doctor;
 mod manage;
 mod migrate;
 mod nas;
+mod outcome;
 mod receive;
 mod restore;
 mod run;
@@ -24,7 +25,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, Parser, Subcommand};
 #[cfg(feature = "lab")]
 use ferry_lab::{bench, demo, record, sim};
-use ferry_terminal::output::{Failure, say};
+use ferry_terminal::output::{Failure, put_failure, say};
 use std::process::ExitCode;
 #[cfg(not(feature = "lab"))]
 use without_lab::{bench, demo, record, sim};
@@ -108,6 +109,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(Failure(sentence)) => {
             say(&sentence);
+            put_failure("failed", &sentence);
             ExitCode::FAILURE
         }
     }
@@ -123,10 +125,14 @@ fn usage(error: &clap::Error) -> ExitCode {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
         }
-        _ => say(&one_sentence(
-            &error.render().to_string(),
-            std::env::args().nth(1),
-        )),
+        _ => {
+            let text = error.render().to_string();
+            // `args` would panic on what is no UTF-8.
+            let command = std::env::args_os().nth(1);
+            let sentence = one_sentence(&text, command.and_then(|c| c.into_string().ok()));
+            say(&sentence);
+            put_failure(outcome::USAGE.code, &sentence);
+        }
     }
     ExitCode::from(2)
 }

@@ -1,7 +1,8 @@
 //! The small commands: status, pause, resume, stop, cancel, recover.
 
-use ferry_terminal::output::{Failure, put, put_json, say};
+use ferry_terminal::output::{Failure, clean, put, put_json, say};
 use ferry_terminal::progress::line;
+use ferry_terminal::rows::Rows;
 use ferry_terminal::units::{memory, span};
 use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::{MemoryInfo, RecoverRequest, StateName, Status as StatusBody};
@@ -54,7 +55,7 @@ simple!(
     Stop, Action::Stop, "the guest is being ended", "ferry stop --api /tmp/a.sock"
 );
 simple!(
-    /// Give up the migration that is under way; the guest runs on where it is.
+    /// Cancel the migration that is under way; the guest runs on where it is.
     Cancel, Action::Cancel, "the migration is being cancelled; the guest stays where it is, unless it has just moved",
     "ferry cancel --api /tmp/a.sock"
 );
@@ -64,10 +65,10 @@ simple!(
     PowerButton, Action::PowerButton, "the power button was pressed", "ferry power-button --api /tmp/a.sock"
 );
 
-/// Resolve a migration that was handed over and never confirmed, or that lost its connection in post-copy.
+/// Resolve a migration that ended in doubt, or that lost its connection in post-copy.
 ///
-/// At the source: asks the destination again and sends the pages that it lacks; when it has all of the guest, the VMM here ends. With --take-over, at either side:
-/// runs the guest here.
+/// At the source: asks the destination again and sends its missing pages. The VMM here ends when the destination has all
+/// of the guest. With --take-over, at either side: runs the guest here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry recover --api /tmp/a.sock
@@ -119,65 +120,54 @@ impl Status {
 
 /// For people.
 fn text(status: &StatusBody) -> String {
-    let mut text = format!(
-        "state      {}: {}\n",
-        status.state.name(),
-        clean(&status.explanation)
+    let mut rows = Rows::default();
+    rows.add(
+        "state",
+        format!("{}: {}", status.state.name(), clean(&status.explanation)),
     );
     if let Some(guest) = &status.guest {
         let name = guest.name.as_deref().map_or("unnamed".into(), clean);
         let cpus = if guest.cpus == 1 { "CPU" } else { "CPUs" };
-        text += &format!(
-            "guest      {name}, {}, {} {cpus}\n",
-            memory(guest.memory_bytes),
-            guest.cpus
-        );
+        let size = memory(guest.memory_bytes);
+        rows.add("guest", format!("{name}, {size}, {} {cpus}", guest.cpus));
         if let Some(info) = &guest.memory {
-            text += &pages(info);
+            pages(info, &mut rows);
         }
     }
     if let Some(balloon) = &status.balloon {
-        text += &super::balloon::text(balloon);
+        super::balloon::show(balloon, &mut rows);
     }
     if let Some(progress) = &status.migration {
-        text += &format!("migration  {}\n", line(progress));
+        rows.add("migration", line(progress));
     } else if status.state == StateName::InDoubt {
-        text += "migration  ended in doubt; nothing is lost as long as this VMM is kept\n";
+        rows.add(
+            "migration",
+            "ended in doubt; nothing is lost as long as this VMM is kept",
+        );
     }
     // Exact to 2⁵³ milliseconds.
     #[allow(clippy::cast_precision_loss)]
     let up = span(status.uptime_ms as f64);
-    text += &format!(
-        "VMM        ferry {}, process {}, up {up}\n",
-        clean(&status.version),
-        status.pid
-    );
-    text
+    let (version, pid) = (clean(&status.version), status.pid);
+    rows.add("VMM", format!("ferry {version}, process {pid}, up {up}"));
+    rows.text()
 }
 
 /// What the RAM is made of.
-fn pages(info: &MemoryInfo) -> String {
+fn pages(info: &MemoryInfo, rows: &mut Rows) {
     let kind = match info.backing.as_str() {
         "thp" => "transparent 2 MiB pages",
         "hugetlb" => "2 MiB pages of the host's pool",
         _ => "4 KiB pages",
     };
-    let mut text = format!(
-        "RAM        {kind}: {} of {} in use are in pages of 2 MiB\n",
-        memory(info.huge_bytes),
-        memory(info.resident_bytes)
+    let (huge, used) = (memory(info.huge_bytes), memory(info.resident_bytes));
+    rows.add(
+        "RAM",
+        format!("{kind}: {huge} of {used} in use are in pages of 2 MiB"),
     );
     if let Some(note) = &info.note {
-        text += &format!("           {}\n", clean(note));
+        rows.add("", clean(note));
     }
-    text
-}
-
-/// Names come from whoever answers on the socket: no control characters reach the terminal.
-fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
 }
 
 #[cfg(test)]
@@ -222,7 +212,7 @@ mod tests {
         assert_eq!(
             text(&status),
             "state      migrating: the guest is being migrated to tcp:b:7000; `ferry cancel` keeps it here\n\
-             guest      web?, 512 MiB, 2 CPUs\n\
+             guest      web , 512 MiB, 2 CPUs\n\
              RAM        transparent 2 MiB pages: 298 MiB of 300 MiB in use are in pages of 2 MiB\n           because\n\
              migration  round 3, 12,345 pages pending, 934.2 MB/s, downtime ≈ 12.3 ms\n\
              VMM        ferry 0.1.0, process 42, up 1 min 01 s\n"

@@ -7,7 +7,7 @@ use super::serve::{Signals, bind, serve};
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
 use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
 use ferry_migration::options::Tracking;
-use ferry_terminal::flags::named;
+use ferry_terminal::flags::choice;
 use ferry_terminal::output::{Failure, say};
 use ferry_terminal::timeline::Timeline;
 use ferry_terminal::units::{duration, memory, size};
@@ -84,7 +84,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "memory_backing")]
     hugepages: bool,
     /// How the pages that the guest dirties are found while it is migrated: by KVM's log, by its rings, or auto.
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Tracking>())]
     dirty: Tracking,
     /// The guest's name, for people.
     #[arg(long)]

@@ -5,7 +5,7 @@ use super::devices;
 use super::serial::{Serial, Spool};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use ferry_migration::options::Tracking;
-use ferry_terminal::flags::named;
+use ferry_terminal::flags::choice;
 use ferry_terminal::output::{Failure, say};
 use ferry_vmm::api::server::{Limits, Server};
 use ferry_vmm::migrate::SerialFactory;
@@ -69,7 +69,7 @@ pub struct Place {
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: Serial,
     /// How the pages that the guest dirties are found when it is migrated on: by KVM's log, by its rings, or auto.
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = named::<Tracking>)]
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Tracking>())]
     pub dirty: Tracking,
     #[command(flatten)]
     pub devices: devices::Args,

@@ -1,9 +1,11 @@
 //! `ferry snapshot`.
 
 use super::migrate::cancel_on_signal;
+use clap::builder::TypedValueParser;
 use ferry_migration::options::Compress;
-use ferry_terminal::flags::named;
+use ferry_terminal::flags::choice;
 use ferry_terminal::output::{Failure, put, put_json};
+use ferry_terminal::rows::Rows;
 use ferry_terminal::units::{grouped, span};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::{SnapshotReport, SnapshotRequest, Then};
@@ -12,10 +14,12 @@ use std::process::ExitCode;
 
 /// Write a guest to a file, for `ferry restore`.
 ///
-/// The guest stands still while its memory is written, and goes on afterwards; with --live it runs while most of it is
-/// written, which takes longer and a larger file. The file is the guest at one moment. It is written by the guest's VMM,
-/// can be read by that user alone, and has its name only when it is complete: Ctrl-C (or `ferry cancel`) leaves none. Pages of zeros take no room. Disks are not
-/// in it: copy them while the guest stands still (--then pause), with `cp -p`.
+/// The guest stands still while its memory is written, and goes on afterwards. With --live it runs while most of it is
+/// written, which takes longer and a larger file. The file is the guest at one moment.
+///
+/// The guest's VMM writes the file, and only that user can read it. It gets its name when it is complete: Ctrl-C (or
+/// `ferry cancel`) leaves none. Pages of zeros take no room. Disks are not in it: copy them while the guest stands still
+/// (--then pause), with `cp -p`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry snapshot --api /tmp/a.sock guest.snap
@@ -28,13 +32,13 @@ pub struct Args {
     #[arg(value_name = "PATH")]
     path: PathBuf,
     /// What becomes of the guest: resume (it goes on as before), pause or stop (the VMM ends).
-    #[arg(long, value_name = "ACTION", default_value = "resume", value_parser = named::<Then>)]
+    #[arg(long, value_name = "ACTION", default_value = "resume", value_parser = choice::<Then>())]
     then: Then,
     /// Let the guest run while most of its memory is written.
     #[arg(long)]
     live: bool,
     /// How pages are made smaller: none, zstd, or auto, which takes to a coder only where writing is slower than that.
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = compress)]
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Compress>().try_map(compress))]
     compress: Compress,
     /// Replace a file of that name.
     #[arg(long)]
@@ -45,12 +49,11 @@ pub struct Args {
 }
 
 /// Of the migration's ways those that need nothing at the other side.
-fn compress(text: &str) -> Result<Compress, String> {
-    match named(text)? {
-        Compress::Delta => Err(
-            "a snapshot has no earlier pages to differ from; give none, zstd, adaptive or auto"
-                .into(),
-        ),
+fn compress(compress: Compress) -> Result<Compress, &'static str> {
+    match compress {
+        Compress::Delta => {
+            Err("a snapshot has no earlier pages to differ from; give none, zstd, adaptive or auto")
+        }
         compress => Ok(compress),
     }
 }
@@ -94,19 +97,22 @@ fn text(report: &SnapshotReport, then: Then) -> String {
             grouped(report.superseded)
         ),
     };
+    let mut rows = Rows::default();
+    rows.add(
+        "downtime",
+        format!(
+            "{:.1} ms = quiesce {:.2} ms + memory {:.1} ms + state {:.2} ms + start",
+            report.downtime_ms, report.quiesce_ms, report.pages_ms, report.state_ms
+        ),
+    );
+    let (data, all) = (grouped(report.data_pages), grouped(report.pages));
+    rows.add("pages", format!("{data} of {all} hold something{written}"));
     format!(
-        "{}: {:.1} MB in {}; {what}\n\
-         downtime   {:.1} ms = quiesce {:.2} ms + memory {:.1} ms + state {:.2} ms + start\n\
-         pages      {} of {} hold something{written}\n",
+        "{}: {:.1} MB in {}; {what}\n{}",
         report.path.display(),
         report.bytes as f64 / 1e6,
         span(report.total_ms),
-        report.downtime_ms,
-        report.quiesce_ms,
-        report.pages_ms,
-        report.state_ms,
-        grouped(report.data_pages),
-        grouped(report.pages),
+        rows.text()
     )
 }
 

@@ -31,7 +31,12 @@ fn fails(args: &[&str], code: i32, needle: &str) {
     let out = ferry(args);
     let text = stderr(&out);
     assert_eq!(out.status.code(), Some(code), "{args:?}: {text}");
-    assert!(out.stdout.is_empty(), "{args:?}");
+    if args.contains(&"--json") {
+        let value: Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert!(value["code"].is_string(), "{args:?}: {value}");
+    } else {
+        assert!(out.stdout.is_empty(), "{args:?}");
+    }
     assert_eq!(text.lines().count(), 1, "{args:?}: {text}");
     assert!(text.contains(needle), "{args:?}: {text}");
 }

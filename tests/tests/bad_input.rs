@@ -1,5 +1,5 @@
-//! Everything that a user can get wrong: one sentence on stderr, nothing on stdout, exit status 1 (2 for a command line
-//! that cannot be meant), and no word of a panic.
+//! Everything that a user can get wrong: one sentence on stderr, nothing on stdout (with --json, one object), exit status 1
+//! (2 for a wrong command line), and no panic.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::BARE;
@@ -13,7 +13,12 @@ use std::path::Path;
 fn fails(args: &[&str], code: i32) -> String {
     let ran = run(args);
     assert_eq!(ran.code, Some(code), "{args:?}: {ran:?}");
-    assert_eq!(ran.stdout, "", "{args:?}");
+    if args.contains(&"--json") {
+        let object: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+        assert!(object["code"].is_string(), "{args:?}: {object}");
+    } else {
+        assert_eq!(ran.stdout, "", "{args:?}");
+    }
     assert_eq!(ran.stderr.lines().count(), 1, "{args:?}: {}", ran.stderr);
     assert!(
         ran.stderr.starts_with("ferry: ") && ran.stderr.len() > 20,

@@ -56,7 +56,7 @@ fn cancel_leaves_everything_as_it_was() {
     destination.verdict();
 }
 
-/// Ctrl-C on `ferry migrate` cancels, says so in one sentence, and exits 1.
+/// Ctrl-C on `ferry migrate` cancels, says so in one sentence, and exits 3.
 #[test]
 fn ctrl_c_cancels() {
     if !guests_run() {
@@ -89,7 +89,7 @@ fn ctrl_c_cancels() {
     .unwrap();
     let out = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
-    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert_eq!(out.status.code(), Some(3), "{said}");
     assert!(
         said.contains("cancelling; the guest stays where it is"),
         "{said}"

@@ -7,6 +7,7 @@
 pub mod flags;
 pub mod output;
 pub mod progress;
+pub mod rows;
 pub mod summary;
 pub mod timeline;
 pub mod units;

@@ -1,4 +1,4 @@
-//! Where words go: results on stdout, everything else on stderr, and nothing panics when nobody reads.
+//! Where words go: results on stdout, everything else on stderr; a closed pipe is no panic.
 
 use serde::Serialize;
 use std::io::{self, Write};
@@ -13,7 +13,7 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
-/// One sentence on stderr. Failing that, there is nobody to tell.
+/// One sentence on stderr. An error of stderr itself has nowhere to go.
 pub fn say(sentence: &str) {
     let _ = writeln!(io::stderr(), "ferry: {sentence}");
 }
@@ -40,4 +40,34 @@ pub fn put_json<T: Serialize>(value: &T) -> Result<(), Failure> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
     put(&text)
+}
+
+/// What `--json` prints in place of a result.
+#[derive(Serialize)]
+struct NoResult<'a> {
+    schema: u32,
+    code: &'a str,
+    error: &'a str,
+}
+
+/// A failure for scripts, where the command line asks for JSON: a stable `code` and the sentence.
+pub fn put_failure(code: &str, sentence: &str) {
+    if std::env::args_os().any(|argument| argument == "--json") {
+        let schema = 1;
+        let error = sentence;
+        // The sentence is on stderr too; a stdout that cannot be written has been told of.
+        let _ = put_json(&NoResult {
+            schema,
+            code,
+            error,
+        });
+    }
+}
+
+/// Words of another process or of a guest: no control character reaches the terminal.
+#[must_use]
+pub fn clean(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
 }

@@ -1,11 +1,9 @@
 //! A migration's report on one screen.
 
+use crate::output::clean;
+use crate::rows::{RoundRow, Rows, rounds};
 use crate::units::{grouped, span, traffic};
 use ferry_migration::report::{Report, Round, Status};
-
-/// Rounds that are shown at the beginning and at the end when there are too many.
-const FIRST: usize = 4;
-const LAST: usize = 8;
 
 /// The sentence that says how it ended.
 pub fn sentence(report: &Report, uri: &str) -> String {
@@ -43,8 +41,9 @@ pub fn sentence(report: &Report, uri: &str) -> String {
 
 /// Everything else that people want to know.
 pub fn table(report: &Report) -> String {
-    let mut text = rounds(report);
-    let mut row = |name: &str, value: String| text.push_str(&format!("{name:<10} {value}\n"));
+    let head = ["round", "pages", "wire", "time", "dirtied"];
+    let mut rows = Rows::default();
+    let mut row = |name: &str, value: String| rows.add(name, value);
     let d = &report.downtime;
     row(
         "downtime",
@@ -148,70 +147,33 @@ pub fn table(report: &Report) -> String {
     if let Some(why) = &report.why {
         row("why", clean(why));
     }
-    text
+    rounds(&head, &round_rows(report)) + &rows.text()
 }
 
-fn rounds(report: &Report) -> String {
-    if report.rounds.is_empty() {
-        return String::new();
-    }
-    let mut text = format!(
-        "{:>5} {:>12} {:>10} {:>10} {:>12}\n",
-        "round", "pages", "wire", "time", "dirtied"
-    );
-    let count = report.rounds.len();
-    // Where the report itself left some out, that is behind its first; the numbers tell.
-    let gap = |i: usize| {
-        let next = report.rounds.get(i + 1).map_or(0, |r| u64::from(r.n));
-        report
-            .rounds
-            .get(i)
-            .map_or(0, |r| next.saturating_sub(u64::from(r.n) + 1))
-    };
-    let hidden = if count > FIRST + LAST + 1 {
-        FIRST..count - LAST
-    } else {
-        0..0
-    };
-    let mut missing = 0;
-    for (i, round) in report.rounds.iter().enumerate() {
-        if hidden.contains(&i) {
-            missing += 1 + gap(i);
-            continue;
-        }
-        if missing > 0 {
-            let label = format!("… {} more …", grouped(std::mem::take(&mut missing)));
-            text.push_str(&format!("{label:>18}\n"));
-        }
+fn round_rows(report: &Report) -> Vec<RoundRow> {
+    let last = report.rounds.len().saturating_sub(1);
+    let row = |(at, round): (usize, &Round)| {
         // The last round of a guest that moved is the one in the pause; nothing is dirtied in it.
-        let stop = i + 1 == count && report.status == Status::Completed;
-        text.push_str(&round_row(round, stop));
-        missing = gap(i);
-    }
-    text
-}
-
-fn round_row(round: &Round, stop: bool) -> String {
-    let (name, dirtied) = if round.follows {
-        ("after".into(), "–".into())
-    } else if stop {
-        ("stop".into(), "–".into())
-    } else {
-        (round.n.to_string(), grouped(round.dirtied))
+        let stop = at == last && report.status == Status::Completed;
+        let (name, dirtied) = if round.follows {
+            ("after".into(), "–".into())
+        } else if stop {
+            ("stop".into(), "–".into())
+        } else {
+            (round.n.to_string(), grouped(round.dirtied))
+        };
+        RoundRow {
+            n: round.n,
+            cells: vec![
+                name,
+                grouped(round.pages),
+                traffic(round.bytes),
+                span(round.ms),
+                dirtied,
+            ],
+        }
     };
-    format!(
-        "{name:>5} {:>12} {:>10} {:>10} {dirtied:>12}\n",
-        grouped(round.pages),
-        traffic(round.bytes),
-        span(round.ms)
-    )
-}
-
-/// Words of another process: no control characters reach the terminal.
-fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    report.rounds.iter().enumerate().map(row).collect()
 }
 
 #[cfg(test)]
@@ -286,10 +248,10 @@ mod tests {
             "the guest runs at tcp:b:7000, moved in 2.01 s with 12.3 ms of downtime"
         );
         let expected = "\
-round        pages       wire       time      dirtied
-    1      131,072   412.3 MB     1.92 s        4,210
-    2        4,210    17.3 MB    80.2 ms          311
- stop          311     1.3 MB     9.1 ms            –
+round        pages         wire         time      dirtied
+    1      131,072     412.3 MB       1.92 s        4,210
+    2        4,210      17.3 MB      80.2 ms          311
+ stop          311       1.3 MB       9.1 ms            –
 downtime   12.3 ms = quiesce 0.40 ms + last pages 9.1 ms + state 1.9 ms + start 0.90 ms
 pages      37,289 sent and 98,304 zero (4,521 of them again), 0 skipped, of 131,072
 wire       430.9 MB at 214.1 MB/s
@@ -324,36 +286,6 @@ why        pending pages fit the downtime target
             "the migration to tcp:b:7000 was cancelled; the guest runs on where it was"
         );
         assert!(end(Status::InDoubt, None).contains("`ferry recover`"));
-    }
-
-    #[test]
-    fn a_thousand_rounds_fit_a_screen() {
-        let round = |n| Round {
-            n,
-            pages: 1,
-            bytes: 1,
-            ms: 1.0,
-            dirtied: 1,
-            ..Round::default()
-        };
-        let long = Report {
-            rounds: (1..=1000).map(round).collect(),
-            ..report()
-        };
-        let text = table(&long);
-        assert!(text.lines().count() <= 24, "{text}");
-        assert!(text.contains("… 988 more …"), "{text}");
-        let gap = Report {
-            rounds: [1, 2, 3, 2000, 2001].map(round).into(),
-            rounds_omitted: 1996,
-            ..report()
-        };
-        assert!(table(&gap).contains("… 1,996 more …"), "{}", table(&gap));
-        let all = Report {
-            rounds: (1..=13).map(round).collect(),
-            ..report()
-        };
-        assert!(!table(&all).contains("more"));
     }
 
     #[test]

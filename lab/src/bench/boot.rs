@@ -6,10 +6,10 @@
 use super::interrupt;
 use super::process::{Process, said};
 use super::statistics::spread;
-use super::table::aligned;
 use crate::nested::{Elsewhere, linux_runs_here, why};
 use ferry_guest_images::{LINUX_INIT_START, Line};
 use ferry_terminal::output::{Failure, put, put_json, say};
+use ferry_terminal::rows::aligned;
 use ferry_terminal::timeline::{Mark, Timeline, nanos};
 use ferry_terminal::units::{size, span};
 use ferry_vmm::doctor::examine;

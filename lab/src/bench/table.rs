@@ -7,6 +7,7 @@ use super::net::Shaping;
 use super::spec::Spec;
 use super::statistics::{METRICS, Metric, Row, groups};
 use ferry_guest_images::Workload;
+use ferry_terminal::rows::aligned;
 use std::fmt::Write;
 
 /// The machine in a sentence.
@@ -158,30 +159,6 @@ pub fn health(row: &Row<'_>) -> String {
     } else {
         format!("{verified}/{all} VERIFIED ONLY{failed}")
     }
-}
-
-/// Columns of text, the first to the left and the others to the right.
-pub fn aligned(lines: &[Vec<String>]) -> String {
-    let count = lines.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        let cells = lines.iter().filter_map(|line| line.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..count).map(width).collect();
-    let mut text = String::new();
-    for line in lines {
-        let mut shown = String::new();
-        for (column, cell) in line.iter().enumerate() {
-            if column == 0 {
-                let _ = write!(shown, "{cell:<0$}", widths[0]);
-            } else {
-                let _ = write!(shown, "  {cell:>0$}", widths[column]);
-            }
-        }
-        text.push_str(shown.trim_end());
-        text.push('\n');
-    }
-    text
 }
 
 /// Everything.

@@ -1,6 +1,6 @@
 //! `ferry sim paper mplm`: memory-bound pre-copy, multiplexed (Chanchio and Yaothanee 2018).
 
-use super::findings::{Finding, columns};
+use super::findings::Finding;
 use super::plot::{self, Bars};
 use super::{Output, Paper, each, percent};
 use crate::record::{self, record};
@@ -10,6 +10,7 @@ use ferry_migration::model::{Outcome, Replay, Setup, migrate};
 use ferry_migration::options::{Options, PolicyKind};
 use ferry_migration::trace::Trace;
 use ferry_terminal::output::{Failure, say};
+use ferry_terminal::rows::wrapped;
 use ferry_terminal::units::{duration, memory, rate};
 use ferry_vmm::api::client::Action;
 use ferry_vmm::api::types::RecordRequest;
@@ -428,7 +429,7 @@ fn targets_table(args: &Args, cases: &[Case]) -> String {
     format!(
         "Pre-copy at downtime targets, and MPLM: total / downtime in seconds (given up after {:.0} s)\n{}",
         args.timeout.as_secs_f64(),
-        columns(&head, &widths, &rows)
+        wrapped(&head, &widths, &rows)
     )
 }
 
@@ -449,6 +450,6 @@ fn variants_table(cases: &[Case]) -> String {
         .collect();
     format!(
         "MPLM's parameters, which the paper does not fix (its code syncs every 3 s): total / downtime in seconds\n{}",
-        columns(&head, &[3, 6, 15, 15, 15], &rows)
+        wrapped(&head, &[3, 6, 15, 15, 15], &rows)
     )
 }

@@ -1,6 +1,6 @@
 //! `ferry sim paper postcopy`: post-copy with pre-paging (Hines and Gopalan 2009).
 
-use super::findings::{Finding, columns};
+use super::findings::Finding;
 use super::guest::Choice;
 use super::mplm::named_trace;
 use super::plot::{self, Lines, Series};
@@ -12,6 +12,7 @@ use ferry_migration::order::PushOrder;
 use ferry_migration::page::{PAGE_BYTES, RamLayout, Run};
 use ferry_migration::trace::Trace;
 use ferry_terminal::output::Failure;
+use ferry_terminal::rows::wrapped;
 use ferry_terminal::units::{grouped, memory};
 use serde_json::json;
 use std::path::PathBuf;
@@ -518,7 +519,7 @@ fn grid_table(r: &Results) -> String {
     });
     format!(
         "The stress test (demand paging: until no fault comes for a while, then the rest is pushed; stalled: how long the vCPU waited in all)\n{}",
-        columns(
+        wrapped(
             &[&["", "WSS MiB"][..], &CELLS].concat(),
             &[&[23, 7][..], &WIDTHS].concat(),
             &rows.collect::<Vec<_>>()
@@ -546,7 +547,7 @@ fn patterns_table(r: &Results) -> String {
     let head: Vec<&str> = head.iter().map(String::as_str).collect();
     format!(
         "First touches of pages that had arrived + that were on their way, and how long the vCPU waited in all\n{}",
-        columns(&head, &[20, 23, 23, 23, 23], &rows.collect::<Vec<_>>())
+        wrapped(&head, &[20, 23, 23, 23, 23], &rows.collect::<Vec<_>>())
     )
 }
 
@@ -560,7 +561,7 @@ fn traces_table(r: &Results) -> String {
     });
     format!(
         "Recorded guests on the same link (a trace holds writes: pages that are only read do not fault here)\n{}",
-        columns(
+        wrapped(
             &[&["", ""][..], &CELLS].concat(),
             &[&[10, 23][..], &WIDTHS].concat(),
             &rows.collect::<Vec<_>>()

@@ -1,11 +1,11 @@
 //! The tables and plots of the STORD reproduction.
 
 use super::{LINK, MEMORY, RATES, Results, SPLITS, seconds};
-use crate::sim::findings::columns;
 use crate::sim::percent;
 use crate::sim::plot::{Lines, Series};
 use ferry_migration::model::stord::ClosedForms;
 use ferry_migration::page::PAGE_BYTES;
+use ferry_terminal::rows::wrapped;
 use ferry_terminal::units::grouped;
 
 pub(super) fn fig5_table(r: &Results) -> String {
@@ -25,7 +25,7 @@ pub(super) fn fig5_table(r: &Results) -> String {
     let widths: Vec<usize> = [5, 9].into_iter().chain([6; 9]).collect();
     format!(
         "Fig. 5: total time saved against pre-copy, simulated\n{}",
-        columns(&head, &widths, &rows)
+        wrapped(&head, &widths, &rows)
     )
 }
 
@@ -66,7 +66,7 @@ pub(super) fn closed_table(r: &Results) -> String {
          what the first split leaves (\"one set\"). (5) multiplies the last round instead of the whole split, and so adds up too\n\
          little: for k = 10 less than the memory itself, which has to cross once in any case. As printed, its finite sum also has\n\
          r′/(1 − r′) in place of r′. The paper's figures do not follow from its formulas; they are those of the simulation.\n",
-        columns(&head, &widths, &rows)
+        wrapped(&head, &widths, &rows)
     )
 }
 
@@ -111,7 +111,7 @@ pub(super) fn literal_table(r: &Results) -> String {
     ];
     format!(
         "The pseudo-code read literally (line 17: RD ∩ PM of the previous round); never selectable for a migration\n{}",
-        columns(&head, &[10, 9, 7, 12, 10, 20], &rows)
+        wrapped(&head, &[10, 9, 7, 12, 10, 20], &rows)
     )
 }
 
