@@ -8,7 +8,8 @@ use ferry_vmm::api::types::{BalloonRequest, BalloonStatus, BalloonWish, GuestMem
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Show or set the balloon in a guest's memory: what is in it the guest does not use, and a migration does not send.
+/// Show or set the balloon in a guest's memory. The guest does not use the pages in it, and a
+/// migration does not send them.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry balloon --api /tmp/a.sock                   what is in it, and what the guest says of its memory
@@ -38,7 +39,8 @@ pub enum Setting {
 }
 
 impl Setting {
-    /// Reads `SIZE`, `auto[,interval=TIME][,reserve=SIZE]`, `on` (a balloon with nothing in it, yet) or `off`.
+    /// Reads `SIZE`, `auto[,interval=TIME][,reserve=SIZE]`, `on` (a balloon with nothing in it,
+    /// yet) or `off`.
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut words = text.split(',');
         match words.next() {

@@ -1,7 +1,8 @@
-//! The user's terminal as the guest's console: raw while the guest runs, with QEMU's keys to get out of it.
+//! The user's terminal as the guest's console: raw while the guest runs, with QEMU's keys to get
+//! out of it.
 //!
-//! Ctrl-A x ends the guest, Ctrl-A h shows the keys, Ctrl-A Ctrl-A sends one Ctrl-A to the guest. All other keys, Ctrl-C
-//! too, are the guest's.
+//! Ctrl-A x ends the guest, Ctrl-A h shows the keys, Ctrl-A Ctrl-A sends one Ctrl-A to the guest.
+//! All other keys, Ctrl-C too, are the guest's.
 
 use ferry_vmm::vmm::Vmm;
 use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
@@ -59,8 +60,8 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Takes the terminal on stdin; `None` where stdin is none, or is one that others are using (we are in the
-    /// background).
+    /// Takes the terminal on stdin. `None` where stdin is no terminal, or where this process is in
+    /// the background.
     pub fn take() -> Option<Self> {
         let stdin = io::stdin();
         if tcgetpgrp(&stdin).ok()? != getpgrp() {
@@ -69,7 +70,8 @@ impl Terminal {
         let before = tcgetattr(&stdin).ok()?;
         let mut raw = before.clone();
         cfmakeraw(&mut raw);
-        // Our own messages, and guests that end lines with a bare newline, need the carriage return.
+        // Our own messages, and guests that end lines with a bare newline, need the carriage
+        // return.
         raw.output_flags = before.output_flags | OutputFlags::OPOST;
         tcsetattr(&stdin, SetArg::TCSANOW, &raw).ok()?;
         Some(Self {

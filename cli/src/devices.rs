@@ -11,11 +11,13 @@ use ferry_vmm::memory::{Backing, MemoryOptions};
 // Both commands have a group of this name already.
 #[group(skip)]
 pub struct Args {
-    /// A disk: a raw image or a block device; `,ro` if the guest may only read it. May be given more than once.
-    #[arg(long, value_name = "PATH[,ro]")]
+    /// A disk: a raw image or a block device; `,ro` if the guest may only read it. May be given
+    /// more than once.
+    #[arg(long, value_name = "PATH[,ro]", help_heading = "Machine")]
     disk: Vec<Disk>,
-    /// A network card: an existing tap device, and the card's address if it matters. May be given more than once.
-    #[arg(long, value_name = "tap=NAME[,mac=MAC]")]
+    /// A network card: an existing tap device, and the card's address if it matters. May be given
+    /// more than once.
+    #[arg(long, value_name = "tap=NAME[,mac=MAC]", help_heading = "Machine")]
     net: Vec<Net>,
     /// What the guest's memory is made of: 2 MiB pages where the host has them (auto, thp), 4k, or the host's pool of 2 MiB
     /// pages (hugetlb).

@@ -137,7 +137,8 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
-/// clap's paragraphs on one line: what is wrong and its tips, without the usage, which --help shows better.
+/// clap's paragraphs on one line: what is wrong and its tips, without the usage, which --help shows
+/// better.
 fn one_sentence(text: &str, command: Option<String>) -> String {
     let paragraphs = text
         .split("\n\n")

@@ -61,14 +61,15 @@ simple!(
 );
 
 simple!(
-    /// Press the power button of a guest's machine: a guest with ACPI, such as Linux, shuts down in its own time.
+    /// Press the power button of a guest's machine: a guest with ACPI, such as Linux, shuts down in
+    /// its own time.
     PowerButton, Action::PowerButton, "the power button was pressed", "ferry power-button --api /tmp/a.sock"
 );
 
 /// Resolve a migration that ended in doubt, or that lost its connection in post-copy.
 ///
-/// At the source: asks the destination again and sends its missing pages. The VMM here ends when the destination has all
-/// of the guest. With --take-over, at either side: runs the guest here.
+/// At the source: asks the destination again and sends its missing pages. The VMM here ends when
+/// the destination has all of the guest. With --take-over, at either side: runs the guest here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry recover --api /tmp/a.sock
@@ -80,8 +81,8 @@ pub struct Recover {
     /// Where the destination listens now, if that has changed.
     #[arg(value_name = "URI", conflicts_with = "take_over")]
     uri: Option<String>,
-    /// Run the guest here. Only when you know that it does not run on the other side: two copies of one guest destroy
-    /// each other's data.
+    /// Run the guest here. Only when you know that it does not run on the other side: two copies of
+    /// one guest destroy each other's data.
     #[arg(long)]
     take_over: bool,
     /// With --take-over: insist although the guest's disks were, or may have been, written since its state was saved.

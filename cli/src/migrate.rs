@@ -19,8 +19,8 @@ use std::time::Instant;
 
 /// Move a running guest to another host.
 ///
-/// The guest runs on here until the destination is ready to run it. If anything fails before that, or Ctrl-C cancels the
-/// migration, the guest stays here.
+/// The guest runs on here until the destination is ready to run it. If anything fails before that,
+/// or Ctrl-C cancels the migration, the guest stays here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = format!("Example:
   ferry migrate --api /tmp/a.sock tcp:otherhost:7000 --downtime 100ms --bandwidth 2.5Gbit --verify
@@ -46,7 +46,8 @@ pub struct Args {
 #[group(skip)]
 #[command(next_help_heading = "Transport")]
 struct TransportFlags {
-    /// The most to send per second, for example 2.5Gbit, or 100M in bytes; without it, as fast as the link takes.
+    /// The most to send per second, for example 2.5Gbit, or 100M in bytes; without it, as fast as
+    /// the link takes.
     #[arg(long, value_name = "RATE", value_parser = rate)]
     bandwidth: Option<u64>,
     /// Connections that carry pages; auto takes as many as are measured to pay.
@@ -55,21 +56,24 @@ struct TransportFlags {
     /// How pages are compressed; auto compresses only where it measures that this pays.
     #[arg(long, value_name = "HOW", value_parser = choice::<Compress>(), default_value = "auto")]
     compress: Compress,
-    /// Copies of sent pages that the source keeps, so that it can send differences, for example 256M; 0 keeps none.
+    /// Copies of sent pages that the source keeps, so that it can send differences, for example
+    /// 256M; 0 keeps none.
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "64M")]
     delta_cache: u64,
-    /// How dirty pages are found: auto takes what the guest's VMM was started with, log and ring insist on it.
+    /// How dirty pages are found: auto takes what the guest's VMM was started with, log and ring
+    /// insist on it.
     #[arg(long, value_name = "HOW", value_parser = choice::<Tracking>(), default_value = "auto")]
     dirty: Tracking,
-    /// Move the contents of the guest's disks too, before its memory. The destination's --disk is made, or written over if
-    /// it has the same size. --timeout counts from the end of the first pass over them.
+    /// Move the contents of the guest's disks too, before its memory. The destination's --disk is
+    /// made, or written over if it has the same size. --timeout counts from the end of the first
+    /// pass over them.
     #[arg(long)]
     copy_disk: bool,
     /// Compare all memory (and copied disks) of both sides in the pause, and fail on a difference.
     #[arg(long)]
     verify: bool,
-    /// To a destination on this host (unix:PATH): hand the memory itself over, so that nothing is copied. auto does where
-    /// it can, off sends pages.
+    /// To a destination on this host (unix:PATH): hand the memory itself over, so that nothing is
+    /// copied. auto does where it can, off sends pages.
     #[arg(long, value_name = "WHEN", value_parser = choice::<Handover>(), default_value = "auto")]
     handover: Handover,
 }
@@ -79,7 +83,8 @@ struct TransportFlags {
 #[group(skip)]
 #[command(next_help_heading = "Output")]
 struct ReportFlags {
-    /// Print one JSON object: the report, or why there is none. Its `code` names how the migration ended.
+    /// Print one JSON object: the report, or why there is none. Its `code` names how the migration
+    /// ended.
     #[arg(long)]
     json: bool,
     /// Show progress even where stderr is no terminal.
@@ -179,8 +184,8 @@ fn show(args: &Args, report: &Report, display: &Display) -> Result<ExitCode, Fai
     Ok(outcome.exit())
 }
 
-/// SIGINT and SIGTERM cancel what the VMM does, and say so; its answer then says what became of it. A second signal ends
-/// this command at once.
+/// SIGINT and SIGTERM cancel what the VMM does, whose answer then says how it ended. A second signal
+/// ends this command at once.
 pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Failure> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
@@ -193,7 +198,8 @@ pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Fa
             return;
         }
         say(sentence);
-        // Before the migration begins and after it ends, there is nothing to cancel; the report says so.
+        // Before the migration begins and after it ends, there is nothing to cancel; the report
+        // says so.
         if let Err(e) = client.act(Action::Cancel) {
             say(&e.to_string());
         }

@@ -10,13 +10,13 @@ use std::sync::mpsc;
 
 /// Wait for a guest to be migrated here, then be its VMM.
 ///
-/// The guest's size and processors come with it; what is behind its disks and network cards here is to be given, in the
-/// same order. A migration that fails before the guest has moved leaves this waiting for
-/// the next. The keys and signals of `ferry run` work here too.
+/// The guest's size and processors come with it. Give what is behind its disks and network cards
+/// here, in the same order. After a migration that fails before the guest has moved, this waits for
+/// the next one. The keys and signals of `ferry run` work here too.
 ///
-/// On unix:PATH the guest comes from a process on this host, which hands over the memory itself instead of copying it: the
-/// way to go on under a newer ferry. The taps of its network cards come too: --net is to be given only if a card is to have
-/// another tap here, and then for each card.
+/// On unix:PATH the guest comes from a process on this host, which hands over the memory itself
+/// instead of copying it: the way to go on under a newer ferry. The taps of its network cards come
+/// too. Give --net only if a card gets another tap here, and then for each card.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock
@@ -37,8 +37,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let uri = listener.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
     let server = bind(args.place.api.as_deref(), None, &vmm)?;
-    // What happens is booked where it happens, before the source hears of it; it is told to people here, for whom nobody
-    // is to wait.
+    // An arrival is booked before the source gets its answer. Printing it is this thread's, so that
+    // no migration waits for a terminal.
     let (tell, told) = mpsc::channel::<String>();
     std::thread::Builder::new()
         .name("ferry-arrivals".into())

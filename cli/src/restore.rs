@@ -13,10 +13,11 @@ use std::thread::JoinHandle;
 
 /// Run a guest from a snapshot, and be its VMM.
 ///
-/// The guest runs at once, and its memory is read while it does: first where it waits for a page, and around there. What
-/// is behind its disks and network cards is to be given, in their order; the disks must be as they were at the snapshot.
-/// The guest does not know that it was away: its clock goes on from the snapshot, and a file that is restored twice makes
-/// two guests with one identity. The keys and signals of `ferry run` work here too.
+/// The guest runs at once, and its memory is read while it does: first where it waits for a page,
+/// and around there. Give what is behind its disks and network cards, in their order; the disks
+/// must be as they were at the snapshot. The guest's clock goes on from the snapshot. A file that is
+/// restored twice makes two guests with one identity.
+/// The keys and signals of `ferry run` work here too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry restore guest.snap --api /tmp/b.sock")]
 pub struct Args {

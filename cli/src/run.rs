@@ -34,8 +34,8 @@ const LINUX_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 
 /// Boot a guest and be its VMM until it ends or moves away.
 ///
-/// With a terminal as its console: Ctrl-A x ends the guest, Ctrl-A h shows the keys. SIGINT and SIGTERM end the guest too; a
-/// migration that is under way is cancelled first.
+/// With a terminal as its console: Ctrl-A x ends the guest, Ctrl-A h shows the keys. SIGINT and
+/// SIGTERM end the guest too; a migration that is under way is cancelled first.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry run --nas dirty:wss=64M,rate=2000 --api /tmp/a.sock
@@ -44,62 +44,81 @@ const LINUX_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 #[command(group = clap::ArgGroup::new("guest").required(true))]
 pub struct Args {
     /// The kernel: an ELF file (PVH or vmlinux) or a bzImage.
-    #[arg(long, value_name = "PATH", group = "guest", requires = "memory")]
+    #[arg(
+        long,
+        value_name = "PATH",
+        group = "guest",
+        requires = "memory",
+        help_heading = "Guest"
+    )]
     kernel: Option<PathBuf>,
-    /// The built-in bare guest's work: KERNEL.CLASS such as mg.A (ep is cg mg ft bt sp; S W A B C), dirty:… or idle:….
-    #[arg(long, value_name = "WORK", group = "guest", value_parser = Workload::parse)]
+    /// The built-in bare guest's work: KERNEL.CLASS such as mg.A (ep is cg mg ft bt sp; S W A B C),
+    /// dirty:… or idle:….
+    #[arg(long, value_name = "WORK", group = "guest", value_parser = Workload::parse, help_heading = "Guest")]
     nas: Option<Workload>,
-    /// Debian's kernel for clouds (downloaded once, see FERRY_CACHE) with ferry's own init: HTTP on port 80, commands on the
-    /// console, and the work that --cmdline names, such as ferry.run=mg.S.
-    #[arg(long, group = "guest")]
+    /// Debian's kernel for clouds (downloaded once, see FERRY_CACHE) with ferry's own init: HTTP on
+    /// port 80, commands on the console, and the work that --cmdline names, such as ferry.run=mg.S.
+    #[arg(long, group = "guest", help_heading = "Guest")]
     linux: bool,
     /// An initial RAM disk.
-    #[arg(long, value_name = "PATH", requires = "kernel")]
+    #[arg(long, value_name = "PATH", requires = "kernel", help_heading = "Guest")]
     initrd: Option<PathBuf>,
     /// The kernel's command line; with --linux, what to add to it.
-    #[arg(long, value_name = "TEXT", conflicts_with = "nas")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        conflicts_with = "nas",
+        help_heading = "Guest"
+    )]
     cmdline: Option<String>,
     /// How often --nas runs its kernel; 0 is until it is told to stop.
-    #[arg(long, value_name = "TIMES", requires = "nas")]
+    #[arg(long, value_name = "TIMES", requires = "nas", help_heading = "Guest")]
     repeat: Option<u64>,
-    /// How often --nas prints a line about its progress; a second if left out.
-    #[arg(long, value_name = "TIME", requires = "nas", value_parser = stat_interval)]
+    /// How often --nas prints a line about its progress; every second without it.
+    #[arg(long, value_name = "TIME", requires = "nas", value_parser = stat_interval, help_heading = "Guest")]
     stat: Option<Duration>,
-    /// How often --nas sends a zero byte between its lines, a sign of life for those who listen on the serial port.
-    #[arg(long, value_name = "TIME", requires = "nas", value_parser = beat_interval)]
+    /// How often --nas sends a zero byte between its lines, a sign of life for programs that read
+    /// the serial port.
+    #[arg(long, value_name = "TIME", requires = "nas", value_parser = beat_interval, help_heading = "Guest")]
     beat: Option<Duration>,
     /// RAM, such as 512M; what the work needs, with --nas; 256M with --linux.
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Machine")]
     memory: Option<u64>,
     /// Virtual processors.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Machine")]
     cpus: u32,
     /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", help_heading = "VMM")]
     api: Option<PathBuf>,
     /// Where the serial port goes: stdio, file:PATH or null.
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    #[arg(
+        long,
+        value_name = "WHERE",
+        default_value = "stdio",
+        help_heading = "VMM"
+    )]
     serial: Serial,
     /// The old name of --memory-backing hugetlb.
-    #[arg(long, conflicts_with = "memory_backing")]
+    #[arg(long, conflicts_with = "memory_backing", help_heading = "Machine")]
     hugepages: bool,
-    /// How the pages that the guest dirties are found while it is migrated: by KVM's log, by its rings, or auto.
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Tracking>())]
+    /// How the pages that the guest dirties are found while it is migrated: by KVM's log, by its
+    /// rings, or auto.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Tracking>(), help_heading = "Machine")]
     dirty: Tracking,
     /// The guest's name, for people.
-    #[arg(long)]
+    #[arg(long, help_heading = "Machine")]
     name: Option<String>,
     #[command(flatten)]
     devices: devices::Args,
-    /// A memory balloon: the guest can give memory back to the host, and says how much it has free. With auto it gives what
-    /// it does not use, every 5s, and gets it back when it is short; see `ferry balloon`.
+    /// A memory balloon: the guest can give memory back to the host, and says how much it has free.
+    /// With auto it gives what it does not use, every 5s, and gets it back when it is short; see
+    /// `ferry balloon`.
     #[arg(
         long,
         value_name = "auto|SIZE",
         num_args = 0..=1,
         default_missing_value = "on",
-        value_parser = Setting::parse
-    )]
+        value_parser = Setting::parse, help_heading = "Machine")]
     balloon: Option<Setting>,
     /// Where to write when each stage of the start was reached, for ferry bench boot.
     #[arg(long, value_name = "PATH", hide = true)]
@@ -256,7 +275,8 @@ fn load_linux(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result
     Ok(())
 }
 
-/// The loader takes files. This one is in memory for as long as it is open, and its name is that of our own descriptor.
+/// A file in memory, for the loader, which takes paths: it lives as long as its descriptor, and its
+/// path is that of the descriptor.
 fn in_memory(what: &str, bytes: &[u8]) -> Result<(PathBuf, File), Failure> {
     let failed = |e: std::io::Error| Failure(format!("{what} cannot be unpacked ({e})"));
     let fd = memfd_create("ferry-image", MFdFlags::MFD_CLOEXEC).map_err(|e| failed(e.into()))?;

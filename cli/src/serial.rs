@@ -1,7 +1,7 @@
 //! Where the guest's serial port goes: `--serial stdio|file:PATH|null`.
 //!
-//! Output passes through a [`Spool`]: the guest's processor waits for no terminal, and neither does the pause of a
-//! migration, unless a megabyte has piled up.
+//! Output passes through a [`Spool`]: the guest's processor waits for no terminal, and neither does
+//! the pause of a migration, unless a megabyte has piled up.
 
 use ferry_terminal::output::{Failure, say};
 use std::collections::VecDeque;
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_sink_keeps_nobody_and_loses_nothing() {
+    fn a_slow_sink_blocks_no_writer_and_loses_nothing() {
         let ((out, seen), (go, gate)) = (mpsc::channel(), mpsc::channel());
         let mut spool = Spool::new(Box::new(Slow(out, gate))).unwrap();
         for i in 0..200u8 {
@@ -232,11 +232,11 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_sink_blocks_nobody() {
+    fn a_broken_sink_blocks_no_writer() {
         let ((out, seen), (go, gate)) = (mpsc::channel(), mpsc::channel::<()>());
         let mut spool = Spool::new(Box::new(Slow(out, gate))).unwrap();
         drop((go, seen));
-        // More than the spool holds: it would block for ever if nobody noticed.
+        // More than the spool holds: without a limit it would block for ever.
         let chunk = vec![0; 64 << 10];
         for _ in 0..64 {
             let _ = spool.write_all(&chunk);

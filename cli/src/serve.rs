@@ -25,8 +25,8 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// How often keys are offered again to a guest that did not take them, in milliseconds.
 const RETRY_MS: i32 = 20;
 
-/// Signals that come closer together than this are one wish: timeout(1) signals a process and then its group, and a
-/// guest in doubt must not be discarded by that.
+/// Signals that come closer together than this count as one. timeout(1) signals a process and then
+/// its group, and the second must not discard a guest in doubt.
 pub const SAME_WISH: Duration = Duration::from_secs(1);
 
 const SERVER: u32 = 0;
@@ -34,8 +34,8 @@ const FINISHED: u32 = 1;
 const SIGNAL: u32 = 2;
 const TERMINAL: u32 = 3;
 
-/// SIGINT, SIGTERM and SIGHUP as a descriptor. To be taken before any thread is started: threads inherit that they are
-/// blocked, and one that did not would be killed by them.
+/// SIGINT, SIGTERM and SIGHUP as a descriptor. Take it before any thread starts: threads inherit the
+/// blocked signals, and a thread without them blocked would let them kill the process.
 pub struct Signals(SignalFd);
 
 impl Signals {
@@ -63,13 +63,19 @@ impl Signals {
 #[derive(Debug, clap::Args)]
 pub struct Place {
     /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", help_heading = "VMM")]
     pub api: Option<PathBuf>,
     /// Where the guest's serial port goes: stdio, file:PATH or null.
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    #[arg(
+        long,
+        value_name = "WHERE",
+        default_value = "stdio",
+        help_heading = "VMM"
+    )]
     pub serial: Serial,
-    /// How the pages that the guest dirties are found when it is migrated on: by KVM's log, by its rings, or auto.
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Tracking>())]
+    /// How the pages that the guest dirties are found when it is migrated on: by KVM's log, by its
+    /// rings, or auto.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Tracking>(), help_heading = "Machine")]
     pub dirty: Tracking,
     #[command(flatten)]
     pub devices: devices::Args,
@@ -174,7 +180,7 @@ fn tell(outcome: &Outcome) -> ExitCode {
     }
 }
 
-/// A terminal that we may not take because we are in the background must not be read either: reading would stop us.
+/// A process in the background must not read its terminal: reading would stop it.
 fn feed_stdin(vmm: &Vmm) -> Result<(), Failure> {
     if io::IsTerminal::is_terminal(&io::stdin()) {
         return Ok(());
@@ -244,7 +250,7 @@ impl MutEventSubscriber for Loop {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             SERVER => self.server.accept(),
-            // The loop looks at the outcome after every event. Left readable, nothing else need be remembered.
+            // The loop looks at the outcome after every event; the descriptor stays readable.
             FINISHED => {}
             SIGNAL => self.signal(),
             TERMINAL => self.typed(ops),

@@ -14,12 +14,13 @@ use std::process::ExitCode;
 
 /// Write a guest to a file, for `ferry restore`.
 ///
-/// The guest stands still while its memory is written, and goes on afterwards. With --live it runs while most of it is
-/// written, which takes longer and a larger file. The file is the guest at one moment.
+/// The guest stands still while its memory is written, and goes on afterwards. With --live it runs
+/// while most of it is written, which takes longer and a larger file. The file is the guest at one
+/// moment.
 ///
-/// The guest's VMM writes the file, and only that user can read it. It gets its name when it is complete: Ctrl-C (or
-/// `ferry cancel`) leaves none. Pages of zeros take no room. Disks are not in it: copy them while the guest stands still
-/// (--then pause), with `cp -p`.
+/// The guest's VMM writes the file, and only that user can read it. It gets its name when it is
+/// complete: Ctrl-C (or `ferry cancel`) leaves none. Pages of zeros take no room. Disks are not in
+/// it: copy them while the guest stands still (--then pause), with `cp -p`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry snapshot --api /tmp/a.sock guest.snap
@@ -37,7 +38,7 @@ pub struct Args {
     /// Let the guest run while most of its memory is written.
     #[arg(long)]
     live: bool,
-    /// How pages are made smaller: none, zstd, or auto, which takes to a coder only where writing is slower than that.
+    /// How pages are compressed; auto compresses only where writing is slower than that.
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Compress>().try_map(compress))]
     compress: Compress,
     /// Replace a file of that name.

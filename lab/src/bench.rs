@@ -1,8 +1,9 @@
-//! `ferry bench`: migrations on this machine, measured: ferry's policies, and QEMU's beside them; and how Linux boots.
+//! `ferry bench`: measures migrations on this machine, ferry's and those of QEMU and Cloud
+//! Hypervisor; and how Linux boots.
 //!
-//! A matrix of guests, links and policies; of every cell several runs, each with fresh processes of this very program (or of
-//! QEMU), the same guest and the same link, and the guest's own word for it that nothing was lost. Every run is written down
-//! as soon as it is over, so that an interrupted benchmark goes on where it ended.
+//! A matrix of guests, links and policies, with several runs of every cell. Each run starts fresh
+//! processes with the same guest and the same link, and the guest verifies its own memory. A run is
+//! written to the journal when it ends, so that an interrupted benchmark goes on where it stopped.
 
 mod boot;
 mod cell;
@@ -12,11 +13,11 @@ mod estimate;
 mod ferry;
 mod flags;
 mod goals;
-mod heard;
 mod host;
 mod html;
 mod interrupt;
 mod journal;
+mod listener;
 mod log;
 mod markdown;
 mod measure;
@@ -41,11 +42,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Measure migrations: guests × links × policies, ferry's beside QEMU's, several runs of each.
+/// Measure migrations: guests × links × policies, ferry's and those of other hypervisors.
 ///
-/// Results go into a directory: results.jsonl with every run, table.txt, report.md, and report.html with plots. The same command goes on where it
-/// was interrupted. A shaped link needs root: two network namespaces with tc between them; without it the senders cap
-/// themselves, which the results say.
+/// Results go into a directory: results.jsonl with every run, table.txt, report.md, and report.html
+/// with plots. The same command goes on where it was interrupted. A shaped link needs root: two
+/// network namespaces with tc between them; without it the senders cap themselves, which the
+/// results say.
 #[derive(Debug, clap::Args)]
 #[command(
     args_conflicts_with_subcommands = true,
@@ -69,10 +71,10 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// Measure what ferry is to reach, beside QEMU, and say whether it did.
+    /// Measure ferry's goals against QEMU, and say which are met.
     #[command(after_help = "Example:\n  ferry bench goals --runs 3")]
     Goals(Common),
-    /// Repeat a paper's experiment with real guests, its figures beside ours.
+    /// Repeat a paper's experiment with real guests, and compare the figures.
     #[command(
         subcommand,
         after_help = "Example:\n  ferry bench paper stord --runs 1"
@@ -96,6 +98,7 @@ enum What {
 
 /// What every benchmark takes.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Runs")]
 struct Common {
     /// Runs of every cell; by default what the file says, or 5.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -109,11 +112,11 @@ struct Common {
     /// Cloud Hypervisor; by default $FERRY_CLOUD_HYPERVISOR, or cloud-hypervisor.
     #[arg(long, value_name = "PATH")]
     cloud_hypervisor: Option<PathBuf>,
-    /// When a migration that does not end is given up.
-    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10m")]
+    /// How long a migration may take before its run fails.
+    #[arg(long, alias = "patience", value_name = "TIME", value_parser = duration, default_value = "10m")]
     timeout: Duration,
-    /// How long to measure: runs are made in rounds, one of every cell, and no round is begun that is not expected to end in
-    /// time. The first goes as far as the time does.
+    /// How long to measure: runs are made in rounds, one of every cell, and no round is begun that
+    /// is not expected to end in time. The first goes as far as the time does.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     budget: Option<Duration>,
     /// Leave out what is done right before each migration, for every VMM alike: to have the host's 2 MiB pages at hand, as a
@@ -179,8 +182,8 @@ fn spec(args: &Args) -> Result<Spec, Failure> {
     }
 }
 
-/// Measures what is not measured yet, and shows everything; `named` is the binary of Cloud Hypervisor that flags name,
-/// `verdict` says what it means.
+/// Makes the missing runs and shows all results. `named` is the binary of Cloud Hypervisor that
+/// flags name; `verdict` interprets the results.
 fn measure(
     mut spec: Spec,
     common: &Common,
@@ -262,7 +265,7 @@ fn report(directory: &Path, file: Option<&Path>) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The main figures on stdout, all of them in files beside the results.
+/// The main figures on stdout, all of them in files with the results.
 fn show(out: &Path, host: &Host, spec: &Spec, runs: &[Run], verdict: &str) -> Result<(), Failure> {
     let write = |name: &str, text: &str| {
         let path = out.join(name);

@@ -1,5 +1,5 @@
-//! `ferry demo`: the main job, on this host, with nothing but this program; with a Linux guest, in a nested host where this
-//! host's KVM cannot run one.
+//! `ferry demo`: two live migrations on this host, with this program alone. A Linux guest runs in a
+//! nested host where this host's KVM cannot run it.
 
 use crate::nested::{Elsewhere, linux_runs_here, why};
 use crate::vmm_process::{KernelRun, LOOK, TIMEOUT, VmmProcess};
@@ -19,17 +19,17 @@ use std::time::{Duration, Instant};
 
 /// Boot a guest that computes, move it twice between processes while it does, and check everything.
 ///
-/// The guest is the built-in one; it runs the NAS kernel MG, which checks its own results. The first move is a plain one, and
-/// its downtime is compared with the longest gap that the guest itself saw; the second also compares all memory of both sides
-/// in the pause.
+/// The guest is the built-in one; it runs the NAS kernel MG, which checks its own results. The
+/// first move is a plain one, and its downtime is compared with the longest gap that the guest
+/// itself saw; the second also compares all memory of both sides in the pause.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  ferry demo\n  ferry demo --linux")]
 pub struct Args {
     /// The guest's work: a NAS kernel and its class; mg.A, or mg.S with --linux.
     #[arg(long, value_name = "KERNEL.CLASS", value_parser = Workload::parse)]
     nas: Option<Workload>,
-    /// The guest is a stock Debian Linux (downloaded once). Where this host's KVM cannot run it, all of the demo runs in a
-    /// host that QEMU emulates.
+    /// The guest is a stock Debian Linux (downloaded once). Where this host's KVM cannot run it,
+    /// all of the demo runs in a host that QEMU emulates.
     #[arg(long)]
     linux: bool,
     /// Virtual processors.
@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     ])
 }
 
-/// Memory of a Linux guest beside that of its work.
+/// Memory that a Linux guest needs in addition to that of its work.
 const LINUX_ITSELF: u64 = 224 << 20;
 
 /// The same demo, in a nested host.

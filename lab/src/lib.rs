@@ -1,7 +1,8 @@
-//! ferry's laboratory: everything that measures, models and shows, and that no guest needs to run or to move.
+//! ferry's laboratory: benchmarks, models and demonstrations. No guest needs it to run or to move.
 //!
-//! It starts `ferry` as a process and talks to it over the control socket; the models run in this process.
-//! The binary `ferry` has its four entry points as the commands `demo`, `bench`, `sim` and `record`.
+//! It starts `ferry` as a process and talks to it over the control socket; the models run in this
+//! process. The binary `ferry` has its four entry points as the commands `demo`, `bench`, `sim` and
+//! `record`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 #![forbid(unsafe_code)]
 

@@ -12,7 +12,8 @@ const SIZE: (u32, u32) = (1000, 520);
 /// Where the chart ends and the legend begins.
 const CHART: i32 = 770;
 const FONT: &str = "sans-serif";
-/// Blue, vermilion, green, reddish purple, orange, sky blue, black: black last, yellow never (it fades in print).
+/// Blue, vermilion, green, reddish purple, orange, sky blue, black: black last, yellow never (it
+/// fades in print).
 const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -175,7 +176,7 @@ where
             let colour = COLOURS[index % COLOURS.len()];
             let line = colour.stroke_width(2);
             let points = series.points.iter().copied();
-            // Dashes are the third sign beside colour and marker, from the fourth series on.
+            // Dashes are the third sign after colour and marker, from the fourth series on.
             if index < 3 {
                 area.draw_series(LineSeries::new(points, line))?;
             } else {
@@ -346,7 +347,7 @@ pub fn bars_svg(chart: &Bars<'_>) -> Result<String, Failure> {
     Ok(svg)
 }
 
-/// A bar that has its name beside it, and the range that its value stands for.
+/// A bar with its name at its left, and the range of its value.
 pub struct Bar {
     pub name: String,
     pub value: f64,

@@ -14,8 +14,9 @@ use std::time::Duration;
 
 /// Record which pages a running guest dirties, for `ferry sim --trace`.
 ///
-/// The guest runs on, whatever becomes of this command; a recording that is interrupted can be used up to there. Meanwhile
-/// the guest cannot be migrated, and each page that it writes costs it a fault per interval.
+/// The guest runs on, whatever becomes of this command; a recording that is interrupted can be used
+/// up to there. Meanwhile the guest cannot be migrated, and each page that it writes costs it a
+/// fault per interval.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry record --api /tmp/a.sock guest.trace --duration 30s")]
 pub struct Args {

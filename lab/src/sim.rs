@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
 
-/// Model a migration without a guest: any policy over a synthetic writer or a recorded trace, or a paper's figures.
+/// Model a migration without a guest: any policy over a synthetic writer or a recorded trace, or a
+/// paper's figures.
 #[derive(Debug, clap::Args)]
 #[command(
     args_conflicts_with_subcommands = true,

@@ -1,6 +1,8 @@
-//! How ferry talks to a person: what a command takes (sizes, rates, times, policies) and how it answers.
+//! How ferry talks to a person: what a command takes (sizes, rates, times, policies) and how it
+//! answers.
 //!
-//! Both the product's command line and the laboratory's use it, so that a report or a flag has one form.
+//! Both the product's command line and the laboratory's use it, so that a report or a flag has one
+//! form.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 #![forbid(unsafe_code)]
 

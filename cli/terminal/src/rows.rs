@@ -89,7 +89,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// One round of a migration, with its cells: number (or what stands for it), pages, and what else there is to say.
+/// One round of a migration: its number, and the cells of its line.
 #[derive(Clone, Debug)]
 pub struct RoundRow {
     /// Counts from 1.

@@ -29,7 +29,7 @@ pub fn sentence(report: &Report, uri: &str) -> String {
             format!("the migration to {uri} was cancelled{because}; the guest runs on where it was")
         }
         Status::Interrupted => format!(
-            "the migration to {uri} was interrupted{because}: the guest runs there and lacks pages that are only here; \
+            "the migration to {uri} was interrupted{because}: the guest runs there and misses pages that are only here; \
              `ferry recover` sends them"
         ),
         Status::InDoubt => format!(

@@ -1,13 +1,15 @@
-//! When a machine reached the stages of its start: for `ferry bench boot`, which asks for it with a hidden option.
+//! When a machine reached the stages of its start. `ferry bench boot` asks `ferry run` for it with a
+//! hidden option.
 
 use crate::output::Failure;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// A stage's name, and when it was reached: nanoseconds of the clock that all processes of this host share.
+/// A stage's name, and when it was reached: nanoseconds of the clock that all processes of this
+/// host share.
 pub type Mark = (String, u64);
 
-/// Marks in the making; nothing where nobody wants them.
+/// Marks being taken; without a file, none are.
 #[derive(Debug)]
 pub struct Timeline {
     path: Option<PathBuf>,
@@ -35,7 +37,7 @@ impl Timeline {
         }
     }
 
-    /// Whether anybody wants it.
+    /// Whether there is a file to write.
     pub fn is_wanted(&self) -> bool {
         self.path.is_some()
     }
@@ -63,7 +65,7 @@ impl Timeline {
     }
 }
 
-/// An instant in nanoseconds of CLOCK_MONOTONIC. `Instant` is of that clock, but does not say what it reads.
+/// An instant in nanoseconds of CLOCK_MONOTONIC, which `Instant` reads but does not show.
 pub fn nanos(at: Instant) -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let now = Duration::try_from(now).unwrap_or_default();

@@ -1,15 +1,15 @@
 //! Sizes, rates and durations as users write them.
 //!
-//! Numbers may have a decimal point; the arithmetic is exact and rounds down. Sizes count in powers of 1024, as memory
-//! does; rates in powers of 1000, as networks do.
+//! Numbers may have a decimal point; the arithmetic is exact and rounds down. Sizes count in powers
+//! of 1024, as memory does; rates in powers of 1000, as networks do.
 
 use std::time::Duration;
 
 /// The most digits after a decimal point; more could not change a result.
 const MAX_DECIMALS: usize = 18;
 
-/// Splits "1.5G" into number and unit, and multiplies. `units` are names (compared without case, unless two differ in
-/// case only) and factors.
+/// Splits "1.5G" into number and unit, and multiplies. `units` are names (compared without case,
+/// unless two differ in case only) and factors.
 fn scaled(text: &str, units: &[(&str, u128)]) -> Option<u128> {
     let text = text.trim();
     let end = text

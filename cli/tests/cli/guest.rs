@@ -123,7 +123,8 @@ fn a_terminal_is_raw_while_the_guest_runs_and_restored_after() {
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     let mut seen = String::new();
-    // The guest runs before the terminal is taken; and what both say may be mixed, so that one line is not enough to wait for.
+    // The guest runs before the terminal is taken; and what both say may be mixed, so that one line
+    // is not enough to wait for.
     while !(seen.contains("keys: Ctrl-A x") && seen.contains("ferry-guest: stat")) {
         assert!(lines.read_line(&mut seen).unwrap() > 0, "{seen}");
     }

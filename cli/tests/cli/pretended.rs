@@ -47,7 +47,8 @@ fn ctrl_c_cancels_a_snapshot() {
     );
 }
 
-/// Runs `ferry migrate --json` with a VMM that answers with these lines of its event stream, and then hangs up.
+/// Runs `ferry migrate --json` with a VMM that answers with these lines of its event stream, and
+/// then hangs up.
 fn migrate(events: &[String]) -> (Output, serde_json::Value) {
     let dir = tempfile::tempdir().unwrap();
     let api = dir.path().join("api");

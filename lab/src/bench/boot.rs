@@ -1,7 +1,7 @@
 //! `ferry bench boot`: from `ferry run --linux` to a guest that is ready, stage by stage.
 //!
-//! The stages before the first instruction of the guest are the VMM's own word ([`Timeline`]); the others are lines that the
-//! guest prints, timed when they arrive here. All are readings of one clock.
+//! The VMM reports the stages before the guest's first instruction ([`Timeline`]). The others are
+//! lines that the guest prints, timed when they arrive here. All times are of one clock.
 
 use super::interrupt;
 use super::process::{Process, said};
@@ -45,16 +45,17 @@ const STAGES: [(&str, &str); 8] = [
     ("ready", "modules are loaded, devices and network are up"),
 ];
 
-/// So that the kernel's first line is seen when it is printed: an early console, and more than warnings.
+/// An early console and a higher log level show the kernel's first line when it is printed.
 const CMDLINE: &str = "loglevel=6 earlyprintk=ttyS0,115200";
 
 /// What takes longer hangs.
 const TIMEOUT: Duration = Duration::from_secs(240);
 
-/// Measure how long a stock Debian Linux takes from `ferry run --linux` until it is ready, stage by stage.
+/// Measure how long a stock Debian Linux takes from `ferry run --linux` until it is ready, stage by
+/// stage.
 ///
-/// Where this host's KVM cannot run Linux, all of it happens in a host that QEMU emulates, at some twentieth of the speed: the
-/// shares are of use then, the times are not.
+/// Where this host's KVM cannot run Linux, all of it happens in a host that QEMU emulates, at some
+/// twentieth of the speed: the shares are of use then, the times are not.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry bench boot --runs 10 --cpus 2")]
 pub struct Args {

@@ -68,7 +68,8 @@ pub struct Cloud {
     /// Its `connections`, for pre-copy.
     #[serde(default = "single")]
     pub connections: u32,
-    /// When a migration that does not converge is ended by stopping the guest; it counts in seconds.
+    /// When a migration that does not converge is ended by stopping the guest; it counts in
+    /// seconds.
     #[serde(default)]
     pub stop_after_ms: Option<u64>,
 }
@@ -130,7 +131,8 @@ pub struct Qemu {
     /// The cache of xbzrle in bytes.
     #[serde(default = "cache", deserialize_with = "bytes")]
     pub cache: u64,
-    /// When a migration that does not converge is ended by stopping the guest, as ferry's `on_timeout = "stop"` does.
+    /// When a migration that does not converge is ended by stopping the guest, as ferry's
+    /// `on_timeout = "stop"` does.
     #[serde(default)]
     pub stop_after_ms: Option<u64>,
 }

@@ -9,7 +9,8 @@ use ferry_terminal::output::Failure;
 const CURVES: usize = 6;
 /// What a curve shows before the request and after the end, in milliseconds.
 const MARGIN_MS: f64 = 2000.0;
-/// Lines of a kernel that make a point of a curve: it counts whole iterations, of which a tenth of a second may have none.
+/// Lines of a kernel for each point of a curve: a kernel counts whole iterations, and there may be
+/// none in a tenth of a second.
 const WHOLE: usize = 10;
 
 /// Bars of a metric, one for each policy that has it.
@@ -115,7 +116,7 @@ pub fn group(rows: &[Row<'_>]) -> Result<Vec<String>, Failure> {
         ),
         (
             "outside_ms",
-            "Downtime: the longest silence that a listener outside heard at the move",
+            "Downtime: the longest silence of the serial port at the move",
             "ms",
         ),
         (

@@ -1,9 +1,10 @@
 //! The same bare guest under Cloud Hypervisor, moved by its HTTP API.
 //!
-//! Facts from its repository (`docs/live_migration.md`, `docs/api.md`, the API's OpenAPI description): `vm.receive-migration`
-//! answers when the guest has arrived; `vm.send-migration` does so too, or, since it became asynchronous, at once; the source
-//! ends by itself then. Input of the serial port is read from a terminal only, so it gets one. No figures of a migration are
-//! told: what the guest, the listener, the link and the kernel say is all there is.
+//! Facts from its repository (`docs/live_migration.md`, `docs/api.md`, the API's OpenAPI
+//! description): `vm.receive-migration` answers when the guest has arrived. `vm.send-migration`
+//! does so too in old versions; in new ones it answers at once, and the source ends by itself.
+//! The serial port reads input from a terminal only, so it gets one. Cloud Hypervisor reports no
+//! figures of a migration: guest, listener, link and kernel are the only sources.
 
 use super::cell::{Cell, Cloud, CloudMode};
 use super::interrupt;
@@ -25,7 +26,8 @@ use std::time::{Duration, Instant};
 pub const PROGRAM: &str = "cloud-hypervisor";
 /// What names it otherwise.
 pub const VARIABLE: &str = "FERRY_CLOUD_HYPERVISOR";
-/// The first version that has a downtime target, connections and post-copy; an older one would overlook them.
+/// The first version that has a downtime target, connections and post-copy; an older one would
+/// overlook them.
 const OLDEST: u32 = 53;
 /// Its own default for the whole migration, which the benchmark's timeout replaces.
 const SECOND_MS: u64 = 1000;
@@ -95,7 +97,7 @@ fn start_one(
         .stdin(Stdio::from(terminal.slave))
         .stdout(Stdio::piped())
         .stderr(File::create(errors)?);
-    let process = Process::start(name, &mut command)?.heard_in(log)?;
+    let process = Process::start(name, &mut command)?.recorded_in(log)?;
     Ok(process.typed_at(File::from(terminal.master)))
 }
 
@@ -176,7 +178,8 @@ fn command(client: &Client, name: &str, body: &Value, timeout: Duration) -> Resu
     )))
 }
 
-/// Whether a process, or whoever shares its network, listens on a port (`/proc/PID/net/tcp`, proc(5)).
+/// Whether a port is listened on in the network namespace of a process (`/proc/PID/net/tcp`,
+/// proc(5)).
 fn listens(pid: u32, port: u16) -> bool {
     let text = fs::read_to_string(format!("/proc/{pid}/net/tcp")).unwrap_or_default();
     let end = format!(":{port:04X}");
@@ -239,7 +242,7 @@ impl Pair for Pairing {
         let sent = ready
             .and_then(|()| command(&self.source, "vm.send-migration", &self.request(), timeout));
         if sent.is_err() {
-            // Nobody will come: the receiver is to stop waiting for him.
+            // No guest will come, and the receiver would wait on.
             super::process::end_by_force(pid);
         }
         let received = receive

@@ -1,4 +1,4 @@
-//! How long a run is expected to take: as long as the like of it took, or a rough reckoning where there is none.
+//! How long a run is expected to take: by earlier runs of its cell, or by a rough reckoning.
 
 use super::cell::Cell;
 use super::journal::Run;
@@ -9,8 +9,8 @@ use ferry_nas::workload::Workload as Kind;
 use ferry_nas::{Class, Kernel, Problem};
 use std::time::Duration;
 
-/// Two processes, two and a half seconds before the move and one after it, in seconds.
-const BESIDE: f64 = 3.6;
+/// Starting two processes, 2.5 s before the move and 1 s after it, in seconds.
+const PROCESSES: f64 = 3.6;
 /// Filling a GiB of memory, and verifying it, in seconds.
 const PER_GIB: f64 = 2.4;
 /// What this machine's loopback carries in a second.
@@ -18,8 +18,8 @@ const LOOPBACK: u64 = 1 << 30;
 /// Passes over memory that a guest takes which writes.
 const PASSES: f64 = 2.0;
 
-/// How long the runs are expected to take that are made of `cell`, of which others were made already: by the longest of the same
-/// cell, else by a reckoning, corrected by how far it was off for the others.
+/// How long a run of `cell` is expected to take: as long as the longest earlier run of it. Without
+/// one, as long as is reckoned, corrected by how far reckoning was off for other cells.
 pub fn expected(runs: &[Run], cell: &Cell) -> Duration {
     let took = || runs.iter().filter(|run| run.took_s > 0.0);
     let of_cell = took().filter(|run| run.cell == *cell);
@@ -63,7 +63,7 @@ fn reckoned(cell: &Cell) -> f64 {
             };
         }
     }
-    BESIDE + PER_GIB * memory as f64 / f64::from(1 << 30) + (passes * pass).min(most) + computing
+    PROCESSES + PER_GIB * memory as f64 / f64::from(1 << 30) + (passes * pass).min(most) + computing
 }
 
 /// Seconds that the timed part of a kernel takes on a processor of 2026.

@@ -1,8 +1,8 @@
 //! ferry itself, as the benchmark runs it: two processes of this program.
 
 use super::cell::Cell;
-use super::heard::BEAT_MS;
 use super::interrupt;
+use super::listener::BEAT_MS;
 use super::log::STAT_MS;
 use super::measure::Told;
 use super::net::Net;
@@ -58,7 +58,7 @@ pub fn start(
             .stdout(Stdio::piped())
             .stderr(File::create(files.path("b.err"))?),
     )?
-    .heard_in(&files.destination())?;
+    .recorded_in(&files.destination())?;
     let source = Process::start(
         "ferry run",
         net.at_source(&machine.ferry)
@@ -73,7 +73,7 @@ pub fn start(
             .stdout(Stdio::piped())
             .stderr(File::create(files.path("a.err"))?),
     )?
-    .heard_in(&files.source())?;
+    .recorded_in(&files.source())?;
     let receiver = Client::new(&files.path("b.sock"));
     let uri = interrupt::until(
         Duration::from_secs(30),
@@ -125,8 +125,8 @@ impl Pair for Ferry {
     }
 }
 
-/// The guest's dirty rate over time, from what each round found. Rounds of a moment are taken together: of so few pages in so
-/// little time no rate can be told.
+/// The guest's dirty rate over time, from the rounds. Very short rounds are merged: too few pages in
+/// too little time make no rate.
 #[derive(Debug, Default)]
 struct Dirtied {
     /// Milliseconds since the request, and the pages per second until then.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 /// Guests, links and policies.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Matrix")]
 pub struct Flags {
     /// A guest's work: KERNEL.CLASS such as mg.A, dirty:… or idle:…; may be repeated.
     #[arg(long, value_name = "WORK", value_parser = guest)]
@@ -25,11 +26,13 @@ pub struct Flags {
     /// A link: loopback, or a rate such as 1Gbit; may be repeated.
     #[arg(long, value_name = "RATE", value_parser = link)]
     link: Vec<Link>,
-    /// ferry's policy and its options, such as precopy or postcopy,order=flush,channels=2; may be repeated.
+    /// ferry's policy and its options, such as precopy or postcopy,order=flush,channels=2; may be
+    /// repeated.
     #[arg(long, value_name = "NAME[,OPTION=VALUE…]", value_parser = ours)]
     policy: Vec<Policy>,
-    /// Whom to measure beside ferry on the same guests and links: qemu or cloud-hypervisor, with all of its ways, or one, such
-    /// as qemu:multifd; may be repeated. A binary of Cloud Hypervisor can be named here, as cloud-hypervisor=PATH.
+    /// What else to measure on the same guests and links: qemu or cloud-hypervisor, with
+    /// all of its ways, or one, such as qemu:multifd; may be repeated. A binary of Cloud Hypervisor
+    /// can be named here, as cloud-hypervisor=PATH.
     #[arg(long, value_name = "PEER[:MODE][=PATH]", value_parser = peer)]
     peer: Vec<Peer>,
     /// The longest acceptable pause, for all.

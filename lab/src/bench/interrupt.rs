@@ -6,10 +6,10 @@ use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Somebody wants this to end.
+/// A signal asked for the end.
 static WANTED: AtomicBool = AtomicBool::new(false);
 
-/// How often a wait looks whether it is to go on.
+/// How often a wait checks for that.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// Has SIGINT and SIGTERM noted from now on. To be called before any thread is started.
@@ -36,7 +36,7 @@ pub fn watch() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whether somebody wants this to end.
+/// Whether a signal asked for the end.
 pub fn wanted() -> bool {
     WANTED.load(Ordering::Relaxed)
 }

@@ -1,7 +1,7 @@
 //! The results, run by run: a file of JSON lines that survives whatever ends the benchmark.
 //!
-//! The first line describes the machine; every other is a run. A benchmark that finds its file goes on where it ended: runs
-//! that succeeded are not repeated, those that failed are.
+//! The first line describes the machine; every other is a run. A benchmark that finds its file goes
+//! on where it ended: runs that succeeded are not repeated, those that failed are.
 
 use super::cell::Cell;
 use super::measure::Figures;
@@ -86,7 +86,8 @@ pub struct Journal {
     pub runs: Vec<Run>,
 }
 
-/// Reads a file; what a crash has left of its last line is left out. Returns how many bytes are whole.
+/// Reads a file without the part of a last line that a crash left. Returns how many bytes are whole
+/// lines.
 fn read(path: &Path) -> Result<(Option<Host>, Vec<Run>, usize), Failure> {
     let text = match fs::read(path) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
@@ -196,9 +197,9 @@ impl Journal {
     }
 }
 
-/// The runs that are still to be made, in rounds: first of every cell its first run, then of every cell its second, so
-/// that a benchmark that is ended early has as many runs of one cell as of another. In a round the cells of a group
-/// take turns, in an order that rotates, so that whatever else the machine does hits all alike.
+/// The runs still to be made, in rounds: the first run of every cell, then the second. A benchmark
+/// that ends early has then as many runs of one cell as of another. In a round the cells of a group
+/// take turns in a rotating order, so that other load on the machine hits all alike.
 pub fn missing(made: &[Run], cells: &[Cell], runs: u32) -> Vec<(Cell, u32)> {
     let done: BTreeSet<(String, u32)> = made
         .iter()

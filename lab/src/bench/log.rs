@@ -21,7 +21,8 @@ impl Log {
         fs::read(&self.0).map_or_else(|_| String::new(), |b| String::from_utf8_lossy(&b).into())
     }
 
-    /// Waits until a line does, and returns what `wanted` made of it. `alive` says when there is no hope.
+    /// Waits for a line of which `wanted` makes a value, and returns it. `alive` fails when no more
+    /// lines can come.
     pub fn wait<T>(
         &self,
         what: &str,
@@ -74,8 +75,8 @@ impl Step {
         self.done < self.total
     }
 
-    /// Whether a move should begin here: an iteration is over, so that its memory holds what it works on (`mg` begins a
-    /// run by setting nearly all to zero), and no more than a quarter of the loop, or as little as can be.
+    /// Whether a move should begin here: at least one iteration is over, and at most a quarter of
+    /// the loop. Before the first iteration memory can be nearly all zero (`mg`).
     pub const fn early(self) -> bool {
         let quarter = self.total / 4;
         let most = if quarter > 1 { quarter } else { 1 };
@@ -99,7 +100,7 @@ struct Stat {
 }
 
 impl Stat {
-    /// Whether what was done from this line to the next one is work to be compared: of a kernel only its timed loop is.
+    /// Whether the work from this line to the next one counts; only a kernel's timed loop does.
     fn counts(&self, next: &Self) -> bool {
         match (self.step, next.step) {
             (Some(from), Some(to)) => from.timed() && from.run == to.run,
@@ -148,14 +149,16 @@ pub struct Seen {
     pub noise_ms: f64,
     /// Its work per second before the request; a kernel's in its timed loop, in runs.
     pub base: f64,
-    /// Work per second over time: milliseconds since the request (negative before it), and the rate until then.
+    /// Work per second over time: milliseconds since the request (negative before it), and the rate
+    /// until then.
     pub series: Vec<(f64, f64)>,
     /// When it arrived, in milliseconds since the request, to a tenth of a second.
     pub moved_ms: f64,
     /// What of a kernel was moved; nothing of the writer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub course: Option<Course>,
-    /// The work that was lost from the request until a second after the source had gone, in milliseconds of undisturbed work.
+    /// The work that was lost from the request until a second after the source had gone, in
+    /// milliseconds of undisturbed work.
     pub lost_ms: f64,
 }
 
@@ -166,7 +169,8 @@ pub struct Course {
     pub from: Step,
     /// Where it was when it first told at the destination.
     pub to: Step,
-    /// How long it was not in its timed loop meanwhile, in milliseconds: verifying, and setting up another run.
+    /// How long it was not in its timed loop meanwhile, in milliseconds: verifying, and setting up
+    /// another run.
     pub beside_ms: f64,
 }
 
@@ -219,12 +223,12 @@ impl Rate {
     }
 }
 
-/// Reads what was printed at the source (of which `before` bytes before the request), and what was printed at the
-/// destination (of which `until` bytes until a second after the source had gone).
+/// Reads what was printed at the source (of which `before` bytes before the request), and what was
+/// printed at the destination (of which `until` bytes until a second after the source had gone).
 ///
-/// A line tells of the time since the line before. The move falls into the first line that was begun at the
-/// destination. One that was begun at the source and ended at the destination had its figures before the move; the next
-/// one counts then, and the longer of the two is taken.
+/// A line tells of the time since the line before. The move falls into the first line that was
+/// begun at the destination. One that was begun at the source and ended at the destination had its
+/// figures before the move; the next one counts then, and the longer of the two is taken.
 pub fn seen(source: &str, before: usize, destination: &str, until: usize) -> Result<Seen, Failure> {
     let text = format!("{source}{destination}");
     let ready = source
@@ -389,7 +393,7 @@ mod tests {
             .early()
         };
         assert!(early(1, 4) && early(1, 1 << 20) && early(5, 20));
-        // Set up; nothing is done yet; late; verified; so short a loop that one iteration is all of it.
+        // Set-up, no iteration yet, too late, verified, and a loop of a single iteration.
         for (done, total) in [(0, 0), (0, 4), (2, 4), (6, 20), (20, 20), (1, 1)] {
             assert!(!early(done, total), "{done}/{total}");
         }

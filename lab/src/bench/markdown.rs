@@ -69,7 +69,7 @@ pub fn page(host: &Host, spec: &Spec, runs: &[Run], verdict: &str) -> String {
     if !verdict.is_empty() {
         let _ = write!(
             text,
-            "\n### The paper's figures beside ours\n\n```\n{}\n```\n",
+            "\n### The paper's figures and ours\n\n```\n{}\n```\n",
             verdict.trim()
         );
     }

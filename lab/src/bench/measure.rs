@@ -50,12 +50,13 @@ pub struct Figures {
     pub told: Told,
     /// What the guest saw.
     pub seen: Seen,
-    /// The longest silence that a listener outside heard at the move, to [`super::heard::BEAT_MS`].
+    /// The longest silence of the serial port at the move, to [`super::listener::BEAT_MS`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outside_ms: Option<f64>,
     /// Bytes that the link carried meanwhile, with all headers; on loopback other people's too.
     pub link_bytes: u64,
-    /// Bytes that it carried back: acknowledgements and requests for pages. Loopback does not tell them apart: 0.
+    /// Bytes that it carried back: acknowledgements and requests for pages. Loopback does not tell
+    /// them apart: 0.
     pub back_bytes: u64,
     /// The source's process.
     pub source: Use,
@@ -98,7 +99,8 @@ impl Figures {
             }
             _ => {}
         }
-        // A guest that loses more work than its processors are said to have waited has waited longer.
+        // A guest that loses more work than its processors are said to have waited has waited
+        // longer.
         if let Some(stalled) = self.stalled_ms()
             && self.seen.lost_ms > stalled * 1.5 + 200.0 + 10.0 * self.seen.noise_ms
         {
@@ -107,7 +109,8 @@ impl Figures {
                 self.seen.lost_ms
             ));
         }
-        // A packet of 1,514 bytes carries 1,448; loopback's packets are so large that their headers do not count.
+        // A packet of 1,514 bytes carries 1,448; loopback's packets are so large that their headers
+        // do not count.
         let payload = if self.back_bytes > 0 {
             self.link_bytes as f64 * 1448.0 / 1514.0
         } else {
@@ -149,8 +152,8 @@ pub struct Watched<T> {
     pub destination: Use,
 }
 
-/// Does something and watches both processes meanwhile. Ends them by force after `timeout`, or when it is interrupted, so
-/// that whoever waits for them comes back.
+/// Runs `what` and watches both processes meanwhile. Kills them after `timeout`, or on an interrupt,
+/// so that waits for them return.
 pub fn watched<T>(
     [source, destination]: [u32; 2],
     guest_kib: u64,
@@ -230,7 +233,7 @@ mod tests {
             },
             "lost 2500 ms of work",
         );
-        // On a machine that stops everybody now and then, a gap says little.
+        // On a machine that stops all processes now and then, a gap says little.
         let mut noisy = good.clone();
         (noisy.seen.noise_ms, noisy.seen.gap_ms) = (70.0, 60.0);
         assert!(noisy.doubts().is_empty());

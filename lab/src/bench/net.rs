@@ -1,4 +1,5 @@
-//! Where the bytes go: this machine's loopback, or a link between two network namespaces that is shaped at both ends.
+//! Where the bytes go: this machine's loopback, or a link between two network namespaces that is
+//! shaped at both ends.
 
 use super::cell::Link;
 use ferry_terminal::output::Failure;
@@ -20,8 +21,7 @@ pub enum Shaping {
     Loopback,
     /// `tc` with a token bucket at both ends of a pair of virtual cards.
     Tc,
-    /// By the sender's own cap, because only root may shape: the senders are what they are told, and bursts are not the
-    /// same for all.
+    /// By the sender's own cap, because only root may shape. Senders differ in their bursts.
     Cap,
 }
 
@@ -133,8 +133,8 @@ impl Net {
 
     /// What has crossed the link until now.
     ///
-    /// On a shaped link the shapers' own counters: cards pass packets of up to 64 KiB to each other and count the headers of
-    /// one, while a shaper counts those of every packet of 1,500 bytes, and lets through as many as its rate has.
+    /// On a shaped link, the shapers' counters: virtual cards pass packets of up to 64 KiB and count
+    /// one header for each, while a shaper counts the headers of every packet of 1,500 bytes.
     pub fn counters(&self) -> Result<Counters, Failure> {
         let Some([source, destination]) = &self.spaces else {
             let path = "/sys/class/net/lo/statistics/tx_bytes";

@@ -1,8 +1,8 @@
 //! A run: two fresh VMMs, a guest that moves from one to the other, and what came of it.
 
 use super::cell::Cell;
-use super::heard::{BEAT_MS, silence_ms};
 use super::interrupt;
+use super::listener::{BEAT_MS, silence_ms};
 use super::log::{Log, STAT_MS, seen};
 use super::measure::{Figures, Told, watched};
 use super::net::Net;
@@ -20,8 +20,9 @@ use std::time::Duration;
 const BOOT: Duration = Duration::from_secs(60);
 /// The steady state before the move: seconds that tell how quiet the machine is.
 const SETTLE: Duration = Duration::from_millis(2500);
-/// So many runs of a kernel are waited for to see it early in its timed loop. Only one whose iterations are far shorter than
-/// the time between two lines takes as many, and where such a run is moved makes no difference.
+/// The most runs of a kernel to wait for until it is early in its timed loop. Only a kernel whose
+/// iterations are far shorter than the interval of lines takes as many; where it is moved makes no
+/// difference.
 const RUNS_TO_WAIT: u64 = 30;
 /// Lines of the guest after the source has gone: a second of them.
 const AFTER: usize = 10;
@@ -87,7 +88,7 @@ impl Files {
     }
 }
 
-/// What a guest is told, whoever runs it.
+/// The kernel command line of a guest, the same under every hypervisor.
 pub fn guest_command_line(cell: &Cell, tsc_khz: u64) -> String {
     let cpus = usize::try_from(cell.guest.cpus).unwrap_or(usize::MAX);
     let manner = Manner {
@@ -99,7 +100,8 @@ pub fn guest_command_line(cell: &Cell, tsc_khz: u64) -> String {
     work.command_line_with(cpus, Some(tsc_khz), manner)
 }
 
-/// A port that nobody has. Another process may take it before it is used; in a namespace of its own every port is free.
+/// A port that is free now. Another process may take it before it is used; in a namespace of its
+/// own every port is free.
 pub fn free_port() -> Result<u16, Failure> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
@@ -174,7 +176,7 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
     runs_on(&arrived, pair.processes()[1])?;
     let until = arrived.text().len();
     let [source, destination] = pair.processes();
-    let outside_ms = silence_ms(&source.heard(true), &destination.heard(false));
+    let outside_ms = silence_ms(&source.arrivals(true), &destination.arrivals(false));
     let verified = verdict(pair.processes()[1], &arrived, &cell.guest.work)?;
     Ok(Figures {
         told: moved.result,
@@ -194,8 +196,8 @@ fn computes(work: &Workload) -> bool {
     matches!(work.kind(), Kind::Nas(_))
 }
 
-/// Waits until a kernel is early in its timed loop, where a move is to begin: else it could be moved while it sets up a run,
-/// when its memory may hold next to nothing, or while it verifies one.
+/// Waits until a kernel is early in its timed loop, where a move is to begin. While a kernel sets up
+/// a run its memory can be nearly empty.
 fn in_its_loop(log: &Log, alive: impl Fn() -> Result<(), Failure>) -> Result<(), Failure> {
     let late = || "the guest has not told that it is in its timed loop".to_owned();
     let first = log.step().map_or(1, |step| step.run);
@@ -225,8 +227,8 @@ fn runs_on(arrived: &Log, destination: &Process) -> Result<(), Failure> {
     })
 }
 
-/// Has the guest finish, and says whether it was intact: the writer verifies all of its memory, a kernel the results of the
-/// run that was moved.
+/// Ends the guest, and returns whether it was intact: the writer verifies all of its memory, a
+/// kernel the results of the run that was moved.
 fn verdict(destination: &mut Process, arrived: &Log, work: &Workload) -> Result<bool, Failure> {
     let kernel = computes(work);
     destination.type_in(&[STOP])?;

@@ -1,4 +1,5 @@
-//! `ferry bench paper`: the papers' experiments with real guests over a shaped link, each paper's figures beside ours.
+//! `ferry bench paper`: the papers' experiments with real guests over a shaped link, and each
+//! paper's figures compared with ours.
 
 mod mplm;
 mod postcopy;
@@ -82,7 +83,7 @@ impl Experiment {
         })
     }
 
-    /// The paper's figures beside ours.
+    /// The paper's figures compared with ours.
     pub fn verdict(&self, spec: &Spec, runs: &[Run]) -> String {
         let results = Results {
             cells: &spec.cells,

@@ -1,7 +1,7 @@
 //! Processes that are measured, and that never outlive a run.
 
-use super::heard::Ear;
 use super::interrupt;
+use super::listener::Listener;
 use super::log::Log;
 use ferry_terminal::output::Failure;
 use nix::sys::signal::{Signal, kill};
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 pub struct Process {
     child: Child,
     name: &'static str,
-    ear: Option<Ear>,
+    listener: Option<Listener>,
     terminal: Option<File>,
 }
 
@@ -35,8 +35,8 @@ pub struct Rss {
 }
 
 impl Rss {
-    /// What the process itself holds, without its guest's `guest_kib`. Nothing is known while anonymous memory is being
-    /// filled with the guest.
+    /// What the process itself holds, without its guest's `guest_kib`. `None` while anonymous memory
+    /// is being filled with the guest.
     const fn own_kib(&self, guest_kib: u64) -> Option<u64> {
         let private = self.anon_kib + self.file_kib;
         if self.shmem_kib >= self.anon_kib {
@@ -48,7 +48,7 @@ impl Rss {
         }
     }
 
-    /// The same of a process that does not receive its guest right now: it has all of it or nothing.
+    /// The same of a process that is not receiving its guest: it has all of it or nothing.
     const fn own_at_rest_kib(&self, guest_kib: u64) -> u64 {
         match self.own_kib(guest_kib) {
             Some(own) => own,
@@ -60,7 +60,7 @@ impl Rss {
 impl Process {
     /// Starts it.
     ///
-    /// In a process group of its own: Ctrl-C is for the benchmark, which ends its processes in good order.
+    /// In a process group of its own: the benchmark gets Ctrl-C, and ends its processes in order.
     pub fn start(name: &'static str, command: &mut Command) -> Result<Self, Failure> {
         let child = command.process_group(0).spawn().map_err(|e| {
             let program = command.get_program().display();
@@ -71,17 +71,17 @@ impl Process {
         Ok(Self {
             child,
             name,
-            ear: None,
+            listener: None,
             terminal: None,
         })
     }
 
-    /// Has what it says on its stdout, which must be a pipe, heard and written into a file.
-    pub fn heard_in(mut self, log: &Log) -> Result<Self, Failure> {
+    /// Writes its stdout, which must be a pipe, into a file, and records when bytes arrive.
+    pub fn recorded_in(mut self, log: &Log) -> Result<Self, Failure> {
         let stdout = self.child.stdout.take();
         let stdout =
             stdout.ok_or_else(|| Failure(format!("the stdout of {} is no pipe", self.name)))?;
-        self.ear = Some(Ear::listen(stdout, &log.0)?);
+        self.listener = Some(Listener::listen(stdout, &log.0)?);
         Ok(self)
     }
 
@@ -91,15 +91,15 @@ impl Process {
         self
     }
 
-    /// When it said something, so far; all of it once it has `ended`.
-    pub fn heard(&mut self, ended: bool) -> Vec<Instant> {
-        let Some(ear) = &mut self.ear else {
+    /// When bytes arrived, so far; all of them once it has `ended`.
+    pub fn arrivals(&mut self, ended: bool) -> Vec<Instant> {
+        let Some(listener) = &mut self.listener else {
             return Vec::new();
         };
         if ended {
-            ear.end();
+            listener.end();
         }
-        ear.arrivals()
+        listener.arrivals()
     }
 
     /// Its number.
@@ -107,7 +107,8 @@ impl Process {
         self.child.id()
     }
 
-    /// Whether it still runs; one that has ended is not reaped, so that its times can still be read.
+    /// Whether it still runs; one that has ended is not reaped, so that its times can still be
+    /// read.
     pub fn runs(&self) -> bool {
         stat(self.id()).is_some_and(|stat| stat.state != 'Z')
     }
@@ -139,7 +140,7 @@ impl Process {
         )
     }
 
-    /// Fails if it has ended although nobody told it to.
+    /// Fails if it has ended by itself.
     pub fn must_run(&self) -> Result<(), Failure> {
         if self.runs() {
             return Ok(());
@@ -174,7 +175,7 @@ impl Drop for Process {
     }
 }
 
-/// What processes said on stderr, for the message about a run that failed; the end of it, if it is long.
+/// The end of what processes wrote to stderr, for the message about a failed run.
 pub fn said(files: &[PathBuf]) -> String {
     let texts = files.iter().map(|file| {
         let text = fs::read(file).unwrap_or_default();
@@ -195,7 +196,8 @@ struct Stat {
     ticks: u64,
 }
 
-/// State and times of a process from `/proc/PID/stat` (proc(5)): the fields after the name, which may hold anything.
+/// State and times of a process from `/proc/PID/stat` (proc(5)): the fields after the name, which
+/// may hold anything.
 fn stat(pid: u32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let fields: Vec<&str> = text.rsplit_once(')')?.1.split_ascii_whitespace().collect();
@@ -206,7 +208,8 @@ fn stat(pid: u32) -> Option<Stat> {
     })
 }
 
-/// CPU time of all threads that the process ever had; stays readable until it is reaped. Linux counts in 1/100 s.
+/// CPU time of all threads that the process ever had; stays readable until it is reaped. Linux
+/// counts in 1/100 s.
 fn cpu(pid: u32) -> Duration {
     Duration::from_millis(stat(pid).map_or(0, |stat| stat.ticks * 10))
 }

@@ -92,7 +92,7 @@ pub fn start(
             .stdout(Stdio::piped())
             .stderr(File::create(files.path("b.err"))?),
     )?
-    .heard_in(&files.destination())?;
+    .recorded_in(&files.destination())?;
     let source = Process::start(
         "the sending QEMU",
         side(net.at_source(&of.qemu), "a.qmp")?
@@ -101,7 +101,7 @@ pub fn start(
             .stdout(Stdio::piped())
             .stderr(File::create(files.path("a.err"))?),
     )?
-    .heard_in(&files.source())?;
+    .recorded_in(&files.source())?;
     let mut pair = Pairing {
         processes: [source, destination],
         source: Qmp::connect(&files.path("a.qmp"))?,
@@ -143,8 +143,8 @@ fn configure(qmp: &mut Qmp, how: &Qemu, cap: Option<u64>, receives: bool) -> Res
     Ok(())
 }
 
-/// Has the destination listen. QEMU does not say which port it got, so one is found for it; another process may take it
-/// in between, and then the next is tried. In a namespace of its own every port is free.
+/// Makes the destination listen. QEMU does not tell its port, so a free one is chosen; if another
+/// process takes it first, the next is tried.
 fn listen(qmp: &mut Qmp, address: &str) -> Result<String, Failure> {
     let mut last = Failure("no port is free".into());
     for _ in 0..5 {
@@ -207,14 +207,16 @@ impl Pair for Pairing {
             QemuMode::Postcopy => Some(self.waited()?),
             _ => None,
         };
-        // Its end is part of what a migration costs, as it is for ferry, whose source ends by itself.
+        // Its end is part of what a migration costs, as it is for ferry, whose source ends by
+        // itself.
         self.source.command("quit", &json!({}))?;
         told(report, arrived, self.pages, dirtied)
     }
 }
 
 impl Pairing {
-    /// Lets a guest run on that has moved as it was: standing still. Told while it still arrives, QEMU would forget it.
+    /// Resumes a guest that moved while it was paused. QEMU would forget a `cont` that comes while
+    /// the guest arrives.
     fn wake(&mut self) -> Result<(), Failure> {
         let qmp = &mut self.destination;
         interrupt::until(
@@ -289,7 +291,8 @@ fn told(
         }
     };
     let (total_ms, downtime) = (number("/total-time")?, number("/downtime")?);
-    // A downtime that rounds to zero QEMU 7.2 takes for one that was not measured, and then counts from the host's boot.
+    // QEMU 7.2 takes a downtime that rounds to zero for unmeasured, and counts from the host's
+    // boot.
     let possible = downtime <= total_ms;
     Ok(Told {
         total_ms,

@@ -43,7 +43,7 @@ impl Qmp {
         let mut command = json!({ "execute": name, "arguments": arguments }).to_string();
         command.push('\n');
         let failed = |e: Failure| Failure(format!("QEMU was told {name}: {}", e.0));
-        // In one piece: QEMU quits at the closing bracket, and what came after it would find nobody.
+        // In one write: QEMU can quit at the closing bracket, and a write after that would fail.
         let sent = self.reader.get_mut().write_all(command.as_bytes());
         sent.map_err(|e| failed(e.into()))?;
         loop {

@@ -144,8 +144,9 @@ impl Budget {
         }
     }
 
-    /// Whether the first of `left` may be begun. A round other than the first is begun only if all of it is expected to fit,
-    /// so that every cell has as many runs as the others; the first goes as far as the time is expected to.
+    /// Whether the first of `left` may begin. A round after the first begins only if all of it is
+    /// expected to fit, so that all cells have as many runs. The first round runs until the time is
+    /// up.
     fn allows(&mut self, journal: &Journal, left: &[(Cell, u32)]) -> bool {
         let (Some(all), Some((_, number))) = (self.all, left.first()) else {
             return true;
@@ -188,8 +189,8 @@ pub fn plan(made: &[Run], missing: &[(Cell, u32)], all: usize, budget: Option<Du
     format!("{count}, {}{budget}", about(time))
 }
 
-/// Makes the runs that the journal lacks, as far as the budget goes. One that fails is written down as failed, and the rest
-/// goes on.
+/// Makes the runs that are missing in the journal, within the budget. A failed run is recorded as
+/// failed, and the others go on.
 pub fn run(
     machine: &Machine,
     journal: &mut Journal,
@@ -274,7 +275,7 @@ mod tests {
                 })
                 .unwrap();
         }
-        // Two runs of a thousand seconds do not fit into half an hour, and do into an hour; once begun, a round goes on.
+        // Two runs of 1000 s fit into an hour, not into half an hour; a round that began goes on.
         let missing = journal.missing(&cells, 3);
         let said = plan(&journal.runs, &missing, 6, Some(hour));
         assert_eq!(

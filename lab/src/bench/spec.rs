@@ -420,8 +420,8 @@ qemu = { mode = "auto-converge", downtime_ms = 20 }
         assert!(twice.contains("two guests `writer`"), "{twice}");
         let unclosed = bad("name = \"slow\"", "name = \"slow");
         assert!(unclosed.starts_with("x.toml, line 19, "), "{unclosed}");
-        let nobody = bad("ferry = { policy = \"postcopy\", order = \"bubble\" }", "");
-        assert!(nobody.contains("either `ferry"), "{nobody}");
+        let neither = bad("ferry = { policy = \"postcopy\", order = \"bubble\" }", "");
+        assert!(neither.contains("either `ferry"), "{neither}");
     }
 
     #[test]

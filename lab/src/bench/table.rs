@@ -20,7 +20,7 @@ pub fn machine(host: &Host) -> String {
     )
 }
 
-/// Which columns have a value in any of the rows; of the `main` ones only, where a terminal is narrow.
+/// The columns with a value in any row; for a narrow terminal, of the `main` ones only.
 pub fn columns(rows: &[Row<'_>], main: bool) -> Vec<&'static Metric> {
     let wanted = |metric: &&Metric| metric.main || !main;
     METRICS
@@ -46,7 +46,8 @@ fn warmth(rows: &[Row<'_>]) -> Option<String> {
     }
 }
 
-/// What is wrong in the runs of a group: what failed, and what a VMM says of itself that others did not see.
+/// What is wrong in the runs of a group: failures, and reports of a VMM that contradict what was
+/// measured.
 pub fn remarks(rows: &[Row<'_>]) -> Vec<String> {
     let mut remarks = Vec::new();
     let noise = |row: &Row<'_>| {
@@ -84,7 +85,7 @@ pub fn remarks(rows: &[Row<'_>]) -> Vec<String> {
     remarks
 }
 
-/// Who came out best in what, if anybody had to be beaten.
+/// The best policy by each metric; `None` where there is only one.
 pub fn best(rows: &[Row<'_>]) -> Option<String> {
     if rows.iter().filter(|row| !row.good.is_empty()).count() < 2 {
         return None;

@@ -22,6 +22,7 @@ pub enum Choice {
 
 /// What is simulated.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Guest and link")]
 // Its name would be that of the command it is part of.
 #[group(skip)]
 pub struct Args {

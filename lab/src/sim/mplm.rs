@@ -18,9 +18,11 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Total time and downtime of MPLM and of pre-copy at a sweep of downtime targets, on the NAS kernels.
+/// Total time and downtime of MPLM and of pre-copy at a sweep of downtime targets, on the NAS
+/// kernels.
 ///
-/// The guests are recorded traces of the built-in kernels: given with --trace, or recorded here from guests booted for it.
+/// The guests are recorded traces of the built-in kernels: given with --trace, or recorded here
+/// from guests booted for it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry sim paper mplm
@@ -42,7 +44,8 @@ pub struct Args {
     /// How long to record each.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10s", conflicts_with = "trace")]
     record: Duration,
-    /// The link; by default 1 Gbit/s scaled as the guest's memory is to the paper's 8 GB, so that a pass takes as long.
+    /// The link; by default 1 Gbit/s scaled as the guest's memory is to the paper's 8 GB, so that a
+    /// pass takes as long.
     #[arg(long, value_name = "RATE", value_parser = rate)]
     bandwidth: Option<u64>,
     /// When pre-copy that does not converge is given up.
@@ -64,7 +67,8 @@ const CLASS: &str = "C";
 const KERNELS: [&str; 4] = ["mg", "is", "sp", "bt"];
 /// Downtime targets in seconds; 0.3 is QEMU's default.
 const TARGETS: [f64; 6] = [0.3, 1.0, 3.0, 10.0, 20.0, 40.0];
-/// Shares (in per cent) and sync intervals (in seconds) of MPLM that are compared; the paper fixes neither.
+/// Shares (in per cent) and sync intervals (in seconds) of MPLM that are compared; the paper fixes
+/// neither.
 const SHARES: [u32; 4] = [0, 50, 100, 200];
 const SYNCS: [f64; 3] = [0.25, 1.0, 3.0];
 
@@ -184,7 +188,8 @@ fn traces(args: &Args) -> Result<Vec<(String, Trace)>, Failure> {
     Ok(traces)
 }
 
-/// Boots a kernel in memory of which it takes the same share as in the paper's guest, and records it.
+/// Boots a kernel in memory of which it takes the same share as in the paper's guest, and records
+/// it.
 fn recorded(
     args: &Args,
     dir: &Path,
@@ -357,7 +362,7 @@ fn findings(args: &Args, cases: &[Case]) -> Vec<Finding> {
                     case.mplm.total.as_secs_f64()
                 )
             } else {
-                "QEMU has no time limit by default and goes on for as long as the kernel runs; ferry's pre-copy gives up at --timeout."
+                "QEMU has no time limit by default and goes on for as long as the kernel runs; ferry's pre-copy ends at --timeout."
                     .to_owned()
             },
         ));

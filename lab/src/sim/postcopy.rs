@@ -1,10 +1,12 @@
 //! `ferry sim paper postcopy`: post-copy with pre-paging (Hines and Gopalan 2009).
 
-use super::findings::Finding;
+mod claims;
+mod tables;
+
 use super::guest::Choice;
 use super::mplm::named_trace;
 use super::plot::{self, Lines, Series};
-use super::{Output, Paper, each, percent};
+use super::{Output, Paper, each};
 use crate::record;
 use ferry_migration::model::{Activity, Faults, Outcome, Pattern, Replay, Setup, Writer, migrate};
 use ferry_migration::options::{OnTimeout, Options, PolicyKind};
@@ -12,15 +14,16 @@ use ferry_migration::order::PushOrder;
 use ferry_migration::page::{PAGE_BYTES, RamLayout, Run};
 use ferry_migration::trace::Trace;
 use ferry_terminal::output::Failure;
-use ferry_terminal::rows::wrapped;
-use ferry_terminal::units::{grouped, memory};
+use ferry_terminal::units::memory;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Total time, downtime, pages transferred and page faults over the working set, post-copy against pre-copy.
+/// Total time, downtime, pages transferred and page faults over the working set, post-copy against
+/// pre-copy.
 ///
-/// The slides' stress test: a guest of 1024 MB on Gigabit Ethernet that writes a working set in an endless loop.
+/// The slides' stress test: a guest of 1024 MB on Gigabit Ethernet that writes a working set in an
+/// endless loop.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry sim paper postcopy
@@ -256,7 +259,8 @@ pub fn run(args: &Args) -> Result<Paper, Failure> {
                 levels: Vec::new(),
             }
         };
-    // Of demand paging only the faults are of interest: its total is mostly that the rest waits until the guest is quiet.
+    // Of demand paging only the faults are of interest: its total is mostly that the rest waits
+    // until the guest is quiet.
     let ways = &[
         Way::PreCopy,
         Way::Flush,
@@ -303,9 +307,9 @@ pub fn run(args: &Args) -> Result<Paper, Failure> {
             json!({ "way": way.name(), "cells": cells.collect::<Vec<_>>() })
         })
         .collect();
-    let mut tables = vec![grid_table(&results), patterns_table(&results)];
+    let mut tables = vec![tables::grid(&results), tables::patterns(&results)];
     if !results.traces.is_empty() {
-        tables.push(traces_table(&results));
+        tables.push(tables::traces(&results));
     }
     Ok(Paper {
         name: "postcopy",
@@ -319,252 +323,9 @@ pub fn run(args: &Args) -> Result<Paper, Failure> {
             args.rate,
             args.scale
         ),
-        findings: findings(&results),
+        findings: claims::findings(&results),
         tables,
         data: json!({ "ways": data }),
         plots,
     })
-}
-
-fn extremes(values: &[f64]) -> (f64, f64) {
-    let low = values.iter().copied().fold(f64::INFINITY, f64::min);
-    (
-        low,
-        values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
-    )
-}
-
-fn spread(values: &[f64]) -> String {
-    let (low, high) = extremes(values);
-    format!("{} … {}", percent(low), percent(high))
-}
-
-fn findings(r: &Results) -> Vec<Finding> {
-    let best = Way::Bubble(4);
-    // Whether pushed page by page, as in the slides, or in batches.
-    let shares = |way: Way, share: fn(&Faults) -> f64| -> (f64, f64) {
-        let at = ORDERS.iter().position(|order| *order == way).unwrap_or(0);
-        let patterns = r
-            .patterns
-            .iter()
-            .filter_map(|(_, _, faults)| faults.get(at));
-        let stress = r.of(way).iter().filter_map(|o| o.faults.as_ref());
-        extremes(&patterns.chain(stress).map(share).collect::<Vec<_>>())
-    };
-    let slides = shares(Way::Slides, Faults::hidden_share);
-    let pushed = shares(Way::Slides, Faults::pushed_share);
-    let batches = shares(best, Faults::hidden_share);
-    let stalled = |way: Way| {
-        let at = SETS.iter().position(|set| *set == 64).unwrap_or(0);
-        let faults = r.of(way).get(at).and_then(|o| o.faults.as_ref());
-        faults.map_or(0.0, |f| f.stalled.as_secs_f64())
-    };
-    let verdict = |holds: bool| {
-        if holds {
-            "Holds."
-        } else {
-            "Does not hold here."
-        }
-    };
-    let less_total = r.less(best, total);
-    let less_pages = r.less(best, pages);
-    let down = |way: Way| {
-        let times: Vec<f64> = r.of(way).iter().map(downtime).collect();
-        extremes(&times)
-    };
-    let (pre, post, hybrid) = (down(Way::PreCopy), down(best), down(Way::Hybrid));
-    vec![
-        Finding::new(
-            "Total time, against pre-copy",
-            "more than 50 % less",
-            format!("{} less", spread(&less_total)),
-            format!(
-                "{} Over the working sets, smallest to largest reduction. Post-copy takes memory ÷ link whatever the guest does; how far \
-             pre-copy is above that depends on when it is stopped.",
-                verdict(extremes(&less_total).1 > 0.5)
-            ),
-        ),
-        Finding::new(
-            "Pages transferred",
-            "up to 75 % less",
-            format!("{} less", spread(&less_pages)),
-            format!(
-                "{} Each page crosses once. Ferry's pre-copy stops when it sees no progress and so sends less in vain than Xen's, which \
-             went through its rounds.",
-                verdict(extremes(&less_pages).1 >= 0.75)
-            ),
-        ),
-        Finding::new(
-            "Downtime, pre-copy",
-            "increases with the set",
-            format!("{:.0} … {:.0} ms", pre.0, pre.1),
-            verdict(pre.1 > 2.0 * pre.0),
-        ),
-        Finding::new(
-            "Downtime, post-copy",
-            "remains low",
-            format!("{:.1} … {:.1} ms", post.0, post.1),
-            format!(
-                "{} CPU and device state only. In the slides' real workloads pre-copy's was lower: their pseudo-paging had to prepare \
-             the guest's memory in the pause, which userfaultfd does not.",
-                verdict(post.1 < 1.1 * post.0)
-            ),
-        ),
-        Finding::new(
-            "Downtime, hybrid",
-            "(not shown)",
-            format!("{:.1} … {:.1} ms", hybrid.0, hybrid.1),
-            "The set of stale pages is sent in the pause, as runs or as a bitmap.",
-        ),
-        Finding::new(
-            "Faults hidden, worst case: batches",
-            "≥ 50 %",
-            percent(batches.0),
-            format!(
-                "{} Over sweeps, uniform and Zipf's writers and all working sets. ferry pushes {} pages at a time: a fault waits for the \
-             batch on the link, and the pages pushed meanwhile are its neighbours.",
-                verdict(batches.0 >= 0.5),
-                r.push_pages
-            ),
-        ),
-        Finding::new(
-            "… and page by page, as in the slides",
-            "≥ 50 %",
-            format!(
-                "{} arrived, {} pushed",
-                percent(slides.0),
-                percent(pushed.0)
-            ),
-            format!(
-                "A sweep that outruns the link catches up with what is pushed ahead of it: each page is on its way when it is touched, and \
-                 the vCPU waits briefly for each. Whether the slides count such waits as faults they do not say{}.",
-                if slides.0 < 0.5 && pushed.0 > 0.5 {
-                    "; their 50 % lies between"
-                } else {
-                    ""
-                }
-            ),
-        ),
-        Finding::new(
-            "Faults hidden, at most",
-            "80 %",
-            format!(
-                "{} ({} page by page)",
-                percent(batches.1),
-                percent(slides.1)
-            ),
-            verdict(batches.1.max(slides.1) >= 0.8),
-        ),
-        Finding::new(
-            "How long the guest stalls, 64 MiB",
-            "(not shown)",
-            format!(
-                "flush {:.2} s, bubbling {:.2} s",
-                stalled(Way::Flush),
-                stalled(best)
-            ),
-            format!(
-                "What counts for the guest is not how many faults it has but how long it waits: larger batches make fewer faults and longer \
-                 waits. Page by page it would be {:.2} s.",
-                stalled(Way::Slides)
-            ),
-        ),
-        Finding::new(
-            "Hidden: 1 pivot and 4",
-            "(1 in the slides)",
-            format!(
-                "{} / {}",
-                spread(&r.hidden(Way::Bubble(1))),
-                spread(&r.hidden(best))
-            ),
-            "By the stress test's working set. Several pivots serve several streams of faults; one sweep is one stream.",
-        ),
-    ]
-}
-
-/// What a table says of a move: total, pause, pages, faults, what was hidden, and the time stalled.
-fn cells(o: &Outcome) -> [String; 6] {
-    let f = o.faults.clone().unwrap_or_default();
-    let only = |text: String| match o.faults {
-        Some(_) => text,
-        None => "–".to_owned(),
-    };
-    [
-        format!("{:.2}", total(o)),
-        format!("{:.1}", downtime(o)),
-        grouped(o.pages_sent),
-        only(grouped(f.count)),
-        only(percent(f.hidden_share())),
-        only(format!("{:.2}", f.stalled.as_secs_f64())),
-    ]
-}
-
-const CELLS: [&str; 6] = [
-    "total s",
-    "pause ms",
-    "pages",
-    "faults",
-    "hidden",
-    "stalled s",
-];
-const WIDTHS: [usize; 6] = [8, 9, 10, 8, 7, 9];
-
-fn grid_table(r: &Results) -> String {
-    let rows = WAYS.iter().flat_map(|way| {
-        r.of(*way).iter().zip(SETS).map(|(o, set)| {
-            let mut row = vec![way.name(), set.to_string()];
-            row.extend(cells(o));
-            row
-        })
-    });
-    format!(
-        "The stress test (demand paging: until no fault comes for a while, then the rest is pushed; stalled: how long the vCPU waited in all)\n{}",
-        wrapped(
-            &[&["", "WSS MiB"][..], &CELLS].concat(),
-            &[&[23, 7][..], &WIDTHS].concat(),
-            &rows.collect::<Vec<_>>()
-        )
-    )
-}
-
-fn patterns_table(r: &Results) -> String {
-    let rows = r.patterns.iter().map(|(choice, set, faults)| {
-        let mut row = vec![format!("{choice:?}, {set} MiB").to_lowercase()];
-        row.extend(faults.iter().map(|f| {
-            format!(
-                "{} + {}, {:.2} s",
-                percent(f.hidden_share()),
-                percent(f.pushed_share() - f.hidden_share()),
-                f.stalled.as_secs_f64()
-            )
-        }));
-        row
-    });
-    let head: Vec<String> = [String::new()]
-        .into_iter()
-        .chain(ORDERS.map(Way::name))
-        .collect();
-    let head: Vec<&str> = head.iter().map(String::as_str).collect();
-    format!(
-        "First touches of pages that had arrived + that were on their way, and how long the vCPU waited in all\n{}",
-        wrapped(&head, &[20, 23, 23, 23, 23], &rows.collect::<Vec<_>>())
-    )
-}
-
-fn traces_table(r: &Results) -> String {
-    let rows = r.traces.iter().flat_map(|(name, outcomes)| {
-        outcomes.iter().zip(WAYS).map(move |(o, way)| {
-            let mut row = vec![name.clone(), way.name()];
-            row.extend(cells(o));
-            row
-        })
-    });
-    format!(
-        "Recorded guests on the same link (a trace holds writes: pages that are only read do not fault here)\n{}",
-        wrapped(
-            &[&["", ""][..], &CELLS].concat(),
-            &[&[10, 23][..], &WIDTHS].concat(),
-            &rows.collect::<Vec<_>>()
-        )
-    )
 }

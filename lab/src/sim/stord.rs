@@ -17,8 +17,9 @@ use std::time::Duration;
 
 /// Figures 4, 5 and 6 and the closed forms of the STORD paper.
 ///
-/// The paper's own experiment is a simulation, and so is this: a guest of 4 GB on a link of 120 MB/s that dirties, in every
-/// round and evenly over its memory, a share of what the round sends. It drives the policies that `ferry migrate` uses.
+/// The paper's own experiment is a simulation, and so is this: a guest of 4 GB on a link of 120
+/// MB/s that dirties, in every round and evenly over its memory, a share of what the round sends.
+/// It drives the policies that `ferry migrate` uses.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry sim paper stord --out stord-plots")]
 pub struct Args {
@@ -385,7 +386,8 @@ fn findings(r: &Results) -> Vec<Finding> {
     ]
 }
 
-/// By how much the downtime falls per second of total time, in the rounds before the last of a split and in the last ones.
+/// By how much the downtime falls per second of total time, in the rounds before the last of a
+/// split and in the last ones.
 fn slopes(outcome: &Outcome, split: usize) -> (f64, f64) {
     let seconds_per_page = outcome
         .rounds

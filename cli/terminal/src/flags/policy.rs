@@ -24,8 +24,9 @@ pub struct PolicyFlags {
     /// MPLM: how often the dirty log is read.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "250ms")]
     sync: Duration,
-    /// Send pages that are dirtied often late in a round. In the first round, where that is not known yet, memory is sent
-    /// in steps, and pages written meanwhile go last. auto: pre-copy and hybrid do, the others do not.
+    /// Send pages that are dirtied often late in a round. In the first round, where that is not
+    /// known yet, memory is sent in steps, and pages written meanwhile go last. auto: pre-copy and
+    /// hybrid do, the others do not.
     #[arg(
         long,
         value_name = "WHEN",
@@ -36,8 +37,8 @@ pub struct PolicyFlags {
         default_missing_value = "on"
     )]
     reorder: Switch,
-    /// Post-copy: the order in which pages are pushed that the guest has not touched: demand (none is pushed), flush (by
-    /// address) or bubble (around its page faults).
+    /// Post-copy: the order in which pages are pushed that the guest has not touched: demand (none
+    /// is pushed), flush (by address) or bubble (around its page faults).
     #[arg(long, value_name = "ORDER", value_parser = choice::<PushOrder>(), default_value = "bubble")]
     order: PushOrder,
     /// Post-copy: how many streams of page faults are bubbled around at once.
@@ -49,7 +50,8 @@ pub struct PolicyFlags {
     /// The longest acceptable live phase.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10m", help_heading = "Limits")]
     timeout: Duration,
-    /// What to do after it: cancel, stop (pause for as long as it takes), or postcopy (move the guest, its pages follow).
+    /// What to do after it: cancel, stop (pause for as long as it takes), or postcopy (move the
+    /// guest, its pages follow).
     #[arg(
         long,
         value_name = "ACTION",

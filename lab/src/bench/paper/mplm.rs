@@ -1,4 +1,5 @@
-//! MPLM against pre-copy at a sweep of downtime targets (Chanchio and Yaothanee 2018), on real NAS kernels over a real link.
+//! MPLM against pre-copy at a sweep of downtime targets (Chanchio and Yaothanee 2018), on real NAS
+//! kernels over a real link.
 
 use super::super::Common;
 use super::super::cell::{Guest, Link, Policy, Qemu, QemuMode};
@@ -10,7 +11,8 @@ use ferry_terminal::output::{Failure, say};
 use ferry_terminal::units::{memory, rate};
 use std::time::Duration;
 
-/// MPLM (Chanchio 2018): total time and downtime of MG, IS, SP and BT, against pre-copy at a sweep of downtime targets.
+/// MPLM (Chanchio 2018): total time and downtime of MG, IS, SP and BT, against pre-copy at a sweep
+/// of downtime targets.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  ferry bench paper mplm --runs 1 --kernels mg.B,is.B --targets 0.3,40"
@@ -35,14 +37,14 @@ pub struct Args {
     no_qemu: bool,
 }
 
-/// What the paper moves, where this machine and this program have it. Class B of MG has the memory of its class A, and five times
-/// the iterations: its timed loop takes longer than a pass, as the paper's does.
+/// The paper's kernels in classes that fit this machine. MG's class B has the memory of class A and
+/// five times the iterations: its timed loop takes longer than a pass, as the paper's does.
 const KERNELS: [&str; 4] = ["mg.B", "is.B", "sp.A", "bt.A"];
 /// The paper's guest and link: 8 GB over 1 Gbit/s.
 const PAPER_MEMORY: u64 = 8 << 30;
 const PAPER_LINK: u64 = 125_000_000;
-/// Downtime targets of the paper's guest in seconds; 0.3 is QEMU's default. A smaller guest has them smaller, so that they
-/// are the same share of a pass.
+/// Downtime targets of the paper's guest in seconds; 0.3 is QEMU's default. They are scaled with the
+/// guest, so that they stay the same share of a pass.
 const TARGETS: [f64; 5] = [0.3, 3.0, 10.0, 20.0, 40.0];
 /// Pre-copy that has not ended after so many passes is stopped.
 const PASSES: f64 = 8.0;

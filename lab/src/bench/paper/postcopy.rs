@@ -1,4 +1,5 @@
-//! Post-copy against pre-copy over the working set (Hines and Gopalan 2009), with a real guest over a real link.
+//! Post-copy against pre-copy over the working set (Hines and Gopalan 2009), with a real guest over
+//! a real link.
 
 use super::super::Common;
 use super::super::cell::{Guest, Link};
@@ -11,7 +12,8 @@ use ferry_terminal::output::Failure;
 use ferry_terminal::units::{memory, rate, size};
 use std::time::Duration;
 
-/// Post-copy with pre-paging (Hines 2009): page faults, pages, times and degradation over the working set.
+/// Post-copy with pre-paging (Hines 2009): page faults, pages, times and degradation over the
+/// working set.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry bench paper postcopy --runs 1 --sets 16M,128M")]
 pub struct Args {
@@ -34,7 +36,7 @@ pub struct Args {
     link: u64,
 }
 
-/// Xen's limit of rounds, which is how the slides' pre-copy ended; and of passes, as ferry counts no round that is a whole one.
+/// Xen's limit of rounds, at which the slides' pre-copy ended.
 const ROUNDS: u32 = 29;
 const PASSES: f64 = 10.0;
 const PRE_COPY: &str = "pre-copy";

@@ -10,13 +10,15 @@ use ferry_terminal::output::Failure;
 use ferry_terminal::units::{memory, rate, size};
 use std::time::Duration;
 
-/// STORD (Cha 2014): total time and bytes against pre-copy, at dirty rates that the writer is set to.
+/// STORD (Cha 2014): total time and bytes against pre-copy, at dirty rates that the writer is set
+/// to.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry bench paper stord --runs 1 --rates 50,90")]
 pub struct Args {
     #[command(flatten)]
     pub common: Common,
-    /// Dirty rates in per cent: the share of what the link carries that the writer dirties meanwhile.
+    /// Dirty rates in per cent: the share of what the link carries that the writer dirties
+    /// meanwhile.
     #[arg(long, value_name = "PERCENT", value_delimiter = ',', default_values_t = [20, 50, 90],
         value_parser = clap::value_parser!(u32).range(1..=99))]
     rates: Vec<u32>,
@@ -27,13 +29,13 @@ pub struct Args {
     /// The guest's memory; the paper's is 4 GB.
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "256M")]
     memory: u64,
-    /// The link; the paper's is 1 Gbit/s (120 MB/s). It must be so slow that a writer can dirty most of what it carries: with
-    /// software KVM every first write to a page costs 30 to 50 µs.
+    /// The link; the paper's is 1 Gbit/s (120 MB/s). It must be so slow that a writer can dirty
+    /// most of what it carries: with software KVM every first write to a page costs 30 to 50 µs.
     #[arg(long, value_name = "RATE", value_parser = rate, default_value = "250Mbit")]
     link: u64,
 }
 
-/// What a guest keeps for itself beside the writer's working set, in bytes.
+/// Memory of a guest outside the writer's working set, in bytes.
 const OWN: u64 = 16 << 20;
 /// Pre-copy is stopped after so many passes: at a dirty rate of 90 % the paper's takes ten.
 const PASSES: f64 = 20.0;

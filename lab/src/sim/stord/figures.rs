@@ -60,7 +60,7 @@ pub(super) fn closed_table(r: &Results) -> String {
     ];
     let widths = [10, 8, 9, 7, 7, 7, 8, 7, 8, 8];
     format!(
-        "Closed forms (1)–(5) beside the simulation ((1) is (2) cut off after n rounds; sizes in memories)\n{}\
+        "Closed forms (1)–(5) and the simulation ((1) is (2) cut off after n rounds; sizes in memories)\n{}\
          (1) and (2) agree with the simulation. (3) is not what a split sends, as the text says, but its last round (\"round k\"); as\n\
          that it is right for k = 2 and low for more. (4) as printed ends one term early: summed up to the k-th power it is exactly\n\
          what the first split leaves (\"one set\"). (5) multiplies the last round instead of the whole split, and so adds up too\n\

@@ -1,8 +1,8 @@
-//! What an outside listener hears of a guest that moves: when bytes arrive from its serial port, on either side.
+//! Downtime as a client sees it: when bytes arrive from the guest's serial port, on either side.
 //!
-//! The guest has no network card. It sends a byte every [`BEAT_MS`], and whoever reads its serial port, first the source's and
-//! then the destination's, is the client that a move keeps waiting. That is independent of the guest's clock and of the VMM's
-//! word, and as fine as the beat.
+//! The guest has no network card. It sends a byte every [`BEAT_MS`]; the benchmark reads its serial
+//! port at the source and then at the destination. The measure is independent of the guest's clock
+//! and of the VMM's report, and its resolution is the beat.
 
 use ferry_guest_images::Manner;
 use ferry_terminal::output::Failure;
@@ -17,18 +17,18 @@ use std::time::{Duration, Instant};
 pub const BEAT_MS: u64 = 2;
 /// The most arrivals that are kept: hours of them.
 const MAX_ARRIVALS: usize = 1 << 23;
-/// How long after the guest's first word at the destination a silence still belongs to the move; as long as the guest's own
-/// gap is looked for.
+/// How long after the guest's first byte at the destination a silence still belongs to the move;
+/// the guest's own gap is looked for as long.
 const AFTER: Duration = Duration::from_millis(100);
 
-/// Listens to a guest, and writes its text into a file.
-pub struct Ear {
+/// Records when a guest sends bytes, and writes its text into a file.
+pub struct Listener {
     arrivals: Arc<Mutex<Vec<Instant>>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Ear {
-    /// Begins.
+impl Listener {
+    /// Starts the thread that reads.
     pub fn listen(mut from: impl Read + Send + 'static, path: &Path) -> Result<Self, Failure> {
         let mut file = File::create(path)?;
         let arrivals = Arc::new(Mutex::new(Vec::new()));
@@ -51,7 +51,7 @@ impl Ear {
                 }
                 let text = text(&buffer[..count]);
                 if !text.is_empty() && file.write_all(&text).is_err() {
-                    // Without the guest's words the run fails, and says what it waited for.
+                    // Without the guest's text the run fails, and names what it waited for.
                     return;
                 }
             }
@@ -65,10 +65,10 @@ impl Ear {
         })
     }
 
-    /// Waits until all that a process said before it ended was heard.
+    /// Waits until everything is read that the process wrote before it ended.
     pub fn end(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // A thread that panicked has nothing more to say.
+            // After a panic, what was recorded until then counts.
             let _ = thread.join();
         }
     }
@@ -80,7 +80,7 @@ impl Ear {
     }
 }
 
-/// A guest's lines without its signs of life.
+/// A guest's lines without its beats.
 fn text(bytes: &[u8]) -> Vec<u8> {
     bytes
         .iter()
@@ -89,8 +89,8 @@ fn text(bytes: &[u8]) -> Vec<u8> {
         .collect()
 }
 
-/// The longest silence at the move, in milliseconds: of those that had not ended when the source said its last word, and had
-/// begun before a tenth of a second after the destination's first. Nothing if one of them said nothing.
+/// The longest silence at the move, in milliseconds. It ends after the source's last byte, and
+/// begins less than [`AFTER`] after the destination's first. `None` if one side sent nothing.
 pub fn silence_ms(source: &[Instant], destination: &[Instant]) -> Option<f64> {
     let (last, first) = (*source.last()?, *destination.first()?);
     let mut all: Vec<Instant> = source.iter().chain(destination).copied().collect();
@@ -130,12 +130,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_text_is_heard_and_not_written() {
+    fn beats_are_recorded_and_not_written() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
-        let mut ear = Ear::listen(&b"a\0b\0\n"[..], &path).unwrap();
-        ear.end();
+        let mut listener = Listener::listen(&b"a\0b\0\n"[..], &path).unwrap();
+        listener.end();
         assert_eq!(std::fs::read(&path).unwrap(), b"ab\n");
-        assert_eq!(ear.arrivals().len(), 1);
+        assert_eq!(listener.arrivals().len(), 1);
     }
 }
