@@ -1,4 +1,4 @@
-//! What a page costs on its way, piece by piece: `cargo bench -p ferry-migration --features sim --bench page_path`.
+//! What a page costs on its way, piece by piece: `cargo bench -p ferry-migration --bench page_path`.
 //!
 //! Every figure is the median of several passes over the pages of a 1 GiB guest.
 #![forbid(unsafe_code)]

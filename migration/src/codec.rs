@@ -30,33 +30,25 @@
 pub mod adaptive;
 pub mod cache;
 mod class;
-#[cfg(any(test, feature = "sim"))]
+#[cfg(any(test, feature = "testing"))]
 pub mod content;
 mod decoder;
 mod encoder;
-pub mod marks;
 pub mod patch;
 pub mod words;
 
+pub use crate::wire::{MAX_CODED_BYTES, MAX_CODED_PAGES};
 pub use class::{Class, classify};
 pub use decoder::{CodecError, Decoder};
 pub use encoder::{Batch, Coded, Coding, Encoder};
 
-use crate::page::{PAGE_SIZE, Run};
+use crate::page::Run;
 
-/// Pages in a coded frame at most: 1 MiB, so that both sides' buffers are small.
-pub const MAX_CODED_PAGES: u64 = BATCH as u64;
 /// Pages in a zstd frame at most. More than one page finds what pages have in common; with more than this many no more
-/// is found, and the caches of a processor are left (`cargo bench -p ferry-migration --features sim --bench page_path`).
+/// is found, and the caches of a processor are left (`cargo bench -p ferry-migration --bench page_path`).
 pub const ZSTD_PAGES: usize = 64;
 /// The level of zstd: a migration is held up by time, and each further level costs more of it than it saves on the wire.
 pub const ZSTD_LEVEL: i32 = 1;
-
-/// Bytes of a coded frame's payload after its table, at most: every page as it is, with its tag.
-pub const MAX_CODED_BYTES: usize = 4 + BATCH * (2 + PAGE_SIZE);
-
-/// A batch of the sender is never larger.
-const BATCH: usize = 256;
 
 /// What a tag says about a page's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -52,7 +52,7 @@ pub use missing_pages::MissingPages;
 
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{Clock, DestinationVm, Link, PageSink};
-use crate::source::page_hash;
+use crate::verify::page_hash;
 use crate::wire::{
     AbortCode, Channel, FrameType, Header, Hello, Preamble, Ready, Role, Running, SessionId,
     WireError, send_set,

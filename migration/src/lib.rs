@@ -1,8 +1,9 @@
 //! Live migration of virtual machines: the algorithms, the protocol and the engines.
 //!
-//! This crate knows no hypervisor, no device, no clock and no socket. A virtual machine monitor
+//! The engines know no hypervisor, no device, no clock and no socket. A virtual machine monitor
 //! implements the traits of [`port`] and calls [`source::migrate`] on one host and drives a
-//! [`destination::Destination`] on the other.
+//! [`destination::Destination`] on the other. The feature `net` (on by default) joins them to sockets, in
+//! a call for each side; the feature `testing` brings what stands in for hosts, networks and time.
 //!
 //! Data flows one way. Source: `SourceVm::collect_dirty → PageSet → Policy → batch → Link`.
 //! Destination: `Link → decode → PageSink`.
@@ -23,6 +24,8 @@ pub mod data_channels;
 pub mod destination;
 mod first_pass;
 pub mod model;
+#[cfg(feature = "net")]
+pub mod net;
 pub mod options;
 pub mod order;
 pub mod page;
@@ -31,9 +34,14 @@ pub mod port;
 pub mod report;
 pub mod rng;
 mod sender;
-#[cfg(any(test, feature = "sim"))]
-pub mod sim;
 pub mod snapshot;
 pub mod source;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod trace;
+mod verify;
 pub mod wire;
+
+#[cfg(all(doctest, feature = "net"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

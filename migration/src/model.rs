@@ -1,7 +1,7 @@
 //! A model of migrations: page by page, but without bytes, sockets or a hypervisor.
 //!
 //! It drives the real [`Policy`] objects over a guest's memory in virtual time, fast enough for
-//! dozens of configurations of a guest of gigabytes in seconds. [`crate::sim`], in contrast, runs the
+//! dozens of configurations of a guest of gigabytes in seconds. [`crate::testing`], in contrast, runs the
 //! real *engines*, message by message, to find their mistakes; a test holds the two together.
 //!
 //! What is modelled as the engine does it ([`crate::source`]): a page's dirty bit is cleared right

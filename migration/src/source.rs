@@ -38,10 +38,8 @@ mod recover;
 mod stop;
 mod window;
 
-pub(crate) use blocks::{all_zero, block_hashes};
 pub use error::SourceError;
 pub use recover::recover;
-pub(crate) use stop::page_hash;
 
 use crate::bandwidth::Bandwidth;
 use crate::data_channels::{Channels, DataChannels};

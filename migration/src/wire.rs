@@ -51,7 +51,8 @@ pub use blocks::{MAX_BLOCKS, MAX_DISK_BLOCKS, MAX_DISKS};
 pub use channel::{Channel, WireError, check_crc};
 pub use frame::{
     AbortCode, Encoding, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, HeaderError, Limits,
-    MAX_BATCH_PAGES, MAX_RUNS, RUN_BYTES, decode_runs, encode_runs,
+    MAX_BATCH_PAGES, MAX_CODED_BYTES, MAX_CODED_PAGES, MAX_RUNS, RUN_BYTES, decode_runs,
+    encode_runs,
 };
 pub use hello::{Arrived, Features, Hello, HelloAck, HelloError, Ready, Running};
 pub use preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId, VERSION};

@@ -2,56 +2,50 @@
 //! stalls does to the others and to the guest, and how many data channels are used. Counts and contents are asserted, never times.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
-mod no_alloc {
-    pub mod guest;
-    pub mod link;
-}
-
 use ferry_migration::destination::{self, Destination, State, Step};
+use ferry_migration::net::MonotonicClock;
 use ferry_migration::options::{Compress, OnTimeout, Options};
 use ferry_migration::page::{PAGE_SIZE, RamLayout, Run};
-use ferry_migration::port::{Clock, Link};
+use ferry_migration::port::Link;
 use ferry_migration::report::{Report, Status};
 use ferry_migration::rng::Rng;
 use ferry_migration::source::{self, CancelSwitch, Setup};
+use ferry_migration::testing::{Carried, MemoryLink, TestDestination, TestSource, Trouble};
 use ferry_migration::wire::{
     Channel, Features, FrameType, HEADER_BYTES, Header, Hello, Role, SessionId, encode_runs,
-};
-use no_alloc::guest::{Memory, TestGuest, TestHost};
-use no_alloc::link::{
-    Carried, DESTINATION_TIMEOUTS, MemoryLink, NEVER, SOURCE_TIMEOUTS, Trouble, pair,
 };
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-struct Real(Instant);
-
-impl Clock for Real {
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-
-    fn sleep(&self, duration: Duration) {
-        std::thread::sleep(duration);
-    }
-}
+/// Longer than any test takes, on any machine.
+const NEVER: Duration = Duration::from_secs(120);
+const SOURCE_TIMEOUTS: source::Timeouts = source::Timeouts {
+    handshake: NEVER,
+    transfer: NEVER,
+    ready: NEVER,
+    commit: NEVER,
+};
+const DESTINATION_TIMEOUTS: destination::Timeouts = destination::Timeouts {
+    handshake: NEVER,
+    transfer: NEVER,
+    commit: NEVER,
+};
 
 /// The destination's process; the state that it ends in.
-fn serve(connections: Receiver<MemoryLink>, memory: &Memory) -> State {
-    serve_for(connections, memory, DESTINATION_TIMEOUTS)
+fn serve(connections: Receiver<MemoryLink>, vm: TestDestination) -> State {
+    serve_for(connections, vm, DESTINATION_TIMEOUTS)
 }
 
 fn serve_for(
     connections: Receiver<MemoryLink>,
-    memory: &Memory,
+    vm: TestDestination,
     timeouts: destination::Timeouts,
 ) -> State {
     let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
-    let host = TestHost::new(memory.clone());
-    let clock = Arc::new(Real(Instant::now()));
-    let mut engine = Destination::new(channel, &preamble, host, timeouts, clock);
+    let clock = Arc::new(MonotonicClock::new());
+    let mut engine = Destination::new(channel, &preamble, vm, timeouts, clock);
     engine.step().unwrap();
     std::thread::scope(|scope| {
         if let Some(data_channels) = engine.data_channels().cloned() {
@@ -91,20 +85,20 @@ fn migrate_in_order(
     channels: Option<u16>,
     trouble: impl Fn(u16) -> Option<Trouble>,
 ) -> Outcome {
-    let guest = TestGuest::new((mib << 20) / PAGE_SIZE);
+    let guest = TestSource::new((mib << 20) / PAGE_SIZE);
     migrate_guest(&guest, (Compress::None, reorder), channels, trouble)
 }
 
 fn migrate_guest(
-    guest: &TestGuest,
+    guest: &TestSource,
     (compress, reorder): (Compress, Option<bool>),
     channels: Option<u16>,
     trouble: impl Fn(u16) -> Option<Trouble>,
 ) -> Outcome {
-    let arrived = Memory::new(guest.pages());
+    let arrived = TestDestination::new(guest.pages());
     let (sender, connections) = channel();
-    let memory = arrived.clone();
-    let peer = std::thread::spawn(move || serve(connections, &memory));
+    let vm = arrived.clone();
+    let peer = std::thread::spawn(move || serve(connections, vm));
     let options = Options {
         channels,
         compress,
@@ -114,7 +108,7 @@ fn migrate_guest(
         ..Options::default()
     };
     let connect = |role, index| {
-        let (ours, theirs) = pair();
+        let (ours, theirs) = MemoryLink::pair();
         sender.send(theirs).map_err(|_| io::Error::other("gone"))?;
         let data = role == Role::Data;
         Ok(ours.suffers(data.then(|| trouble(index)).flatten()))
@@ -123,7 +117,7 @@ fn migrate_guest(
         guest,
         Setup {
             connect: &mut { connect },
-            clock: &Real(Instant::now()),
+            clock: &MonotonicClock::new(),
             options: &options,
             session: SessionId([7; 16]),
             cancel: &CancelSwitch::default(),
@@ -137,7 +131,7 @@ fn migrate_guest(
     Outcome {
         report,
         destination,
-        equal: guest.memory() == &arrived,
+        equal: guest.memory() == arrived.memory(),
     }
 }
 
@@ -245,7 +239,7 @@ fn a_first_pass_in_steps_arrives() {
 #[test]
 fn what_no_coder_shrinks_arrives() {
     let mut rng = Rng::new(1);
-    let guest = TestGuest::with(2048, |gfn, page| {
+    let guest = TestSource::with(2048, |gfn, page| {
         for word in page.chunks_exact_mut(8) {
             word.copy_from_slice(&rng.next().to_le_bytes());
         }
@@ -281,7 +275,7 @@ fn nobody_asked_for_data_channels() {
 struct ByHand {
     control: Channel<MemoryLink>,
     data: Channel<MemoryLink>,
-    arrived: Memory,
+    arrived: TestDestination,
     peer: std::thread::JoinHandle<State>,
 }
 
@@ -289,12 +283,12 @@ const PAGES: u64 = 16;
 
 impl ByHand {
     fn connect(required: Features, timeouts: destination::Timeouts) -> Self {
-        let arrived = Memory::new(usize::try_from(PAGES).unwrap());
+        let arrived = TestDestination::new(usize::try_from(PAGES).unwrap());
         let (sender, connections) = channel();
-        let memory = arrived.clone();
-        let peer = std::thread::spawn(move || serve_for(connections, &memory, timeouts));
+        let vm = arrived.clone();
+        let peer = std::thread::spawn(move || serve_for(connections, vm, timeouts));
         let open = |role| {
-            let (ours, theirs) = pair();
+            let (ours, theirs) = MemoryLink::pair();
             sender.send(theirs).unwrap();
             let mut channel = Channel::new(ours);
             channel.open(role, 0, SessionId([7; 16])).unwrap();
@@ -390,7 +384,7 @@ fn nothing_is_written_into_a_complete_guest() {
         let commit = Header::bare(FrameType::Commit, 1);
         source.control.send(commit, &[]).unwrap();
         source.expect(FrameType::Running);
-        let page = *source.arrived.page(3).lock().unwrap();
+        let page = *source.arrived.memory().page(3);
         assert!(page == [0; PAGE_SIZE], "verify {verify}");
         drop((source.control, source.data));
         assert_eq!(source.peer.join().unwrap(), State::Complete);
@@ -425,16 +419,16 @@ fn pages_on_a_data_channel_are_a_sign_of_life() {
 /// counts.
 #[test]
 fn a_slow_source_still_commits() {
-    let (ours, theirs) = pair();
+    let (ours, theirs) = MemoryLink::pair();
     let (tell, told) = channel();
     let peer = std::thread::spawn(move || {
         let (channel, preamble) = destination::greet(theirs, NEVER).unwrap();
-        let host = TestHost::new(Memory::new(16));
+        let host = TestDestination::new(16);
         let timeouts = destination::Timeouts {
             commit: Duration::from_millis(50),
             ..DESTINATION_TIMEOUTS
         };
-        let clock = Arc::new(Real(Instant::now()));
+        let clock = Arc::new(MonotonicClock::new());
         let mut engine = Destination::new(channel, &preamble, host, timeouts, clock);
         engine.run().unwrap_err();
         assert_eq!(engine.state(), State::InDoubt);

@@ -4,25 +4,17 @@
 //! of both counted. The number may depend on rounds and messages, never on pages.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
-mod no_alloc {
-    pub mod guest;
-    pub mod link;
-}
-
 use ferry_migration::destination::{self, Destination};
 use ferry_migration::options::{Compress, OnTimeout, Options};
 use ferry_migration::page::PAGE_SIZE;
-use ferry_migration::port::Clock;
 use ferry_migration::report::{Report, Status};
 use ferry_migration::source::{self, CancelSwitch, Setup};
+use ferry_migration::testing::{MemoryLink, TestClock, TestDestination, TestSource};
 use ferry_migration::wire::{Role, SessionId};
-use no_alloc::guest::{Memory, TestGuest, TestHost};
-use no_alloc::link::{DESTINATION_TIMEOUTS, MemoryLink, NEVER, SOURCE_TIMEOUTS, pair};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, Stats, StatsAlloc};
 use std::alloc::System;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -34,27 +26,30 @@ const DATA_CHANNEL_BUFFERS: usize = 6 << 20;
 /// The delta cache, smaller than either guest, so that it is as full with the one as with the other.
 const CACHE: u64 = 1 << 20;
 
-/// Time that passes only when it is looked at, so that no event is due "because a while has passed".
-#[derive(Default)]
-struct Ticks(AtomicU64);
+/// Longer than the test takes, on any machine.
+const NEVER: Duration = Duration::from_secs(120);
+const SOURCE_TIMEOUTS: source::Timeouts = source::Timeouts {
+    handshake: NEVER,
+    transfer: NEVER,
+    ready: NEVER,
+    commit: NEVER,
+};
+const DESTINATION_TIMEOUTS: destination::Timeouts = destination::Timeouts {
+    handshake: NEVER,
+    transfer: NEVER,
+    commit: NEVER,
+};
 
-impl Clock for Ticks {
-    fn now(&self) -> Duration {
-        Duration::from_nanos(self.0.fetch_add(1, Ordering::Relaxed))
-    }
-
-    fn sleep(&self, duration: Duration) {
-        let nanos = u64::try_from(duration.as_nanos()).unwrap_or(0);
-        self.0.fetch_add(nanos, Ordering::Relaxed);
-    }
+/// No event is due because time has passed.
+fn clock() -> TestClock {
+    TestClock::ticking(Duration::from_nanos(1))
 }
 
 /// The destination's process: the first connection is the control channel, each further one a data channel.
-fn serve(connections: Receiver<MemoryLink>, memory: &Memory) {
+fn serve(connections: Receiver<MemoryLink>, vm: TestDestination) {
     let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
-    let host = TestHost::new(memory.clone());
-    let clock = Arc::new(Ticks::default());
-    let mut engine = Destination::new(channel, &preamble, host, DESTINATION_TIMEOUTS, clock);
+    let clock = Arc::new(clock());
+    let mut engine = Destination::new(channel, &preamble, vm, DESTINATION_TIMEOUTS, clock);
     // The handshake, which says how many data channels will come.
     engine.step().unwrap();
     std::thread::scope(|scope| {
@@ -78,11 +73,11 @@ fn serve(connections: Receiver<MemoryLink>, memory: &Memory) {
 
 /// Migrates a guest of so many bytes; what it took, and what it allocated from the first page on.
 fn migrate(bytes: usize, channels: u16, compress: Compress, reorder: bool) -> (Report, Stats) {
-    let guest = TestGuest::new(bytes / PAGE_SIZE);
-    let arrived = Memory::new(bytes / PAGE_SIZE);
+    let guest = TestSource::new(bytes / PAGE_SIZE);
+    let arrived = TestDestination::new(bytes / PAGE_SIZE);
     let (sender, connections) = channel();
-    let memory = arrived.clone();
-    let peer = std::thread::spawn(move || serve(connections, &memory));
+    let vm = arrived.clone();
+    let peer = std::thread::spawn(move || serve(connections, vm));
     let options = Options {
         channels: Some(channels),
         compress,
@@ -93,7 +88,7 @@ fn migrate(bytes: usize, channels: u16, compress: Compress, reorder: bool) -> (R
         ..Options::default()
     };
     let connect = |_, _| {
-        let (ours, theirs) = pair();
+        let (ours, theirs) = MemoryLink::pair();
         sender.send(theirs).map_err(|_| io::Error::other("gone"))?;
         Ok(ours)
     };
@@ -102,7 +97,7 @@ fn migrate(bytes: usize, channels: u16, compress: Compress, reorder: bool) -> (R
         &guest,
         Setup {
             connect: &mut { connect },
-            clock: &Ticks::default(),
+            clock: &clock(),
             options: &options,
             session: SessionId([7; 16]),
             cancel: &CancelSwitch::default(),
@@ -115,7 +110,7 @@ fn migrate(bytes: usize, channels: u16, compress: Compress, reorder: bool) -> (R
     drop(sender);
     peer.join().unwrap();
     assert_eq!(report.status, Status::Completed, "{:?}", report.error);
-    assert!(guest.memory() == &arrived, "memory arrived damaged");
+    assert!(guest.memory() == arrived.memory(), "memory arrived damaged");
     (report, stats)
 }
 

@@ -14,15 +14,14 @@ pub use api::api;
 pub use destination::{data_channels, handshake};
 pub(crate) use guest::StandIn;
 pub use kernel::kernel;
+pub(crate) use link::joined;
 pub use link::mend;
-pub(crate) use link::{MemoryLink, NoTime, joined};
 pub use source::source;
 pub use trace::trace;
 pub use virtio::{virtio, virtio_state};
 
 use ferry_migration::codec::Decoder;
-use ferry_migration::codec::marks::Marks;
-use ferry_migration::page::{Gfn, PAGE_SIZE, Run};
+use ferry_migration::page::{AtomicPageSet, Gfn, PAGE_SIZE, Run};
 use ferry_migration::snapshot::{BlockReader, Snapshot};
 use ferry_migration::wire::{
     Encoding, Features, HEADER_BYTES, Header, Limits, PREAMBLE_BYTES, Preamble, decode_runs,
@@ -77,9 +76,9 @@ pub fn codec(bytes: &[u8]) {
     };
     let encoding = [Encoding::Zstd, Encoding::Patch][usize::from(encoding % 2)];
     let runs = [Run::new(5, 1 + u64::from(*count)), Run::new(400, 1)];
-    let copies = Arc::new(Marks::new(1000));
+    let copies = Arc::new(AtomicPageSet::new(1000));
     let known = Run::new(5, u64::from(*known));
-    copies.set_run(known, true);
+    copies.insert_run(known);
     let mut decoder = Decoder::new(Features::SUPPORTED, copies);
     let mut decode = || {
         let base = &mut |gfn: Gfn, page: &mut [u8; PAGE_SIZE]| {

@@ -24,10 +24,9 @@ pub use uri::{Uri, UriError};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
+pub(crate) use ferry_migration::net::{MonotonicClock, session_id};
 use ferry_migration::options::{Options, Tracking};
-use ferry_migration::port::Clock;
 use ferry_migration::report::{Event, Phase, Progress, Report, Status};
 use ferry_migration::source::{self, CancelSwitch, Setup};
 use ferry_migration::wire::SessionId;
@@ -89,15 +88,7 @@ pub fn migrate(
     handle: &Handle,
     events: &mut dyn FnMut(Event),
 ) -> Report {
-    let session = match new_session() {
-        Ok(session) => session,
-        Err(error) => {
-            return Report::broken(
-                &handle.progress(),
-                &format!("no random session id could be made: {error}"),
-            );
-        }
-    };
+    let session = session_id();
     let check = check_tracking(options.dirty, machine.dirty_log().kind().tracking())
         .and_then(|()| check_huge_pages(options, machine.ram().hugepages()))
         .and_then(|()| check_cache(options, machine.ram().size(), available_memory()));
@@ -242,12 +233,6 @@ pub fn recover(
     )
 }
 
-pub(crate) fn new_session() -> Result<SessionId, getrandom::Error> {
-    let mut id = [0; 16];
-    getrandom::fill(&mut id)?;
-    Ok(SessionId(id))
-}
-
 fn parse_session(text: &str) -> Option<SessionId> {
     let mut id = [0; 16];
     if text.len() != 32 || !text.is_ascii() {
@@ -257,25 +242,6 @@ fn parse_session(text: &str) -> Option<SessionId> {
         *byte = u8::from_str_radix(text.get(at..at + 2)?, 16).ok()?;
     }
     Some(SessionId(id))
-}
-
-/// The host's monotonic clock.
-#[derive(Debug)]
-pub(crate) struct MonotonicClock(Instant);
-
-impl MonotonicClock {
-    pub(crate) fn new() -> Self {
-        Self(Instant::now())
-    }
-}
-
-impl Clock for MonotonicClock {
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-    fn sleep(&self, duration: Duration) {
-        std::thread::sleep(duration);
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -4,7 +4,7 @@
 //! guest writes to it: what arrives is a mixture that nobody has a copy of, so it is never a base. Only pages that were
 //! sent from a copy (packed, compressed, patched, or as they are but from the copy) enter this cache, and a page that
 //! is sent in any other way leaves it before a byte of it is sent. The destination keeps the same book from its side
-//! ([`Marks`](super::marks::Marks)) and refuses a difference to a page whose last arrival was not such a copy.
+//! ([`AtomicPageSet`](crate::page::AtomicPageSet)) and refuses a difference to a page whose last arrival was not such a copy.
 //!
 //! What is entered has not been sent yet, and the sending may fail. Then the two sides no longer agree, and nobody
 //! knows about which pages: [`DeltaCache::doubt`] begins a new generation, and entries of older ones are void.

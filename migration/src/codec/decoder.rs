@@ -1,9 +1,8 @@
 //! Decoding at the destination: nothing that arrives is believed.
 
-use super::marks::Marks;
 use super::patch::{Page, PatchError, apply};
 use super::{Kind, MAX_CODED_BYTES, MAX_CODED_PAGES, words};
-use crate::page::{Gfn, PAGE_SIZE, Run};
+use crate::page::{AtomicPageSet, Gfn, PAGE_SIZE, Run};
 use crate::port::PortError;
 use crate::wire::{Encoding, Features};
 use std::io;
@@ -103,7 +102,7 @@ pub enum CodecError {
 pub struct Decoder {
     agreed: Features,
     /// Pages whose last arrival was a copy: the only ones that can be a base.
-    copies: Arc<Marks>,
+    copies: Arc<AtomicPageSet>,
     pages: Vec<u8>,
     zstd: Option<Decompressor<'static>>,
 }
@@ -119,7 +118,7 @@ impl std::fmt::Debug for Decoder {
 impl Decoder {
     /// A decoder of what was agreed on. `copies` is shared by the channels of a migration.
     #[must_use]
-    pub fn new(agreed: Features, copies: Arc<Marks>) -> Self {
+    pub fn new(agreed: Features, copies: Arc<AtomicPageSet>) -> Self {
         Self {
             agreed,
             copies,
@@ -129,12 +128,12 @@ impl Decoder {
 
     /// Pages have arrived in a way of which the source has no copy.
     pub fn arrived_otherwise(&self, runs: &[Run]) {
-        runs.iter().for_each(|run| self.copies.set_run(*run, false));
+        runs.iter().for_each(|run| self.copies.remove_run(*run));
     }
 
     /// Pages were placed as they were decoded.
     pub fn placed(&self, runs: &[Run]) {
-        runs.iter().for_each(|run| self.copies.set_run(*run, true));
+        runs.iter().for_each(|run| self.copies.insert_run(*run));
     }
 
     /// Whether a frame of so many pages and bytes can be; to be asked before its bytes are received.

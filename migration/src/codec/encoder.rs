@@ -3,12 +3,11 @@
 use super::adaptive::{Chooser, DataChannel, Level, Outcome};
 use super::cache::DeltaCache;
 use super::class::{is_regular, is_sparse};
-use super::marks::Marks;
 use super::patch::{self, Page, ZEROS};
 use super::words;
 use super::{Kind, ZSTD_LEVEL, ZSTD_PAGES, append};
 use crate::options::{Compress, Options};
-use crate::page::{Gfn, PAGE_BYTES, PAGE_SIZE, Run};
+use crate::page::{AtomicPageSet, Gfn, PAGE_BYTES, PAGE_SIZE, Run};
 use crate::port::{Clock, PortError};
 use crate::report::Codecs;
 use crate::wire::{
@@ -34,7 +33,7 @@ pub struct Coding {
     /// What the destination has, where patches of it may be sent.
     cache: Option<Arc<DeltaCache>>,
     /// Pages that were sent before: only those are worth a place in the cache, unless one is free.
-    seen: Arc<Marks>,
+    seen: Arc<AtomicPageSet>,
     /// The cache has a place for every page.
     roomy: bool,
     /// What is decided for all of them: they share link and processors, and one that is seldom used has no time to learn.
@@ -68,7 +67,7 @@ impl Coding {
             patches,
             zstd,
             roomy: cache.capacity() >= guest_pages,
-            seen: Arc::new(Marks::new(if useful { end } else { 0 })),
+            seen: Arc::new(AtomicPageSet::new(if useful { end } else { 0 })),
             cache: useful.then(|| Arc::new(cache)),
             chooser: start.map(|level| Arc::new(Mutex::new(Chooser::new(level, floor)))),
         }
@@ -472,7 +471,7 @@ impl Encoder {
     fn mark_seen(&self, runs: &[Run]) {
         if self.shared.cache.is_some() {
             let seen = &self.shared.seen;
-            runs.iter().for_each(|run| seen.set_run(*run, true));
+            runs.iter().for_each(|run| seen.insert_run(*run));
         }
     }
 

@@ -1,12 +1,11 @@
 //! The encoder against the decoder: what goes in comes out, and nothing else is believed.
 
 use super::content::{self, Content};
-use super::marks::Marks;
 use super::patch::{Page, ZEROS};
 use super::*;
 use crate::options::{Compress, Options};
-use crate::page::{Gfn, PAGE_BYTES};
-use crate::port::Clock;
+use crate::page::{AtomicPageSet, Gfn, PAGE_BYTES, PAGE_SIZE};
+use crate::testing::TestClock;
 use crate::wire::{
     Encoding, Features, HEADER_BYTES, Header, Limits, RUN_BYTES, check_crc, decode_runs,
 };
@@ -14,15 +13,6 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
-
-struct Still;
-
-impl Clock for Still {
-    fn now(&self) -> Duration {
-        Duration::ZERO
-    }
-    fn sleep(&self, _: Duration) {}
-}
 
 const END: Gfn = 600;
 
@@ -47,7 +37,7 @@ impl Pair {
         };
         Self {
             encoder: Coding::new(&options, Features::SUPPORTED, END, END).encoder(),
-            decoder: Decoder::new(Features::SUPPORTED, Arc::new(Marks::new(END))),
+            decoder: Decoder::new(Features::SUPPORTED, Arc::new(AtomicPageSet::new(END))),
             memory: BTreeMap::new(),
             arrived: BTreeMap::new(),
             round: 1,
@@ -76,7 +66,10 @@ impl Pair {
             },
             out: &mut out,
         };
-        let coded = self.encoder.encode(&mut batch, &Still).unwrap();
+        let coded = self
+            .encoder
+            .encode(&mut batch, &TestClock::still())
+            .unwrap();
         // In the order of the batch, whatever was made of its pages: a snapshot's tables ascend.
         let ascending = |data: &[Run]| data.is_sorted_by(|a, b| a.end() <= b.first);
         assert!(ascending(&data), "{data:?}");
@@ -181,7 +174,7 @@ proptest! {
                     let arrived = pair.arrived.clone();
                     let decoder = std::mem::replace(
                         &mut pair.decoder,
-                        Decoder::new(Features::SUPPORTED, Arc::new(Marks::new(END))),
+                        Decoder::new(Features::SUPPORTED, Arc::new(AtomicPageSet::new(END))),
                     );
                     // Whether this throw-away destination could follow does not matter.
                     let _ = pair.send(&gfns);
@@ -224,7 +217,7 @@ proptest! {
             copy: &mut |gfn, into: &mut Page| { *into = memory[&gfn]; into[5] ^= 1; Ok(()) },
             out: &mut out,
         };
-        pair.encoder.encode(&mut batch, &Still).unwrap();
+        pair.encoder.encode(&mut batch, &TestClock::still()).unwrap();
         if out.is_empty() {
             return Ok(());
         }
@@ -481,7 +474,7 @@ fn what_the_destination_cannot_is_not_used() {
     for (agreed, zstd) in [(Features::ZSTD, true), (Features::PATCH, false)] {
         let mut pair = Pair::new(Compress::Adaptive, 100);
         pair.encoder = encoder(Compress::Adaptive, agreed);
-        pair.decoder = Decoder::new(agreed, Arc::new(Marks::new(END)));
+        pair.decoder = Decoder::new(agreed, Arc::new(AtomicPageSet::new(END)));
         let gfns: Vec<Gfn> = (0..100).collect();
         for &gfn in &gfns {
             let content = Content::ALL[(gfn % 6) as usize];

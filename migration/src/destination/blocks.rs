@@ -3,7 +3,7 @@
 use super::DestinationError;
 use crate::page::{PageSet, Run};
 use crate::port::{BLOCK_BYTES, BlockSink, Link, PortError, blocks_in};
-use crate::source::{all_zero, block_hashes};
+use crate::verify::{all_zero, block_hashes};
 use crate::wire::{
     Channel, Encoding, Features, FrameType, Header, MAX_BLOCKS, MAX_DISK_BLOCKS, MAX_DISKS,
 };

@@ -15,8 +15,7 @@ use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
 use super::{DestinationError, FRAME_TIMEOUTS};
 use crate::codec::Decoder;
-use crate::codec::marks::Marks;
-use crate::page::RamLayout;
+use crate::page::{AtomicPageSet, RamLayout};
 use crate::port::{Clock, Link, PageSink};
 use crate::wire::{Channel, Features, FrameType, Header, WireError};
 use std::marker::PhantomData;
@@ -64,7 +63,7 @@ struct Told<L, S> {
 pub struct DataChannelSet<L, S> {
     layout: RamLayout,
     agreed: Features,
-    copies: Arc<Marks>,
+    copies: Arc<AtomicPageSet>,
     timeout: Duration,
     clock: Arc<dyn Clock + Send + Sync>,
     told: Mutex<Told<L, S>>,
@@ -90,7 +89,7 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
     pub(super) fn new(
         sink: Arc<S>,
         layout: RamLayout,
-        (agreed, copies): (Features, Arc<Marks>),
+        (agreed, copies): (Features, Arc<AtomicPageSet>),
         count: u16,
         timeout: Duration,
         clock: Arc<dyn Clock + Send + Sync>,

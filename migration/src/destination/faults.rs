@@ -92,7 +92,7 @@ impl<L: Link, S: PageSink<L>> FaultChannel<L, S> {
     }
 
     /// Whether the next step waits for the source's answer.
-    #[cfg(any(test, feature = "sim"))]
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) const fn is_asking(&self) -> bool {
         self.asking
     }

@@ -80,7 +80,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     }
 
     /// Whether the next step needs no frame.
-    #[cfg(any(test, feature = "sim"))]
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) fn needs_no_frame(&self) -> bool {
         self.untold.is_some() || self.can_complete()
     }

@@ -6,8 +6,8 @@ use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
 use super::{Destination, DestinationError, State};
 use crate::codec::Decoder;
-use crate::codec::marks::Marks;
 use crate::options::Options;
+use crate::page::AtomicPageSet;
 use crate::port::{DestinationVm, Link};
 use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
 use std::sync::Arc;
@@ -100,7 +100,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         } else {
             0
         };
-        let copies = Arc::new(Marks::new(end));
+        let copies = Arc::new(AtomicPageSet::new(end));
         self.receiver = PageReceiver::new(Decoder::new(agreed, Arc::clone(&copies)));
         if post_copy {
             let clock = Arc::clone(&self.clock);

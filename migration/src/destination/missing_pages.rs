@@ -14,7 +14,7 @@ use super::DestinationError;
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, PageFault, PageSink};
 use crate::report::{Faults, Latencies};
-use crate::source::page_hash;
+use crate::verify::page_hash;
 use std::marker::PhantomData;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -285,7 +285,7 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
     }
 
     /// Whether a new connection has to ask for something again.
-    #[cfg(any(test, feature = "sim"))]
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) fn has_unasked(&self) -> bool {
         let guard = self.lock();
         guard

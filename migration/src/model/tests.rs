@@ -226,7 +226,7 @@ fn what_never_converges_ends_at_the_time_limit() {
 /// The model against the engines: the same guest, link and options in the event-driven simulator.
 #[test]
 fn the_model_agrees_with_the_engines() {
-    use crate::sim::{Scenario, run as simulate};
+    use crate::testing::simulator::{Scenario, run as simulate};
     for (policy, rate) in [
         (PolicyKind::Precopy, 0.3),
         (PolicyKind::Precopy, 0.7),
@@ -281,7 +281,7 @@ fn the_model_agrees_with_the_engines() {
 /// sent again, in less time.
 #[test]
 fn a_first_pass_that_learns_sends_less() {
-    use crate::sim::{Scenario, run as simulate};
+    use crate::testing::simulator::{Scenario, run as simulate};
     const PAGES: u64 = 40_000;
     let mut scenario = Scenario::calm(5);
     scenario.pages = PAGES;

@@ -27,9 +27,19 @@ pub trait PageSink<L: Link>: Send + Sync {
     /// Receives the pages of `runs` from the link straight into guest memory. The engine has
     /// checked that the runs are RAM.
     ///
+    /// By default a page is received and then written; a VMM with mapped memory receives into it.
+    ///
     /// # Errors
     /// As [`Link::recv`].
-    fn receive(&self, link: &mut L, runs: &[Run]) -> io::Result<()>;
+    fn receive(&self, link: &mut L, runs: &[Run]) -> io::Result<()> {
+        let mut page = [0; PAGE_SIZE];
+        for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
+            link.recv(&mut page)?;
+            self.write(Run::new(gfn, 1), &page)
+                .map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
     /// Writes pages that were decoded: `bytes` are those of the run, one page after the other. The engine has checked
     /// that the run is RAM.
     ///
@@ -40,7 +50,9 @@ pub trait PageSink<L: Link>: Send + Sync {
     ///
     /// # Errors
     /// When memory cannot be written.
-    fn zero(&self, run: Run) -> Result<(), PortError>;
+    fn zero(&self, run: Run) -> Result<(), PortError> {
+        (run.first..run.end()).try_for_each(|gfn| self.write(Run::new(gfn, 1), &[0; PAGE_SIZE]))
+    }
     /// Copies one page out.
     ///
     /// # Errors

@@ -12,9 +12,19 @@ pub trait PageSource<L: Link>: Sync {
     /// Sends `head` and then the pages of `runs`, straight from guest memory, without a copy.
     /// The runs are RAM (the engine took them from the layout).
     ///
+    /// By default the pages are copied first; a VMM with mapped memory hands them to the kernel instead.
+    ///
     /// # Errors
     /// As [`Link::send`].
-    fn transmit(&self, link: &mut L, head: &[u8], runs: &[Run]) -> io::Result<()>;
+    fn transmit(&self, link: &mut L, head: &[u8], runs: &[Run]) -> io::Result<()> {
+        let mut body = Vec::new();
+        let mut page = [0; PAGE_SIZE];
+        for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
+            self.copy_page(gfn, &mut page).map_err(io::Error::other)?;
+            body.extend_from_slice(&page);
+        }
+        link.send(head, &body)
+    }
 
     /// Copies one page out.
     ///
@@ -22,8 +32,11 @@ pub trait PageSource<L: Link>: Sync {
     /// When the page is not RAM.
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError>;
 
-    /// Whether the page holds only zeros. Must look at memory anew each time.
-    fn is_zero(&self, gfn: Gfn) -> bool;
+    /// Whether the page holds only zeros. Must look at memory anew each time; by default at a copy.
+    fn is_zero(&self, gfn: Gfn) -> bool {
+        let mut page = [0; PAGE_SIZE];
+        self.copy_page(gfn, &mut page).is_ok() && page.iter().all(|byte| *byte == 0)
+    }
 
     /// The first part of the run that holds nothing (never written, or given back to the host), if that is known without
     /// reading it: reading would make the host populate it. Must be true at the time of the call. A page that comes to

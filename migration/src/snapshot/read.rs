@@ -3,9 +3,8 @@
 use super::{
     BLOCK_PAGES, END_BYTES, ENTRY_BYTES, HEAD_END, SnapshotError, Trailer, decode_head, long,
 };
-use crate::codec::marks::Marks;
 use crate::codec::{Decoder, ZSTD_PAGES};
-use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use crate::page::{AtomicPageSet, Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::wire::{
     Encoding, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, Limits, RUN_BYTES,
     SessionId, decode_runs,
@@ -340,7 +339,7 @@ impl Default for BlockReader {
             payload: Vec::new(),
             runs: Vec::new(),
             // No page has arrived in a way that makes it a base of a difference.
-            decoder: Decoder::new(Features::SUPPORTED, Arc::new(Marks::new(0))),
+            decoder: Decoder::new(Features::SUPPORTED, Arc::new(AtomicPageSet::new(0))),
         }
     }
 }

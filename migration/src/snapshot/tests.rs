@@ -2,40 +2,18 @@ use super::*;
 use crate::codec::content::{self, Content};
 use crate::options::Compress;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{Clock, Link, PageFault, PageSink, PageSource, PortError, SourceVm};
+use crate::port::{PageFault, PageSink, PageSource, PortError, SourceVm};
+use crate::testing::{Loopback, TestClock};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 type Page = [u8; PAGE_SIZE];
 type Memory = BTreeMap<Gfn, Page>;
 
-/// Nothing is sent here.
-struct NoLink;
-
-impl Link for NoLink {
-    fn send(&mut self, _: &[u8], _: &[u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-    fn recv(&mut self, _: &mut [u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-    fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
-        Ok(false)
-    }
-    fn set_timeout(&mut self, _: Option<Duration>) {}
-}
-
-#[derive(Default)]
-struct Ticks(AtomicU64);
-
-impl Clock for Ticks {
-    fn now(&self) -> Duration {
-        Duration::from_micros(self.0.fetch_add(1, Ordering::Relaxed))
-    }
-    fn sleep(&self, _: Duration) {}
+fn ticks() -> TestClock {
+    TestClock::ticking(Duration::from_micros(1))
 }
 
 /// A guest that writes pages while it is looked at.
@@ -72,8 +50,8 @@ impl Writer {
     }
 }
 
-impl PageSource<NoLink> for Writer {
-    fn transmit(&self, _: &mut NoLink, _: &[u8], _: &[Run]) -> io::Result<()> {
+impl PageSource<Loopback> for Writer {
+    fn transmit(&self, _: &mut Loopback, _: &[u8], _: &[Run]) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
     fn copy_page(&self, gfn: Gfn, into: &mut Page) -> Result<(), PortError> {
@@ -105,7 +83,7 @@ impl PageSource<NoLink> for Writer {
     }
 }
 
-impl SourceVm<NoLink> for Writer {
+impl SourceVm<Loopback> for Writer {
     fn layout(&self) -> RamLayout {
         self.layout.clone()
     }
@@ -167,8 +145,8 @@ impl Sink {
     }
 }
 
-impl PageSink<NoLink> for Sink {
-    fn receive(&self, _: &mut NoLink, _: &[Run]) -> io::Result<()> {
+impl PageSink<Loopback> for Sink {
+    fn receive(&self, _: &mut Loopback, _: &[Run]) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
     fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
@@ -210,12 +188,12 @@ fn saved(guest: &Writer, options: SaveOptions) -> (Vec<u8>, Saved) {
     let setup = SaveSetup {
         session: SessionId([7; 16]),
         options,
-        clock: &Ticks::default(),
+        clock: &ticks(),
         cancelled: &|| false,
         describe: &mut || Ok(b"machine".to_vec()),
         release: &mut |_| {},
     };
-    let saved = save::<NoLink, _, _>(guest, &file, setup).unwrap();
+    let saved = save::<Loopback, _, _>(guest, &file, setup).unwrap();
     assert!(*guest.paused.lock().unwrap());
     (file.into_inner().unwrap(), saved)
 }
@@ -224,7 +202,7 @@ fn saved(guest: &Writer, options: SaveOptions) -> (Vec<u8>, Saved) {
 fn restored(bytes: Vec<u8>) -> Result<Memory, SnapshotError> {
     let snapshot = Snapshot::open(bytes)?;
     let sink = Sink::default();
-    fill_all::<NoLink, _, _>(&snapshot, &sink, 2, &|| false)?;
+    fill_all::<Loopback, _, _>(&snapshot, &sink, 2, &|| false)?;
     Ok(sink.0.into_inner().unwrap())
 }
 
@@ -321,7 +299,7 @@ proptest! {
         let (bytes, _) = saved(&guest, SaveOptions { compress: Compress::Adaptive, ..HOW });
         let expected = without_zeros(&memory);
         let sink = Arc::new(Sink::default());
-        let filling = Filling::<NoLink, _, _>::new(Snapshot::open(bytes).unwrap(), Arc::clone(&sink), Arc::new(Ticks::default()));
+        let filling = Filling::<Loopback, _, _>::new(Snapshot::open(bytes).unwrap(), Arc::clone(&sink), Arc::new(ticks()));
         prop_assert_eq!(filling.left(), expected.len() as u64);
         let mut reader = BlockReader::default();
         for (gfn, write) in faults {
@@ -447,8 +425,7 @@ fn a_damaged_page_names_itself_and_its_place_and_ends_the_filling() {
     bytes[usize::try_from(frame).unwrap() + 60] ^= 1;
     let sink = Arc::new(Sink::default());
     let snapshot = Snapshot::open(bytes).unwrap();
-    let filling =
-        Filling::<NoLink, _, _>::new(snapshot, Arc::clone(&sink), Arc::new(Ticks::default()));
+    let filling = Filling::<Loopback, _, _>::new(snapshot, Arc::clone(&sink), Arc::new(ticks()));
     let error = filling.push().unwrap_err().to_string();
     assert!(error.contains(&format!("byte {}", frame + 32)), "{error}");
     assert!(error.starts_with("page 0x"), "{error}");
@@ -490,12 +467,12 @@ fn a_guest_goes_on_when_the_file_is_full() {
                 threads: 2,
                 ..HOW
             },
-            clock: &Ticks::default(),
+            clock: &ticks(),
             cancelled: &|| false,
             describe: &mut || Ok(Vec::new()),
             release: &mut |_| panic!("it is not there"),
         };
-        let error = save::<NoLink, _, _>(&guest, &Full, setup).unwrap_err();
+        let error = save::<Loopback, _, _>(&guest, &Full, setup).unwrap_err();
         assert!(matches!(error, SaveError::Write { .. }), "{error}");
         assert!(!*guest.paused.lock().unwrap());
         assert!(guest.dirty.lock().unwrap().is_none());

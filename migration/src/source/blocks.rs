@@ -23,6 +23,7 @@ use crate::options::{Compress, Options};
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::port::{BLOCK_BYTES, BlockSource, Link, PortError, SourceVm, blocks_in};
 use crate::report::Disk;
+use crate::verify::{all_zero, block_hashes};
 use crate::wire::{Encoding, Features, FrameType, HEADER_BYTES, Header, MAX_BLOCKS};
 use std::sync::Arc;
 use std::time::Duration;
@@ -455,24 +456,6 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         }
         Ok(())
     }
-}
-
-/// Whether all bytes are zero: compared with themselves one further, which the library does fast.
-pub(crate) fn all_zero(bytes: &[u8]) -> bool {
-    bytes
-        .split_first()
-        .is_none_or(|(first, rest)| *first == 0 && *rest == bytes[..bytes.len() - 1])
-}
-
-/// The hashes by which `--verify` compares blocks; the place is the seed, so that blocks that were swapped do not pass.
-pub(crate) fn block_hashes(copy: usize, first: u64, bytes: &[u8]) -> impl Iterator<Item = u8> {
-    let block = usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX);
-    (first..)
-        .zip(bytes.chunks(block))
-        .flat_map(move |(number, bytes)| {
-            let seed = (copy as u64) << 48 ^ number;
-            xxhash_rust::xxh3::xxh3_64_with_seed(bytes, seed).to_le_bytes()
-        })
 }
 
 /// Compresses blocks, where that pays.

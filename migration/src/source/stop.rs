@@ -2,10 +2,11 @@
 
 use super::{InFlight, Source, SourceError, State, ms};
 use crate::order::PushOrder;
-use crate::page::{Gfn, PAGE_SIZE, PageSet, Run};
+use crate::page::{PAGE_SIZE, PageSet, Run};
 use crate::policy::SendOrder;
 use crate::port::{Link, SourceVm};
 use crate::sender::Sent;
+use crate::verify::page_hash;
 use crate::wire::{FrameType, Header, Ready, Running, WireError, send_set};
 use std::io;
 use std::time::Duration;
@@ -237,12 +238,6 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         }
         Ok(())
     }
-}
-
-/// The hash by which `--verify` compares a page; the frame number is its seed, so that pages that
-/// were swapped do not pass.
-pub(crate) fn page_hash(gfn: Gfn, page: &[u8; PAGE_SIZE]) -> u64 {
-    xxhash_rust::xxh3::xxh3_64_with_seed(page, gfn)
 }
 
 /// A time-out in the pause, said as what was waited for.

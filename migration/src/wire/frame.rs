@@ -1,7 +1,6 @@
 //! Frames: the 32-byte header and the run table of the page frames.
 
 use super::MAX_BLOCKS;
-use crate::codec::{MAX_CODED_BYTES, MAX_CODED_PAGES};
 use crate::page::{Gfn, PAGE_SIZE, Run};
 use crate::port::BLOCK_BYTES;
 
@@ -14,6 +13,12 @@ pub const RUN_BYTES: usize = 8;
 pub const MAX_RUNS: u32 = 512;
 /// Most pages in one frame: 16 MiB.
 pub const MAX_BATCH_PAGES: u64 = 4096;
+/// Most pages in a coded frame: 1 MiB, so that both sides' buffers are small.
+pub const MAX_CODED_PAGES: u64 = CODED as u64;
+/// Most bytes of a coded frame's payload after its table: every page as it is, with its tag.
+pub const MAX_CODED_BYTES: usize = 4 + CODED * (2 + PAGE_SIZE);
+/// A batch of the sender is never larger.
+const CODED: usize = 256;
 /// Flag: the header's `payload_crc` guards the whole payload.
 pub const FLAG_CRC: u8 = 1;
 /// Flag of a page frame that follows the guest: the destination says [`FrameType::Placed`] when it is in place. Only to

@@ -115,33 +115,11 @@ pub fn recv_set<L: Link>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::Loopback;
     use proptest::prelude::*;
-    use std::collections::VecDeque;
-    use std::io;
-    use std::time::Duration;
-
-    #[derive(Default)]
-    struct Loop(VecDeque<u8>);
-
-    impl Link for Loop {
-        fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
-            self.0.extend(head.iter().chain(body));
-            Ok(())
-        }
-        fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
-            for byte in buf {
-                *byte = self.0.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
-            }
-            Ok(())
-        }
-        fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
-            Ok(!self.0.is_empty())
-        }
-        fn set_timeout(&mut self, _: Option<Duration>) {}
-    }
 
     fn there_and_back(set: &PageSet, layout: &RamLayout) -> (PageSet, u64) {
-        let mut channel = Channel::new(Loop::default());
+        let mut channel = Channel::new(Loopback::default());
         channel.set_end(layout.end());
         send_set(&mut channel, set).unwrap();
         let bytes = channel.sent();
@@ -173,7 +151,7 @@ mod tests {
         for run in [Run::new(90, 20), Run::new(150, 1), Run::new(299, 1000)] {
             let mut table = Vec::new();
             encode_runs(&[run], &mut table);
-            let mut channel = Channel::new(Loop::default());
+            let mut channel = Channel::new(Loopback::default());
             channel.set_end(layout.end());
             send_part(&mut channel, FrameType::MissingRuns, run.first, &table).unwrap();
             let header = channel.recv_header().unwrap();

@@ -3,28 +3,15 @@
 use super::measure::{Cost, timed};
 use super::{Table, batches};
 use anyhow::{Context, Result};
-use ferry_migration::codec::marks::Marks;
 use ferry_migration::codec::{Batch, Coding, Decoder, Encoder};
+use ferry_migration::net::MonotonicClock;
 use ferry_migration::options::{Compress, Options};
-use ferry_migration::page::{PAGE_SIZE, Run};
-use ferry_migration::port::Clock;
+use ferry_migration::page::{AtomicPageSet, PAGE_SIZE, Run};
 use ferry_migration::wire::{Features, HEADER_BYTES, Header, Limits, decode_runs};
 use ferry_vmm::memory::{Backing, GuestRam};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
-
-struct RealTime(Instant);
-
-impl Clock for RealTime {
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-
-    fn sleep(&self, duration: Duration) {
-        std::thread::sleep(duration);
-    }
-}
 
 /// One side's coder and the other's.
 struct Pair<'a> {
@@ -32,7 +19,7 @@ struct Pair<'a> {
     to: GuestRam,
     encoder: Encoder,
     decoder: Decoder,
-    clock: RealTime,
+    clock: MonotonicClock,
     end: u64,
     round: u32,
 }
@@ -96,8 +83,8 @@ impl<'a> Pair<'a> {
             from,
             to: GuestRam::new(from.size(), Backing::Small)?,
             encoder: Coding::new(&options, agreed, pages, end).encoder(),
-            decoder: Decoder::new(agreed, Arc::new(Marks::new(end))),
-            clock: RealTime(Instant::now()),
+            decoder: Decoder::new(agreed, Arc::new(AtomicPageSet::new(end))),
+            clock: MonotonicClock::new(),
             end,
             round: 0,
         })

@@ -1,11 +1,13 @@
 //! A destination that is told anything at all.
 
-use super::link::{Gate, MemoryLink, NoTime, RealTime, Seen, channels, mend};
+use super::link::{channels, mend};
 use ferry_migration::destination::{Destination, FaultChannel, State, Step, Timeouts, greet};
+use ferry_migration::net::MonotonicClock;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
     BlockSink, DestinationVm, Link, PageFault, PageSink, PortError, blocks_in,
 };
+use ferry_migration::testing::{Gate, RecordedPeer, Seen, TestClock};
 use ferry_migration::wire::{
     Channel, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, Preamble, Role, SessionId,
 };
@@ -33,7 +35,7 @@ pub fn handshake(bytes: &[u8]) -> Option<State> {
     let (&mode, stream) = bytes.split_first()?;
     let stream = mend(stream, mode & 1 == 1);
     let length = stream.len();
-    let link = MemoryLink::new(stream, Seen::AtOnce);
+    let link = RecordedPeer::new(stream, Seen::AtOnce);
     let (channel, preamble) = greet(link, Duration::ZERO).ok()?;
     let mut destination = Destination::new(
         channel,
@@ -44,7 +46,7 @@ pub fn handshake(bytes: &[u8]) -> Option<State> {
             transfer: Duration::ZERO,
             ..Timeouts::default()
         },
-        Arc::new(NoTime),
+        Arc::new(TestClock::still()),
     );
     let mut steps = 0;
     while let Ok(Step::Continue | Step::Running) = destination.step() {
@@ -55,7 +57,7 @@ pub fn handshake(bytes: &[u8]) -> Option<State> {
 }
 
 /// Where a destination stands in the end; its host has heard the same.
-fn stands(destination: Destination<MemoryLink, FuzzHost>) -> State {
+fn stands(destination: Destination<RecordedPeer, FuzzHost>) -> State {
     let state = destination.state();
     let host = destination.into_host();
     assert_eq!(
@@ -107,21 +109,21 @@ pub fn data_channels(bytes: &[u8], timeout: Duration) -> Option<State> {
     stream.extend(header.encode());
     stream.extend(payload);
     stream.extend(next());
-    let link = MemoryLink::new(stream, Seen::AtOnce);
+    let link = RecordedPeer::new(stream, Seen::AtOnce);
     let (channel, preamble) = greet(link, Duration::ZERO).unwrap();
     let timeouts = Timeouts {
         transfer: timeout,
         ..Timeouts::default()
     };
     let host = FuzzHost::default();
-    let clock = Arc::new(RealTime::new());
+    let clock = Arc::new(MonotonicClock::new());
     let mut destination = Destination::new(channel, &preamble, host, timeouts, clock);
     assert_eq!(destination.step().unwrap(), Step::Continue);
     let sink = destination.host().sink.clone().unwrap();
     let [runs, over] = [Arc::<Gate>::default(), Arc::default()];
     let data: Vec<_> = (0..2)
         .map(|index| {
-            let mut link = MemoryLink::new(next(), Seen::AtOnce);
+            let mut link = RecordedPeer::new(next(), Seen::AtOnce);
             if mode & 8 == 0 {
                 link = link.then(&runs, next()).then(&over, Vec::new());
             }
@@ -131,7 +133,7 @@ pub fn data_channels(bytes: &[u8], timeout: Duration) -> Option<State> {
         .collect();
     let missing_pages = destination.missing_pages().cloned();
     let asks = |said| {
-        let channel = Channel::new(MemoryLink::new(said, Seen::AtOnce));
+        let channel = Channel::new(RecordedPeer::new(said, Seen::AtOnce));
         let data_channel = missing_pages.as_ref().map(|missing_pages| {
             Destination::<_, FuzzHost>::fault_channel(missing_pages, channel, 0, timeouts)
         });
@@ -164,7 +166,7 @@ pub fn data_channels(bytes: &[u8], timeout: Duration) -> Option<State> {
     if matches!(destination.state(), State::InDoubt | State::Interrupted) {
         let mut stream = Preamble::new(Role::Recover, 0, SESSION).encode().to_vec();
         stream.extend(next());
-        let link = MemoryLink::new(stream, Seen::AtOnce);
+        let link = RecordedPeer::new(stream, Seen::AtOnce);
         let (channel, preamble) = greet(link, Duration::ZERO).unwrap();
         destination.reattach(channel, &preamble);
         play(&mut destination, asks(next()));
@@ -192,8 +194,8 @@ impl FuzzSink {
     }
 }
 
-impl PageSink<MemoryLink> for FuzzSink {
-    fn receive(&self, link: &mut MemoryLink, runs: &[Run]) -> io::Result<()> {
+impl PageSink<RecordedPeer> for FuzzSink {
+    fn receive(&self, link: &mut RecordedPeer, runs: &[Run]) -> io::Result<()> {
         self.not_complete();
         let mut page = [0; PAGE_SIZE];
         for run in runs {
@@ -310,7 +312,7 @@ impl BlockSink for FuzzDisk {
     }
 }
 
-impl DestinationVm<MemoryLink> for FuzzHost {
+impl DestinationVm<RecordedPeer> for FuzzHost {
     type Sink = FuzzSink;
 
     fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {

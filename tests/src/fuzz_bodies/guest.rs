@@ -1,8 +1,8 @@
 //! A small guest that looks after its rights.
 
-use super::link::MemoryLink;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{BLOCK_BYTES, BlockSource, Link, PageSource, PortError, SourceVm};
+use ferry_migration::testing::RecordedPeer;
 use ferry_migration::wire::SessionId;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -64,8 +64,8 @@ impl StandIn {
     }
 }
 
-impl PageSource<MemoryLink> for StandIn {
-    fn transmit(&self, link: &mut MemoryLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
+impl PageSource<RecordedPeer> for StandIn {
+    fn transmit(&self, link: &mut RecordedPeer, head: &[u8], runs: &[Run]) -> io::Result<()> {
         for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
             self.page(gfn);
         }
@@ -82,7 +82,7 @@ impl PageSource<MemoryLink> for StandIn {
     }
 }
 
-impl SourceVm<MemoryLink> for StandIn {
+impl SourceVm<RecordedPeer> for StandIn {
     fn layout(&self) -> RamLayout {
         self.layout.clone()
     }

@@ -1,11 +1,12 @@
 //! A source whose destination says anything at all.
 
 use super::guest::StandIn;
-use super::link::{FastTime, MemoryLink, Seen, channels};
+use super::link::channels;
 use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::{Report, Status};
 use ferry_migration::source::{CancelSwitch, Setup, Timeouts, migrate, recover};
+use ferry_migration::testing::{RecordedPeer, Seen, TestClock};
 use ferry_migration::wire::{Preamble, Role, SessionId};
 use std::time::Duration;
 
@@ -58,12 +59,12 @@ pub fn source(bytes: &[u8]) -> Option<Report> {
             _ if flag(6) => Seen::AtOnce,
             _ => Seen::WhenWaitedFor,
         };
-        Ok(MemoryLink::new(stream, seen))
+        Ok(RecordedPeer::new(stream, seen))
     };
     let mut events = 0_u64;
     let setup = Setup {
         connect: &mut connect,
-        clock: &FastTime::default(),
+        clock: &TestClock::ticking(Duration::from_millis(1)),
         options: &options,
         session,
         cancel: &CancelSwitch::default(),

@@ -1,9 +1,10 @@
 //! Snapshots of a small guest.
 
-use crate::fuzz_bodies::{MemoryLink, NoTime, StandIn};
+use crate::fuzz_bodies::StandIn;
 use ferry_migration::options::Compress;
 use ferry_migration::rng::Rng;
 use ferry_migration::snapshot::{SaveOptions, SaveSetup, save};
+use ferry_migration::testing::{RecordedPeer, TestClock};
 use ferry_migration::wire::SessionId;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -29,12 +30,12 @@ pub(super) fn snapshots() -> Vec<Vec<u8>> {
                     live: false,
                     downtime: Duration::ZERO,
                 },
-                clock: &NoTime,
+                clock: &TestClock::still(),
                 cancelled: &|| false,
                 describe: &mut || Ok(b"machine".to_vec()),
                 release: &mut |_| {},
             };
-            save::<MemoryLink, _, _>(&guest, &file, setup).unwrap();
+            save::<RecordedPeer, _, _>(&guest, &file, setup).unwrap();
             file.into_inner().unwrap()
         })
         .collect()

@@ -1,76 +1,47 @@
 //! One bit per page, set by many threads, read and cleared by words.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use ferry_migration::page::{AtomicPageSet, Run};
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 
 use super::PAGE_SIZE;
 
-/// Pages of a region that were dirtied. `vm-memory`'s own bitmap can only be read bit by bit or
-/// drained into a new vector; a migration reads and clears it by words, in place, many times.
+/// Pages of a region that were dirtied: an [`AtomicPageSet`] that `vm-memory` marks. `vm-memory`'s own bitmap can only
+/// be read bit by bit or drained into a new vector; a migration reads and clears it by words, in place, many times.
 ///
-/// Clones share the bits.
-///
-/// Ordering: a writer sets the bit after its write to memory (Release), a sender clears the bit
-/// before it reads memory (AcqRel). Whichever way they interleave, either the sender reads the new
-/// bytes or the bit is set afterwards.
+/// Clones share the bits. Pages are counted from the region's first.
 #[derive(Debug, Clone, Default)]
-pub struct DirtyBitmap {
-    words: Arc<[AtomicU64]>,
-    pages: u64,
+pub struct DirtyBitmap(Arc<AtomicPageSet>);
+
+/// The page of a word's first bit.
+const fn page_of(word: usize) -> u64 {
+    word as u64 * 64
 }
 
 impl DirtyBitmap {
     /// Sets `count` bits from `page`; what is past the end is ignored.
     pub(crate) fn set_pages(&self, page: u64, count: u64) {
-        let end = page.saturating_add(count).min(self.pages);
-        let mut at = page;
-        while at < end {
-            let next = ((at / 64 + 1) * 64).min(end);
-            let bits = next - at;
-            let mask = (u64::MAX >> (64 - bits)) << (at % 64);
-            if let Some(word) = self.word(at / 64) {
-                word.fetch_or(mask, Ordering::AcqRel);
-            }
-            at = next;
-        }
+        self.0.insert_run(Run::new(page, count));
     }
 
     pub(crate) fn clear_all(&self) {
-        for word in self.words.iter() {
-            word.store(0, Ordering::Release);
-        }
+        self.0.clear();
     }
 
     /// ORs the words from `first` on into `out`, which must not be longer than what is left.
     pub(crate) fn or_into(&self, first: usize, out: &mut [u64]) {
-        for (own, out) in self.words.iter().skip(first).zip(out) {
-            *out |= own.load(Ordering::Acquire);
-        }
+        self.0.or_into(page_of(first), out);
     }
 
     /// Sets all bits that are set in `from`.
     pub(crate) fn or_from(&self, first: usize, from: &[u64]) {
-        for (own, from) in self.words.iter().skip(first).zip(from) {
-            if *from != 0 {
-                own.fetch_or(*from, Ordering::AcqRel);
-            }
-        }
+        self.0.insert_words(page_of(first), from);
     }
 
     /// Clears exactly the bits that are set in `mask`.
     pub(crate) fn and_not(&self, first: usize, mask: &[u64]) {
-        for (own, mask) in self.words.iter().skip(first).zip(mask) {
-            // A locked read-modify-write costs far more than this test, and most words are clean.
-            if *mask != 0 && own.load(Ordering::Relaxed) & mask != 0 {
-                own.fetch_and(!mask, Ordering::AcqRel);
-            }
-        }
-    }
-
-    fn word(&self, index: u64) -> Option<&AtomicU64> {
-        self.words.get(usize::try_from(index).ok()?)
+        self.0.remove_words(page_of(first), mask);
     }
 }
 
@@ -89,9 +60,7 @@ impl Bitmap for DirtyBitmap {
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        let page = to_u64(offset) / PAGE_SIZE;
-        self.word(page / 64)
-            .is_some_and(|w| w.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
+        self.0.contains(to_u64(offset) / PAGE_SIZE)
     }
 
     fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
@@ -101,12 +70,9 @@ impl Bitmap for DirtyBitmap {
 
 impl NewBitmap for DirtyBitmap {
     fn with_len(len: usize) -> Self {
-        let pages = to_u64(len).div_ceil(PAGE_SIZE);
-        let words = usize::try_from(pages.div_ceil(64)).unwrap_or(0);
-        Self {
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            pages,
-        }
+        Self(Arc::new(AtomicPageSet::new(
+            to_u64(len).div_ceil(PAGE_SIZE),
+        )))
     }
 }
 

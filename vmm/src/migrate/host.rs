@@ -5,9 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ferry_migration::codec::marks::Marks;
 use ferry_migration::options::Tracking;
-use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use ferry_migration::page::{AtomicPageSet, Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{BlockSink, DestinationVm, PageFault, PageSink, PortError};
 use ferry_migration::wire::MAX_RUNS;
 
@@ -29,7 +28,7 @@ pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Sen
 pub struct RamSink {
     ram: Arc<GuestRam>,
     /// Pages that may hold something; what is placed comes in another way where nothing lies.
-    filled: Marks,
+    filled: AtomicPageSet,
     faults: Mutex<Faults>,
 }
 
@@ -45,16 +44,16 @@ enum Faults {
 
 impl RamSink {
     fn new(ram: Arc<GuestRam>, layout: &RamLayout) -> Self {
-        let filled = Marks::new(layout.end());
+        let filled = AtomicPageSet::new(layout.end());
         for region in layout.runs() {
             if ram.is_adopted() {
                 // To ask what of it holds something takes a system call for each hole, while its guest runs, and no page comes.
-                filled.set_run(*region, true);
+                filled.insert_run(*region);
                 continue;
             }
             let mut at = region.first;
             while let Some(run) = ram.populated(at, region.end() - at) {
-                filled.set_run(Run::new(run.0, run.1), true);
+                filled.insert_run(Run::new(run.0, run.1));
                 at = run.0 + run.1;
             }
         }
@@ -110,7 +109,7 @@ impl PageSink<StreamLink> for RamSink {
             let alike = rest.iter().take_while(|run| self.is_fresh(**run) == fresh);
             let (now, later) = rest.split_at(alike.count());
             for (first, count) in now {
-                self.filled.set_run(Run::new(*first, *count), true);
+                self.filled.insert_run(Run::new(*first, *count));
             }
             match link.splice_pipe() {
                 Some((fd, mut timeout, pipe)) if fresh => {
@@ -126,7 +125,7 @@ impl PageSink<StreamLink> for RamSink {
 
     fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
         let fresh = self.filled.first_run(run).is_none();
-        self.filled.set_run(run, true);
+        self.filled.insert_run(run);
         Ok(self.ram.write_decoded(run.first, bytes, fresh)?)
     }
 
@@ -134,7 +133,7 @@ impl PageSink<StreamLink> for RamSink {
         // Where nothing was written nothing is to be done: new memory is zero.
         while let Some(filled) = self.filled.first_run(run) {
             self.ram.clear(filled.first, filled.count)?;
-            self.filled.set_run(filled, false);
+            self.filled.remove_run(filled);
             run = Run::new(filled.end(), run.end() - filled.end());
         }
         Ok(())
@@ -343,7 +342,7 @@ impl DestinationVm<StreamLink> for MachineHost {
         sink.ram.forbid_transparent_hugepages();
         for run in pages.runs() {
             sink.ram.drop_pages(run.first, run.count)?;
-            sink.filled.set_run(run, false);
+            sink.filled.remove_run(run);
         }
         Ok(())
     }

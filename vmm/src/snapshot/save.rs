@@ -14,7 +14,7 @@ use super::{Contents, DiskMark, ms, threads};
 use crate::api::types::{SnapshotReport, SnapshotRequest, Then};
 use crate::machine::Machine;
 use crate::migrate::guest::MachineGuest;
-use crate::migrate::{Handle, MonotonicClock, new_session};
+use crate::migrate::{Handle, MonotonicClock, session_id};
 
 /// The pause that ends a live snapshot's rounds.
 const LIVE_DOWNTIME: Duration = Duration::from_millis(50);
@@ -51,9 +51,6 @@ pub enum SnapshotError {
         /// Why.
         source: io::Error,
     },
-    /// The system has no random numbers.
-    #[error("no random session id could be made: {0}")]
-    Session(getrandom::Error),
 }
 
 /// Writes the machine's guest to a file, unless `cancelled` is set meanwhile. Blocks. The guest stands still while it is
@@ -87,7 +84,7 @@ pub fn save(
             path: directory.to_owned(),
             source,
         })?;
-    let session = new_session().map_err(SnapshotError::Session)?;
+    let session = session_id();
     let clock = MonotonicClock::new();
     let handle = Handle::new();
     let guest = MachineGuest::new(machine, &handle);

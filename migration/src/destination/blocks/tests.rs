@@ -1,27 +1,9 @@
 use super::*;
+use crate::testing::Loopback;
 use crate::wire::FLAG_CRC;
 use std::sync::Mutex;
-use std::time::Duration;
 
 const BYTES: u64 = 3 * BLOCK_BYTES + 512;
-
-/// What a source has sent.
-struct Sent(Vec<u8>);
-
-impl Link for Sent {
-    fn send(&mut self, _: &[u8], _: &[u8]) -> io::Result<()> {
-        Ok(())
-    }
-    fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        let rest = self.0.split_off(buf.len().min(self.0.len()));
-        buf.copy_from_slice(&std::mem::replace(&mut self.0, rest));
-        Ok(())
-    }
-    fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
-        Ok(!self.0.is_empty())
-    }
-    fn set_timeout(&mut self, _: Option<Duration>) {}
-}
 
 /// A disk in memory, which is of ones at first.
 struct Memory(Mutex<(Vec<u8>, u32)>);
@@ -70,7 +52,7 @@ fn frame(
         ..header
     };
     let bytes = [&header.encode()[..], payload].concat();
-    let mut channel = Channel::new(Sent(bytes));
+    let mut channel = Channel::new(Loopback::with(bytes));
     let header = channel.recv_header().map_err(|e| e.to_string())?;
     let result = disks.receive(&mut channel, &header);
     result.map_err(|e| e.to_string())

@@ -1,27 +1,13 @@
 use super::*;
 use crate::port::PortError;
+use crate::testing::{Loopback, TestClock};
 use std::io;
-
-struct NoLink;
-
-impl Link for NoLink {
-    fn send(&mut self, _: &[u8], _: &[u8]) -> io::Result<()> {
-        Ok(())
-    }
-    fn recv(&mut self, _: &mut [u8]) -> io::Result<()> {
-        Err(io::ErrorKind::UnexpectedEof.into())
-    }
-    fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
-        Ok(true)
-    }
-    fn set_timeout(&mut self, _: Option<Duration>) {}
-}
 
 /// Takes whatever it is given.
 struct AnySink;
 
-impl PageSink<NoLink> for AnySink {
-    fn receive(&self, _: &mut NoLink, _: &[Run]) -> io::Result<()> {
+impl PageSink<Loopback> for AnySink {
+    fn receive(&self, _: &mut Loopback, _: &[Run]) -> io::Result<()> {
         Ok(())
     }
     fn zero(&self, _: Run) -> Result<(), PortError> {
@@ -42,20 +28,11 @@ impl PageSink<NoLink> for AnySink {
     }
 }
 
-struct NoTime;
-
-impl Clock for NoTime {
-    fn now(&self) -> Duration {
-        Duration::ZERO
-    }
-    fn sleep(&self, _: Duration) {}
-}
-
 /// Four pages are to follow.
-fn missing_pages() -> MissingPages<NoLink, AnySink> {
+fn missing_pages() -> MissingPages<Loopback, AnySink> {
     let layout = RamLayout::new(vec![Run::new(0, 4)]).unwrap();
     let all = layout.all();
-    let missing_pages = MissingPages::new(layout, Arc::new(NoTime), true, 1);
+    let missing_pages = MissingPages::new(layout, Arc::new(TestClock::still()), true, 1);
     missing_pages.begin(Arc::new(AnySink), all);
     missing_pages
 }
@@ -64,14 +41,14 @@ const fn page_of(gfn: Gfn) -> [u8; PAGE_SIZE] {
     [gfn.to_le_bytes()[0] + 1; PAGE_SIZE]
 }
 
-fn place(missing_pages: &MissingPages<NoLink, AnySink>, gfn: Gfn) {
+fn place(missing_pages: &MissingPages<Loopback, AnySink>, gfn: Gfn) {
     missing_pages
         .place(&[Run::new(gfn, 1)], Some(&page_of(gfn)))
         .unwrap();
 }
 
 /// The source's hash of a page, right or wrong.
-fn tell(missing_pages: &MissingPages<NoLink, AnySink>, gfn: Gfn, right: bool) {
+fn tell(missing_pages: &MissingPages<Loopback, AnySink>, gfn: Gfn, right: bool) {
     let hash = page_hash(gfn, &page_of(if right { gfn } else { gfn + 7 }));
     missing_pages.compare(gfn, hash.to_le_bytes());
 }

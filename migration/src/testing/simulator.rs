@@ -6,8 +6,8 @@
 //! counted, and take time, as if pages were 4 KiB; the guest writes while that time passes.
 //!
 //! ```
-//! let scenario = ferry_migration::sim::Scenario::random(42);
-//! let outcome = ferry_migration::sim::run(&scenario);
+//! let scenario = ferry_migration::testing::simulator::Scenario::random(42);
+//! let outcome = ferry_migration::testing::simulator::run(&scenario);
 //! assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
 //! ```
 

@@ -1,0 +1,264 @@
+//! The smallest VMs: plain pages, no processor.
+
+use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use crate::port::{DestinationVm, Link, PageSink, PageSource, PortError, SourceVm};
+use crate::wire::SessionId;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+type Page = [u8; PAGE_SIZE];
+
+const DESCRIPTION: &[u8] = b"pages";
+const STATE: &[u8] = b"state";
+
+/// Pages that several threads can fill, with a lock for each.
+#[derive(Clone, Debug)]
+pub struct Memory(Arc<[Mutex<Page>]>);
+
+impl Memory {
+    fn new(pages: usize) -> Self {
+        Self((0..pages).map(|_| Mutex::new([0; PAGE_SIZE])).collect())
+    }
+
+    fn pages(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    /// A page.
+    ///
+    /// # Panics
+    /// When there is no such page: the engines ask for pages of the layout only.
+    pub fn page(&self, gfn: Gfn) -> MutexGuard<'_, Page> {
+        let page = &self.0[usize::try_from(gfn).unwrap_or(usize::MAX)];
+        page.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PartialEq for Memory {
+    fn eq(&self, other: &Self) -> bool {
+        self.pages() == other.pages()
+            && (0..self.pages()).all(|gfn| *self.page(gfn) == *other.page(gfn))
+    }
+}
+
+fn each(runs: &[Run]) -> impl Iterator<Item = Gfn> + '_ {
+    runs.iter().flat_map(|run| run.first..run.end())
+}
+
+/// A source VM whose every fifth page is written once while it is migrated.
+#[derive(Debug)]
+pub struct TestSource {
+    memory: Memory,
+    log: Mutex<PageSet>,
+    collections: AtomicUsize,
+    runs: AtomicBool,
+}
+
+impl TestSource {
+    /// So many pages, of which every seventh is zero.
+    #[must_use]
+    pub fn new(pages: usize) -> Self {
+        Self::with(pages, |index, page| {
+            if index % 7 != 0 {
+                page[..8].copy_from_slice(&(index as u64).to_le_bytes());
+                page[PAGE_SIZE - 1] = 1;
+            }
+        })
+    }
+
+    /// With pages that `fill` makes, by number.
+    #[must_use]
+    pub fn with(pages: usize, mut fill: impl FnMut(usize, &mut [u8; PAGE_SIZE])) -> Self {
+        let memory = Memory::new(pages);
+        for (index, gfn) in (0..pages).zip(0..) {
+            fill(index, &mut memory.page(gfn));
+        }
+        Self {
+            log: Mutex::new(PageSet::new(memory.pages())),
+            memory,
+            collections: AtomicUsize::new(0),
+            runs: AtomicBool::new(true),
+        }
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub const fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// How many pages it has.
+    #[must_use]
+    pub fn pages(&self) -> usize {
+        self.memory.0.len()
+    }
+
+    /// Whether the guest runs here.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.runs.load(Ordering::SeqCst)
+    }
+
+    fn log(&self) -> MutexGuard<'_, PageSet> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, gfn: Gfn) {
+        self.memory.page(gfn)[100] ^= 0x55;
+        self.log().insert(gfn);
+    }
+}
+
+impl<L: Link> PageSource<L> for TestSource {
+    fn transmit(&self, link: &mut L, head: &[u8], runs: &[Run]) -> io::Result<()> {
+        link.send(head, &[])?;
+        each(runs).try_for_each(|gfn| link.send(&*self.memory.page(gfn), &[]))
+    }
+
+    fn copy_page(&self, gfn: Gfn, into: &mut Page) -> Result<(), PortError> {
+        *into = *self.memory.page(gfn);
+        Ok(())
+    }
+
+    fn is_zero(&self, gfn: Gfn) -> bool {
+        self.memory.page(gfn).iter().all(|byte| *byte == 0)
+    }
+}
+
+impl<L: Link> SourceVm<L> for TestSource {
+    fn layout(&self) -> RamLayout {
+        RamLayout::new(vec![Run::new(0, self.memory.pages())])
+            .unwrap_or_else(|error| unreachable!("one run is a layout: {error}"))
+    }
+
+    fn description(&self) -> Result<Vec<u8>, PortError> {
+        Ok(DESCRIPTION.to_vec())
+    }
+
+    fn state_bytes(&self) -> u64 {
+        STATE.len() as u64
+    }
+
+    fn start_tracking(&self) -> Result<(), PortError> {
+        self.log().insert_run(Run::new(0, self.memory.pages()));
+        Ok(())
+    }
+
+    fn stop_tracking(&self) {}
+
+    /// The second look finds that every fifth page was written since the first.
+    fn collect_dirty(&self, into: &mut PageSet) -> Result<(), PortError> {
+        if self.collections.fetch_add(1, Ordering::Relaxed) == 1 {
+            (0..self.memory.pages())
+                .step_by(5)
+                .for_each(|gfn| self.write(gfn));
+        }
+        into.union_with(&self.log());
+        Ok(())
+    }
+
+    fn clear_dirty(&self, runs: &[Run], _: &mut Vec<u64>) -> Result<(), PortError> {
+        let mut log = self.log();
+        runs.iter().for_each(|run| log.remove_run(*run));
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<Duration, PortError> {
+        self.runs.store(false, Ordering::SeqCst);
+        Ok(Duration::ZERO)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, PortError> {
+        Ok(STATE.to_vec())
+    }
+
+    fn resume(&self) {
+        self.runs.store(true, Ordering::SeqCst);
+    }
+
+    fn commit(&self, _: SessionId) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    fn release(&self) {}
+}
+
+/// A destination VM of as many pages; clones share them.
+#[derive(Clone, Debug)]
+pub struct TestDestination {
+    memory: Memory,
+    runs: Arc<AtomicBool>,
+}
+
+impl TestDestination {
+    /// For a guest of so many pages.
+    #[must_use]
+    pub fn new(pages: usize) -> Self {
+        Self {
+            memory: Memory::new(pages),
+            runs: Arc::default(),
+        }
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub const fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Whether the guest runs here.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.runs.load(Ordering::SeqCst)
+    }
+}
+
+impl<L: Link> PageSink<L> for Memory {
+    fn receive(&self, link: &mut L, runs: &[Run]) -> io::Result<()> {
+        each(runs).try_for_each(|gfn| link.recv(&mut *self.page(gfn)))
+    }
+
+    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
+        for (gfn, page) in (run.first..run.end()).zip(bytes.as_chunks().0) {
+            *self.page(gfn) = *page;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, run: Run) -> Result<(), PortError> {
+        each(&[run]).for_each(|gfn| self.page(gfn).fill(0));
+        Ok(())
+    }
+
+    fn copy_page(&self, gfn: Gfn, into: &mut Page) -> Result<(), PortError> {
+        *into = *self.page(gfn);
+        Ok(())
+    }
+}
+
+impl<L: Link> DestinationVm<L> for TestDestination {
+    type Sink = Memory;
+
+    fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<Memory>, PortError> {
+        if machine != DESCRIPTION || layout.end() != self.memory.pages() {
+            return Err("this destination was made for another guest".into());
+        }
+        Ok(Arc::new(self.memory.clone()))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
+        if state != STATE {
+            return Err("the state arrived damaged".into());
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<Duration, PortError> {
+        self.runs.store(true, Ordering::SeqCst);
+        Ok(Duration::ZERO)
+    }
+
+    fn discard(&mut self) {}
+}
