@@ -225,6 +225,7 @@ impl Default for Options {
 
 /// Options that cannot be meant.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OptionsError {
     /// Not between 1 and [`Options::MAX_CHANNELS`].
     #[error("{0} channels asked for; give 1 to {max}", max = Options::MAX_CHANNELS)]

@@ -63,6 +63,7 @@ pub struct RamLayout {
 
 /// Why a list of runs is no RAM layout.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum LayoutError {
     /// No memory at all.
     #[error("the RAM layout is empty")]

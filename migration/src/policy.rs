@@ -28,6 +28,7 @@ pub(crate) const STOP_AND_START: Duration = Duration::from_micros(1500);
 
 /// What a policy may look at.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct View<'a> {
     /// Rounds sent so far; 0 before the first.
     pub round: u32,
@@ -116,6 +117,7 @@ pub(crate) fn pages_in(pages: f64) -> u64 {
 
 /// In which order a set of pages is sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum SendOrder {
     /// By address: the longest runs.
     #[default]
@@ -138,6 +140,7 @@ impl SendOrder {
 
 /// What to do next.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Decision {
     /// Send these pages (those of them that are pending) as one round.
     Send {
@@ -166,6 +169,29 @@ pub enum Decision {
 }
 
 /// A migration algorithm's decisions.
+///
+/// A policy of one's own: all pages once, then whatever is pending in the pause, however long that takes.
+///
+/// ```
+/// use ferry_migration::policy::{Decision, Policy, SendOrder, View};
+///
+/// struct OnePass;
+///
+/// impl Policy for OnePass {
+///     fn name(&self) -> &'static str {
+///         "one-pass"
+///     }
+///
+///     fn next(&mut self, view: &View<'_>) -> Decision {
+///         if view.round > 0 {
+///             let why = format!("{} pages are left after one pass", view.pending_pages);
+///             return Decision::Stop { why };
+///         }
+///         let pages = view.pending.clone();
+///         Decision::Send { pages, order: SendOrder::Address }
+///     }
+/// }
+/// ```
 pub trait Policy: Send {
     /// Its name, as the command line and the report use it.
     fn name(&self) -> &'static str;

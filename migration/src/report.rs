@@ -345,6 +345,7 @@ pub struct Progress {
 /// One line of a migration's event stream.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Event {
     /// Several times a second while it moves.
     Progress(Progress),

@@ -58,6 +58,7 @@ const ENTRY_BYTES: usize = 16;
 
 /// Why a file cannot be used as a snapshot. The texts speak of "it": whoever knows the path says it before them.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SnapshotError {
     /// Something else.
     #[error("it is not a ferry snapshot (its first bytes are {0:02x?})")]

@@ -60,6 +60,7 @@ pub struct Header {
 
 /// Why a trace cannot be read.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TraceError {
     /// The file.
     #[error("the trace cannot be read ({0})")]

@@ -11,6 +11,7 @@ use zstd::bulk::Decompressor;
 
 /// Why a coded frame was refused.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CodecError {
     /// The handshake did not settle on it.
     #[error(

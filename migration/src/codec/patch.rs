@@ -21,6 +21,7 @@ const CHUNK: usize = 8 * WORD;
 
 /// Why a patch was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PatchError {
     /// A number without an end, or of more bytes than any number of a patch needs.
     #[error("a patch holds a length that cannot be read")]

@@ -69,6 +69,7 @@ pub struct SaveOptions {
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SaveError {
     /// The guest.
     #[error("{0}")]

@@ -12,6 +12,7 @@
 //! ```
 
 mod disk;
+mod echo;
 mod fault;
 mod guest;
 mod host;
@@ -22,12 +23,12 @@ mod world;
 use crate::destination;
 use crate::options::{Compress, OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
-use crate::page::PAGE_BYTES;
+use crate::page::{PAGE_BYTES, PageSet};
 use crate::report::{Event, Report, Status};
 pub use crate::rng::Rng;
 use crate::source::{self, CancelSwitch, Setup};
 use crate::wire::SessionId;
-pub use fault::{Fault, FaultKind, PortFault};
+pub use fault::{ApiCall, Call, Fault, FaultKind, PortFault};
 use guest::SimGuest;
 use link::{Peer, SimClock, SimLink};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -70,6 +71,12 @@ pub struct Scenario {
     pub faults: Vec<Fault>,
     /// What goes wrong behind the ports.
     pub port_fault: Option<PortFault>,
+    /// What users ask for meanwhile.
+    pub calls: Vec<Call>,
+    /// Attempts to recover before the network is mended: what goes wrong in each, counted from its first message.
+    pub recoveries: Vec<Fault>,
+    /// How often the source's last word (COMMIT or ABORT) comes late, once more, on a connection of its own.
+    pub echoes: u32,
     /// Makes the simulated guest's dirty log forget a page: only to show that the simulator
     /// notices.
     pub forgetful_log: bool,
@@ -134,6 +141,9 @@ impl Scenario {
             shares: false,
             faults: Vec::new(),
             port_fault: None,
+            calls: Vec::new(),
+            recoveries: Vec::new(),
+            echoes: 0,
             forgetful_log: false,
             forgetful_disk: false,
         }
@@ -207,7 +217,7 @@ impl Scenario {
         if rng.chance(0.5) {
             scenario.given_back = rng.unit() * 0.7;
         }
-        if rng.chance(0.1) {
+        if rng.chance(0.3) {
             scenario.disk_blocks = 1 + rng.below(20);
             scenario.options.copy_disk = true;
             if scenario.port_fault.is_none() && rng.chance(0.2) {
@@ -215,6 +225,16 @@ impl Scenario {
             }
         }
         scenario.shares = rng.chance(0.15);
+        while rng.chance(0.35) {
+            scenario.calls.push(Call::random(&mut rng));
+        }
+        scenario.calls.sort_by_key(|call| call.at);
+        while rng.chance(0.4) {
+            let at = rng.below(30);
+            let kind = FaultKind::random(&mut rng);
+            scenario.recoveries.push(Fault { at, kind });
+        }
+        scenario.echoes = u32::try_from(rng.below(4)).unwrap_or(0);
         scenario
     }
 }
@@ -247,15 +267,26 @@ pub fn run(scenario: &Scenario) -> Outcome {
     // Whatever is still on its way arrives; a broken connection is noticed.
     Peer::drive_all(&peer);
     let mut violations = lock(&world).check(&report, &lock(&peer));
+    let lost = matches!(report.status, Status::InDoubt | Status::Interrupted);
+    if lost {
+        for fault in &scenario.recoveries {
+            lock(&world).expect_fault(*fault);
+            try_to_recover(scenario, &world, &peer, session, &mut violations);
+        }
+    }
     lock(&world).mend();
-    let recovered = if matches!(report.status, Status::InDoubt | Status::Interrupted)
-        && !lock(&world).source_dead
-    {
+    for _ in 0..scenario.echoes / 2 {
+        echo::last_word(&world, &peer, session, &mut violations);
+    }
+    let recovered = if lost && !lock(&world).source_dead {
         Some(recover(scenario, &world, &peer, session, &mut violations))
     } else {
         None
     };
     operator(&world, &peer, &mut violations);
+    for _ in 0..scenario.echoes.div_ceil(2) {
+        echo::last_word(&world, &peer, session, &mut violations);
+    }
     let world = lock(&world);
     violations.extend(world.violations.iter().cloned());
     Outcome {
@@ -267,6 +298,65 @@ pub fn run(scenario: &Scenario) -> Outcome {
         report,
         violations,
     }
+}
+
+/// What the source's VMM does when it is told to recover.
+fn call_recover(
+    scenario: &Scenario,
+    world: &Arc<Mutex<World>>,
+    peer: &Arc<Mutex<Peer>>,
+    session: SessionId,
+) -> Report {
+    let guest = SimGuest::new(Arc::clone(world));
+    let clock = SimClock::new(Arc::clone(world));
+    let cancel = CancelSwitch::default();
+    let setup = Setup {
+        connect: &mut |_, _| SimLink::connect(world, peer),
+        clock: &clock,
+        options: &scenario.options,
+        session,
+        cancel: &cancel,
+        events: &mut |_| {},
+        timeouts: source::Timeouts::default(),
+        threads: false,
+    };
+    source::recover(&guest, setup)
+}
+
+/// A source reconnects while the network is still bad. Whatever comes of it, nothing is lost and nothing runs twice.
+fn try_to_recover(
+    scenario: &Scenario,
+    world: &Arc<Mutex<World>>,
+    peer: &Arc<Mutex<Peer>>,
+    session: SessionId,
+    violations: &mut Vec<String>,
+) {
+    if lock(world).source_dead {
+        return;
+    }
+    let ran = lock(world).destination_runs;
+    let report = call_recover(scenario, world, peer, session);
+    Peer::drive_all(peer);
+    let world = lock(world);
+    let mut must = |truth: bool, what: &str| {
+        if !truth {
+            violations.push(format!(
+                "{what} (recover: {:?}, {:?})",
+                report.status, report.error
+            ));
+        }
+    };
+    must(!world.source_runs, "the source runs what it had committed");
+    must(
+        !ran || world.destination_runs || world.destination_dead,
+        "recover stopped a guest that ran",
+    );
+    let complete = world.missing.as_ref().is_none_or(PageSet::is_empty);
+    must(
+        report.status != Status::Completed
+            || complete && (world.destination_runs || world.destination_dead),
+        "recover succeeded, yet the guest is not complete at the destination",
+    );
 }
 
 /// A source in doubt or interrupted reconnects; the destination must end up running all of the guest.
@@ -281,20 +371,7 @@ fn recover(
         let world = lock(world);
         !world.destination_dead && !world.start_fails()
     };
-    let guest = SimGuest::new(Arc::clone(world));
-    let clock = SimClock::new(Arc::clone(world));
-    let cancel = CancelSwitch::default();
-    let setup = Setup {
-        connect: &mut |_, _| SimLink::connect(world, peer),
-        clock: &clock,
-        options: &scenario.options,
-        session,
-        cancel: &cancel,
-        events: &mut |_| {},
-        timeouts: source::Timeouts::default(),
-        threads: false,
-    };
-    let report = source::recover(&guest, setup);
+    let report = call_recover(scenario, world, peer, session);
     let world = lock(world);
     if report.status == Status::Completed {
         if !world.destination_runs {

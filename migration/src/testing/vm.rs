@@ -4,7 +4,7 @@ use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{DestinationVm, Link, PageSink, PageSource, PortError, SourceVm};
 use crate::wire::SessionId;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,17 +13,26 @@ type Page = [u8; PAGE_SIZE];
 const DESCRIPTION: &[u8] = b"pages";
 const STATE: &[u8] = b"state";
 
-/// Pages that several threads can fill, with a lock for each.
+/// Pages that several threads can fill, with a lock for each. Clones share them.
 #[derive(Clone, Debug)]
-pub struct Memory(Arc<[Mutex<Page>]>);
+pub struct Memory {
+    pages: Arc<[Mutex<Page>]>,
+    /// The state was restored: the guest is complete.
+    complete: Arc<AtomicBool>,
+    late: Arc<AtomicU64>,
+}
 
 impl Memory {
     fn new(pages: usize) -> Self {
-        Self((0..pages).map(|_| Mutex::new([0; PAGE_SIZE])).collect())
+        Self {
+            pages: (0..pages).map(|_| Mutex::new([0; PAGE_SIZE])).collect(),
+            complete: Arc::default(),
+            late: Arc::default(),
+        }
     }
 
     fn pages(&self) -> u64 {
-        self.0.len() as u64
+        self.pages.len() as u64
     }
 
     /// A page.
@@ -31,8 +40,16 @@ impl Memory {
     /// # Panics
     /// When there is no such page: the engines ask for pages of the layout only.
     pub fn page(&self, gfn: Gfn) -> MutexGuard<'_, Page> {
-        let page = &self.0[usize::try_from(gfn).unwrap_or(usize::MAX)];
+        let page = &self.pages[usize::try_from(gfn).unwrap_or(usize::MAX)];
         page.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A page that the destination is about to write.
+    fn filled(&self, gfn: Gfn) -> MutexGuard<'_, Page> {
+        if self.complete.load(Ordering::SeqCst) {
+            self.late.fetch_add(1, Ordering::SeqCst);
+        }
+        self.page(gfn)
     }
 }
 
@@ -92,7 +109,7 @@ impl TestSource {
     /// How many pages it has.
     #[must_use]
     pub fn pages(&self) -> usize {
-        self.memory.0.len()
+        self.memory.pages.len()
     }
 
     /// Whether the guest runs here.
@@ -213,22 +230,28 @@ impl TestDestination {
     pub fn runs(&self) -> bool {
         self.runs.load(Ordering::SeqCst)
     }
+
+    /// Pages that were written after the state: they would change a guest that was complete.
+    #[must_use]
+    pub fn late_writes(&self) -> u64 {
+        self.memory.late.load(Ordering::SeqCst)
+    }
 }
 
 impl<L: Link> PageSink<L> for Memory {
     fn receive(&self, link: &mut L, runs: &[Run]) -> io::Result<()> {
-        each(runs).try_for_each(|gfn| link.recv(&mut *self.page(gfn)))
+        each(runs).try_for_each(|gfn| link.recv(&mut *self.filled(gfn)))
     }
 
     fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
         for (gfn, page) in (run.first..run.end()).zip(bytes.as_chunks().0) {
-            *self.page(gfn) = *page;
+            *self.filled(gfn) = *page;
         }
         Ok(())
     }
 
     fn zero(&self, run: Run) -> Result<(), PortError> {
-        each(&[run]).for_each(|gfn| self.page(gfn).fill(0));
+        each(&[run]).for_each(|gfn| self.filled(gfn).fill(0));
         Ok(())
     }
 
@@ -252,6 +275,7 @@ impl<L: Link> DestinationVm<L> for TestDestination {
         if state != STATE {
             return Err("the state arrived damaged".into());
         }
+        self.memory.complete.store(true, Ordering::SeqCst);
         Ok(())
     }
 

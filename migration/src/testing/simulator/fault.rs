@@ -1,6 +1,7 @@
 //! What can go wrong in the simulated world.
 
 use super::Rng;
+use std::time::Duration;
 
 /// A fault of the link or of a process, at a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,41 @@ impl FaultKind {
             6 => Self::SourceDies,
             7 => Self::DestinationDies,
             _ => Self::Cancel,
+        }
+    }
+}
+
+/// What a user asks of the source's VMM while the guest is migrated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApiCall {
+    /// Cancel the migration.
+    Cancel,
+    /// Pause the guest.
+    Pause,
+    /// Resume the guest.
+    Resume,
+}
+
+/// A call at a point in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// Since the simulation began.
+    pub at: Duration,
+    /// What is asked for.
+    pub what: ApiCall,
+}
+
+impl Call {
+    pub(super) fn random(rng: &mut Rng) -> Self {
+        let micros = if rng.chance(0.7) {
+            rng.below(40_000)
+        } else {
+            rng.below(1_500_000)
+        };
+        let what = [ApiCall::Cancel, ApiCall::Pause, ApiCall::Resume];
+        Self {
+            at: Duration::from_micros(micros),
+            what: what[usize::try_from(rng.below(3)).unwrap_or(0)],
         }
     }
 }

@@ -43,6 +43,7 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
     let mut statuses = std::collections::BTreeMap::new();
     let mut fates = std::collections::BTreeMap::new();
     let mut codecs = crate::report::Codecs::default();
+    let began = std::time::Instant::now();
     for seed in seeds() {
         let scenario = Scenario::random(seed);
         let outcome = run(&scenario);
@@ -60,7 +61,8 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
             .entry(format!("{:?}/{:?}", outcome.source, outcome.destination))
             .or_insert(0) += 1;
     }
-    println!("statuses {statuses:?}\nfates {fates:?}\n{codecs:?}");
+    let rate = seeds().count() as f64 / began.elapsed().as_secs_f64();
+    println!("statuses {statuses:?}\nfates {fates:?}\n{codecs:?}\n{rate:.0} seeds a second");
     if seeds().count() >= 1000 {
         // The search must reach every ending, or it proves nothing about it.
         for status in ["Completed", "Failed", "Cancelled", "InDoubt", "Interrupted"] {

@@ -27,6 +27,10 @@ impl World {
         if self.source_dead {
             return wrong;
         }
+        must(
+            !self.cancelled || matches!(report.status, Status::Cancelled | Status::Failed),
+            "a user was told that the migration is cancelled, and it went on",
+        );
         match report.status {
             Status::Completed => {
                 must(

@@ -1,7 +1,7 @@
 //! The state of the simulated world: memories, pipes, time, who runs, and what goes wrong.
 
 use super::disk::Disks;
-use super::fault::{FaultKind, PortFault};
+use super::fault::{ApiCall, Call, FaultKind, PortFault};
 use super::{Rng, Scenario};
 use crate::page::{Gfn, PAGE_BYTES, PageSet, RamLayout, Run};
 use crate::source::CancelSwitch;
@@ -82,6 +82,14 @@ pub(super) struct World {
     pub faults_heard: VecDeque<Gfn>,
     pub faults_taken: u64,
     pub cancel: Option<Arc<CancelSwitch>>,
+    /// A user was told that the migration is cancelled.
+    pub cancelled: bool,
+    /// Calls that are to come, the next one first.
+    calls: VecDeque<Call>,
+    /// A user has paused the guest.
+    paused_by_user: bool,
+    /// How often the destination started the guest.
+    pub starts: u32,
     pub violations: Vec<String>,
 }
 
@@ -159,6 +167,10 @@ impl World {
             faults_heard: VecDeque::new(),
             faults_taken: 0,
             cancel: None,
+            cancelled: false,
+            calls: scenario.calls.iter().copied().collect(),
+            paused_by_user: false,
+            starts: 0,
             violations: Vec::new(),
         }
     }
@@ -167,7 +179,15 @@ impl World {
     pub fn pass(&mut self, time: Duration) {
         self.now += time;
         self.disks.settle();
+        while let Some(call) = self.calls.front().filter(|call| call.at <= self.now) {
+            let what = call.what;
+            self.calls.pop_front();
+            self.call(what);
+        }
         if !(self.source_runs || self.destination_runs) || self.blocked.is_some() {
+            return;
+        }
+        if self.paused_by_user {
             return;
         }
         self.owed_writes += time.as_secs_f64().min(10.0) * self.write_rate;
@@ -189,6 +209,36 @@ impl World {
             self.write(gfn);
             self.write_disk();
         }
+    }
+
+    /// A user's call to the source's VMM.
+    fn call(&mut self, what: ApiCall) {
+        match what {
+            _ if self.source_dead => {}
+            ApiCall::Cancel => self.cancel(),
+            ApiCall::Pause => self.paused_by_user |= self.source_runs,
+            // A guest that has left is not the source's to resume.
+            ApiCall::Resume if self.committed => {}
+            ApiCall::Resume => self.paused_by_user = false,
+        }
+    }
+
+    fn cancel(&mut self) {
+        if let Some(cancel) = &self.cancel
+            && cancel.cancel()
+        {
+            self.cancelled = true;
+            if self.committed {
+                self.violations
+                    .push("a user was told that a committed migration is cancelled".into());
+            }
+        }
+    }
+
+    /// A fault of a recovery: `at` counts from its first message.
+    pub fn expect_fault(&mut self, fault: super::Fault) {
+        let at = self.messages + fault.at;
+        self.faults.push(super::Fault { at, ..fault });
     }
 
     /// Whether the guest, at the destination, has to wait for this page.
@@ -301,7 +351,7 @@ impl World {
 
     /// The guest gets to write something in the middle of whatever the engine is doing.
     pub fn sneak_a_write(&mut self) {
-        if self.write_rate > 0.0 && self.rng.chance(self.racing_writes) {
+        if self.write_rate > 0.0 && !self.paused_by_user && self.rng.chance(self.racing_writes) {
             let gfn = self.next_written();
             self.write(gfn);
             self.write_disk();
@@ -422,11 +472,7 @@ impl World {
                     connection.stalled = true;
                 }
             }
-            Some(FaultKind::Cancel) => {
-                if let Some(cancel) = &self.cancel {
-                    cancel.cancel();
-                }
-            }
+            Some(FaultKind::Cancel) => self.cancel(),
             Some(FaultKind::CutAfter) => {
                 self.deliver(side, connection, &bytes);
                 self.break_all();
@@ -533,6 +579,15 @@ impl World {
             }
         }
         self.violations.extend(self.disks.wrong());
+        self.starts += 1;
+        if self.starts > 1 {
+            self.violations
+                .push("the destination started the guest again".into());
+        }
+        if self.cancelled && !self.source_dead {
+            self.violations
+                .push("a guest started whose migration was cancelled".into());
+        }
         self.destination_runs = true;
     }
 }
