@@ -11,6 +11,7 @@
 //! The model can fail: each rule is broken once, and the break must be found.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 
 /// The source's phases from the pause on.
@@ -327,8 +328,8 @@ fn check(rules: Rules) -> Result<usize, String> {
                     return Err(story(&reached, world, &lost));
                 }
             }
-            if !reached.contains_key(&then) {
-                reached.insert(then, Some((world, what)));
+            if let Entry::Vacant(place) = reached.entry(then) {
+                place.insert(Some((world, what)));
                 queue.push_back(then);
             }
         }
