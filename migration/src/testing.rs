@@ -16,7 +16,8 @@
 //! let (dial, listen) = mpsc::channel();
 //! let report = std::thread::scope(|scope| {
 //!     let there = destination.clone();
-//!     scope.spawn(|| net::receive(|time| Ok(listen.recv_timeout(time).ok()), there, Timeouts::default()));
+//!     let accept = move |time| Ok(listen.recv_timeout(time).ok());
+//!     scope.spawn(move || net::receive(accept, there, Timeouts::default()));
 //!     let connect = || {
 //!         let (ours, theirs) = MemoryLink::pair();
 //!         dial.send(theirs).map_err(std::io::Error::other).map(|()| ours)
