@@ -4,6 +4,8 @@
 //! Ctrl-A x ends the guest, Ctrl-A h shows the keys, Ctrl-A Ctrl-A sends one Ctrl-A to the guest.
 //! All other keys, Ctrl-C too, are the guest's.
 
+use ferry_terminal::output::say;
+use ferry_vmm::thread;
 use ferry_vmm::vmm::Vmm;
 use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::{getpgrp, tcgetpgrp};
@@ -11,8 +13,8 @@ use std::io::{self, Read, Stdin};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
-/// Keys typed while the guest takes none; more are dropped, as a serial line's receiver would.
-const MAX_PENDING: usize = 4096;
+/// Bytes typed or pasted while the guest takes none. Further ones are dropped, as a serial line's receiver does.
+const MAX_PENDING: usize = 1 << 20;
 
 /// What the keys are, for people.
 pub const KEYS: &str =
@@ -84,12 +86,12 @@ impl Terminal {
 
     /// Reads what was typed, when the descriptor is readable. `None` at its end.
     pub fn read(&mut self) -> Option<Vec<Key>> {
-        let mut typed = [0; 1024];
-        // `Stdin` buffers, but never more than one read brings, and all of that is taken here.
-        let n = match self.stdin.lock().read(&mut typed) {
+        let mut typed = [0; 4096];
+        // Past `Stdin`'s buffer: what stayed there would make no descriptor readable.
+        let n = match rustix::io::read(&self.stdin, &mut typed) {
             Ok(0) => return None,
             Ok(n) => n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Some(Vec::new()),
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => return Some(Vec::new()),
             Err(_) => return None,
         };
         let keys = self.escape.feed(&typed[..n], &mut self.pending);
@@ -125,10 +127,10 @@ pub fn feed_from_pipe(vmm: Vmm) -> io::Result<()> {
         let mut stdin = io::stdin().lock();
         loop {
             let n = match stdin.read(&mut bytes) {
-                Ok(0) => return,
+                Ok(0) => return Ok(()),
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return,
+                Err(e) => return Err(e.to_string()),
             };
             let mut left = &bytes[..n];
             while !left.is_empty() && vmm.outcome().is_none() {
@@ -141,10 +143,8 @@ pub fn feed_from_pipe(vmm: Vmm) -> io::Result<()> {
             }
         }
     };
-    std::thread::Builder::new()
-        .name("ferry-stdin".into())
-        .spawn(feed)
-        .map(drop)
+    let failure = |why: String| say(&format!("the guest gets no more input from stdin: {why}"));
+    thread::spawn("ferry-stdin", feed, failure).map(drop)
 }
 
 #[cfg(test)]

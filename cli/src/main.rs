@@ -18,6 +18,7 @@ mod run;
 mod serial;
 mod serve;
 mod snapshot;
+mod spool;
 #[cfg(not(feature = "lab"))]
 mod without_lab;
 
@@ -26,6 +27,7 @@ use clap::{ArgAction, Parser, Subcommand};
 #[cfg(feature = "lab")]
 use ferry_lab::{bench, demo, record, sim};
 use ferry_terminal::output::{Failure, put_failure, say};
+use nix::sys::signal::{SigSet, Signal};
 use std::process::ExitCode;
 #[cfg(not(feature = "lab"))]
 use without_lab::{bench, demo, record, sim};
@@ -79,6 +81,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    fail_writes_past_the_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return usage(&e),
@@ -116,6 +119,18 @@ fn main() -> ExitCode {
 }
 
 /// clap's answer: help as it is, errors in one sentence.
+/// Past a file-size limit (`ulimit -f`, `LimitFSIZE=`) a write shall fail with EFBIG, and not end the process by SIGXFSZ:
+/// blocked, the signal stays pending. Before any thread is started, as threads inherit it.
+fn fail_writes_past_the_size_limit() {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGXFSZ);
+    if let Err(e) = set.thread_block() {
+        say(&format!(
+            "a file-size limit would end this process (SIGXFSZ cannot be blocked: {e})"
+        ));
+    }
+}
+
 fn usage(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {

@@ -138,6 +138,13 @@ fn text(status: &StatusBody) -> String {
     if let Some(balloon) = &status.balloon {
         super::balloon::show(balloon, &mut rows);
     }
+    if status.serial_output_lost > 0 {
+        let lost = status.serial_output_lost;
+        rows.add(
+            "serial",
+            format!("{lost} bytes of output were dropped, as nothing took them"),
+        );
+    }
     if let Some(progress) = &status.migration {
         rows.add("migration", line(progress));
     } else if status.state == StateName::InDoubt {
@@ -207,6 +214,7 @@ mod tests {
                 ..Progress::default()
             }),
             listening: None,
+            serial_output_lost: 0,
             lacks: None,
             balloon: None,
         };

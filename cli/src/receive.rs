@@ -3,6 +3,7 @@
 use super::serve::{Place, Signals, bind, serve};
 use ferry_terminal::output::{Failure, say};
 use ferry_vmm::migrate::{Listener, Receiver, Uri};
+use ferry_vmm::thread;
 use ferry_vmm::vmm::{Arrivals, Vmm};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -40,9 +41,12 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     // An arrival is booked before the source gets its answer. Printing it is this thread's, so that
     // no migration waits for a terminal.
     let (tell, told) = mpsc::channel::<String>();
-    std::thread::Builder::new()
-        .name("ferry-arrivals".into())
-        .spawn(move || told.iter().for_each(|sentence| say(&sentence)))?;
+    let telling = move || {
+        told.iter().for_each(|sentence| say(&sentence));
+        Ok(())
+    };
+    let failure = |why: String| say(&format!("arrivals are not told any more: {why}"));
+    thread::spawn("ferry-arrivals", telling, failure)?;
     let owner = Arrivals::new(vmm.clone(), uri.clone(), move |sentence| {
         // The thread lives as long as this does.
         let _ = tell.send(sentence);

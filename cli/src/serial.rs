@@ -1,20 +1,16 @@
 //! Where the guest's serial port goes: `--serial stdio|file:PATH|null`.
 //!
-//! Output passes through a [`Spool`]: the guest's processor waits for no terminal, and neither does
-//! the pause of a migration, unless a megabyte has piled up.
+//! Output passes through a [`Spool`], so that no vCPU and no pause of a migration waits for a terminal, a pipe or a disk.
 
-use ferry_terminal::output::{Failure, say};
-use std::collections::VecDeque;
-use std::fs::File;
+use super::spool::Spool;
+use ferry_terminal::output::Failure;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-/// Bytes that may wait for a slow terminal before the guest waits too.
-const MAX_SPOOL: usize = 1 << 20;
 
 /// `--serial`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +42,7 @@ impl Serial {
         let sink: Box<dyn Write + Send> = match self {
             // A descriptor of our own: std's buffer would keep prompts back.
             Self::Stdio => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
-            Self::File(path) => Box::new(File::create(path).map_err(|e| {
+            Self::File(path) => Box::new(open_file(path).map_err(|e| {
                 Failure(format!(
                     "cannot write the serial output to {} ({e}); choose another file",
                     path.display()
@@ -58,131 +54,33 @@ impl Serial {
     }
 }
 
-#[derive(Default)]
-struct Queue {
-    bytes: VecDeque<u8>,
-    /// The thread has taken bytes that are not written yet.
-    writing: bool,
-    /// The sink failed; what comes is dropped.
-    broken: bool,
-    closed: bool,
-}
-
-#[derive(Default)]
-struct Shared {
-    queue: Mutex<Queue>,
-    changed: Condvar,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+/// Opens a log at its end and keeps what it holds: another guest may be writing to it, and a log that is truncated
+/// (logrotate's copytruncate) goes on at its start.
+fn open_file(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    // A terminal does not become this process's own, and its carrier is not waited for.
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    let fifo = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_fifo());
+    if fifo {
+        // Open for both, a FIFO needs no reader yet and survives one that leaves (fifo(7)).
+        options.read(true).write(true);
+    } else {
+        options.append(true).create(true);
     }
-
-    fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
-        self.changed
-            .wait(queue)
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A bounded queue before a sink, emptied by a thread of its own. Clones write to the same queue.
-#[derive(Clone)]
-pub struct Spool {
-    shared: Arc<Shared>,
-}
-
-impl Spool {
-    fn new(sink: Box<dyn Write + Send>) -> Result<Self, Failure> {
-        let shared = Arc::new(Shared::default());
-        let mine = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("ferry-serial".into())
-            .spawn(move || empty(&mine, sink))
-            .map_err(|e| Failure(format!("cannot start a thread for the serial output ({e})")))?;
-        Ok(Self { shared })
-    }
-
-    /// Waits until all that was written has left, at most `timeout`.
-    pub fn drain(&self, timeout: Duration) {
-        let deadline = Instant::now() + timeout;
-        let mut queue = self.shared.lock();
-        while (!queue.bytes.is_empty() || queue.writing) && !queue.broken {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            queue = self
-                .shared
-                .changed
-                .wait_timeout(queue, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    /// Ends the thread once the queue is empty.
-    pub fn close(&self) {
-        self.shared.lock().closed = true;
-        self.shared.changed.notify_all();
-    }
-}
-
-impl Write for Spool {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut queue = self.shared.lock();
-        while queue.bytes.len() >= MAX_SPOOL && !queue.broken && !queue.closed {
-            queue = self.shared.wait(queue);
-        }
-        if queue.broken || queue.closed {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        let n = bytes.len().min(MAX_SPOOL - queue.bytes.len());
-        queue.bytes.extend(&bytes[..n]);
-        drop(queue);
-        self.shared.changed.notify_all();
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn empty(shared: &Shared, mut sink: Box<dyn Write + Send>) {
-    let mut queue = shared.lock();
-    loop {
-        while queue.bytes.is_empty() && !queue.closed {
-            queue = shared.wait(queue);
-        }
-        if queue.bytes.is_empty() {
-            return;
-        }
-        let bytes: Vec<u8> = queue.bytes.drain(..).collect();
-        queue.writing = true;
-        drop(queue);
-        shared.changed.notify_all();
-        let result = sink.write_all(&bytes).and_then(|()| sink.flush());
-        queue = shared.lock();
-        queue.writing = false;
-        if let Err(e) = result {
-            queue.broken = true;
-            queue.bytes.clear();
-            drop(queue);
-            shared.changed.notify_all();
-            say(&format!(
-                "the guest's serial output is lost from here on ({e}); the guest runs on"
-            ));
-            return;
-        }
-        shared.changed.notify_all();
-    }
+    let file = options.open(path)?;
+    // The spool's thread may wait: that is what it is for.
+    fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc;
+    use nix::sys::stat::Mode;
+    use std::io::Read;
+    use std::time::Duration;
+
+    const LONG: Duration = Duration::from_secs(60);
 
     #[test]
     fn reads_its_forms() {
@@ -197,51 +95,36 @@ mod tests {
         }
     }
 
-    /// Passes on what it gets, when the test allows.
-    struct Slow(mpsc::Sender<Vec<u8>>, mpsc::Receiver<()>);
-
-    impl Write for Slow {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.1
-                .recv()
-                .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-            self.0
-                .send(bytes.to_vec())
-                .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
+    #[test]
+    fn a_log_keeps_what_it_holds_and_goes_on_at_its_start_when_it_is_truncated() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "before\n").unwrap();
+        let mut spool = Serial::File(path.clone()).open().unwrap();
+        spool.write_all(b"one\n").unwrap();
+        spool.drain(LONG);
+        assert_eq!(std::fs::read(&path).unwrap(), b"before\none\n");
+        std::fs::write(&path, "").unwrap();
+        spool.write_all(b"two\n").unwrap();
+        spool.drain(LONG);
+        assert_eq!(std::fs::read(&path).unwrap(), b"two\n");
     }
 
     #[test]
-    fn a_slow_sink_blocks_no_writer_and_loses_nothing() {
-        let ((out, seen), (go, gate)) = (mpsc::channel(), mpsc::channel());
-        let mut spool = Spool::new(Box::new(Slow(out, gate))).unwrap();
-        for i in 0..200u8 {
-            spool.write_all(&[i]).unwrap();
-        }
-        for _ in 0..200 {
-            let _ = go.send(());
-        }
-        spool.drain(Duration::from_secs(60));
-        spool.close();
-        let all: Vec<u8> = seen.try_iter().flatten().collect();
-        assert_eq!(all, (0..200).collect::<Vec<u8>>());
-    }
-
-    #[test]
-    fn a_broken_sink_blocks_no_writer() {
-        let ((out, seen), (go, gate)) = (mpsc::channel(), mpsc::channel::<()>());
-        let mut spool = Spool::new(Box::new(Slow(out, gate))).unwrap();
-        drop((go, seen));
-        // More than the spool holds: without a limit it would block for ever.
-        let chunk = vec![0; 64 << 10];
-        for _ in 0..64 {
-            let _ = spool.write_all(&chunk);
-        }
-        spool.drain(Duration::from_secs(60));
-        assert!(spool.write(b"x").is_err());
+    fn a_fifo_needs_no_reader_and_its_reader_finds_the_output() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let mut spool = Serial::File(path.clone()).open().unwrap();
+        spool.write_all(b"early").unwrap();
+        spool.drain(LONG);
+        let mut found = [0; 5];
+        File::open(&path).unwrap().read_exact(&mut found).unwrap();
+        assert_eq!(&found, b"early");
+        // The first reader has left; the next one finds what came since.
+        spool.write_all(b"later").unwrap();
+        spool.drain(LONG);
+        File::open(&path).unwrap().read_exact(&mut found).unwrap();
+        assert_eq!(&found, b"later");
     }
 }

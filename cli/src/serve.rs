@@ -2,7 +2,8 @@
 
 use super::console::{KEYS, Key, Terminal, feed_from_pipe};
 use super::devices;
-use super::serial::{Serial, Spool};
+use super::serial::Serial;
+use super::spool::Spool;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use ferry_migration::options::Tracking;
 use ferry_terminal::flags::choice;
@@ -34,16 +35,18 @@ const FINISHED: u32 = 1;
 const SIGNAL: u32 = 2;
 const TERMINAL: u32 = 3;
 
-/// SIGINT, SIGTERM and SIGHUP as a descriptor. Take it before any thread starts: threads inherit the
-/// blocked signals, and a thread without them blocked would let them kill the process.
+/// SIGINT, SIGTERM and SIGHUP as a descriptor, as far as the caller of this process does not have them ignored
+/// (`nohup`). To be taken before any thread is started: threads inherit that they are blocked, and one that did not would
+/// be killed by them.
 pub struct Signals(SignalFd);
 
 impl Signals {
     pub fn take() -> Result<Self, Failure> {
-        let mut set = SigSet::empty();
-        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-            set.add(signal);
-        }
+        let ignored = ignored_signals();
+        let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]
+            .into_iter()
+            .filter(|signal| ignored & 1 << (*signal as u32 - 1) == 0)
+            .collect();
         let take = || {
             set.thread_block()?;
             SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
@@ -57,6 +60,15 @@ impl Signals {
     pub fn came(&self) -> bool {
         matches!(self.0.read_signal(), Ok(Some(_)))
     }
+}
+
+/// The signals that this process ignores, by `SigIgn` of proc_pid_status(5); none where that cannot be read. A signal
+/// that is blocked reaches a signalfd even if it is ignored, so ignored ones must be left alone.
+fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
 }
 
 /// What a VMM is told here whose guest comes from elsewhere: all else comes with the guest.

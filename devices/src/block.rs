@@ -179,6 +179,10 @@ impl<M: Memory> Device<M> for Block<M> {
         self.complete(cx)
     }
 
+    fn failure(&self) -> Option<String> {
+        self.pool.failure()
+    }
+
     fn drain(&mut self, cx: &mut Context<'_, M>) -> Result<(), DrainError> {
         let waiting = self.pool.drain().map_err(|requests| DrainError {
             requests,

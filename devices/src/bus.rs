@@ -4,7 +4,9 @@
 //! without a lock; each device has a lock of its own. That device lock is a leaf: a device takes no
 //! other lock while it is accessed.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use crate::sync::lock;
 
 /// A device that can be reached by loads and disks (or `in` and `out`).
 pub trait BusDevice: Send {
@@ -146,12 +148,6 @@ impl std::fmt::Debug for Bus {
             .entries(self.slots.iter().map(|s| (s.base, s.len)))
             .finish()
     }
-}
-
-/// A poisoned lock means that another vCPU's access panicked. The device's data is still there, and a
-/// guest must not lose its console over it.
-fn lock(device: &Arc<Mutex<dyn BusDevice>>) -> std::sync::MutexGuard<'_, dyn BusDevice + 'static> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

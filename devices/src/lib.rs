@@ -14,6 +14,8 @@ pub mod i8042;
 pub mod net;
 pub mod rng;
 pub mod serial;
+pub mod sync;
+pub mod thread;
 mod trigger;
 pub mod virtio;
 

@@ -102,6 +102,9 @@ pub struct Net {
     /// For frames of the guest's: in the other one a frame for it may wait.
     sending: Vec<u8>,
     dropped: Sparse,
+    /// Reading the backend has failed. Its descriptor may be ready for ever (a deleted tap's is), so it is not waited for
+    /// until a frame of the guest's goes through.
+    failed: bool,
 }
 
 impl std::fmt::Debug for Net {
@@ -129,6 +132,7 @@ impl Net {
             buffer: vec![0; MAX_FRAME],
             sending: vec![0; MAX_FRAME],
             dropped: Sparse::default(),
+            failed: false,
         }
     }
 
@@ -167,8 +171,15 @@ impl Net {
                 None => match self.backend.read(&mut self.buffer) {
                     Ok(len) => len.min(self.buffer.len()),
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                     Err(error) => {
-                        self.lost(&error);
+                        if !std::mem::replace(&mut self.failed, true) {
+                            tracing::warn!(
+                                mac = %self.state.mac,
+                                "the guest's network card receives nothing, as its tap cannot be read ({error}); the \
+                                 guest runs on"
+                            );
+                        }
                         return Ok(());
                     }
                 },
@@ -243,6 +254,8 @@ impl Net {
                     self.lost(&"it asks for an offload that was not negotiated");
                 } else if let Err(error) = self.backend.write(frame) {
                     self.lost(&error);
+                } else {
+                    self.failed = false;
                 }
             }
             cx.queues[TX].complete(cx.memory, chain.head, 0)?;
@@ -346,7 +359,7 @@ impl<M: Memory> Device<M> for Net {
 
     fn wants_source(&self) -> bool {
         // With a frame in hand it is the guest's buffers that are waited for.
-        self.pending.is_none()
+        self.pending.is_none() && !self.failed
     }
 
     fn source_ready(&mut self, cx: &mut Context<'_, M>) -> Result<(), Violation> {

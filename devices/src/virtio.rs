@@ -34,32 +34,32 @@
 mod chain;
 mod device;
 mod event;
+mod features;
 mod interrupt;
+mod memory;
 mod mmio;
+mod port;
 mod queue;
+mod shared;
 mod sparse;
 mod state;
+mod transport;
+mod violation;
 mod worker;
 
-pub(crate) use chain::check as check_ram;
-pub use chain::{Buffer, Chain, Segment, Violation};
-pub use device::{Context, Device, DrainError, Kind, Memory};
+pub use chain::{Buffer, Chain, Segment};
+pub use device::{Context, Device, DrainError, Kind};
 pub use event::Event;
+pub use features::{COMMON_FEATURES, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 pub use interrupt::Interrupt;
-pub use mmio::{MMIO_LEN, Port, QUEUE_NOTIFY};
+pub use memory::Memory;
+pub(crate) use memory::check as check_ram;
+pub use port::{MMIO_LEN, Port, QUEUE_NOTIFY};
 pub use queue::VirtQueue;
 pub(crate) use sparse::Sparse;
 pub use state::{DeviceState, QueueState, RestoreError, TransportState, VirtioState};
-pub use worker::{AnyVirtio, PauseError, VirtioDevice};
-
-/// The feature bit that says: not a legacy device (§6).
-pub const F_VERSION_1: u64 = 1 << 32;
-/// Descriptors may point to tables of descriptors (§2.7.5.3).
-pub const F_INDIRECT_DESC: u64 = 1 << 28;
-/// Notifications and interrupts are asked for by index (§2.7.7.2).
-pub const F_EVENT_IDX: u64 = 1 << 29;
-/// What every device here offers.
-pub const COMMON_FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
+pub use transport::{AnyVirtio, PauseError, VirtioDevice};
+pub use violation::Violation;
 
 /// Copies what a configuration of these bytes has at `offset`.
 pub(crate) fn copy_config(config: &[u8], offset: usize, data: &mut [u8]) {

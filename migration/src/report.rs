@@ -220,6 +220,9 @@ pub struct Report {
     pub verified: Option<bool>,
     /// Why the live phase ended, or why `auto` chose as it did, in one sentence.
     pub why: Option<String>,
+    /// The guest ended at the source during its migration, so nothing runs on anywhere.
+    #[serde(default)]
+    pub guest_ended: bool,
 }
 
 impl Report {
@@ -250,6 +253,7 @@ impl Report {
             faults: Faults::default(),
             verified: None,
             why: None,
+            guest_ended: false,
         }
     }
 

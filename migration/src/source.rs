@@ -565,6 +565,7 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
         let bytes_wire = self.bytes_wire();
         let d = &self.downtime;
         Report {
+            guest_ended: false,
             schema: Report::SCHEMA,
             session: self.setup.session.to_string(),
             policy: self.policy.to_owned(),

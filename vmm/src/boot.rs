@@ -28,6 +28,7 @@ mod error;
 mod file;
 mod linux;
 mod memory_map;
+mod mmio_device;
 mod plan;
 mod pvh;
 mod tables;
@@ -37,9 +38,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use error::LoadError;
+pub use mmio_device::MmioDevice;
 pub use tables::Gdt;
 
-use crate::machine::MmioDevice;
 use crate::memory::RamLayout;
 use file::Source;
 

@@ -18,3 +18,5 @@ pub mod record;
 pub mod snapshot;
 mod tap;
 pub mod vmm;
+
+pub use ferry_devices::{sync, thread};

@@ -30,6 +30,7 @@
 //!
 //! The dirty log's lock stands alone: no other is taken under it.
 
+mod alarm;
 mod builder;
 mod control;
 mod description;
@@ -41,13 +42,14 @@ mod paused;
 mod state;
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ferry_devices::acpi_pm::AcpiPm;
 use ferry_devices::i8042::I8042;
 use ferry_devices::serial::Serial;
+use ferry_devices::sync::lock;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use ferry_devices::balloon::auto::Settings as BalloonAuto;
@@ -337,14 +339,8 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.control.end(Exit::Stopped);
         for thread in lock(&self.threads).drain(..) {
-            // A vCPU thread that panicked has already said so on stderr.
+            // One that panicked has ended the machine with a sentence.
             let _ = thread.join();
         }
     }
-}
-
-/// Locks, also after a panic of another holder: what the locks here protect is valid between any two
-/// statements, and a paused guest must stay reachable.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -23,8 +23,9 @@ pub use receive::{ReceiveState, Receiver, SerialFactory};
 pub use uri::{Uri, UriError};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use ferry_devices::sync::lock;
 pub(crate) use ferry_migration::net::{MonotonicClock, session_id};
 use ferry_migration::options::{Options, Tracking};
 use ferry_migration::report::{Event, Phase, Progress, Report, Status};
@@ -149,6 +150,10 @@ fn engine(
     match catch_unwind(run) {
         Ok(report) => report,
         Err(_) => {
+            // The next migration needs the dirty log.
+            if let Err(error) = machine.dirty_log().stop() {
+                tracing::warn!(%error, "the guest may be slower than before");
+            }
             // A defect in the engine must not lose the guest, nor run it twice.
             if matches!(
                 handle.progress().phase,
@@ -242,10 +247,6 @@ fn parse_session(text: &str) -> Option<SessionId> {
         *byte = u8::from_str_radix(text.get(at..at + 2)?, 16).ok()?;
     }
     Some(SessionId(id))
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The engine's view of where RAM is.

@@ -22,8 +22,9 @@
 //! runs. In `Interrupted` there is one: it lacks pages that only this side has. Only an operator who says so (`take_over`) lets a guest in doubt run here; the same holds for
 //! `ArrivalInDoubt`, which is what the destination has of the same doubt.
 //!
-//! One lock (`Core::inner`) guards the state. It is held while a machine is paused or resumed, which takes microseconds
-//! unless a device blocks; never while a migration runs. A listener's queue is locked inside it, never the other way
+//! One lock (`Core::inner`) guards the state, and is held for moments only: never while a machine is paused, as a device
+//! may be slow to stop, and never while a migration runs. Requests that begin something take turns (`Core::turn`, before
+//! `inner`); a status and a stop wait for none of them. A listener's queue is locked inside it, never the other way
 //! round. What takes the guest from a receiver is called without it: the guest [arrives](Vmm::arrived) before that returns.
 
 #![forbid(unsafe_code)]
@@ -34,6 +35,7 @@ mod recording;
 mod snapshot;
 mod state;
 
+pub use crate::api::types::Lacks;
 pub use machine::{Arrivals, MachineGuest};
 pub use recording::Recording;
 pub use state::{Ending, Outcome};
@@ -43,15 +45,15 @@ use crate::api::types::{
     BalloonRequest, BalloonStatus, GuestInfo, SnapshotReport, SnapshotRequest,
 };
 use crate::priority::in_background;
+use ferry_devices::sync::lock;
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Event, Phase, Progress, Report};
-use serde::{Deserialize, Serialize};
 use state::{Lost, State};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -133,7 +135,17 @@ pub trait Guest: Send + Sync + 'static {
         None
     }
 
-    /// Its balloon, if it has one.
+    /// How it has ended, if it has.
+    fn ending(&self) -> Option<Ending> {
+        None
+    }
+
+    /// Bytes of its serial output that were dropped, because nothing took them in time.
+    fn serial_output_lost(&self) -> u64 {
+        0
+    }
+
+    /// Its balloon, if it has one; returns at once.
     fn balloon(&self) -> Option<BalloonStatus> {
         None
     }
@@ -147,20 +159,6 @@ pub trait Guest: Send + Sync + 'static {
             "the guest has no balloon that could be set to {request:?}"
         ))
     }
-}
-
-/// Pages that have not arrived of a guest that runs already.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lacks {
-    /// How many.
-    pub pages: u64,
-    /// How many waits for one of them are under way.
-    pub waiting: u64,
-    /// Why none comes any more, when the connection to the source is lost.
-    pub lost: Option<String>,
-    /// The snapshot that they are read from; `null` when a source sends them.
-    #[serde(default)]
-    pub file: Option<PathBuf>,
 }
 
 /// A guest that is complete here and was never handed over.
@@ -206,6 +204,8 @@ struct Inner {
 }
 
 struct Core {
+    /// Held by a request that begins something or waits for the guest to stop: one at a time. Taken before `inner`.
+    turn: Mutex<()>,
     inner: Mutex<Inner>,
     finished: EventFd,
     since: Instant,
@@ -252,6 +252,7 @@ impl Vmm {
         let finished = EventFd::new(EFD_NONBLOCK)?;
         Ok(Self {
             core: Arc::new(Core {
+                turn: Mutex::new(()),
                 inner,
                 finished,
                 since: Instant::now(),
@@ -394,8 +395,7 @@ impl Inner {
 
 impl Core {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Every transition is one assignment: whoever panicked left a valid state.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     fn finish(&self, inner: &mut Inner, state: State) {
@@ -468,7 +468,7 @@ impl Core {
             }
         };
         let run = AssertUnwindSafe(|| migration.run(options, &mut forward));
-        let report = catch_unwind(run).unwrap_or_else(|_| {
+        let mut report = catch_unwind(run).unwrap_or_else(|_| {
             Report::broken(
                 &handle.progress(),
                 "the migration engine failed inside; the VMM's output says where",
@@ -476,6 +476,15 @@ impl Core {
         });
         tracing::info!(status = ?report.status, session = report.session, "the migration to {to} has ended");
         let mut inner = self.lock();
+        if let report::Status::Failed | report::Status::Cancelled = report.status {
+            // The engine may notice that the guest has ended before the one who watches it.
+            let own = inner.guest.as_ref().and_then(|guest| guest.ending());
+            inner.ending = inner.ending.take().or(own);
+            if let Some(ending) = &inner.ending {
+                report.guest_ended = true;
+                report.error = Some(ending.sentence());
+            }
+        }
         inner.report = Some(report.clone());
         let next = after(&mut inner, to, &report);
         publisher.publish(&Event::Report(Box::new(report)));

@@ -22,6 +22,9 @@ pub fn sentence(report: &Report, uri: &str) -> String {
             span(report.total_ms),
             span(report.downtime_ms)
         ),
+        Status::Failed | Status::Cancelled if report.guest_ended => {
+            format!("the migration to {uri} ended with its guest{because}")
+        }
         Status::Failed => {
             format!("the migration to {uri} failed{because}; the guest runs on where it was")
         }
@@ -238,6 +241,7 @@ mod tests {
             faults: Faults::default(),
             verified: Some(true),
             why: Some("pending pages fit the downtime target".into()),
+            guest_ended: false,
         }
     }
 
@@ -286,6 +290,16 @@ why        pending pages fit the downtime target
             "the migration to tcp:b:7000 was cancelled; the guest runs on where it was"
         );
         assert!(end(Status::InDoubt, None).contains("`ferry recover`"));
+        let ended = Report {
+            status: Status::Failed,
+            error: Some("the guest has shut down".into()),
+            guest_ended: true,
+            ..report()
+        };
+        assert_eq!(
+            sentence(&ended, "tcp:b:7000"),
+            "the migration to tcp:b:7000 ended with its guest (the guest has shut down)"
+        );
     }
 
     #[test]

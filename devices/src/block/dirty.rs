@@ -1,7 +1,9 @@
 //! Which parts of a disk were written: for a copy of the disk that is made while the guest uses it.
 
+use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+
+use crate::sync::{read, write};
 
 /// Bytes that one bit stands for.
 pub const BLOCK: u64 = 64 << 10;
@@ -21,33 +23,33 @@ impl WrittenBlocks {
         let words = bytes.div_ceil(BLOCK).div_ceil(64);
         let words = usize::try_from(words).unwrap_or(0);
         let bits = (0..words).map(|_| AtomicU64::new(0)).collect();
-        *self.bits.write().unwrap_or_else(PoisonError::into_inner) = Some(bits);
+        *write(&self.bits) = Some(bits);
     }
 
     /// Forgets all.
     pub fn stop(&self) {
-        *self.bits.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *write(&self.bits) = None;
     }
 
     /// The blocks written since the last time, as words: bit `i` of word `j` is block `64 j + i`. They count as not
     /// written afterwards. `None` when it is off.
     #[must_use]
     pub fn take(&self) -> Option<Vec<u64>> {
-        let bits = self.bits.read().unwrap_or_else(PoisonError::into_inner);
+        let bits = read(&self.bits);
         bits.as_ref()
             .map(|words| words.iter().map(|w| w.swap(0, Ordering::AcqRel)).collect())
     }
 
     /// Marks blocks again that were taken and could not be copied.
     pub fn put_back(&self, words: &[u64]) {
-        let bits = self.bits.read().unwrap_or_else(PoisonError::into_inner);
+        let bits = read(&self.bits);
         for (own, word) in bits.iter().flatten().zip(words) {
             own.fetch_or(*word, Ordering::AcqRel);
         }
     }
 
     pub(super) fn mark(&self, offset: u64, len: u64) {
-        let bits = self.bits.read().unwrap_or_else(PoisonError::into_inner);
+        let bits = read(&self.bits);
         let (Some(words), Some(last)) = (bits.as_ref(), len.checked_sub(1)) else {
             return;
         };

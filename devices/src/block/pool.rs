@@ -2,12 +2,14 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::disk::Disk;
 use super::request::{Done, Options, Request};
+use crate::sync::{Allowance, lock, wait};
+use crate::thread;
 use crate::virtio::{Event, Memory};
 
 /// Requests of a disk that are carried out at once. They wait for the disk, not for a processor.
@@ -20,6 +22,8 @@ struct State {
     running: usize,
     done: Vec<Done>,
     options: Options,
+    /// Why a thread has failed, with the request that it had.
+    failure: Option<String>,
     stop: bool,
 }
 
@@ -37,7 +41,7 @@ struct Shared<M> {
 
 impl<M> Shared<M> {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
@@ -54,6 +58,7 @@ impl<M: Memory> Pool<M> {
                 running: 0,
                 done: Vec::new(),
                 options,
+                failure: None,
                 stop: false,
             }),
             work: Condvar::new(),
@@ -67,10 +72,12 @@ impl<M: Memory> Pool<M> {
             threads: Vec::new(),
         };
         for _ in 0..THREADS {
-            let shared = Arc::clone(&pool.shared);
-            let thread = std::thread::Builder::new()
-                .name("disk".into())
-                .spawn(move || serve(&shared))?;
+            let (shared, failed) = (Arc::clone(&pool.shared), Arc::clone(&pool.shared));
+            let work = move || {
+                serve(&shared);
+                Ok(())
+            };
+            let thread = thread::spawn("disk", work, move |why| fail(&failed, why))?;
             pool.threads.push(thread);
         }
         Ok(pool)
@@ -96,27 +103,26 @@ impl<M: Memory> Pool<M> {
         std::mem::take(&mut self.shared.lock().done)
     }
 
-    /// Waits for what has begun and returns what has not, oldest first. When the disk does not answer in time all goes
-    /// on, and the number of requests that it has is the error.
+    /// Why a thread has failed, if one has.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.shared.lock().failure.clone()
+    }
+
+    /// Waits for what has begun and returns what has not, oldest first. When the disk does not answer in time, or a thread
+    /// has failed, all goes on, and the number of requests that have not come back is the error.
     pub(super) fn drain(&self) -> Result<Vec<Request>, usize> {
-        let deadline = Instant::now() + TIMEOUT;
+        let mut allowance = Allowance::new(TIMEOUT);
         let mut state = self.shared.lock();
         let waiting = std::mem::take(&mut state.waiting);
-        while state.running > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                let running = state.running;
+        while state.running > 0 || state.failure.is_some() {
+            if allowance.is_spent() || state.failure.is_some() {
+                let running = state.running.max(1);
                 state.waiting = waiting;
                 drop(state);
                 self.shared.work.notify_all();
                 return Err(running);
             }
-            state = self
-                .shared
-                .idle
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = allowance.wait(&self.shared.idle, state);
         }
         Ok(waiting.into())
     }
@@ -127,7 +133,7 @@ impl<M> Drop for Pool<M> {
         self.shared.lock().stop = true;
         self.shared.work.notify_all();
         for thread in self.threads.drain(..) {
-            // One that panicked has said so on stderr.
+            // One that failed has said so.
             let _ = thread.join();
         }
     }
@@ -140,10 +146,7 @@ fn serve<M: Memory>(shared: &Shared<M>) {
             return;
         }
         let Some(request) = state.waiting.pop_front() else {
-            state = shared
-                .work
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = wait(&shared.work, state);
             continue;
         };
         state.running += 1;
@@ -159,4 +162,11 @@ fn serve<M: Memory>(shared: &Shared<M>) {
             shared.idle.notify_all();
         }
     }
+}
+
+/// A thread has failed with a request in hand, which never comes back: the device's worker finds out why.
+fn fail<M>(shared: &Shared<M>, why: String) {
+    shared.lock().failure.get_or_insert(why);
+    shared.finished.signal();
+    shared.idle.notify_all();
 }

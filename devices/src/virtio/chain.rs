@@ -5,117 +5,14 @@
 //! taken up from there, on another host even.
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
+use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::device::Memory;
+use super::memory::{Memory, check};
+use super::violation::Violation;
 
 /// The most descriptors of an indirect table that are followed; Linux keeps to the size of its queue.
 const MAX_INDIRECT: u32 = 1024;
 const DESCRIPTOR: u32 = 16;
-
-/// A rule of virtio that a guest broke.
-#[derive(Debug, thiserror::Error)]
-pub enum Violation {
-    /// A ring or a table outside of RAM.
-    #[error("its {what} of {len} bytes at {address:#x} is not all in RAM")]
-    Outside {
-        /// What it is.
-        what: &'static str,
-        /// Guest-physical address.
-        address: u64,
-        /// Length in bytes.
-        len: u64,
-    },
-    /// An index past the end of its table.
-    #[error("descriptor {index} is named, but its table has {size}")]
-    Index {
-        /// The index.
-        index: u16,
-        /// Number of descriptors there are.
-        size: u16,
-    },
-    /// A chain that goes round, or on for too long.
-    #[error("the chain from descriptor {head} has more descriptors than its table: it goes round")]
-    Loop {
-        /// The chain's first descriptor.
-        head: u16,
-    },
-    /// A table that cannot be.
-    #[error("the indirect table of the chain from descriptor {head} has {len} bytes")]
-    Indirect {
-        /// The chain's first descriptor.
-        head: u16,
-        /// Bytes of the table.
-        len: u32,
-    },
-    /// A table within a table.
-    #[error("the chain from descriptor {head} has an indirect table in an indirect table")]
-    Nested {
-        /// The chain's first descriptor.
-        head: u16,
-    },
-    /// Something to read after something to write.
-    #[error("the chain from descriptor {head} has a readable buffer after a writable one")]
-    Order {
-        /// The chain's first descriptor.
-        head: u16,
-    },
-    /// More than 2³² bytes.
-    #[error("the chain from descriptor {head} is longer than 4 GiB")]
-    Length {
-        /// The chain's first descriptor.
-        head: u16,
-    },
-    /// More buffers than there are descriptors.
-    #[error("more buffers are available at once than the queue of {size} can hold")]
-    RunAway {
-        /// Size of the queue.
-        size: u16,
-    },
-    /// A chain that a device cannot use.
-    #[error("the chain from descriptor {head} has {what}")]
-    Shape {
-        /// The chain's first descriptor.
-        head: u16,
-        /// What is wrong.
-        what: &'static str,
-    },
-    /// A queue that cannot work.
-    #[error("queue {index} was made ready with {what}")]
-    Setup {
-        /// The queue.
-        index: usize,
-        /// What is wrong.
-        what: &'static str,
-    },
-    /// Memory that was checked refuses an access.
-    #[error("guest memory could not be accessed: {0}")]
-    Memory(#[from] GuestMemoryError),
-    /// The rings.
-    #[error("a ring could not be used: {0}")]
-    Ring(#[from] virtio_queue::Error),
-}
-
-/// Checks that bytes are RAM, without touching them: they may not have arrived yet.
-pub(crate) fn check<M: GuestMemory>(
-    memory: &M,
-    what: &'static str,
-    address: GuestAddress,
-    len: u64,
-) -> Result<(), Violation> {
-    let fits =
-        usize::try_from(len).is_ok_and(|n| memory.check_range(address, n, Permissions::ReadWrite));
-    let wraps = address.checked_add(len).is_none();
-    if fits && !wraps {
-        Ok(())
-    } else {
-        Err(Violation::Outside {
-            what,
-            address: address.raw_value(),
-            len,
-        })
-    }
-}
 
 /// Contiguous guest memory, checked to be RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

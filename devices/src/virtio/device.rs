@@ -4,17 +4,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use vm_memory::GuestMemory;
-
-use super::chain::Violation;
 use super::interrupt::Interrupt;
+use super::memory::Memory;
 use super::queue::VirtQueue;
 use super::state::{DeviceState, RestoreError};
-
-/// Guest memory as devices see it. Writes must be tracked by the memory's own bitmap where they are to be migrated.
-pub trait Memory: GuestMemory + Send + Sync + 'static {}
-
-impl<M: GuestMemory + Send + Sync + 'static> Memory for M {}
+use super::violation::Violation;
 
 /// Which device it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,6 +90,12 @@ pub trait Device<M: Memory>: Send + 'static {
     /// As [`queue_ready`](Self::queue_ready).
     fn source_ready(&mut self, _cx: &mut Context<'_, M>) -> Result<(), Violation> {
         Ok(())
+    }
+
+    /// Why the device cannot go on, if a thread of its own has failed: a sentence. The guest ends. Asked by the worker
+    /// after each piece of work.
+    fn failure(&self) -> Option<String> {
+        None
     }
 
     /// Comes to rest: what is under way outside of the lock is finished, or put back into its queue.

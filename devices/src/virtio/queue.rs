@@ -7,9 +7,10 @@ use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::chain::{Chain, Violation, check};
-use super::device::Memory;
+use super::chain::Chain;
+use super::memory::{Memory, check};
 use super::state::{QueueState, RestoreError};
+use super::violation::Violation;
 
 /// Bytes before the entries of the available and of the used ring: flags and index.
 const AVAILABLE_HEADER: u64 = 4;

@@ -1,526 +1,144 @@
-//! The device as a whole: its lock, its worker thread, and its pause.
+//! The worker: waits for notifications of the driver and for the device's own source, and calls the device.
 
-mod thread;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
-use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, TryLockResult};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
-use super::chain::Violation;
-use super::device::{Context, Device, DrainError, Kind, Memory};
-use super::event::Event;
-use super::interrupt::Interrupt;
-use super::mmio::{Effect, Port, Registers};
-use super::queue::VirtQueue;
-use super::sparse::Sparse;
-use super::state::{RestoreError, TransportState, VirtioState};
-use crate::trigger::Trigger;
+use super::device::Device;
+use super::memory::Memory;
+use super::shared::Shared;
 
-/// Why a device could not be paused. It works on.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the guest's {device} did not come to rest: {source}")]
-pub struct PauseError {
-    /// Which device.
-    pub device: &'static str,
-    /// What it waits for.
-    pub source: DrainError,
-}
+/// What an event's data says beside the numbers of the queues.
+const CONTROL: u32 = u32::MAX;
+const SOURCE: u32 = u32::MAX - 1;
 
-/// How long a pause waits for a device that is at work.
-const TIMEOUT: Duration = Duration::from_secs(5);
-
-pub(super) struct Inner<D> {
-    device: D,
-    registers: Registers,
-    queues: Vec<VirtQueue>,
-    /// The machine runs.
-    running: bool,
-    /// All queues are to be looked at.
-    kicked: bool,
-    /// The worker is to end.
-    stop: bool,
-    violations: Sparse,
-}
-
-/// What the vCPUs, the worker and the machine share.
-pub(super) struct Shared<D, M> {
-    /// Taken before `inner`, for a moment: whoever waits for the worker is served when the worker gives the lock up, and
-    /// not when it has nothing left to do.
-    gate: Mutex<()>,
-    inner: Mutex<Inner<D>>,
-    memory: Arc<M>,
-    pub(super) interrupt: Interrupt,
-    pub(super) kind: Kind,
-    features: u64,
-    events: Vec<Event>,
-    /// Makes the worker look up.
-    control: Event,
-}
-
-/// The device's lock.
-pub(super) struct Locked<'a, D, M> {
-    inner: MutexGuard<'a, Inner<D>>,
+/// What has happened since the last round of work.
+struct Seen<'a, D, M> {
     shared: &'a Shared<D, M>,
+    /// Queues that were notified, or have more buffers than one round takes.
+    ready: Vec<bool>,
+    source: bool,
 }
 
-impl<D: Device<M>, M: Memory> Shared<D, M> {
-    pub(super) fn lock(&self) -> Locked<'_, D, M> {
-        let _gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        // A holder that panicked was in the middle of one request of the guest's; the device can still be saved.
-        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        Locked {
-            inner,
-            shared: self,
-        }
-    }
-
-    /// The lock, if it can be had in time: a worker may be waiting for a page of the guest's that has not arrived.
-    fn lock_in_time(&self) -> Result<Locked<'_, D, M>, DrainError> {
-        let deadline = Instant::now() + TIMEOUT;
-        let mut gate = None;
-        loop {
-            // Held once it is had, so that the worker does not take the device again before us.
-            gate = gate.or_else(|| free(self.gate.try_lock()));
-            if gate.is_some()
-                && let Some(inner) = free(self.inner.try_lock())
-            {
-                return Ok(Locked {
-                    inner,
-                    shared: self,
-                });
+impl<D: Device<M>, M: Memory> MutEventSubscriber for Seen<'_, D, M> {
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        match events.data() {
+            CONTROL => {
+                self.shared.control.drain();
             }
-            if Instant::now() >= deadline {
-                return Err(DrainError {
-                    requests: 1,
-                    what: "guest memory, which may not have arrived,".to_owned(),
-                    timeout: TIMEOUT,
-                });
+            SOURCE => self.source = true,
+            queue => {
+                let queue = usize::try_from(queue).unwrap_or(usize::MAX);
+                if let (Some(event), Some(ready)) =
+                    (self.shared.events.get(queue), self.ready.get_mut(queue))
+                {
+                    event.drain();
+                    *ready = true;
+                }
             }
-            std::thread::sleep(Duration::from_micros(50));
         }
     }
 
-    /// A notification that reached the bus.
-    pub(super) fn notify(&self, queue: usize) {
-        if let Some(event) = self.events.get(queue) {
-            event.signal();
-        }
-    }
-
-    fn wake(&self) {
-        self.control.signal();
-    }
-
-    pub(super) fn write_register(&self, offset: u32, value: u32) {
-        let mut locked = self.lock();
-        let inner = &mut *locked.inner;
-        let effect = inner
-            .registers
-            .write(offset, value, self.features, &mut inner.queues);
-        match effect {
-            Effect::None => {}
-            Effect::Activate => locked.activate(),
-            Effect::Reset => locked.reset_by_driver(),
-        }
-    }
+    /// [`Watched`] adds what there is to wait for, and removes it.
+    fn init(&mut self, _: &mut EventOps) {}
 }
 
-impl<D: Device<M>, M: Memory> Locked<'_, D, M> {
-    pub(super) fn device(&self) -> &D {
-        &self.inner.device
-    }
+/// What is waited for besides `control`. A device at rest has its notifications left where they are, and a source that is
+/// not wanted is not even asked for errors, which epoll(7) would report for ever.
+#[derive(Default)]
+struct Watched {
+    queues: bool,
+    source: bool,
+}
 
-    pub(super) fn read_register(&self, offset: u32) -> u32 {
-        let inner = &*self.inner;
-        inner
-            .registers
-            .read(offset, self.shared.features, &inner.queues)
-    }
-
-    pub(super) fn write_config(&mut self, offset: usize, data: &[u8]) {
-        self.inner.device.write_config(offset, data);
-    }
-
-    fn live(&self) -> bool {
-        self.inner.running && self.inner.registers.active()
-    }
-
-    /// Calls the device with what it works on.
-    fn with<R>(&mut self, f: impl FnOnce(&mut D, &mut Context<'_, M>) -> R) -> R {
-        let inner = &mut *self.inner;
-        let mut cx = Context {
-            memory: &*self.shared.memory,
-            queues: &mut inner.queues,
-            interrupt: &self.shared.interrupt,
-        };
-        f(&mut inner.device, &mut cx)
-    }
-
-    /// The driver has set everything up.
-    fn activate(&mut self) {
-        let inner = &mut *self.inner;
-        let event_idx = inner.registers.event_idx();
-        let mut result = Ok(());
-        for (index, queue) in inner.queues.iter_mut().enumerate() {
-            queue.set_event_idx(event_idx);
-            if queue.ready() && result.is_ok() {
-                result = queue.check(index, &*self.shared.memory);
-            }
-        }
-        if let Err(violation) = result {
-            self.violated(&violation);
-            return;
-        }
-        inner.device.activate(inner.registers.driver_features);
-        inner.kicked = true;
-        self.shared.wake();
-    }
-
-    /// The driver wrote 0 to `Status`.
-    fn reset_by_driver(&mut self) {
-        if let Err(error) = self.with(D::drain) {
-            // The driver reads a status that is not 0, and may try again. Memory that may still be written to must not
-            // count as given back.
-            tracing::warn!(device = self.shared.kind.name, %error, "a device could not be reset");
-            self.inner.registers.needs_reset();
-            return;
-        }
-        self.reset();
-    }
-
-    fn reset(&mut self) {
-        let inner = &mut *self.inner;
-        inner.device.reset();
-        inner.registers = Registers {
-            // The only one that survives: a driver that reads the configuration across a reset must notice.
-            config_generation: inner.registers.config_generation,
-            ..Registers::default()
-        };
-        for queue in &mut inner.queues {
-            queue.reset();
-        }
-        self.shared.interrupt.acknowledge(u32::MAX);
-    }
-
-    fn violated(&mut self, violation: &Violation) {
-        self.inner.registers.needs_reset();
-        self.shared.interrupt.config();
-        if let Some(times) = self.inner.violations.count() {
-            let device = self.shared.kind.name;
-            tracing::warn!(
-                device,
-                times,
-                "the guest's driver broke the rules of virtio, and the device stopped until its driver resets it: {violation}"
-            );
-        }
-    }
-
-    /// Does what there is to do in the queues of which `ready` is true.
-    fn work(&mut self, ready: &mut [bool], source: bool) {
-        if std::mem::take(&mut self.inner.kicked) {
-            ready.fill(true);
-        }
-        let result = self.with(|device, cx| {
-            for (index, ready) in ready.iter_mut().enumerate() {
-                if std::mem::take(ready) {
-                    cx.queues[index].refill();
-                    device.queue_ready(index, cx)?;
-                }
-            }
-            if source {
-                for queue in &mut *cx.queues {
-                    queue.refill();
-                }
-                device.source_ready(cx)?;
-            }
-            for (ready, queue) in ready.iter_mut().zip(&*cx.queues) {
-                *ready = queue.more();
-            }
-            Ok(())
-        });
-        if let Err(violation) = result.and(self.tell_driver()) {
-            self.violated(&violation);
-        }
-    }
-
-    /// Interrupts for used buffers, where the driver wants one.
-    fn tell_driver(&mut self) -> Result<(), Violation> {
-        self.with(|_, cx| {
-            let mut told = false;
-            for queue in &mut *cx.queues {
-                told |= queue.notify(cx.memory)?;
-            }
-            if told {
-                cx.interrupt.used();
-            }
-            Ok(())
-        })
-    }
-
-    fn pause(&mut self) -> Result<(), DrainError> {
-        if !self.inner.running {
+impl Watched {
+    fn queues(
+        &mut self,
+        ops: &mut EventOps<'_>,
+        on: bool,
+        events: &[super::Event],
+    ) -> event_manager::Result<()> {
+        if std::mem::replace(&mut self.queues, on) == on {
             return Ok(());
         }
-        self.with(D::drain)?;
-        if let Err(violation) = self.tell_driver() {
-            self.violated(&violation);
-        }
-        self.inner.running = false;
-        Ok(())
+        (0u32..)
+            .zip(events)
+            .try_for_each(|(queue, event)| watch(ops, event.as_fd().as_raw_fd(), queue, on))
     }
 
-    fn save(&self) -> VirtioState {
-        let r = &self.inner.registers;
-        VirtioState {
-            transport: TransportState {
-                status: r.status,
-                device_features_sel: r.device_features_sel,
-                driver_features_sel: r.driver_features_sel,
-                driver_features: r.driver_features,
-                queue_sel: r.queue_sel,
-                interrupt_status: self.shared.interrupt.status(),
-                config_generation: r.config_generation,
-                queues: self.inner.queues.iter().map(VirtQueue::save).collect(),
-            },
-            device: self.inner.device.save(),
-        }
-    }
-
-    fn restore(&mut self, state: &VirtioState) -> Result<(), RestoreError> {
-        let here = self.shared.kind.name;
-        let t = &state.transport;
-        let inner = &mut *self.inner;
-        if t.queues.len() != inner.queues.len() {
-            return Err(RestoreError::Queues {
-                here,
-                saved: t.queues.len(),
-                have: inner.queues.len(),
-            });
-        }
-        let absurd = |what| Err(RestoreError::Registers { here, what });
-        if !Registers::known_status(t.status) {
-            return absurd("a status with unknown bits");
-        }
-        let features = t.driver_features & !self.shared.features;
-        let registers = Registers {
-            status: t.status,
-            device_features_sel: t.device_features_sel,
-            driver_features_sel: t.driver_features_sel,
-            driver_features: t.driver_features,
-            queue_sel: t.queue_sel,
-            config_generation: t.config_generation,
-        };
-        // Before FEATURES_OK a driver may have written anything.
-        if features != 0 && registers.active() {
-            return Err(RestoreError::Features { here, features });
-        }
-        inner.device.restore(&state.device)?;
-        let event_idx = registers.event_idx();
-        for (index, (queue, saved)) in inner.queues.iter_mut().zip(&t.queues).enumerate() {
-            queue.restore(index, saved, event_idx)?;
-            let sound = queue.check(index, &*self.shared.memory).is_ok();
-            if registers.active() && queue.ready() && !sound {
-                return absurd("a queue outside of RAM");
+    fn source(
+        &mut self,
+        ops: &mut EventOps<'_>,
+        on: bool,
+        source: Option<&OwnedFd>,
+    ) -> event_manager::Result<()> {
+        match source {
+            Some(source) if std::mem::replace(&mut self.source, on) != on => {
+                watch(ops, source.as_raw_fd(), SOURCE, on)
             }
-        }
-        if registers.active() {
-            inner.device.activate(registers.driver_features);
-        }
-        inner.registers = registers;
-        self.shared.interrupt.restore(t.interrupt_status);
-        Ok(())
-    }
-}
-
-/// A device of kind `D` with its transport and its worker. Made paused.
-pub struct VirtioDevice<D: Device<M>, M: Memory> {
-    shared: Arc<Shared<D, M>>,
-    worker: Option<JoinHandle<()>>,
-}
-
-impl<D: Device<M>, M: Memory> std::fmt::Debug for VirtioDevice<D, M> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("VirtioDevice")
-            .field(&self.shared.kind)
-            .finish()
-    }
-}
-
-impl<D: Device<M>, M: Memory> VirtioDevice<D, M> {
-    /// Puts `device` behind a transport; `line` is its interrupt, an edge for each trigger.
-    ///
-    /// # Errors
-    /// When the process is out of descriptors or threads.
-    pub fn new(device: D, memory: Arc<M>, line: Box<dyn Trigger>) -> io::Result<Self> {
-        let kind = device.kind();
-        let source = device.source()?;
-        let queues = kind.queue_sizes.iter().map(|n| VirtQueue::new(*n));
-        let queues = queues
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(io::Error::other)?;
-        let events = queues.iter().map(|_| Event::new());
-        let shared = Arc::new(Shared {
-            gate: Mutex::new(()),
-            memory,
-            interrupt: Interrupt::new(line),
-            kind,
-            features: device.features(),
-            events: events.collect::<io::Result<_>>()?,
-            control: Event::new()?,
-            inner: Mutex::new(Inner {
-                device,
-                registers: Registers::default(),
-                queues,
-                running: false,
-                kicked: false,
-                stop: false,
-                violations: Sparse::default(),
-            }),
-        });
-        let theirs = Arc::clone(&shared);
-        let worker = std::thread::Builder::new()
-            .name(format!("virtio-{}", kind.id))
-            .spawn(move || thread::run(&theirs, source.as_ref()))?;
-        Ok(Self {
-            shared,
-            worker: Some(worker),
-        })
-    }
-
-    /// What goes on the MMIO bus.
-    #[must_use]
-    pub fn port(&self) -> Port<D, M> {
-        Port::new(Arc::clone(&self.shared))
-    }
-
-    /// Calls `f` with the device itself, when nothing else works on it.
-    pub fn with<R>(&self, f: impl FnOnce(&mut D) -> R) -> R {
-        f(&mut self.shared.lock().inner.device)
-    }
-
-    /// Calls `f` with the device and its queues, when nothing else works on them, and then tells the driver of buffers
-    /// that were used. While the device is paused or has no driver, `f` gets no queue that is ready.
-    ///
-    /// # Errors
-    /// [`Violation`] of the guest: the device has stopped until it is reset.
-    pub fn with_queues<R>(
-        &self,
-        f: impl FnOnce(&mut D, &mut Context<'_, M>) -> Result<R, Violation>,
-    ) -> Option<R> {
-        let mut locked = self.shared.lock();
-        if !locked.live() {
-            return None;
-        }
-        let result = locked.with(|device, cx| {
-            for queue in &mut *cx.queues {
-                queue.refill();
-            }
-            f(device, cx)
-        });
-        match result.and_then(|r| locked.tell_driver().map(|()| r)) {
-            Ok(r) => Some(r),
-            Err(violation) => {
-                locked.violated(&violation);
-                None
-            }
-        }
-    }
-
-    /// Changes the device's configuration and tells the driver, if there is one.
-    pub fn reconfigure(&self, f: impl FnOnce(&mut D)) {
-        let mut locked = self.shared.lock();
-        f(&mut locked.inner.device);
-        let registers = &mut locked.inner.registers;
-        registers.config_generation = registers.config_generation.wrapping_add(1);
-        if registers.active() {
-            self.shared.interrupt.config();
+            _ => Ok(()),
         }
     }
 }
 
-impl<D: Device<M>, M: Memory> Drop for VirtioDevice<D, M> {
-    fn drop(&mut self) {
-        self.shared.lock().inner.stop = true;
-        self.shared.wake();
-        if let Some(worker) = self.worker.take() {
-            // One that panicked has said so on stderr.
-            let _ = worker.join();
+fn watch(ops: &mut EventOps<'_>, fd: RawFd, data: u32, on: bool) -> event_manager::Result<()> {
+    let events = Events::with_data_raw(fd, data, EventSet::IN);
+    if on {
+        ops.add(events)
+    } else {
+        ops.remove(events)
+    }
+}
+
+/// The worker's life. An error is a sentence: the device does nothing more, and its guest cannot go on.
+pub(super) fn run<D: Device<M>, M: Memory>(
+    shared: &Shared<D, M>,
+    source: Option<&OwnedFd>,
+) -> Result<(), String> {
+    rounds(shared, source).unwrap_or_else(|error| {
+        Err(format!(
+            "the guest's {} cannot wait for work ({error})",
+            shared.kind.name
+        ))
+    })
+}
+
+fn rounds<D: Device<M>, M: Memory>(
+    shared: &Shared<D, M>,
+    source: Option<&OwnedFd>,
+) -> event_manager::Result<Result<(), String>> {
+    let mut manager = EventManager::new()?;
+    let id = manager.add_subscriber(Seen {
+        shared,
+        ready: vec![false; shared.events.len()],
+        source: false,
+    });
+    let mut ops = manager.event_ops(id)?;
+    watch(&mut ops, shared.control.as_fd().as_raw_fd(), CONTROL, true)?;
+    let mut watched = Watched::default();
+    let mut again = false;
+    loop {
+        manager.run_with_timeout(if again { 0 } else { -1 })?;
+        let seen = manager.subscriber_mut(id)?;
+        let mut locked = shared.lock();
+        if locked.stopped() {
+            return Ok(Ok(()));
         }
-    }
-}
-
-/// Any kind of device, as a machine runs, pauses, saves and restores it.
-pub trait AnyVirtio: Send + Sync + std::fmt::Debug {
-    /// Which device it is.
-    fn kind(&self) -> Kind;
-
-    /// For each queue what its notifications are to be written to: an ioeventfd.
-    fn queue_events(&self) -> &[Event];
-
-    /// Brings the device to rest: after this it touches no guest memory, raises no interrupt, and its backend has no
-    /// request of it. No effect when it is paused.
-    ///
-    /// # Errors
-    /// [`PauseError`]; the device works on.
-    fn pause(&self) -> Result<(), PauseError>;
-
-    /// Lets it work, beginning with all that the driver has left in the queues.
-    fn resume(&self);
-
-    /// Its state; it must be paused.
-    fn save(&self) -> VirtioState;
-
-    /// Takes over a state, in place of its own; it must be paused. Guest memory is not touched.
-    ///
-    /// # Errors
-    /// [`RestoreError`]; the device is reset then.
-    fn restore(&self, state: &VirtioState) -> Result<(), RestoreError>;
-}
-
-impl<D: Device<M>, M: Memory> AnyVirtio for VirtioDevice<D, M> {
-    fn kind(&self) -> Kind {
-        self.shared.kind
-    }
-
-    fn queue_events(&self) -> &[Event] {
-        &self.shared.events
-    }
-
-    fn pause(&self) -> Result<(), PauseError> {
-        let locked = self.shared.lock_in_time();
-        let rest = locked.and_then(|mut locked| locked.pause());
-        rest.map_err(|source| PauseError {
-            device: self.shared.kind.name,
-            source,
-        })
-    }
-
-    fn resume(&self) {
-        let mut locked = self.shared.lock();
-        locked.inner.running = true;
-        locked.inner.kicked = true;
-        self.shared.wake();
-    }
-
-    fn save(&self) -> VirtioState {
-        self.shared.lock().save()
-    }
-
-    fn restore(&self, state: &VirtioState) -> Result<(), RestoreError> {
-        let mut locked = self.shared.lock();
-        let result = locked.restore(state);
-        if result.is_err() {
-            locked.reset();
+        let source_ready = std::mem::take(&mut seen.source);
+        if locked.live() {
+            locked.work(&mut seen.ready, source_ready);
+        } else {
+            seen.ready.fill(false);
         }
-        result
-    }
-}
-
-fn free<T>(lock: TryLockResult<T>) -> Option<T> {
-    match lock {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
+        if let Some(why) = locked.device().failure() {
+            return Ok(Err(why));
+        }
+        let live = locked.live();
+        let wants_source = live && locked.device().wants_source();
+        drop(locked);
+        again = seen.ready.contains(&true);
+        let mut ops = manager.event_ops(id)?;
+        watched.queues(&mut ops, live, &shared.events)?;
+        watched.source(&mut ops, wants_source, source)?;
     }
 }

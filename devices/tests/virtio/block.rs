@@ -155,7 +155,7 @@ fn what_the_device_writes_is_tracked_as_dirty() {
     let file = image(64);
     let mut d = start(&disk(&file, false));
     let memory = Arc::clone(&d.memory);
-    let region = memory.iter().next().unwrap();
+    let region = memory.mmap.iter().next().unwrap();
     region.bitmap().reset();
     assert_eq!(d.ask(READ, 0, 8192), OK);
     let at = Driver::<Block<Memory>>::buffer(0);

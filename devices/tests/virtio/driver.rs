@@ -2,16 +2,46 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ferry_devices::Trigger;
 use ferry_devices::bus::BusDevice;
 use ferry_devices::virtio::{AnyVirtio, Device, VirtioDevice, VirtioState};
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, Permissions};
 
-pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+/// RAM in which an access may meet a defect of ferry: a panic, as an index that is wrong makes one.
+pub struct Memory {
+    pub mmap: GuestMemoryMmap<AtomicBitmap>,
+    /// Reading or writing this address panics; none does when it is 0.
+    pub trap: AtomicU64,
+}
+
+impl GuestMemory for Memory {
+    type PhysicalMemory = GuestMemoryMmap<AtomicBitmap>;
+    type Bitmap = AtomicBitmap;
+
+    fn check_range(&self, address: GuestAddress, count: usize, access: Permissions) -> bool {
+        GuestMemory::check_range(&self.mmap, address, count, access)
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        address: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>, GuestMemoryError> {
+        let trap = self.trap.load(Ordering::SeqCst);
+        assert!(
+            trap == 0 || !(address.0..address.0 + count as u64).contains(&trap),
+            "a defect"
+        );
+        GuestMemory::get_slices(&self.mmap, address, count, access)
+    }
+}
 
 /// The guest's RAM.
 pub const RAM: u64 = 16 << 20;
@@ -27,7 +57,10 @@ pub const FEATURES_OK: u32 = 8;
 pub const NEEDS_RESET: u32 = 64;
 
 pub fn memory() -> Arc<Memory> {
-    Arc::new(Memory::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap())
+    Arc::new(Memory {
+        mmap: GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap(),
+        trap: AtomicU64::new(0),
+    })
 }
 
 /// Memory of another host with the same contents.
@@ -191,20 +224,29 @@ pub struct Driver<D: Device<Memory>> {
     pub memory: Arc<Memory>,
     pub line: Line,
     pub rings: Vec<Ring>,
+    /// The sentence of a thread of the device's that has failed.
+    pub failure: mpsc::Receiver<String>,
 }
 
 impl<D: Device<Memory>> Driver<D> {
     /// Puts the device behind its transport, running, without a driver.
     pub fn plug(device: D, memory: Arc<Memory>) -> Self {
         let line = Line::default();
-        let device =
-            VirtioDevice::new(device, Arc::clone(&memory), Box::new(line.clone())).unwrap();
+        let (failed, failure) = mpsc::channel();
+        let device = VirtioDevice::new(
+            device,
+            Arc::clone(&memory),
+            Box::new(line.clone()),
+            move |why| failed.send(why).unwrap(),
+        )
+        .unwrap();
         device.resume();
         Self {
             device,
             memory,
             line,
             rings: Vec::new(),
+            failure,
         }
     }
 
@@ -358,10 +400,12 @@ impl<D: Device<Memory>> Driver<D> {
         // The source ends before the destination runs.
         drop(self.device);
         let line = Line::default();
+        let (failed, failure) = mpsc::channel();
         let device = VirtioDevice::new(
             device(Arc::clone(&memory)),
             Arc::clone(&memory),
             Box::new(line.clone()),
+            move |why| failed.send(why).unwrap(),
         )
         .unwrap();
         device.restore(&state).unwrap();
@@ -371,6 +415,7 @@ impl<D: Device<Memory>> Driver<D> {
             memory,
             line,
             rings: self.rings,
+            failure,
         }
     }
 }

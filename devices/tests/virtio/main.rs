@@ -4,6 +4,7 @@
 mod balloon;
 mod block;
 mod driver;
+mod failures;
 mod moves;
 mod net;
 mod rng;

@@ -1,7 +1,9 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use ferry_devices::net::{Backend, HEADER, MacAddress, Net, Offloads, rarp};
 use ferry_devices::virtio::AnyVirtio;
@@ -16,19 +18,31 @@ const GUEST_CSUM: u64 = 1 << 1;
 const GUEST_TSO4: u64 = 1 << 7;
 const MRG_RXBUF: u64 = 1 << 15;
 const ANNOUNCE: u64 = 1 << 21;
+/// What read(2) says of a tap whose interface is gone, Linux on x86-64.
+const EBADFD: i32 = 77;
 const MAC: MacAddress = MacAddress([0x52, 0x54, 0, 1, 2, 3]);
 
 /// One end of a wire whose other end is the test's.
 struct Wire {
     socket: UnixDatagram,
     offloads: Arc<Mutex<Option<Offloads>>>,
+    reads: Arc<AtomicUsize>,
+    /// As a tap whose interface was deleted: always ready, and every read and write is an error.
+    gone: Arc<AtomicBool>,
 }
 
 impl Backend for Wire {
     fn read(&mut self, frame: &mut [u8]) -> io::Result<usize> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        if self.gone.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(EBADFD));
+        }
         self.socket.recv(frame)
     }
     fn write(&mut self, frame: &[u8]) -> io::Result<()> {
+        if self.gone.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(EBADFD));
+        }
         self.socket.send(frame).map(drop)
     }
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
@@ -43,17 +57,26 @@ impl Backend for Wire {
 struct Lan {
     socket: UnixDatagram,
     offloads: Arc<Mutex<Option<Offloads>>>,
+    reads: Arc<AtomicUsize>,
+    gone: Arc<AtomicBool>,
 }
 
 fn card() -> (Net, Lan) {
     let (socket, theirs) = UnixDatagram::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
-    let offloads = Arc::default();
+    let lan = Lan {
+        socket,
+        offloads: Arc::default(),
+        reads: Arc::default(),
+        gone: Arc::default(),
+    };
     let wire = Wire {
         socket: theirs,
-        offloads: Arc::clone(&offloads),
+        offloads: Arc::clone(&lan.offloads),
+        reads: Arc::clone(&lan.reads),
+        gone: Arc::clone(&lan.gone),
     };
-    (Net::new(Box::new(wire), MAC), Lan { socket, offloads })
+    (Net::new(Box::new(wire), MAC), lan)
 }
 
 fn start(features: u64) -> (Driver<Net>, Lan) {
@@ -260,4 +283,30 @@ fn buffers_move_with_the_guest_and_a_frame_in_hand_does_not() {
     assert_eq!(d.wait(RX).1, 72);
     assert_eq!(d.get(DATA + 12, 60), frame(60, 2)[HEADER..]);
     assert!(d.take(RX).is_none());
+}
+
+#[test]
+fn a_tap_that_is_gone_is_not_read_over_and_over_and_one_that_comes_back_is_used() {
+    let (mut d, lan) = start(u64::MAX);
+    let room = |d: &mut Driver<Net>| {
+        d.add(RX, &[], &[(DATA + 0x8_0000, 0x1000)]);
+        d.kick(RX);
+    };
+    room(&mut d);
+    lan.gone.store(true, Ordering::SeqCst);
+    // Never taken: the wire is readable from here on, as a deleted tap is.
+    lan.socket.send(&frame(60, 1)).unwrap();
+    let before = lan.reads.load(Ordering::SeqCst);
+    eventually("the card tries", || {
+        lan.reads.load(Ordering::SeqCst) > before
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    let tried = lan.reads.load(Ordering::SeqCst) - before;
+    assert!(tried < 10, "{tried} reads of a tap that is gone");
+    // The guest still gets its frames back, lost.
+    send(&mut d, &frame(60, 2));
+    lan.gone.store(false, Ordering::SeqCst);
+    send(&mut d, &frame(60, 3));
+    assert_eq!(lan.recv(), frame(60, 3));
+    d.wait(RX);
 }

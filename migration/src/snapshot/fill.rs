@@ -71,7 +71,8 @@ pub fn fill_all<L: Link, S: PageSink<L>, F: ReadAt>(
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (1..threads.clamp(1, 64))
-            .map(|_| scope.spawn(work))
+            // Fewer threads than there might be: the others do their part.
+            .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok())
             .collect();
         let mut result = work();
         for thread in threads {

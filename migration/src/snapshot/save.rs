@@ -213,7 +213,11 @@ impl<G, W: WriteAt> Shared<'_, G, W> {
             let work = &work;
             let threads: Vec<_> = others
                 .iter_mut()
-                .map(|data_channel| scope.spawn(move || work(data_channel)))
+                // Fewer threads than there might be: the others do their part.
+                .map_while(|data_channel| {
+                    let thread = std::thread::Builder::new();
+                    thread.spawn_scoped(scope, move || work(data_channel)).ok()
+                })
                 .collect();
             let mut result = work(first);
             for thread in threads {

@@ -213,14 +213,19 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         let mut failure: Option<SourceError> = None;
         let results: Vec<Done> = std::thread::scope(|scope| {
             let shared = &shared;
-            let handles: Vec<_> = self
-                .data_channels
-                .iter_mut()
-                .enumerate()
-                .map(|(index, data_channel)| {
-                    scope.spawn(move || shared.run(index, data_channel, guest))
-                })
-                .collect();
+            let mut handles = Vec::with_capacity(count);
+            for (index, data_channel) in self.data_channels.iter_mut().enumerate() {
+                let thread = std::thread::Builder::new().name("ferry-send".into());
+                match thread.spawn_scoped(scope, move || shared.run(index, data_channel, guest)) {
+                    Ok(handle) => handles.push(handle),
+                    Err(error) => {
+                        failure = Some(no_thread(error));
+                        shared.state().over = true;
+                        shared.change.notify_all();
+                        break;
+                    }
+                }
+            }
             // This thread says meanwhile what comes next, tells the progress, and sees when the round before is in place.
             let mut told = self.setup.clock.now();
             let mut state = shared.state();
@@ -271,6 +276,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         }
         match failure {
             Some(error) => Err(error),
+            // A thread that could not be started is `failure`.
             None if lost => Err(SourceError::guest(
                 "sending on a data_channel",
                 "a sender thread panicked".into(),
@@ -291,4 +297,15 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         }
         Ok(())
     }
+}
+
+/// The system has no thread left for a data channel.
+pub(super) fn no_thread(error: std::io::Error) -> SourceError {
+    SourceError::guest(
+        "starting a thread for a data channel",
+        format!(
+            "{error}; raise the limit of threads (ulimit -u, TasksMax=), or use fewer --channels"
+        )
+        .into(),
+    )
 }

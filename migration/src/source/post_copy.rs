@@ -15,6 +15,7 @@
 //! before it is sent: what a broken connection loses with it, the destination lists as missing when
 //! the source reconnects.
 
+use super::data_channels::no_thread;
 use super::push::{Pushed, Pusher, Stream};
 use super::{Source, SourceError, State, ms};
 use crate::order::{Push, PushOrder};
@@ -340,16 +341,20 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         let faults = std::mem::take(&mut self.faults);
         let guest = self.guest;
         std::thread::scope(|scope| {
-            let threads: Vec<_> = faults
-                .into_iter()
-                .map(|mut fault| {
-                    scope.spawn(move || {
-                        serving.answer_all(&mut fault, guest);
-                        fault
-                    })
-                })
-                .collect();
-            let result = work(self);
+            let mut threads = Vec::with_capacity(faults.len());
+            let mut started = Ok(());
+            for mut fault in faults {
+                let thread = std::thread::Builder::new().name("ferry-serve".into());
+                let answer = move || {
+                    serving.answer_all(&mut fault, guest);
+                    fault
+                };
+                match thread.spawn_scoped(scope, answer) {
+                    Ok(thread) => threads.push(thread),
+                    Err(error) => started = Err(no_thread(error)),
+                }
+            }
+            let result = started.and_then(|()| work(self));
             serving.end();
             self.faults = threads
                 .into_iter()
@@ -509,8 +514,8 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         std::thread::scope(|scope| {
             let threads: Vec<_> = data_channels
                 .iter_mut()
-                .map(|(channel, sender)| {
-                    scope.spawn(move || {
+                .filter_map(|(channel, sender)| {
+                    let push = move || {
                         let mut stream = Stream::new(tells, serving.clock.now());
                         let mut pusher = Pusher {
                             serving,
@@ -533,7 +538,10 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                             };
                             return serving.fail(error);
                         }
-                    })
+                    };
+                    let thread = std::thread::Builder::new().name("ferry-push".into());
+                    let started = thread.spawn_scoped(scope, push);
+                    started.map_err(|e| serving.fail(no_thread(e))).ok()
                 })
                 .collect();
             for thread in threads {

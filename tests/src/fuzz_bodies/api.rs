@@ -70,6 +70,7 @@ impl Control for Willing {
             lacks: None,
             balloon: None,
             listening: None,
+            serial_output_lost: 0,
         }
     }
     fn pause(&self) -> Result<(), Refusal> {

@@ -85,7 +85,10 @@ fn memory() -> Arc<Memory> {
 }
 
 fn plug<D: Device<Memory>>(device: D, memory: &Arc<Memory>) -> VirtioDevice<D, Memory> {
-    VirtioDevice::new(device, Arc::clone(memory), Box::new(Nothing)).unwrap()
+    VirtioDevice::new(device, Arc::clone(memory), Box::new(Nothing), |why| {
+        panic!("{why}")
+    })
+    .unwrap()
 }
 
 /// Returns whether the state was taken.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The most bytes of a reply's header, of one line of a stream, or of a whole body. A VMM is trusted no more than
-/// anybody else who may listen on that path.
+/// any other process that may listen on that path.
 const MAX_HEAD: usize = 16 << 10;
 const MAX_BODY: usize = 8 << 20;
 
@@ -27,7 +27,7 @@ pub enum ClientError {
     /// There is no such file.
     #[error("there is no socket {}; is the guest's VMM running, and was it started with this --api?", .0.display())]
     NoSocket(PathBuf),
-    /// There is a file and nobody behind it.
+    /// There is a file, and no process listens.
     #[error("no ferry answers on {} ({cause}): is the guest's VMM running?", path.display())]
     NoAnswer {
         /// The socket.

@@ -1,8 +1,9 @@
-//! From one migration to whoever listens: a queue per listener that never makes the migration wait.
+//! From one migration to its listeners: a queue for each, and none makes the migration wait.
 
+use ferry_devices::sync::{lock, wait_timeout};
 use ferry_migration::report::Event;
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Events that a listener may be behind before the oldest are dropped.
@@ -22,8 +23,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        // A queue has no invariant that a panicking holder could have broken.
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 }
 
@@ -61,12 +61,7 @@ impl Subscription {
             if left.is_zero() {
                 return Next::Idle;
             }
-            queue = self
-                .shared
-                .arrived
-                .wait_timeout(queue, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            queue = wait_timeout(&self.shared.arrived, queue, left);
         }
     }
 }

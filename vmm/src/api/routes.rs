@@ -62,7 +62,7 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         "/v1/balloon" => (Route::Balloon, BOTH),
         "/v1/snapshot" => (Route::Snapshot, WRITE),
         path => {
-            // Somebody else's bytes in our sentence: shortened, and escaped by the JSON.
+            // The client's bytes in a sentence of the VMM: shortened, and escaped by the JSON.
             let shown: String = path.chars().take(80).collect();
             let sentence = format!("there is nothing at {shown}; GET /v1/status is a good start");
             return Err(Answer::Error(404, None, sentence));

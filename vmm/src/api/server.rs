@@ -5,19 +5,22 @@ use super::http::{Connection, Head, ReadError, chunk, reply, stream_head};
 use super::routes::{Answer, Route, error_body, find, serve};
 use super::socket::{BindError, Socket};
 use super::{Control, Pieces};
+use ferry_devices::sync::{lock, wait_timeout};
+use ferry_devices::thread;
 use std::collections::HashMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// How many and how long.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections at a time; further ones are answered 503.
+    /// Connections at a time. A further one takes the place of the one that has been without a request for the longest; it
+    /// is answered 503 when all are busy.
     pub connections: usize,
     /// How long a connection may be silent between requests.
     pub idle: Duration,
@@ -44,9 +47,40 @@ impl Default for Limits {
 #[derive(Default)]
 struct Open {
     next: u64,
-    /// A second handle of each connection, to end its waiting; whether it is busy with a request.
-    streams: HashMap<u64, (UnixStream, bool)>,
+    streams: HashMap<u64, Entry>,
     closing: bool,
+}
+
+struct Entry {
+    /// A second handle, to end the connection's waiting.
+    stream: UnixStream,
+    stage: Stage,
+    since: Instant,
+}
+
+/// What a connection is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Between requests.
+    Idle,
+    /// Receiving one.
+    Reading,
+    /// Answering one.
+    Busy,
+}
+
+impl Open {
+    /// Ends the connection that has been without a complete request for the longest, if there is one.
+    fn evict(&mut self) -> bool {
+        let waiting = self.streams.iter().filter(|(_, e)| e.stage != Stage::Busy);
+        let Some(id) = waiting.min_by_key(|(_, e)| e.since).map(|(id, _)| *id) else {
+            return false;
+        };
+        if let Some(entry) = self.streams.remove(&id) {
+            let _ = entry.stream.shutdown(Shutdown::Both);
+        }
+        true
+    }
 }
 
 struct Shared {
@@ -58,8 +92,7 @@ struct Shared {
 
 impl Shared {
     fn open(&self) -> MutexGuard<'_, Open> {
-        // Inserts and removals only: consistent even if a holder panicked.
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.open)
     }
 }
 
@@ -108,7 +141,7 @@ impl Server {
         self.socket.path()
     }
 
-    /// Accepts whoever waits; call it when the listener (this server's descriptor) is readable. Does not block.
+    /// Accepts the connections that wait; call it when the listener (this server's descriptor) is readable. Does not block.
     pub fn accept(&self) {
         loop {
             match self.socket.listener().accept() {
@@ -127,22 +160,29 @@ impl Server {
 
     fn begin(&self, stream: UnixStream) {
         let mut open = self.shared.open();
-        let second = stream.try_clone();
-        let (Ok(second), false) = (
-            second,
-            open.closing || open.streams.len() >= self.shared.limits.connections,
-        ) else {
+        let full = open.streams.len() >= self.shared.limits.connections && !open.evict();
+        if open.closing || full {
             drop(open);
-            let body =
-                error_body("too many connections to this VMM; try again when others are done");
-            // One attempt: a fresh socket's buffer holds this, and the event loop waits for nobody.
-            let _ = stream.set_nonblocking(true);
-            let _ = io::Write::write(&mut &stream, &reply(503, None, Some(&body), false, false));
-            return;
+            return decline(
+                &stream,
+                "too many connections to this VMM; try again when others are done",
+            );
+        }
+        let (Ok(second), Ok(mine)) = (stream.try_clone(), stream.try_clone()) else {
+            drop(open);
+            return decline(
+                &stream,
+                "the VMM has no file descriptor left; raise its limit (ulimit -n) or try again",
+            );
         };
         let id = open.next;
         open.next += 1;
-        open.streams.insert(id, (second, false));
+        let entry = Entry {
+            stream: second,
+            stage: Stage::Idle,
+            since: Instant::now(),
+        };
+        open.streams.insert(id, entry);
         drop(open);
         let shared = Arc::clone(&self.shared);
         let work = move || {
@@ -151,14 +191,17 @@ impl Server {
                 shared: &shared,
                 id,
             };
-            converse(&shared, id, Connection::new(stream));
+            converse(&shared, id, Connection::new(mine));
+            Ok(())
         };
-        let thread = std::thread::Builder::new()
-            .name("ferry-api".into())
-            .spawn(work);
-        if let Err(e) = thread {
+        let failure = |why| tracing::error!("a request on the control socket has no answer: {why}");
+        if let Err(e) = thread::spawn("ferry-api", work, failure) {
             tracing::warn!("cannot start a thread for a connection on the control socket: {e}");
             self.shared.open().streams.remove(&id);
+            let sentence = format!(
+                "the VMM cannot start a thread to answer ({e}); raise its limit (ulimit -u, TasksMax=)"
+            );
+            decline(&stream, &sentence);
         }
     }
 
@@ -168,24 +211,24 @@ impl Server {
         let deadline = Instant::now() + timeout;
         let mut open = self.shared.open();
         open.closing = true;
-        for (stream, busy) in open.streams.values() {
-            if !busy {
-                let _ = stream.shutdown(Shutdown::Read);
-            }
+        for entry in open.streams.values().filter(|e| e.stage == Stage::Idle) {
+            let _ = entry.stream.shutdown(Shutdown::Read);
         }
         while !open.streams.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
-            open = self
-                .shared
-                .left
-                .wait_timeout(open, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            open = wait_timeout(&self.shared.left, open, left);
         }
     }
+}
+
+/// Answers 503 and closes. One attempt: a fresh socket's buffer holds this, and the event loop must not wait.
+fn decline(stream: &UnixStream, sentence: &str) {
+    let body = error_body(sentence);
+    let _ = stream.set_nonblocking(true);
+    let _ = io::Write::write(&mut &*stream, &reply(503, None, Some(&body), false, false));
 }
 
 struct Slot<'a> {
@@ -201,27 +244,32 @@ impl Drop for Slot<'_> {
 }
 
 impl Shared {
-    /// Marks a connection busy or idle; false when the server is closing and no further request is to be read.
-    fn mark(&self, id: u64, busy: bool) -> bool {
+    /// Says what a connection is at. False when its place was given to another, and when it is idle and the server is
+    /// closing: then nothing further is to be read.
+    fn mark(&self, id: u64, stage: Stage) -> bool {
         let mut open = self.open();
-        if let Some(entry) = open.streams.get_mut(&id) {
-            entry.1 = busy;
-        }
-        !open.closing
+        let closing = open.closing;
+        let Some(entry) = open.streams.get_mut(&id) else {
+            return false;
+        };
+        (entry.stage, entry.since) = (stage, Instant::now());
+        !(closing && stage == Stage::Idle)
     }
 }
 
 fn converse(shared: &Shared, id: u64, mut connection: Connection) {
     let limits = &shared.limits;
     loop {
-        if !shared.mark(id, false) {
+        if !shared.mark(id, Stage::Idle) {
             return connection.close(Duration::ZERO);
         }
         let head = match connection.read_head(limits.idle, limits.request) {
             Ok(head) => head,
             Err(e) => return refuse(connection, e, limits),
         };
-        shared.mark(id, true);
+        if !shared.mark(id, Stage::Reading) {
+            return;
+        }
         let route = match find(&head) {
             Ok(route) => route,
             Err(answer) => {
@@ -246,6 +294,9 @@ fn converse(shared: &Shared, id: u64, mut connection: Connection) {
             Ok(body) => body,
             Err(e) => return refuse(connection, e, limits),
         };
+        if !shared.mark(id, Stage::Busy) {
+            return;
+        }
         let answer = answer(shared, route, &body);
         let keep = head.keep_alive && !matches!(answer, Answer::Stream(_) | Answer::Bytes(_));
         if !send(&mut connection, &head, answer, keep, limits) || !keep {
@@ -303,7 +354,7 @@ fn send(
     connection.write(&bytes, limits.reply).is_ok()
 }
 
-/// Whoever hangs up or stops reading loses the stream; the migration goes on.
+/// A client that hangs up or stops reading loses the stream; the migration goes on.
 fn stream(
     connection: &mut Connection,
     chunked: bool,

@@ -227,6 +227,15 @@ fn lock_directory(directory: &Path) -> Option<Flock<File>> {
 /// # Errors
 /// Those of connect(2); `InvalidInput` for a path that is too long.
 pub fn dial(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    dial_unless(path, timeout, &|| false)
+}
+
+/// As [`dial`], and `Interrupted` as soon as `cancelled` says so.
+pub(crate) fn dial_unless(
+    path: &Path,
+    timeout: Duration,
+    cancelled: &dyn Fn() -> bool,
+) -> io::Result<UnixStream> {
     let address = UnixAddr::new(path).map_err(|e| match e {
         Errno::ENAMETOOLONG => io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -234,7 +243,7 @@ pub fn dial(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
         ),
         e => e.into(),
     })?;
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now().checked_add(timeout);
     loop {
         let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
         match connect(fd.as_raw_fd(), &address) {
@@ -243,7 +252,13 @@ pub fn dial(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
                 stream.set_nonblocking(false)?;
                 return Ok(stream);
             }
-            Err(Errno::EAGAIN) if Instant::now() < deadline => {
+            Err(Errno::EAGAIN) if cancelled() => {
+                return Err(io::Error::new(
+                    io::ErrorKind::Interrupted,
+                    "cancelled while connecting",
+                ));
+            }
+            Err(Errno::EAGAIN) if deadline.is_none_or(|at| Instant::now() < at) => {
                 std::thread::sleep(Duration::from_millis(20));
             }
             Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
@@ -340,5 +355,20 @@ mod tests {
         fs::write(&path, "another").unwrap();
         drop(socket);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn connecting_to_a_server_that_accepts_nobody_is_bounded_and_can_be_cancelled() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let fd = new_socket(SockFlag::empty()).unwrap();
+        bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&fd, Backlog::new(0).unwrap()).unwrap();
+        // Linux queues one connection more than it was asked to.
+        let _queued = dial(&path, Duration::ZERO).unwrap();
+        let late = dial(&path, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+        let cancelled = dial_unless(&path, Duration::MAX, &|| true).unwrap_err();
+        assert_eq!(cancelled.kind(), io::ErrorKind::Interrupted);
     }
 }

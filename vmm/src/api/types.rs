@@ -2,7 +2,6 @@
 
 use crate::machine::{BalloonAuto, BalloonInfo};
 use crate::memory::GuestRam;
-use crate::vmm::Lacks;
 use ferry_migration::options::{Compress, Options};
 use ferry_migration::report::{Codecs, Progress, Report};
 use serde::{Deserialize, Serialize};
@@ -115,11 +114,28 @@ pub struct Status {
     /// The guest's balloon; `null` when it has none.
     #[serde(default)]
     pub balloon: Option<BalloonStatus>,
+    /// Bytes of the guest's serial output that were dropped, because nothing took them in time.
+    #[serde(default)]
+    pub serial_output_lost: u64,
 }
 
 impl Status {
     /// The current value of [`Status::schema`].
     pub const SCHEMA: u32 = 1;
+}
+
+/// Pages that have not arrived of a guest that runs already.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lacks {
+    /// How many.
+    pub pages: u64,
+    /// How many waits for one of them are under way.
+    pub waiting: u64,
+    /// Why none comes any more, when the connection to the source is lost.
+    pub lost: Option<String>,
+    /// The snapshot that they are read from; `null` when a source sends them.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
 }
 
 /// The body of `PUT /v1/migrate`.

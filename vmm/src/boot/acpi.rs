@@ -26,7 +26,7 @@ use ferry_devices::i8042::I8042_BASE;
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN};
 
 use super::Platform;
-use crate::machine::MmioDevice;
+use super::mmio_device::MmioDevice;
 
 /// Where the tables are.
 pub(super) const TABLES: u64 = 0xe_0000;

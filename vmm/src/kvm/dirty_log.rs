@@ -43,8 +43,9 @@
 //! buffer of `collect` are behind a lock, so that two collectors wait for each other.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use ferry_devices::sync::lock;
 use ferry_migration::options::Tracking;
 use kvm_bindings::{
     KVM_DIRTY_LOG_INITIALLY_SET, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
@@ -327,8 +328,7 @@ impl DirtyLog {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
-        // A collector's callback that panicked leaves the buffer as good as any.
-        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.buffer)
     }
 }
 

@@ -9,14 +9,17 @@ use ferry_devices::block::Disk;
 use ferry_devices::bus::{Bus, BusError};
 use ferry_devices::i8042::{I8042, I8042_BASE, I8042_LEN};
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN, Serial};
+use ferry_devices::sync::lock;
+use ferry_devices::thread;
 use ferry_migration::options::Tracking;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{Control, EndWish};
+use super::alarm::Alarm;
+use super::control::{Control, EndWish, Exit};
 use super::description::{DescriptionError, FORMAT, MachineDescription};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
-use super::{Devices, Machine, lock};
+use super::{Devices, Machine};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
 use crate::memory::{GuestRam, RamError, ShareError, SharedRam};
 
@@ -261,12 +264,15 @@ impl Builder {
         pio.insert(I8042_BASE, I8042_LEN, i8042.clone())?;
         pio.insert(ACPI_PM_BASE, ACPI_PM_LEN, acpi_pm.clone())?;
         let mut mmio = Bus::new();
+        let alarm = Alarm::default();
+        let raised = alarm.clone();
         let described = self.description.as_ref().map(|d| d.devices.as_slice());
         let (virtio, devices) = VirtioSet::build(
             &vm,
             (&self.backends, self.opened_disks, self.shared_taps),
             described,
             &mut mmio,
+            &(Arc::new(move |why| raised.raise(why)) as _),
         )?;
         let virtio = Arc::new(virtio);
         let buses = Arc::new((pio, mmio));
@@ -302,6 +308,7 @@ impl Builder {
             Arc::clone(vm.ram()),
         );
         let control = Arc::new(control);
+        alarm.connect(&control);
         let machine = Machine {
             control: control.clone(),
             threads: Mutex::new(Vec::new()),
@@ -320,10 +327,14 @@ impl Builder {
         };
         // From here on dropping `machine` stops and joins the threads there are.
         for (index, vcpu) in machine.vcpus.iter().enumerate() {
-            let (control, vcpu, buses) = (control.clone(), vcpu.clone(), buses.clone());
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || control.vcpu_thread(index, &vcpu, &buses.0, &buses.1))
+            let (vcpu, buses) = (vcpu.clone(), buses.clone());
+            let (control, failed) = (control.clone(), control.clone());
+            let work = move || {
+                control.vcpu_thread(index, &vcpu, &buses.0, &buses.1);
+                Ok(())
+            };
+            let failure = move |why| failed.end(Exit::Failure(why));
+            let thread = thread::spawn(&format!("vcpu{index}"), work, failure)
                 .map_err(io_error("a thread for a vCPU"))?;
             lock(&machine.threads).push(thread);
         }

@@ -6,15 +6,15 @@
 //! in parallel.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use ferry_devices::Trigger;
 use ferry_devices::bus::Bus;
+use ferry_devices::sync::{Allowance, lock, wait_timeout_while, wait_while};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::devices::VirtioSet;
-use super::lock;
 use crate::kvm::{Kicker, Vcpu, VmExit};
 use crate::memory::GuestRam;
 
@@ -68,7 +68,7 @@ pub enum PauseError {
     Ended(Exit),
     /// A vCPU did not stop.
     #[error(
-        "{0} of the machine's vCPUs did not stop within {TIMEOUT:?}: a device seems to block, perhaps a serial output that nobody reads, or a page of the guest's memory has not arrived; the machine runs on"
+        "{0} of the machine's vCPUs did not stop within {TIMEOUT:?}: a device blocks, or a page of the guest's memory has not arrived; the machine runs on"
     )]
     Stuck(usize),
     /// A device did not come to rest.
@@ -101,7 +101,7 @@ enum Mode {
 struct Inner {
     mode: Mode,
     exit: Option<Exit>,
-    /// Somebody holds a guard: nobody else may pause or resume.
+    /// A guard exists: only its holder may pause or resume.
     guarded: bool,
     /// vCPUs that are outside of KVM_RUN and will stay there while the mode is Paused.
     parked: Vec<bool>,
@@ -185,20 +185,15 @@ impl Control {
         for kicker in &self.kickers {
             kicker.kick();
         }
-        let deadline = Instant::now() + TIMEOUT;
+        let mut allowance = Allowance::new(TIMEOUT);
         while inner.exit.is_none() && inner.parked.contains(&false) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if allowance.is_spent() {
                 let stuck = inner.parked.iter().filter(|p| !**p).count();
                 self.run(&mut inner);
                 inner.guarded = false;
                 return Err(PauseError::Stuck(stuck));
             }
-            inner = self
-                .changed
-                .wait_timeout(inner, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            inner = allowance.wait(&self.changed, inner);
         }
         if let Some(exit) = inner.exit.clone() {
             inner.guarded = false;
@@ -309,10 +304,7 @@ impl Control {
     }
 
     pub(super) fn wait_timeout(&self, timeout: Duration) -> Option<Exit> {
-        self.changed
-            .wait_timeout_while(self.lock(), timeout, |i| i.exit.is_none())
-            .unwrap_or_else(PoisonError::into_inner)
-            .0
+        wait_timeout_while(&self.changed, self.lock(), timeout, |i| i.exit.is_none())
             .exit
             .clone()
     }
@@ -402,9 +394,7 @@ impl Control {
         inner: MutexGuard<'a, Inner>,
         condition: impl Fn(&Inner) -> bool,
     ) -> MutexGuard<'a, Inner> {
-        self.changed
-            .wait_while(inner, |i| condition(i))
-            .unwrap_or_else(PoisonError::into_inner)
+        wait_while(&self.changed, inner, |i| condition(i))
     }
 }
 

@@ -24,9 +24,10 @@ use ferry_devices::virtio::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use crate::boot::MmioDevice;
 pub use balloon::BalloonInfo;
 pub use error::DeviceError;
-pub use place::{MAX_DEVICES, MmioDevice, place};
+pub use place::{MAX_DEVICES, place};
 
 use super::builder::BuildError;
 use crate::kvm::Vm;
@@ -91,6 +92,9 @@ pub enum DeviceDescription {
 
 type Memory = GuestMemory;
 
+/// Gets a sentence when a thread of a device's has failed: the guest cannot go on.
+pub(super) type OnFailure = Arc<dyn Fn(String) + Send + Sync>;
+
 /// All virtio devices of a machine, in the order of their places. Made at rest.
 #[derive(Debug, Default)]
 pub(super) struct VirtioSet {
@@ -105,12 +109,13 @@ pub(super) struct VirtioSet {
 impl VirtioSet {
     /// Makes the devices and puts them on `bus`: those of `described`, or, for a new machine, those that `backends` asks
     /// for. A new machine's disks are locked; those of one that arrives belong to its source still. Disks that are `opened`
-    /// already are taken as they are, and so are taps that are `shared` by the guest's process.
+    /// already are taken as they are, and so are taps that are `shared` by the guest's process. `on_failure` ends the guest.
     pub(super) fn build(
         vm: &Arc<Vm>,
         (backends, opened, shared): (&Backends, Option<Vec<Arc<Disk>>>, Vec<OwnedFd>),
         described: Option<&[DeviceDescription]>,
         bus: &mut Bus,
+        on_failure: &OnFailure,
     ) -> Result<(Self, Vec<DeviceDescription>), BuildError> {
         let disks = match opened {
             Some(disks) => disks,
@@ -142,6 +147,7 @@ impl VirtioSet {
                 vm,
                 memory: &memory,
                 place,
+                on_failure,
             };
             match device {
                 DeviceDescription::Disk { .. } => {
@@ -274,6 +280,7 @@ struct Socket<'a> {
     vm: &'a Vm,
     memory: &'a Arc<Memory>,
     place: MmioDevice,
+    on_failure: &'a OnFailure,
 }
 
 impl Socket<'_> {
@@ -284,8 +291,9 @@ impl Socket<'_> {
     ) -> Result<VirtioDevice<D, Memory>, BuildError> {
         let line = self.vm.irq_line(self.place.gsi)?;
         let memory = Arc::clone(self.memory);
-        let device =
-            VirtioDevice::new(device, memory, Box::new(line)).map_err(DeviceError::Resources)?;
+        let on_failure = Arc::clone(self.on_failure);
+        let device = VirtioDevice::new(device, memory, Box::new(line), move |why| on_failure(why))
+            .map_err(DeviceError::Resources)?;
         let base = u64::from(self.place.base);
         for (queue, event) in (0u32..).zip(device.queue_events()) {
             self.vm.signal_writes(event, base + QUEUE_NOTIFY, queue)?;

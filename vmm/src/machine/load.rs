@@ -3,9 +3,10 @@
 use std::io::{self, Seek, SeekFrom};
 use std::path::PathBuf;
 
+use ferry_devices::sync::lock;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::{Machine, PauseError, lock};
+use super::{Machine, PauseError};
 use crate::boot::{self, BootImage, Kernel, LoadError, Platform, WriteData};
 use crate::kvm::IoctlError;
 

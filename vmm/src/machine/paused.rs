@@ -1,11 +1,10 @@
 //! A machine whose vCPUs stand still.
 
-use std::sync::PoisonError;
-
 use ferry_devices::serial::SerialError;
+use ferry_devices::sync::lock;
 
 use super::state::{DevicesState, MachineState};
-use super::{Machine, ResumeError, lock};
+use super::{Machine, ResumeError};
 use crate::kvm::{IoctlError, RestoreError, SkippedMsr};
 
 /// Why a machine could not be saved.
@@ -154,11 +153,7 @@ impl<'a> PausedMachine<'a> {
             .serial_irq
             .try_clone()
             .map_err(RestoreMachineError::Interrupt)?;
-        devices
-            .serial
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .restore(&state.devices.serial, Box::new(line))?;
+        lock(&devices.serial).restore(&state.devices.serial, Box::new(line))?;
         self.machine.virtio.restore(&state.devices.virtio)?;
         Ok(restored)
     }

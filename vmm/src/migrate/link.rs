@@ -16,7 +16,11 @@ use socket2::SockRef;
 
 use super::beside::Beside;
 use super::{Handle, Uri};
+use crate::api::socket::dial_unless;
 use crate::memory::SplicePipe;
+
+/// How long connecting to a Unix socket may take.
+const CONNECT: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 enum Stream {
@@ -150,8 +154,14 @@ impl StreamLink {
     /// # Errors
     /// Nothing listens there, or it does not answer in time.
     pub fn connect(uri: &Uri) -> io::Result<Self> {
+        Self::connect_unless(uri, &|| false)
+    }
+
+    /// As [`connect`](Self::connect), and `Interrupted` as soon as `cancelled` says so while a Unix receiver's queue is
+    /// full.
+    fn connect_unless(uri: &Uri, cancelled: &dyn Fn() -> bool) -> io::Result<Self> {
         match uri {
-            Uri::Unix(path) => Self::unix(UnixStream::connect(path)?),
+            Uri::Unix(path) => Self::unix(dial_unless(path, CONNECT, cancelled)?),
             Uri::Tcp { host, port } => Self::tcp(net::connect((host.as_str(), *port))?),
         }
     }
@@ -221,11 +231,34 @@ impl Dial {
 
     pub(super) fn connect(&mut self, role: Role, _: u16) -> io::Result<StreamLink> {
         let error = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", self.uri));
-        let mut link = StreamLink::connect(&self.uri).map_err(error)?;
         // A word about a migration that has ended is not to be cut off by its cancelling.
-        if let (Some(handle), false) = (&self.cancel, role == Role::Recover) {
+        let handle = self.cancel.as_ref().filter(|_| role != Role::Recover);
+        let cancelled = || handle.is_some_and(Handle::is_cancelled);
+        let mut link = StreamLink::connect_unless(&self.uri, &cancelled).map_err(error)?;
+        if let Some(handle) = handle {
             link.cancelled_by(handle.clone());
         }
         Ok(link)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use socket2::{Domain, SockAddr, Type};
+
+    #[test]
+    fn connecting_to_a_receiver_whose_queue_is_full_can_be_cancelled() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("link");
+        let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        socket.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        socket.listen(0).unwrap();
+        let _queued = UnixStream::connect(&path).unwrap();
+        let handle = Handle::new();
+        handle.cancel();
+        let mut dial = Dial::new(Uri::Unix(path), Some(handle));
+        let refused = dial.connect(Role::Control, 0).unwrap_err().to_string();
+        assert!(refused.contains("cancelled while connecting"), "{refused}");
     }
 }

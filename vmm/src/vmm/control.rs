@@ -9,6 +9,8 @@ use crate::api::types::{
     SnapshotReport, SnapshotRequest, Status,
 };
 use crate::api::{Control, Pieces, Refusal};
+use ferry_devices::sync::lock;
+use ferry_devices::thread;
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Report};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -53,6 +55,10 @@ fn explanation(state: &State, lacks: Option<&Lacks>) -> String {
 
 impl Control for Vmm {
     fn status(&self) -> Status {
+        // What a guest says of itself is asked without the lock: it may take a moment, and a status waits for nothing.
+        let guest = self.core.lock().guest.clone();
+        let balloon = guest.as_ref().and_then(|guest| guest.balloon());
+        let serial_output_lost = guest.map_or(0, |guest| guest.serial_output_lost());
         let inner = self.core.lock();
         let lacks = inner.guest.as_ref().and_then(|guest| guest.lacks());
         Status {
@@ -76,7 +82,8 @@ impl Control for Vmm {
                 _ => None,
             },
             lacks,
-            balloon: inner.guest.as_ref().and_then(|guest| guest.balloon()),
+            balloon,
+            serial_output_lost,
             listening: match &inner.state {
                 State::Receiving { listening } => Some(listening.clone()),
                 _ => None,
@@ -85,20 +92,28 @@ impl Control for Vmm {
     }
 
     fn pause(&self) -> Result<(), Refusal> {
-        let mut inner = self.core.lock();
-        inner.not_in_a_snapshot("pause")?;
-        match (&inner.state, &inner.guest) {
-            (State::Paused, _) => Ok(()),
-            (State::Running, Some(guest)) => {
-                guest.pause().map_err(Refusal::Failed)?;
-                inner.state = State::Paused;
-                Ok(())
+        let _turn = lock(&self.core.turn);
+        let guest = {
+            let inner = self.core.lock();
+            inner.not_in_a_snapshot("pause")?;
+            match (&inner.state, &inner.guest) {
+                (State::Paused, _) => return Ok(()),
+                (State::Running, Some(guest)) => Arc::clone(guest),
+                (state, _) => return Err(conflict("pause", state)),
             }
-            (state, _) => Err(conflict("pause", state)),
+        };
+        guest.pause().map_err(Refusal::Failed)?;
+        let mut inner = self.core.lock();
+        match &inner.state {
+            State::Running => inner.state = State::Paused,
+            // It has ended meanwhile.
+            state => return Err(conflict("pause", state)),
         }
+        Ok(())
     }
 
     fn resume(&self) -> Result<(), Refusal> {
+        let _turn = lock(&self.core.turn);
         let mut inner = self.core.lock();
         inner.not_in_a_snapshot("resume")?;
         match (&inner.state, &inner.guest) {
@@ -146,6 +161,7 @@ impl Control for Vmm {
             .options
             .check()
             .map_err(|e| Refusal::Invalid(e.to_string()))?;
+        let _turn = lock(&self.core.turn);
         let mut inner = self.core.lock();
         let (guest, paused_before) = match (&inner.state, &inner.guest) {
             (State::Running, Some(guest)) => (guest, false),
@@ -166,11 +182,14 @@ impl Control for Vmm {
         let core = Arc::clone(&self.core);
         let (to, options) = (request.uri.clone(), request.options.clone());
         let seen = Arc::clone(&handle);
-        let work = move || core.migrate(migration, &to, &options, publisher, &*seen);
+        let work = move || {
+            core.migrate(migration, &to, &options, publisher, &*seen);
+            Ok(())
+        };
+        // A panic of the engine is caught below it, where its report is made.
+        let failure = |why| tracing::error!("the end of a migration could not be booked: {why}");
         // Its end waits for the lock that we hold, so the state below is there before.
-        std::thread::Builder::new()
-            .name("ferry-migrate".into())
-            .spawn(work)
+        thread::spawn("ferry-migrate", work, failure)
             .map_err(|e| Refusal::Failed(format!("cannot start a thread to migrate ({e})")))?;
         inner.report = None;
         inner.options = request.options.clone();
@@ -205,6 +224,7 @@ impl Control for Vmm {
 
     fn record(&self, request: &RecordRequest) -> Result<Pieces, Refusal> {
         request.check().map_err(Refusal::Invalid)?;
+        let _turn = lock(&self.core.turn);
         let mut inner = self.core.lock();
         inner.not_in_a_snapshot("record")?;
         let guest = match (&inner.state, &inner.guest) {
@@ -227,21 +247,25 @@ impl Control for Vmm {
 
     fn balloon(&self) -> Result<BalloonStatus, Refusal> {
         let inner = self.core.lock();
-        let Some(guest) = &inner.guest else {
+        let Some(guest) = inner.guest.clone() else {
             return Err(conflict("tell of a balloon", &inner.state));
         };
+        drop(inner);
         guest.balloon().ok_or_else(no_balloon)
     }
 
     fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal> {
         let inner = self.core.lock();
-        match (&inner.state, &inner.guest) {
+        let guest = match (&inner.state, &inner.guest) {
             (State::Running | State::Paused | State::Migrating { .. }, Some(guest)) => {
-                guest.balloon().ok_or_else(no_balloon)?;
-                guest.set_balloon(request).map_err(Refusal::Invalid)
+                Arc::clone(guest)
             }
-            (state, _) => Err(conflict("set a balloon", state)),
-        }
+            (state, _) => return Err(conflict("set a balloon", state)),
+        };
+        // The device may be at work for a while; nobody else is to wait for it.
+        drop(inner);
+        guest.balloon().ok_or_else(no_balloon)?;
+        guest.set_balloon(request).map_err(Refusal::Invalid)
     }
 }
 

@@ -8,6 +8,7 @@ use crate::machine::{Exit, Machine, RunState};
 use crate::migrate::{Arrival, Following, GuestInDoubt, Handle, Owner, Uri, migrate, recover};
 use crate::record::MachineRecording;
 use crate::snapshot;
+use ferry_devices::thread;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use std::io;
@@ -94,25 +95,31 @@ impl MachineGuest {
     pub fn watch(&self, vmm: &Vmm) -> io::Result<()> {
         let (machine, vmm) = (Arc::clone(&self.machine), vmm.clone());
         let following = self.following.clone();
-        let end = move |exit| match exit {
-            Exit::Shutdown => vmm.guest_ended(Ending::Shutdown),
-            Exit::Reset => vmm.guest_ended(Ending::Reset),
-            Exit::TripleFault => vmm.guest_ended(Ending::TripleFault),
-            Exit::Failure(why) => vmm.guest_ended(Ending::Failed(why)),
-            // Whoever stopped it knows.
-            Exit::Stopped => {}
-        };
+        let failed = vmm.clone();
         let watch = move || {
             let exit = machine.wait();
             if let Some(following) = following.filter(|f| f.left() > 0) {
                 following.abandon();
             }
-            end(exit);
+            if let Some(ending) = ending(exit) {
+                vmm.guest_ended(ending);
+            }
+            Ok(())
         };
-        std::thread::Builder::new()
-            .name("ferry-watch".into())
-            .spawn(watch)
-            .map(drop)
+        // Without its watcher a guest that has ended would keep its VMM for ever.
+        let failure = move |why| failed.guest_ended(Ending::Failed(why));
+        thread::spawn("ferry-watch", watch, failure).map(drop)
+    }
+}
+
+/// What the exit of a machine says of its guest; `None` when the VMM itself has stopped it, and knows.
+fn ending(exit: Exit) -> Option<Ending> {
+    match exit {
+        Exit::Shutdown => Some(Ending::Shutdown),
+        Exit::Reset => Some(Ending::Reset),
+        Exit::TripleFault => Some(Ending::TripleFault),
+        Exit::Failure(why) => Some(Ending::Failed(why)),
+        Exit::Stopped => None,
     }
 }
 
@@ -171,6 +178,14 @@ impl Guest for MachineGuest {
             lost: following.lost(),
             file: following.file().map(Path::to_owned),
         })
+    }
+
+    fn ending(&self) -> Option<Ending> {
+        self.machine.exit_reason().and_then(ending)
+    }
+
+    fn serial_output_lost(&self) -> u64 {
+        self.machine.serial_output_lost()
     }
 
     fn balloon(&self) -> Option<BalloonStatus> {

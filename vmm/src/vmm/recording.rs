@@ -1,6 +1,6 @@
-//! Recording a guest's dirty trace, as a stream of bytes that whoever asked for it takes.
+//! Recording a guest's dirty trace, as a stream of bytes for the client that asked for it.
 //!
-//! The recording has no thread of its own: it is made while its bytes are taken. Whoever stops taking them ends it,
+//! The recording has no thread of its own: it is made while its bytes are taken. A client that stops taking them ends it,
 //! and the guest runs on without a dirty log.
 
 use super::state::State;

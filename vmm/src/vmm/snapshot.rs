@@ -5,6 +5,7 @@ use super::state::State;
 use super::{Core, Inner};
 use crate::api::Refusal;
 use crate::api::types::{SnapshotReport, SnapshotRequest, Then};
+use ferry_devices::sync::lock;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ impl Core {
     pub(super) fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal> {
         let cancelled = Arc::new(AtomicBool::new(false));
         let guest = {
+            let _turn = lock(&self.turn);
             let mut inner = self.lock();
             inner.not_in_a_snapshot("write another snapshot")?;
             let guest = match (&inner.state, &inner.guest) {

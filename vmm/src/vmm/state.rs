@@ -14,7 +14,7 @@ pub enum Ending {
     Reset,
     /// The guest's processor met a fault that it could not deliver: a crash.
     TripleFault,
-    /// Somebody asked for it, and how ("on SIGTERM").
+    /// A user asked for it, and how ("on SIGTERM").
     Stopped(String),
     /// It cannot go on; the text is a sentence.
     Failed(String),

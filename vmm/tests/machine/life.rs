@@ -98,6 +98,36 @@ fn the_keyboard_controller_resets_the_machine() {
     assert_eq!(ends(&m), Exit::Reset);
 }
 
+/// A device whose handler panics, on the vCPU's own thread.
+struct Defect;
+
+impl std::io::Write for Defect {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        panic!("a defect")
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_panic_of_a_vcpus_thread_ends_the_machine_with_a_sentence() {
+    if !kvm() {
+        return;
+    }
+    // mov dx, 0x3f8; out dx, al; jmp .
+    let code = [0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfe];
+    let m = machine(Machine::builder().cpus(2).serial(Box::new(Defect)), &code);
+    m.resume().unwrap();
+    let Exit::Failure(why) = ends(&m) else {
+        panic!("{:?}", m.exit_reason());
+    };
+    assert!(why.contains("vcpu0 panicked (a defect)"), "{why}");
+    // Nothing waits for the thread: not a pause, and not the end of the machine.
+    assert!(matches!(m.pause(), Err(PauseError::Ended(_))));
+    drop(m);
+}
+
 #[test]
 fn impossible_machines_are_refused() {
     if !kvm() {

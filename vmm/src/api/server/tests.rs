@@ -54,6 +54,7 @@ impl Control for Fake {
             lacks: None,
             balloon: None,
             listening: None,
+            serial_output_lost: 0,
         }
     }
     fn pause(&self) -> Result<(), Refusal> {
@@ -123,6 +124,7 @@ pub fn report() -> Report {
         faults: report::Faults::default(),
         verified: None,
         why: None,
+        guest_ended: false,
     }
 }
 
@@ -363,28 +365,69 @@ fn a_silent_client_is_closed_without_a_word() {
     assert_eq!(r.say(b""), "");
 }
 
+/// A connection that is busy: it streams a migration.
+fn busy(r: &Running) -> UnixStream {
+    let mut s = r.connect();
+    let body = r#"{"uri":"tcp:x:1"}"#;
+    let length = body.len();
+    write!(
+        s,
+        "PUT /v1/migrate HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}"
+    )
+    .unwrap();
+    let mut first = [0; 12];
+    s.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"HTTP/1.1 200");
+    s
+}
+
 #[test]
-fn too_many_connections_are_told_so_and_places_come_back() {
+fn too_many_busy_connections_are_told_so_and_places_come_back() {
     let r = Running::with(Limits {
-        connections: 3,
+        connections: 1,
         ..Limits::default()
     });
-    let held: Vec<_> = (0..3)
-        .map(|_| {
+    let held = busy(&r);
+    assert_eq!(r.status_of(b""), "503");
+    // The migration ends, and its stream with it.
+    *r.fake.migration.lock().unwrap() = None;
+    drop(held);
+    // The thread notices in its own time.
+    let ask = format!("GET /v1/status HTTP/1.1\r\n{CLOSE}\r\n");
+    while r.status_of(ask.as_bytes()) == "503" {}
+}
+
+#[test]
+fn clients_without_a_request_keep_nobody_out() {
+    let r = Running::with(Limits::default());
+    let limit = Limits::default().connections;
+    let stream = busy(&r);
+    // Silent ones, ones that have had their answer, and ones in the middle of a request.
+    let idle: Vec<_> = (0..limit * 2)
+        .map(|n| {
             let mut s = r.connect();
-            s.write_all(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
-                .unwrap();
-            let mut first = [0; 12];
-            s.read_exact(&mut first).unwrap();
-            assert_eq!(&first, b"HTTP/1.1 200");
+            let text: &[u8] = match n % 3 {
+                0 => b"",
+                1 => b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n",
+                _ => b"PUT /v1/pause HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+            };
+            let _ = s.write_all(text);
             s
         })
         .collect();
-    assert_eq!(r.status_of(b""), "503");
-    drop(held);
-    // The threads notice in their own time.
-    let ask = format!("GET /v1/status HTTP/1.1\r\n{CLOSE}\r\n");
-    while r.status_of(ask.as_bytes()) == "503" {}
+    let client = Client::new(&r.path);
+    for _ in 0..10 {
+        assert_eq!(client.status().unwrap().state, StateName::Running);
+    }
+    // The migration's stream was not touched.
+    let mut publisher = r.fake.migration.lock().unwrap().take().unwrap();
+    publisher.publish(&Event::Report(Box::new(report())));
+    drop(publisher);
+    let mut text = String::new();
+    let mut stream = stream;
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.contains("\"event\":\"report\""), "{text}");
+    drop(idle);
 }
 
 #[test]

@@ -1,9 +1,10 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use ferry_devices::balloon::auto::Settings;
 use ferry_devices::balloon::{Balloon, FreePages, PAGE, Statistics};
+use ferry_devices::sync::{read, write};
 
 use crate::memory::GuestRam;
 
@@ -81,16 +82,16 @@ impl HostPages {
     }
 
     pub(super) fn keep(&self, keep: bool) {
-        *self.kept.write().unwrap_or_else(PoisonError::into_inner) = keep;
+        *write(&self.kept) = keep;
     }
 
     /// Whether pages stay where they are at present.
     pub(super) fn keeps(&self) -> bool {
-        *self.kept.read().unwrap_or_else(PoisonError::into_inner)
+        *read(&self.kept)
     }
 
     fn discard(&self, first: u64, count: u64) {
-        let kept = self.kept.read().unwrap_or_else(PoisonError::into_inner);
+        let kept = read(&self.kept);
         if *kept {
             return;
         }

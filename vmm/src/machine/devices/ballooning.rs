@@ -1,12 +1,14 @@
 //! The balloon's size: as it is set, or moved automatically by a thread that asks the guest about its memory.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ferry_devices::balloon::Balloon;
 use ferry_devices::balloon::auto::{Controller, Sample, Settings, Step};
+use ferry_devices::sync::{lock, wait_timeout_while, wait_while};
+use ferry_devices::thread;
 use ferry_devices::virtio::VirtioDevice;
 
 use super::balloon::{BalloonInfo, HostPages};
@@ -27,6 +29,8 @@ struct Shared {
     ram: u64,
     news: Mutex<News>,
     changed: Condvar,
+    /// What was last known of the balloon, for those who ask while the device is at work.
+    known: Mutex<BalloonInfo>,
 }
 
 /// What the thread has to look at. Locked for moments, and never while a device is.
@@ -42,7 +46,9 @@ impl Ballooning {
         pages: Arc<HostPages>,
         ram: u64,
     ) -> io::Result<Self> {
+        let known = balloon.with(|balloon| BalloonInfo::of(balloon, &pages));
         let shared = Arc::new(Shared {
+            known: Mutex::new(known),
             balloon,
             pages,
             ram,
@@ -50,9 +56,14 @@ impl Ballooning {
             changed: Condvar::new(),
         });
         let worker = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("ferry-balloon".into())
-            .spawn(move || worker.work())?;
+        let work = move || {
+            worker.work();
+            Ok(())
+        };
+        // The guest is the same without it.
+        let failure =
+            |why| tracing::error!("the balloon is not moved automatically any more: {why}");
+        let thread = thread::spawn("ferry-balloon", work, failure)?;
         Ok(Self {
             shared,
             thread: Some(thread),
@@ -87,14 +98,19 @@ impl Ballooning {
         self.look();
     }
 
+    /// Does not wait for a device that is at work: then it is what was known before.
     pub(super) fn info(&self) -> BalloonInfo {
         let shared = &*self.shared;
-        let info = shared
+        let now = shared
             .balloon
-            .with(|balloon| BalloonInfo::of(balloon, &shared.pages));
-        // For the next time.
-        shared.ask();
-        info
+            .try_with(|balloon| BalloonInfo::of(balloon, &shared.pages));
+        let mut known = lock(&shared.known);
+        if let Some(now) = now {
+            *known = now;
+            // For the next time.
+            let _ = shared.balloon.try_with_queues(Balloon::ask_statistics);
+        }
+        known.clone()
     }
 }
 
@@ -103,7 +119,7 @@ impl Drop for Ballooning {
         self.shared.news().end = true;
         self.shared.changed.notify_all();
         if let Some(thread) = self.thread.take() {
-            // A panic has been told of on stderr.
+            // One that panicked has said so.
             let _ = thread.join();
         }
     }
@@ -111,8 +127,7 @@ impl Drop for Ballooning {
 
 impl Shared {
     fn news(&self) -> MutexGuard<'_, News> {
-        // Two flags: consistent whoever panicked.
-        self.news.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.news)
     }
 
     /// Asks the guest for newer statistics. One that is paused, has no driver, or still owes an answer is not asked.
@@ -125,14 +140,8 @@ impl Shared {
         let quiet = |news: &mut News| !(news.settings || news.end);
         let news = self.news();
         let mut news = match time {
-            Some(time) => {
-                let waited = self.changed.wait_timeout_while(news, time, quiet);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            }
-            None => {
-                let waited = self.changed.wait_while(news, quiet);
-                waited.unwrap_or_else(PoisonError::into_inner)
-            }
+            Some(time) => wait_timeout_while(&self.changed, news, time, quiet),
+            None => wait_while(&self.changed, news, quiet),
         };
         news.settings = false;
         news.end

@@ -1,17 +1,7 @@
 use ferry_devices::virtio::MMIO_LEN;
 
+use crate::boot::MmioDevice;
 use crate::memory::LOW_RAM_END;
-
-/// Where a virtio-mmio device is, as the guest is to be told (in the DSDT, as `LNRO0005`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MmioDevice {
-    /// Guest-physical address of its registers, below 4 GiB.
-    pub base: u32,
-    /// Length of its range in bytes.
-    pub size: u32,
-    /// Its interrupt line at the IOAPIC: an edge, active high, for each interrupt.
-    pub gsi: u32,
-}
 
 /// Start of the devices' registers: above any RAM below 4 GiB, below the APICs.
 const BASE: u32 = 0xd000_0000;
