@@ -73,6 +73,8 @@ pub struct GuestRam {
     /// Whether a 2 MiB page may be filled where one page comes. Off from the first page that post-copy drops until all
     /// are in place.
     fills_huge: AtomicBool,
+    /// Whether holes in the memory file mean something: the same time.
+    keeps_holes: AtomicBool,
     /// Another process had it before: it may hold pages that were never touched through this mapping.
     adopted: bool,
     /// When it was last asked how much of it is there, and the answer: the kernel walks all page tables for it.
@@ -205,6 +207,7 @@ impl GuestRam {
             bitmaps,
             file,
             fills_huge: AtomicBool::new(pages.kind == PageKind::Transparent),
+            keeps_holes: AtomicBool::new(false),
             pages,
             preallocated: false,
             adopted: false,
@@ -336,6 +339,7 @@ impl GuestRam {
     /// Has the host fill the memory page by page from now on. Best effort: a kernel without transparent huge pages
     /// refuses, and needs no telling.
     pub(crate) fn forbid_transparent_hugepages(&self) {
+        self.keeps_holes.store(true, Ordering::Release);
         // Those of 4 KiB pages never had them.
         if !self.fills_huge.swap(false, Ordering::AcqRel) {
             return;
@@ -347,6 +351,7 @@ impl GuestRam {
 
     /// Takes [`forbid_transparent_hugepages`](Self::forbid_transparent_hugepages) back, where 2 MiB pages were wished.
     fn allow_transparent_hugepages(&self) {
+        self.keeps_holes.store(false, Ordering::Release);
         if self.pages.kind != PageKind::Transparent {
             return;
         }

@@ -90,9 +90,12 @@ mod tests {
         let runs: Vec<Run> = spec
             .cells
             .iter()
-            .zip([500.0, 700.0])
-            .map(|(cell, total_ms)| {
-                let mut figures = Figures::default();
+            .zip([(500.0, true), (700.0, false)])
+            .map(|(cell, (total_ms, warm))| {
+                let mut figures = Figures {
+                    warm,
+                    ..Figures::default()
+                };
                 figures.told.total_ms = total_ms;
                 figures.told.downtime_ms = Some(0.0);
                 Run {
@@ -109,6 +112,7 @@ mod tests {
         let page = page(&Host::default(), &spec, &runs, "claim  ours");
         assert!(page.starts_with("## A\\|B\n"), "{page}");
         assert!(page.contains("shortest total, ms: a (500)"), "{page}");
+        assert!(page.contains("Warm in 1 of 2 runs"), "{page}");
         let pipes: Vec<usize> = page
             .lines()
             .filter(|line| line.starts_with('|'))

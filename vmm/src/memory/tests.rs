@@ -194,6 +194,19 @@ fn a_part_of_a_2_mib_page_can_be_dropped() {
 }
 
 #[test]
+fn while_holes_mean_something_nothing_is_written_to_the_file() {
+    let ram = GuestRam::new(2 * MIB, Backing::Small).unwrap();
+    assert!(ram.takes_writes());
+    ram.forbid_transparent_hugepages();
+    assert!(!ram.takes_writes());
+    ram.write_decoded(7, &[7; 4096], true).unwrap();
+    assert_eq!(ram.unpopulated(6, 1), Some((6, 1)));
+    assert_eq!(word(&ram, 7), u64::from_ne_bytes([7; 8]));
+    ram.allow_transparent_hugepages();
+    assert!(ram.takes_writes());
+}
+
+#[test]
 fn clearing_splits_no_2_mib_page_and_discarding_gives_memory_back() {
     use std::os::unix::fs::MetadataExt as _;
     let Some(ram) = transparent(8 * MIB) else {

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 
 use super::{GuestRam, PAGE_SIZE, PageKind, RangeError};
 
@@ -320,10 +321,11 @@ impl GuestRam {
     }
 
     /// Whether pages that hold nothing yet are better written to the memory file than where they are mapped. A file of the
-    /// pool cannot be written to at all.
+    /// pool cannot be written to at all. A write may fill 2 MiB where a host has such for every memfd, whatever the
+    /// mapping was advised: so none is made while holes mean something.
     #[must_use]
     pub fn takes_writes(&self) -> bool {
-        self.pages.kind == PageKind::Small
+        self.pages.kind == PageKind::Small && !self.keeps_holes.load(Ordering::Acquire)
     }
 
     /// Copies a page out.
