@@ -56,7 +56,7 @@ pub enum BlocksError {
         wanted: u64,
     },
     /// A coding that the handshake did not settle on.
-    #[error("the source sent compressed blocks, which was not agreed on in the greeting")]
+    #[error("the source sent compressed blocks, which was not agreed on in the handshake")]
     NotAgreed,
     /// Not what zstd makes.
     #[error("compressed blocks of disk {disk} cannot be decompressed: {error}")]

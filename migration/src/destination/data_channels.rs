@@ -10,9 +10,9 @@
 //!
 //! So before READY no channel can write into the guest, and nothing is written after it was verified.
 
-use super::following::tell_placed;
 use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
+use super::push::tell_placed;
 use super::{DestinationError, FRAME_TIMEOUTS};
 use crate::codec::Decoder;
 use crate::page::{AtomicPageSet, RamLayout};

@@ -15,15 +15,15 @@ pub enum DestinationError {
     /// This host cannot take the guest.
     #[error("this host cannot take the guest: {0}")]
     Unfit(PortError),
-    /// The options need something that this build lacks.
-    #[error("the source needs features {missing:#x} that this ferry lacks; upgrade it")]
+    /// The options need something that this build does not have.
+    #[error("the source needs features {missing:#x} that this ferry does not have; upgrade it")]
     Features {
         /// The missing ones.
         missing: u64,
     },
     /// A promise that was not kept.
     #[error(
-        "the source hands the guest's memory over instead of sending it, and none came with its greeting: connect the two directly by unix:, or migrate with --handover off"
+        "the source hands the guest's memory over instead of sending it, and none came with its handshake: connect the two directly by unix:, or migrate with --handover off"
     )]
     NoMemory,
     /// A page that is not the guest's RAM.
@@ -78,7 +78,7 @@ pub enum DestinationError {
     #[error("the source announced post-copy and no channel for page faults")]
     NoFaultChannel,
     /// Pages for a running guest where none follow.
-    #[error("the source sent pages for a guest that lacks none")]
+    #[error("the source sent pages for a guest that misses none")]
     NotPostCopy,
     /// One channel for page faults too many.
     #[error("fault channel {index} was not announced by its migration, or is connected already")]
@@ -103,7 +103,7 @@ pub enum DestinationError {
     },
     /// An operator's word that cannot be followed.
     #[error("the guest cannot run on here without the {0} pages that only the source has")]
-    Lacking(u64),
+    Missing(u64),
     /// A channel that would write into a complete guest.
     #[error(
         "the source was sending pages on a data channel when it sent the machine's state or hashes; the last round ends before them"
@@ -117,4 +117,21 @@ pub enum DestinationError {
         /// How many are missing.
         missing: usize,
     },
+}
+
+impl DestinationError {
+    /// Whether the source itself has said that it is over.
+    pub(super) const fn is_from_peer(&self) -> bool {
+        matches!(self, Self::Wire(error) if error.is_from_peer())
+    }
+
+    /// Whether the source was only silent: its connection may still bring something.
+    pub(super) fn is_silence(&self) -> bool {
+        matches!(self, Self::Wire(WireError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut)
+    }
+
+    /// Whether the connection is at fault, and no answer would get through.
+    pub(super) const fn is_io(&self) -> bool {
+        matches!(self, Self::Wire(WireError::Io(_)))
+    }
 }

@@ -154,11 +154,6 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
         self.change.notify_all();
     }
 
-    /// Whether pages follow a running guest here.
-    pub(super) fn begun(&self) -> bool {
-        self.lock().is_some()
-    }
-
     /// Waits until pages are expected; `None` when that does not happen in time.
     pub(crate) fn wait_begun(&self, timeout: Duration) -> Option<Arc<S>> {
         let (guard, _) = self

@@ -1,0 +1,172 @@
+//! Ready, InDoubt and Started: the guest is complete here, but for pages that follow it.
+
+use super::data_channels::DataChannelSet;
+use super::phase::{End, Phase, Stepped};
+use super::push::Push;
+use super::session::{Parts, Session};
+use super::{DestinationError, Step};
+use crate::page::PageSet;
+use crate::port::{DestinationVm, Link, PageSink};
+use crate::wire::{AbortCode, FrameType, Running, send_set};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The machine with its state.
+pub(super) struct Guest<L, S> {
+    /// What follows it.
+    pub push: Option<Push<L, S>>,
+    /// Of the connection, to be closed with it.
+    pub data_channels: Option<Arc<DataChannelSet<L, S>>>,
+}
+
+/// When the guest was started, by the engine's clock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Started {
+    /// The commit was read.
+    asked: Duration,
+    /// The guest's first instruction.
+    ran: Duration,
+}
+
+impl Started {
+    /// It runs already.
+    pub const fn at(now: Duration) -> Self {
+        Self {
+            asked: now,
+            ran: now,
+        }
+    }
+}
+
+impl<L: Link, S: PageSink<L> + 'static> Guest<L, S> {
+    /// One that runs here and lacks nothing.
+    pub const fn whole() -> Self {
+        Self {
+            push: None,
+            data_channels: None,
+        }
+    }
+
+    /// Waits for the source's word: the commit, or that it keeps the guest.
+    pub fn decide<H: DestinationVm<L, Sink = S>>(
+        self,
+        parts: &mut Parts<'_, L, H>,
+    ) -> Stepped<L, S> {
+        parts.session.wait_for_commit();
+        match parts.session.commit() {
+            Ok(()) => self.commit(parts),
+            Err(error) if error.is_from_peer() => {
+                self.discard(parts.host);
+                Err(End::new(Phase::Discarded, error))
+            }
+            Err(error) => Err(self.lose(parts.session, error)),
+        }
+    }
+
+    /// The source's word: the guest belongs here.
+    fn commit<H: DestinationVm<L, Sink = S>>(self, parts: &mut Parts<'_, L, H>) -> Stepped<L, S> {
+        let asked = parts.session.now();
+        if let Err(error) = parts.host.claim() {
+            let channel = &mut parts.session.channel;
+            channel.send_abort_as(AbortCode::NotStarted, &error.to_string());
+            self.discard(parts.host);
+            let error = DestinationError::NotStarted(error);
+            return Err(End::new(Phase::Discarded, error));
+        }
+        match parts.host.run() {
+            Ok(ago) => {
+                let ran = parts.session.now().saturating_sub(ago);
+                let started = Started { asked, ran };
+                Ok((Phase::Started(self, started), Step::Running))
+            }
+            Err(error) => {
+                // Not ours to give back: the source has written the commit down.
+                let why = format!("the guest could not be started: {error}");
+                parts.session.channel.send_abort(&why);
+                Err(self.lose(parts.session, DestinationError::Start(error)))
+            }
+        }
+    }
+
+    /// No word came, or none that can be understood: the guest is in doubt.
+    pub fn lose(self, session: &mut Session<L>, error: DestinationError) -> Box<End<L, S>> {
+        // A source that was only slow still says its word on this connection.
+        session.connected = error.is_silence();
+        if let Some(push) = &self.push {
+            push.missing_pages.lose(&error.to_string());
+        }
+        if let Some(data_channels) = &self.data_channels {
+            data_channels.close();
+        }
+        End::new(Phase::InDoubt(self), error)
+    }
+
+    /// The source keeps the guest.
+    pub fn discard<H: DestinationVm<L, Sink = S>>(self, host: &mut H) {
+        if let Some(data_channels) = &self.data_channels {
+            data_channels.close();
+        }
+        if let Some(push) = &self.push {
+            push.missing_pages.end();
+        }
+        drop(self);
+        host.discard();
+    }
+
+    /// Tells the source that the guest runs here.
+    pub fn tell<H: DestinationVm<L, Sink = S>>(
+        self,
+        started: Started,
+        parts: &mut Parts<'_, L, H>,
+    ) -> Stepped<L, S> {
+        parts.session.wait_for_transfer();
+        let Some(push) = self.push else {
+            return match running(parts.session, started, 0, false) {
+                Ok(()) => Ok((Phase::Complete, Step::Complete)),
+                Err(error) => Err(End::new(Phase::Owned, error)),
+            };
+        };
+        let missing = push.missing_pages.missing();
+        let left = missing.len();
+        // Pages may all be here and not all be compared.
+        let compare = push.verify && !push.missing_pages.is_complete();
+        let told = running(parts.session, started, left, compare);
+        if told.is_ok() && left == 0 && !compare {
+            push.finish(parts.host);
+            return Ok((Phase::Complete, Step::Complete));
+        }
+        let listed = told.and_then(|()| push.list(parts.session, &missing));
+        match listed {
+            Ok(()) => Ok((Phase::Following(push), Step::Continue)),
+            Err(error) => Err(push.interrupt(parts.session, error)),
+        }
+    }
+}
+
+/// Sends RUNNING.
+fn running<L: Link>(
+    session: &mut Session<L>,
+    started: Started,
+    missing: u64,
+    verify: bool,
+) -> Result<(), DestinationError> {
+    let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    let running = Running {
+        start_us: micros(started.ran.saturating_sub(started.asked)),
+        since_us: micros(session.now().saturating_sub(started.ran)),
+        missing,
+        verify,
+        tells: true,
+    };
+    Ok(session.channel.send_json(FrameType::Running, &running)?)
+}
+
+impl<L: Link, S: PageSink<L> + 'static> Push<L, S> {
+    /// To a source that does not know: the pages that are missing.
+    fn list(&self, session: &mut Session<L>, missing: &PageSet) -> Result<(), DestinationError> {
+        if self.reattached {
+            send_set(&mut session.channel, missing)?;
+        }
+        Ok(())
+    }
+}
