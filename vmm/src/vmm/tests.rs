@@ -691,7 +691,11 @@ impl Guest for Busy {
             name: None,
             memory_bytes: 4096,
             cpus: 1,
+            memory: None,
         }
+    }
+    fn is_running(&self) -> bool {
+        true
     }
     fn pause(&self) -> Result<(), String> {
         self.wait();
