@@ -1,6 +1,6 @@
 //! Sockets, the monotonic clock and random session identifiers, for a VMM that brings none of its own.
 //!
-//! The engines know only the traits [`Link`](crate::port::Link) and [`Clock`](crate::port::Clock). This
+//! The engines know only the traits [`Link`] and [`Clock`]. This
 //! module implements them with the standard library: [`StreamLink`] over TCP and Unix sockets, and
 //! [`MonotonicClock`]. [`migrate`] and [`receive`] join them to the engines:
 //!
