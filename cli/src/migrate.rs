@@ -76,6 +76,10 @@ struct TransportFlags {
     /// copied. auto does where it can, off sends pages.
     #[arg(long, value_name = "WHEN", value_parser = choice::<Handover>(), default_value = "auto")]
     handover: Handover,
+    /// The longest that the guest may stand still, whatever the destination does; after that it runs
+    /// here again [default: 30 s and four times the predicted pause].
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    max_pause: Option<Duration>,
 }
 
 /// What is printed.
@@ -122,6 +126,7 @@ impl Args {
             copy_disk: transport.copy_disk,
             verify: transport.verify,
             handover: transport.handover,
+            max_pause: transport.max_pause,
             ..self.policy.options()
         }
     }
@@ -248,7 +253,7 @@ mod tests {
     #[test]
     fn flags_arrive() {
         let flags = "--policy precopy --downtime 50ms --bandwidth 1Gbit --channels 4 --compress adaptive \
-                     --delta-cache 32M --dirty ring --copy-disk --verify --handover off";
+                     --delta-cache 32M --dirty ring --copy-disk --verify --handover off --max-pause 2s";
         let flags: Vec<&str> = flags.split_whitespace().collect();
         let expected = Options {
             downtime: Duration::from_millis(50),
@@ -260,6 +265,7 @@ mod tests {
             copy_disk: true,
             verify: true,
             handover: Handover::Off,
+            max_pause: Some(Duration::from_secs(2)),
             ..Options::default()
         };
         assert_eq!(parse(&flags).unwrap(), expected);

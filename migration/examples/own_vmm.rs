@@ -10,7 +10,10 @@ use ferry_migration::destination::Timeouts;
 use ferry_migration::net::{self, Listener, StreamLink};
 use ferry_migration::options::{OnTimeout, Options};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{DestinationVm, PageSink, PageSource, PortError, SourceVm};
+use ferry_migration::port::{
+    Committed, CommittedVm, DestinationVm, NotStarted, PageSink, PageSource, Paused, PausedVm,
+    PortError, SourceVm,
+};
 use ferry_migration::report::Status;
 use ferry_migration::wire::SessionId;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -82,21 +85,54 @@ impl SourceVm<StreamLink> for Vm {
         runs.iter().for_each(|run| log.remove_run(*run));
         Ok(())
     }
-    fn pause(&self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Paused<'_>, PortError> {
         self.lock().runs = false;
-        Ok(Duration::ZERO)
+        Ok(Box::new(Stands(Some(self.clone()))))
+    }
+}
+
+/// The guest while it stands still: dropping this lets it run, unless it was given away.
+struct Stands(Option<Vm>);
+
+impl Drop for Stands {
+    fn drop(&mut self) {
+        if let Some(vm) = &self.0 {
+            vm.lock().runs = true;
+        }
+    }
+}
+
+impl<'g> PausedVm<'g> for Stands {
+    fn stopped_for(&self) -> Duration {
+        Duration::ZERO
     }
     fn save(&self) -> Result<Vec<u8>, PortError> {
-        Ok(self.lock().steps.to_le_bytes().to_vec())
+        let vm = self.0.as_ref().ok_or("the guest was given away")?;
+        Ok(vm.lock().steps.to_le_bytes().to_vec())
     }
-    fn resume(&self) {
-        self.lock().runs = true;
+
+    fn commit(mut self: Box<Self>, _: SessionId) -> Result<Committed<'g>, PortError> {
+        // A VMM writes down here that it will never run this guest again by itself.
+        let vm = self.0.take().ok_or("the guest was given away")?;
+        Ok(Box::new(Gone(vm)))
     }
-    fn commit(&self, _: SessionId) -> Result<(), PortError> {
-        Ok(()) // A VMM that outlives its process writes down here that the guest has left.
+
+    fn keep(mut self: Box<Self>) {
+        self.0 = None;
     }
-    fn release(&self) {
-        self.lock().ended = true;
+}
+
+/// The guest after the commit.
+struct Gone(Vm);
+
+impl CommittedVm for Gone {
+    fn release(self: Box<Self>) {
+        self.0.lock().ended = true;
+    }
+
+    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), PortError> {
+        self.0.lock().runs = true;
+        Ok(())
     }
 }
 

@@ -34,7 +34,7 @@ pub use socket::{Socket, Stream, TcpSocket, UnixSocket};
 use crate::options::Options;
 use crate::port::{Clock, Link, SourceVm};
 use crate::report::Report;
-use crate::source::{self, CancelSwitch, Setup, Timeouts};
+use crate::source::{self, Ownership, Setup, Timeouts};
 use crate::wire::SessionId;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
@@ -94,7 +94,7 @@ pub fn migrate<L: Link, V: SourceVm<L>>(
         clock: &MonotonicClock::new(),
         options,
         session: session_id(),
-        cancel: &CancelSwitch::default(),
+        owner: &Ownership::default(),
         events: &mut |_| {},
         timeouts: Timeouts::default(),
         threads: true,

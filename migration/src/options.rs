@@ -19,6 +19,22 @@ mod millis {
     }
 }
 
+mod optional_millis {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use std::time::Duration;
+
+    pub fn serialize<S: Serializer>(d: &Option<Duration>, s: S) -> Result<S::Ok, S::Error> {
+        match d {
+            Some(d) => super::millis::serialize(d, s),
+            None => s.serialize_none(),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
+        Ok(Option::<u64>::deserialize(d)?.map(Duration::from_millis))
+    }
+}
+
 /// Which family decides what is sent when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -195,6 +211,14 @@ pub struct Options {
     pub verify: bool,
     /// Whether memory is handed over instead of being sent.
     pub handover: Handover,
+    /// The longest that the guest may stand still, whatever the destination does: after that it runs at the source again.
+    /// `None` is 30 s and four times the predicted pause.
+    #[serde(
+        rename = "max_pause_ms",
+        with = "optional_millis",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub max_pause: Option<Duration>,
 }
 
 impl Default for Options {
@@ -219,6 +243,7 @@ impl Default for Options {
             copy_disk: false,
             verify: false,
             handover: Handover::Auto,
+            max_pause: None,
         }
     }
 }
@@ -245,6 +270,9 @@ pub enum OptionsError {
     /// Not between 1 and [`Push::MAX_PIVOTS`].
     #[error("{0} pivots were asked for; give 1 to {max}", max = Push::MAX_PIVOTS)]
     Pivots(u16),
+    /// A pause of no time.
+    #[error("max_pause_ms is 0: no guest can be moved like that; give at least 1")]
+    Pause,
     /// No round may be sent.
     #[error("max_rounds is 0; give at least 1")]
     Rounds,
@@ -312,6 +340,9 @@ impl Options {
         }
         if self.pivots == 0 || usize::from(self.pivots) > Push::MAX_PIVOTS {
             return Err(OptionsError::Pivots(self.pivots));
+        }
+        if self.max_pause == Some(Duration::ZERO) {
+            return Err(OptionsError::Pause);
         }
         if self.max_rounds == Some(0) {
             return Err(OptionsError::Rounds);

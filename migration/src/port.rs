@@ -15,7 +15,10 @@ mod source;
 
 pub use blocks::{BLOCK_BYTES, BlockSink, BlockSource, blocks_in};
 pub use destination::{DestinationVm, PageFault, PageSink};
-pub use source::{PageSource, SourceVm};
+pub use source::{
+    Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, ShareMemory, SourceDisks,
+    SourceVm,
+};
 
 use std::io;
 use std::time::Duration;
@@ -59,7 +62,7 @@ pub trait Link: Send {
         let _ = bytes;
     }
 
-    /// How long a send or receive may wait; `None` is for ever.
+    /// How long a send or receive may wait without a byte of progress; `None` is for ever.
     fn set_timeout(&mut self, timeout: Option<Duration>);
 
     /// How long all sends and receives from now on may take together, however the bytes trickle; `None` is for ever. They

@@ -7,6 +7,7 @@ mod latency;
 pub use crate::data_channels::Channels;
 pub use latency::{Bucket, Latencies};
 
+use crate::source::Owner;
 use serde::{Deserialize, Serialize};
 
 /// How a migration ended.
@@ -223,6 +224,12 @@ pub struct Report {
     /// The guest ended at the source during its migration, so nothing runs on anywhere.
     #[serde(default)]
     pub guest_ended: bool,
+    /// The commit is unanswered and is to be repeated: for the VMM, not for the user.
+    #[serde(skip)]
+    pub retry_commit: bool,
+    /// The reason of an ABORT that a destination, which may be in doubt, could not be told: for the VMM to repeat.
+    #[serde(skip)]
+    pub abort_untold: Option<String>,
 }
 
 impl Report {
@@ -254,17 +261,18 @@ impl Report {
             verified: None,
             why: None,
             guest_ended: false,
+            retry_commit: false,
+            abort_untold: None,
         }
     }
 
-    /// The report of an engine that panicked, by its last progress. What it had committed is not
-    /// known better than that; in doubt, doubt.
+    /// The report of an engine that panicked: its numbers by its last progress, its end by who owns the guest.
     #[must_use]
-    pub fn broken(progress: &Progress, error: &str) -> Self {
-        let status = match progress.phase {
-            Phase::Committed | Phase::Completed | Phase::InDoubt => Status::InDoubt,
-            Phase::PostCopy | Phase::Interrupted => Status::Interrupted,
-            _ => Status::Failed,
+    pub fn broken(progress: &Progress, owner: Owner, error: &str) -> Self {
+        let status = match owner {
+            Owner::Source => Status::Failed,
+            Owner::InDoubt => Status::InDoubt,
+            Owner::Destination => Status::Interrupted,
         };
         Self {
             total_ms: progress.elapsed_ms,

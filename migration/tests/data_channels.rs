@@ -9,7 +9,7 @@ use ferry_migration::page::{PAGE_SIZE, RamLayout, Run};
 use ferry_migration::port::Link;
 use ferry_migration::report::{Report, Status};
 use ferry_migration::rng::Rng;
-use ferry_migration::source::{self, CancelSwitch, Setup};
+use ferry_migration::source::{self, Ownership, Setup};
 use ferry_migration::testing::{Carried, MemoryLink, TestDestination, TestSource, Trouble};
 use ferry_migration::wire::{
     Channel, Features, FrameType, HEADER_BYTES, Header, Hello, Role, SessionId, encode_runs,
@@ -34,11 +34,7 @@ const DESTINATION_TIMEOUTS: destination::Timeouts = destination::Timeouts {
 };
 
 /// The destination's process; the state that it ends in.
-fn serve(connections: Receiver<MemoryLink>, vm: TestDestination) -> State {
-    serve_for(connections, vm, DESTINATION_TIMEOUTS)
-}
-
-fn serve_for(
+fn serve(
     connections: Receiver<MemoryLink>,
     vm: TestDestination,
     timeouts: destination::Timeouts,
@@ -95,10 +91,6 @@ fn migrate_guest(
     channels: Option<u16>,
     trouble: impl Fn(u16) -> Option<Trouble>,
 ) -> Outcome {
-    let arrived = TestDestination::new(guest.pages());
-    let (sender, connections) = channel();
-    let vm = arrived.clone();
-    let peer = std::thread::spawn(move || serve(connections, vm));
     let options = Options {
         channels,
         compress,
@@ -107,6 +99,24 @@ fn migrate_guest(
         on_timeout: OnTimeout::Stop,
         ..Options::default()
     };
+    migrate_as(
+        guest,
+        &options,
+        (SOURCE_TIMEOUTS, DESTINATION_TIMEOUTS),
+        trouble,
+    )
+}
+
+fn migrate_as(
+    guest: &TestSource,
+    options: &Options,
+    (timeouts, there): (source::Timeouts, destination::Timeouts),
+    trouble: impl Fn(u16) -> Option<Trouble>,
+) -> Outcome {
+    let arrived = TestDestination::new(guest.pages());
+    let (sender, connections) = channel();
+    let vm = arrived.clone();
+    let peer = std::thread::spawn(move || serve(connections, vm, there));
     let connect = |role, index| {
         let (ours, theirs) = MemoryLink::pair();
         sender.send(theirs).map_err(|_| io::Error::other("gone"))?;
@@ -118,11 +128,11 @@ fn migrate_guest(
         Setup {
             connect: &mut { connect },
             clock: &MonotonicClock::new(),
-            options: &options,
+            options,
             session: SessionId([7; 16]),
-            cancel: &CancelSwitch::default(),
+            owner: &Ownership::default(),
             events: &mut |_| {},
-            timeouts: SOURCE_TIMEOUTS,
+            timeouts,
             threads: true,
         },
     );
@@ -188,6 +198,40 @@ fn a_data_channel_that_dies_or_stalls_leaves_the_guest_where_it_is() {
         assert_eq!(outcome.destination, State::Discarded, "{trouble:?}");
         assert_eq!(report.channels.opened, 3);
     }
+}
+
+/// A round on several channels that takes longer than the destination waits for a word on the control channel is no
+/// sign of a dead source.
+#[test]
+fn a_long_round_on_several_channels_is_not_taken_for_silence() {
+    let guest = TestSource::new((16 << 20) / PAGE_SIZE);
+    let options = Options {
+        channels: Some(3),
+        compress: Compress::None,
+        // 16 MiB take five seconds.
+        bandwidth: Some(3 << 20),
+        max_rounds: Some(1),
+        on_timeout: OnTimeout::Stop,
+        ..Options::default()
+    };
+    let outcome = migrate_as(
+        &guest,
+        &options,
+        (
+            source::Timeouts {
+                alive: Duration::from_millis(50),
+                ..SOURCE_TIMEOUTS
+            },
+            destination::Timeouts {
+                transfer: Duration::from_secs(2),
+                ..DESTINATION_TIMEOUTS
+            },
+        ),
+        none,
+    );
+    let report = outcome.report;
+    assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+    assert!(outcome.equal);
 }
 
 /// Small rounds go out on the control channel, large ones on the data channels; whatever overtakes whatever, the newer page wins.
@@ -286,7 +330,7 @@ impl ByHand {
         let arrived = TestDestination::new(usize::try_from(PAGES).unwrap());
         let (sender, connections) = channel();
         let vm = arrived.clone();
-        let peer = std::thread::spawn(move || serve_for(connections, vm, timeouts));
+        let peer = std::thread::spawn(move || serve(connections, vm, timeouts));
         let open = |role| {
             let (ours, theirs) = MemoryLink::pair();
             sender.send(theirs).unwrap();

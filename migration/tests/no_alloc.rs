@@ -8,7 +8,7 @@ use ferry_migration::destination::{self, Destination};
 use ferry_migration::options::{Compress, OnTimeout, Options};
 use ferry_migration::page::PAGE_SIZE;
 use ferry_migration::report::{Report, Status};
-use ferry_migration::source::{self, CancelSwitch, Setup};
+use ferry_migration::source::{self, Ownership, Setup};
 use ferry_migration::testing::{MemoryLink, TestClock, TestDestination, TestSource};
 use ferry_migration::wire::{Role, SessionId};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, Stats, StatsAlloc};
@@ -100,7 +100,7 @@ fn migrate(bytes: usize, channels: u16, compress: Compress, reorder: bool) -> (R
             clock: &clock(),
             options: &options,
             session: SessionId([7; 16]),
-            cancel: &CancelSwitch::default(),
+            owner: &Ownership::default(),
             events: &mut |_| {},
             timeouts: SOURCE_TIMEOUTS,
             threads: true,

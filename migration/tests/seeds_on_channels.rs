@@ -10,7 +10,7 @@ use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
 use ferry_migration::port::Link;
 use ferry_migration::report::{Event, Report, Status};
 use ferry_migration::rng::Rng;
-use ferry_migration::source::{self, CancelSwitch, Setup};
+use ferry_migration::source::{self, Ownership, Setup};
 use ferry_migration::testing::{MemoryLink, TestDestination, TestSource, Trouble};
 use ferry_migration::wire::{Role, SessionId};
 use std::collections::BTreeMap;
@@ -90,7 +90,7 @@ fn setup<'a>(
     connect: &'a mut dyn FnMut(Role, u16) -> io::Result<MemoryLink>,
     clock: &'a MonotonicClock,
     options: &'a Options,
-    cancel: &'a CancelSwitch,
+    owner: &'a Ownership,
     events: &'a mut dyn FnMut(Event),
 ) -> Setup<'a, MemoryLink> {
     Setup {
@@ -98,13 +98,14 @@ fn setup<'a>(
         clock,
         options,
         session: SESSION,
-        cancel,
+        owner,
         events,
         timeouts: source::Timeouts {
             handshake: TIMEOUT,
             transfer: TIMEOUT,
             ready: TIMEOUT,
             commit: TIMEOUT,
+            ..source::Timeouts::DEFAULT
         },
         threads: true,
     }
@@ -134,13 +135,13 @@ fn run(seed: u64) -> Outcome {
         };
         Ok(ours.suffers(trouble.map(|after| Trouble::Dies(Default::default(), after))))
     };
-    let cancel = CancelSwitch::default();
+    let owner = Ownership::default();
     let mut told = 0;
     let mut cancelled = false;
     let mut events = |_: Event| {
         told += 1;
         if matches!(fault, Fault::Cancel(at) if told > at) {
-            cancelled |= cancel.cancel();
+            cancelled |= owner.cancel();
         }
     };
     let timeouts = destination::Timeouts {
@@ -156,11 +157,11 @@ fn run(seed: u64) -> Outcome {
         let clock = MonotonicClock::new();
         let report = source::migrate(
             &source,
-            setup(&mut connect, &clock, &options, &cancel, &mut events),
+            setup(&mut connect, &clock, &options, &owner, &mut events),
         );
-        let (fresh, mut silent) = (CancelSwitch::default(), |_: Event| {});
+        let (fresh, mut silent) = (Ownership::in_doubt(), |_: Event| {});
         let again = setup(&mut connect, &clock, &options, &fresh, &mut silent);
-        let recovered = (report.status == Status::InDoubt).then(|| source::recover(&source, again));
+        let recovered = (report.status == Status::InDoubt).then(|| source::recover(&source, source.committed(), again));
         (report, recovered, peer.join().unwrap())
     });
     let end = recovered.as_ref().unwrap_or(&report).status;

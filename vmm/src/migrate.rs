@@ -28,13 +28,13 @@ use std::sync::{Arc, Mutex};
 use ferry_devices::sync::lock;
 pub(crate) use ferry_migration::net::{MonotonicClock, session_id};
 use ferry_migration::options::{Options, Tracking};
-use ferry_migration::report::{Event, Phase, Progress, Report, Status};
-use ferry_migration::source::{self, CancelSwitch, Setup};
+use ferry_migration::report::{Event, Progress, Report, Status};
+use ferry_migration::source::{self, AbortTold, Owner as GuestOwner, Ownership, Setup};
 use ferry_migration::wire::SessionId;
 
 use crate::machine::Machine;
 use crate::memory::{UserfaultError, available_memory};
-use guest::MachineGuest;
+use guest::{CommittedMachine, MachineGuest};
 use link::Dial;
 
 /// Shared with the thread that migrates: others look on and cancel.
@@ -45,7 +45,7 @@ pub struct Handle {
 
 #[derive(Debug, Default)]
 struct HandleInner {
-    cancel: CancelSwitch,
+    owner: Ownership,
     progress: Mutex<Progress>,
 }
 
@@ -56,9 +56,21 @@ impl Handle {
         Self::default()
     }
 
+    /// For the recovery of a migration whose guest was committed.
+    #[must_use]
+    pub fn in_doubt() -> Self {
+        let inner = HandleInner {
+            owner: Ownership::in_doubt(),
+            progress: Mutex::default(),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
     /// Asks the migration to end; `false` when the guest was committed already.
     pub fn cancel(&self) -> bool {
-        self.inner.cancel.cancel()
+        self.inner.owner.cancel()
     }
 
     /// Where it stands.
@@ -67,14 +79,15 @@ impl Handle {
         lock(&self.inner.progress).clone()
     }
 
-    /// Called at the commit, before anything is sent: the record that decides who owns the guest.
-    /// It lives in this process, like the guest's memory: neither survives without the other.
-    fn committed(&self) {
-        lock(&self.inner.progress).phase = Phase::Committed;
+    /// Who owns the guest: the record that decides. It lives in this process, like the guest's memory: neither survives
+    /// without the other.
+    #[must_use]
+    pub fn owner(&self) -> GuestOwner {
+        self.inner.owner.owner()
     }
 
     fn is_cancelled(&self) -> bool {
-        self.inner.cancel.is_cancelled()
+        self.inner.owner.is_cancelled()
     }
 }
 
@@ -119,20 +132,11 @@ fn engine(
     operation: impl FnOnce(&MachineGuest<'_>, Setup<'_, StreamLink>) -> Report,
 ) -> Report {
     let mut dial = Dial::new(uri.clone(), Some(handle.clone()));
-    let guest = MachineGuest::new(machine, handle);
+    let guest = MachineGuest::new(machine);
     let clock = MonotonicClock::new();
     let mut forward = |event: Event| {
         if let Event::Progress(progress) = &event {
-            let mut shared = lock(&handle.inner.progress);
-            // The commit's record is never taken back by an older snapshot.
-            if shared.phase != Phase::Committed
-                || matches!(
-                    progress.phase,
-                    Phase::PostCopy | Phase::Completed | Phase::InDoubt | Phase::Interrupted
-                )
-            {
-                *shared = progress.clone();
-            }
+            lock(&handle.inner.progress).clone_from(progress);
         }
         events(event);
     };
@@ -141,31 +145,58 @@ fn engine(
         clock: &clock,
         options,
         session,
-        cancel: &handle.inner.cancel,
+        owner: &handle.inner.owner,
         events: &mut forward,
         timeouts: source::Timeouts::default(),
         threads: true,
     };
     let run = AssertUnwindSafe(|| operation(&guest, setup));
-    match catch_unwind(run) {
-        Ok(report) => report,
-        Err(_) => {
-            // The next migration needs the dirty log.
-            if let Err(error) = machine.dirty_log().stop() {
-                tracing::warn!(%error, "the guest may be slower than before");
+    // A defect in the engine loses no guest and runs none twice: what it held of the guest was dropped.
+    let report = catch_unwind(run).unwrap_or_else(|_| {
+        Report::broken(
+            &handle.progress(),
+            handle.owner(),
+            "the migration engine failed inside; the VMM's output says where",
+        )
+    });
+    if let Some(reason) = report.abort_untold.clone() {
+        keep_telling(uri.clone(), session, options.clone(), reason);
+    }
+    report
+}
+
+/// The pause between two attempts to tell a destination that the source keeps the guest.
+const TELL_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
+
+/// Says ABORT until the destination answers: it may keep a guest in doubt. The guest runs here meanwhile.
+fn keep_telling(uri: Uri, session: SessionId, options: Options, reason: String) {
+    let tell = move || {
+        let mut pause = TELL_AGAIN[0];
+        let clock = MonotonicClock::new();
+        let owner = Ownership::default();
+        loop {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(TELL_AGAIN[1]);
+            let mut dial = Dial::new(uri.clone(), None);
+            let mut setup = Setup {
+                connect: &mut |role, index| dial.connect(role, index),
+                clock: &clock,
+                options: &options,
+                session,
+                owner: &owner,
+                events: &mut |_| {},
+                timeouts: source::Timeouts::default(),
+                threads: true,
+            };
+            if source::tell_abort(&mut setup, &reason) == AbortTold::Answered {
+                tracing::info!(%session, to = %uri, "the destination knows that the guest stays here");
+                return;
             }
-            // A defect in the engine must not lose the guest, nor run it twice.
-            if matches!(
-                handle.progress().phase,
-                Phase::Committed | Phase::PostCopy | Phase::Interrupted
-            ) {
-                guest.keep();
-            }
-            Report::broken(
-                &handle.progress(),
-                "the migration engine failed inside; the VMM's output says where",
-            )
         }
+    };
+    let thread = std::thread::Builder::new().name("ferry-abort".into());
+    if let Err(error) = thread.spawn(tell) {
+        tracing::warn!(%error, "the destination is not told again that the guest stays here");
     }
 }
 
@@ -209,10 +240,11 @@ fn check_cache(options: &Options, guest_bytes: u64, available: Option<u64>) -> R
 }
 
 /// For a guest that is in doubt or was interrupted after [`migrate`]: says the commit again to the receiver at `uri`,
-/// and sends what the destination lacks. The destination runs the guest if it does not do so yet. Blocks until it
+/// and sends the pages that are missing there. The destination runs the guest if it does not do so yet. Blocks until it
 /// has all of it.
 ///
-/// The report's status is `Completed`, or says that nothing is better than before, and why.
+/// The report's status is `Completed`; `Failed` when the destination did not start the guest, which runs here again; or it
+/// says that nothing is better than before, and why. `handle` is one [in doubt](Handle::in_doubt).
 pub fn recover(
     machine: &Arc<Machine>,
     uri: &Uri,
@@ -224,17 +256,23 @@ pub fn recover(
     let Some(session) = parse_session(session) else {
         return Report::broken(
             &handle.progress(),
+            GuestOwner::InDoubt,
             &format!("'{session}' is no migration's session"),
         );
     };
-    // What was committed stays so, whatever becomes of this connection.
-    handle.committed();
     engine(
         machine,
         (uri, options, session),
         handle,
         events,
-        |guest, setup| source::recover(guest, setup),
+        |guest, setup| {
+            // As with a take-over: it runs, whatever it did before.
+            let committed = CommittedMachine {
+                machine,
+                was_running: true,
+            };
+            source::recover(guest, Box::new(committed), setup)
+        },
     )
 }
 

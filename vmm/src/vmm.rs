@@ -30,6 +30,7 @@
 #![forbid(unsafe_code)]
 
 mod control;
+mod doubt;
 mod machine;
 mod recording;
 mod snapshot;
@@ -48,12 +49,13 @@ use crate::priority::in_background;
 use ferry_devices::sync::lock;
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Event, Phase, Progress, Report};
+use ferry_migration::source::Owner;
 use state::{Lost, State};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -185,8 +187,10 @@ pub trait Migration: Send {
 pub trait MigrationHandle: Send + Sync {
     /// Asks it to give up; false, and without effect, after the commit.
     fn cancel(&self) -> bool;
-    /// Where it stands.
+    /// Where it stands, for people.
     fn progress(&self) -> Progress;
+    /// Who owns the guest.
+    fn owner(&self) -> Owner;
 }
 
 struct Inner {
@@ -207,6 +211,8 @@ struct Core {
     /// Held by a request that begins something or waits for the guest to stop: one at a time. Taken before `inner`.
     turn: Mutex<()>,
     inner: Mutex<Inner>,
+    /// The destination of a guest in doubt was asked in the background.
+    asked: Condvar,
     finished: EventFd,
     since: Instant,
 }
@@ -254,6 +260,7 @@ impl Vmm {
             core: Arc::new(Core {
                 turn: Mutex::new(()),
                 inner,
+                asked: Condvar::new(),
                 finished,
                 since: Instant::now(),
             }),
@@ -451,7 +458,7 @@ impl Core {
 
     /// The migration's thread.
     fn migrate(
-        &self,
+        self: &Arc<Self>,
         migration: Box<dyn Migration>,
         to: &str,
         options: &Options,
@@ -471,6 +478,7 @@ impl Core {
         let mut report = catch_unwind(run).unwrap_or_else(|_| {
             Report::broken(
                 &handle.progress(),
+                handle.owner(),
                 "the migration engine failed inside; the VMM's output says where",
             )
         });
@@ -487,11 +495,16 @@ impl Core {
         }
         inner.report = Some(report.clone());
         let next = after(&mut inner, to, &report);
+        let retry = report.retry_commit;
         publisher.publish(&Event::Report(Box::new(report)));
         drop(publisher);
         match next {
             State::Moved { .. } | State::Ended(_) => self.finish(&mut inner, next),
             next => inner.state = next,
+        }
+        drop(inner);
+        if retry {
+            self.keep_asking();
         }
     }
 }

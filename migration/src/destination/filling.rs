@@ -116,6 +116,8 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
                 self.receiver
                     .receive(&mut session.channel, &header, sink, &self.layout)?;
             }
+            // The source lives: it sends on other channels, or is about to.
+            FrameType::Alive => {}
             FrameType::RoundEnd if !self.sealed => self.round_end(session, &header)?,
             FrameType::Verify if self.hashes.wanted => self.compare(session, &header)?,
             FrameType::MissingRuns | FrameType::MissingBits if !self.sealed => {

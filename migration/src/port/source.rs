@@ -2,7 +2,7 @@
 
 use super::{BlockSource, Link, PortError};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::wire::SessionId;
+use crate::wire::{SessionId, WireError};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,12 +47,14 @@ pub trait PageSource<L: Link>: Sync {
     }
 }
 
-/// A guest at the source. All but the methods of [`PageSource`] are called from the engine's own
-/// thread; those also from threads that answer page faults, while the guest stands still.
+/// A guest at the source. The engine calls these methods from its own thread; those of [`PageSource`] also from threads
+/// that answer page faults, while the guest stands still.
 ///
 /// Dirty pages: [`collect_dirty`](SourceVm::collect_dirty) only *reads* the log; a page stays in it
 /// until [`clear_dirty`](SourceVm::clear_dirty), which the engine calls right before it reads the
 /// page for sending. So what was not sent is still dirty, whatever fails in between.
+///
+/// What only some guests have is a trait of its own: [`SourceDisks`], [`ShareMemory`].
 pub trait SourceVm<L: Link>: PageSource<L> {
     /// Where the guest has RAM.
     fn layout(&self) -> RamLayout;
@@ -61,7 +63,7 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     /// # Errors
     /// When it cannot be described.
     fn description(&self) -> Result<Vec<u8>, PortError>;
-    /// About how many bytes [`SourceVm::save`] will return: part of the downtime's estimate.
+    /// About how many bytes [`PausedVm::save`] will return: part of the downtime's estimate.
     fn state_bytes(&self) -> u64;
     /// Starts the dirty log with every page dirty (or: every page that must be sent).
     ///
@@ -69,7 +71,7 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     /// When the host cannot log.
     fn start_tracking(&self) -> Result<(), PortError>;
     /// Stops the dirty log, if it was started; the guest may run or not. Not called for a guest that has moved: it writes
-    /// nothing here any more, and when all of it is there it is [released](Self::release), with its log.
+    /// nothing here any more, and its log goes with what is [released](CommittedVm::release).
     fn stop_tracking(&self);
     /// Adds all pages of the log to `into`, those that the VMM itself wrote included.
     ///
@@ -82,58 +84,18 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     /// # Errors
     /// When the log cannot be written.
     fn clear_dirty(&self, runs: &[Run], scratch: &mut Vec<u64>) -> Result<(), PortError>;
-    /// Stops all vCPUs and devices. Returns how long ago the last guest instruction was.
+    /// Stops all vCPUs and devices.
     ///
     /// # Errors
     /// When it cannot be stopped; it then runs on.
-    fn pause(&self) -> Result<Duration, PortError>;
-    /// The paused machine's state.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    fn save(&self) -> Result<Vec<u8>, PortError>;
-    /// Lets the guest run again at the source, after a failure before the commit.
-    fn resume(&self);
-    /// Writes down that the guest belongs to the destination: from now on this side never runs
-    /// it by itself. Called before the commit is sent.
-    ///
-    /// # Errors
-    /// When it cannot be written down; nothing was sent then, and the guest stays.
-    fn commit(&self, session: SessionId) -> Result<(), PortError>;
-    /// The destination runs the guest, perhaps on this very host: what is left here, the dirty log included, may be
-    /// discarded, and that should not take the guest's processor.
-    fn release(&self);
-    /// What the guest keeps outside its memory and can move with it, in the order in which it knows them: asked for where
-    /// [`Options::copy_disk`](crate::options::Options::copy_disk) is set.
-    fn disks(&self) -> Vec<Arc<dyn BlockSource>> {
-        Vec::new()
+    fn pause(&self) -> Result<Paused<'_>, PortError>;
+    /// The guest's disks; `None` where it has none.
+    fn disks(&self) -> Option<&dyn SourceDisks> {
+        None
     }
-
-    /// Has the guest's memory itself go to the destination beside what is sent next on `link`, so that both sides map it
-    /// and no page need be sent; `false` where the link cannot carry it. The guest runs on, here.
-    ///
-    /// After that, whatever happens, one side at most may run the guest in this memory, and a side whose state is older
-    /// than the memory must not: that is for the implementation to see to, in [`resume`](Self::resume),
-    /// [`commit`](Self::commit) and [`DestinationVm::run`](super::DestinationVm::run).
-    ///
-    /// # Errors
-    /// Why it cannot be, although the link can carry it.
-    fn share_memory(&self, link: &mut L) -> Result<bool, PortError> {
-        let _ = link;
-        Ok(false)
-    }
-    /// Whether the guest's devices use open files that can go with [shared memory](Self::share_memory).
-    fn has_files(&self) -> bool {
-        false
-    }
-    /// Has those files go to the destination beside what is sent next on `link`. Both sides have them then: only the one
-    /// whose guest runs may use them.
-    ///
-    /// # Errors
-    /// Why they cannot go.
-    fn share_files(&self, link: &mut L) -> Result<(), PortError> {
-        let _ = link;
-        Err("this guest's devices use no files".into())
+    /// The way to give the guest's memory itself to a process on this host; `None` where there is none.
+    fn sharing(&self) -> Option<&dyn ShareMemory<L>> {
+        None
     }
     /// Channels for page faults that are worth having: about as many as the guest has vCPUs.
     fn fault_channels(&self) -> u16 {
@@ -143,4 +105,99 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     fn processors(&self) -> u16 {
         1
     }
+}
+
+/// A guest that stands still and belongs to the source.
+pub type Paused<'g> = Box<dyn PausedVm<'g> + 'g>;
+/// A guest that stands still and was given to the destination.
+pub type Committed<'g> = Box<dyn CommittedVm + 'g>;
+
+/// The guard of a guest that stands still. **Dropping it lets the guest run again** (if it ran before), whatever made the
+/// engine drop it: an error, a cancel, a panic.
+pub trait PausedVm<'g> {
+    /// How long ago the last guest instruction was.
+    fn stopped_for(&self) -> Duration;
+    /// The machine's state.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    fn save(&self) -> Result<Vec<u8>, PortError>;
+    /// Writes down that the guest belongs to the destination: from now on this side never runs it by itself. The engine
+    /// calls it before it sends the commit. Disks were [flushed](SourceDisks::flush) before: here they are only unlocked.
+    ///
+    /// # Errors
+    /// When it cannot be written down. Nothing was sent then; the implementation drops `self`, and the guest runs here.
+    fn commit(self: Box<Self>, session: SessionId) -> Result<Committed<'g>, PortError>;
+    /// Leaves the guest standing: for a snapshot after which it is not to run.
+    fn keep(self: Box<Self>);
+}
+
+/// A guest that was given to the destination. Dropping it leaves the guest standing: an operator decides.
+pub trait CommittedVm {
+    /// The destination runs the guest, perhaps on this very host, and has all of it: what is left here, the dirty log
+    /// included, may be discarded, and that should not take the guest's processor.
+    fn release(self: Box<Self>);
+    /// The destination has not started the guest and never will: it runs here again.
+    ///
+    /// # Errors
+    /// Why it cannot: the guest stands still.
+    fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), PortError>;
+}
+
+/// The destination's word that it did not start the guest and never will. Only an engine that has read it has one.
+#[derive(Debug)]
+pub struct NotStarted {
+    why: String,
+}
+
+impl NotStarted {
+    /// The word, if the error is one.
+    pub(crate) fn from_wire(error: &WireError) -> Option<Self> {
+        match error {
+            WireError::NotStarted(why) => Some(Self { why: why.clone() }),
+            _ => None,
+        }
+    }
+
+    /// The destination's reason.
+    #[must_use]
+    pub fn why(&self) -> &str {
+        &self.why
+    }
+}
+
+/// The disks of a guest at the source.
+pub trait SourceDisks: Sync {
+    /// Returns when all that the guest was told is on its disks outlasts a crash of this host, so that another host can
+    /// read it. The engine calls it while the guest runs and once more in the pause, and counts what it takes. May be
+    /// called from a thread of its own.
+    ///
+    /// # Errors
+    /// When a disk could not be flushed, now or since it was opened: the migration ends and the guest stays.
+    fn flush(&self) -> Result<(), PortError>;
+    /// The disks in the order in which the guest knows them: asked for where
+    /// [`Options::copy_disk`](crate::options::Options::copy_disk) is set.
+    fn to_copy(&self) -> Vec<Arc<dyn BlockSource>>;
+}
+
+/// Giving the guest's memory itself to a process on the same host.
+///
+/// After [`share_memory`](Self::share_memory), whatever happens, one side at most may run the guest in this memory, and a
+/// side whose state is older than the memory must not: that is for the implementation to see to, where a [`PausedVm`] is
+/// dropped or committed, and in [`DestinationVm::run`](super::DestinationVm::run).
+pub trait ShareMemory<L: Link> {
+    /// Has the memory go to the destination with what is sent next on `link` (fd passing), so that both sides map it and no
+    /// page need be sent; `false` where the link cannot carry it. The guest runs on, here.
+    ///
+    /// # Errors
+    /// Why it cannot be, although the link can carry it.
+    fn share_memory(&self, link: &mut L) -> Result<bool, PortError>;
+    /// Whether the guest's devices use open files that can go with the memory.
+    fn has_files(&self) -> bool;
+    /// Has those files go to the destination with what is sent next on `link`. Both sides have them then: only the one
+    /// whose guest runs may use them.
+    ///
+    /// # Errors
+    /// Why they cannot go.
+    fn share_files(&self, link: &mut L) -> Result<(), PortError>;
 }

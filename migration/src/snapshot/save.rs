@@ -13,7 +13,7 @@ use super::{BLOCK_PAGES, Trailer, encode_head};
 use crate::codec::{Batch, Coding, Encoder};
 use crate::options::{Compress, Options};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{Clock, Link, PortError, SourceVm};
+use crate::port::{Clock, Link, Paused, PortError, SourceVm};
 use crate::report::Codecs;
 use crate::sender::{split, table_header};
 use crate::wire::{
@@ -384,8 +384,10 @@ pub struct SaveSetup<'a> {
     pub cancelled: &'a (dyn Fn() -> bool + Sync),
     /// The machine's configuration; asked for in the pause.
     pub describe: &'a mut dyn FnMut() -> Result<Vec<u8>, PortError>,
-    /// Called when the guest is no longer needed: what is still to be written is small.
-    pub release: &'a mut dyn FnMut(&Saved),
+    /// Whether the guest goes on as before when it is no longer needed. Else it stands still, and its guard is returned.
+    pub resume: bool,
+    /// Called then, after the guest was resumed: what is still to be written is small.
+    pub released: &'a mut dyn FnMut(&Saved),
 }
 
 impl std::fmt::Debug for SaveSetup<'_> {
@@ -397,23 +399,24 @@ impl std::fmt::Debug for SaveSetup<'_> {
     }
 }
 
-/// Writes a snapshot of the guest to an empty file. Afterwards the guest stands still, unless `release` lets it run;
-/// after an error it goes on as it did before.
+/// Writes a snapshot of the guest to an empty file. Afterwards the guest stands still, and its guard is returned, unless
+/// it is to be resumed; after an error it goes on as it did before.
 ///
 /// # Errors
 /// [`SaveError`]; the file is then worth nothing.
-pub fn save<L: Link, G: SourceVm<L>, W: WriteAt>(
-    guest: &G,
+pub fn save<'g, L: Link, G: SourceVm<L>, W: WriteAt>(
+    guest: &'g G,
     file: &W,
     setup: SaveSetup<'_>,
-) -> Result<Saved, SaveError> {
+) -> Result<(Saved, Option<Paused<'g>>), SaveError> {
     let SaveSetup {
         session,
         ref options,
         clock,
         cancelled,
         describe,
-        release,
+        resume,
+        released,
     } = setup;
     let layout = guest.layout();
     let threads = options.threads.clamp(1, 64);
@@ -464,7 +467,8 @@ pub fn save<L: Link, G: SourceVm<L>, W: WriteAt>(
         )
     });
     let result = live.unwrap_or(Ok(())).and_then(|()| {
-        let state = stop::<L, G, W>(
+        let (state, paused) = stop::<L, G, W>(
+            guest,
             &shared,
             &mut data_channels,
             options,
@@ -472,23 +476,25 @@ pub fn save<L: Link, G: SourceVm<L>, W: WriteAt>(
             &mut saved,
         )?;
         let machine = describe().map_err(SaveError::Guest)?;
-        Ok((state, machine))
+        Ok((state, machine, paused))
     });
     for data_channel in &data_channels {
         saved.codecs.join(&data_channel.codecs);
     }
-    match &result {
-        Ok(_) => release(&saved),
-        // Nothing, when it was not paused yet.
-        Err(_) => guest.resume(),
-    }
+    // Where that failed, the guard was dropped: the guest runs.
+    let result = result.map(|(state, machine, paused)| {
+        // Dropped: the guest runs on.
+        let paused = Some(paused).filter(|_| !resume);
+        released(&saved);
+        (state, machine, paused)
+    });
     if options.live {
         // Not in the pause: it takes as long as the guest has memory.
         guest.stop_tracking();
     }
-    let (state, machine) = result?;
+    let (state, machine, paused) = result?;
     finish(&shared, session, &machine, &state, &mut saved)?;
-    Ok(saved)
+    Ok((saved, paused))
 }
 
 /// The live rounds; leaves what is to be written in the pause in `pending`.
@@ -520,17 +526,18 @@ fn rounds<L: Link, G: SourceVm<L>, W: WriteAt>(
     }
 }
 
-/// Stops the guest and writes what is pending; returns its state.
-fn stop<L: Link, G: SourceVm<L>, W: WriteAt>(
+/// Stops the guest and writes what is pending; returns its state and the guest.
+fn stop<'g, L: Link, G: SourceVm<L>, W: WriteAt>(
+    guest: &'g G,
     shared: &Shared<'_, G, W>,
     data_channels: &mut [DataChannel],
     options: &SaveOptions,
     pending: &mut PageSet,
     saved: &mut Saved,
-) -> Result<Vec<u8>, SaveError> {
+) -> Result<(Vec<u8>, Paused<'g>), SaveError> {
     let now = || shared.clock.now();
-    let ago = shared.guest.pause().map_err(SaveError::Guest)?;
-    saved.paused_at = now().saturating_sub(ago);
+    let paused = guest.pause().map_err(SaveError::Guest)?;
+    saved.paused_at = now().saturating_sub(paused.stopped_for());
     if options.live {
         shared
             .guest
@@ -543,9 +550,9 @@ fn stop<L: Link, G: SourceVm<L>, W: WriteAt>(
     saved.rounds += 1;
     let written = now();
     saved.pages_took = written.saturating_sub(stopped);
-    let state = shared.guest.save().map_err(SaveError::Guest)?;
+    let state = paused.save().map_err(SaveError::Guest)?;
     saved.state_took = now().saturating_sub(written);
-    Ok(state)
+    Ok((state, paused))
 }
 
 /// Configuration, state, index and trailer.

@@ -2,7 +2,9 @@ use super::*;
 use crate::codec::content::{self, Content};
 use crate::options::Compress;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{PageFault, PageSink, PageSource, PortError, SourceVm};
+use crate::port::{
+    Committed, PageFault, PageSink, PageSource, Paused, PausedVm, PortError, SourceVm,
+};
 use crate::testing::{Loopback, TestClock};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -110,20 +112,33 @@ impl SourceVm<Loopback> for Writer {
             .for_each(|run| dirty.as_mut().unwrap().remove_run(*run));
         Ok(())
     }
-    fn pause(&self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Paused<'_>, PortError> {
         *self.paused.lock().unwrap() = true;
-        Ok(Duration::ZERO)
+        Ok(Box::new(Stands(self)))
+    }
+}
+
+struct Stands<'a>(&'a Writer);
+
+impl Drop for Stands<'_> {
+    fn drop(&mut self) {
+        *self.0.paused.lock().unwrap() = false;
+    }
+}
+
+impl<'g> PausedVm<'g> for Stands<'g> {
+    fn stopped_for(&self) -> Duration {
+        Duration::ZERO
     }
     fn save(&self) -> Result<Vec<u8>, PortError> {
         Ok(b"state".to_vec())
     }
-    fn resume(&self) {
-        *self.paused.lock().unwrap() = false;
-    }
-    fn commit(&self, _: crate::wire::SessionId) -> Result<(), PortError> {
+    fn commit(self: Box<Self>, _: crate::wire::SessionId) -> Result<Committed<'g>, PortError> {
         Err("a snapshot commits nothing".into())
     }
-    fn release(&self) {}
+    fn keep(self: Box<Self>) {
+        std::mem::forget(self);
+    }
 }
 
 /// Memory that is filled; a page that was placed keeps what it has.
@@ -191,10 +206,13 @@ fn saved(guest: &Writer, options: SaveOptions) -> (Vec<u8>, Saved) {
         clock: &ticks(),
         cancelled: &|| false,
         describe: &mut || Ok(b"machine".to_vec()),
-        release: &mut |_| {},
+        resume: false,
+        released: &mut |_| {},
     };
-    let saved = save::<Loopback, _, _>(guest, &file, setup).unwrap();
+    let (saved, paused) = save::<Loopback, _, _>(guest, &file, setup).unwrap();
     assert!(*guest.paused.lock().unwrap());
+    drop(paused);
+    assert!(!*guest.paused.lock().unwrap());
     (file.into_inner().unwrap(), saved)
 }
 
@@ -470,9 +488,12 @@ fn a_guest_goes_on_when_the_file_is_full() {
             clock: &ticks(),
             cancelled: &|| false,
             describe: &mut || Ok(Vec::new()),
-            release: &mut |_| panic!("it is not there"),
+            resume: true,
+            released: &mut |_| panic!("it is not there"),
         };
-        let error = save::<Loopback, _, _>(&guest, &Full, setup).unwrap_err();
+        let error = save::<Loopback, _, _>(&guest, &Full, setup)
+            .map(drop)
+            .unwrap_err();
         assert!(matches!(error, SaveError::Write { .. }), "{error}");
         assert!(!*guest.paused.lock().unwrap());
         assert!(guest.dirty.lock().unwrap().is_none());

@@ -17,12 +17,12 @@
 //! is found the next time. The last time is in the pause, when the devices have drained. A failure before the commit
 //! leaves the guest with its own disk, which was only read.
 
-use super::{Source, SourceError, State, ms};
+use super::{Source, SourceError, ms};
 use crate::codec::ZSTD_LEVEL;
 use crate::options::{Compress, Options};
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::port::{BLOCK_BYTES, BlockSource, Link, PortError, SourceVm, blocks_in};
-use crate::report::Disk;
+use crate::report::{Disk, Phase};
 use crate::verify::{all_zero, block_hashes};
 use crate::wire::{Encoding, Features, FrameType, HEADER_BYTES, Header, MAX_BLOCKS};
 use std::sync::Arc;
@@ -78,7 +78,7 @@ pub(super) struct Disks {
     since_asked: u64,
     asked_at: Duration,
     /// Bytes that went out since the last round of pages, and how long that took.
-    beside: (u64, Duration),
+    since_round: (u64, Duration),
     report: Disk,
 }
 
@@ -93,7 +93,7 @@ impl Disks {
             answered: 0,
             since_asked: 0,
             asked_at: Duration::ZERO,
-            beside: (0, Duration::ZERO),
+            since_round: (0, Duration::ZERO),
             report: Disk::default(),
         }
     }
@@ -131,6 +131,11 @@ impl Disks {
         self.all.is_empty()
     }
 
+    /// Bytes of all of them.
+    pub(super) const fn bytes(&self) -> u64 {
+        self.report.total
+    }
+
     /// Their sizes, for the handshake.
     pub(super) fn sizes(&self) -> Vec<u64> {
         self.all.iter().map(|copy| copy.bytes).collect()
@@ -164,8 +169,8 @@ impl Disks {
     }
 
     /// What went out since the last round of pages: that round's time on the link is measured with it.
-    pub(super) fn take_beside(&mut self) -> (u64, Duration) {
-        std::mem::take(&mut self.beside)
+    pub(super) fn take_since_round(&mut self) -> (u64, Duration) {
+        std::mem::take(&mut self.since_round)
     }
 
     pub(super) fn report(&self) -> Option<Disk> {
@@ -206,7 +211,7 @@ impl Disks {
             report.in_pause += bytes;
         }
         if !zero {
-            self.beside.0 += bytes;
+            self.since_round.0 += bytes;
         }
         let Some(copy) = self.all.get_mut(copy) else {
             return;
@@ -232,7 +237,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         if self.disks.is_empty() {
             return Ok(());
         }
-        self.enter(State::Disks);
+        self.enter(Phase::Disks);
         let began = self.now();
         self.disks
             .start()
@@ -249,7 +254,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             }
         }
         self.disks.report.ms = ms(self.now().saturating_sub(began));
-        self.disks.beside = (0, Duration::ZERO);
+        self.disks.since_round = (0, Duration::ZERO);
         Ok(())
     }
 
@@ -258,7 +263,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         let began = self.now();
         self.disks.collect()?;
         self.send_blocks(false)?;
-        self.disks.beside.1 += self.now().saturating_sub(began);
+        self.disks.since_round.1 += self.now().saturating_sub(began);
         Ok(())
     }
 
@@ -279,21 +284,24 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         let batch = if paused {
             u64::from(MAX_BLOCKS)
         } else {
-            (self.pacer.batch_pages() * PAGE_BYTES / BLOCK_BYTES).clamp(1, u64::from(MAX_BLOCKS))
+            (self.transport.pacer.batch_pages() * PAGE_BYTES / BLOCK_BYTES)
+                .clamp(1, u64::from(MAX_BLOCKS))
         };
         let mut at = 0;
         while let Some(copy) = self.disks.all.get(number)
             && let Some(run) = copy.pending.next_run(at, u64::from(u32::MAX))
         {
-            self.check_cancel()?;
+            self.session.check()?;
             let hole = copy.hole(run);
             at = if hole.count > 0 {
                 self.send_zero_blocks(number, hole, paused)?;
                 hole.end()
             } else {
                 if !paused {
-                    let cancel = self.setup.cancel;
-                    self.pacer.wait(self.setup.clock, &|| cancel.is_cancelled());
+                    let owner = self.session.setup.owner;
+                    self.transport
+                        .pacer
+                        .wait(self.session.setup.clock, &|| owner.is_cancelled());
                 }
                 let run = Run::new(run.first, run.count.min(batch));
                 self.send_read_blocks(number, run, paused)?;
@@ -301,7 +309,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             };
             self.take_acks()?;
             // Data channels are silent while blocks go out on this one, and must not be taken for dead.
-            self.keep_data_channels_alive()?;
+            self.keep_alive()?;
             self.tell_progress();
             let due = self.disks.since_asked >= PIECE
                 || self.now().saturating_sub(self.disks.asked_at) >= PIECE_TIME;
@@ -369,7 +377,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         bytes: &[u8],
         paused: bool,
     ) -> Result<(), SourceError> {
-        let clock = self.setup.clock;
+        let clock = self.session.setup.clock;
         let mut header = Header::of_blocks(FrameType::Blocks, number, run);
         let (length, began) = {
             let coded = self.disks.coder.code(bytes, &|| clock.now());
@@ -378,7 +386,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             }
             let payload = coded.unwrap_or(bytes);
             let began = clock.now();
-            self.control.send(header, payload)?;
+            self.session.control.send(header, payload)?;
             (payload.len(), began)
         };
         let took = clock.now().saturating_sub(began);
@@ -395,14 +403,14 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         paused: bool,
     ) -> Result<(), SourceError> {
         let header = Header::of_blocks(FrameType::BlocksZero, number, run);
-        self.control.send(header, &[])?;
+        self.session.control.send(header, &[])?;
         self.charge_blocks(HEADER_BYTES as u64);
         self.disks.delivered(number, run, true, paused);
         Ok(())
     }
 
     fn charge_blocks(&mut self, wire: u64) {
-        self.pacer.charge(wire, self.setup.clock);
+        self.transport.pacer.charge(wire, self.session.setup.clock);
         self.disks.report.bytes_wire += wire;
         self.disks.since_asked += wire;
     }
@@ -416,7 +424,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         self.disks.since_asked = 0;
         self.disks.asked_at = self.now();
         let round = self.disks.asked;
-        self.control
+        self.session
+            .control
             .send(Header::bare(FrameType::BlocksEnd, round), &[])?;
         Ok(())
     }
@@ -424,7 +433,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// Waits for the answer to the end of this round.
     pub(super) fn await_blocks(&mut self, round: u32) -> Result<(), SourceError> {
         while self.disks.answered < round {
-            self.check_cancel()?;
+            self.session.check()?;
             self.take_ack()?;
         }
         Ok(())
@@ -439,6 +448,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 && at < copy.pending.end()
             {
                 let left = (copy.pending.end() - at).min(u64::from(u32::MAX));
+                self.session.check()?;
                 let hole = copy.hole(Run::new(at, left));
                 let mut hashes = Vec::new();
                 let run = if hole.count > 0 {
@@ -451,7 +461,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 };
                 at = run.end();
                 let header = Header::of_blocks(FrameType::BlocksHash, number, run);
-                self.control.send(header, &hashes)?;
+                self.session.control.send(header, &hashes)?;
             }
         }
         Ok(())

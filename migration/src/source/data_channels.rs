@@ -9,14 +9,12 @@ use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::port::{Clock, Link, SourceVm};
 use crate::report::Event;
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Pacer, SendError, Sender, Sent};
-use crate::source::CancelSwitch;
+use crate::source::Ownership;
 use crate::source::live::{More, PROGRESS_EVERY};
 use crate::wire::{Channel, FrameType, Header, WireError};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Something is sent on an open data channel at least so often, so that the destination does not take it for dead.
-pub(super) const ALIVE: Duration = Duration::from_secs(5);
 /// How often a data channel that is not in use looks whether the user has cancelled.
 const TICK: Duration = Duration::from_millis(100);
 /// A round of at most so many pages goes out on the control channel: starting the data channels would take as long.
@@ -40,7 +38,9 @@ struct Shared<'a> {
     change: Condvar,
     pacer: &'a Pacer,
     clock: &'a dyn Clock,
-    cancel: &'a CancelSwitch,
+    owner: &'a Ownership,
+    /// Something is sent on each channel at least so often.
+    alive: Duration,
     mode: BatchMode,
 }
 
@@ -90,7 +90,7 @@ impl<'a> Shared<'a> {
     /// What data channel `index` does next; a batch goes into `runs`.
     fn turn(&self, index: usize, runs: &mut Vec<Run>) -> Turn {
         let mut state = self.state();
-        if state.over || self.cancel.is_cancelled() {
+        if state.over || self.owner.is_cancelled() {
             return Turn::End;
         }
         if index < usize::from(state.data_channels.used()) {
@@ -133,7 +133,7 @@ impl<'a> Shared<'a> {
         loop {
             let result = match self.turn(index, &mut runs) {
                 Turn::End => break,
-                Turn::Wait if self.clock.now().saturating_sub(sent_at) < ALIVE => continue,
+                Turn::Wait if self.clock.now().saturating_sub(sent_at) < self.alive => continue,
                 Turn::Wait => channel
                     .send(Header::bare(FrameType::Alive, 0), &[])
                     .map_err(SendError::from),
@@ -162,7 +162,7 @@ impl<'a> Shared<'a> {
         let waited = if mode.paused {
             Duration::ZERO
         } else {
-            self.pacer.wait(self.clock, &|| self.cancel.is_cancelled())
+            self.pacer.wait(self.clock, &|| self.owner.is_cancelled())
         };
         let mut sent = sender.send(channel, guest, runs, mode, self.clock)?;
         self.pacer.charge(sent.bytes, self.clock);
@@ -190,31 +190,32 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         mode: BatchMode,
         mut more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
-        self.data_channels_used.begin_round();
+        self.transport.used.begin_round();
         let guest = self.guest;
-        let count = self.data_channels.len();
+        let count = self.transport.data_channels.len();
         let shared = Shared {
             state: Mutex::new(State {
                 low: low(batches.left()),
                 batches,
-                data_channels: &mut self.data_channels_used,
+                data_channels: &mut self.transport.used,
                 over: false,
                 sent_pages: 0,
                 ended: 0,
             }),
             change: Condvar::new(),
-            pacer: &self.pacer,
-            clock: self.setup.clock,
-            cancel: self.setup.cancel,
+            pacer: &self.transport.pacer,
+            clock: self.session.setup.clock,
+            owner: self.session.setup.owner,
+            alive: self.session.setup.timeouts.alive,
             mode,
         };
-        let events = &mut self.setup.events;
-        let snapshot = &mut self.progress;
+        let events = &mut self.session.setup.events;
+        let snapshot = &mut self.record.progress;
         let mut failure: Option<SourceError> = None;
         let results: Vec<Done> = std::thread::scope(|scope| {
             let shared = &shared;
             let mut handles = Vec::with_capacity(count);
-            for (index, data_channel) in self.data_channels.iter_mut().enumerate() {
+            for (index, data_channel) in self.transport.data_channels.iter_mut().enumerate() {
                 let thread = std::thread::Builder::new().name("ferry-send".into());
                 match thread.spawn_scoped(scope, move || shared.run(index, data_channel, guest)) {
                     Ok(handle) => handles.push(handle),
@@ -227,7 +228,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 }
             }
             // This thread says meanwhile what comes next, tells the progress, and sees when the round before is in place.
-            let mut told = self.setup.clock.now();
+            let mut told = self.session.setup.clock.now();
+            let mut alive_at = told;
             let mut state = shared.state();
             while state.ended < count && !handles.iter().all(|handle| handle.is_finished()) {
                 if let (true, Some(more)) = (state.is_low(), &mut more) {
@@ -246,17 +248,29 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 }
                 let waited = shared.change.wait_timeout(state, LOOK_EVERY);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
-                let now = self.setup.clock.now();
-                if !self.in_flight.is_empty()
-                    && self.answered_at.is_none()
-                    && self.control.link().readable().unwrap_or(false)
+                let now = self.session.setup.clock.now();
+                if !self.flight.in_flight.is_empty()
+                    && self.flight.answered_at.is_none()
+                    && self.session.control.link().readable().unwrap_or(false)
                 {
-                    self.answered_at = Some(now);
+                    self.flight.answered_at = Some(now);
                 }
                 if now.saturating_sub(told) >= PROGRESS_EVERY {
                     told = now;
                     snapshot.round_sent = state.sent_pages;
                     events(Event::Progress(snapshot.clone()));
+                }
+                if now.saturating_sub(alive_at) >= shared.alive {
+                    alive_at = now;
+                    drop(state);
+                    let alive = Header::bare(FrameType::Alive, 0);
+                    let said = self.session.control.send(alive, &[]);
+                    state = shared.state();
+                    if let Err(error) = said {
+                        failure = Some(error.into());
+                        state.over = true;
+                        shared.change.notify_all();
+                    }
                 }
             }
             drop(state);
@@ -266,7 +280,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 .collect()
         });
         drop(shared);
-        self.progress.round_sent = 0;
+        self.record.progress.round_sent = 0;
         let lost = results.len() < count;
         let mut total = Sent::default();
         for done in results {
@@ -278,24 +292,26 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             Some(error) => Err(error),
             // A thread that could not be started is `failure`.
             None if lost => Err(SourceError::guest(
-                "sending on a data_channel",
+                "sending on a data channel",
                 "a sender thread panicked".into(),
             )),
-            None => self.check_cancel().map(|()| total),
+            None => self.session.check().map(|()| total),
         }
     }
 
-    /// Data channels that nothing is sent on for a while: says on each that the source lives.
-    pub(super) fn keep_data_channels_alive(&mut self) -> Result<(), WireError> {
+    /// Says on each channel that the source lives, unless that was done a moment ago.
+    pub(super) fn keep_alive(&mut self) -> Result<(), WireError> {
         let now = self.now();
-        if self.data_channels.is_empty() || now.saturating_sub(self.data_channels_at) < ALIVE {
+        let last = self.transport.alive_at;
+        if now.saturating_sub(last) < self.session.setup.timeouts.alive {
             return Ok(());
         }
-        self.data_channels_at = now;
-        for (data_channel, _) in &mut self.data_channels {
-            data_channel.send(Header::bare(FrameType::Alive, 0), &[])?;
+        self.transport.alive_at = now;
+        let alive = Header::bare(FrameType::Alive, 0);
+        for (data_channel, _) in &mut self.transport.data_channels {
+            data_channel.send(alive, &[])?;
         }
-        Ok(())
+        self.session.control.send(alive, &[])
     }
 }
 

@@ -53,15 +53,25 @@ pub enum SourceError {
         /// How many.
         count: u64,
     },
-    /// A destination that lacks more than there is.
-    #[error("the destination says that it lacks {missing} pages of a guest that has {total}")]
-    Lacks {
-        /// Pages that it claims to lack.
+    /// A destination that misses more than there is.
+    #[error("the destination says that {missing} pages are missing, of a guest that has {total}")]
+    Missing {
+        /// Pages that it claims are missing.
         missing: u64,
         /// Pages that there are.
         total: u64,
     },
-    /// A destination that is content too soon.
+    /// A policy that moves the guest before its pages, where that was not agreed.
+    #[error(
+        "the policy asks for post-copy, which the options do not: set --on-timeout postcopy or a post-copy policy"
+    )]
+    NoPostCopy,
+    /// The guest stood still for as long as it may.
+    #[error(
+        "the pause was longer than --max-pause allows; the guest runs here again, give a longer one or a faster link"
+    )]
+    PauseTooLong,
+    /// A destination that says too soon that it has everything.
     #[error("the destination says that it has every page, yet {0} were not sent to it")]
     TooSoon(u64),
     /// After post-copy, with `--verify`.
@@ -81,6 +91,15 @@ pub enum SourceError {
 impl SourceError {
     pub(super) const fn guest(what: &'static str, error: PortError) -> Self {
         Self::Guest { what, error }
+    }
+
+    /// Whether asking again may bring another answer.
+    pub(super) const fn may_retry(&self) -> bool {
+        match self {
+            Self::Connect(_) | Self::Silent(_) => true,
+            Self::Wire(error) => !error.is_from_peer() || matches!(error, WireError::Busy(_)),
+            _ => false,
+        }
     }
 
     pub(super) const fn status(&self) -> Status {

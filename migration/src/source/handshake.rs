@@ -1,8 +1,10 @@
 //! Before memory moves: the handshake, what both sides can do, the channels.
 
 use super::blocks::Disks;
+use super::phases::{Agreed, Connecting, End, Live, Tracking};
 use super::post_copy::FaultChannel;
-use super::{HANDOVER, Source, SourceError, State};
+use super::stop::{How, Stopping};
+use super::{HANDOVER, Source, SourceError};
 use crate::codec::Coding;
 use crate::data_channels::{DataChannels, to_open};
 use crate::options::{Compress, Handover};
@@ -11,23 +13,53 @@ use crate::report::Phase;
 use crate::sender::Sender;
 use crate::wire::{Channel, Features, FrameType, Header, Hello, HelloAck, Role};
 
+impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Connecting<'s, 'a, 'g, L, G> {
+    /// Shakes hands, copies the disks that move, and starts the dirty log.
+    pub(super) fn shake_hands(self) -> Result<Agreed<'s, 'a, 'g, L, G>, End<'g>> {
+        let Self { source } = self;
+        if source.handshake().map_err(End::Here)? {
+            source.enter(Phase::Live);
+            return Ok(Agreed::Share(Stopping {
+                source,
+                tracking: None,
+                how: How::Shared,
+            }));
+        }
+        source.copy_disks().map_err(End::Here)?;
+        let tracking = Tracking::start(source.guest).map_err(End::Here)?;
+        source.memory.collected_at = source.now();
+        if !source.disks.is_empty() {
+            source.record.memory_began = source.now();
+        }
+        source.enter(Phase::Live);
+        Ok(Agreed::Send(Live { source, tracking }))
+    }
+}
+
 impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
-    pub(super) fn handshake(&mut self) -> Result<(), SourceError> {
-        self.progress.phase = Phase::Connecting;
-        let timeouts = self.setup.timeouts;
-        self.control.link().set_timeout(Some(timeouts.handshake));
-        let session = self.setup.session;
+    /// Agrees on what both sides can do and opens the channels; whether the destination takes the memory itself.
+    fn handshake(&mut self) -> Result<bool, SourceError> {
+        self.record.progress.phase = Phase::Connecting;
+        let timeouts = self.session.setup.timeouts;
+        // A destination that trickles bytes holds nothing open.
+        self.session
+            .wait_at_most(timeouts.handshake, Some(timeouts.handshake));
+        let session = self.session.setup.session;
         let sent = self.now();
-        self.control.open(Role::Control, 0, session)?;
-        self.rtt = self.now().saturating_sub(sent);
-        let options = self.setup.options;
+        self.session.control.open(Role::Control, 0, session)?;
+        self.session.rtt = self.now().saturating_sub(sent);
+        let options = self.session.setup.options;
         let (channels, why) = to_open(options, self.guest.processors());
-        self.data_channels_used = DataChannels::new(channels, options.channels.is_some());
-        self.data_channels_why = why;
+        self.transport.used = DataChannels::new(channels, options.channels.is_some());
+        self.transport.why = why;
         let mut faults = 0;
         let mut required = Features::default();
         if options.copy_disk {
-            self.disks = Disks::new(self.guest.disks());
+            self.disks = Disks::new(
+                self.guest
+                    .disks()
+                    .map_or_else(Vec::new, |disks| disks.to_copy()),
+            );
         }
         if !self.disks.is_empty() {
             required = required.or(Features::DISKS);
@@ -57,100 +89,97 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         } else if options.handover == Handover::On {
             required = required.or(Features::SHARED_MEMORY);
         }
-        if !self.guest.has_files() {
+        if !self
+            .guest
+            .sharing()
+            .is_some_and(|sharing| sharing.has_files())
+        {
             offered = offered.without(Features::SHARED_FILES);
         }
         let hello = Hello {
             offered,
             required,
-            layout: self.layout.clone(),
+            layout: self.memory.layout.clone(),
             channels,
             faults,
             disks: self.disks.sizes(),
-            policy: self.policy.to_owned(),
+            policy: self.record.policy.to_owned(),
             machine: self
                 .guest
                 .description()
                 .map_err(|e| SourceError::guest("describing the machine", e))?,
         };
-        self.control
+        self.session
+            .control
             .send(Header::bare(FrameType::Hello, 0), &hello.encode())?;
-        let mut header = self.control.recv_header()?;
-        if header.kind == FrameType::FilesWanted && offered.has(Features::SHARED_FILES) {
-            self.guest
-                .share_files(self.control.link())
+        let mut header = self.session.recv()?;
+        if header.kind == FrameType::FilesWanted
+            && offered.has(Features::SHARED_FILES)
+            && let Some(sharing) = self.guest.sharing()
+        {
+            sharing
+                .share_files(self.session.control.link())
                 .map_err(|e| SourceError::guest("sharing its devices' files", e))?;
-            self.control.send(Header::bare(FrameType::Files, 0), &[])?;
-            header = self.control.recv_header()?;
+            self.session
+                .control
+                .send(Header::bare(FrameType::Files, 0), &[])?;
+            header = self.session.recv()?;
         }
         if header.kind != FrameType::HelloAck {
             return Err(self
+                .session
                 .control
-                .refuse(&header, "the answer to the greeting")
+                .refuse(&header, "the answer to the handshake")
                 .into());
         }
-        let ack: HelloAck = self.control.recv_json(&header)?;
+        let ack: HelloAck = self.session.control.recv_json(&header)?;
         if !ack.features.has(required) {
             return Err(SourceError::Features {
                 missing: required.0 & !ack.features.0,
             });
         }
-        self.control.set_end(self.layout.end());
+        self.session.control.set_end(self.memory.layout.end());
         if ack.features.and(offered).has(Features::SHARED_MEMORY) {
-            self.control.link().set_timeout(Some(timeouts.transfer));
-            self.shared = true;
-            self.policy = HANDOVER;
-            HANDOVER.clone_into(&mut self.progress.policy);
-            self.pending.clear();
-            self.enter(State::Running);
-            return Ok(());
+            self.session.wait_at_most(timeouts.transfer, None);
+            self.record.policy = HANDOVER;
+            HANDOVER.clone_into(&mut self.record.progress.policy);
+            self.memory.pending.clear();
+            return Ok(true);
         }
         let coding = Coding::new(
             options,
             ack.features,
-            self.layout.pages(),
-            self.layout.end(),
+            self.memory.layout.pages(),
+            self.memory.layout.end(),
         );
         self.disks.agree(options, ack.features);
-        self.sender = Sender::new(coding.encoder());
+        self.transport.sender = Sender::new(coding.encoder());
         for index in 0..channels {
             let channel = self.open_channel(Role::Data, index)?;
-            self.data_channels
+            self.transport
+                .data_channels
                 .push((channel, Sender::new(coding.encoder())));
         }
         for index in 0..faults {
             let channel = self.open_channel(Role::Fault, index)?;
-            self.faults.push(FaultChannel::new(channel));
+            self.transport.faults.push(FaultChannel::new(channel));
         }
-        self.data_channels_at = self.now();
-        self.control.link().set_timeout(Some(timeouts.transfer));
-        Ok(())
-    }
-
-    /// From here on memory moves.
-    pub(super) fn start_tracking(&mut self) -> Result<(), SourceError> {
-        // A log that could not be started may have been started in part.
-        self.state = State::Running;
-        self.guest
-            .start_tracking()
-            .map_err(|e| SourceError::guest("starting the dirty log", e))?;
-        self.collected_at = self.now();
-        if !self.disks.is_empty() {
-            self.memory_began = self.now();
-        }
-        self.enter(State::Running);
-        Ok(())
+        self.transport.alive_at = self.now();
+        self.session.wait_at_most(timeouts.transfer, None);
+        Ok(false)
     }
 
     /// Has the guest's memory itself go out with the handshake, where that is wanted and can be.
-    pub(super) fn share_memory(&mut self) -> Result<bool, SourceError> {
-        let wanted = self.setup.options.handover;
+    fn share_memory(&mut self) -> Result<bool, SourceError> {
+        let wanted = self.session.setup.options.handover;
         if wanted == Handover::Off {
             return Ok(false);
         }
         // Disks are copied from host to host: that is another kind of move.
         let shared = if self.disks.is_empty() {
-            self.guest.share_memory(self.control.link())
+            let link = self.session.control.link();
+            let sharing = self.guest.sharing();
+            sharing.map_or(Ok(false), |sharing| sharing.share_memory(link))
         } else {
             Ok(false)
         };
@@ -178,16 +207,15 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         role: Role,
         index: u16,
     ) -> Result<Channel<L>, SourceError> {
-        let link = (self.setup.connect)(role, index).map_err(SourceError::Connect)?;
+        let link = (self.session.setup.connect)(role, index).map_err(SourceError::Connect)?;
         let mut channel = Channel::new(link);
-        channel.set_end(self.layout.end());
-        channel
-            .link()
-            .set_timeout(Some(self.setup.timeouts.handshake));
-        channel.open(role, index, self.setup.session)?;
-        channel
-            .link()
-            .set_timeout(Some(self.setup.timeouts.transfer));
+        channel.set_end(self.memory.layout.end());
+        let timeouts = self.session.setup.timeouts;
+        channel.link().set_timeout(Some(timeouts.handshake));
+        channel.link().set_deadline(Some(timeouts.handshake));
+        channel.open(role, index, self.session.setup.session)?;
+        channel.link().set_deadline(None);
+        channel.link().set_timeout(Some(timeouts.transfer));
         Ok(channel)
     }
 }

@@ -1,14 +1,17 @@
 //! The live phase: collect, decide, send; and draining the link before the pause.
 
 use super::data_channels::worth_data_channels;
-use super::{InFlight, LiveEnd, Source, SourceError, State, ms};
+use super::phases::{End, Live};
+use super::stop::{How, Stopping};
+use super::{InFlight, Source, SourceError, ms};
 use crate::first_pass::FirstPass;
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{Decision, Policy, SendOrder};
-use crate::port::{Link, SourceVm};
-use crate::report::{Event, Round};
+use crate::port::{Link, PortError, SourceDisks, SourceVm};
+use crate::report::{Event, Phase, Round};
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Sent};
 use crate::wire::{FrameType, Header, WireError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 /// Progress is told this often.
@@ -18,60 +21,161 @@ pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<PageSet, SourceError>;
 /// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
 const MEASURABLE: u64 = 64 << 10;
 
+/// A flush that takes less than this is short: the one in the pause will take about as long.
+const SHORT_FLUSH: Duration = Duration::from_millis(2);
+/// Flushes in a row at most, and for how long a flush counts as recent.
+const FLUSHES: u32 = 4;
+const FLUSHED: Duration = Duration::from_secs(1);
+
+impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Live<'s, 'a, 'g, L, G> {
+    /// Sends rounds until the policy stops, the link is empty and the disks are flushed.
+    pub(super) fn run(
+        self,
+        policy: &mut dyn Policy,
+    ) -> Result<Stopping<'s, 'a, 'g, L, G>, End<'g>> {
+        let Self { source, tracking } = self;
+        match source.live(policy) {
+            Ok(how) => Ok(Stopping {
+                source,
+                tracking: Some(tracking),
+                how,
+            }),
+            Err(error) => Err(End::Here(error)),
+        }
+    }
+}
+
 impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
-    /// Sends rounds until the policy stops and the link is empty.
-    pub(super) fn live(&mut self, policy: &mut dyn Policy) -> Result<LiveEnd, SourceError> {
+    fn live(&mut self, policy: &mut dyn Policy) -> Result<How, SourceError> {
+        // What the host has cached of the disks is written while memory goes out, and not in the pause.
+        self.flush_live()?;
+        let mut draining = false;
         loop {
-            self.check_cancel()?;
+            self.session.check()?;
             self.take_acks()?;
             // One round may be on its way while the next is prepared: the link never idles, and
             // a peer that has gone silent is noticed instead of being sent rounds for ever.
-            while self.in_flight.len() > 1 {
+            while self.flight.in_flight.len() > 1 {
                 self.take_ack()?;
             }
             // While the link is drained nothing more goes out, but what the pause would have to send is known.
-            if self.state != State::Draining {
+            if !draining {
                 self.send_written_blocks()?;
             }
             self.collect()?;
             self.disks.collect()?;
             let decision = policy.next(&self.view());
-            let (end, why) = match decision {
+            let (how, why) = match decision {
                 Decision::Send { mut pages, order } => {
-                    pages.intersect_with(&self.pending);
-                    if self.state == State::Draining {
-                        self.enter(State::Running);
+                    pages.intersect_with(&self.memory.pending);
+                    if std::mem::take(&mut draining) {
+                        self.enter(Phase::Live);
                     }
                     self.send_round(pages, order, false)?;
                     continue;
                 }
                 Decision::GiveUp { why } => return Err(SourceError::GaveUp(why)),
-                Decision::Stop { why } => (LiveEnd::Stop, why),
+                Decision::Stop { why } => (How::Copy, why),
                 Decision::HandOver { order, why } => {
-                    if self.round == 0 && self.announce_unpopulated()? {
+                    if !self.session.setup.options.may_post_copy() {
+                        return Err(SourceError::NoPostCopy);
+                    }
+                    if self.flight.round == 0 && self.announce_unpopulated()? {
                         continue;
                     }
-                    (LiveEnd::HandOver(order), why)
+                    (How::Follow(order), why)
                 }
             };
-            if self.in_flight.is_empty() && !self.disks.is_awaiting() {
-                self.why = Some(why);
-                return Ok(end);
+            let drained = self.flight.in_flight.is_empty() && !self.disks.is_awaiting();
+            if drained && self.is_flushed() {
+                self.record.why = Some(why);
+                return Ok(how);
             }
-            // What still lies in socket buffers would be paid for in the pause.
-            self.enter(State::Draining);
-            while !self.in_flight.is_empty() || self.disks.is_awaiting() {
-                self.check_cancel()?;
+            // What still lies in socket buffers and disk caches would be paid for in the pause.
+            if !std::mem::replace(&mut draining, true) {
+                self.enter(Phase::Draining);
+            }
+            while !self.flight.in_flight.is_empty() || self.disks.is_awaiting() {
+                self.session.check()?;
                 self.take_ack()?;
             }
+            if !self.is_flushed() {
+                self.flush_live()?;
+            }
         }
+    }
+
+    /// Whether the disks were flushed a moment ago, or there is nothing to flush.
+    fn is_flushed(&self) -> bool {
+        let recent = |at| self.now().saturating_sub(at) < FLUSHED;
+        self.guest.disks().is_none() || self.record.flushed_at.is_some_and(recent)
+    }
+
+    /// Flushes the disks while the guest runs, again until that is short.
+    fn flush_live(&mut self) -> Result<(), SourceError> {
+        for _ in 0..FLUSHES {
+            self.session.check()?;
+            let before = self.record.flush_took;
+            self.flush(true)?;
+            let took = self.record.flush_took;
+            if took <= SHORT_FLUSH || self.record.flushes > 1 && took * 2 > before {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Flushes the disks; what that takes is part of the predicted pause.
+    pub(super) fn flush(&mut self, live: bool) -> Result<(), SourceError> {
+        let Some(disks) = self.guest.disks() else {
+            return Ok(());
+        };
+        let began = self.now();
+        let result = if live && self.session.setup.threads {
+            self.flush_aside(disks)?
+        } else {
+            disks.flush()
+        };
+        result.map_err(|e| SourceError::guest("flushing the guest's disks", e))?;
+        let now = self.now();
+        self.record.flush_took = now.saturating_sub(began);
+        self.record.flushed_at = Some(now);
+        self.record.flushes += 1;
+        Ok(())
+    }
+
+    /// Flushes the disks on a thread of its own: a slow disk must not look like a dead source.
+    fn flush_aside(
+        &mut self,
+        disks: &dyn SourceDisks,
+    ) -> Result<Result<(), PortError>, SourceError> {
+        std::thread::scope(|scope| {
+            let (done, flushed) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                // The receiver is gone only when the connection failed meanwhile.
+                let _ = done.send(disks.flush());
+            });
+            loop {
+                match flushed.recv_timeout(PROGRESS_EVERY) {
+                    Ok(result) => return Ok(result),
+                    Err(RecvTimeoutError::Timeout) => {
+                        self.take_acks()?;
+                        self.keep_alive()?;
+                        self.tell_progress();
+                    }
+                    Err(RecvTimeoutError::Disconnected) => {
+                        return Ok(Err("the flushing thread panicked".into()));
+                    }
+                }
+            }
+        })
     }
 
     /// Before post-copy: what was never written is said to be zero while the guest runs. That costs next to
     /// nothing; to follow the guest it would have to be placed page by page, and take memory there.
     fn announce_unpopulated(&mut self) -> Result<bool, SourceError> {
-        let mut pages = PageSet::new(self.layout.end());
-        for region in self.layout.runs() {
+        let mut pages = PageSet::new(self.memory.layout.end());
+        for region in self.memory.layout.runs() {
             let mut at = region.first;
             while let Some(run) = self.guest.unpopulated(Run::new(at, region.end() - at)) {
                 pages.insert_run(run);
@@ -91,27 +195,30 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
 
     /// Unites the dirty log with what is pending.
     pub(super) fn collect(&mut self) -> Result<(), SourceError> {
-        self.fresh.clear();
+        self.memory.fresh.clear();
         self.guest
-            .collect_dirty(&mut self.fresh)
+            .collect_dirty(&mut self.memory.fresh)
             .map_err(|e| SourceError::guest("reading the dirty log", e))?;
         let now = self.now();
         // A page stays in the log until it is cleared for sending: what was pending is not news.
-        self.fresh.subtract(&self.pending);
-        self.pending.union_with(&self.fresh);
-        self.heat.record(&self.fresh);
-        let (pages, over) = (self.fresh.len(), now.saturating_sub(self.collected_at));
+        self.memory.fresh.subtract(&self.memory.pending);
+        self.memory.pending.union_with(&self.memory.fresh);
+        self.memory.heat.record(&self.memory.fresh);
+        let (pages, over) = (
+            self.memory.fresh.len(),
+            now.saturating_sub(self.memory.collected_at),
+        );
         // The second collection of a round, after draining, finds only what is not pending yet: taken
         // alone it would make a guest that writes its working set all the time look calm, and pre-copy
         // would send round after round in search of a pause that it has.
-        self.dirtied = if self.dirtied_round == self.round {
-            (self.dirtied.0 + pages, self.dirtied.1 + over)
+        self.memory.dirtied = if self.memory.dirtied_round == self.flight.round {
+            (self.memory.dirtied.0 + pages, self.memory.dirtied.1 + over)
         } else {
             (pages, over)
         };
-        self.dirtied_round = self.round;
-        self.collected_at = now;
-        if let Some(last) = self.rounds.last_mut() {
+        self.memory.dirtied_round = self.flight.round;
+        self.memory.collected_at = now;
+        if let Some(last) = self.record.rounds.last_mut() {
             last.dirtied += pages;
         }
         Ok(())
@@ -127,7 +234,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         order: SendOrder,
         paused: bool,
     ) -> Result<Sent, SourceError> {
-        self.send_round_in(pages, order, paused, self.pacer.batch_pages())
+        self.send_round_in(pages, order, paused, self.transport.pacer.batch_pages())
     }
 
     /// As [`send_round`](Self::send_round), in batches of so many pages.
@@ -138,50 +245,50 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         paused: bool,
         batch: u64,
     ) -> Result<Sent, SourceError> {
-        self.round += 1;
+        self.flight.round += 1;
         let started = self.now();
-        self.progress.round_pages = pages.len();
-        self.progress.round_sent = 0;
+        self.record.progress.round_pages = pages.len();
+        self.record.progress.round_sent = 0;
         let mode = BatchMode {
-            round: self.round,
+            round: self.flight.round,
             paused,
             tell: false,
             warmer: 0,
             data_channels: 1,
         };
         // Of the first pages nobody knows yet how often they are dirtied.
-        let learns = order == SendOrder::ColdFirst && self.sent_once.is_empty();
+        let learns = order == SendOrder::ColdFirst && self.memory.sent_once.is_empty();
         let sent = if learns {
             self.send_first_pass(pages, mode, batch)?
         } else {
-            let batches = Batches::new(pages, order, &self.heat, batch);
+            let batches = Batches::new(pages, order, &self.memory.heat, batch);
             self.send_batches(batches, mode, None)?
         };
-        if self.rounds.len() >= Self::ROUNDS_KEPT {
+        if self.record.rounds.len() >= Self::ROUNDS_KEPT {
             // The first and the last tell the story.
-            self.rounds.remove(Self::ROUNDS_KEPT / 2);
-            self.rounds_omitted += 1;
+            self.record.rounds.remove(Self::ROUNDS_KEPT / 2);
+            self.record.rounds_omitted += 1;
         }
-        self.rounds.push(Round {
-            n: self.round,
+        self.record.rounds.push(Round {
+            n: self.flight.round,
             pages: sent.pages(),
             bytes: sent.bytes,
             ms: 0.0,
             dirtied: 0,
             follows: false,
         });
-        self.barrier(self.round)?;
+        self.barrier(self.flight.round)?;
         let ended = self.now();
         // Data channels send at the same time, and each looks for zero pages while others send: more than the time that went by
         // cannot have been the link's.
         let link = (sent.link + sent.coding).min(ended.saturating_sub(started));
-        self.in_flight.push_back(InFlight {
-            round: self.round,
+        self.flight.in_flight.push_back(InFlight {
+            round: self.flight.round,
             sent,
             link,
             started,
             ended,
-            beside: self.disks.take_beside(),
+            disks: self.disks.take_since_round(),
         });
         Ok(sent)
     }
@@ -194,7 +301,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
         let few = !worth_data_channels(batches.left() + batches.to_come());
-        if few || self.data_channels.is_empty() {
+        if few || self.transport.data_channels.is_empty() {
             self.send_here(batches, mode, more)
         } else {
             self.send_on_data_channels(batches, mode, more)
@@ -216,10 +323,11 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         for part in pass.parts() {
             guest.clear_dirty(&part, &mut words).map_err(failed)?;
         }
-        let mut log = PageSet::new(self.layout.end());
+        let mut log = PageSet::new(self.memory.layout.end());
         let step = pass.next(&log);
         let to_come = pass.left().len();
-        let first = Batches::new(step, SendOrder::Address, &self.heat, batch).before(to_come);
+        let first =
+            Batches::new(step, SendOrder::Address, &self.memory.heat, batch).before(to_come);
         let mut more = || {
             log.clear();
             guest.collect_dirty(&mut log).map_err(failed)?;
@@ -230,11 +338,12 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
 
     /// Marks the end of a round on every channel.
     pub(super) fn barrier(&mut self, round: u32) -> Result<(), SourceError> {
-        for (data_channel, _) in &mut self.data_channels {
+        for (data_channel, _) in &mut self.transport.data_channels {
             data_channel.send(Header::bare(FrameType::RoundEnd, round), &[])?;
         }
-        self.data_channels_at = self.now();
-        self.control
+        self.transport.alive_at = self.now();
+        self.session
+            .control
             .send(Header::bare(FrameType::RoundEnd, round), &[])?;
         Ok(())
     }
@@ -256,28 +365,34 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 }
                 continue;
             }
-            self.check_cancel()?;
+            self.session.check()?;
             let mode = BatchMode {
                 warmer: batches.warmer(),
                 ..mode
             };
             let waited = self.pace(mode);
-            let mut sent =
-                self.sender
-                    .send(&mut self.control, self.guest, &runs, mode, self.setup.clock)?;
-            self.pacer.charge(sent.bytes, self.setup.clock);
+            let mut sent = self.transport.sender.send(
+                &mut self.session.control,
+                self.guest,
+                &runs,
+                mode,
+                self.session.setup.clock,
+            )?;
+            self.transport
+                .pacer
+                .charge(sent.bytes, self.session.setup.clock);
             sent.link += waited;
             self.delivered(&runs, sent);
             total.add(sent);
             self.take_acks()?;
-            self.keep_data_channels_alive()?;
+            self.keep_alive()?;
             self.tell_progress();
         }
     }
 
     /// Tells the progress, unless that was done a moment ago.
     pub(super) fn tell_progress(&mut self) {
-        if self.now().saturating_sub(self.last_event) >= PROGRESS_EVERY {
+        if self.now().saturating_sub(self.record.last_event) >= PROGRESS_EVERY {
             self.emit_progress();
         }
     }
@@ -287,31 +402,39 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         if mode.paused {
             return Duration::ZERO;
         }
-        let cancel = self.setup.cancel;
-        self.pacer.wait(self.setup.clock, &|| cancel.is_cancelled())
+        let owner = self.session.setup.owner;
+        self.transport
+            .pacer
+            .wait(self.session.setup.clock, &|| owner.is_cancelled())
     }
 
     /// Takes pages that were handed to the link off the pending set; before this they are still
     /// pending, whatever failed.
     pub(super) fn delivered(&mut self, runs: &[Run], sent: Sent) {
         for run in runs {
-            self.pending.remove_run(*run);
+            self.memory.pending.remove_run(*run);
             for gfn in run.first..run.end() {
-                if !self.sent_once.insert(gfn) {
-                    self.pages.resent += 1;
+                if !self.memory.sent_once.insert(gfn) {
+                    self.record.pages.resent += 1;
                 }
             }
         }
-        self.pages.sent += sent.data_pages;
-        self.pages.zero += sent.zero_pages;
-        self.pages.skipped += sent.skipped_pages;
-        self.codecs.join(&sent.codecs);
-        self.progress.round_sent += sent.pages();
+        self.record.pages.sent += sent.data_pages;
+        self.record.pages.zero += sent.zero_pages;
+        self.record.pages.skipped += sent.skipped_pages;
+        self.record.codecs.join(&sent.codecs);
+        self.record.progress.round_sent += sent.pages();
     }
 
     /// Takes what has arrived, without waiting: acknowledgements, or the peer's reason to give up.
     pub(super) fn take_acks(&mut self) -> Result<(), SourceError> {
-        while self.control.link().readable().map_err(WireError::Io)? {
+        while self
+            .session
+            .control
+            .link()
+            .readable()
+            .map_err(WireError::Io)?
+        {
             self.take_ack()?;
         }
         Ok(())
@@ -319,46 +442,47 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
 
     /// Waits for the next acknowledgement.
     pub(super) fn take_ack(&mut self) -> Result<(), SourceError> {
-        let answered_at = self.answered_at.take();
-        let header = self.control.recv_header()?;
+        let answered_at = self.flight.answered_at.take();
+        let header = self.session.recv()?;
         if self.disks.take_answer(&header) {
             return Ok(());
         }
-        let expected = self.in_flight.front().copied();
+        let expected = self.flight.in_flight.front().copied();
         match expected {
             Some(flight) if header.kind == FrameType::RoundAck && header.round == flight.round => {
-                self.in_flight.pop_front();
+                self.flight.in_flight.pop_front();
                 // It may have come while data channels were sending.
                 let now = answered_at.unwrap_or_else(|| self.now());
                 let took = now.saturating_sub(flight.started);
                 // What the link took: the time in its calls and until the last byte was placed.
-                let (blocks, beside) = flight.beside;
-                let link = flight.link + now.saturating_sub(flight.ended) + beside;
+                let (blocks, blocks_took) = flight.disks;
+                let link = flight.link + now.saturating_sub(flight.ended) + blocks_took;
                 if flight.sent.bytes + blocks < MEASURABLE {
                     // A small round measures the round trip, and the handshake's was measured while
                     // the destination had other things to do.
-                    self.rtt = self.rtt.min(now.saturating_sub(flight.ended));
+                    self.session.rtt = self.session.rtt.min(now.saturating_sub(flight.ended));
                 }
                 if flight.sent.data_pages * PAGE_BYTES + blocks >= MEASURABLE
-                    || self.bandwidth.estimate().is_none() && flight.sent.pages() > 0
+                    || self.flight.bandwidth.estimate().is_none() && flight.sent.pages() > 0
                 {
                     // Of pages as they are in memory: it is pending pages that the estimate is for.
                     let bytes = flight.sent.bytes.max(flight.sent.data_pages * PAGE_BYTES);
-                    self.bandwidth.record((bytes + blocks).max(1), link);
+                    self.flight.bandwidth.record((bytes + blocks).max(1), link);
                 }
-                if let Some(round) = self.rounds.iter_mut().find(|r| r.n == flight.round) {
+                if let Some(round) = self.record.rounds.iter_mut().find(|r| r.n == flight.round) {
                     round.ms = ms(took);
                     let round = round.clone();
-                    (self.setup.events)(Event::Round(round));
+                    (self.session.setup.events)(Event::Round(round));
                 }
                 // The next round's pages began to move when this one's were in place.
-                if let Some(next) = self.in_flight.front_mut() {
+                if let Some(next) = self.flight.in_flight.front_mut() {
                     next.started = next.started.max(now);
                     next.ended = next.ended.max(now);
                 }
                 Ok(())
             }
             _ => Err(self
+                .session
                 .control
                 .refuse(&header, "the acknowledgement of a round")
                 .into()),
@@ -367,6 +491,6 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
 
     /// Rounds whose acknowledgement never came have no duration; the report keeps them as sent.
     pub(super) fn drop_unacknowledged(&mut self) {
-        self.in_flight.clear();
+        self.flight.in_flight.clear();
     }
 }

@@ -17,14 +17,15 @@
 
 use super::data_channels::no_thread;
 use super::push::{Pushed, Pusher, Stream};
-use super::{Source, SourceError, State, ms};
+use super::{Source, SourceError, ms};
 use crate::order::{Push, PushOrder};
 use crate::page::{PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, SourceVm};
-use crate::report::{Event, Round};
+use crate::report::{Event, Phase, Round};
 use crate::sender::{BatchMode, Sender, Sent};
 use crate::wire::{Arrived, Channel, FrameType, Header, WireError};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -280,6 +281,15 @@ impl<'a> Serving<'a> {
     }
 }
 
+/// Ends the threads of the phase.
+struct EndOnDrop<'a, 'b>(&'a Serving<'b>);
+
+impl Drop for EndOnDrop<'_, '_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 /// What the push does next.
 pub(super) enum Next {
     Send,
@@ -329,18 +339,20 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         )
     }
 
-    /// Runs `work` while the fault channels are being answered.
+    /// Runs `work` while the fault channels are being answered; not at all where no thread can be had for that.
     pub(super) fn while_answering<T>(
         &mut self,
         serving: &Serving<'_>,
-        work: impl FnOnce(&mut Self) -> Result<T, SourceError>,
+        work: impl FnOnce(&mut Self) -> T,
     ) -> Result<T, SourceError> {
-        if !self.setup.threads {
-            return work(self);
+        if !self.session.setup.threads {
+            return Ok(work(self));
         }
-        let faults = std::mem::take(&mut self.faults);
+        let faults = std::mem::take(&mut self.transport.faults);
         let guest = self.guest;
         std::thread::scope(|scope| {
+            // Also after a panic: the threads would wait for ever, and the scope for them.
+            let _end = EndOnDrop(serving);
             let mut threads = Vec::with_capacity(faults.len());
             let mut started = Ok(());
             for mut fault in faults {
@@ -354,9 +366,9 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                     Err(error) => started = Err(no_thread(error)),
                 }
             }
-            let result = started.and_then(|()| work(self));
+            let result = started.map(|()| work(self));
             serving.end();
-            self.faults = threads
+            self.transport.faults = threads
                 .into_iter()
                 .filter_map(|thread| thread.join().ok())
                 .collect();
@@ -364,12 +376,13 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         })
     }
 
-    /// Sends what is left, and the hashes of these pages; waits until the destination has everything.
+    /// Sends what is left, and the hashes of these pages; waits until the destination has everything. Returns what is
+    /// wrong with it all the same.
     pub(super) fn push_all(
         &mut self,
         serving: &Serving<'_>,
         hashes: Option<&PageSet>,
-    ) -> Result<(), SourceError> {
+    ) -> Result<Option<SourceError>, SourceError> {
         let began = self.now();
         let result = self.push_and_confirm(serving, hashes);
         let sent = match &result {
@@ -377,33 +390,30 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             // Who still answers waits for a connection that is gone.
             Err(_) => serving.outgoing().sent,
         };
-        self.pages.sent += sent.data_pages;
-        self.pages.zero += sent.zero_pages;
-        self.pages.skipped += sent.skipped_pages;
-        self.codecs.join(&sent.codecs);
+        self.record.pages.sent += sent.data_pages;
+        self.record.pages.zero += sent.zero_pages;
+        self.record.pages.skipped += sent.skipped_pages;
+        self.record.codecs.join(&sent.codecs);
         let round = Round {
-            n: self.rounds.last().map_or(1, |last| last.n + 1),
+            n: self.record.rounds.last().map_or(1, |last| last.n + 1),
             pages: sent.pages(),
             bytes: sent.bytes,
             ms: ms(self.now().saturating_sub(began)),
             dirtied: 0,
             follows: true,
         };
-        (self.setup.events)(Event::Round(round.clone()));
-        self.rounds.push(round);
+        (self.session.setup.events)(Event::Round(round.clone()));
+        self.record.rounds.push(round);
         let arrived = result?;
-        self.faults_there = arrived.faults;
+        self.record.faults_there = arrived.faults;
         if arrived.ended {
-            self.why =
+            self.record.why =
                 Some("the guest ended at the destination before all of its pages had come".into());
         } else {
-            self.verified = hashes.map(|_| arrived.different == 0);
+            self.record.verified = hashes.map(|_| arrived.different == 0);
         }
-        self.enter(State::Discardable);
-        if arrived.different > 0 {
-            return Err(SourceError::Differs(arrived.different));
-        }
-        Ok(())
+        self.enter(Phase::Completed);
+        Ok((arrived.different > 0).then_some(SourceError::Differs(arrived.different)))
     }
 
     fn push_and_confirm(
@@ -411,59 +421,52 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         serving: &Serving<'_>,
         hashes: Option<&PageSet>,
     ) -> Result<Arrived, SourceError> {
-        self.control
+        self.session
+            .control
             .link()
-            .set_timeout(Some(self.setup.timeouts.transfer));
-        self.control.link().bound_queue(QUEUE);
-        for (data_channel, _) in &mut self.data_channels {
+            .set_timeout(Some(self.session.setup.timeouts.transfer));
+        self.session.control.link().bound_queue(QUEUE);
+        for (data_channel, _) in &mut self.transport.data_channels {
             data_channel.link().bound_queue(QUEUE);
         }
-        let sent = self.send_rest(serving, hashes);
-        match sent {
+        match self.send_rest(serving, hashes) {
             // A destination whose guest has ended says so and hangs up: that may look like a failure here.
-            Err(SourceError::Wire(WireError::Io(_))) | Ok(()) => {}
-            Err(error) => return Err(error),
-        }
-        let timeout = if sent.is_ok() {
-            self.setup.timeouts.transfer
-        } else {
-            PARTING
-        };
-        let arrived = self.wait_arrived(serving, timeout);
-        match (sent, arrived) {
-            (Err(error), Err(_)) => Err(error),
-            (_, arrived) => arrived,
+            Err(error) if !matches!(error, SourceError::Wire(WireError::Io(_))) => Err(error),
+            Err(error) => self.wait_arrived(serving, None, PARTING).map_err(|_| error),
+            Ok(said) => self.wait_arrived(serving, said, self.session.setup.timeouts.transfer),
         }
     }
 
-    /// The pages that nobody asks for, their end, and the hashes.
+    /// The pages that no fault asks for, their end, and the hashes; returns what the destination says before the end.
     fn send_rest(
         &mut self,
         serving: &Serving<'_>,
         hashes: Option<&PageSet>,
-    ) -> Result<(), SourceError> {
-        // Data channels that nobody has asked for are for rounds: here answers to page faults need link and processors.
-        let over = if self.data_channels.is_empty() || self.setup.options.channels.is_none() {
+    ) -> Result<Option<Header>, SourceError> {
+        // Data channels that the user has not asked for are for rounds: here answers to page faults need link and processors.
+        let said = if self.transport.data_channels.is_empty()
+            || self.session.setup.options.channels.is_none()
+        {
             self.push_here(serving)?
         } else {
             self.push_on_data_channels(serving)?;
-            false
+            None
         };
-        if over {
-            return Ok(());
+        if said.is_some() {
+            return Ok(said);
         }
         self.barrier(serving.round)?;
         if let Some(pages) = hashes {
             self.send_hashes(pages)?;
         }
-        Ok(())
+        Ok(None)
     }
 
-    /// Everything on the control channel, from this thread. Says whether the destination has spoken before the end.
-    fn push_here(&mut self, serving: &Serving<'_>) -> Result<bool, SourceError> {
-        let mut stream = Stream::new(self.tells, self.now());
+    /// Everything on the control channel, from this thread; returns what the destination says before the end.
+    fn push_here(&mut self, serving: &Serving<'_>) -> Result<Option<Header>, SourceError> {
+        let mut stream = Stream::new(self.transport.tells, self.now());
         // Without threads faults are answered by this one.
-        let wait = if self.setup.threads {
+        let wait = if self.session.setup.threads {
             TICK
         } else {
             Duration::from_micros(100)
@@ -472,25 +475,25 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             self.answer_here(serving)?;
             let mut pusher = Pusher {
                 serving,
-                pacer: &self.pacer,
+                pacer: &self.transport.pacer,
                 guest: self.guest,
-                channel: &mut self.control,
-                sender: &mut self.sender,
+                channel: &mut self.session.control,
+                sender: &mut self.transport.sender,
                 stream: &mut stream,
-                timeout: self.setup.timeouts.transfer,
+                timeout: self.session.setup.timeouts.transfer,
+                alive: self.session.setup.timeouts.alive,
             };
             match pusher.push(wait)? {
-                Pushed::All => return Ok(false),
+                Pushed::All => return Ok(None),
                 Pushed::More => {}
-                Pushed::Heard(header) => {
-                    // Its guest has ended, or it gives up.
-                    self.heard = Some(header);
-                    return Ok(true);
-                }
+                // Its guest has ended, or it gives up.
+                Pushed::Said(header) => return Ok(Some(header)),
             }
-            self.keep_data_channels_alive()?;
-            if self.now().saturating_sub(self.last_event) >= TICK {
-                self.pending.clone_from(&serving.outgoing().remaining);
+            self.keep_alive()?;
+            if self.now().saturating_sub(self.record.last_event) >= TICK {
+                self.memory
+                    .pending
+                    .clone_from(&serving.outgoing().remaining);
                 self.emit_progress();
             }
         }
@@ -498,7 +501,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
 
     /// Without threads: the faults that have arrived are answered between two batches.
     fn answer_here(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
-        for fault in &mut self.faults {
+        for fault in &mut self.transport.faults {
             while fault.channel.link().readable().map_err(WireError::Io)? {
                 serving.answer(fault, self.guest)?;
             }
@@ -508,14 +511,20 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
 
     /// Several channels: each takes the next batch when it is free.
     fn push_on_data_channels(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
-        let (guest, pacer) = (self.guest, &self.pacer);
-        let (tells, timeout) = (self.tells, self.setup.timeouts.transfer);
-        let data_channels = &mut self.data_channels;
+        let (guest, pacer) = (self.guest, &self.transport.pacer);
+        let timeouts = self.session.setup.timeouts;
+        let tells = self.transport.tells;
+        let data_channels = &mut self.transport.data_channels;
+        let control = &mut self.session.control;
         std::thread::scope(|scope| {
+            let (ended, wait) = std::sync::mpsc::channel::<()>();
             let threads: Vec<_> = data_channels
                 .iter_mut()
                 .filter_map(|(channel, sender)| {
+                    let ended = ended.clone();
                     let push = move || {
+                        // Dropped at the end of the thread: the last one ends the wait below.
+                        let _ended = ended;
                         let mut stream = Stream::new(tells, serving.clock.now());
                         let mut pusher = Pusher {
                             serving,
@@ -524,13 +533,14 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                             channel,
                             sender,
                             stream: &mut stream,
-                            timeout,
+                            timeout: timeouts.transfer,
+                            alive: timeouts.alive,
                         };
                         loop {
                             let error = match pusher.push(TICK) {
                                 Ok(Pushed::More) => continue,
                                 Ok(Pushed::All) => return,
-                                Ok(Pushed::Heard(header)) => {
+                                Ok(Pushed::Said(header)) => {
                                     let expected = "a word about pages that were sent";
                                     pusher.channel.refuse(&header, expected).into()
                                 }
@@ -544,10 +554,17 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                     started.map_err(|e| serving.fail(no_thread(e))).ok()
                 })
                 .collect();
+            drop(ended);
+            // The control channel is silent meanwhile and must not be taken for dead.
+            while wait.recv_timeout(timeouts.alive) == Err(RecvTimeoutError::Timeout) {
+                if let Err(error) = control.send(Header::bare(FrameType::Alive, 0), &[]) {
+                    serving.fail(error.into());
+                }
+            }
             for thread in threads {
                 if thread.join().is_err() {
                     let error = "a sender thread panicked".into();
-                    serving.fail(SourceError::guest("sending on a data_channel", error));
+                    serving.fail(SourceError::guest("sending on a data channel", error));
                 }
             }
         });
@@ -558,20 +575,22 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     fn wait_arrived(
         &mut self,
         serving: &Serving<'_>,
+        mut said: Option<Header>,
         timeout: Duration,
     ) -> Result<Arrived, SourceError> {
-        let until = self.now() + timeout;
+        let mut until = self.now() + timeout;
         let header = loop {
             self.answer_here(serving)?;
-            if let Some(header) = self.heard.take() {
+            if let Some(header) = said.take() {
                 break header;
             }
-            let control = self.control.link();
+            let control = self.session.control.link();
             if control.wait_readable(TICK).map_err(WireError::Io)? {
-                let header = self.control.recv_header()?;
-                // The last batches need no window any more.
-                if header.kind != FrameType::Placed {
-                    break header;
+                let header = self.session.control.recv_header()?;
+                match header.kind {
+                    // The last batches need no window any more.
+                    FrameType::Placed | FrameType::Alive => until = self.now() + timeout,
+                    _ => break header,
                 }
             }
             if self.now() >= until {
@@ -580,11 +599,12 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         };
         if header.kind != FrameType::Arrived {
             return Err(self
+                .session
                 .control
                 .refuse(&header, "the confirmation that every page has arrived")
                 .into());
         }
-        let arrived: Arrived = self.control.recv_json(&header)?;
+        let arrived: Arrived = self.session.control.recv_json(&header)?;
         let left = serving.outgoing().left;
         if left > 0 && !arrived.ended {
             return Err(SourceError::TooSoon(left));

@@ -1,7 +1,6 @@
 //! A stream of pushes in post-copy: what is pushed next goes out as the user's cap and the [`Window`] allow.
 
 use super::SourceError;
-use super::data_channels::ALIVE;
 use super::post_copy::{Next, PUSH_PAGES, Serving};
 use super::window::Window;
 use crate::page::Run;
@@ -36,7 +35,7 @@ pub(super) enum Pushed {
     /// Everything has been taken.
     All,
     /// The destination has said this, which is not about what is in place.
-    Heard(Header),
+    Said(Header),
 }
 
 /// One stream of pushes: takes, waits for the cap and for the window, sends, until nothing is left.
@@ -47,8 +46,9 @@ pub(super) struct Pusher<'a, 'b, L, G> {
     pub(super) channel: &'a mut Channel<L>,
     pub(super) sender: &'a mut Sender,
     pub(super) stream: &'a mut Stream,
-    /// How long the destination may say nothing of what it was sent.
+    /// How long the destination may say nothing of what it was sent, and how often the source says that it lives.
     pub(super) timeout: Duration,
+    pub(super) alive: Duration,
 }
 
 impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
@@ -56,7 +56,7 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
     pub(super) fn push(&mut self, wait: Duration) -> Result<Pushed, SourceError> {
         let clock = self.serving.clock;
         if let Some(header) = self.hear(wait)? {
-            return Ok(Pushed::Heard(header));
+            return Ok(Pushed::Said(header));
         }
         if self.is_full() {
             return Ok(if self.serving.goes_on()? {
@@ -75,7 +75,7 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
             Next::Done => return Ok(Pushed::All),
             Next::Wait => {
                 clock.sleep(Duration::from_millis(1));
-                if clock.now().saturating_sub(self.stream.sent_at) >= ALIVE {
+                if clock.now().saturating_sub(self.stream.sent_at) >= self.alive {
                     self.channel.send(Header::bare(FrameType::Alive, 0), &[])?;
                     self.stream.sent_at = clock.now();
                 }
@@ -116,6 +116,10 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
             .map_err(WireError::Io)?
         {
             let header = self.channel.recv_header()?;
+            if header.kind == FrameType::Alive {
+                wait = Duration::ZERO;
+                continue;
+            }
             if header.kind != FrameType::Placed {
                 return Ok(Some(header));
             }

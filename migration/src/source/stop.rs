@@ -1,209 +1,389 @@
 //! The pause: last pages (or what will follow), state, and handing the guest over.
+//!
+//! The guest is a value here ([`Paused`]): every `?` drops it, and it runs again at the source before the error is looked
+//! at. A deadline ([`Options::max_pause`](crate::options::Options::max_pause)) holds from the pause to the commit,
+//! whatever the destination sends or takes meanwhile.
 
-use super::{InFlight, Source, SourceError, State, ms};
+use super::commit::{Confirmed, Unconfirmed};
+use super::phases::{End, Moved, Tracking};
+use super::{InFlight, Source, SourceError, ms};
 use crate::order::PushOrder;
-use crate::page::{PAGE_SIZE, PageSet, Run};
-use crate::policy::SendOrder;
-use crate::port::{Link, SourceVm};
+use crate::page::{PAGE_BYTES, PAGE_SIZE, PageSet, Run};
+use crate::policy::{SendOrder, seconds};
+use crate::port::{Link, Paused, SourceVm};
+use crate::report::Phase;
 use crate::sender::Sent;
 use crate::verify::page_hash;
-use crate::wire::{FrameType, Header, Ready, Running, WireError, send_set};
+use crate::wire::{FrameType, Header, Ready, WireError, send_set};
 use std::io;
 use std::time::Duration;
 
 /// Hashes in one VERIFY frame (1 MiB of them).
 const VERIFY_PAGES: u64 = 128 << 10;
+/// The longest pause where the user has set none: this, and four times what was predicted.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+const PREDICTED: u32 = 4;
+/// Bytes per second at which `--verify` reads and hashes at least.
+const HASH_RATE: f64 = 50e6;
 
-impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
-    /// Pauses the guest, sends what is left, and commits.
-    pub(super) fn stop_and_copy(&mut self) -> Result<(), SourceError> {
-        let collected = self.stop()?;
-        // The state is small: it follows the pages without waiting for them.
-        self.send_round(self.pending.clone(), SendOrder::Address, true)?;
-        if self.setup.options.verify {
-            self.send_block_hashes()?;
-            self.send_hashes(&self.layout.all())?;
+/// How the guest is moved.
+pub(super) enum How {
+    /// What is pending is sent in the pause.
+    Copy,
+    /// The pending pages follow in this order.
+    Follow(PushOrder),
+    /// The destination has the memory already.
+    Shared,
+}
+
+/// The guest runs; everything that can be done before the pause was done.
+pub(super) struct Stopping<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
+    pub(super) source: &'s mut Source<'a, 'g, L, G>,
+    /// `None` where memory is shared: nothing is logged.
+    pub(super) tracking: Option<Tracking<'g, L, G>>,
+    pub(super) how: How,
+}
+
+/// The guest stands still and belongs to the source.
+struct Stopped<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
+    source: &'s mut Source<'a, 'g, L, G>,
+    /// Dropped before the log is stopped: that can take as long as the guest has memory.
+    paused: Paused<'g>,
+    tracking: Option<Tracking<'g, L, G>>,
+    /// When the last of the dirty log was taken.
+    collected: Duration,
+}
+
+impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
+    /// Pauses the guest and hands it over.
+    pub(super) fn move_guest(mut self) -> Result<Moved<'g>, End<'g>> {
+        match std::mem::replace(&mut self.how, How::Copy) {
+            How::Copy => self.stop_and_copy(),
+            How::Shared => self.hand_memory_over(),
+            How::Follow(order) => self.let_follow(order),
         }
-        self.move_guest(collected)?;
-        self.enter(State::Discardable);
-        Ok(())
     }
 
-    /// Pauses the guest and commits: the destination has its memory.
-    pub(super) fn hand_memory_over(&mut self) -> Result<(), SourceError> {
-        self.why = Some(
+    /// Sends what is left in the pause.
+    fn stop_and_copy(self) -> Result<Moved<'g>, End<'g>> {
+        let stopped = self.stop()?;
+        let last_pages = |source: &mut Source<'a, 'g, L, G>| {
+            // The state is small: it follows the pages without waiting for them.
+            source.send_round(source.memory.pending.clone(), SendOrder::Address, true)?;
+            source.send_all_hashes(source.memory.layout.all())
+        };
+        stopped.hand_over(last_pages).map(Confirmed::complete)
+    }
+
+    /// The destination has the memory.
+    fn hand_memory_over(self) -> Result<Moved<'g>, End<'g>> {
+        self.source.record.why = Some(
             "both processes are on this host and map the same memory, so that no page was sent"
                 .into(),
         );
-        let stopped_at = self.pause()?;
-        let stopped = self.now();
-        self.downtime.quiesce_ms = ms(stopped.saturating_sub(stopped_at));
-        if self.setup.options.verify {
-            self.send_hashes(&self.layout.all())?;
-        }
-        self.move_guest(stopped)?;
-        self.enter(State::Discardable);
-        Ok(())
+        let stopped = self.pause()?;
+        let hashes =
+            |source: &mut Source<'a, 'g, L, G>| source.send_all_hashes(source.memory.layout.all());
+        stopped.hand_over(hashes).map(Confirmed::complete)
     }
 
-    /// Pauses the guest, moves it, and lets what is left follow.
-    pub(super) fn hand_over(&mut self, order: PushOrder) -> Result<(), SourceError> {
-        // What is dirty already will be missing in any case: the destination drops it before the pause.
-        // From here on each page is sent once, to where nothing can be read: no page is a base any more.
-        self.sender.without_bases();
-        self.data_channels
-            .iter_mut()
-            .for_each(|(_, sender)| sender.without_bases());
-        let known = self.pending.clone();
-        send_set(&mut self.control, &known)?;
-        self.settle()?;
-        let collected = self.stop()?;
-        let missing = self.pending.clone();
-        let mut news = missing.clone();
-        news.subtract(&known);
-        send_set(&mut self.control, &news)?;
-        let mut again = missing.clone();
-        again.intersect_with(&self.sent_once);
-        self.pages.resent += again.len();
-        if self.setup.options.verify {
-            let mut there = self.layout.all();
-            there.subtract(&missing);
-            self.send_block_hashes()?;
-            self.send_hashes(&there)?;
-        }
-        let layout = self.layout.clone();
-        let serving = Self::serving(&layout, &self.setup, missing.clone(), order, self.round + 1);
+    /// Moves the guest, and lets what is left follow.
+    fn let_follow(self, order: PushOrder) -> Result<Moved<'g>, End<'g>> {
+        let known = self.source.list_known().map_err(End::Here)?;
+        let Stopped {
+            source,
+            paused,
+            tracking,
+            collected,
+        } = self.stop()?;
+        let missing = source.memory.pending.clone();
+        let layout = source.memory.layout.clone();
+        let round = source.flight.round + 1;
+        let serving = Source::<L, G>::serving(
+            &layout,
+            &source.session.setup,
+            missing.clone(),
+            order,
+            round,
+        );
         // From the restoring on the destination may touch a page that it lacks.
-        self.while_answering(&serving, |source| {
-            let running = source.move_guest(collected)?;
-            if running.missing == 0 && !running.verify {
+        let moved = source.while_answering(&serving, |source| {
+            let stopped = Stopped {
+                source,
+                paused,
+                tracking,
+                collected,
+            };
+            let lists = |source: &mut Source<'a, 'g, L, G>| source.list_news(&missing, &known);
+            let confirmed = stopped.hand_over(lists)?;
+            if confirmed.is_complete() {
                 // Nothing was pending: as after stop-and-copy, nothing follows.
-                source.enter(State::Discardable);
-                return Ok(());
+                return Ok(confirmed.complete());
             }
+            let Confirmed {
+                source, committed, ..
+            } = confirmed;
             // What was compared so far is not all.
-            source.verified = None;
-            source.round += 1;
-            source.enter(State::PostCopy);
-            let hashes = source.setup.options.verify.then_some(&missing);
-            source.push_all(&serving, hashes)
+            source.record.verified = None;
+            source.flight.round += 1;
+            source.enter(Phase::PostCopy);
+            let hashes = source.session.setup.options.verify.then_some(&missing);
+            let error = source
+                .push_all(&serving, hashes)
+                .map_err(End::Interrupted)?;
+            Ok(Moved { committed, error })
+        });
+        // Without a thread the guest was not handed over: its guard is dropped.
+        moved.map_err(End::Here)?
+    }
+
+    /// Pauses the guest and takes the last of the dirty log and of the disks.
+    fn stop(self) -> Result<Stopped<'s, 'a, 'g, L, G>, End<'g>> {
+        let mut stopped = self.pause()?;
+        let source = &mut *stopped.source;
+        let collect = source.collect();
+        stopped.collected = source.now();
+        let rest = collect.and_then(|()| {
+            let pause = source.record.paused_at.unwrap_or(stopped.collected);
+            source.record.downtime.quiesce_ms = ms(stopped.collected.saturating_sub(pause));
+            // The last of the disks: the guest must not run there without it.
+            source.disks.collect()?;
+            source.send_blocks(true)
+        });
+        match rest {
+            Ok(()) => Ok(stopped),
+            Err(error) => Err(stopped.fail(error)),
+        }
+    }
+
+    /// Pauses the guest.
+    fn pause(self) -> Result<Stopped<'s, 'a, 'g, L, G>, End<'g>> {
+        let Self {
+            source, tracking, ..
+        } = self;
+        source.session.check().map_err(End::Here)?;
+        let longest = source.longest_pause();
+        let paused = source
+            .guest
+            .pause()
+            .map_err(|e| End::Here(SourceError::guest("pausing the guest", e)))?;
+        let now = source.now();
+        let stopped_at = now.saturating_sub(paused.stopped_for());
+        source.record.paused_at = Some(stopped_at);
+        source.record.downtime.quiesce_ms = ms(now.saturating_sub(stopped_at));
+        source.enter(Phase::Stopped);
+        source.bound_pause(stopped_at + longest);
+        Ok(Stopped {
+            source,
+            paused,
+            tracking,
+            collected: now,
         })
+    }
+}
+
+impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopped<'s, 'a, 'g, L, G> {
+    /// Sends what `last` sends, flushes the disks, sends the state, and commits once the destination is ready.
+    fn hand_over(
+        self,
+        last: impl FnOnce(&mut Source<'a, 'g, L, G>) -> Result<(), SourceError>,
+    ) -> Result<Confirmed<'s, 'a, 'g, L, G>, End<'g>> {
+        let ready = last(self.source)
+            .and_then(|()| self.source.flush_stopped())
+            .and_then(|()| {
+                self.paused
+                    .save()
+                    .map_err(|e| SourceError::guest("saving the machine's state", e))
+            })
+            .and_then(|state| self.source.send_state(&state, self.collected));
+        match ready {
+            Ok(ready_at) => self.commit(ready_at),
+            Err(error) => Err(self.fail(error)),
+        }
+    }
+
+    /// Writes the commit down, sends it, and waits for the guest to run.
+    fn commit(self, ready_at: Duration) -> Result<Confirmed<'s, 'a, 'g, L, G>, End<'g>> {
+        if let Err(error) = self.source.session.check() {
+            return Err(self.fail(error));
+        }
+        let owner = self.source.session.setup.owner;
+        if !owner.commit() {
+            return Err(self.fail(SourceError::Cancelled));
+        }
+        let Self {
+            source,
+            paused,
+            tracking,
+            ..
+        } = self;
+        // From here on this side runs the guest only on the destination's word.
+        let committed = paused.commit(source.session.setup.session);
+        source.end_pause();
+        let committed = committed.map_err(|e| {
+            owner.take_back();
+            End::Here(SourceError::guest("writing down the commit", e))
+        })?;
+        source.record.progress.phase = Phase::Committed;
+        let confirmed = Unconfirmed { source, committed }.confirm()?;
+        // The log of a guest that runs elsewhere goes with what is left of it.
+        if let Some(log) = tracking {
+            log.leave();
+        }
+        let source = &mut *confirmed.source;
+        let told = source.now().saturating_sub(ready_at);
+        // Half a round trip and what the destination spent since the first instruction are not
+        // part of the pause.
+        let since = Duration::from_micros(confirmed.running.since_us) + source.session.rtt / 2;
+        source.record.downtime.start_ms = ms(told.saturating_sub(since.min(told)));
+        Ok(confirmed)
+    }
+
+    /// Lets the guest run again, at once, and says why.
+    fn fail(self, error: SourceError) -> End<'g> {
+        let Self {
+            source,
+            paused,
+            tracking,
+            ..
+        } = self;
+        drop(paused);
+        let now = source.now();
+        if let Some(at) = source.record.paused_at {
+            source.record.downtime.start_ms = ms(now.saturating_sub(at));
+        }
+        drop(tracking);
+        let late = source.session.until.is_some_and(|until| now >= until);
+        source.end_pause();
+        End::Here(match error {
+            SourceError::Wire(WireError::Io(_)) | SourceError::Silent(_) if late => {
+                SourceError::PauseTooLong
+            }
+            error => error,
+        })
+    }
+}
+
+impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
+    /// How long the guest may stand still before it runs here again.
+    fn longest_pause(&self) -> Duration {
+        let options = self.session.setup.options;
+        options.max_pause.unwrap_or_else(|| {
+            let predicted = self.view().predicted_downtime().unwrap_or_default();
+            let hashed = if options.verify {
+                self.memory.layout.pages() * PAGE_BYTES + self.disks.bytes()
+            } else {
+                0
+            };
+            LONGEST_PAUSE + predicted * PREDICTED + seconds(hashed as f64 / HASH_RATE)
+        })
+    }
+
+    /// Every wait ends then.
+    fn bound_pause(&mut self, until: Duration) {
+        self.session.until = Some(until);
+        let left = until.saturating_sub(self.now());
+        let ready = self.session.setup.timeouts.ready;
+        self.session.wait_at_most(ready, Some(left));
+        for (channel, _) in &mut self.transport.data_channels {
+            channel.link().set_deadline(Some(left));
+        }
+    }
+
+    /// The guest runs again, or was committed.
+    fn end_pause(&mut self) {
+        self.session.until = None;
+        let transfer = self.session.setup.timeouts.transfer;
+        self.session.wait_at_most(transfer, None);
+        for (channel, _) in &mut self.transport.data_channels {
+            channel.link().set_deadline(None);
+            channel.link().set_timeout(Some(transfer));
+        }
+    }
+
+    /// Before the pause of post-copy: what is dirty already will be missing in any case, so the destination drops it now.
+    fn list_known(&mut self) -> Result<PageSet, SourceError> {
+        // From here on each page is sent once, to where nothing can be read: no page is a base any more.
+        self.transport.sender.without_bases();
+        for (_, sender) in &mut self.transport.data_channels {
+            sender.without_bases();
+        }
+        let known = self.memory.pending.clone();
+        send_set(&mut self.session.control, &known)?;
+        self.settle()?;
+        Ok(known)
+    }
+
+    /// In the pause of post-copy: the missing pages that were not `known`, and hashes of those that are there.
+    fn list_news(&mut self, missing: &PageSet, known: &PageSet) -> Result<(), SourceError> {
+        let mut news = missing.clone();
+        news.subtract(known);
+        send_set(&mut self.session.control, &news)?;
+        let mut again = missing.clone();
+        again.intersect_with(&self.memory.sent_once);
+        self.record.pages.resent += again.len();
+        let mut there = self.memory.layout.all();
+        there.subtract(missing);
+        self.send_all_hashes(there)
     }
 
     /// Waits until the destination has done everything that it was sent: a round without pages.
     fn settle(&mut self) -> Result<(), SourceError> {
-        self.round += 1;
-        self.barrier(self.round)?;
+        self.flight.round += 1;
+        self.barrier(self.flight.round)?;
         let now = self.now();
-        self.in_flight.push_back(InFlight {
-            round: self.round,
+        self.flight.in_flight.push_back(InFlight {
+            round: self.flight.round,
             sent: Sent::default(),
             link: Duration::ZERO,
             started: now,
             ended: now,
-            beside: (0, Duration::ZERO),
+            disks: (0, Duration::ZERO),
         });
         self.take_ack()
     }
 
-    /// Pauses the guest and takes the last of the dirty log; returns when that was done.
-    fn stop(&mut self) -> Result<Duration, SourceError> {
-        let stopped_at = self.pause()?;
-        self.collect()?;
-        let collected = self.now();
-        self.downtime.quiesce_ms = ms(collected.saturating_sub(stopped_at));
-        // The last of the disks: the guest must not run there without it.
-        self.disks.collect()?;
-        self.send_blocks(true)?;
-        Ok(collected)
+    /// The last flush of the disks: nothing is written any more.
+    fn flush_stopped(&mut self) -> Result<(), SourceError> {
+        self.flush(false)?;
+        self.session.check()
     }
 
-    /// Pauses the guest; returns when it did its last.
-    fn pause(&mut self) -> Result<Duration, SourceError> {
-        self.check_cancel()?;
-        let ago = self
-            .guest
-            .pause()
-            .map_err(|e| SourceError::guest("pausing the guest", e))?;
-        let stopped_at = self.now().saturating_sub(ago);
-        self.paused_at = Some(stopped_at);
-        self.enter(State::Stopped);
-        self.control
-            .link()
-            .set_timeout(Some(self.setup.timeouts.ready));
-        Ok(stopped_at)
-    }
-
-    /// Sends the state and hands the guest over, once the destination is ready.
-    fn move_guest(&mut self, collected: Duration) -> Result<Running, SourceError> {
-        let state = self
-            .guest
-            .save()
-            .map_err(|e| SourceError::guest("saving the machine's state", e))?;
-        self.control
-            .send(Header::bare(FrameType::State, self.round), &state)?;
-        while !self.in_flight.is_empty() || self.disks.is_awaiting() {
+    /// Sends the state and waits until the destination is ready; returns when it was.
+    fn send_state(&mut self, state: &[u8], collected: Duration) -> Result<Duration, SourceError> {
+        let round = self.flight.round;
+        self.session
+            .control
+            .send(Header::bare(FrameType::State, round), state)?;
+        while !self.flight.in_flight.is_empty() || self.disks.is_awaiting() {
             self.take_ack()
                 .map_err(|e| silent(e, "that the last pages and blocks arrived"))?;
         }
         let placed = self.now();
-        self.downtime.last_pages_ms = ms(placed.saturating_sub(collected));
-
-        let header = self
-            .control
-            .recv_header()
-            .map_err(|e| silent(e.into(), "ready"))?;
+        self.record.downtime.last_pages_ms = ms(placed.saturating_sub(collected));
+        let header = self.session.recv().map_err(|e| silent(e, "ready"))?;
         if header.kind != FrameType::Ready {
-            return Err(self.control.refuse(&header, "ready").into());
+            return Err(self.session.control.refuse(&header, "ready").into());
         }
-        let ready: Ready = self.control.recv_json(&header)?;
+        let ready: Ready = self.session.control.recv_json(&header)?;
         let ready_at = self.now();
-        self.downtime.state_ms = ms(ready_at.saturating_sub(placed));
-        if self.setup.options.verify {
+        self.record.downtime.state_ms = ms(ready_at.saturating_sub(placed));
+        if self.session.setup.options.verify {
             if !ready.verified {
                 return Err(SourceError::NotVerified);
             }
-            self.verified = Some(true);
+            self.record.verified = Some(true);
         }
-        if !self.setup.cancel.commit() {
-            return Err(SourceError::Cancelled);
-        }
-        self.guest
-            .commit(self.setup.session)
-            .map_err(|e| SourceError::guest("writing down the commit", e))?;
-        // From here on this side never runs the guest by itself. Nothing may come between this
-        // line and the sending that could return early with another state.
-        self.state = State::Committed;
-        self.progress.phase = crate::report::Phase::Committed;
-        let running = self.commit()?;
-        let told = self.now().saturating_sub(ready_at);
-        // Half a round trip and what the destination spent since the first instruction are not
-        // part of the pause.
-        let since = Duration::from_micros(running.since_us) + self.rtt / 2;
-        self.downtime.start_ms = ms(told.saturating_sub(since.min(told)));
-        Ok(running)
+        Ok(ready_at)
     }
 
-    /// Says the commit and waits for the guest to run.
-    pub(super) fn commit(&mut self) -> Result<Running, SourceError> {
-        self.control
-            .link()
-            .set_timeout(Some(self.setup.timeouts.commit));
-        self.control
-            .send(Header::bare(FrameType::Commit, self.round), &[])?;
-        let header = self
-            .control
-            .recv_header()
-            .map_err(|e| silent(e.into(), "that the guest runs"))?;
-        if header.kind != FrameType::Running {
-            return Err(self
-                .control
-                .refuse(&header, "the confirmation that the guest runs")
-                .into());
+    /// With `--verify`: hashes of all disks and of these pages.
+    fn send_all_hashes(&mut self, pages: PageSet) -> Result<(), SourceError> {
+        if !self.session.setup.options.verify {
+            return Ok(());
         }
-        let running: Running = self.control.recv_json(&header)?;
-        self.tells = running.tells;
-        Ok(running)
+        self.send_block_hashes()?;
+        self.send_hashes(&pages)
     }
 
     /// Sends a hash of every page of the set, so that the destination can compare.
@@ -213,6 +393,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         let mut at = 0;
         while let Some(run) = pages.next_run(at, VERIFY_PAGES) {
             at = run.end();
+            self.session.check()?;
+            self.keep_alive()?;
             hashes.clear();
             // The guest stands still: what holds nothing stays so, and reading it would make the host populate it.
             let mut hole = self.guest.unpopulated(run);
@@ -232,16 +414,16 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             let header = Header {
                 gfn: run.first,
                 count: u32::try_from(run.count).unwrap_or(u32::MAX),
-                ..Header::bare(FrameType::Verify, self.round)
+                ..Header::bare(FrameType::Verify, self.flight.round)
             };
-            self.control.send(header, &hashes)?;
+            self.session.control.send(header, &hashes)?;
         }
         Ok(())
     }
 }
 
 /// A time-out in the pause, said as what was waited for.
-fn silent(error: SourceError, what: &'static str) -> SourceError {
+pub(super) fn silent(error: SourceError, what: &'static str) -> SourceError {
     match error {
         SourceError::Wire(WireError::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
             SourceError::Silent(what)

@@ -26,10 +26,10 @@ use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, PageSet};
 use crate::report::{Event, Report, Status};
 pub use crate::rng::Rng;
-use crate::source::{self, CancelSwitch, Setup};
+use crate::source::{self, Ownership, Setup};
 use crate::wire::SessionId;
 pub use fault::{ApiCall, Call, Fault, FaultKind, PortFault};
-use guest::SimGuest;
+use guest::{SimCommitted, SimGuest};
 use link::{Peer, SimClock, SimLink};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -58,6 +58,8 @@ pub struct Scenario {
     pub given_back: f64,
     /// Blocks of the guest's disk; 0 is no disk. It moves where `options.copy_disk` is set.
     pub disk_blocks: u64,
+    /// What it takes to flush a block that was written.
+    pub flush_time: Duration,
     /// Bytes per second.
     pub bandwidth: f64,
     /// The user's options.
@@ -130,6 +132,7 @@ impl Scenario {
             zero_writes: 0.1,
             given_back: 0.0,
             disk_blocks: 0,
+            flush_time: Duration::ZERO,
             bandwidth: 100e6,
             options: Options {
                 downtime: Duration::from_millis(5),
@@ -173,6 +176,9 @@ impl Scenario {
                 .then(|| 1 + u32::try_from(rng.below(20)).unwrap_or(1)),
             bandwidth: rng.chance(0.2).then(|| 5_000_000 + rng.below(50_000_000)),
             verify: rng.chance(0.5),
+            max_pause: rng
+                .chance(0.3)
+                .then(|| Duration::from_millis(1 + rng.below(100))),
             policy: [
                 PolicyKind::Precopy,
                 PolicyKind::Stord,
@@ -220,6 +226,7 @@ impl Scenario {
         if rng.chance(0.3) {
             scenario.disk_blocks = 1 + rng.below(20);
             scenario.options.copy_disk = true;
+            scenario.flush_time = Duration::from_micros(rng.below(400));
             if scenario.port_fault.is_none() && rng.chance(0.2) {
                 scenario.port_fault = Some(PortFault::random_disk(&mut rng));
             }
@@ -244,8 +251,8 @@ impl Scenario {
 pub fn run(scenario: &Scenario) -> Outcome {
     let world = Arc::new(Mutex::new(World::new(scenario)));
     let peer = Arc::new(Mutex::new(Peer::new(Arc::clone(&world))));
-    let cancel = Arc::new(CancelSwitch::default());
-    lock(&world).cancel = Some(Arc::clone(&cancel));
+    let owner = Arc::new(Ownership::default());
+    lock(&world).owner = Some(Arc::clone(&owner));
     let session = SessionId(*b"simulated-moving");
     let clock = SimClock::new(Arc::clone(&world));
     let guest = SimGuest::new(Arc::clone(&world));
@@ -258,7 +265,7 @@ pub fn run(scenario: &Scenario) -> Outcome {
             clock: &clock,
             options: &scenario.options,
             session,
-            cancel: &cancel,
+            owner: &owner,
             events: &mut events,
             timeouts: source::Timeouts::default(),
             threads: false,
@@ -309,18 +316,19 @@ fn call_recover(
 ) -> Report {
     let guest = SimGuest::new(Arc::clone(world));
     let clock = SimClock::new(Arc::clone(world));
-    let cancel = CancelSwitch::default();
+    let owner = Ownership::in_doubt();
     let setup = Setup {
         connect: &mut |_, _| SimLink::connect(world, peer),
         clock: &clock,
         options: &scenario.options,
         session,
-        cancel: &cancel,
+        owner: &owner,
         events: &mut |_| {},
         timeouts: source::Timeouts::default(),
         threads: false,
     };
-    source::recover(&guest, setup)
+    let committed = Box::new(SimCommitted(Arc::clone(world)));
+    source::recover(&guest, committed, setup)
 }
 
 /// A source reconnects while the network is still bad. Whatever comes of it, nothing is lost and nothing runs twice.

@@ -1,7 +1,9 @@
 //! The smallest VMs: plain pages, no processor.
 
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{DestinationVm, Link, PageSink, PageSource, PortError, SourceVm};
+use crate::port::{
+    Committed, CommittedVm, DestinationVm, Link, NotStarted, PageSink, PageSource, Paused, PausedVm, PortError, SourceVm,
+};
 use crate::wire::SessionId;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -118,6 +120,12 @@ impl TestSource {
         self.runs.load(Ordering::SeqCst)
     }
 
+    /// What is left of a guest after a commit: for a recovery.
+    #[must_use]
+    pub fn committed(&self) -> Committed<'_> {
+        Box::new(Gone(self))
+    }
+
     fn log(&self) -> MutexGuard<'_, PageSet> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -182,24 +190,52 @@ impl<L: Link> SourceVm<L> for TestSource {
         Ok(())
     }
 
-    fn pause(&self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Paused<'_>, PortError> {
         self.runs.store(false, Ordering::SeqCst);
-        Ok(Duration::ZERO)
+        Ok(Box::new(Stands(Some(self))))
+    }
+}
+
+/// The guest while it stands still; `None` when it is not to run again.
+struct Stands<'a>(Option<&'a TestSource>);
+
+impl Drop for Stands<'_> {
+    fn drop(&mut self) {
+        if let Some(vm) = self.0 {
+            vm.runs.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl<'g> PausedVm<'g> for Stands<'g> {
+    fn stopped_for(&self) -> Duration {
+        Duration::ZERO
     }
 
     fn save(&self) -> Result<Vec<u8>, PortError> {
         Ok(STATE.to_vec())
     }
 
-    fn resume(&self) {
-        self.runs.store(true, Ordering::SeqCst);
+    fn commit(mut self: Box<Self>, _: SessionId) -> Result<Committed<'g>, PortError> {
+        let vm = self.0.take().ok_or("the guest was given away")?;
+        Ok(vm.committed())
     }
 
-    fn commit(&self, _: SessionId) -> Result<(), PortError> {
+    fn keep(mut self: Box<Self>) {
+        self.0 = None;
+    }
+}
+
+/// The guest after the commit.
+struct Gone<'a>(&'a TestSource);
+
+impl CommittedVm for Gone<'_> {
+    fn release(self: Box<Self>) {}
+
+    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), PortError> {
+        self.0.runs.store(true, Ordering::SeqCst);
         Ok(())
     }
-
-    fn release(&self) {}
 }
 
 /// A destination VM of as many pages; clones share them.

@@ -1,7 +1,10 @@
 //! A small guest that looks after its rights.
 
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{BLOCK_BYTES, BlockSource, Link, PageSource, PortError, SourceVm};
+use ferry_migration::port::{
+    BLOCK_BYTES, BlockSource, Committed, CommittedVm, Link, NotStarted, PageSource, Paused,
+    PausedVm, PortError, SourceDisks, SourceVm,
+};
 use ferry_migration::testing::RecordedPeer;
 use ferry_migration::wire::SessionId;
 use std::io;
@@ -53,6 +56,20 @@ impl StandIn {
 
     pub(super) fn standing(&self) -> MutexGuard<'_, Standing> {
         self.standing.lock().unwrap()
+    }
+
+    /// What is left of it after a commit.
+    pub(super) fn given_away(&self) -> Committed<'_> {
+        Box::new(Gone(self))
+    }
+
+    fn run_again(&self) {
+        let mut standing = self.standing();
+        assert!(
+            standing.paused && !standing.committed,
+            "a guest that was given away was run"
+        );
+        standing.paused = false;
     }
 
     fn page(&self, gfn: Gfn) -> &[u8; PAGE_SIZE] {
@@ -126,43 +143,77 @@ impl SourceVm<RecordedPeer> for StandIn {
         Ok(())
     }
 
-    fn pause(&self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Paused<'_>, PortError> {
         self.standing().paused = true;
-        Ok(Duration::ZERO)
+        Ok(Box::new(Stands(self)))
+    }
+
+    fn disks(&self) -> Option<&dyn SourceDisks> {
+        Some(self)
+    }
+
+    fn fault_channels(&self) -> u16 {
+        2
+    }
+}
+
+/// The guest while it stands still.
+struct Stands<'a>(&'a StandIn);
+
+impl Drop for Stands<'_> {
+    fn drop(&mut self) {
+        self.0.run_again();
+    }
+}
+
+impl<'g> PausedVm<'g> for Stands<'g> {
+    fn stopped_for(&self) -> Duration {
+        Duration::ZERO
     }
 
     fn save(&self) -> Result<Vec<u8>, PortError> {
         Ok(b"state".to_vec())
     }
 
-    fn resume(&self) {
-        let mut standing = self.standing();
-        assert!(
-            standing.paused && !standing.committed,
-            "a guest that was given away was run"
-        );
-        standing.paused = false;
-    }
-
-    fn commit(&self, _: SessionId) -> Result<(), PortError> {
-        let mut standing = self.standing();
+    fn commit(self: Box<Self>, _: SessionId) -> Result<Committed<'g>, PortError> {
+        let guest = self.0;
+        std::mem::forget(self);
+        let mut standing = guest.standing();
         assert!(standing.paused, "a guest that runs was given away");
         standing.committed = true;
-        Ok(())
+        drop(standing);
+        Ok(guest.given_away())
     }
 
-    fn release(&self) {
-        let mut standing = self.standing();
+    fn keep(self: Box<Self>) {
+        std::mem::forget(self);
+    }
+}
+
+/// The guest after the commit.
+struct Gone<'a>(&'a StandIn);
+
+impl CommittedVm for Gone<'_> {
+    fn release(self: Box<Self>) {
+        let mut standing = self.0.standing();
         assert!(standing.committed, "a guest that is here was thrown away");
         standing.released = true;
     }
 
-    fn disks(&self) -> Vec<Arc<dyn BlockSource>> {
-        vec![Arc::new(Disk)]
+    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), PortError> {
+        self.0.standing().committed = false;
+        self.0.run_again();
+        Ok(())
+    }
+}
+
+impl SourceDisks for StandIn {
+    fn flush(&self) -> Result<(), PortError> {
+        Ok(())
     }
 
-    fn fault_channels(&self) -> u16 {
-        2
+    fn to_copy(&self) -> Vec<Arc<dyn BlockSource>> {
+        vec![Arc::new(Disk)]
     }
 }
 

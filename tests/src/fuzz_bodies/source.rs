@@ -5,7 +5,7 @@ use super::link::channels;
 use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::{Report, Status};
-use ferry_migration::source::{CancelSwitch, Setup, Timeouts, migrate, recover};
+use ferry_migration::source::{Ownership, Setup, Timeouts, migrate, recover};
 use ferry_migration::testing::{RecordedPeer, Seen, TestClock};
 use ferry_migration::wire::{Preamble, Role, SessionId};
 use std::time::Duration;
@@ -67,13 +67,13 @@ pub fn source(bytes: &[u8]) -> Option<Report> {
         clock: &TestClock::ticking(Duration::from_millis(1)),
         options: &options,
         session,
-        cancel: &CancelSwitch::default(),
+        owner: &Ownership::default(),
         events: &mut |_| events += 1,
         timeouts: Timeouts::default(),
         threads: false,
     };
     let report = if recovers {
-        recover(&guest, setup)
+        recover(&guest, guest.given_away(), setup)
     } else {
         migrate(&guest, setup)
     };

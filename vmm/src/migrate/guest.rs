@@ -1,38 +1,92 @@
 //! A machine at the source: the engine's [`SourceVm`].
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{BlockSource, PageSource, PortError, SourceVm};
+use ferry_migration::port::{
+    BlockSource, Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, PortError,
+    ShareMemory, SourceDisks, SourceVm,
+};
 use ferry_migration::wire::{MAX_RUNS, SessionId};
 
 use super::disks::DiskCopy;
-use super::{Handle, StreamLink, engine_layout, lock, page_runs};
+use super::{StreamLink, engine_layout, page_runs};
 use crate::machine::{Machine, PausedMachine};
 
 /// The guest of a machine while it is migrated away.
 pub(crate) struct MachineGuest<'a> {
     machine: &'a Arc<Machine>,
-    handle: &'a Handle,
-    paused: Mutex<Option<PausedMachine<'a>>>,
 }
 
 impl<'a> MachineGuest<'a> {
-    pub(crate) const fn new(machine: &'a Arc<Machine>, handle: &'a Handle) -> Self {
-        Self {
-            machine,
-            handle,
-            paused: Mutex::new(None),
-        }
+    pub(crate) const fn new(machine: &'a Arc<Machine>) -> Self {
+        Self { machine }
+    }
+}
+
+/// A machine that stands still for the engine. Dropping it resumes the machine, if that ran before.
+struct StoppedMachine<'a> {
+    machine: &'a Arc<Machine>,
+    paused: PausedMachine<'a>,
+    /// When the guest ran last.
+    ran: Instant,
+}
+
+/// A machine whose guest was given to the destination. It stands still.
+pub(crate) struct CommittedMachine<'a> {
+    pub(crate) machine: &'a Arc<Machine>,
+    /// The guest ran before the migration paused it.
+    pub(crate) was_running: bool,
+}
+
+impl<'g> PausedVm<'g> for StoppedMachine<'g> {
+    fn stopped_for(&self) -> Duration {
+        self.ran.elapsed()
     }
 
-    /// Never lets the guest run again through this guard.
-    pub(crate) fn keep(&self) {
-        if let Some(paused) = lock(&self.paused).take() {
-            paused.keep_paused();
+    fn save(&self) -> Result<Vec<u8>, PortError> {
+        // A take-over here is refused if the destination ran the guest on its disks meanwhile.
+        self.machine.note_disks();
+        let mut bytes = vec![u8::from(self.paused.was_running())];
+        bytes.extend(self.paused.save()?.to_bytes()?);
+        Ok(bytes)
+    }
+
+    fn commit(self: Box<Self>, session: SessionId) -> Result<Committed<'g>, PortError> {
+        // From here on the other side may take the disks and the memory. Where that fails the guest stays: the guard is
+        // dropped and takes them again.
+        self.machine.release_disks()?;
+        self.machine.ram().give_up()?;
+        tracing::info!(%session, "the guest is handed over");
+        let committed = CommittedMachine {
+            machine: self.machine,
+            was_running: self.paused.was_running(),
+        };
+        self.paused.keep_paused();
+        Ok(Box::new(committed))
+    }
+
+    fn keep(self: Box<Self>) {
+        self.paused.keep_paused();
+    }
+}
+
+impl CommittedVm for CommittedMachine<'_> {
+    fn release(self: Box<Self>) {
+        self.machine.stop();
+    }
+
+    fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), PortError> {
+        tracing::warn!(
+            why = word.why(),
+            "the destination did not start the guest: it runs here again"
+        );
+        if self.was_running {
+            self.machine.resume()?;
         }
+        Ok(())
     }
 }
 
@@ -131,7 +185,7 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
         Ok(())
     }
 
-    fn pause(&self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Paused<'_>, PortError> {
         let asked = Instant::now();
         let paused = self.machine.pause()?;
         let last = if paused.was_running() {
@@ -139,47 +193,50 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
         } else {
             None
         };
-        *lock(&self.paused) = Some(paused);
-        // Each vCPU stops when its kick arrives; the first may have stopped when they were sent.
-        Ok(asked
-            .elapsed()
-            .max(last.map_or(Duration::ZERO, |at| at.elapsed())))
+        Ok(Box::new(StoppedMachine {
+            machine: self.machine,
+            paused,
+            // Each vCPU stops when its kick arrives; the first may have stopped when they were sent.
+            ran: last.map_or(asked, |last| last.min(asked)),
+        }))
     }
 
-    fn save(&self) -> Result<Vec<u8>, PortError> {
-        let guard = lock(&self.paused);
-        let paused = guard.as_ref().ok_or("the machine is not paused")?;
-        // A take-over here is refused if the destination ran the guest on its disks meanwhile.
-        self.machine.note_disks();
-        let mut bytes = vec![u8::from(paused.was_running())];
-        bytes.extend(paused.save()?.to_bytes()?);
-        Ok(bytes)
+    fn disks(&self) -> Option<&dyn SourceDisks> {
+        (!self.machine.disks().is_empty()).then_some(self)
     }
 
-    fn resume(&self) {
-        // Dropping the guard resumes what ran before.
-        *lock(&self.paused) = None;
+    fn sharing(&self) -> Option<&dyn ShareMemory<StreamLink>> {
+        Some(self)
     }
 
-    fn commit(&self, session: SessionId) -> Result<(), PortError> {
-        // From here on the other side may take the disks and the memory. Where that fails the guest stays.
-        self.machine.release_disks()?;
-        self.machine.ram().give_up()?;
-        tracing::info!(%session, "the guest is handed over");
-        self.handle.committed();
-        self.keep();
+    fn fault_channels(&self) -> u16 {
+        u16::try_from(self.machine.description().cpus).unwrap_or(u16::MAX)
+    }
+
+    fn processors(&self) -> u16 {
+        let here = std::thread::available_parallelism();
+        here.map_or(1, |n| u16::try_from(n.get()).unwrap_or(u16::MAX))
+    }
+}
+
+impl SourceDisks for MachineGuest<'_> {
+    fn flush(&self) -> Result<(), PortError> {
+        for disk in self.machine.disks().iter().filter(|disk| !disk.read_only()) {
+            disk.sync().map_err(|error| {
+                let path = disk.path().display();
+                format!("the disk {path} cannot be flushed: {error}")
+            })?;
+        }
         Ok(())
     }
 
-    fn release(&self) {
-        self.machine.stop();
-    }
-
-    fn disks(&self) -> Vec<Arc<dyn BlockSource>> {
+    fn to_copy(&self) -> Vec<Arc<dyn BlockSource>> {
         let disk = |disk: &Arc<_>| Arc::new(DiskCopy(Arc::clone(disk))) as _;
         self.machine.disks().iter().map(disk).collect()
     }
+}
 
+impl ShareMemory<StreamLink> for MachineGuest<'_> {
     fn share_memory(&self, link: &mut StreamLink) -> Result<bool, PortError> {
         let Some(beside) = link.beside() else {
             return Ok(false);
@@ -196,14 +253,5 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
         let beside = link.beside().ok_or("the link carries no files")?;
         beside.put_files(self.machine.share_taps()?);
         Ok(())
-    }
-
-    fn fault_channels(&self) -> u16 {
-        u16::try_from(self.machine.description().cpus).unwrap_or(u16::MAX)
-    }
-
-    fn processors(&self) -> u16 {
-        let here = std::thread::available_parallelism();
-        here.map_or(1, |n| u16::try_from(n.get()).unwrap_or(u16::MAX))
     }
 }

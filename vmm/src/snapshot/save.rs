@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ferry_migration::port::{Clock, SourceVm};
+use ferry_migration::port::Clock;
 use ferry_migration::snapshot::{self as format, SaveError, SaveOptions, SaveSetup};
 
 use super::{Contents, DiskMark, ms, threads};
 use crate::api::types::{SnapshotReport, SnapshotRequest, Then};
 use crate::machine::Machine;
 use crate::migrate::guest::MachineGuest;
-use crate::migrate::{Handle, MonotonicClock, session_id};
+use crate::migrate::{MonotonicClock, session_id};
 
 /// The pause that ends a live snapshot's rounds.
 const LIVE_DOWNTIME: Duration = Duration::from_millis(50);
@@ -86,8 +86,7 @@ pub fn save(
         })?;
     let session = session_id();
     let clock = MonotonicClock::new();
-    let handle = Handle::new();
-    let guest = MachineGuest::new(machine, &handle);
+    let guest = MachineGuest::new(machine);
     let mut downtime = Duration::ZERO;
     let setup = SaveSetup {
         session,
@@ -107,28 +106,26 @@ pub fn save(
             };
             Ok(serde_json::to_vec(&contents)?)
         },
-        release: &mut |saved| {
-            downtime = clock.now().saturating_sub(saved.paused_at);
-            if request.then == Then::Resume {
-                let asked = Instant::now();
-                guest.resume();
-                // A guest that did not run before has no first instruction.
-                if machine.run_state() == crate::machine::RunState::Running {
-                    let first = machine.wait_first_entry(Duration::from_secs(1));
-                    downtime +=
-                        first.map_or(Duration::ZERO, |at| at.saturating_duration_since(asked));
-                }
-            }
+        resume: request.then == Then::Resume,
+        released: &mut |saved| {
+            // A guest that did not run before, or is to stand still, has no first instruction.
+            let runs = machine.run_state() == crate::machine::RunState::Running;
+            let first = runs.then(|| machine.wait_first_entry(Duration::from_secs(1)));
+            let since = first.flatten().map_or(Duration::ZERO, |at| at.elapsed());
+            let all = clock.now().saturating_sub(saved.paused_at);
+            downtime = all.saturating_sub(since);
         },
     };
-    let saved =
+    let (saved, paused) =
         format::save(&guest, file.as_file(), setup).map_err(|source| SnapshotError::Save {
             path: path.clone(),
             source,
         })?;
     // Where this fails, the guard that is dropped lets the guest go on.
     publish(file, path, directory, request.force)?;
-    guest.keep();
+    if let Some(paused) = paused {
+        paused.keep();
+    }
     tracing::info!(%session, path = %path.display(), bytes = saved.bytes, "the guest was written to a file");
     Ok(SnapshotReport {
         schema: 1,

@@ -1,8 +1,8 @@
 //! What the control socket may do with a [`Vmm`], state by state.
 
 use super::recording;
-use super::state::{Lost, State};
-use super::{Core, Lacks, Migration, Vmm};
+use super::state::State;
+use super::{Lacks, Vmm};
 use crate::api::events::{Publisher, Subscription};
 use crate::api::types::{
     BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
@@ -11,9 +11,6 @@ use crate::api::types::{
 use crate::api::{Control, Pieces, Refusal};
 use ferry_devices::sync::lock;
 use ferry_devices::thread;
-use ferry_migration::options::Options;
-use ferry_migration::report::{self, Report};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -23,7 +20,7 @@ pub(super) fn conflict(wish: &str, state: &State) -> Refusal {
 }
 
 /// One sentence: what is, and what can be done.
-fn explanation(state: &State, lacks: Option<&Lacks>) -> String {
+pub(super) fn explanation(state: &State, lacks: Option<&Lacks>) -> String {
     match (state, lacks) {
         (
             State::Running,
@@ -77,7 +74,7 @@ impl Control for Vmm {
             migration: match &inner.state {
                 State::Migrating { handle, .. } => Some(handle.progress()),
                 State::InDoubt(lost) | State::Interrupted(lost) => {
-                    lost.asking.as_ref().map(|handle| handle.progress())
+                    lost.asking.as_ref().map(|asking| asking.handle.progress())
                 }
                 _ => None,
             },
@@ -271,113 +268,4 @@ impl Control for Vmm {
 
 fn no_balloon() -> Refusal {
     Refusal::Conflict("the guest has no balloon; start it with `ferry run --balloon`".into())
-}
-
-impl Core {
-    fn take_over(&self, force: bool) -> Result<(), Refusal> {
-        let mut inner = self.lock();
-        match (&inner.state, &inner.guest) {
-            (State::ArrivalInDoubt { guest, .. }, _) => {
-                let guest = Arc::clone(guest);
-                // The guest arrives before this returns, and that takes the lock.
-                drop(inner);
-                guest.take_over(force).map_err(Refusal::Failed)?;
-            }
-            (State::InDoubt(Lost { to, asking, .. }), _) if asking.is_some() => {
-                return Err(Refusal::Conflict(format!(
-                    "{to} is being asked about the guest right now; wait for the answer"
-                )));
-            }
-            (State::Interrupted(Lost { to, .. }), _) => {
-                return Err(Refusal::Conflict(format!(
-                    "the guest runs at {to}: a second copy would destroy its data; `ferry recover` sends it the pages that \
-                     it lacks"
-                )));
-            }
-            (State::InDoubt(_), Some(guest)) => {
-                if !force {
-                    guest.check_disks().map_err(Refusal::Conflict)?;
-                }
-                guest.resume().map_err(Refusal::Failed)?;
-                inner.state = State::Running;
-            }
-            (state, Some(guest)) => {
-                let Some(lacks) = guest.lacks() else {
-                    return Err(conflict("recover, nothing is in doubt", state));
-                };
-                return Err(Refusal::Conflict(format!(
-                    "cannot take over {} pages that only the source has: {}",
-                    lacks.pages,
-                    explanation(state, Some(&lacks))
-                )));
-            }
-            (state, _) => return Err(conflict("recover, nothing is in doubt", state)),
-        }
-        tracing::warn!("the guest in doubt runs here on the operator's word");
-        Ok(())
-    }
-
-    /// Without the lock while the destination is asked and sent what it lacks: that may take long.
-    fn ask_again(&self, request: &RecoverRequest) -> Result<(), Refusal> {
-        let (to, recovery, options) = self.begin_asking(request)?;
-        let handle = recovery.handle();
-        let run = AssertUnwindSafe(|| recovery.run(&options, &mut |_| {}));
-        let report = catch_unwind(run).unwrap_or_else(|_| {
-            Report::broken(
-                &handle.progress(),
-                "the migration engine failed inside; the VMM's output says where",
-            )
-        });
-        let mut inner = self.lock();
-        // Stopped meanwhile, perhaps: then there is nothing to change.
-        let (State::InDoubt(lost) | State::Interrupted(lost)) = &mut inner.state else {
-            return Ok(());
-        };
-        lost.asking = None;
-        let mut renewed = Lost::new(&to, &lost.session);
-        renewed.warned = lost.warned;
-        let result = report
-            .error
-            .clone()
-            .map_or(Ok(()), |error| Err(Refusal::Failed(error)));
-        match report.status {
-            report::Status::Completed => {
-                let downtime_ms = inner.report.as_ref().map(|report| report.downtime_ms);
-                let moved = State::Moved { to, downtime_ms };
-                self.finish(&mut inner, moved);
-            }
-            report::Status::Interrupted => inner.state = State::Interrupted(renewed),
-            _ => {}
-        }
-        result
-    }
-
-    fn begin_asking(
-        &self,
-        request: &RecoverRequest,
-    ) -> Result<(String, Box<dyn Migration>, Options), Refusal> {
-        let mut inner = self.lock();
-        let options = inner.options.clone();
-        let guest = inner.guest.clone();
-        match (&mut inner.state, guest) {
-            (State::InDoubt(lost) | State::Interrupted(lost), Some(guest)) => {
-                if lost.asking.is_some() {
-                    return Err(Refusal::Conflict(format!(
-                        "{} is being asked about the guest already; wait for the answer",
-                        lost.to
-                    )));
-                }
-                let to = request.uri.clone().unwrap_or_else(|| lost.to.clone());
-                let recovery = guest
-                    .recovery(&to, &lost.session)
-                    .map_err(Refusal::Invalid)?;
-                lost.asking = Some(recovery.handle());
-                Ok((to, recovery, options))
-            }
-            (state, _) => Err(conflict(
-                "recover, nothing is in doubt that this side can ask about",
-                state,
-            )),
-        }
-    }
 }

@@ -11,6 +11,7 @@ use crate::snapshot;
 use ferry_devices::thread;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
+use ferry_migration::source::Owner;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -249,7 +250,7 @@ impl Guest for MachineGuest {
         Ok(Box::new(MachineMigration {
             machine: Arc::clone(&self.machine),
             uri,
-            handle: Handle::new(),
+            handle: Handle::in_doubt(),
             session: Some(session.to_owned()),
         }))
     }
@@ -295,6 +296,10 @@ impl MigrationHandle for Handle {
 
     fn progress(&self) -> Progress {
         Handle::progress(self)
+    }
+
+    fn owner(&self) -> Owner {
+        Handle::owner(self)
     }
 }
 

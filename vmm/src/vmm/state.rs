@@ -2,7 +2,7 @@
 
 use super::{MigrationHandle, TakeOver};
 use crate::api::types::StateName;
-use ferry_migration::report::Phase;
+use ferry_migration::source::Owner;
 use std::sync::Arc;
 
 /// How a guest ended.
@@ -79,8 +79,15 @@ pub(super) struct Lost {
     pub session: String,
     /// The user was told that ending would discard what is here.
     pub warned: bool,
-    /// The destination is being asked, or sent what it lacks: taking over meanwhile might make a second copy.
-    pub asking: Option<Arc<dyn MigrationHandle>>,
+    /// The destination is being asked, or sent missing pages: taking over meanwhile might make a second copy.
+    pub asking: Option<Asking>,
+}
+
+/// A question to the destination that is under way.
+pub(super) struct Asking {
+    pub handle: Arc<dyn MigrationHandle>,
+    /// By the VMM itself: whoever has a wish of his own waits for the answer.
+    pub in_background: bool,
 }
 
 impl Lost {
@@ -120,11 +127,13 @@ impl State {
             Self::Starting => "the guest was handed over to this VMM and is about to run".into(),
             Self::Running => "the guest runs here".into(),
             Self::Paused => "the guest is paused here; `ferry resume` lets it run".into(),
-            Self::Migrating { to, handle, .. } => match handle.progress().phase {
-                Phase::Committed | Phase::PostCopy => format!(
-                    "the guest was handed over to {to}, and what it lacks there is on its way; this VMM ends when all has arrived"
+            Self::Migrating { to, handle, .. } => match handle.owner() {
+                Owner::Source => {
+                    format!("the guest is being migrated to {to}; `ferry cancel` keeps it here")
+                }
+                Owner::InDoubt | Owner::Destination => format!(
+                    "the guest was handed over to {to}, and what is missing there is on its way; this VMM ends when all has arrived"
                 ),
-                _ => format!("the guest is being migrated to {to}; `ferry cancel` keeps it here"),
             },
             Self::Moved { to, .. } => {
                 format!("the guest was migrated to {to} and never runs here again")
@@ -134,8 +143,8 @@ impl State {
                  `ferry recover` sends them (give it the address if the destination has moved)"
             ),
             Self::InDoubt(Lost { to, .. }) => format!(
-                "the guest was handed over to {to}, which did not confirm; `ferry recover` asks \
-                 there again; if it surely does not run there, `ferry recover --take-over` runs \
+                "the guest was handed over to {to}, which did not confirm; it is asked again and again, and `ferry recover` \
+                 asks at once; if it surely does not run there, `ferry recover --take-over` runs \
                  it here, and if it does, `ferry stop` discards this copy"
             ),
             Self::Ended(ending) => ending.sentence(),

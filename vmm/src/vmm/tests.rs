@@ -123,7 +123,7 @@ impl Migration for FakeRecovery {
         Report {
             status: self.1,
             error,
-            ..Report::broken(&Progress::default(), "a fake")
+            ..Report::broken(&Progress::default(), Owner::Source, "a fake")
         }
     }
 }
@@ -143,6 +143,12 @@ impl MigrationHandle for Journal {
     fn progress(&self) -> Progress {
         self.progress.lock().unwrap().clone()
     }
+    fn owner(&self) -> Owner {
+        match self.progress().phase {
+            Phase::Committed => Owner::InDoubt,
+            _ => Owner::Source,
+        }
+    }
 }
 
 impl Migration for FakeMigration {
@@ -157,7 +163,7 @@ impl Migration for FakeMigration {
                     let report = Report {
                         status,
                         downtime_ms: 12.34,
-                        ..Report::broken(&Progress::default(), "a fake")
+                        ..Report::broken(&Progress::default(), Owner::Source, "a fake")
                     };
                     // Engines may or may not say it themselves: it must arrive once.
                     events(Event::Report(Box::new(report.clone())));

@@ -29,6 +29,8 @@ pub(super) struct Disks {
     uncounted: Option<usize>,
     next_version: u64,
     forgetful: bool,
+    /// Blocks that were written since the last flush.
+    unflushed: u32,
 }
 
 impl Disks {
@@ -51,6 +53,7 @@ impl Disks {
         self.settle();
         self.next_version += 1;
         self.source[block] = if clear { 0 } else { self.next_version };
+        self.unflushed = (self.unflushed + 1).min(u32::try_from(self.source.len()).unwrap_or(u32::MAX));
         self.uncounted = Some(block);
     }
 
@@ -61,6 +64,15 @@ impl Disks {
         {
             written[block / 64] |= 1 << (block % 64);
         }
+    }
+
+    /// All writes outlast a crash; how many did not before.
+    pub fn flush(&mut self) -> u32 {
+        std::mem::take(&mut self.unflushed)
+    }
+
+    pub const fn is_unflushed(&self) -> bool {
+        self.unflushed > 0
     }
 
     pub fn pause(&mut self) {

@@ -27,6 +27,8 @@ pub enum FaultKind {
     Flip(u32),
     /// Nothing arrives any more, and nobody is told.
     Stall,
+    /// Everything arrives, and each message takes seconds.
+    Slow,
     /// The source's process is killed.
     SourceDies,
     /// The destination's process is killed.
@@ -37,7 +39,7 @@ pub enum FaultKind {
 
 impl FaultKind {
     pub(super) fn random(rng: &mut Rng) -> Self {
-        match rng.below(9) {
+        match rng.below(10) {
             0 => Self::CutBefore,
             1 => Self::CutAfter,
             2 => Self::CutWithin,
@@ -46,6 +48,7 @@ impl FaultKind {
             5 => Self::Stall,
             6 => Self::SourceDies,
             7 => Self::DestinationDies,
+            8 => Self::Slow,
             _ => Self::Cancel,
         }
     }
@@ -115,6 +118,8 @@ pub enum PortFault {
     DiskWrite(u64),
     /// The destination cannot flush its disk.
     DiskFlush,
+    /// The n-th flush of the disk at the source fails.
+    Flush(u64),
     /// The destination cannot do post-copy.
     CheckPostCopy,
     /// Missing pages cannot be made to fault.
@@ -125,8 +130,9 @@ pub enum PortFault {
 
 impl PortFault {
     pub(super) fn random_disk(rng: &mut Rng) -> Self {
-        match rng.below(4) {
-            0 => Self::TakeDisks,
+        match rng.below(5) {
+            0 => Self::Flush(rng.below(3)),
+            4 => Self::TakeDisks,
             1 => Self::DiskRead(rng.below(8)),
             2 => Self::DiskWrite(rng.below(8)),
             _ => Self::DiskFlush,

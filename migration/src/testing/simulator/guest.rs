@@ -7,7 +7,10 @@ use super::lock;
 use super::world::{STATE, World, weight_of};
 use crate::codec::content::{self, Content};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{BlockSource, PageSource, PortError, SourceVm};
+use crate::port::{
+    BlockSource, Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, PortError,
+    ShareMemory, SourceDisks, SourceVm,
+};
 use crate::wire::SessionId;
 use std::io;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -140,39 +143,98 @@ impl SourceVm<SimLink> for SimGuest {
         Ok(())
     }
 
-    fn pause(&self) -> Result<Duration, PortError> {
+    fn pause(&self) -> Result<Paused<'_>, PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Pause)?;
         world.pass(Duration::from_micros(50));
         world.source_runs = false;
+        world.paused_at = Some(world.now);
         world.paused_memory = world.source_memory.clone();
         world.disks.pause();
-        Ok(Duration::ZERO)
+        Ok(Box::new(SimPaused(Arc::clone(&self.world))))
+    }
+
+    fn disks(&self) -> Option<&dyn SourceDisks> {
+        (lock(&self.world).disks.bytes > 0).then_some(self)
+    }
+
+    fn sharing(&self) -> Option<&dyn ShareMemory<SimLink>> {
+        Some(self)
+    }
+}
+
+/// The guest while it stands still.
+struct SimPaused(Arc<Mutex<World>>);
+
+impl Drop for SimPaused {
+    fn drop(&mut self) {
+        lock(&self.0).source_resumes();
+    }
+}
+
+impl PausedVm<'_> for SimPaused {
+    fn stopped_for(&self) -> Duration {
+        Duration::ZERO
     }
 
     fn save(&self) -> Result<Vec<u8>, PortError> {
-        lock(&self.world).port_fails(PortFault::Save)?;
+        lock(&self.0).port_fails(PortFault::Save)?;
         Ok(STATE.to_vec())
     }
 
-    fn resume(&self) {
-        lock(&self.world).source_resumes();
+    fn commit(self: Box<Self>, _: SessionId) -> Result<Committed<'static>, PortError> {
+        let mut world = lock(&self.0);
+        if let Err(error) = world.port_fails(PortFault::Commit) {
+            drop(world);
+            return Err(error);
+        }
+        world.committed = true;
+        drop(world);
+        let committed = SimCommitted(Arc::clone(&self.0));
+        std::mem::forget(self);
+        Ok(Box::new(committed))
     }
 
-    fn commit(&self, _: SessionId) -> Result<(), PortError> {
+    fn keep(self: Box<Self>) {
+        std::mem::forget(self);
+    }
+}
+
+/// The guest after the commit.
+pub(super) struct SimCommitted(pub(super) Arc<Mutex<World>>);
+
+impl CommittedVm for SimCommitted {
+    fn release(self: Box<Self>) {
+        let mut world = lock(&self.0);
+        if !world.committed {
+            world
+                .violations
+                .push("released a guest that was not committed".into());
+        }
+    }
+
+    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), PortError> {
+        let mut world = lock(&self.0);
+        world.committed = false;
+        world.source_resumes();
+        Ok(())
+    }
+}
+
+impl SourceDisks for SimGuest {
+    fn flush(&self) -> Result<(), PortError> {
         let mut world = lock(&self.world);
-        world.port_fails(PortFault::Commit)?;
-        world.committed = true;
+        world.port_fails(PortFault::Flush(0))?;
+        world.flush();
         Ok(())
     }
 
-    fn disks(&self) -> Vec<Arc<dyn BlockSource>> {
-        if lock(&self.world).disks.bytes == 0 {
-            return Vec::new();
-        }
+    fn to_copy(&self) -> Vec<Arc<dyn BlockSource>> {
         vec![Arc::new(SimDisk(Arc::clone(&self.world)))]
     }
+}
 
+impl ShareMemory<SimLink> for SimGuest {
     fn share_memory(&self, _: &mut SimLink) -> Result<bool, PortError> {
         Ok(lock(&self.world).shares)
     }
@@ -183,14 +245,5 @@ impl SourceVm<SimLink> for SimGuest {
 
     fn share_files(&self, _: &mut SimLink) -> Result<(), PortError> {
         Ok(())
-    }
-
-    fn release(&self) {
-        let mut world = lock(&self.world);
-        if !world.committed {
-            world
-                .violations
-                .push("released a guest that was not committed".into());
-        }
     }
 }

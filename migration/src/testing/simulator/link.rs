@@ -42,6 +42,8 @@ pub(crate) struct SimLink {
     side: Side,
     connection: usize,
     timeout: Duration,
+    /// By the simulated clock.
+    deadline: Option<Duration>,
 }
 
 impl SimLink {
@@ -61,6 +63,7 @@ impl SimLink {
             side,
             connection,
             timeout: Duration::from_secs(1),
+            deadline: None,
         };
         lock(peer)
             .waiting
@@ -69,7 +72,17 @@ impl SimLink {
     }
 
     pub fn send_weighed(&mut self, bytes: &[u8], weight: u64, guarded: usize) -> io::Result<()> {
+        self.check_deadline()?;
         lock(&self.world).send(self.side, self.connection, bytes, weight, guarded)
+    }
+
+    fn check_deadline(&self) -> io::Result<()> {
+        match self.deadline {
+            Some(deadline) if lock(&self.world).now >= deadline => {
+                Err(io::ErrorKind::TimedOut.into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes bytes if enough have arrived.
@@ -99,7 +112,11 @@ impl SimLink {
     }
 
     fn time_out(&self) -> io::Error {
-        lock(&self.world).pass(self.timeout);
+        let mut world = lock(&self.world);
+        let left = self
+            .deadline
+            .map(|deadline| deadline.saturating_sub(world.now));
+        world.pass(left.map_or(self.timeout, |left| left.min(self.timeout)));
         io::ErrorKind::TimedOut.into()
     }
 }
@@ -113,6 +130,7 @@ impl Link for SimLink {
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
         loop {
+            self.check_deadline()?;
             if self.take(buf)? {
                 return Ok(());
             }
@@ -142,6 +160,11 @@ impl Link for SimLink {
 
     fn set_timeout(&mut self, timeout: Option<Duration>) {
         self.timeout = timeout.unwrap_or(Duration::from_secs(3600));
+    }
+
+    fn set_deadline(&mut self, left: Option<Duration>) {
+        let now = lock(&self.world).now;
+        self.deadline = left.map(|left| now + left);
     }
 }
 

@@ -4,7 +4,7 @@ use super::disk::Disks;
 use super::fault::{ApiCall, Call, FaultKind, PortFault};
 use super::{Rng, Scenario};
 use crate::page::{Gfn, PAGE_BYTES, PageSet, RamLayout, Run};
-use crate::source::CancelSwitch;
+use crate::source::Ownership;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
@@ -29,6 +29,9 @@ pub(super) enum Side {
 /// The machine's state: what must arrive unharmed.
 pub(super) const STATE: &[u8] = b"registers and devices of the simulated machine";
 
+/// What a message takes on a link that trickles.
+const SLOW: Duration = Duration::from_secs(2);
+
 /// What a dropped page shows in the simulated memory.
 const STALE: u64 = u64::MAX;
 
@@ -46,6 +49,8 @@ pub(super) struct World {
     walked: Option<usize>,
     bandwidth: f64,
     verified: bool,
+    /// What the flush of a block that was written takes.
+    flush_time: Duration,
     forgetful: bool,
     pub layout: RamLayout,
     pub source_memory: Vec<u64>,
@@ -59,6 +64,11 @@ pub(super) struct World {
     next_version: u64,
     pub log: Option<PageSet>,
     pub source_runs: bool,
+    /// Since when the source's guest stands still, and how long it may.
+    pub paused_at: Option<Duration>,
+    max_pause: Option<Duration>,
+    /// What each message takes besides.
+    slow: Duration,
     pub destination_runs: bool,
     pub destination_has: bool,
     /// The destination has the state: nothing but what is missing is written there any more.
@@ -75,13 +85,13 @@ pub(super) struct World {
     pub messages: u64,
     pub faults: Vec<super::Fault>,
     pub port_fault: Option<PortFault>,
-    port_calls: [u64; 5],
+    port_calls: [u64; 6],
     /// Post-copy: pages that the destination lacks, what the guest waits for, and whom that was told.
     pub missing: Option<PageSet>,
     blocked: Option<Gfn>,
     pub faults_heard: VecDeque<Gfn>,
     pub faults_taken: u64,
-    pub cancel: Option<Arc<CancelSwitch>>,
+    pub owner: Option<Arc<Ownership>>,
     /// A user was told that the migration is cancelled.
     pub cancelled: bool,
     /// Calls that are to come, the next one first.
@@ -138,6 +148,7 @@ impl World {
             walked: scenario.walk.then_some(0),
             bandwidth: scenario.bandwidth,
             verified: scenario.options.verify,
+            flush_time: scenario.flush_time,
             forgetful: scenario.forgetful_log,
             holes,
             layout,
@@ -148,6 +159,9 @@ impl World {
             next_version,
             log: None,
             source_runs: true,
+            paused_at: None,
+            max_pause: scenario.options.max_pause,
+            slow: Duration::ZERO,
             destination_runs: false,
             destination_has: false,
             complete: false,
@@ -161,12 +175,12 @@ impl World {
             messages: 0,
             faults: scenario.faults.clone(),
             port_fault: scenario.port_fault,
-            port_calls: [0; 5],
+            port_calls: [0; 6],
             missing: None,
             blocked: None,
             faults_heard: VecDeque::new(),
             faults_taken: 0,
-            cancel: None,
+            owner: None,
             cancelled: false,
             calls: scenario.calls.iter().copied().collect(),
             paused_by_user: false,
@@ -224,8 +238,8 @@ impl World {
     }
 
     fn cancel(&mut self) {
-        if let Some(cancel) = &self.cancel
-            && cancel.cancel()
+        if let Some(owner) = &self.owner
+            && owner.cancel()
         {
             self.cancelled = true;
             if self.committed {
@@ -392,6 +406,10 @@ impl World {
                 self.port_calls[4] += 1;
                 self.port_calls[4] == n + 1
             }
+            (Some(PortFault::Flush(n)), PortFault::Flush(_)) => {
+                self.port_calls[5] += 1;
+                self.port_calls[5] == n + 1
+            }
             (Some(fault), port) => fault == port,
             (None, _) => false,
         };
@@ -402,9 +420,16 @@ impl World {
         }
     }
 
+    /// The guest's disk reaches what outlasts a crash: the more was written, the longer that takes.
+    pub fn flush(&mut self) {
+        let unflushed = self.disks.flush();
+        self.pass(Duration::from_micros(100) + self.flush_time * unflushed);
+    }
+
     /// What the operator has seen to before a recovery: the network, and memory at the destination.
     pub fn mend(&mut self) {
         self.faults.clear();
+        self.slow = Duration::ZERO;
         if matches!(self.port_fault, Some(PortFault::Place(_))) {
             self.port_fault = None;
         }
@@ -424,7 +449,9 @@ impl World {
         guarded: usize,
     ) -> io::Result<()> {
         self.pass(
-            Duration::from_secs_f64(weight as f64 / self.bandwidth) + Duration::from_micros(20),
+            Duration::from_secs_f64(weight as f64 / self.bandwidth)
+                + Duration::from_micros(20)
+                + self.slow,
         );
         let dead = self.source_dead && side == Side::Source
             || self.destination_dead && side == Side::Destination;
@@ -467,6 +494,7 @@ impl World {
                     *byte ^= 1 << (bit % 8);
                 }
             }
+            Some(FaultKind::Slow) => self.slow = SLOW,
             Some(FaultKind::Stall) => {
                 for connection in &mut self.connections {
                     connection.stalled = true;
@@ -498,6 +526,20 @@ impl World {
         }
     }
 
+    /// What the guest may stand still for when the source ends the pause: its deadline, and the messages under way.
+    fn check_pause(&mut self) {
+        let Some(paused_at) = self.paused_at.take() else {
+            return;
+        };
+        let stood = self.now.saturating_sub(paused_at);
+        if let Some(max) = self.max_pause
+            && stood > max + self.slow * 2 + Duration::from_millis(50)
+        {
+            let wrong = format!("the guest stood still for {stood:?}, and {max:?} were allowed");
+            self.violations.push(wrong);
+        }
+    }
+
     /// Breaks every connection; what was on its way in both directions still arrives.
     fn break_all(&mut self) {
         for connection in &mut self.connections {
@@ -517,6 +559,7 @@ impl World {
             self.violations
                 .push("two owners: the source resumed while the destination runs".into());
         }
+        self.check_pause();
         self.source_runs = true;
         self.ran_since_shared |= self.shared;
     }
@@ -587,6 +630,11 @@ impl World {
         if self.cancelled && !self.source_dead {
             self.violations
                 .push("a guest started whose migration was cancelled".into());
+        }
+        // An operator who takes over from a source that went on and died goes back in time.
+        if self.disks.is_unflushed() && !self.source_dead {
+            let wrong = "the guest started on a disk that the source had not flushed";
+            self.violations.push(wrong.into());
         }
         self.destination_runs = true;
     }

@@ -125,6 +125,8 @@ pub fn report() -> Report {
         verified: None,
         why: None,
         guest_ended: false,
+        retry_commit: false,
+        abort_untold: None,
     }
 }
 
