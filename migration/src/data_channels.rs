@@ -1,12 +1,12 @@
-//! How many data channels ("data channels") a migration opens, and how many of them it uses: pure decisions over what was
+//! How many data channels a migration opens, and how many of them it uses: pure decisions over what was
 //! measured.
 //!
 //! A data channel is worth having where one stream does not fill the link: one sender and one receiver are two processors at most,
 //! and at the receiver finding memory for a page takes longer than copying it. On a link that one data channel fills, further
-//! data channels only take processor time from the guest. Nobody can tell the two cases apart beforehand, nor by how long a
+//! data channels only take processor time from the guest. The two cases cannot be told apart beforehand, nor by how long a
 //! sender waits (it waits for a slow link as for a busy receiver). So they are tried: pages are sent on as many data channels as
 //! are open, then on half of them, and so on while that is no slower; and from time to time the other way, since what
-//! was measured once may have been somebody else's noise.
+//! was measured once may have been another process's noise.
 
 use crate::options::{Options, PolicyKind};
 use serde::{Deserialize, Serialize};
@@ -328,7 +328,7 @@ mod tests {
 
     /// What was asked for is used; time that stands still divides nothing by nothing.
     #[test]
-    fn fixed_data_channels_stay_and_odd_times_harm_nobody() {
+    fn fixed_data_channels_stay_and_odd_times_are_harmless() {
         let mut data_channels = DataChannels::new(3, true);
         send(&mut data_channels, 512, &mut 0.0, |_| 100.0);
         assert_eq!(data_channels.used(), 3);

@@ -203,7 +203,7 @@ impl Pacer {
         }
     }
 
-    /// Charges what was sent: what goes next waits until that is paid for. Charged afterwards, since nobody knows before
+    /// Charges what was sent: what goes next waits until that is paid for. Charged afterwards, since it is not known before
     /// how many bytes pages make.
     pub(crate) fn charge(&self, bytes: u64, clock: &dyn Clock) {
         if let Some(rate) = self.rate {
@@ -373,7 +373,7 @@ impl Sender {
         Ok(crc)
     }
 
-    /// The last frame of the batch asks for the destination's word; all of them are in `head`.
+    /// The last frame of the batch asks the destination for PLACED; all of them are in `head`.
     fn ask_at_the_end(&mut self) {
         let mut rest = self.head.as_mut_slice();
         while let Some((header, after)) = rest.split_first_chunk_mut::<HEADER_BYTES>() {
@@ -398,7 +398,7 @@ impl Sender {
     }
 }
 
-/// Sorts pages into runs of zeros and of data, by what they hold now; returns how many of the zero ones nobody has read.
+/// Sorts pages into runs of zeros and of data, by what they hold now; returns how many of the zero ones were not read.
 ///
 /// Those are told too, at a few bytes a run: the destination may have what they held before they were given back.
 pub(crate) fn split<L: Link, S: PageSource<L> + ?Sized>(

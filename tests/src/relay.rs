@@ -188,6 +188,11 @@ impl Relay {
         self.change(|state| state.alone = true);
     }
 
+    /// Further connections pass again.
+    pub fn together(&self) {
+        self.change(|state| state.alone = false);
+    }
+
     /// Every connection breaks; what was held back is lost.
     pub fn cut(&self) {
         self.change(|state| {

@@ -40,6 +40,8 @@ fn committed_with(devices: &[&str]) -> Pair {
         let phase = source.client().status().unwrap().migration.map(|m| m.phase);
         phase == Some(ferry_migration::report::Phase::Committed)
     });
+    // The source repeats its commit on new connections: nothing passes until a test allows it.
+    proxy.allow(proxy.connections());
     Pair {
         source,
         destination,
@@ -92,6 +94,7 @@ fn recover_at_the_source_ends_the_doubt() {
         eprintln!("cut after {passed} bytes of the commit: {:?}", report.error);
         assert_eq!(report.status, Status::InDoubt, "{report:#?}");
         both_in_doubt(&source, &destination);
+        proxy.allow(u64::MAX);
         source.recover(false).unwrap();
         assert_eq!(source.ends(), Some(0), "{:?}", source.said());
         assert_eq!(destination.state(), State::Running);
@@ -124,8 +127,40 @@ fn a_lost_confirmation_is_asked_for() {
         assert_eq!(report.status, Status::InDoubt, "{at} {report:#?}");
         source.reaches(State::InDoubt);
         destination.proves_running();
+        proxy.allow(u64::MAX);
         source.recover(false).unwrap();
         assert_eq!(source.ends(), Some(0));
+        destination.verdict();
+    }
+}
+
+/// The commit is lost and the network comes back: the source repeats the commit by itself, before it reports a doubt and
+/// after that.
+#[test]
+fn a_lost_commit_is_repeated_without_an_operator() {
+    if !guests_run() {
+        return;
+    }
+    for reported in [false, true] {
+        let Pair {
+            mut source,
+            destination,
+            proxy,
+            migration,
+        } = committed();
+        if reported {
+            proxy.cut();
+            assert_eq!(migration.report().status, Status::InDoubt);
+            both_in_doubt(&source, &destination);
+            proxy.allow(u64::MAX);
+        } else {
+            proxy.allow(u64::MAX);
+            proxy.cut();
+            let report = migration.report();
+            assert_eq!(report.status, Status::Completed, "{report:#?}");
+        }
+        assert_eq!(source.ends(), Some(0), "{:?}", source.said());
+        assert_eq!(destination.state(), State::Running);
         destination.verdict();
     }
 }
@@ -209,6 +244,7 @@ fn a_source_learns_that_the_destination_took_over() {
     both_in_doubt(&source, &destination);
     destination.recover(true).unwrap();
     destination.proves_running();
+    proxy.allow(u64::MAX);
     source.recover(false).unwrap();
     assert_eq!(source.ends(), Some(0));
     destination.verdict();

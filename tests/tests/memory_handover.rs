@@ -182,6 +182,8 @@ impl Pair {
 
     /// The commit is lost.
     fn in_doubt(self) -> (Host, Host, Relay) {
+        // The source repeats its commit on new connections: none passes.
+        self.relay.alone();
         self.relay.cut();
         let report = self.migration.report();
         assert_eq!(report.status, Status::InDoubt, "{report:#?}");
@@ -206,7 +208,8 @@ fn recover_ends_the_doubt() {
     if !guests_run() {
         return;
     }
-    let (mut source, destination, _relay) = Pair::committed().in_doubt();
+    let (mut source, destination, relay) = Pair::committed().in_doubt();
+    relay.together();
     source.recover(false).unwrap();
     assert_eq!(source.ends(), Some(0), "{:?}", source.said());
     assert_eq!(destination.state(), State::Running);

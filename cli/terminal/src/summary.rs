@@ -242,6 +242,8 @@ mod tests {
             verified: Some(true),
             why: Some("pending pages fit the downtime target".into()),
             guest_ended: false,
+            retry_commit: false,
+            abort_untold: None,
         }
     }
 

@@ -40,7 +40,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Unconfirmed<'s, 'a, 'g, L, G> {
         }
     }
 
-    /// Opens the recovery on the control channel, says the commit, and sends what the destination lacks.
+    /// Opens the recovery on the control channel, says the commit, and sends the missing pages.
     pub(super) fn ask(self) -> Result<Moved<'g>, End<'g>> {
         if let Err(error) = self.source.open_recovery() {
             return Err(End::InDoubt {
@@ -119,20 +119,23 @@ impl<'g, L: Link, G: SourceVm<L>> Confirmed<'_, '_, 'g, L, G> {
         } = self;
         source.enter(Phase::PostCopy);
         let missing = source.take_missing(&running).map_err(End::Interrupted)?;
-        source.record.why = Some(format!("the destination lacked {} pages", missing.len()));
+        source.record.why = Some(format!(
+            "{} pages were missing at the destination",
+            missing.len()
+        ));
         source.open_fault_channels().map_err(End::Interrupted)?;
         // Rounds were acknowledged by number; this one is known by being the only one.
         source.flight.round = 1;
         let layout = source.memory.layout.clone();
         let order = source.session.setup.options.order;
         let round = source.flight.round;
-        let serving =
-            Source::<L, G>::serving(&layout, &source.session.setup, missing, order, round);
+        let server =
+            Source::<L, G>::page_server(&layout, &source.session.setup, missing, order, round);
         // Hashes of pages that came before the connection was lost are still owed.
         let hashes = running.verify.then(|| layout.all());
         let error = source
-            .while_answering(&serving, |source| {
-                source.push_all(&serving, hashes.as_ref())
+            .while_answering(&server, |source| {
+                source.push_all(&server, hashes.as_ref())
             })
             .and_then(|sent| sent)
             .map_err(End::Interrupted)?;
@@ -252,7 +255,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
 }
 
 /// For a source that is in doubt or was interrupted: says the commit again on a new connection, and
-/// sends what the destination lacks. The destination runs the guest if it does not run it yet.
+/// sends the missing pages. The destination runs the guest if it does not run it yet.
 /// Blocks until the destination has everything. `committed` is what is left of the guest here.
 ///
 /// The report's status is `Completed`; `Failed` when the destination says that it did not start the guest, which runs

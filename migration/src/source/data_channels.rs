@@ -1,6 +1,7 @@
 //! Sending a round on several data channels.
 //!
-//! Each data channel takes the next batch when it is free, so that a slow data channel holds nobody up; the data channels that are not in use
+//! Each data channel takes the next batch when it is free, so that a slow one does not hold up the
+//! others; the data channels that are not in use
 //! (see [`crate::data_channels`]) wait for the round's end.
 
 use super::{Source, SourceError};
@@ -20,8 +21,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// A round of at most so many pages goes out on the control channel: starting the data channels would take as long.
 const SMALL: u64 = 2 * BATCH_PAGES;
 
-/// Of so many pages that were said: when fewer than this are left to be taken, it is time to say what comes after them, so that no
-/// data channel waits for that.
+/// Low-water mark of a step of so many pages: below it, request the next step so that no channel idles.
 const fn low(said: u64) -> u64 {
     const MOST: u64 = 4 * BATCH_PAGES;
     if said / 2 < MOST { said / 2 + 1 } else { MOST }

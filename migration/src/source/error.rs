@@ -21,7 +21,7 @@ pub enum SourceError {
     Wire(#[from] WireError),
     /// The peer cannot do what the options need.
     #[error(
-        "the destination's ferry lacks what this migration needs (feature bits {missing:#x}); upgrade it"
+        "the destination's ferry cannot do what this migration needs (feature bits {missing:#x}); upgrade it"
     )]
     Features {
         /// The missing ones.
@@ -45,7 +45,7 @@ pub enum SourceError {
     NotVerified,
     /// A page request that cannot be.
     #[error(
-        "the destination asked for {count} pages from page {gfn:#x} at once, which are not all the guest's or more than anybody waits for"
+        "the destination asked for {count} pages from page {gfn:#x} at once, which are not all the guest's or more than a guest waits for"
     )]
     Request {
         /// The first page.

@@ -198,7 +198,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         }
     }
 
-    /// More fault channels than this serve nobody: answers wait for the link then.
+    /// With more fault channels than this, answers wait for the link.
     pub(super) const MOST_FAULT_CHANNELS: u16 = 16;
 
     /// Opens one more channel of this migration.

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 /// Progress is told this often.
 pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-/// Tells, on the engine's own thread, what comes next of the pages that [`Batches::to_come`] counts.
+/// Returns the next step of the pages that [`Batches::to_come`] counts; called on the engine's thread.
 pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<PageSet, SourceError>;
 /// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
 const MEASURABLE: u64 = 64 << 10;
@@ -256,7 +256,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             warmer: 0,
             data_channels: 1,
         };
-        // Of the first pages nobody knows yet how often they are dirtied.
+        // How often the first pages are dirtied is not known yet.
         let learns = order == SendOrder::ColdFirst && self.memory.sent_once.is_empty();
         let sent = if learns {
             self.send_first_pass(pages, mode, batch)?

@@ -96,7 +96,7 @@ impl Outgoing {
 }
 
 /// What the threads of the phase share.
-pub(super) struct Serving<'a> {
+pub(super) struct PageServer<'a> {
     outgoing: Mutex<Outgoing>,
     stop: AtomicBool,
     layout: &'a RamLayout,
@@ -108,7 +108,7 @@ pub(super) struct Serving<'a> {
     began: Duration,
 }
 
-impl<'a> Serving<'a> {
+impl<'a> PageServer<'a> {
     pub(super) fn new(
         missing: PageSet,
         (push, data_channels): (Push, u16),
@@ -282,7 +282,7 @@ impl<'a> Serving<'a> {
 }
 
 /// Ends the threads of the phase.
-struct EndOnDrop<'a, 'b>(&'a Serving<'b>);
+struct EndOnDrop<'a, 'b>(&'a PageServer<'b>);
 
 impl Drop for EndOnDrop<'_, '_> {
     fn drop(&mut self) {
@@ -316,13 +316,13 @@ impl<L: Link> FaultChannel<L> {
 
 impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     /// What the guest has not got yet, as the push stream will see it.
-    pub(super) fn serving<'s>(
+    pub(super) fn page_server<'s>(
         layout: &'s RamLayout,
         setup: &super::Setup<'a, L>,
         missing: PageSet,
         order: PushOrder,
         round: u32,
-    ) -> Serving<'s>
+    ) -> PageServer<'s>
     where
         'a: 's,
     {
@@ -330,7 +330,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         let push = Push::new(order, usize::from(options.pivots));
         let data_channels = options.channels.unwrap_or(1).max(1);
         let source = (layout, setup.clock);
-        Serving::new(
+        PageServer::new(
             missing,
             (push, data_channels),
             source,
@@ -342,7 +342,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     /// Runs `work` while the fault channels are being answered; not at all where no thread can be had for that.
     pub(super) fn while_answering<T>(
         &mut self,
-        serving: &Serving<'_>,
+        server: &PageServer<'_>,
         work: impl FnOnce(&mut Self) -> T,
     ) -> Result<T, SourceError> {
         if !self.session.setup.threads {
@@ -352,13 +352,13 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         let guest = self.guest;
         std::thread::scope(|scope| {
             // Also after a panic: the threads would wait for ever, and the scope for them.
-            let _end = EndOnDrop(serving);
+            let _end = EndOnDrop(server);
             let mut threads = Vec::with_capacity(faults.len());
             let mut started = Ok(());
             for mut fault in faults {
                 let thread = std::thread::Builder::new().name("ferry-serve".into());
                 let answer = move || {
-                    serving.answer_all(&mut fault, guest);
+                    server.answer_all(&mut fault, guest);
                     fault
                 };
                 match thread.spawn_scoped(scope, answer) {
@@ -367,7 +367,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                 }
             }
             let result = started.map(|()| work(self));
-            serving.end();
+            server.end();
             self.transport.faults = threads
                 .into_iter()
                 .filter_map(|thread| thread.join().ok())
@@ -380,15 +380,15 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     /// wrong with it all the same.
     pub(super) fn push_all(
         &mut self,
-        serving: &Serving<'_>,
+        server: &PageServer<'_>,
         hashes: Option<&PageSet>,
     ) -> Result<Option<SourceError>, SourceError> {
         let began = self.now();
-        let result = self.push_and_confirm(serving, hashes);
+        let result = self.push_and_confirm(server, hashes);
         let sent = match &result {
-            Ok(_) => serving.counted(),
+            Ok(_) => server.counted(),
             // Who still answers waits for a connection that is gone.
-            Err(_) => serving.outgoing().sent,
+            Err(_) => server.outgoing().sent,
         };
         self.record.pages.sent += sent.data_pages;
         self.record.pages.zero += sent.zero_pages;
@@ -418,7 +418,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
 
     fn push_and_confirm(
         &mut self,
-        serving: &Serving<'_>,
+        server: &PageServer<'_>,
         hashes: Option<&PageSet>,
     ) -> Result<Arrived, SourceError> {
         self.session
@@ -429,33 +429,33 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         for (data_channel, _) in &mut self.transport.data_channels {
             data_channel.link().bound_queue(QUEUE);
         }
-        match self.send_rest(serving, hashes) {
+        match self.send_rest(server, hashes) {
             // A destination whose guest has ended says so and hangs up: that may look like a failure here.
             Err(error) if !matches!(error, SourceError::Wire(WireError::Io(_))) => Err(error),
-            Err(error) => self.wait_arrived(serving, None, PARTING).map_err(|_| error),
-            Ok(said) => self.wait_arrived(serving, said, self.session.setup.timeouts.transfer),
+            Err(error) => self.wait_arrived(server, None, PARTING).map_err(|_| error),
+            Ok(said) => self.wait_arrived(server, said, self.session.setup.timeouts.transfer),
         }
     }
 
     /// The pages that no fault asks for, their end, and the hashes; returns what the destination says before the end.
     fn send_rest(
         &mut self,
-        serving: &Serving<'_>,
+        server: &PageServer<'_>,
         hashes: Option<&PageSet>,
     ) -> Result<Option<Header>, SourceError> {
         // Data channels that the user has not asked for are for rounds: here answers to page faults need link and processors.
         let said = if self.transport.data_channels.is_empty()
             || self.session.setup.options.channels.is_none()
         {
-            self.push_here(serving)?
+            self.push_here(server)?
         } else {
-            self.push_on_data_channels(serving)?;
+            self.push_on_data_channels(server)?;
             None
         };
         if said.is_some() {
             return Ok(said);
         }
-        self.barrier(serving.round)?;
+        self.barrier(server.round)?;
         if let Some(pages) = hashes {
             self.send_hashes(pages)?;
         }
@@ -463,7 +463,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     }
 
     /// Everything on the control channel, from this thread; returns what the destination says before the end.
-    fn push_here(&mut self, serving: &Serving<'_>) -> Result<Option<Header>, SourceError> {
+    fn push_here(&mut self, server: &PageServer<'_>) -> Result<Option<Header>, SourceError> {
         let mut stream = Stream::new(self.transport.tells, self.now());
         // Without threads faults are answered by this one.
         let wait = if self.session.setup.threads {
@@ -472,9 +472,9 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             Duration::from_micros(100)
         };
         loop {
-            self.answer_here(serving)?;
+            self.answer_here(server)?;
             let mut pusher = Pusher {
-                serving,
+                server,
                 pacer: &self.transport.pacer,
                 guest: self.guest,
                 channel: &mut self.session.control,
@@ -491,26 +491,24 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             }
             self.keep_alive()?;
             if self.now().saturating_sub(self.record.last_event) >= TICK {
-                self.memory
-                    .pending
-                    .clone_from(&serving.outgoing().remaining);
+                self.memory.pending.clone_from(&server.outgoing().remaining);
                 self.emit_progress();
             }
         }
     }
 
     /// Without threads: the faults that have arrived are answered between two batches.
-    fn answer_here(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
+    fn answer_here(&mut self, server: &PageServer<'_>) -> Result<(), SourceError> {
         for fault in &mut self.transport.faults {
             while fault.channel.link().readable().map_err(WireError::Io)? {
-                serving.answer(fault, self.guest)?;
+                server.answer(fault, self.guest)?;
             }
         }
         Ok(())
     }
 
     /// Several channels: each takes the next batch when it is free.
-    fn push_on_data_channels(&mut self, serving: &Serving<'_>) -> Result<(), SourceError> {
+    fn push_on_data_channels(&mut self, server: &PageServer<'_>) -> Result<(), SourceError> {
         let (guest, pacer) = (self.guest, &self.transport.pacer);
         let timeouts = self.session.setup.timeouts;
         let tells = self.transport.tells;
@@ -525,9 +523,9 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                     let push = move || {
                         // Dropped at the end of the thread: the last one ends the wait below.
                         let _ended = ended;
-                        let mut stream = Stream::new(tells, serving.clock.now());
+                        let mut stream = Stream::new(tells, server.clock.now());
                         let mut pusher = Pusher {
-                            serving,
+                            server,
                             pacer,
                             guest,
                             channel,
@@ -546,41 +544,41 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                                 }
                                 Err(error) => error,
                             };
-                            return serving.fail(error);
+                            return server.fail(error);
                         }
                     };
                     let thread = std::thread::Builder::new().name("ferry-push".into());
                     let started = thread.spawn_scoped(scope, push);
-                    started.map_err(|e| serving.fail(no_thread(e))).ok()
+                    started.map_err(|e| server.fail(no_thread(e))).ok()
                 })
                 .collect();
             drop(ended);
             // The control channel is silent meanwhile and must not be taken for dead.
             while wait.recv_timeout(timeouts.alive) == Err(RecvTimeoutError::Timeout) {
                 if let Err(error) = control.send(Header::bare(FrameType::Alive, 0), &[]) {
-                    serving.fail(error.into());
+                    server.fail(error.into());
                 }
             }
             for thread in threads {
                 if thread.join().is_err() {
                     let error = "a sender thread panicked".into();
-                    serving.fail(SourceError::guest("sending on a data channel", error));
+                    server.fail(SourceError::guest("sending on a data channel", error));
                 }
             }
         });
-        serving.outgoing().failed.take().map_or(Ok(()), Err)
+        server.outgoing().failed.take().map_or(Ok(()), Err)
     }
 
     /// Waits for the destination's word that it has everything.
     fn wait_arrived(
         &mut self,
-        serving: &Serving<'_>,
+        server: &PageServer<'_>,
         mut said: Option<Header>,
         timeout: Duration,
     ) -> Result<Arrived, SourceError> {
         let mut until = self.now() + timeout;
         let header = loop {
-            self.answer_here(serving)?;
+            self.answer_here(server)?;
             if let Some(header) = said.take() {
                 break header;
             }
@@ -605,11 +603,11 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                 .into());
         }
         let arrived: Arrived = self.session.control.recv_json(&header)?;
-        let left = serving.outgoing().left;
+        let left = server.outgoing().left;
         if left > 0 && !arrived.ended {
             return Err(SourceError::TooSoon(left));
         }
-        serving.end();
+        server.end();
         Ok(arrived)
     }
 }

@@ -1,7 +1,7 @@
 //! A stream of pushes in post-copy: what is pushed next goes out as the user's cap and the [`Window`] allow.
 
 use super::SourceError;
-use super::post_copy::{Next, PUSH_PAGES, Serving};
+use super::post_copy::{Next, PUSH_PAGES, PageServer};
 use super::window::Window;
 use crate::page::Run;
 use crate::port::{Link, SourceVm};
@@ -40,7 +40,7 @@ pub(super) enum Pushed {
 
 /// One stream of pushes: takes, waits for the cap and for the window, sends, until nothing is left.
 pub(super) struct Pusher<'a, 'b, L, G> {
-    pub(super) serving: &'a Serving<'b>,
+    pub(super) server: &'a PageServer<'b>,
     pub(super) pacer: &'a Pacer,
     pub(super) guest: &'a G,
     pub(super) channel: &'a mut Channel<L>,
@@ -54,12 +54,12 @@ pub(super) struct Pusher<'a, 'b, L, G> {
 impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
     /// One batch, or a wait of at most `wait` for the destination's word.
     pub(super) fn push(&mut self, wait: Duration) -> Result<Pushed, SourceError> {
-        let clock = self.serving.clock;
+        let clock = self.server.clock;
         if let Some(header) = self.hear(wait)? {
             return Ok(Pushed::Said(header));
         }
         if self.is_full() {
-            return Ok(if self.serving.goes_on()? {
+            return Ok(if self.server.goes_on()? {
                 Pushed::More
             } else {
                 Pushed::All
@@ -71,7 +71,7 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
             .as_ref()
             .map_or(PUSH_PAGES, |w| w.batch_pages(PUSH_PAGES));
         let limit = most.min(self.pacer.batch_pages());
-        match self.serving.next_push(limit, &mut self.stream.runs)? {
+        match self.server.next_push(limit, &mut self.stream.runs)? {
             Next::Done => return Ok(Pushed::All),
             Next::Wait => {
                 clock.sleep(Duration::from_millis(1));
@@ -81,17 +81,17 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
                 }
             }
             Next::Send => {
-                self.pacer.wait(clock, &|| self.serving.stopped());
+                self.pacer.wait(clock, &|| self.server.stopped());
                 let (runs, mode) = (
                     &self.stream.runs,
-                    self.serving.mode(self.stream.window.is_some()),
+                    self.server.mode(self.stream.window.is_some()),
                 );
                 let began = clock.now();
                 let sent = self
                     .sender
                     .send(self.channel, self.guest, runs, mode, clock)?;
                 self.pacer.charge(sent.bytes, clock);
-                self.serving.pushed(sent);
+                self.server.pushed(sent);
                 self.stream.sent_at = clock.now();
                 if let Some(window) = &mut self.stream.window {
                     window.sent(sent.bytes, began);
@@ -123,7 +123,7 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
             if header.kind != FrameType::Placed {
                 return Ok(Some(header));
             }
-            let now = self.serving.clock.now();
+            let now = self.server.clock.now();
             let known = self.stream.window.as_mut().map(|w| w.placed(now));
             if known != Some(true) {
                 let expected = "a word about pages that were sent";
@@ -131,7 +131,7 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
             }
             wait = Duration::ZERO;
         }
-        let now = self.serving.clock.now();
+        let now = self.server.clock.now();
         let waiting = self.stream.window.as_ref().map(|w| w.waiting(now));
         if waiting.is_some_and(|waiting| waiting >= self.timeout) {
             return Err(SourceError::Silent("that pages are in place"));

@@ -99,7 +99,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
         let missing = source.memory.pending.clone();
         let layout = source.memory.layout.clone();
         let round = source.flight.round + 1;
-        let serving = Source::<L, G>::serving(
+        let server = Source::<L, G>::page_server(
             &layout,
             &source.session.setup,
             missing.clone(),
@@ -107,7 +107,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
             round,
         );
         // From the restoring on the destination may touch a page that it lacks.
-        let moved = source.while_answering(&serving, |source| {
+        let moved = source.while_answering(&server, |source| {
             let stopped = Stopped {
                 source,
                 paused,
@@ -128,9 +128,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
             source.flight.round += 1;
             source.enter(Phase::PostCopy);
             let hashes = source.session.setup.options.verify.then_some(&missing);
-            let error = source
-                .push_all(&serving, hashes)
-                .map_err(End::Interrupted)?;
+            let error = source.push_all(&server, hashes).map_err(End::Interrupted)?;
             Ok(Moved { committed, error })
         });
         // Without a thread the guest was not handed over: its guard is dropped.

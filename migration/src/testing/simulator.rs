@@ -24,6 +24,7 @@ use crate::destination;
 use crate::options::{Compress, OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, PageSet};
+use crate::policy::{self, Policy};
 use crate::report::{Event, Report, Status};
 pub use crate::rng::Rng;
 use crate::source::{self, Ownership, Setup};
@@ -249,6 +250,12 @@ impl Scenario {
 /// Runs a scenario to its end, recovery included, and checks every promise.
 #[must_use]
 pub fn run(scenario: &Scenario) -> Outcome {
+    run_with(scenario, policy::from_options(&scenario.options).as_mut())
+}
+
+/// As [`run`], by a policy of the caller's.
+#[must_use]
+pub fn run_with(scenario: &Scenario, policy: &mut dyn Policy) -> Outcome {
     let world = Arc::new(Mutex::new(World::new(scenario)));
     let peer = Arc::new(Mutex::new(Peer::new(Arc::clone(&world))));
     let owner = Arc::new(Ownership::default());
@@ -258,7 +265,7 @@ pub fn run(scenario: &Scenario) -> Outcome {
     let guest = SimGuest::new(Arc::clone(&world));
     let mut connect = |_, _| SimLink::connect(&world, &peer);
     let mut events = |_: Event| {};
-    let report = source::migrate(
+    let report = source::migrate_with(
         &guest,
         Setup {
             connect: &mut connect,
@@ -270,6 +277,7 @@ pub fn run(scenario: &Scenario) -> Outcome {
             timeouts: source::Timeouts::default(),
             threads: false,
         },
+        policy,
     );
     // Whatever is still on its way arrives; a broken connection is noticed.
     Peer::drive_all(&peer);

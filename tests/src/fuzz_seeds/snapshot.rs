@@ -33,7 +33,8 @@ pub(super) fn snapshots() -> Vec<Vec<u8>> {
                 clock: &TestClock::still(),
                 cancelled: &|| false,
                 describe: &mut || Ok(b"machine".to_vec()),
-                release: &mut |_| {},
+                resume: true,
+                released: &mut |_| {},
             };
             save::<RecordedPeer, _, _>(&guest, &file, setup).unwrap();
             file.into_inner().unwrap()
