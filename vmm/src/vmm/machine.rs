@@ -11,7 +11,7 @@ use crate::snapshot;
 use ferry_devices::thread;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
-use ferry_migration::source::Owner;
+use ferry_migration::source::Owner as GuestOwner;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -298,7 +298,7 @@ impl MigrationHandle for Handle {
         Handle::progress(self)
     }
 
-    fn owner(&self) -> Owner {
+    fn owner(&self) -> GuestOwner {
         Handle::owner(self)
     }
 }

@@ -53,7 +53,8 @@ impl Disks {
         self.settle();
         self.next_version += 1;
         self.source[block] = if clear { 0 } else { self.next_version };
-        self.unflushed = (self.unflushed + 1).min(u32::try_from(self.source.len()).unwrap_or(u32::MAX));
+        self.unflushed =
+            (self.unflushed + 1).min(u32::try_from(self.source.len()).unwrap_or(u32::MAX));
         self.uncounted = Some(block);
     }
 
