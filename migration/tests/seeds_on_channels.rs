@@ -161,7 +161,8 @@ fn run(seed: u64) -> Outcome {
         );
         let (fresh, mut silent) = (Ownership::in_doubt(), |_: Event| {});
         let again = setup(&mut connect, &clock, &options, &fresh, &mut silent);
-        let recovered = (report.status == Status::InDoubt).then(|| source::recover(&source, source.committed(), again));
+        let recovered = (report.status == Status::InDoubt)
+            .then(|| source::recover(&source, source.committed(), again));
         (report, recovered, peer.join().unwrap())
     });
     let end = recovered.as_ref().unwrap_or(&report).status;

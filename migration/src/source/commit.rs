@@ -134,9 +134,7 @@ impl<'g, L: Link, G: SourceVm<L>> Confirmed<'_, '_, 'g, L, G> {
         // Hashes of pages that came before the connection was lost are still owed.
         let hashes = running.verify.then(|| layout.all());
         let error = source
-            .while_answering(&server, |source| {
-                source.push_all(&server, hashes.as_ref())
-            })
+            .while_answering(&server, |source| source.push_all(&server, hashes.as_ref()))
             .and_then(|sent| sent)
             .map_err(End::Interrupted)?;
         Ok(Moved { committed, error })

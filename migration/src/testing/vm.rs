@@ -2,7 +2,8 @@
 
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{
-    Committed, CommittedVm, DestinationVm, Link, NotStarted, PageSink, PageSource, Paused, PausedVm, PortError, SourceVm,
+    Committed, CommittedVm, DestinationVm, Link, NotStarted, PageSink, PageSource, Paused,
+    PausedVm, PortError, SourceVm,
 };
 use crate::wire::SessionId;
 use std::io;
