@@ -8,14 +8,14 @@ use ferry_terminal::flags::{PolicyFlags, choice};
 use ferry_terminal::output::{Failure, put, put_failure, put_json, say};
 use ferry_terminal::progress::Display;
 use ferry_terminal::summary::{sentence, table};
-use ferry_terminal::units::{rate, size};
+use ferry_terminal::units::{duration, rate, size};
 use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::MigrateRequest;
 use nix::sys::signal::{SigSet, Signal};
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Move a running guest to another host.
 ///

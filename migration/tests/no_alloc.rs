@@ -33,6 +33,8 @@ const SOURCE_TIMEOUTS: source::Timeouts = source::Timeouts {
     transfer: NEVER,
     ready: NEVER,
     commit: NEVER,
+    doubt: NEVER,
+    ..source::Timeouts::DEFAULT
 };
 const DESTINATION_TIMEOUTS: destination::Timeouts = destination::Timeouts {
     handshake: NEVER,

@@ -24,6 +24,7 @@ pub use uri::{Uri, UriError};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use ferry_devices::sync::lock;
 pub(crate) use ferry_migration::net::{MonotonicClock, session_id};
