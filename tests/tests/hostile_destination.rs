@@ -221,7 +221,7 @@ fn a_source_gives_up_on_silence() {
         rest(&mut link);
     });
     let report = source.migrate(&uri, &Options::default());
-    failed("silence", &report, "silent for");
+    failed("silence", &report, "longer than this step may take");
     source.proves_running();
     source.verdict();
 }

@@ -170,12 +170,6 @@ fn a_receiver_refuses_before_the_commit() {
             missing_frame(&[Run::new(0, 10)]),
             "was expected",
         ),
-        (
-            "a sign of life that was not agreed on",
-            &not_agreed,
-            (Header::bare(FrameType::Alive, 0), vec![]),
-            "was expected",
-        ),
     ] {
         let mark = receiver.mark();
         let mut channel = greeted(address, hello);

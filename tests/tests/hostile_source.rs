@@ -128,7 +128,7 @@ fn a_receiver_survives_lies() {
         (
             "a commit",
             raw(bare(FrameType::Commit), vec![]),
-            "a greeting",
+            "a handshake",
         ),
         (
             "a page",
@@ -149,7 +149,7 @@ fn a_receiver_survives_lies() {
                 Header::of_blocks(FrameType::Blocks, 0, Run::new(0, 1)),
                 vec![1; 65536],
             ),
-            "a greeting",
+            "a handshake",
         ),
         (
             "a huge greeting",
@@ -173,7 +173,7 @@ fn a_receiver_survives_lies() {
                 },
                 vec![0; 1000],
             ),
-            "a greeting",
+            "a handshake",
         ),
         (
             "no JSON",

@@ -167,6 +167,8 @@ impl Pair {
         let destination = Host::receive_unix();
         let relay = Relay::to(destination.uri());
         relay.hold_forth_at(shared_ready_at() + 1);
+        // The source repeats its commit on new connections: none passes.
+        relay.alone();
         let migration = source.begin_migration(&relay.uri(), &options());
         until("the source has committed", || {
             let migration = source.client().status().unwrap().migration;
@@ -182,8 +184,6 @@ impl Pair {
 
     /// The commit is lost.
     fn in_doubt(self) -> (Host, Host, Relay) {
-        // The source repeats its commit on new connections: none passes.
-        self.relay.alone();
         self.relay.cut();
         let report = self.migration.report();
         assert_eq!(report.status, Status::InDoubt, "{report:#?}");

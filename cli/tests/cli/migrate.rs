@@ -116,7 +116,11 @@ fn a_signal_during_a_migration_cancels_it_and_ends_the_guest() {
     // The report arrives although its VMM is ending.
     let out = migrate.wait_with_output().unwrap();
     assert_eq!(out.status.code(), Some(3));
-    assert!(stderr(&out).contains("was cancelled"), "{}", stderr(&out));
+    assert!(
+        stderr(&out).contains("the guest was ended on SIGTERM"),
+        "{}",
+        stderr(&out)
+    );
     assert_eq!(destination.state(), "receiving");
     assert!(destination.ask("stop").status.success());
     assert!(destination.child.wait().unwrap().success());

@@ -223,6 +223,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopped<'s, 'a, 'g, L, G> {
             End::Here(SourceError::guest("writing down the commit", e))
         })?;
         source.record.progress.phase = Phase::Committed;
+        source.emit_progress();
         let confirmed = Unconfirmed { source, committed }.confirm()?;
         // The log of a guest that runs elsewhere goes with what is left of it.
         if let Some(log) = tracking {
