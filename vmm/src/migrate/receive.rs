@@ -270,7 +270,7 @@ impl Shared {
         }
     }
 
-    pub(super) fn take_over(&self, force: bool) -> Result<(), String> {
+    pub(super) fn take_over(self: &Arc<Self>, force: bool) -> Result<(), String> {
         let mut engine = match self.in_doubt() {
             Ok(engine) => engine,
             // The source's own word has come meanwhile.
@@ -291,6 +291,13 @@ impl Shared {
         };
         park(&mut self.active(), engine, state);
         self.changed.notify_all();
+        if let Err(why) = &result {
+            // The owner may have claimed the guest already: it is in doubt as before.
+            self.tell(Arrival::InDoubt {
+                why: format!("the guest is complete here and does not run: {why}"),
+                guest: GuestInDoubt(Arc::downgrade(self)),
+            });
+        }
         result
     }
 
