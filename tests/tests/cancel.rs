@@ -217,7 +217,7 @@ fn a_migrating_vmm_answers() {
         report
             .error
             .as_deref()
-            .is_some_and(|e| e.contains("another migration is missing_pages")),
+            .is_some_and(|e| e.contains("another migration is arriving")),
         "{report:?}"
     );
     second.proves_running();
