@@ -79,6 +79,27 @@ pub struct DataChannel<L, S> {
     receiver: PageReceiver,
 }
 
+/// A data channel is in the middle of pages.
+struct PagesFrame<'a, L: Link, S: PageSink<L>> {
+    set: &'a DataChannelSet<L, S>,
+    target: Target<L, S>,
+}
+
+impl<L: Link, S: PageSink<L>> Drop for PagesFrame<'_, L, S> {
+    fn drop(&mut self) {
+        // The set may be sealed next: nothing of the target is held then.
+        if matches!(
+            std::mem::replace(&mut self.target, Target::Sealed),
+            Target::Sealed
+        ) {
+            return;
+        }
+        let mut told = self.set.told();
+        told.writing -= 1;
+        told.frames += 1;
+    }
+}
+
 /// Notices that no channel of a migration has brought anything for too long.
 pub(super) struct Silence {
     frames: u64,
@@ -169,19 +190,17 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
         self.told().target = Target::Following(Arc::clone(missing_pages));
     }
 
-    /// Begins a frame of pages; to be ended by [`written`](Self::written) where it writes.
-    fn begin_pages(&self) -> Target<L, S> {
+    /// Begins a frame of pages, which ends when the value is dropped, also by a panic: a set that counts a writer that
+    /// is gone could never be sealed.
+    fn begin_pages(&self) -> PagesFrame<'_, L, S> {
         let mut told = self.told();
         if !matches!(told.target, Target::Sealed) {
             told.writing += 1;
         }
-        told.target.clone()
-    }
-
-    fn written(&self) {
-        let mut told = self.told();
-        told.writing -= 1;
-        told.frames += 1;
+        PagesFrame {
+            set: self,
+            target: told.target.clone(),
+        }
     }
 
     /// A frame has come on a channel.
@@ -312,28 +331,22 @@ impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
     }
 
     fn pages(&mut self, header: &Header) -> Result<(), DestinationError> {
-        let target = self.set.begin_pages();
         let Self {
             channel,
             set,
             receiver,
             ..
         } = self;
-        let placed = match &target {
-            Target::Sealed => {
-                return Err(channel
-                    .refuse(header, "nothing more: the guest is complete")
-                    .into());
-            }
+        let frame = set.begin_pages();
+        match &frame.target {
+            Target::Sealed => Err(channel
+                .refuse(header, "nothing more: the guest is complete")
+                .into()),
             Target::Filling(sink) => receiver.receive(channel, header, sink.as_ref(), &set.layout),
             Target::Following(missing_pages) => receiver
                 .receive_to(channel, header, missing_pages)
                 .and_then(|()| tell_placed(channel, header)),
-        };
-        // Nothing of it is held when the set may be sealed.
-        drop(target);
-        set.written();
-        placed
+        }
     }
 
     fn round_end(&mut self, header: &Header) -> Result<(), DestinationError> {

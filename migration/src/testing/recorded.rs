@@ -4,7 +4,7 @@ use crate::port::Link;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// 1 MiB: the most that an engine may allocate before a byte of it has arrived.
 const PIECE: usize = 1 << 20;
@@ -34,13 +34,20 @@ impl Gate {
         self.change.notify_all();
     }
 
-    fn wait(&self) {
+    /// Whether the gate is open, after at most `timeout`; without one, it is.
+    fn wait(&self, timeout: Option<Duration>) -> bool {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.change.wait_while(open, |open| !*open));
+        let Some(timeout) = timeout else {
+            let open = self.change.wait_while(open, |open| !*open);
+            return *open.unwrap_or_else(PoisonError::into_inner);
+        };
+        let waited = self.change.wait_timeout_while(open, timeout, |open| !*open);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-/// A link whose peer sends what was recorded, whatever it receives.
+/// A link whose peer sends what was recorded, whatever it receives. A peer that stands before a closed [`Gate`] is
+/// silent: the link's timeout and deadline end a wait for it, as they end one for a socket.
 ///
 /// # Panics
 /// Receiving panics when an engine asks for more than 1 MiB at once: it has allocated that on a peer's word.
@@ -50,6 +57,8 @@ pub struct RecordedPeer {
     at: usize,
     seen: Seen,
     later: VecDeque<(Arc<Gate>, Vec<u8>)>,
+    timeout: Option<Duration>,
+    deadline: Option<Instant>,
 }
 
 impl RecordedPeer {
@@ -61,6 +70,8 @@ impl RecordedPeer {
             at: 0,
             seen,
             later: VecDeque::new(),
+            timeout: None,
+            deadline: None,
         }
     }
 
@@ -69,6 +80,13 @@ impl RecordedPeer {
     pub fn then(mut self, gate: &Arc<Gate>, more: Vec<u8>) -> Self {
         self.later.push_back((Arc::clone(gate), more));
         self
+    }
+
+    /// How long a read may take.
+    fn read_timeout(&self) -> Option<Duration> {
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        let left = self.deadline.map(left);
+        [self.timeout, left].into_iter().flatten().min()
     }
 }
 
@@ -84,9 +102,13 @@ impl Link for RecordedPeer {
             buf.len()
         );
         while self.input.len() - self.at < buf.len() {
-            let (gate, more) = self.later.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
-            gate.wait();
-            self.input.extend(more);
+            let (gate, _) = self.later.front().ok_or(io::ErrorKind::UnexpectedEof)?;
+            if !gate.wait(self.read_timeout()) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let more = self.later.pop_front();
+            self.input
+                .extend(more.into_iter().flat_map(|(_, more)| more));
         }
         let rest = &self.input[self.at..self.at + buf.len()];
         buf.copy_from_slice(rest);
@@ -96,11 +118,20 @@ impl Link for RecordedPeer {
 
     fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
         Ok(match self.seen {
-            Seen::AtOnce => true,
+            Seen::AtOnce => {
+                let closed = self.later.front().filter(|_| self.at == self.input.len());
+                closed.is_none_or(|(gate, _)| gate.wait(Some(timeout)))
+            }
             Seen::Held => self.at < self.input.len(),
             Seen::WhenWaitedFor => !timeout.is_zero(),
         })
     }
 
-    fn set_timeout(&mut self, _: Option<Duration>) {}
+    fn set_timeout(&mut self, timeout: Option<Duration>) {
+        self.timeout = timeout;
+    }
+
+    fn set_deadline(&mut self, timeout: Option<Duration>) {
+        self.deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    }
 }
