@@ -44,6 +44,7 @@ mod error;
 mod faults;
 mod filling;
 mod guest;
+mod hashes;
 mod in_doubt;
 mod missing_pages;
 mod pages;

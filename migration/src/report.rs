@@ -50,8 +50,11 @@ pub struct Round {
 pub struct Downtime {
     /// Stopping the vCPUs and reading the last dirty log.
     pub quiesce_ms: f64,
-    /// Sending the last pages (and hashing memory, with `--verify`).
+    /// Sending the last pages.
     pub last_pages_ms: f64,
+    /// Hashing and comparing what was written since the guest's memory was compared while it ran (`--verify`).
+    #[serde(default)]
+    pub verify_ms: f64,
     /// Saving, sending and restoring CPU and device state, up to the destination's "ready".
     pub state_ms: f64,
     /// From "ready" over the commit to the first guest instruction.

@@ -437,6 +437,20 @@ fn nothing_is_written_into_a_complete_guest() {
     }
 }
 
+/// A page that comes after it was compared was not compared: the guest is not verified.
+#[test]
+fn a_page_that_is_written_after_its_hash_is_not_verified() {
+    let mut source = ByHand::connect(Features::VERIFY, DESTINATION_TIMEOUTS);
+    source.end_round(1);
+    source.hashes();
+    ByHand::page(&mut source.data, 3, 0x5a);
+    source.end_round(2);
+    let state = Header::bare(FrameType::State, 2);
+    source.control.send(state, b"state").unwrap();
+    source.expect(FrameType::Abort);
+    assert_eq!(source.peer.join().unwrap(), State::Discarded);
+}
+
 /// A round that takes longer than the timeout, while its pages come on a data channel, is no silence of the control channel.
 #[test]
 fn pages_on_a_data_channel_are_a_sign_of_life() {

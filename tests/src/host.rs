@@ -488,7 +488,7 @@ fn check(report: &Report, options: &Options) {
     );
     assert_eq!(report.session.len(), 32);
     let d = &report.downtime;
-    let sum = d.quiesce_ms + d.last_pages_ms + d.state_ms + d.start_ms;
+    let sum = d.quiesce_ms + d.last_pages_ms + d.verify_ms + d.state_ms + d.start_ms;
     assert!((sum - report.downtime_ms).abs() < 0.01, "{report:#?}");
     assert!(
         report.downtime_ms > 0.0 && report.downtime_ms <= report.total_ms,

@@ -154,6 +154,7 @@ fn a_source_survives_its_receiver() {
                         FrameType::Ready,
                         &Ready {
                             verified: false,
+                            compare_us: 0,
                             restore_us: u64::MAX,
                         },
                     )
@@ -194,6 +195,7 @@ fn a_source_survives_its_receiver() {
                 FrameType::Ready,
                 &Ready {
                     verified: true,
+                    compare_us: 0,
                     restore_us: 1,
                 },
             )

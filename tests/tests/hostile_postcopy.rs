@@ -354,6 +354,7 @@ fn takes(link: RawLink, listener: &TcpListener) -> (Channel<RawLink>, Channel<Ra
     until_state(&mut control);
     let ready = Ready {
         verified: false,
+        compare_us: 0,
         restore_us: 1,
     };
     control.send_json(FrameType::Ready, &ready).unwrap();

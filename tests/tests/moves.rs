@@ -284,7 +284,13 @@ fn the_command_prints_one_report() {
     for (group, names) in [
         (
             "downtime",
-            &["quiesce_ms", "last_pages_ms", "state_ms", "start_ms"][..],
+            &[
+                "quiesce_ms",
+                "last_pages_ms",
+                "verify_ms",
+                "state_ms",
+                "start_ms",
+            ][..],
         ),
         ("pages", &["sent", "resent", "zero", "skipped"]),
         (

@@ -48,13 +48,18 @@ pub fn table(report: &Report) -> String {
     let mut rows = Rows::default();
     let mut row = |name: &str, value: String| rows.add(name, value);
     let d = &report.downtime;
+    let verify = match report.verified {
+        Some(_) => format!(" + verify {}", span(d.verify_ms)),
+        None => String::new(),
+    };
     row(
         "downtime",
         format!(
-            "{} = quiesce {} + last pages {} + state {} + start {}",
+            "{} = quiesce {} + last pages {}{} + state {} + start {}",
             span(report.downtime_ms),
             span(d.quiesce_ms),
             span(d.last_pages_ms),
+            verify,
             span(d.state_ms),
             span(d.start_ms)
         ),
@@ -196,6 +201,7 @@ mod tests {
             downtime: Downtime {
                 quiesce_ms: 0.4,
                 last_pages_ms: 9.1,
+                verify_ms: 0.0,
                 state_ms: 1.9,
                 start_ms: 0.9,
             },

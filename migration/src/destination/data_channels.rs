@@ -3,13 +3,14 @@
 //! What a channel may do is what the set gives it for a frame:
 //!
 //! ```text
-//!            STATE, or the first VERIFY        post-copy: STATE
+//!                   STATE                      post-copy: STATE
 //!  Filling ────────────────────────────▶ Sealed ───────────────▶ Following
 //!  writes guest memory                   writes nothing          places missing pages, each once
 //! ```
 //!
-//! So before READY no channel can write into the guest, and nothing is written after it was verified.
+//! So before READY no channel can write into the guest, and what is written after it was compared counts as not compared.
 
+use super::hashes::Hashes;
 use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
 use super::push::tell_placed;
@@ -64,6 +65,7 @@ pub struct DataChannelSet<L, S> {
     layout: RamLayout,
     agreed: Features,
     copies: Arc<AtomicPageSet>,
+    hashes: Option<Arc<Hashes>>,
     timeout: Duration,
     clock: Arc<dyn Clock + Send + Sync>,
     told: Mutex<Told<L, S>>,
@@ -110,7 +112,7 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
     pub(super) fn new(
         sink: Arc<S>,
         layout: RamLayout,
-        (agreed, copies): (Features, Arc<AtomicPageSet>),
+        (agreed, copies, hashes): (Features, Arc<AtomicPageSet>, Option<Arc<Hashes>>),
         count: u16,
         timeout: Duration,
         clock: Arc<dyn Clock + Send + Sync>,
@@ -128,6 +130,7 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
             layout,
             agreed,
             copies,
+            hashes,
             timeout,
             clock,
             told: Mutex::new(told),
@@ -168,7 +171,10 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
             channel,
             index,
             set: Arc::clone(self),
-            receiver: PageReceiver::new(Decoder::new(self.agreed, Arc::clone(&self.copies))),
+            receiver: PageReceiver::new(
+                Decoder::new(self.agreed, Arc::clone(&self.copies)),
+                self.hashes.clone(),
+            ),
         })
     }
 

@@ -3,6 +3,7 @@
 use super::blocks::Disks;
 use super::data_channels::DataChannelSet;
 use super::guest::Guest;
+use super::hashes::{Hashes, Unequal};
 use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
 use super::phase::{End, Phase, Stepped};
@@ -11,10 +12,10 @@ use super::session::{Parts, Session};
 use super::{DestinationError, Step, TICK};
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{DestinationVm, Link, PageSink};
-use crate::verify::page_hash;
 use crate::wire::{FrameType, Header, Ready, WireError, recv_set};
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The machine stands; its memory arrives.
 pub(super) struct Filling<L, S> {
@@ -32,7 +33,15 @@ pub(super) struct Filling<L, S> {
     pub block_round: u32,
     /// The pages are all here: what is compared now is not written any more.
     pub sealed: bool,
-    pub hashes: Hashes,
+    /// With `--verify`.
+    pub hashes: Option<Compared>,
+}
+
+/// Comparing pages with the source's.
+pub(super) struct Compared {
+    pub hashes: Arc<Hashes>,
+    /// What that has taken since the last round ended, in the end in the pause.
+    pub took: Duration,
 }
 
 /// Pages that are to follow the guest.
@@ -40,26 +49,6 @@ pub(super) struct ToFollow<L, S> {
     pub missing_pages: Arc<MissingPages<L, S>>,
     /// As far as they were listed; `None` where the policy has not decided for post-copy.
     pub listed: Option<PageSet>,
-}
-
-/// What comparing hashes has found.
-#[derive(Debug)]
-pub(super) struct Hashes {
-    wanted: bool,
-    compared: u64,
-    different: u64,
-    first: Option<u64>,
-}
-
-impl Hashes {
-    pub const fn new(wanted: bool) -> Self {
-        Self {
-            wanted,
-            compared: 0,
-            different: 0,
-            first: None,
-        }
-    }
 }
 
 impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
@@ -119,7 +108,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
             // The source lives: it sends on other channels, or is about to.
             FrameType::Alive => {}
             FrameType::RoundEnd if !self.sealed => self.round_end(session, &header)?,
-            FrameType::Verify if self.hashes.wanted => self.compare(session, &header)?,
+            FrameType::Verify if self.hashes.is_some() => self.compare(session, &header)?,
             FrameType::MissingRuns | FrameType::MissingBits if !self.sealed => {
                 self.list_missing(parts, &header)?;
             }
@@ -166,7 +155,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
     /// written any more.
     fn takes_blocks(&self, kind: FrameType) -> bool {
         let wanted = match kind {
-            FrameType::BlocksHash => self.hashes.wanted,
+            FrameType::BlocksHash => self.hashes.is_some(),
             _ => !self.disks.is_compared(),
         };
         !self.disks.is_empty() && wanted
@@ -202,6 +191,9 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
             data_channels.end_round(header.round)?;
         }
         self.round = header.round;
+        if let Some(compared) = &mut self.hashes {
+            compared.took = Duration::ZERO;
+        }
         let placed = Header::bare(FrameType::RoundAck, header.round);
         Ok(session.channel.send(placed, &[])?)
     }
@@ -231,17 +223,16 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         session: &mut Session<L>,
         header: &Header,
     ) -> Result<(), DestinationError> {
-        self.seal()?;
+        let began = session.now();
         let bytes = session.payload(header)?;
-        let mut page = [0; PAGE_SIZE];
-        for (gfn, hash) in (header.gfn..).zip(bytes.chunks_exact(8)) {
-            let copied = self.sink.copy_page(gfn, &mut page);
-            copied.map_err(DestinationError::Memory)?;
-            if page_hash(gfn, &page).to_le_bytes() != *hash {
-                self.hashes.different += 1;
-                self.hashes.first.get_or_insert(gfn);
+        if let Some(compared) = &mut self.hashes {
+            let mut page = [0; PAGE_SIZE];
+            for (gfn, hash) in (header.gfn..).zip(bytes.chunks_exact(8)) {
+                let copied = self.sink.copy_page(gfn, &mut page);
+                copied.map_err(DestinationError::Memory)?;
+                compared.hashes.compare(gfn, &page, hash);
             }
-            self.hashes.compared += 1;
+            compared.took += session.now().saturating_sub(began);
         }
         session.buffer = bytes;
         Ok(())
@@ -276,8 +267,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         let restored = parts.host.restore(&bytes);
         restored.map_err(DestinationError::State)?;
         parts.session.buffer = bytes;
-        let took = parts.session.now().saturating_sub(began);
-        Ok(u64::try_from(took.as_micros()).unwrap_or(u64::MAX))
+        Ok(micros(parts.session.now().saturating_sub(began)))
     }
 
     /// Pages and blocks are all here, and as the source has them where that was to be compared.
@@ -286,21 +276,21 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         session: &mut Session<L>,
         header: &Header,
     ) -> Result<(), DestinationError> {
-        let hashes = &self.hashes;
-        if let Some(first) = hashes.first {
-            return Err(DestinationError::Differs {
-                pages: hashes.different,
-                first,
-            });
-        }
-        self.disks.complete(hashes.wanted)?;
+        self.disks.complete(self.hashes.is_some())?;
+        let Some(Compared { hashes, .. }) = &self.hashes else {
+            return Ok(());
+        };
         let listed = self.to_follow.as_ref().and_then(|t| t.listed.as_ref());
-        let here = self.layout.pages() - listed.map_or(0, PageSet::len);
-        if hashes.wanted && hashes.compared != here {
-            let expected = "the hashes of all pages";
-            return Err(session.channel.refuse(header, expected).into());
+        match hashes.check(&self.layout, listed) {
+            Ok(()) => Ok(()),
+            Err(Unequal::Differs { pages, first }) => {
+                Err(DestinationError::Differs { pages, first })
+            }
+            Err(Unequal::NotCompared) => {
+                let expected = "the hashes of all pages";
+                Err(session.channel.refuse(header, expected).into())
+            }
         }
-        Ok(())
     }
 
     /// Says READY. From the first byte of it on the source may commit: an error now leaves the guest in doubt.
@@ -309,8 +299,10 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         restore_us: u64,
         parts: &mut Parts<'_, L, H>,
     ) -> Stepped<L, S> {
+        let compared = self.hashes.as_ref().map(|compared| compared.took);
         let ready = Ready {
-            verified: self.hashes.wanted,
+            verified: compared.is_some(),
+            compare_us: compared.map_or(0, micros),
             restore_us,
         };
         let guest = self.into_guest();
@@ -341,7 +333,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
             end: layout.end(),
             round,
             pushed: false,
-            verify: hashes.wanted,
+            verify: hashes.is_some(),
             reattached: false,
         });
         Guest {
@@ -353,3 +345,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
 
 const EXPECTED: &str =
     "pages, blocks, the end of the next round, hashes, missing pages or the state";
+
+fn micros(took: Duration) -> u64 {
+    u64::try_from(took.as_micros()).unwrap_or(u64::MAX)
+}

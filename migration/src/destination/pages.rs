@@ -1,6 +1,7 @@
 //! Receiving page frames into guest memory.
 
 use super::DestinationError;
+use super::hashes::Hashes;
 use super::missing_pages::MissingPages;
 use crate::codec::Decoder;
 use crate::page::{PAGE_BYTES, PAGE_SIZE, RamLayout, Run};
@@ -8,6 +9,7 @@ use crate::port::{Link, PageSink};
 use crate::wire::{
     Channel, Encoding, FLAG_CRC, FrameType, Header, HeaderError, WireError, check_crc, decode_runs,
 };
+use std::sync::Arc;
 
 /// Reusable buffers of one channel.
 #[derive(Debug, Default)]
@@ -17,13 +19,16 @@ pub(super) struct PageReceiver {
     /// What is decoded, or placed as a whole in post-copy.
     body: Vec<u8>,
     decoder: Decoder,
+    /// Of which pages it is told that they were written.
+    hashes: Option<Arc<Hashes>>,
 }
 
 impl PageReceiver {
     /// For what was agreed on.
-    pub(super) fn new(decoder: Decoder) -> Self {
+    pub(super) fn new(decoder: Decoder, hashes: Option<Arc<Hashes>>) -> Self {
         Self {
             decoder,
+            hashes,
             ..Self::default()
         }
     }
@@ -31,6 +36,21 @@ impl PageReceiver {
     /// Receives the rest of a `Pages` or `Zero` frame into memory, checking the table before a
     /// byte is placed.
     pub(super) fn receive<L: Link, S: PageSink<L> + ?Sized>(
+        &mut self,
+        channel: &mut Channel<L>,
+        header: &Header,
+        sink: &S,
+        layout: &RamLayout,
+    ) -> Result<(), DestinationError> {
+        let received = self.receive_runs(channel, header, sink, layout);
+        // Also where only a part was written.
+        if let Some(hashes) = &self.hashes {
+            hashes.written(&self.runs);
+        }
+        received
+    }
+
+    fn receive_runs<L: Link, S: PageSink<L> + ?Sized>(
         &mut self,
         channel: &mut Channel<L>,
         header: &Header,

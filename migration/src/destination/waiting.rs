@@ -2,7 +2,8 @@
 
 use super::blocks::Disks;
 use super::data_channels::DataChannelSet;
-use super::filling::{Filling, Hashes, ToFollow};
+use super::filling::{Compared, Filling, ToFollow};
+use super::hashes::Hashes;
 use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
 use super::phase::{End, Phase, Stepped};
@@ -14,6 +15,7 @@ use crate::page::AtomicPageSet;
 use crate::port::{BlockSink, DestinationVm, Link};
 use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Connected; the machine is not built.
 #[derive(Default)]
@@ -127,11 +129,15 @@ fn accept<L: Link, H: DestinationVm<L>>(
         0
     };
     let copies = Arc::new(AtomicPageSet::new(patched));
+    let hashes = hello
+        .required
+        .has(Features::VERIFY)
+        .then(|| Arc::new(Hashes::new(hello.layout.end())));
     let data_channels = (hello.channels > 0 && !shared).then(|| {
         Arc::new(DataChannelSet::new(
             Arc::clone(&sink),
             hello.layout.clone(),
-            (agreed, Arc::clone(&copies)),
+            (agreed, Arc::clone(&copies), hashes.clone()),
             hello.channels,
             parts.session.timeouts.transfer,
             Arc::clone(&parts.session.clock),
@@ -143,11 +149,14 @@ fn accept<L: Link, H: DestinationVm<L>>(
     Ok(Box::new(Filling {
         sink,
         shared,
-        receiver: PageReceiver::new(Decoder::new(agreed, copies)),
+        receiver: PageReceiver::new(Decoder::new(agreed, copies), hashes.clone()),
         data_channels,
         to_follow,
         disks,
-        hashes: Hashes::new(hello.required.has(Features::VERIFY)),
+        hashes: hashes.map(|hashes| Compared {
+            hashes,
+            took: Duration::ZERO,
+        }),
         layout: hello.layout,
         round: 0,
         block_round: 0,

@@ -139,6 +139,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             });
         }
         self.session.control.set_end(self.memory.layout.end());
+        self.session.live_hashes = ack.features.and(offered).has(Features::LIVE_HASHES);
         if ack.features.and(offered).has(Features::SHARED_MEMORY) {
             self.session.wait_at_most(timeouts.transfer, None);
             self.record.policy = HANDOVER;

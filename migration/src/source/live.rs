@@ -86,6 +86,10 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                     (How::Follow(order), why)
                 }
             };
+            // What the guest writes meanwhile may be worth another round.
+            if self.hash_live()? {
+                continue;
+            }
             let drained = self.flight.in_flight.is_empty() && !self.disks.is_awaiting();
             if drained && self.is_flushed() {
                 self.record.why = Some(why);
@@ -203,6 +207,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         // A page stays in the log until it is cleared for sending: what was pending is not news.
         self.memory.fresh.subtract(&self.memory.pending);
         self.memory.pending.union_with(&self.memory.fresh);
+        if let Some(hashed) = &mut self.memory.hashed {
+            hashed.subtract(&self.memory.pending);
+        }
         self.memory.heat.record(&self.memory.fresh);
         let (pages, over) = (
             self.memory.fresh.len(),

@@ -78,6 +78,9 @@ pub(super) struct Memory {
     pub(super) layout: RamLayout,
     pub(super) pending: PageSet,
     pub(super) sent_once: PageSet,
+    /// With `--verify`: pages whose hashes the destination has, and that were not written since. They were hashed once the
+    /// policy first wanted to stop.
+    pub(super) hashed: Option<PageSet>,
     pub(super) heat: Heat,
     /// Scratch of a collection.
     pub(super) fresh: PageSet,
@@ -93,6 +96,7 @@ impl Memory {
         Self {
             pending: layout.all(),
             sent_once: PageSet::new(end),
+            hashed: None,
             heat: Heat::new(end),
             fresh: PageSet::new(end),
             collected_at: now,

@@ -21,6 +21,8 @@ pub(super) struct Record {
     pub(super) pages: Pages,
     pub(super) codecs: Codecs,
     pub(super) downtime: Downtime,
+    /// What hashing took in the pause, with `--verify`.
+    pub(super) hashing: Duration,
     /// The last flush of the disks: how long it took, when it ended, and how many there were.
     pub(super) flush_took: Duration,
     pub(super) flushed_at: Option<Duration>,
@@ -54,6 +56,7 @@ impl Record {
             },
             codecs: Codecs::default(),
             downtime: Downtime::default(),
+            hashing: Duration::ZERO,
             flush_took: Duration::ZERO,
             flushed_at: None,
             flushes: 0,
@@ -114,7 +117,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             status,
             error,
             total_ms: ms(total),
-            downtime_ms: d.quiesce_ms + d.last_pages_ms + d.state_ms + d.start_ms,
+            downtime_ms: d.quiesce_ms + d.last_pages_ms + d.verify_ms + d.state_ms + d.start_ms,
             downtime: d.clone(),
             rounds: std::mem::take(&mut record.rounds),
             rounds_omitted: record.rounds_omitted,

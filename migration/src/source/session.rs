@@ -10,6 +10,8 @@ pub(super) struct Session<'a, L: Link> {
     pub(super) setup: Setup<'a, L>,
     pub(super) control: Channel<L>,
     pub(super) rtt: Duration,
+    /// The destination takes hashes of pages while the guest runs.
+    pub(super) live_hashes: bool,
     /// While the guest stands still: when it runs again at the latest.
     pub(super) until: Option<Duration>,
     /// Bytes sent on channels that were replaced.
@@ -24,6 +26,7 @@ impl<'a, L: Link> Session<'a, L> {
             setup,
             control: Channel::new(link),
             rtt: Duration::ZERO,
+            live_hashes: false,
             until: None,
             sent_before: 0,
         })

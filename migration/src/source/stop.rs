@@ -18,8 +18,8 @@ use crate::wire::{FrameType, Header, Ready, WireError, send_set};
 use std::io;
 use std::time::Duration;
 
-/// Hashes in one VERIFY frame (1 MiB of them).
-const VERIFY_PAGES: u64 = 128 << 10;
+/// Hashes in one VERIFY frame, of 16 MiB of memory: the destination compares them while the source hashes the next.
+const VERIFY_PAGES: u64 = 4 << 10;
 /// The longest pause where the user has set none: this, and four times what was predicted.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const PREDICTED: u32 = 4;
@@ -270,7 +270,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         options.max_pause.unwrap_or_else(|| {
             let predicted = self.view().predicted_downtime().unwrap_or_default();
             let hashed = if options.verify {
-                self.memory.layout.pages() * PAGE_BYTES + self.disks.bytes()
+                let hashed = self.memory.hashed.as_ref().map_or(0, PageSet::len);
+                (self.memory.layout.pages() - hashed) * PAGE_BYTES + self.disks.bytes()
             } else {
                 0
             };
@@ -359,14 +360,21 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 .map_err(|e| silent(e, "that the last pages and blocks arrived"))?;
         }
         let placed = self.now();
-        self.record.downtime.last_pages_ms = ms(placed.saturating_sub(collected));
+        let hashing = self.record.hashing;
+        self.record.downtime.last_pages_ms = ms(placed.saturating_sub(collected + hashing));
         let header = self.session.recv().map_err(|e| silent(e, "ready"))?;
         if header.kind != FrameType::Ready {
             return Err(self.session.control.refuse(&header, "ready").into());
         }
         let ready: Ready = self.session.control.recv_json(&header)?;
         let ready_at = self.now();
-        self.record.downtime.state_ms = ms(ready_at.saturating_sub(placed));
+        let state = ready_at.saturating_sub(placed);
+        // The destination compares while the source hashes; what it takes longer is part of this.
+        let compare = Duration::from_micros(ready.compare_us)
+            .saturating_sub(hashing)
+            .min(state);
+        self.record.downtime.verify_ms = ms(hashing + compare);
+        self.record.downtime.state_ms = ms(state - compare);
         if self.session.setup.options.verify {
             if !ready.verified {
                 return Err(SourceError::NotVerified);
@@ -376,13 +384,36 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         Ok(ready_at)
     }
 
-    /// With `--verify`: hashes of all disks and of these pages.
-    fn send_all_hashes(&mut self, pages: PageSet) -> Result<(), SourceError> {
+    /// With `--verify`, in the pause: hashes of all disks, and of these pages but for those whose hashes still hold.
+    fn send_all_hashes(&mut self, mut pages: PageSet) -> Result<(), SourceError> {
         if !self.session.setup.options.verify {
             return Ok(());
         }
+        let began = self.now();
         self.send_block_hashes()?;
-        self.send_hashes(&pages)
+        if let Some(hashed) = &self.memory.hashed {
+            pages.subtract(hashed);
+        }
+        self.send_hashes(&pages)?;
+        self.record.hashing = self.now().saturating_sub(began);
+        Ok(())
+    }
+
+    /// With `--verify`, once, while the guest runs: hashes of all pages that the destination has, so that in the pause only
+    /// what is written from now on is hashed. A page that is written while it is hashed is in the dirty log, and is hashed
+    /// again with the others. Says whether it did that.
+    pub(super) fn hash_live(&mut self) -> Result<bool, SourceError> {
+        let wanted = self.session.setup.options.verify && self.session.live_hashes;
+        if !wanted || self.memory.hashed.is_some() {
+            return Ok(false);
+        }
+        let mut pages = self.memory.sent_once.clone();
+        pages.subtract(&self.memory.pending);
+        self.memory.hashed = Some(pages.clone());
+        self.send_hashes(&pages)?;
+        // No page of a later round may come on a data channel before these are compared.
+        self.settle()?;
+        Ok(true)
     }
 
     /// Sends a hash of every page of the set, so that the destination can compare.

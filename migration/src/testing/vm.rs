@@ -74,6 +74,7 @@ pub struct TestSource {
     log: Mutex<PageSet>,
     collections: AtomicUsize,
     runs: AtomicBool,
+    copied_stopped: AtomicUsize,
 }
 
 impl TestSource {
@@ -100,7 +101,14 @@ impl TestSource {
             memory,
             collections: AtomicUsize::new(0),
             runs: AtomicBool::new(true),
+            copied_stopped: AtomicUsize::new(0),
         }
+    }
+
+    /// How many pages were copied to be looked at while the guest stood still.
+    #[must_use]
+    pub fn copied_while_stopped(&self) -> usize {
+        self.copied_stopped.load(Ordering::SeqCst)
     }
 
     /// Its memory.
@@ -144,6 +152,9 @@ impl<L: Link> PageSource<L> for TestSource {
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut Page) -> Result<(), PortError> {
+        if !self.runs() {
+            self.copied_stopped.fetch_add(1, Ordering::SeqCst);
+        }
         *into = *self.memory.page(gfn);
         Ok(())
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub struct Features(pub u64);
 
 impl Features {
-    /// Memory is hashed and compared in the pause.
+    /// Memory is hashed and compared.
     pub const VERIFY: Self = Self(1);
     /// Pages travel on data channels of their own.
     pub const CHANNELS: Self = Self(1 << 1);
@@ -32,6 +32,9 @@ impl Features {
     /// With the memory: open files that the guest's devices use come when the destination asks for them.
     pub const SHARED_FILES: Self = Self(1 << 18);
 
+    /// Hashes of pages may come while the guest runs; in the pause only of those that were written since.
+    pub const LIVE_HASHES: Self = Self(1 << 19);
+
     /// All that this build can do.
     pub const SUPPORTED: Self = Self(
         Self::VERIFY.0
@@ -42,7 +45,8 @@ impl Features {
             | Self::PATCH.0
             | Self::DISKS.0
             | Self::SHARED_MEMORY.0
-            | Self::SHARED_FILES.0,
+            | Self::SHARED_FILES.0
+            | Self::LIVE_HASHES.0,
     );
 
     /// These without `other`.
@@ -106,6 +110,9 @@ pub struct HelloAck {
 pub struct Ready {
     /// Whether memory was compared with the source's hashes, and equal.
     pub verified: bool,
+    /// Microseconds that comparing hashes took since the last round ended.
+    #[serde(default)]
+    pub compare_us: u64,
     /// Microseconds that restoring the machine's state took.
     pub restore_us: u64,
 }
