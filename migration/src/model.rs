@@ -23,12 +23,14 @@
 //! ```
 
 mod activity;
+mod even_in_set;
 mod post_copy;
 mod replay;
 mod round;
 pub mod stord;
 
 pub use activity::{Activity, EvenShare, Pattern, Touch, Writer};
+pub use even_in_set::EvenInSet;
 pub use post_copy::Faults;
 pub use replay::Replay;
 

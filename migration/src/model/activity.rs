@@ -1,4 +1,4 @@
-//! What the modelled guest does to its memory: synthetic writers, and the writer of the STORD paper.
+//! What the modelled guest does to its memory.
 //!
 //! Time here is *guest time*: the seconds that the guest has run. While it is paused or waits for a
 //! page, it does not pass.
@@ -31,8 +31,10 @@ pub trait Activity: Send {
         }
     }
 
-    /// A round of a migration begins. Guests do not know of it; papers do.
-    fn round_begins(&mut self) {}
+    /// A round of a migration begins, while these pages are pending. Guests do not know of it; papers do.
+    fn round_begins(&mut self, pending: &PageSet) {
+        let _ = pending;
+    }
 }
 
 /// The page at an index into RAM, which may have holes.
@@ -154,11 +156,11 @@ fn scatter(n: u64) -> u64 {
     step
 }
 
-/// The guest of the STORD paper: in every round it dirties, evenly spread over its memory, as many
-/// different pages as a share of what the link carries meanwhile.
+/// A guest that in every round dirties, evenly spread over its memory, as many different pages as a share of what the link
+/// carries meanwhile.
 ///
-/// The paper (section 3) defines its dirty page rate by what a round finds; writes within a round
-/// hit different pages, those of different rounds are independent.
+/// It is not the STORD paper's, whose writes fall in the set that is being sent ([`EvenInSet`](super::EvenInSet)). Writes
+/// within a round hit different pages, those of different rounds are independent.
 #[derive(Clone, Debug)]
 pub struct EvenShare {
     layout: RamLayout,
@@ -190,6 +192,11 @@ impl EvenShare {
         guest.pop();
         guest
     }
+
+    fn begin_round(&mut self) {
+        self.this_round.clear();
+        self.written = 0;
+    }
 }
 
 impl Activity for EvenShare {
@@ -203,7 +210,7 @@ impl Activity for EvenShare {
         }
         if self.written >= self.pages {
             // Everything is dirty: more writes change nothing.
-            self.round_begins();
+            self.begin_round();
         }
         let mut index = self.rng.below(self.pages);
         while !self.this_round.insert(index) {
@@ -217,9 +224,8 @@ impl Activity for EvenShare {
         self.taken += 1;
     }
 
-    fn round_begins(&mut self) {
-        self.this_round.clear();
-        self.written = 0;
+    fn round_begins(&mut self, _: &PageSet) {
+        self.begin_round();
     }
 }
 
@@ -286,9 +292,9 @@ mod tests {
     fn the_papers_guest_never_hits_a_page_twice_in_a_round() {
         let guest = &mut EvenShare::new(&layout(), 0.9, 1000.0, 3);
         // One page was drawn ahead of the round.
-        guest.round_begins();
+        guest.begin_round();
         assert!((899..=900).contains(&touched(guest, 1.0).len()));
-        guest.round_begins();
+        guest.begin_round();
         let second = touched(guest, 1.5);
         assert!((449..=450).contains(&second.len()));
         // Spread evenly: half of them in the upper half.

@@ -192,7 +192,7 @@ impl<'a> Rounds<'a> {
     pub fn send(&mut self, mut pages: PageSet, order: SendOrder) {
         pages.intersect_with(&self.pending);
         let seconds_per_page = self.setup.page_bytes / self.live_bandwidth();
-        self.guest.round_begins();
+        self.guest.round_begins(&self.pending);
         if self.setup.clearing == Clearing::AtRoundStart {
             self.log.subtract(&pages);
         }

@@ -25,8 +25,11 @@ pub struct ClosedForms {
     /// (4) with one more term: the printed sum ends at the power *k* − 1. Up to the *k*-th it is the
     /// rate at which the first split shrinks exactly, namely R times what the last round sends.
     pub rate_whole: f64,
-    /// (5): what STORD is said to send, f′ ÷ (1 − r′).
+    /// (5) with the last round alone: f′ ÷ (1 − r′).
     pub stord: f64,
+    /// (5) with f′ as the vector of the k rounds, and (4) up to the k-th power: what STORD sends of a guest whose writes
+    /// fall evenly in the set that is being sent. This is what the paper's figures show.
+    pub stord_whole: f64,
 }
 
 impl ClosedForms {
@@ -45,6 +48,7 @@ impl ClosedForms {
             term *= ratio * (split - f64::from(index));
         }
         let rate_whole = rate + term;
+        let stord_whole = rounds_of_a_set(share, pieces).iter().sum::<f64>() / (1.0 - rate_whole);
         if pieces <= 1 {
             // The series is empty; pre-copy's own rate is meant.
             rate = share;
@@ -56,6 +60,7 @@ impl ClosedForms {
             rate,
             rate_whole,
             stord: last_round / (1.0 - rate),
+            stord_whole,
         }
     }
 
@@ -71,6 +76,20 @@ impl ClosedForms {
     pub fn stord_after(&self, sets: u32) -> f64 {
         self.last_round * (1.0 - self.rate.powf(f64::from(sets))) / (1.0 - self.rate)
     }
+}
+
+/// What each of the k rounds of a set sends, in sizes of the set: 1 ÷ k, and of what the round before dirtied the part that
+/// lies in pieces that are sent already.
+fn rounds_of_a_set(share: f64, pieces: u32) -> Vec<f64> {
+    let split = f64::from(pieces.max(1));
+    let mut dirty = 0.0;
+    (1..=pieces.max(1))
+        .map(|index| {
+            let sent = 1.0 / split + dirty;
+            dirty = share * sent * f64::from(index) / split;
+            sent
+        })
+        .collect()
 }
 
 /// What the pseudo-code of Table 1 comes to when its line 17 is read literally.
