@@ -33,12 +33,16 @@ def stat(pid):
 class Lab:
     """The nodes, by name."""
 
+    # This side of the nodes' network.
+    HOST = "10.77.0.254"
+
     def __init__(self, folder, agent, nodes=2):
         self.folder, self.nodes = folder, [f"node{n + 1}" for n in range(nodes)]
         self.starters, self.lock = {}, threading.RLock()
         # A switch that is broken answers every request to turn a node off with an error.
         self.switch_broken, self.fenced = False, []
-        for tool in ("mount --make-rprivate /", "ip link set lo up", "ip link add br0 type bridge", "ip link set br0 up"):
+        for tool in ("mount --make-rprivate /", "ip link set lo up", "ip link add br0 type bridge",
+                     f"ip addr add {self.HOST}/24 dev br0", "ip link set br0 up"):
             sh(*tool.split())
         self._files(agent)
         self._switch()
