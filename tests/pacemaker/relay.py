@@ -8,10 +8,13 @@ PREAMBLE, HEADER, READY, RUNNING = 64, 32, 8, 10
 
 
 class Relay:
-    """Passes connections on to `to`, until the destination's answer of type `cut`; closed since, until `open`."""
+    """Passes connections on to `to`, until the destination's answer of type `cut`; closed since, until `open`.
 
-    def __init__(self, host, to, cut):
-        self.to, self.cut, self.closed, self.cuts = to, cut, False, 0
+    `then` is called when the connection is lost, before the source learns of it.
+    """
+
+    def __init__(self, host, to, cut, then=lambda: None):
+        self.to, self.cut, self.then, self.closed, self.cuts = to, cut, then, False, 0
         self.server = socket.create_server((host, 0))
         self.uri = f"tcp:{host}:{self.server.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -58,9 +61,10 @@ class Relay:
                 frame = header + exactly(struct.unpack_from("<I", header, 4)[0])
                 if header[0] == self.cut and self.cuts == 0:
                     self.closed, self.cuts = True, 1
+                    self.then()
                     # READY arrives, and the commit that answers it does not. RUNNING does not arrive.
                     if self.cut == READY:
-                        destination.shutdown(socket.SHUT_RDWR)
+                        self._end(destination)
                         source.sendall(frame)
                     break
                 source.sendall(frame)

@@ -9,6 +9,7 @@ use ferry_tests::{ferry, guests_run, until};
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -274,8 +275,9 @@ fn monitor_tells_a_vmm_that_is_gone_from_one_that_died_or_hangs() {
     // It is not a guest's end: a probe does not report it as stopped.
     let node = node.with("CRM_meta_interval", "0");
     node.expect("monitor", ERR_GENERIC);
-    hangs.kill().unwrap();
-    hangs.wait().unwrap();
+    node.expect("stop", SUCCESS);
+    let ended = hangs.wait().unwrap();
+    assert_eq!(ended.signal(), Some(9));
     node.expect("monitor", NOT_RUNNING);
 }
 
@@ -456,10 +458,16 @@ fn a_real_guest_starts_once_is_seen_and_stops() {
     if !guests_run() {
         return;
     }
-    let node = Node::new()
+    let node = Node::new();
+    node.write(
+        "guest",
+        "# A guest file: options of `ferry run`\n\n--nas dirty:wss=1M,rate=10\n--memory 32M",
+    );
+    let guest = node.path("guest").display().to_string();
+    let node = node
         .with("binary", &ferry().display().to_string())
-        .with("options", "--nas dirty:wss=1M,rate=10")
-        .with("memory", "32M")
+        .with("options", "")
+        .with("config", &guest)
         .with("CRM_meta_timeout", "120000");
     node.expect("monitor", NOT_RUNNING);
     node.expect("start", SUCCESS);
