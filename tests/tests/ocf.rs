@@ -57,7 +57,8 @@ case "$*" in
 esac
 "#;
 
-const CRM_NODE: &str = "#!/bin/sh\necho here\n";
+/// This node's name, and all nodes.
+const CRM_NODE: &str = "#!/bin/sh\n[ \"$1\" = -n ] && echo here || echo here there\n";
 /// Neither fencing nor parameters are known.
 const NOTHING: &str = "#!/bin/sh\nexit 1\n";
 
@@ -381,6 +382,30 @@ fn a_guest_that_arrived_nowhere_is_lost_and_said_so() {
     let said = node.expect("migrate_to", ERR_GENERIC);
     assert!(said.contains("has not arrived"), "{said}");
     assert_eq!(node.read("marks").trim(), "");
+}
+
+#[test]
+fn a_source_in_doubt_takes_over_once_the_target_was_fenced() {
+    let node = moving("4 in-doubt");
+    node.expect("migrate_to", ERR_GENERIC);
+    let node = node.with("CRM_meta_interval", "10000");
+    node.expect("monitor", ERR_GENERIC);
+    assert!(!node.read("calls").contains("--take-over"));
+    // Fenced, and before the migration began: of that the guest knows nothing.
+    let fenced = |when: &str| {
+        let event = format!(
+            "#!/bin/sh\necho '<fence_event action=\"off\" target=\"there\" status=\"success\" completed=\"{when}\"/>'"
+        );
+        node.write("stonith_admin", &event);
+    };
+    node.write("crm_attribute", "#!/bin/sh\necho true");
+    fenced("2001-01-01 00:00:00Z");
+    node.expect("monitor", ERR_GENERIC);
+    assert!(!node.read("calls").contains("--take-over"));
+    node.write("recover", "0 in-doubt");
+    fenced("2101-01-01 00:00:00Z");
+    node.act("monitor");
+    assert!(node.read("calls").contains("recover --take-over"));
 }
 
 #[test]
