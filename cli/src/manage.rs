@@ -6,6 +6,7 @@ use ferry_terminal::rows::Rows;
 use ferry_terminal::units::{memory, span};
 use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::{MemoryInfo, RecoverRequest, StateName, Status as StatusBody};
+use ferry_vmm::migrate::absolute_uri;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -93,7 +94,7 @@ pub struct Recover {
 impl Recover {
     pub fn run(&self) -> Result<ExitCode, Failure> {
         let request = RecoverRequest {
-            uri: self.uri.clone(),
+            uri: self.uri.as_deref().map(absolute_uri),
             take_over: self.take_over,
             force: self.force,
         };

@@ -11,6 +11,7 @@ use ferry_terminal::summary::{sentence, table};
 use ferry_terminal::units::{duration, rate, size};
 use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::MigrateRequest;
+use ferry_vmm::migrate::absolute_uri;
 use nix::sys::signal::{SigSet, Signal};
 use std::io;
 use std::path::PathBuf;
@@ -134,7 +135,7 @@ impl Args {
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let request = MigrateRequest {
-        uri: args.uri.clone(),
+        uri: absolute_uri(&args.uri),
         options: args.options(),
         detach: false,
     };

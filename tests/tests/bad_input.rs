@@ -316,7 +316,10 @@ fn control_sockets() {
         ],
         1,
     );
-    assert!(sentence.contains("a VMM already answers on"), "{sentence}");
+    assert!(
+        sentence.contains("a process already uses the socket"),
+        "{sentence}"
+    );
     host.proves_running();
     host.verdict();
 }

@@ -29,7 +29,6 @@ pub mod events;
 pub mod http;
 mod routes;
 pub mod server;
-pub mod socket;
 pub mod types;
 
 use events::Subscription;

@@ -16,6 +16,7 @@ pub mod migrate;
 pub mod priority;
 pub mod record;
 pub mod snapshot;
+pub mod socket;
 mod tap;
 pub mod vmm;
 

@@ -20,7 +20,7 @@ pub use arrival::{Arrival, Following, GuestInDoubt, Owner};
 pub use link::StreamLink;
 pub use listener::{Listener, ReceiveError};
 pub use receive::{ReceiveState, Receiver, SerialFactory};
-pub use uri::{Uri, UriError};
+pub use uri::{Uri, UriError, absolute_uri};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};

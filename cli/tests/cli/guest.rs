@@ -91,7 +91,7 @@ fn one_socket_has_one_vmm() {
         ],
         1,
     );
-    assert!(text.contains("a VMM already answers on"), "{text}");
+    assert!(text.contains("a process already uses the socket"), "{text}");
     assert_eq!(guest.state(), "running");
     assert!(guest.ask("stop").status.success());
     guest.end();

@@ -1,10 +1,10 @@
 //! The control socket's client: what `ferry status` and its siblings speak.
 
-use super::socket::dial;
 use super::types::{
     BalloonRequest, BalloonStatus, ErrorBody, MigrateRequest, MigrationStatus, RecordRequest,
     RecoverRequest, SnapshotReport, SnapshotRequest, Status,
 };
+use crate::socket::dial;
 use ferry_migration::report::{Event, Report};
 use serde::Serialize;
 use serde::de::DeserializeOwned;

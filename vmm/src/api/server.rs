@@ -3,10 +3,10 @@
 use super::events::{Next, Subscription};
 use super::http::{Connection, Head, ReadError, chunk, reply, stream_head};
 use super::routes::{Answer, Route, error_body, find, serve};
-use super::socket::{BindError, Socket};
 use super::{Control, Pieces};
 use ferry_devices::sync::{lock, wait_timeout};
 use ferry_devices::thread;
+use crate::socket::{BindError, Socket};
 use std::collections::HashMap;
 use std::io;
 use std::net::Shutdown;

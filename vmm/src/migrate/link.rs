@@ -3,7 +3,7 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -11,13 +11,15 @@ use ferry_migration::net::{self, Wait};
 use ferry_migration::port::Link;
 use ferry_migration::wire::Role;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 
 use socket2::SockRef;
 
 use super::beside::Beside;
 use super::{Handle, Uri};
-use crate::api::socket::dial_unless;
 use crate::memory::SplicePipe;
+use crate::socket::dial_unless;
 
 /// How long connecting to a Unix socket may take.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -149,7 +151,7 @@ impl StreamLink {
         Ok(link)
     }
 
-    /// Connects to a receiver.
+    /// Connects to a receiver; ends early where `cancelled` says so.
     ///
     /// # Errors
     /// Nothing listens there, or it does not answer in time.
@@ -169,6 +171,12 @@ impl StreamLink {
     /// Lets a handle end this link's waits.
     pub(super) fn cancelled_by(&mut self, handle: Handle) {
         self.0.cancelled_by(move || handle.is_cancelled());
+    }
+
+    /// A second descriptor of the socket, by which its end can be seen while an engine has the link.
+    pub(super) fn watch(&self) -> io::Result<Watch> {
+        let (fd, _) = self.parts();
+        fd.try_clone_to_owned().map(Watch)
     }
 
     /// The socket and how long to wait on it.
@@ -218,6 +226,38 @@ impl Link for StreamLink {
     }
 }
 
+/// Sees the end of a connection without reading from it.
+pub(super) struct Watch(OwnedFd);
+
+/// What a [`Watch`] sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seen {
+    /// The connection is open.
+    Open,
+    /// The peer has read everything and closed it.
+    Closed,
+    /// It ended with something unread, or there is something to read.
+    Broken,
+}
+
+impl Watch {
+    /// Waits for the end for one time slice.
+    pub(super) fn look(&self) -> Seen {
+        let time = Timespec::try_from(SLICE).ok();
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        if !matches!(poll(&mut fds, time.as_ref()), Ok(ready) if ready > 0) {
+            return Seen::Open;
+        }
+        // A peer that closes with something unread resets the connection, over TCP and Unix sockets alike.
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match recv(&self.0, &mut [0; 1][..], flags) {
+            Ok((_, 0)) => Seen::Closed,
+            Err(Errno::AGAIN | Errno::INTR) => Seen::Open,
+            _ => Seen::Broken,
+        }
+    }
+}
+
 /// Opens the channels of one migration.
 pub(super) struct Dial {
     uri: Uri,
@@ -260,5 +300,24 @@ mod tests {
         let mut dial = Dial::new(Uri::Unix(path), Some(handle));
         let refused = dial.connect(Role::Control, 0).unwrap_err().to_string();
         assert!(refused.contains("cancelled while connecting"), "{refused}");
+    }
+
+    #[test]
+    fn a_watch_tells_a_peer_that_has_read_all_from_one_that_has_not() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut link = StreamLink::unix(ours).unwrap();
+        let watch = link.watch().unwrap();
+        assert_eq!(watch.look(), Seen::Open);
+        link.send(b"x", b"").unwrap();
+        theirs.read_exact(&mut [0; 1]).unwrap();
+        drop(theirs);
+        assert_eq!(watch.look(), Seen::Closed);
+
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut link = StreamLink::unix(ours).unwrap();
+        let watch = link.watch().unwrap();
+        link.send(b"x", b"").unwrap();
+        drop(theirs);
+        assert_eq!(watch.look(), Seen::Broken);
     }
 }

@@ -3,15 +3,18 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::newcomers::Address;
 use super::{StreamLink, Uri};
+use crate::socket::{self, BindError};
+
+/// A receiver that has its guest stops listening once its source has closed the connection; the next receiver may be
+/// started at that moment.
+const SETTLING: Duration = Duration::from_secs(2);
 
 /// Why nothing can be received.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +29,14 @@ pub enum ReceiveError {
         /// What to do.
         hint: &'static str,
     },
+    /// The socket's file cannot be made.
+    #[error("cannot listen on {uri}: {error}")]
+    Socket {
+        /// The place.
+        uri: String,
+        /// Why, and what to do.
+        error: BindError,
+    },
     /// A thread cannot be started.
     #[error("cannot start a thread for migrations: {0}")]
     Thread(io::Error),
@@ -34,7 +45,7 @@ pub enum ReceiveError {
 #[derive(Debug)]
 enum Socket {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    Unix(socket::Socket),
 }
 
 /// Listens for sources; they wait until a [`Receiver`](super::Receiver) takes them.
@@ -45,11 +56,23 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens on `uri`.
+    /// Listens on `uri`. A place that is in use is tried again for two seconds.
     ///
     /// # Errors
-    /// [`ReceiveError::Bind`].
+    /// [`ReceiveError::Bind`], [`ReceiveError::Socket`].
     pub fn bind(uri: &Uri) -> Result<Self, ReceiveError> {
+        let deadline = Instant::now() + SETTLING;
+        loop {
+            match Self::try_bind(uri) {
+                Err(error) if error.is_in_use() && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn try_bind(uri: &Uri) -> Result<Self, ReceiveError> {
         let error = |error: io::Error| ReceiveError::Bind {
             uri: uri.to_string(),
             hint: match error.kind() {
@@ -57,7 +80,6 @@ impl Listener {
                     "something listens there already: stop it or choose another place"
                 }
                 io::ErrorKind::PermissionDenied => "choose a place that this user may use",
-                io::ErrorKind::NotFound => "the directory must exist",
                 _ => "give an address of this host, such as tcp:0.0.0.0:7000",
             },
             error,
@@ -74,17 +96,13 @@ impl Listener {
                 })
             }
             Uri::Unix(path) => {
-                if UnixStream::connect(path)
-                    .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
-                {
-                    // A dead receiver's leftover: nobody listens on it.
-                    let _ = std::fs::remove_file(path);
-                }
-                let listener = UnixListener::bind(path).map_err(error)?;
-                listener.set_nonblocking(true).map_err(error)?;
+                let socket = socket::Socket::bind(path).map_err(|error| ReceiveError::Socket {
+                    uri: uri.to_string(),
+                    error,
+                })?;
                 Ok(Self {
-                    socket: Socket::Unix(listener, path.clone()),
-                    uri: uri.clone(),
+                    uri: Uri::Unix(socket.path().to_owned()),
+                    socket: Socket::Unix(socket),
                 })
             }
         }
@@ -97,22 +115,24 @@ impl Listener {
     }
 
     /// Takes connections until it is told to stop.
-    pub(super) fn accept_until(&self, stop: &AtomicBool, take: impl Fn(Incoming)) {
+    pub(super) fn accept_until(&self, stop: impl Fn() -> bool, take: impl Fn(Incoming)) {
         let tick = Timespec {
             tv_sec: 0,
             tv_nsec: 100_000_000,
         };
-        while !stop.load(Ordering::SeqCst) {
+        while !stop() {
             let ready = match &self.socket {
                 Socket::Tcp(l) => poll(&mut [PollFd::new(l, PollFlags::IN)], Some(&tick)),
-                Socket::Unix(l, _) => poll(&mut [PollFd::new(l, PollFlags::IN)], Some(&tick)),
+                Socket::Unix(s) => {
+                    poll(&mut [PollFd::new(s.listener(), PollFlags::IN)], Some(&tick))
+                }
             };
             if !matches!(ready, Ok(n) if n > 0) {
                 continue;
             }
             let incoming = match &self.socket {
                 Socket::Tcp(l) => l.accept().and_then(|(s, from)| Incoming::tcp(s, from)),
-                Socket::Unix(l, _) => l.accept().and_then(|(s, _)| Incoming::unix(s)),
+                Socket::Unix(s) => s.listener().accept().and_then(|(s, _)| Incoming::unix(s)),
             };
             match incoming {
                 Ok(incoming) => take(incoming),
@@ -152,10 +172,56 @@ impl Incoming {
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Socket::Unix(_, path) = &self.socket {
-            let _ = std::fs::remove_file(path);
+impl ReceiveError {
+    fn is_in_use(&self) -> bool {
+        match self {
+            Self::Bind { error, .. } => error.kind() == io::ErrorKind::AddrInUse,
+            Self::Socket { error, .. } => matches!(error, BindError::InUse { .. }),
+            Self::Thread(_) => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_file_in_the_way_stays_and_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        fs::write(&path, "precious").unwrap();
+        let uri = Uri::Unix(path.clone());
+        let error = Listener::bind(&uri).unwrap_err().to_string();
+        assert!(error.contains(&uri.to_string()), "{error}");
+        assert!(error.contains("is no socket"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_dead_receiver_s_socket_is_replaced_by_a_private_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("link");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let listener = Listener::bind(&Uri::Unix(path.clone())).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_place_that_is_being_left_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let uri = Uri::Unix(dir.path().join("link"));
+        let old = Listener::bind(&uri).unwrap();
+        std::thread::scope(|s| {
+            let new = s.spawn(|| Listener::bind(&uri));
+            std::thread::sleep(Duration::from_millis(200));
+            drop(old);
+            new.join().unwrap().unwrap();
+        });
     }
 }

@@ -12,8 +12,11 @@
 //!
 //! One migration at a time: a second is told that the receiver is busy. After a failure that leaves
 //! the guest with the source, the next may come. After the guest runs here the receiver goes on
-//! answering sources of *that* session that ask whether it does.
+//! answering sources of *that* session that ask whether it does, until the source has read that it
+//! does and closes the connection. The receiver stops listening then: the next one, of a newer ferry,
+//! can use the same place.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -27,6 +30,7 @@ use ferry_migration::wire::{AbortCode, Channel, Preamble, Role, SessionId};
 
 use super::arrival::{Arrival, Following, GuestInDoubt, Owner, Sent};
 use super::host::{MachineHost, RamSink};
+use super::link::{Seen, Watch};
 use super::listener::{Incoming, Listener, ReceiveError};
 use super::newcomers::Newcomers;
 use super::{MonotonicClock, StreamLink, Uri};
@@ -79,6 +83,8 @@ pub(super) struct Shared {
     dirty: Tracking,
     owner: Arc<dyn Owner>,
     stop: AtomicBool,
+    /// The source knows that the guest runs here: no question comes any more.
+    settled: AtomicBool,
     newcomers: Newcomers,
 }
 
@@ -144,12 +150,17 @@ impl Receiver {
             dirty,
             owner,
             stop: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
             newcomers: Newcomers::default(),
         });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("ferry-accept".into())
-            .spawn(move || listener.accept_until(&worker.stop, |link| spawn(&worker, link)))
+            .spawn(move || {
+                let stop =
+                    || worker.stop.load(Ordering::SeqCst) || worker.settled.load(Ordering::SeqCst);
+                listener.accept_until(stop, |link| spawn(&worker, link));
+            })
             .map_err(ReceiveError::Thread)?;
         Ok(Self {
             shared,
@@ -349,7 +360,7 @@ fn refuse(mut channel: Channel<StreamLink>, code: AbortCode, why: &str) {
 }
 
 /// A migration's control channel: runs the engine until it ends.
-fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
+fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Preamble) {
     let busy = {
         // A migration that failed is heard of at its source before its memory here is freed: whoever tries again at once
         // waits for that instead of being refused.
@@ -396,8 +407,29 @@ fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamb
     .owned_by(Arc::clone(&shared.owner));
     let timeouts = destination::Timeouts::default();
     let clock = Arc::new(MonotonicClock::new());
+    let watch = channel.link().watch();
     let engine = Destination::new(channel, preamble, host, timeouts, clock);
     drive(shared, Box::new(engine));
+    await_source(shared, watch);
+}
+
+/// Waits until the source has read that the guest runs here, and ends the listening. Its closing of the connection says so;
+/// a connection that is lost says nothing, and the source may ask again.
+fn await_source(shared: &Shared, watch: io::Result<Watch>) {
+    let done = || {
+        let active = shared.active();
+        active.as_ref().map(|a| a.state) == Some(ReceiveState::Done)
+    };
+    let Ok(watch) = watch else {
+        return;
+    };
+    while done() && !shared.stop.load(Ordering::SeqCst) {
+        match watch.look() {
+            Seen::Open => {}
+            Seen::Closed => return shared.settled.store(true, Ordering::SeqCst),
+            Seen::Broken => return,
+        }
+    }
 }
 
 /// Runs an engine that has a connection, and does what its end means.
@@ -596,11 +628,13 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
 }
 
 /// A source that asks, or tells, what became of a guest.
-fn recover(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
+fn recover(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Preamble) {
     match parked(shared, preamble.session) {
         Ok(mut engine) => {
+            let watch = channel.link().watch();
             engine.reattach(channel, preamble);
             drive(shared, engine);
+            await_source(shared, watch);
         }
         Err((code, why)) => refuse(channel, code, why),
     }

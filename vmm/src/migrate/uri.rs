@@ -1,8 +1,11 @@
 //! Where a migration goes: `tcp:HOST:PORT` or `unix:PATH`.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf, absolute};
 use std::str::FromStr;
+
+use crate::socket::MAX_PATH;
 
 /// Where a migration goes to or comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +43,33 @@ pub enum UriError {
     Long(String),
 }
 
+impl Uri {
+    /// The same place for a process with another working directory.
+    ///
+    /// # Errors
+    /// When the working directory cannot be told.
+    pub fn absolute(self) -> io::Result<Self> {
+        match self {
+            Self::Unix(path) => Ok(Self::Unix(absolute(path)?)),
+            tcp @ Self::Tcp { .. } => Ok(tcp),
+        }
+    }
+}
+
+/// A place as a client is to send it to a VMM, which has another working directory: a relative `unix:` path becomes
+/// absolute. Other text stays as it is, for the VMM to judge.
+#[must_use]
+pub fn absolute_uri(text: &str) -> String {
+    let uri = text.parse::<Uri>().ok().and_then(|uri| uri.absolute().ok());
+    uri.map_or_else(|| text.to_owned(), |uri| uri.to_string())
+}
+
+/// Whether a socket can be reached there: a long path goes by way of its directory ([`crate::socket::dial`]).
+fn fits(path: &str) -> bool {
+    let name = Path::new(path).file_name();
+    path.len() <= MAX_PATH || path.starts_with('/') && name.is_some_and(|n| n.len() <= 80)
+}
+
 impl FromStr for Uri {
     type Err = UriError;
 
@@ -65,7 +95,7 @@ impl FromStr for Uri {
             return Err(UriError::File(path.into()));
         }
         match text.strip_prefix("unix:") {
-            Some(path) if path.len() > 107 => Err(UriError::Long(path.into())),
+            Some(path) if !fits(path) => Err(UriError::Long(path.into())),
             Some(path) if !path.is_empty() => Ok(Self::Unix(path.into())),
             _ => Err(UriError::Form(text.into())),
         }
@@ -112,5 +142,20 @@ mod tests {
             assert!(message.contains("tcp:HOST:PORT"), "{message}");
         }
         assert!(format!("unix:/{}", "x".repeat(107)).parse::<Uri>().is_err());
+    }
+
+    #[test]
+    fn a_relative_path_means_the_caller_s_file() {
+        let here = std::env::current_dir().unwrap();
+        let uri: Uri = "unix:link".parse().unwrap();
+        assert_eq!(uri.absolute().unwrap(), Uri::Unix(here.join("link")));
+        let tcp: Uri = "tcp:host:1".parse().unwrap();
+        assert_eq!(tcp.clone().absolute().unwrap(), tcp);
+        let text = format!("unix:{}", here.join("a/link").display());
+        assert_eq!(absolute_uri("unix:a/link"), text);
+        assert_eq!(absolute_uri("nonsense"), "nonsense");
+        // Short where it was written, and long from the root.
+        let deep = format!("unix:/{}/link", "d".repeat(150));
+        assert_eq!(deep.parse::<Uri>().unwrap().to_string(), deep);
     }
 }

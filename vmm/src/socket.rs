@@ -1,4 +1,12 @@
-//! The socket file: made without a moment in which others may open it, never stolen from a living VMM, removed at exit.
+//! Every Unix socket of ferry, the listening side and the connecting side.
+//!
+//! [`Socket::bind`] is the only place that makes a socket file, for the API and for `receive unix:PATH` alike:
+//!
+//! - Only a socket that no process has bound is replaced. A file, a symbolic link, a FIFO, a device, a directory and a
+//!   socket of a living process are left as they are.
+//! - The file has mode 0600 from its first moment on.
+//! - Two starters on one path are kept apart by a lock on the directory.
+//! - Dropping the socket removes its own file only: device and inode are compared.
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -11,7 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 use std::time::{Duration, Instant};
 
 /// The longest path that a Unix socket address holds, in bytes.
@@ -37,8 +45,8 @@ pub enum BindError {
         /// What was given.
         path: PathBuf,
     },
-    /// Somebody answers there.
-    #[error("a VMM already answers on {}; stop it or choose another socket path", path.display())]
+    /// A process has bound it.
+    #[error("a process already uses the socket {}; stop it or choose another path", path.display())]
     InUse {
         /// The path.
         path: PathBuf,
@@ -80,30 +88,12 @@ impl Socket {
     /// # Errors
     /// [`BindError`].
     pub fn bind(path: &Path) -> Result<Self, BindError> {
+        let address = address(path)?;
         let system = |cause: io::Error| BindError::System {
             path: path.to_owned(),
             cause,
         };
-        let length = path.as_os_str().len();
-        if length > MAX_PATH {
-            return Err(BindError::TooLong {
-                path: path.to_owned(),
-                length,
-            });
-        }
-        let address = UnixAddr::new(path).map_err(|_| BindError::NoPath {
-            path: path.to_owned(),
-        })?;
-        // A leading NUL would be Linux's abstract namespace, which has no permissions.
-        if length == 0 || address.path().is_none() {
-            return Err(BindError::NoPath {
-                path: path.to_owned(),
-            });
-        }
-        let directory = match path.parent() {
-            Some(d) if !d.as_os_str().is_empty() => d,
-            _ => Path::new("."),
-        };
+        let directory = directory(path);
         if !directory.is_dir() {
             return Err(BindError::NoDirectory {
                 path: directory.to_owned(),
@@ -111,25 +101,7 @@ impl Socket {
         }
         // Of two that find the same dead socket, the second would remove the first one's new one.
         let _lock = lock_directory(directory);
-        match fs::symlink_metadata(path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(system(e)),
-            Ok(m) if !m.file_type().is_socket() => {
-                return Err(BindError::NotASocket {
-                    path: path.to_owned(),
-                });
-            }
-            Ok(_) => match probe(path) {
-                Probe::Alive => {
-                    return Err(BindError::InUse {
-                        path: path.to_owned(),
-                    });
-                }
-                Probe::Dead => fs::remove_file(path).map_err(system)?,
-                Probe::Gone => {}
-                Probe::Unknown(e) => return Err(system(e.into())),
-            },
-        }
+        clear(path)?;
         let fd = new_socket(SockFlag::SOCK_NONBLOCK).map_err(|e| system(e.into()))?;
         // Linux gives the file the mode of the unbound socket: there is no moment with a wider one.
         fchmod(fd.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR).map_err(|e| system(e.into()))?;
@@ -139,12 +111,11 @@ impl Socket {
             },
             e => system(e.into()),
         })?;
-        let identity = fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
         // From here on a failure removes the file.
         let made = Self {
             listener: UnixListener::from(fd),
-            path: path.to_owned(),
-            identity,
+            path: absolute(path).unwrap_or_else(|_| path.to_owned()),
+            identity: identity(path),
         };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(system)?;
         let backlog = Backlog::new(BACKLOG).unwrap_or(Backlog::MAXCONN);
@@ -158,7 +129,7 @@ impl Socket {
         &self.listener
     }
 
-    /// The file's path.
+    /// The file's path, absolute.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -167,21 +138,82 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        let now = fs::symlink_metadata(&self.path)
-            .ok()
-            .map(|m| (m.dev(), m.ino()));
+        // Without the lock another process could replace the file between the question and the removal.
+        let _lock = lock_directory(directory(&self.path));
+        let now = identity(&self.path);
         if now.is_some() && now == self.identity {
-            // Nothing is left to do about a file that cannot be removed: the next VMM finds it dead and replaces it.
+            // A file that cannot be removed is dead for the next starter, who replaces it.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
+/// What a stream socket's file at a path is.
 enum Probe {
+    /// A process has bound it.
     Alive,
+    /// No process has.
     Dead,
     Gone,
     Unknown(Errno),
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(d) if !d.as_os_str().is_empty() => d,
+        _ => Path::new("."),
+    }
+}
+
+fn address(path: &Path) -> Result<UnixAddr, BindError> {
+    let length = path.as_os_str().len();
+    if length > MAX_PATH {
+        return Err(BindError::TooLong {
+            path: path.to_owned(),
+            length,
+        });
+    }
+    UnixAddr::new(path)
+        .ok()
+        // A leading NUL would be Linux's abstract namespace, which has no permissions.
+        .filter(|address| length > 0 && address.path().is_some())
+        .ok_or_else(|| BindError::NoPath {
+            path: path.to_owned(),
+        })
+}
+
+/// Removes a dead socket; leaves everything else.
+fn clear(path: &Path) -> Result<(), BindError> {
+    let system = |cause: io::Error| BindError::System {
+        path: path.to_owned(),
+        cause,
+    };
+    let found = match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(system(e)),
+        Ok(m) if !m.file_type().is_socket() => {
+            return Err(BindError::NotASocket {
+                path: path.to_owned(),
+            });
+        }
+        Ok(m) => (m.dev(), m.ino()),
+    };
+    let in_use = || BindError::InUse {
+        path: path.to_owned(),
+    };
+    match probe(path) {
+        Probe::Alive => Err(in_use()),
+        // A program without our lock may have replaced it since.
+        Probe::Dead if identity(path) != Some(found) => Err(in_use()),
+        Probe::Dead => fs::remove_file(path).map_err(system),
+        Probe::Gone => Ok(()),
+        Probe::Unknown(e) => Err(system(e.into())),
+    }
 }
 
 fn new_socket(flags: SockFlag) -> nix::Result<OwnedFd> {
@@ -194,21 +226,29 @@ fn new_socket(flags: SockFlag) -> nix::Result<OwnedFd> {
 }
 
 fn probe(path: &Path) -> Probe {
-    let attempt = || -> nix::Result<()> {
-        let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
+    let attempt = |kind| -> nix::Result<()> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Unix, kind, flags, None)?;
         connect(fd.as_raw_fd(), &UnixAddr::new(path)?)
     };
-    match attempt() {
-        // EAGAIN: its queue of connections is full, so somebody listens.
-        Ok(()) | Err(Errno::EAGAIN) => Probe::Alive,
-        Err(Errno::ECONNREFUSED) => Probe::Dead,
+    match attempt(SockType::Stream) {
+        // EAGAIN: its queue of connections is full. EPROTOTYPE: it is no stream socket.
+        Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Probe::Alive,
+        // Refused by a socket that is bound and does not listen yet, too. Linux looks for any bound socket first and
+        // compares the kinds then, so a datagram socket is refused only where there is none.
+        Err(Errno::ECONNREFUSED) => match attempt(SockType::Datagram) {
+            Err(Errno::ECONNREFUSED) => Probe::Dead,
+            Err(Errno::ENOENT) => Probe::Gone,
+            Ok(()) | Err(Errno::EPROTOTYPE) => Probe::Alive,
+            Err(e) => Probe::Unknown(e),
+        },
         Err(Errno::ENOENT) => Probe::Gone,
         Err(e) => Probe::Unknown(e),
     }
 }
 
-/// Held while a dead socket is replaced. Without it (the directory cannot be read, or somebody holds it for long) all
-/// works but the race of two starters, so it is not insisted on.
+/// Held while a socket file is replaced or removed. Without it (the directory cannot be read, or another process holds it
+/// for long) only the race of two starters is open, so it is not insisted on.
 fn lock_directory(directory: &Path) -> Option<Flock<File>> {
     let mut file = File::open(directory).ok()?;
     for _ in 0..20 {
@@ -230,13 +270,17 @@ pub fn dial(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     dial_unless(path, timeout, &|| false)
 }
 
-/// As [`dial`], and `Interrupted` as soon as `cancelled` says so.
-pub(crate) fn dial_unless(
+/// As [`dial`]; ends early where `cancelled` says so.
+///
+/// # Errors
+/// As [`dial`]; `Interrupted` when it was cancelled.
+pub fn dial_unless(
     path: &Path,
     timeout: Duration,
     cancelled: &dyn Fn() -> bool,
 ) -> io::Result<UnixStream> {
-    let address = UnixAddr::new(path).map_err(|e| match e {
+    let reach = Reach::of(path)?;
+    let address = UnixAddr::new(reach.path.as_path()).map_err(|e| match e {
         Errno::ENAMETOOLONG => io::Error::new(
             io::ErrorKind::InvalidInput,
             format!("the path is longer than {MAX_PATH} bytes"),
@@ -261,9 +305,50 @@ pub(crate) fn dial_unless(
             Err(Errno::EAGAIN) if deadline.is_none_or(|at| Instant::now() < at) => {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(Errno::EAGAIN) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!(
+                        "its queue of connections has been full for {} s",
+                        timeout.as_secs()
+                    ),
+                ));
+            }
             Err(e) => return Err(e.into()),
         }
+    }
+}
+
+/// A path by which a socket can be addressed. A longer one than an address holds goes by way of its directory, for a path
+/// that was short as its user wrote it may be long when it is made absolute.
+struct Reach {
+    path: PathBuf,
+    /// Open for as long as the path is used.
+    _directory: Option<File>,
+}
+
+impl Reach {
+    fn of(path: &Path) -> io::Result<Self> {
+        let plain = || Self {
+            path: path.to_owned(),
+            _directory: None,
+        };
+        let Some(name) = path.file_name() else {
+            return Ok(plain());
+        };
+        if path.as_os_str().len() <= MAX_PATH {
+            return Ok(plain());
+        }
+        let Ok(directory) = File::open(directory(path)) else {
+            return Ok(plain());
+        };
+        let short = Path::new("/proc/self/fd")
+            .join(directory.as_raw_fd().to_string())
+            .join(name);
+        Ok(Self {
+            path: short,
+            _directory: Some(directory),
+        })
     }
 }
 
@@ -343,6 +428,73 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(e.contains("cannot make the socket /proc/ferry.sock"), "{e}");
+    }
+
+    #[test]
+    fn what_is_no_dead_socket_is_left_alone() {
+        use nix::unistd::mkfifo;
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("file"), "x").unwrap();
+        std::os::unix::fs::symlink(at("file"), at("link")).unwrap();
+        std::os::unix::fs::symlink(at("nothing"), at("dangling")).unwrap();
+        mkfifo(&at("fifo"), Mode::S_IRUSR).unwrap();
+        fs::create_dir(at("dir")).unwrap();
+        let dead = at("dead");
+        drop(UnixListener::bind(&dead).unwrap());
+        std::os::unix::fs::symlink(&dead, at("to-dead")).unwrap();
+        // Sockets of living processes that a stream connection does not reach.
+        let _datagram = std::os::unix::net::UnixDatagram::bind(at("datagram")).unwrap();
+        let quiet = new_socket(SockFlag::empty()).unwrap();
+        bind(
+            quiet.as_raw_fd(),
+            &UnixAddr::new(at("quiet").as_path()).unwrap(),
+        )
+        .unwrap();
+        for name in [
+            "file", "link", "dangling", "fifo", "dir", "to-dead", "datagram", "quiet",
+        ] {
+            let before = identity(&at(name)).unwrap();
+            let error = Socket::bind(&at(name)).unwrap_err();
+            assert!(error.to_string().contains(name), "{error}");
+            assert_eq!(identity(&at(name)), Some(before), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_long_path_is_reached_by_its_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("d".repeat(150));
+        fs::create_dir(&deep).unwrap();
+        let short = dir.path().join("short");
+        std::os::unix::fs::symlink(&deep, &short).unwrap();
+        let _socket = Socket::bind(&short.join("s")).unwrap();
+        dial(&deep.join("s"), Duration::from_secs(1)).unwrap();
+    }
+
+    #[test]
+    fn a_full_queue_is_waited_for_until_cancelled() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let fd = new_socket(SockFlag::empty()).unwrap();
+        bind(fd.as_raw_fd(), &UnixAddr::new(path.as_path()).unwrap()).unwrap();
+        listen(&fd, Backlog::new(0).unwrap()).unwrap();
+        let _first = dial(&path, Duration::from_secs(1)).unwrap();
+        let error = dial_unless(&path, Duration::from_secs(60), &|| true).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+        let error = dial(&path, Duration::ZERO).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn does_not_remove_a_newer_process_s_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let old = Socket::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _new = Socket::bind(&path).unwrap();
+        drop(old);
+        assert!(dial(&path, Duration::from_secs(1)).is_ok());
     }
 
     #[test]
