@@ -2,6 +2,7 @@
 
 use super::serve::{Place, Signals, bind, serve};
 use ferry_terminal::output::{Failure, say};
+use ferry_vmm::machine::Backends;
 use ferry_vmm::migrate::{Listener, Receiver, Uri};
 use ferry_vmm::thread;
 use ferry_vmm::vmm::{Arrivals, Vmm};
@@ -29,6 +30,10 @@ pub struct Args {
     uri: Uri,
     #[command(flatten)]
     place: Place,
+    /// Take a guest although a disk given here is not the file that it uses on this host, or this host's CPU (frequency of
+    /// its time stamp counter, IA32_ARCH_CAPABILITIES) is not what the guest counts on.
+    #[arg(long)]
+    force: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
@@ -55,7 +60,10 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let receiver = Receiver::of(
         listener,
         serial,
-        args.place.devices.backends(),
+        Backends {
+            insist: args.force,
+            ..args.place.devices.backends()
+        },
         args.place.dirty,
         Arc::new(owner),
     )?;

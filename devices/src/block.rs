@@ -8,7 +8,10 @@
 //!
 //! Several requests are under way at once and end in any order, as the specification allows. A flush covers all writes
 //! that had ended when it was made. Pausing waits for the requests that the threads have begun, and puts the others back:
-//! their heads travel in the queue's state, and whoever resumes the guest takes them up from there.
+//! their heads travel in the queue's state, and the host that resumes the guest takes them up from there.
+//!
+//! What is locked, how caches are kept from being stale and what a failed flush means: see [`Disk`]'s module. The guest is
+//! told the block size of the device (`blk_size`); a request for parts of a block is carried out all the same.
 
 mod dirty;
 mod disk;
@@ -27,7 +30,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use dirty::{BLOCK, WrittenBlocks};
-pub use disk::{Disk, DiskError, SECTOR};
+pub use disk::{Disk, DiskError, DiskMark, FileId, SECTOR};
 
 use crate::virtio::{
     COMMON_FEATURES, Context, Device, DeviceState, DrainError, Kind, Memory, RestoreError, Sparse,
@@ -38,7 +41,8 @@ use request::{ID_LEN, MAX_DISCARD, MAX_RANGES, MAX_SEGMENT, MAX_ZEROES, Options,
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE];
-const SECTOR_SIZE: u32 = 512;
+/// Bytes of a block of most file systems: what they discard is aligned to it.
+const FILE_BLOCK: u32 = 4096;
 
 /// What has to travel of a disk: what the guest was told, so that another disk is noticed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,14 +114,15 @@ impl<M: Memory> Block<M> {
 fn config(disk: &Disk) -> [u8; 60] {
     let mut config = [0; 60];
     config[..8].copy_from_slice(&(disk.bytes() / SECTOR).to_le_bytes());
+    let sectors = |bytes: u32| bytes / 512;
     let words = [
         (8, MAX_SEGMENT),
         // A request has a header and a status beside its data.
         (12, u32::from(QUEUE_SIZE) - 2),
-        (20, SECTOR_SIZE),
+        (20, disk.block_size()),
         (36, MAX_DISCARD),
         (40, MAX_RANGES),
-        (44, 4096 / SECTOR_SIZE),
+        (44, sectors(disk.block_size().max(FILE_BLOCK))),
         (48, MAX_ZEROES),
         (52, MAX_RANGES),
     ];

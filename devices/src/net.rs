@@ -98,6 +98,8 @@ pub struct Net {
     features: u64,
     /// A frame from the backend for which the guest has no buffer: so many bytes of `buffer`.
     pending: Option<usize>,
+    /// The backend is gone: it would be readable for ever, with nothing but errors.
+    gone: bool,
     buffer: Vec<u8>,
     /// For frames of the guest's: in the other one a frame for it may wait.
     sending: Vec<u8>,
@@ -129,6 +131,7 @@ impl Net {
             },
             features: 0,
             pending: None,
+            gone: false,
             buffer: vec![0; MAX_FRAME],
             sending: vec![0; MAX_FRAME],
             dropped: Sparse::default(),
@@ -163,6 +166,13 @@ impl Net {
         }
     }
 
+    /// A tap whose interface was deleted answers every read with an error (EBADFD): it is not asked again, and the guest
+    /// sees its cable pulled.
+    fn lose_link(&mut self, error: &io::Error) {
+        self.gone = true;
+        tracing::warn!(mac = %self.state.mac, %error, "a network card's tap cannot be used any more; the guest has no link");
+    }
+
     /// Takes frames from the backend while there are any, and buffers for them.
     fn receive<M: Memory>(&mut self, cx: &mut Context<'_, M>) -> Result<(), Violation> {
         for _ in 0..BATCH {
@@ -173,13 +183,8 @@ impl Net {
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                     Err(error) => {
-                        if !std::mem::replace(&mut self.failed, true) {
-                            tracing::warn!(
-                                mac = %self.state.mac,
-                                "the guest's network card receives nothing, as its tap cannot be read ({error}); the \
-                                 guest runs on"
-                            );
-                        }
+                        self.lose_link(&error);
+                        cx.interrupt.config();
                         return Ok(());
                     }
                 },
@@ -326,7 +331,8 @@ impl<M: Memory> Device<M> for Net {
         } else {
             0
         };
-        let status = VIRTIO_NET_S_LINK_UP | announce;
+        let link = if self.gone { 0 } else { VIRTIO_NET_S_LINK_UP };
+        let status = link | announce;
         let mut config = [0; 8];
         config[..6].copy_from_slice(&self.state.mac.0);
         config[6] = u8::try_from(status).unwrap_or(0);
@@ -359,7 +365,7 @@ impl<M: Memory> Device<M> for Net {
 
     fn wants_source(&self) -> bool {
         // With a frame in hand it is the guest's buffers that are waited for.
-        self.pending.is_none() && !self.failed
+        self.pending.is_none() && !self.gone
     }
 
     fn source_ready(&mut self, cx: &mut Context<'_, M>) -> Result<(), Violation> {

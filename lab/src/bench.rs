@@ -268,9 +268,10 @@ fn report(directory: &Path, file: Option<&Path>) -> Result<ExitCode, Failure> {
 /// The main figures on stdout, all of them in files with the results.
 fn show(out: &Path, host: &Host, spec: &Spec, runs: &[Run], verdict: &str) -> Result<(), Failure> {
     let write = |name: &str, text: &str| {
-        let path = out.join(name);
-        std::fs::write(&path, text)
-            .map_err(|e| Failure(format!("{} cannot be written ({e})", path.display())))
+        Ok::<(), Failure>(ferry_vmm::new_file::write(
+            &out.join(name),
+            text.as_bytes(),
+        )?)
     };
     write(
         "table.txt",

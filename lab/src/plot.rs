@@ -62,7 +62,7 @@ fn failed(title: &str, error: &str) -> Failure {
 }
 
 fn write(path: &Path, svg: &str) -> Result<(), Failure> {
-    std::fs::write(path, svg).map_err(|e| Failure(format!("cannot write {} ({e})", path.display())))
+    Ok(ferry_vmm::new_file::write(path, svg.as_bytes())?)
 }
 
 /// The smallest range around the values; a bit of room at its upper end.

@@ -5,18 +5,21 @@ use ferry_terminal::output::{Failure, put, put_json, say};
 use ferry_terminal::units::{duration, grouped, memory, span};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::RecordRequest;
+use ferry_vmm::new_file::{Making, NewFile};
+use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{self, BufReader, Seek};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Record which pages a running guest dirties, for `ferry sim --trace`.
 ///
-/// The guest runs on, whatever becomes of this command; a recording that is interrupted can be used
-/// up to there. Meanwhile the guest cannot be migrated, and each page that it writes costs it a
-/// fault per interval.
+/// The guest runs on, whatever becomes of this command. The file has its name when the recording
+/// has ended; one that Ctrl-C ends can be used up to there. Meanwhile the guest cannot be migrated,
+/// and each page that it writes costs it a fault per interval.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry record --api /tmp/a.sock guest.trace --duration 30s")]
 pub struct Args {
@@ -84,17 +87,95 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Records into a file.
+/// Records into a file, which has its name when the recording has ended. What was recorded until the VMM, or Ctrl-C, broke it
+/// off can be used: it takes the name if no file has it, and `NAME.partial` otherwise. A recording that did not begin
+/// changes nothing.
+///
+/// # Errors
+/// The guest cannot be recorded, or the file cannot be written.
 pub fn record(client: &Client, request: &RecordRequest, path: &Path) -> Result<(), Failure> {
-    let mut file =
-        File::create(path).map_err(|e| Failure(format!("cannot make {} ({e})", path.display())))?;
-    let result = client.record(request, &mut file);
-    if result.is_err() && file.metadata().is_ok_and(|m| m.len() == 0) {
-        drop(file);
-        // Nothing began: no empty file is left behind. It was this command's own.
-        let _ = std::fs::remove_file(path);
+    let file = NewFile::create(path, REPLACE)?;
+    let mut output = file.file().try_clone()?;
+    let unfinished = Arc::new(Mutex::new(Some(file)));
+    keep_on_signal(Arc::clone(&unfinished))?;
+    let result = client.record(request, &mut output);
+    // None where a signal has ended the command, which is about to exit.
+    let Some(file) = take(&unfinished) else {
+        return Ok(result?);
+    };
+    match result {
+        Ok(_) => file.publish()?,
+        Err(error) => {
+            keep(file)?;
+            return Err(error.into());
+        }
     }
-    Ok(result?)
+    Ok(())
+}
+
+const REPLACE: Making = Making {
+    replace: true,
+    private: false,
+};
+
+type Unfinished = Mutex<Option<NewFile>>;
+
+fn take(unfinished: &Unfinished) -> Option<NewFile> {
+    unfinished
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take()
+}
+
+/// Keeps a recording that was broken off, if anything was recorded.
+fn keep(file: NewFile) -> Result<(), Failure> {
+    let mut from = file.file().try_clone()?;
+    if from.metadata()?.len() == 0 {
+        return Ok(());
+    }
+    let path = file.path();
+    if path.symlink_metadata().is_err() {
+        say(&format!(
+            "the recording was broken off; {} has what there is",
+            path.display()
+        ));
+        return Ok(file.publish()?);
+    }
+    let mut name = path.as_os_str().to_owned();
+    name.push(".partial");
+    let partial = NewFile::create(Path::new(&name), REPLACE)?;
+    from.rewind()?;
+    io::copy(&mut from, &mut partial.file())?;
+    say(&format!(
+        "the recording was broken off; {} has what there is, and {} stays as it was",
+        partial.path().display(),
+        path.display()
+    ));
+    Ok(partial.publish()?)
+}
+
+/// SIGINT and SIGTERM end the command, and what was recorded is kept.
+fn keep_on_signal(unfinished: Arc<Unfinished>) -> Result<(), Failure> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    signals.thread_block()?;
+    let wait = move || {
+        let Ok(signal) = signals.wait() else {
+            return;
+        };
+        if let Some(file) = take(&unfinished)
+            && let Err(error) = keep(file)
+        {
+            say(&error.0);
+        }
+        // As a shell reports a command that a signal has ended.
+        std::process::exit(128 + signal as i32);
+    };
+    std::thread::Builder::new()
+        .name("ferry-signals".into())
+        .spawn(wait)?;
+    Ok(())
 }
 
 /// Reads a trace, and says so when it was broken off.

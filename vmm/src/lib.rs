@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod new_file;
 pub mod priority;
 pub mod record;
 pub mod snapshot;

@@ -37,6 +37,7 @@ mod description;
 mod devices;
 mod disk_marks;
 mod features;
+mod fit;
 mod load;
 mod paused;
 mod state;
@@ -58,9 +59,10 @@ pub use builder::{BuildError, Builder};
 pub use control::{Exit, PauseError, ResumeError, RunState};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
 pub use devices::{
-    Backends, BalloonInfo, DeviceDescription, DeviceError, DiskOptions, MAX_DEVICES, MmioDevice,
-    NetOptions,
+    Backends, BalloonInfo, DeviceDescription, DeviceError, DiskBacking, DiskOptions, MAX_DEVICES,
+    MmioDevice, NetOptions,
 };
+pub use fit::Misfit;
 pub use load::ApplyError;
 pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};
 pub use state::{DevicesState, MachineState, StateError};
@@ -127,6 +129,15 @@ impl Machine {
     #[must_use]
     pub fn vm(&self) -> &Arc<Vm> {
         &self.vm
+    }
+
+    /// The description for a host that the guest is to go to: it says which files are behind the disks here.
+    #[must_use]
+    pub fn description_to_send(&self) -> MachineDescription {
+        MachineDescription {
+            devices: devices::with_backing(&self.description.devices, self.virtio.disks()),
+            ..self.description.clone()
+        }
     }
 
     /// Frequency of the guest's TSC in kHz, where the host tells.
@@ -259,11 +270,6 @@ impl Machine {
     /// They were written, or nothing tells (a block device); a sentence.
     pub fn check_disks(&self) -> Result<(), String> {
         self.disk_marks.check()
-    }
-
-    /// Tells the network where the guest's cards are now, once.
-    pub fn announce(&self) {
-        self.virtio.announce();
     }
 
     /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it gives them as it can, and

@@ -8,10 +8,10 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 
 use ferry_devices::net::{Backend, HEADER, Offloads};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor};
+use rustix::net::netdevice::name_to_index;
 
 /// How taps are opened here: with a header before each frame, and nothing else.
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -68,7 +68,20 @@ pub enum TapError {
     },
 }
 
-/// A tap device that was made by somebody else. Closing it leaves the device there.
+/// Whether this process's network namespace has an interface of that name. /sys shows that of the process that mounted it.
+fn exists(name: &str) -> bool {
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::DGRAM,
+        None,
+    );
+    // Where that cannot be asked, the attaching decides.
+    socket.map_or(true, |socket| {
+        !matches!(name_to_index(&socket, name), Err(rustix::io::Errno::NODEV))
+    })
+}
+
+/// A tap device that was made by others. Closing it leaves the device there.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
@@ -88,7 +101,7 @@ impl Tap {
             return Err(TapError::Name(name.to_owned()));
         }
         // TUNSETIFF would make one for whoever may, and its traffic would go nowhere.
-        if !Path::new("/sys/class/net").join(name).exists() {
+        if !exists(name) {
             return Err(TapError::Missing {
                 name: name.to_owned(),
             });
@@ -233,6 +246,7 @@ impl Backend for Tap {
 mod tests {
     use super::*;
     use ferry_devices::net::{MacAddress, rarp};
+    use std::path::Path;
     use std::process::Command;
     use std::time::{Duration, Instant};
 

@@ -1,102 +1,58 @@
 //! The file behind a disk: opened, locked, read, written.
+//!
+//! # What is locked
+//!
+//! The lock is an OFD lock of the whole file (fcntl(2), as QEMU's): exclusive, or shared when the disk is read-only. It
+//! keeps two VMMs apart that see the same lock manager: processes of one host, and hosts that share a file by NFS or a
+//! cluster file system with POSIX locks. **It is local to a host for a block device** (iSCSI, Fibre Channel, DRBD, a shared
+//! LVM volume): there a cluster manager, or SCSI reservations, must see to it that one host uses the device. A program that
+//! does not take the lock (`dd`, `mount`) is not kept out.
+//!
+//! # Caches
+//!
+//! A host's page cache knows nothing of what another host writes. So a block device is opened with `O_DIRECT`: each read is
+//! the device's own bytes, also where this host has read the device before the guest came. Flushing and dropping the cache
+//! when the lock is taken was the other way; it does not suffice, for the kernel drops only pages that nobody uses at that
+//! moment, and other programs (udev, LVM) fill the cache again. A regular file is read through the cache: network file
+//! systems look at it again when a lock is taken, and local files have one cache.
+//!
+//! # A flush that failed
+//!
+//! When fdatasync fails, Linux may have dropped the pages that could not be written, and a second fdatasync succeeds. The
+//! disk remembers the failure: every later flush fails, and the disk is not given to another host.
 
+mod aligned;
 mod copy;
+mod error;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::UNIX_EPOCH;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate, ioctl_blksszget};
+use serde::{Deserialize, Serialize};
 
 use super::WrittenBlocks;
+pub(super) use aligned::AlignedBuffer;
+use aligned::Direct;
+pub use error::DiskError;
 
 /// Bytes of a sector, virtio's unit of addresses.
 pub const SECTOR: u64 = 512;
-
-/// Why a disk cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// It cannot be opened.
-    #[error("the disk {path} cannot be opened: {source}; {hint}")]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-        /// What to do.
-        hint: &'static str,
-    },
-    /// Not something that has blocks.
-    #[error("the disk {path} is neither a file nor a block device: give a raw image")]
-    Kind {
-        /// The file.
-        path: PathBuf,
-    },
-    /// An odd size.
-    #[error(
-        "the disk {path} has {bytes} bytes, which is no multiple of {SECTOR} (or none at all): is it a raw image? \
-         `truncate -s` makes one of any size"
-    )]
-    Size {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-    },
-    /// Somebody else has it.
-    #[error(
-        "the disk {path} is in use by another process, perhaps another virtual machine: stop that one, or give both \
-         the disk read-only"
-    )]
-    Locked {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Somebody else has what a copy is to be made into.
-    #[error(
-        "the disk {path} is in use (by the guest at the source, if it is the same file), and a copy would overwrite it: give \
-         another path with --disk, or leave --copy-disk out where both hosts share the disk"
-    )]
-    Target {
-        /// The file.
-        path: PathBuf,
-    },
-    /// What a copy is to be made into is something else.
-    #[error(
-        "the disk {path} has {here} bytes, and a disk of {wanted} bytes is to be copied into it: remove the file, or give one of \
-         exactly that size, which is overwritten"
-    )]
-    OtherSize {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        here: u64,
-        /// The size of the guest's disk.
-        wanted: u64,
-    },
-    /// It cannot be locked, or given up.
-    #[error("the disk {path} could not be {what}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What was tried.
-        what: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-}
+const SECTOR_SIZE: u32 = 512;
 
 /// A raw image or a block device.
 ///
-/// It is used under a lock on the open file (an OFD lock, fcntl(2), as QEMU's: exclusive, or shared when read-only), so
-/// that two guests cannot write to it. During a migration both sides have the file open; the lock is given up at the
-/// source when the guest is handed over, and taken at the destination before the guest runs.
+/// It is used under a lock on the open file, so that two guests cannot write to it. During a migration both sides have the
+/// file open; the lock is dropped at the source when the guest is handed over, and taken at the destination before the
+/// guest runs.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
@@ -104,10 +60,60 @@ pub struct Disk {
     read_only: bool,
     bytes: u64,
     regular: bool,
+    /// Bytes of its logical block.
+    block: u32,
+    /// For a block device: how it is read past the page cache.
+    direct: Option<Direct>,
     locked: Mutex<bool>,
     /// Something was written since the last flush.
     unflushed: AtomicBool,
+    /// Why a flush failed: what was written before it may be lost.
+    lost: OnceLock<String>,
     written: WrittenBlocks,
+}
+
+/// Which file is behind a disk, as of one host's boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    /// The device that holds the file, or that it is.
+    pub device: u64,
+    /// The file's inode; `None` for a device, whose node can be made anew.
+    pub inode: Option<u64>,
+}
+
+/// By what is seen whether a disk was written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMark {
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// When it was changed last, in nanoseconds since 1970; `None` for a block device, of which that is not known.
+    pub modified_ns: Option<u64>,
+}
+
+impl DiskMark {
+    /// The mark of the file at `path`.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        mark(&file)
+    }
+}
+
+fn mark(mut file: &File) -> io::Result<DiskMark> {
+    let metadata = file.metadata()?;
+    let since = metadata.is_file().then(|| metadata.modified());
+    let since = since
+        .transpose()?
+        .and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    Ok(DiskMark {
+        bytes: file.seek(SeekFrom::End(0))?,
+        modified_ns: since.and_then(|since| u64::try_from(since.as_nanos()).ok()),
+    })
 }
 
 impl Disk {
@@ -129,13 +135,13 @@ impl Disk {
             },
             source,
         };
-        let mut file = OpenOptions::new()
+        let mut options = OpenOptions::new();
+        options
             .read(true)
             .write(!read_only)
             // A pipe would be waited for; files and block devices do not care.
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(error)?;
+            .custom_flags(libc::O_NONBLOCK);
+        let mut file = options.open(path).map_err(error)?;
         let kind = file.metadata().map_err(error)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind {
@@ -150,16 +156,114 @@ impl Disk {
                 bytes,
             });
         }
-        Ok(Self {
+        let disk = Self::of(file, path, read_only, bytes);
+        Ok(if kind.is_file() {
+            disk
+        } else {
+            disk.into_device(&options)
+        })
+    }
+
+    /// A regular file.
+    fn of(file: File, path: &Path, read_only: bool, bytes: u64) -> Self {
+        Self {
             file,
             path: path.to_owned(),
             read_only,
             bytes,
-            regular: kind.is_file(),
+            regular: true,
+            block: SECTOR_SIZE,
+            direct: None,
             locked: Mutex::new(false),
             unflushed: AtomicBool::new(false),
+            lost: OnceLock::new(),
             written: WrittenBlocks::default(),
+        }
+    }
+
+    /// A block device: with its own block size, and past the page cache.
+    fn into_device(mut self, options: &OpenOptions) -> Self {
+        self.regular = false;
+        match ioctl_blksszget(&self.file) {
+            // Linux knows blocks of 512 bytes to 64 KiB (include/linux/blkdev.h).
+            Ok(block) if block.is_power_of_two() && (SECTOR_SIZE..=1 << 16).contains(&block) => {
+                self.block = block;
+            }
+            other => {
+                tracing::warn!(disk = %self.path.display(), ?other, "the block size of a device is not known");
+            }
+        }
+        let mut options = options.clone();
+        options.custom_flags(libc::O_NONBLOCK | libc::O_DIRECT);
+        match options.open(&self.path) {
+            Ok(file) => {
+                self.file = file;
+                self.direct = Some(Direct::new(self.block.into()));
+            }
+            Err(error) => {
+                tracing::warn!(disk = %self.path.display(), %error, "the device cannot be read past this host's cache: do not share it between hosts");
+            }
+        }
+        self
+    }
+
+    /// The guest knows the disk with `bytes`; the file is larger, for it has grown under the guest, which sees as much as
+    /// before.
+    #[must_use]
+    pub fn with_guest_bytes(mut self, bytes: u64) -> Self {
+        self.bytes = self.bytes.min(bytes);
+        self
+    }
+
+    /// Bytes of its logical block: what the guest is told to align to.
+    #[must_use]
+    pub const fn block_size(&self) -> u32 {
+        self.block
+    }
+
+    /// Which file it is.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn file_id(&self) -> io::Result<FileId> {
+        let metadata = self.file.metadata()?;
+        Ok(if self.regular {
+            FileId {
+                device: metadata.dev(),
+                inode: Some(metadata.ino()),
+            }
+        } else {
+            FileId {
+                device: metadata.rdev(),
+                inode: None,
+            }
         })
+    }
+
+    /// Its mark now. Taken after a flush and while the guest stands still, it tells later whether somebody has written.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn mark(&self) -> io::Result<DiskMark> {
+        mark(&self.file)
+    }
+
+    /// Writes to the disk what the kernel holds back of it.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`], now and at every later call: see [`lost_writes`](Self::lost_writes).
+    pub fn settle(&self) -> Result<(), DiskError> {
+        if self.unflushed.load(Ordering::Acquire) || self.lost.get().is_some() {
+            self.flush().map_err(|e| self.io("flushed", e))?;
+        }
+        Ok(())
+    }
+
+    /// Why an earlier flush failed, if one did. What the guest had written may then be lost, and no other host may be
+    /// given the disk.
+    #[must_use]
+    pub fn lost_writes(&self) -> Option<&str> {
+        self.lost.get().map(String::as_str)
     }
 
     /// Takes the lock. No effect when it is held.
@@ -188,7 +292,7 @@ impl Disk {
         }
     }
 
-    /// Gives the lock up, after all that was written has reached the disk: another host may read it next. No effect when
+    /// Drops the lock, after all that was written has reached the disk: another host may read it next. No effect when
     /// it is not held.
     ///
     /// # Errors
@@ -198,9 +302,7 @@ impl Disk {
         if !*locked {
             return Ok(());
         }
-        if self.unflushed.load(Ordering::Acquire) {
-            self.flush().map_err(|e| self.io("flushed", e))?;
-        }
+        self.settle()?;
         self.set_lock(libc::F_UNLCK)
             .map_err(|e| self.io("unlocked", e.into()))?;
         *locked = false;
@@ -258,17 +360,22 @@ impl Disk {
     }
 
     pub(super) fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file
-            .read_exact_at(into, offset)
-            .map_err(|e| match e.kind() {
-                io::ErrorKind::UnexpectedEof => shrunk(),
-                _ => e,
-            })
+        let read = match &self.direct {
+            Some(direct) => direct.read(&self.file, offset, into),
+            None => self.file.read_exact_at(into, offset),
+        };
+        read.map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => shrunk(),
+            _ => e,
+        })
     }
 
     pub(super) fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         self.check_end(offset, from.len())?;
-        let result = self.file.write_all_at(from, offset);
+        let result = match &self.direct {
+            Some(direct) => direct.write(&self.file, offset, from),
+            None => self.file.write_all_at(from, offset),
+        };
         // Of a write that failed, a part may have been done.
         self.unflushed.store(true, Ordering::Release);
         self.written
@@ -290,11 +397,24 @@ impl Disk {
 
     /// Always asks the kernel: another flush may be under way, and only one's own return says that it is done.
     pub(super) fn flush(&self) -> io::Result<()> {
+        self.flush_by(|| self.file.sync_data())
+    }
+
+    fn flush_by(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         // Before the flush, so that what is written meanwhile counts as not flushed.
         self.unflushed.store(false, Ordering::Release);
-        self.file
-            .sync_data()
-            .inspect_err(|_| self.unflushed.store(true, Ordering::Release))
+        if let Err(error) = sync() {
+            self.unflushed.store(true, Ordering::Release);
+            let why = self.lost.get_or_init(|| error.to_string());
+            tracing::error!(disk = %self.path.display(), why, "a flush failed: what the guest has written may be lost");
+            return Err(error);
+        }
+        match self.lost.get() {
+            Some(why) => Err(io::Error::other(format!(
+                "an earlier flush failed ({why}), and what was written before it may be lost"
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Lets the file system have the space back; the bytes read as zero afterwards.
@@ -314,7 +434,9 @@ impl Disk {
             offset,
             len,
         );
-        if !matches!(&done, Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP)) {
+        // A device zeroes whole blocks only.
+        let parts = (self.direct.as_ref()).is_some_and(|direct| !direct.whole(offset, len));
+        if !parts && !matches!(&done, Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP)) {
             return done;
         }
         let mut at = 0;
@@ -342,4 +464,68 @@ fn shrunk() -> io::Error {
         io::ErrorKind::UnexpectedEof,
         "the file is shorter than when the guest was given it: somebody has cut it",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(bytes: u64) -> (tempfile::TempDir, Disk) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        File::create(&path).unwrap().set_len(bytes).unwrap();
+        let disk = Disk::open(&path, false).unwrap();
+        (dir, disk)
+    }
+
+    #[test]
+    fn a_failed_flush_is_never_forgotten() {
+        let (_dir, disk) = disk(4096);
+        disk.lock().unwrap();
+        disk.write(0, &[1; 512]).unwrap();
+        let failed = disk.flush_by(|| Err(io::Error::from_raw_os_error(libc::EIO)));
+        assert!(failed.is_err());
+        // The kernel says that all is well now, and it is not.
+        let error = disk.flush().unwrap_err().to_string();
+        assert!(error.contains("may be lost"), "{error}");
+        assert!(disk.settle().is_err());
+        assert!(disk.lost_writes().is_some());
+        let error = disk.unlock().unwrap_err().to_string();
+        assert!(error.contains("disk.img"), "{error}");
+        assert!(*disk.locked.lock().unwrap(), "no other host gets it");
+    }
+
+    #[test]
+    fn the_guest_keeps_its_size_on_a_file_that_has_grown() {
+        let (_dir, disk) = disk(8192);
+        assert_eq!(disk.mark().unwrap().bytes, 8192);
+        let disk = disk.with_guest_bytes(4096);
+        assert_eq!(disk.bytes(), 4096);
+        assert_eq!(disk.mark().unwrap().bytes, 8192);
+        assert_eq!(disk.range(8, 512), None);
+    }
+
+    #[test]
+    fn a_file_is_known_by_its_inode() {
+        let (dir, disk) = disk(4096);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(disk.path(), &link).unwrap();
+        let same = Disk::open(&link, true).unwrap();
+        assert_eq!(disk.file_id().unwrap(), same.file_id().unwrap());
+        let other = dir.path().join("other");
+        std::fs::copy(disk.path(), &other).unwrap();
+        let other = Disk::open(&other, true).unwrap();
+        assert_ne!(disk.file_id().unwrap(), other.file_id().unwrap());
+    }
+
+    #[test]
+    fn a_write_changes_the_mark() {
+        let (_dir, disk) = disk(4096);
+        let before = disk.mark().unwrap();
+        assert_eq!(DiskMark::of(disk.path()).unwrap(), before);
+        // Coarser than a tick of the kernel's clock the time of change may be the same.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        disk.write(0, &[1; 512]).unwrap();
+        assert_ne!(disk.mark().unwrap(), before);
+    }
 }

@@ -8,7 +8,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use super::disk::{Disk, SECTOR};
+use super::disk::{AlignedBuffer, Disk, SECTOR};
 use crate::virtio::{Buffer, Chain, Memory, Violation};
 
 /// Bytes that are copied at once.
@@ -203,8 +203,8 @@ impl<M: Memory> Work<'_, M> {
         let mut at = self.place_data(sector, &data)?;
         let mut buffer = buffer(data.len());
         while !data.is_empty() {
-            let part = data.take_front(u64::try_from(buffer.len()).unwrap_or(u64::MAX));
-            let bytes = &mut buffer[..usize::try_from(part.len()).unwrap_or(0)];
+            let part = data.take_front(u64::try_from(CHUNK).unwrap_or(u64::MAX));
+            let bytes = &mut buffer.bytes()[..usize::try_from(part.len()).unwrap_or(0)];
             self.disk.read(at, bytes)?;
             part.write(self.memory, bytes)?;
             at += part.len();
@@ -220,8 +220,8 @@ impl<M: Memory> Work<'_, M> {
         let mut at = self.place_data(sector, &data)?;
         let mut buffer = buffer(data.len());
         while !data.is_empty() {
-            let part = data.take_front(u64::try_from(buffer.len()).unwrap_or(u64::MAX));
-            let bytes = &mut buffer[..usize::try_from(part.len()).unwrap_or(0)];
+            let part = data.take_front(u64::try_from(CHUNK).unwrap_or(u64::MAX));
+            let bytes = &mut buffer.bytes()[..usize::try_from(part.len()).unwrap_or(0)];
             part.read(self.memory, bytes)?;
             self.disk.write(at, bytes)?;
             at += part.len();
@@ -290,6 +290,6 @@ impl<M: Memory> Work<'_, M> {
     }
 }
 
-fn buffer(len: u64) -> Vec<u8> {
-    vec![0; usize::try_from(len).unwrap_or(CHUNK).min(CHUNK)]
+fn buffer(len: u64) -> AlignedBuffer {
+    AlignedBuffer::new(usize::try_from(len).unwrap_or(CHUNK).min(CHUNK))
 }

@@ -6,6 +6,7 @@
 //! afterwards would wipe that out. The clock comes late, since it runs from the moment it is set.
 
 mod error;
+mod known;
 mod msrs;
 mod vcpu;
 mod vm;

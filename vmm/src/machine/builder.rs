@@ -19,6 +19,7 @@ use super::control::{Control, EndWish, Exit};
 use super::description::{DescriptionError, FORMAT, MachineDescription};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
+use super::fit::{self, HostCpu, Misfit};
 use super::{Devices, Machine};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
 use crate::memory::{GuestRam, RamError, ShareError, SharedRam};
@@ -63,6 +64,9 @@ pub enum BuildError {
     /// Two devices in one place.
     #[error("the machine's devices do not fit together: {0}")]
     Bus(#[from] BusError),
+    /// The guest counts on a CPU that this host's is not.
+    #[error(transparent)]
+    Misfit(#[from] Misfit),
     /// Out of file descriptors or threads.
     #[error("the machine could not be built: {what}: {source}")]
     Io {
@@ -280,9 +284,22 @@ impl Builder {
         let vcpus: Vec<Vcpu> = (0..self.cpus)
             .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
             .collect::<Result<_, _>>()?;
-        let tsc_khz = match &self.description {
-            Some(d) => d.tsc_khz,
-            None => vcpus.first().and_then(Vcpu::tsc_khz),
+        let here = HostCpu {
+            tsc_khz: vcpus.first().and_then(Vcpu::tsc_khz),
+            scales: host.capabilities().tsc_control,
+            arch_capabilities: vcpus.first().and_then(Vcpu::arch_capabilities),
+        };
+        let (tsc_khz, arch_capabilities) = match &self.description {
+            Some(d) => {
+                match fit::check(d, here) {
+                    Err(misfit) if self.backends.insist => {
+                        tracing::warn!(%misfit, "the guest runs here all the same");
+                    }
+                    other => other?,
+                }
+                (d.tsc_khz, d.arch_capabilities)
+            }
+            None => (here.tsc_khz, here.arch_capabilities),
         };
         let description = MachineDescription {
             format: FORMAT,
@@ -292,6 +309,7 @@ impl Builder {
             hugepages,
             cpuid,
             tsc_khz,
+            arch_capabilities,
             devices,
         };
         // A name that is too long is found here for a new machine.

@@ -255,6 +255,7 @@ impl Control {
         self.ram.begin();
         self.virtio.resume();
         self.run(inner);
+        self.virtio.resumed();
         Ok(())
     }
 

@@ -30,6 +30,9 @@ pub struct MachineDescription {
     pub cpuid: Vec<CpuidEntry>,
     /// Frequency of the guest's TSC in kHz, where the host told.
     pub tsc_khz: Option<u32>,
+    /// IA32_ARCH_CAPABILITIES as the guest reads it, where there is such a register.
+    #[serde(default)]
+    pub arch_capabilities: Option<u64>,
     /// The virtio devices, in the order of their places.
     pub devices: Vec<DeviceDescription>,
 }
@@ -94,6 +97,21 @@ pub enum UnfitHost {
 }
 
 impl MachineDescription {
+    /// Without what is true within one boot of one kernel: for a file that may be read anywhere.
+    #[must_use]
+    pub fn anywhere(mut self) -> Self {
+        for device in &mut self.devices {
+            if let DeviceDescription::Disk {
+                backing: Some(backing),
+                ..
+            } = device
+            {
+                backing.boot = None;
+            }
+        }
+        self
+    }
+
     /// Checks that the description can be of a machine, wherever it comes from.
     ///
     /// # Errors
@@ -154,6 +172,7 @@ mod tests {
             hugepages: false,
             cpuid: Vec::new(),
             tsc_khz: None,
+            arch_capabilities: None,
             devices: Vec::new(),
         };
         good.validate().unwrap();

@@ -4,6 +4,8 @@
 //! migration agree. What is behind it belongs to the host: a disk's path and a tap's name are given anew at the
 //! destination, unless the tap itself comes, open, from a process on the same host.
 
+mod announcing;
+mod backing;
 mod balloon;
 mod ballooning;
 mod error;
@@ -25,6 +27,8 @@ use ferry_devices::virtio::{
 use serde::{Deserialize, Serialize};
 
 pub use crate::boot::MmioDevice;
+pub use backing::DiskBacking;
+pub(super) use backing::with as with_backing;
 pub use balloon::BalloonInfo;
 pub use error::DeviceError;
 pub use place::{MAX_DEVICES, place};
@@ -33,6 +37,7 @@ use super::builder::BuildError;
 use crate::kvm::Vm;
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::tap::Tap;
+use announcing::Announcing;
 use balloon::HostPages;
 use ballooning::Ballooning;
 
@@ -67,6 +72,9 @@ pub struct Backends {
     pub balloon: bool,
     /// Whether there is a source of random numbers. As for the balloon.
     pub rng: bool,
+    /// An operator insists: a guest that arrives is taken although a disk is not the file that it used on this host, or the
+    /// CPU not the one that it counts on.
+    pub insist: bool,
 }
 
 /// A virtio device, as far as both hosts must agree on it.
@@ -78,6 +86,9 @@ pub enum DeviceDescription {
         bytes: u64,
         /// Whether the guest may only read it.
         read_only: bool,
+        /// The file behind it at the source, where that was told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        backing: Option<DiskBacking>,
     },
     /// A network card.
     Net {
@@ -104,6 +115,7 @@ pub(super) struct VirtioSet {
     /// Those of the cards, once more.
     taps: Vec<OwnedFd>,
     balloon: Option<Ballooning>,
+    announcing: Announcing,
 }
 
 impl VirtioSet {
@@ -119,13 +131,14 @@ impl VirtioSet {
     ) -> Result<(Self, Vec<DeviceDescription>), BuildError> {
         let disks = match opened {
             Some(disks) => disks,
-            None => open_disks(backends)?,
+            None => backing::open_disks(backends, described)?,
         };
         let cards = cards(backends, shared)?;
         let devices = match described {
             Some(devices) => {
                 check(devices, (&cards, backends), &disks)?;
-                devices.to_vec()
+                // What was behind a disk at the source is of no more use.
+                devices.iter().map(backing::without).collect()
             }
             None => {
                 let devices = wanted(backends, &disks)?;
@@ -196,6 +209,7 @@ impl VirtioSet {
 
     /// Brings all devices to rest. After an error some are, and some are not.
     pub(super) fn pause(&self) -> Result<(), PauseError> {
+        self.announcing.rest();
         self.all.iter().try_for_each(|device| device.pause())
     }
 
@@ -242,6 +256,16 @@ impl VirtioSet {
             .iter()
             .try_for_each(|disk| disk.unlock())
             .map_err(DeviceError::Disk)
+    }
+
+    /// A guest was put here: its cards tell the network so when it runs for the first time.
+    pub(super) fn announce_when_resumed(&self) {
+        self.announcing.ask();
+    }
+
+    /// The guest runs.
+    pub(super) fn resumed(self: &Arc<Self>) {
+        announcing::begin(self);
     }
 
     pub(super) fn announce(&self) {
@@ -303,12 +327,6 @@ impl Socket<'_> {
     }
 }
 
-fn open_disks(backends: &Backends) -> Result<Vec<Arc<Disk>>, DeviceError> {
-    let open = |options: &DiskOptions| Disk::open(&options.path, options.read_only).map(Arc::new);
-    let disks = backends.disks.iter().map(open);
-    disks.collect::<Result<_, _>>().map_err(DeviceError::Disk)
-}
-
 /// What is behind a network card.
 enum Card<'a> {
     /// A tap that is to be opened.
@@ -356,6 +374,7 @@ fn wanted(backends: &Backends, disks: &[Arc<Disk>]) -> Result<Vec<DeviceDescript
         .map(|disk| DeviceDescription::Disk {
             bytes: disk.bytes(),
             read_only: disk.read_only(),
+            backing: None,
         })
         .collect();
     for options in &backends.nets {
@@ -409,8 +428,9 @@ fn check(
         let here = DeviceDescription::Disk {
             bytes: disk.bytes(),
             read_only: disk.read_only(),
+            backing: None,
         };
-        if here != *device {
+        if here != backing::without(device) {
             return Err(DeviceError::other_disk(disk, device));
         }
     }

@@ -155,6 +155,7 @@ impl<'a> PausedMachine<'a> {
             .map_err(RestoreMachineError::Interrupt)?;
         lock(&devices.serial).restore(&state.devices.serial, Box::new(line))?;
         self.machine.virtio.restore(&state.devices.virtio)?;
+        self.machine.virtio.announce_when_resumed();
         Ok(restored)
     }
 

@@ -91,6 +91,12 @@ impl MachineState {
         &self.vcpus
     }
 
+    /// For a guest that was away: its clock goes on from where it stood when the state was saved. Otherwise it counts the time
+    /// since, where KVM can tell it on both hosts (`KVM_CLOCK_REALTIME`), as it does for the pause of a migration.
+    pub fn stop_clock(&mut self) {
+        self.vm.stop_clock();
+    }
+
     /// The state as bytes that [`from_bytes`](Self::from_bytes) takes.
     ///
     /// # Errors

@@ -124,7 +124,7 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
     }
 
     fn description(&self) -> Result<Vec<u8>, PortError> {
-        Ok(serde_json::to_vec(self.machine.description())?)
+        Ok(serde_json::to_vec(&self.machine.description_to_send())?)
     }
 
     /// What the state of a machine came to when it was measured: about 6 KiB for the VM and its

@@ -13,9 +13,7 @@ use ferry_migration::wire::MAX_RUNS;
 use super::arrival::Owner;
 use super::disks::IncomingDisks;
 use super::{StreamLink, engine_layout, lock, page_runs};
-use crate::machine::{
-    Backends, BuildError, DeviceDescription, Machine, MachineDescription, MachineState,
-};
+use crate::machine::{Backends, BuildError, Machine, MachineDescription, MachineState};
 use crate::memory::{
     Backing, GuestRam, PageRun, ShareError, SharedRam, Userfault, UserfaultError, Waited,
     check_available, check_userfault,
@@ -383,7 +381,11 @@ impl DestinationVm<StreamLink> for MachineHost {
         let restored = paused.restore(&state);
         paused.keep_paused();
         for skipped in restored?.skipped_msrs {
-            tracing::info!(?skipped, "an MSR of the source cannot be set here");
+            tracing::info!(
+                name = skipped.name(),
+                ?skipped,
+                "an MSR of the source cannot be set here"
+            );
         }
         self.run_after = running != 0;
         machine.note_disks();
@@ -406,7 +408,6 @@ impl DestinationVm<StreamLink> for MachineHost {
         }
         machine.resume()?;
         let first = machine.wait_first_entry(Duration::from_secs(5));
-        announce(machine);
         Ok(first.map_or(Duration::ZERO, |at| at.elapsed()))
     }
 
@@ -427,34 +428,6 @@ fn is_unsealed(error: &PortError) -> bool {
         error.downcast_ref(),
         Some(BuildError::Shared(ShareError::Unsealed))
     )
-}
-
-/// Tells the network, more than once, where the guest is now: the first frame may be lost while a bridge still learns.
-fn announce(machine: &Arc<Machine>) {
-    const PAUSES: [Duration; 3] = [
-        Duration::from_millis(50),
-        Duration::from_millis(150),
-        Duration::from_millis(250),
-    ];
-    let is_net = |device: &DeviceDescription| matches!(device, DeviceDescription::Net { .. });
-    if !machine.description().devices.iter().any(is_net) {
-        return;
-    }
-    machine.announce();
-    let machine = Arc::downgrade(machine);
-    let again = move || {
-        for pause in PAUSES {
-            std::thread::sleep(pause);
-            let Some(machine) = machine.upgrade() else {
-                return;
-            };
-            machine.announce();
-        }
-    };
-    let thread = std::thread::Builder::new().name("ferry-announce".into());
-    if let Err(error) = thread.spawn(again) {
-        tracing::warn!(%error, "the network is told only once where the guest is");
-    }
 }
 
 #[cfg(test)]

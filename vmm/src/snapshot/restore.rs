@@ -14,7 +14,7 @@ use ferry_migration::snapshot::{Filling, Snapshot, SnapshotError as FormatError,
 use serde::{Deserialize, Serialize};
 
 use super::{Contents, modified, ms, threads};
-use crate::machine::{Backends, Machine, RunState};
+use crate::machine::{Backends, Machine, MachineState, RunState};
 use crate::migrate::host::{MachineHost, RamSink};
 use crate::migrate::{Awaited, Following, MonotonicClock, SerialFactory, StreamLink};
 
@@ -25,7 +25,7 @@ pub struct RestoreOptions {
     pub path: PathBuf,
     /// All memory is read before the guest runs.
     pub eager: bool,
-    /// Disks that are not as they were are taken all the same.
+    /// Disks that are not as they were, and a CPU that the guest does not count on, are taken all the same.
     pub force: bool,
     /// How the pages that the guest dirties are found when it is migrated on.
     pub dirty: Tracking,
@@ -212,6 +212,10 @@ pub fn restore(
         path: path.clone(),
         source,
     };
+    let backends = Backends {
+        insist: options.force,
+        ..backends
+    };
     let mut host = MachineHost::new(serial, backends, options.dirty);
     let sink = host
         .prepare(snapshot.layout(), &description)
@@ -227,12 +231,13 @@ pub fn restore(
         eager: true,
         ..RestoreReport::default()
     };
-    let state = snapshot.state().to_vec();
+    let state = stopped_clock(snapshot.state()).map_err(refused)?;
     if !options.eager {
         match host.begin_post_copy(&snapshot.data()) {
             Ok(()) => {
                 report.eager = false;
-                return on_demand(began, host, snapshot, &sink, machine, report).map_err(refused);
+                return on_demand(began, host, (snapshot, state), &sink, machine, report)
+                    .map_err(refused);
             }
             Err(error) => report.why_eager = Some(error.to_string()),
         }
@@ -253,16 +258,26 @@ pub fn restore(
     })
 }
 
+/// The saved state, with a clock that goes on from where it stood: what is restored is the guest as it was, however long
+/// that is ago.
+fn stopped_clock(state: &[u8]) -> Result<Vec<u8>, PortError> {
+    let (running, state) = state.split_first().ok_or("the state is empty")?;
+    let mut state = MachineState::from_bytes(state)?;
+    state.stop_clock();
+    let mut bytes = vec![*running];
+    bytes.extend(state.to_bytes()?);
+    Ok(bytes)
+}
+
 /// The guest runs; its pages follow.
 fn on_demand(
     began: Instant,
     mut host: MachineHost,
-    snapshot: Snapshot<File>,
+    (snapshot, state): (Snapshot<File>, Vec<u8>),
     sink: &Arc<RamSink>,
     machine: Arc<Machine>,
     mut report: RestoreReport,
 ) -> Result<Restored, PortError> {
-    let state = snapshot.state().to_vec();
     let clock = Arc::new(MonotonicClock::new());
     let pages = Arc::new(Pages::new(snapshot, Arc::clone(sink), clock));
     let servers = usize::try_from(machine.description().cpus).map_or(1, |cpus| cpus.clamp(1, 8));

@@ -1,8 +1,7 @@
 //! Writing a machine's guest to a file: whole, under its name, or not at all.
 
-use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -15,6 +14,7 @@ use crate::api::types::{SnapshotReport, SnapshotRequest, Then};
 use crate::machine::Machine;
 use crate::migrate::guest::MachineGuest;
 use crate::migrate::{MonotonicClock, session_id};
+use crate::new_file::{Making, NewFile, NewFileError};
 
 /// The pause that ends a live snapshot's rounds.
 const LIVE_DOWNTIME: Duration = Duration::from_millis(50);
@@ -26,13 +26,8 @@ pub enum SnapshotError {
     #[error("{} exists already; choose another name, or replace it with --force", .0.display())]
     Exists(PathBuf),
     /// No file can be made.
-    #[error("no snapshot can be made in {}: {source}; the guest goes on as before", path.display())]
-    Create {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error("no snapshot can be made: {0}; the guest goes on as before")]
+    File(NewFileError),
     /// It was not written to the end.
     #[error("the snapshot {} was not written: {source}; the guest goes on as before", path.display())]
     Save {
@@ -41,13 +36,11 @@ pub enum SnapshotError {
         /// Why.
         source: SaveError,
     },
-    /// It did not reach the disk or its name.
-    #[error("the snapshot {} could not be {what}: {source}; the guest goes on as before", path.display())]
-    Finish {
+    /// A disk did not take what was written to it.
+    #[error("the snapshot {} was not written: {source}; the guest goes on as before", path.display())]
+    Disk {
         /// The file.
         path: PathBuf,
-        /// What was tried.
-        what: &'static str,
         /// Why.
         source: io::Error,
     },
@@ -68,22 +61,16 @@ pub fn save(
 ) -> Result<SnapshotReport, SnapshotError> {
     let began = Instant::now();
     let path = &request.path;
-    if !request.force && path.symlink_metadata().is_ok() {
-        return Err(SnapshotError::Exists(path.clone()));
-    }
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+    let making = Making {
+        replace: request.force,
+        private: true,
     };
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let file = tempfile::Builder::new()
-        .prefix(&format!("{name}."))
-        .suffix(".tmp")
-        .tempfile_in(directory)
-        .map_err(|source| SnapshotError::Create {
-            path: directory.to_owned(),
-            source,
-        })?;
+    let file = NewFile::create(path, making)?;
+    // Most of what the disks hold back goes out while the guest runs.
+    flush(machine).map_err(|source| SnapshotError::Disk {
+        path: path.clone(),
+        source,
+    })?;
     let session = session_id();
     let clock = MonotonicClock::new();
     let guest = MachineGuest::new(machine);
@@ -99,9 +86,11 @@ pub fn save(
         clock: &clock,
         cancelled: &|| cancelled.load(Ordering::Relaxed),
         describe: &mut || {
+            // The disks as of this pause belong to the snapshot, and must outlast a crash as it does.
+            flush(machine)?;
             let marks = machine.disks().iter().map(|disk| DiskMark::of(disk));
             let contents = Contents {
-                description: machine.description().clone(),
+                description: machine.description_to_send().anywhere(),
                 disks: marks.collect::<io::Result<_>>()?,
             };
             Ok(serde_json::to_vec(&contents)?)
@@ -117,12 +106,12 @@ pub fn save(
         },
     };
     let (saved, paused) =
-        format::save(&guest, file.as_file(), setup).map_err(|source| SnapshotError::Save {
+        format::save(&guest, file.file(), setup).map_err(|source| SnapshotError::Save {
             path: path.clone(),
             source,
         })?;
     // Where this fails, the guard that is dropped lets the guest go on.
-    publish(file, path, directory, request.force)?;
+    file.publish()?;
     if let Some(paused) = paused {
         paused.keep();
     }
@@ -145,36 +134,19 @@ pub fn save(
     })
 }
 
-/// Puts the file on the disk, and then under its name.
-fn publish(
-    file: tempfile::NamedTempFile,
-    path: &Path,
-    directory: &Path,
-    force: bool,
-) -> Result<(), SnapshotError> {
-    let failed = |what, source| SnapshotError::Finish {
-        path: path.to_owned(),
-        what,
-        source,
-    };
-    file.as_file()
-        .sync_all()
-        .map_err(|e| failed("put on the disk", e))?;
-    let named = if force {
-        file.persist(path)
-    } else {
-        file.persist_noclobber(path)
-    };
-    match named {
-        Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
-            return Err(SnapshotError::Exists(path.to_owned()));
-        }
-        Err(e) => return Err(failed("given its name", e.error)),
-        Ok(_) => {}
-    }
-    // The name, too, shall outlive a crash; the file is there either way.
-    if let Err(error) = File::open(directory).and_then(|directory| directory.sync_all()) {
-        tracing::warn!(%error, "the snapshot's name may be lost if the host fails now");
+/// Writes what the guest's disks hold back.
+fn flush(machine: &Machine) -> io::Result<()> {
+    for disk in machine.disks() {
+        disk.settle().map_err(io::Error::other)?;
     }
     Ok(())
+}
+
+impl From<NewFileError> for SnapshotError {
+    fn from(error: NewFileError) -> Self {
+        match error {
+            NewFileError::Exists(path) => Self::Exists(path),
+            error => Self::File(error),
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ferry_migration::options::{Handover, Options};
 use ferry_migration::report::Status;
-use ferry_vmm::machine::{Backends, Machine, NetOptions};
+use ferry_vmm::machine::{Backends, Machine, NetOptions, RunState};
 use ferry_vmm::migrate::{Arrival, Handle, Receiver, Uri, migrate};
 
 use crate::support::{COUNTER, eventually, kvm, progresses, read};
@@ -26,8 +26,8 @@ const ANNOUNCEMENTS: u64 = 4;
 struct Tap(String);
 
 impl Tap {
-    fn make() -> Option<Self> {
-        let tap = Self(format!("fc{}", std::process::id()));
+    fn make(prefix: &str) -> Option<Self> {
+        let tap = Self(format!("{prefix}{}", std::process::id()));
         let made = tap.ip(&["tuntap", "add", "mode", "tap"]) && tap.ip(&["link", "set", "up"]);
         made.then_some(tap)
     }
@@ -71,6 +71,14 @@ fn with(tap: &Tap) -> Backends {
     }
 }
 
+/// Whether a machine of this process is being announced.
+fn announces() -> bool {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let names = threads.filter_map(|t| std::fs::read_to_string(t.path().join("comm")).ok());
+    let mut names = names;
+    names.any(|name| name.trim() == "ferry-announce")
+}
+
 /// A machine whose guest sends its counter in a frame, again and again.
 fn sender(tap: &Tap) -> Machine {
     let mut ethernet = vec![0xff; 6];
@@ -109,7 +117,7 @@ fn no_frame_is_lost_when_the_tap_goes_along() {
     if !kvm() {
         return;
     }
-    let Some(tap) = Tap::make() else {
+    let Some(tap) = Tap::make("fc") else {
         eprintln!(
             "NOT RUN: no_frame_is_lost_when_the_tap_goes_along: no tap can be made here (root and ip are needed)"
         );
@@ -138,6 +146,8 @@ fn no_frame_is_lost_when_the_tap_goes_along() {
             tap.frames() > before + ANNOUNCEMENTS
         });
         assert_eq!(tap.says("carrier"), 1);
+        // A guest that leaves is not announced any more, and then there are fewer.
+        eventually("the end of the announcements", &here, || !announces());
     }
     let others = u64::try_from(past.len()).unwrap() * ANNOUNCEMENTS;
     let paused = here.pause().unwrap();
@@ -152,4 +162,30 @@ fn no_frame_is_lost_when_the_tap_goes_along() {
     progresses(&here, COUNTER);
     assert_eq!(tap.says("carrier_changes"), links);
     here.stop();
+}
+
+#[test]
+fn a_guest_that_was_moved_while_paused_is_announced_when_it_is_resumed() {
+    if !kvm() {
+        return;
+    }
+    let Some(tap) = Tap::make("fp") else {
+        eprintln!(
+            "NOT RUN: a_guest_that_was_moved_while_paused_is_announced_when_it_is_resumed: no tap can be made here (root \
+             and ip are needed)"
+        );
+        return;
+    };
+    // It has no program, and sends nothing by itself.
+    let here = Machine::builder().memory(crate::support::MIB);
+    let here = Arc::new(here.devices(with(&tap)).build().unwrap());
+    let there = hand_over(&here, Backends::default()).unwrap();
+    assert_eq!(there.run_state(), RunState::Paused);
+    assert_eq!(tap.frames(), 0);
+    there.resume().unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while tap.frames() < ANNOUNCEMENTS {
+        assert!(std::time::Instant::now() < deadline, "no announcement");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

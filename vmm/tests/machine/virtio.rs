@@ -332,6 +332,26 @@ fn devices_that_cannot_be_are_refused_with_a_sentence() {
     other.as_file().set_len(512).unwrap();
     let text = sentence(missing_pages().devices(backends(other.path())));
     assert!(text.contains("512 bytes"), "{text}");
+    // A CPU that the guest does not count on, unless an operator insists.
+    let mut strange = first.description().clone();
+    strange
+        .cpuid
+        .iter_mut()
+        .filter(|e| e.function == 7)
+        .for_each(|e| e.edx |= 1 << 29);
+    strange.arch_capabilities = Some(1 << 62);
+    let strange = |insist| {
+        builder().from_description(&strange).devices(Backends {
+            insist,
+            ..backends(file.path())
+        })
+    };
+    let text = sentence(strange(false));
+    assert!(
+        text.contains("bit 62") && text.contains("--force"),
+        "{text}"
+    );
+    strange(true).build().unwrap();
     // And states of machines with other devices.
     let state = first.pause().unwrap().save().unwrap();
     let plain = builder().build().unwrap();

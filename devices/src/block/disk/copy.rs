@@ -8,7 +8,7 @@
 //! overwritten; its lock is held from the first moment, so that the source's own file, which the source has locked, is
 //! never taken for a place to copy to.
 
-use super::{Disk, DiskError, WrittenBlocks};
+use super::{Disk, DiskError};
 use nix::libc;
 use rustix::fs::SeekFrom as Seek;
 use std::fs::{self, File, OpenOptions};
@@ -16,7 +16,6 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::PoisonError;
-use std::sync::atomic::AtomicBool;
 
 impl Disk {
     /// Opens, or makes, the file that a disk of `bytes` is copied into, and locks it. `read_only` is for the guest.
@@ -50,18 +49,19 @@ impl Disk {
             }
             Err(e) => return Err(error(e)),
         };
-        let disk = Self {
-            file,
-            path: path.to_owned(),
-            read_only,
-            bytes,
-            regular: true,
-            locked: false.into(),
-            unflushed: AtomicBool::new(false),
-            written: WrittenBlocks::default(),
+        let disk = Self::of(file, path, read_only, bytes);
+        // Before the lock, which is that of the open file: a device is opened anew.
+        let device = disk
+            .file
+            .metadata()
+            .is_ok_and(|m| m.file_type().is_block_device());
+        let disk = if device {
+            disk.into_device(&options)
+        } else {
+            disk
         };
         match disk.prepare(made) {
-            Ok(regular) => Ok((Self { regular, ..disk }, made)),
+            Ok(()) => Ok((disk, made)),
             Err(e) => {
                 if made {
                     disk.remove();
@@ -71,8 +71,8 @@ impl Disk {
         }
     }
 
-    /// Checks, sizes and locks the file; says whether it is a regular one.
-    fn prepare(&self, made: bool) -> Result<bool, DiskError> {
+    /// Checks, sizes and locks the file.
+    fn prepare(&self, made: bool) -> Result<(), DiskError> {
         let kind = self
             .file
             .metadata()
@@ -117,7 +117,7 @@ impl Disk {
                 wanted: self.bytes,
             });
         }
-        Ok(kind.is_file())
+        Ok(())
     }
 
     /// All that arrives is here, and the guest will use it: the lock becomes that of a disk in use.

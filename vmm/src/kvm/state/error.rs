@@ -28,6 +28,17 @@ pub enum RestoreError {
         /// Bytes that this host's KVM takes.
         room: usize,
     },
+    /// The state has an MSR that ferry does not carry.
+    #[error(
+        "the state of vCPU {vcpu} has the MSR {index:#x}, which ferry does not know as a guest's state: it was saved by a \
+         newer ferry, or is damaged; restore it with the ferry that saved it"
+    )]
+    UnknownMsr {
+        /// Number of the vCPU.
+        vcpu: u32,
+        /// The MSR.
+        index: u32,
+    },
     /// The state has a part that this KVM cannot take, and it matters.
     #[error(
         "the saved state has {0}, which this host's KVM cannot take: restore it on a newer kernel"

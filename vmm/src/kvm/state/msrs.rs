@@ -1,12 +1,14 @@
 //! Model-specific registers.
 //!
 //! KVM tells which it keeps (KVM_GET_MSR_INDEX_LIST), but the list is of the host, not of the guest's
-//! CPU: some of it cannot be read for this guest, and more of it reads but cannot be written. Both
-//! KVM_GET_MSRS and KVM_SET_MSRS stop at the first they do not like and return how far they came, so
-//! the rest is tried after skipping that one.
+//! CPU: some of it cannot be read for this guest, and more of it reads but cannot be written. Of the
+//! list those are carried that ferry [knows](super::known). Both KVM_GET_MSRS and KVM_SET_MSRS stop at
+//! the first they do not like and return how far they came, so the rest is tried after skipping that
+//! one, which is remembered.
 
 use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
 
+use super::known::{self, Kind};
 use crate::kvm::error::{IoctlError, Named};
 use crate::kvm::vcpu::Vcpu;
 
@@ -15,8 +17,7 @@ pub const MAX_MSRS: usize = 512;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// `MSR_KVM_WALL_CLOCK` and its new number: writing it has KVM write the time into guest memory at once.
-const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 
 /// The MSRs that this vCPU lets itself be read; found out once, so that saving, which happens in the
 /// guest's pause, is one ioctl for each 256 of them.
@@ -36,12 +37,44 @@ pub struct SkippedMsr {
     pub present: Option<u64>,
 }
 
+impl SkippedMsr {
+    /// Its name, or that of the group of registers that it is of.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        known::name(self.index).unwrap_or("unknown")
+    }
+}
+
+/// The first MSR of a saved state that ferry does not know.
+pub(super) fn first_unknown(saved: &[(u32, u64)]) -> Option<u32> {
+    let mut indices = saved.iter().map(|(index, _)| *index);
+    indices.find(|index| known::kind(*index).is_none())
+}
+
 impl Vcpu {
-    /// Finds out which MSRs of `candidates` can be read.
+    /// Finds out which MSRs of `candidates` ferry carries and KVM lets be read.
     pub(in crate::kvm) fn probe_msrs(&mut self, candidates: &[u32]) -> Result<(), IoctlError> {
-        let readable = self.read_msrs(candidates)?;
+        let carried = |index: &u32| {
+            let kind = known::kind(*index);
+            if kind.is_none() {
+                tracing::debug!(
+                    index = format!("{index:#x}"),
+                    "KVM keeps an MSR that ferry does not know"
+                );
+            }
+            matches!(kind, Some(Kind::State | Kind::Description))
+        };
+        let carried: Vec<u32> = candidates.iter().copied().filter(carried).collect();
+        let readable = self.read_msrs(&carried)?;
         self.msrs = MsrList(readable.into_iter().map(|(index, _)| index).collect());
         Ok(())
+    }
+
+    /// IA32_ARCH_CAPABILITIES as the guest reads it; `None` where this KVM has no such register.
+    #[must_use]
+    pub fn arch_capabilities(&self) -> Option<u64> {
+        let values = self.read_msrs(&[IA32_ARCH_CAPABILITIES]).ok()?;
+        values.first().map(|(_, value)| *value)
     }
 
     pub(super) fn save_msrs(&self) -> Result<Vec<(u32, u64)>, IoctlError> {
@@ -85,7 +118,8 @@ impl Vcpu {
             IA32_TSC_DEADLINE => 2,
             _ => 0,
         };
-        let states = saved.iter().filter(|(i, _)| !KVM_WALL_CLOCK.contains(i));
+        let written = |index| matches!(known::kind(index), Some(Kind::State | Kind::Description));
+        let states = saved.iter().filter(|(i, _)| written(*i));
         let mut entries: Vec<kvm_msr_entry> = states.map(entry).collect();
         // Stable: all else stays in KVM's order. The TSC comes late, close to the moment it counts.
         entries.sort_by_key(|e| rank(e.index));
@@ -142,4 +176,15 @@ fn request(indices: &[u32]) -> Result<Msrs, IoctlError> {
 
 fn too_many() -> IoctlError {
     IoctlError::errno("a list of MSRs", libc::E2BIG)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_msr_that_is_not_known_is_found_by_name() {
+        assert_eq!(first_unknown(&[(IA32_TSC, 1), (0x6, 2), (0x7, 3)]), Some(6));
+        assert_eq!(first_unknown(&[(IA32_TSC, 1), (0x4b56_4d00, 2)]), None);
+    }
 }

@@ -128,6 +128,9 @@ impl Vcpu {
     pub fn restore(&self, state: &VcpuState) -> Result<Vec<SkippedMsr>, RestoreError> {
         let vcpu = self.id();
         let error = |source| RestoreError::Vcpu { vcpu, source };
+        if let Some(index) = super::msrs::first_unknown(&state.msrs) {
+            return Err(RestoreError::UnknownMsr { vcpu, index });
+        }
         let caps = self.vm().capabilities();
         let fd = self.fd();
         // CPUID was set when the vCPU was made; it decides which of the bits below are allowed.

@@ -52,6 +52,17 @@ pub enum DeviceError {
         /// What the guest's is like.
         guest: String,
     },
+    /// Another file than the guest uses on this host.
+    #[error(
+        "the disk {path} is not the file that the guest uses, which is {guest} on this same host: give that file (in the \
+         right order, if there are several), or --copy-disk to copy the disk into another, or insist with --force"
+    )]
+    OtherFile {
+        /// The disk given.
+        path: String,
+        /// The guest's.
+        guest: String,
+    },
     /// Another address.
     #[error(
         "the guest's network card has the address {guest}, but {here} was given here: leave mac= out"
@@ -77,7 +88,9 @@ impl DeviceError {
             format!("{bytes} bytes, {access}")
         };
         let guest = match guest {
-            DeviceDescription::Disk { bytes, read_only } => like(*bytes, *read_only),
+            DeviceDescription::Disk {
+                bytes, read_only, ..
+            } => like(*bytes, *read_only),
             _ => "no disk".to_owned(),
         };
         Self::OtherDisk {
