@@ -98,15 +98,13 @@ pub struct Net {
     features: u64,
     /// A frame from the backend for which the guest has no buffer: so many bytes of `buffer`.
     pending: Option<usize>,
-    /// The backend is gone: it would be readable for ever, with nothing but errors.
+    /// The backend is gone: it would be readable for ever, with nothing but errors. It is not
+    /// waited for until a frame of the guest's goes through.
     gone: bool,
     buffer: Vec<u8>,
     /// For frames of the guest's: in the other one a frame for it may wait.
     sending: Vec<u8>,
     dropped: Sparse,
-    /// Reading the backend has failed. Its descriptor may be ready for ever (a deleted tap's is), so it is not waited for
-    /// until a frame of the guest's goes through.
-    failed: bool,
 }
 
 impl std::fmt::Debug for Net {
@@ -135,7 +133,6 @@ impl Net {
             buffer: vec![0; MAX_FRAME],
             sending: vec![0; MAX_FRAME],
             dropped: Sparse::default(),
-            failed: false,
         }
     }
 
@@ -171,6 +168,13 @@ impl Net {
     fn lose_link(&mut self, error: &io::Error) {
         self.gone = true;
         tracing::warn!(mac = %self.state.mac, %error, "a network card's tap cannot be used any more; the guest has no link");
+    }
+
+    /// A frame of the guest's went through: the backend is there, again or still.
+    fn regain_link<M: Memory>(&mut self, cx: &mut Context<'_, M>) {
+        if std::mem::take(&mut self.gone) {
+            cx.interrupt.config();
+        }
     }
 
     /// Takes frames from the backend while there are any, and buffers for them.
@@ -260,7 +264,7 @@ impl Net {
                 } else if let Err(error) = self.backend.write(frame) {
                     self.lost(&error);
                 } else {
-                    self.failed = false;
+                    self.regain_link(cx);
                 }
             }
             cx.queues[TX].complete(cx.memory, chain.head, 0)?;

@@ -243,9 +243,12 @@ pub(super) enum Seen {
 impl Watch {
     /// Waits for the end for one time slice.
     pub(super) fn look(&self) -> Seen {
-        let time = Timespec::try_from(SLICE).ok();
+        let time = Timespec {
+            tv_sec: 0,
+            tv_nsec: 200_000_000,
+        };
         let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
-        if !matches!(poll(&mut fds, time.as_ref()), Ok(ready) if ready > 0) {
+        if !matches!(poll(&mut fds, Some(&time)), Ok(ready) if ready > 0) {
             return Seen::Open;
         }
         // A peer that closes with something unread resets the connection, over TCP and Unix sockets alike.
