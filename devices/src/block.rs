@@ -30,7 +30,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use dirty::{BLOCK, WrittenBlocks};
-pub use disk::{Disk, DiskError, DiskMark, FileId, SECTOR};
+pub use disk::{Disk, DiskError, FileId, SECTOR};
 
 use crate::virtio::{
     COMMON_FEATURES, Context, Device, DeviceState, DrainError, Kind, Memory, RestoreError, Sparse,

@@ -31,7 +31,6 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::UNIX_EPOCH;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -79,41 +78,6 @@ pub struct FileId {
     pub device: u64,
     /// The file's inode; `None` for a device, whose node can be made anew.
     pub inode: Option<u64>,
-}
-
-/// By what is seen whether a disk was written to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskMark {
-    /// Bytes of the file.
-    pub bytes: u64,
-    /// When it was changed last, in nanoseconds since 1970; `None` for a block device, of which that is not known.
-    pub modified_ns: Option<u64>,
-}
-
-impl DiskMark {
-    /// The mark of the file at `path`.
-    ///
-    /// # Errors
-    /// The file system's.
-    pub fn of(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
-        mark(&file)
-    }
-}
-
-fn mark(mut file: &File) -> io::Result<DiskMark> {
-    let metadata = file.metadata()?;
-    let since = metadata.is_file().then(|| metadata.modified());
-    let since = since
-        .transpose()?
-        .and_then(|at| at.duration_since(UNIX_EPOCH).ok());
-    Ok(DiskMark {
-        bytes: file.seek(SeekFrom::End(0))?,
-        modified_ns: since.and_then(|since| u64::try_from(since.as_nanos()).ok()),
-    })
 }
 
 impl Disk {
@@ -240,18 +204,18 @@ impl Disk {
         })
     }
 
-    /// Its mark now. Taken after a flush and while the guest stands still, it tells later whether somebody has written.
+    /// Bytes of the file now; more than [`bytes`](Self::bytes) when it has grown under the guest.
     ///
     /// # Errors
     /// The file system's.
-    pub fn mark(&self) -> io::Result<DiskMark> {
-        mark(&self.file)
+    pub fn file_bytes(&self) -> io::Result<u64> {
+        (&self.file).seek(SeekFrom::End(0))
     }
 
     /// Writes to the disk what the kernel holds back of it.
     ///
     /// # Errors
-    /// [`DiskError::Io`], now and at every later call: see [`lost_writes`](Self::lost_writes).
+    /// [`DiskError::Io`], now and at every later call.
     pub fn settle(&self) -> Result<(), DiskError> {
         if self.unflushed.load(Ordering::Acquire) || self.lost.get().is_some() {
             self.flush().map_err(|e| self.io("flushed", e))?;
@@ -259,21 +223,14 @@ impl Disk {
         Ok(())
     }
 
-    /// Why an earlier flush failed, if one did. What the guest had written may then be lost, and no other host may be
-    /// given the disk.
-    #[must_use]
-    pub fn lost_writes(&self) -> Option<&str> {
-        self.lost.get().map(String::as_str)
-    }
-
-    /// Takes the lock. No effect when it is held.
+    /// Takes the lock, and says whether it was not held before.
     ///
     /// # Errors
     /// [`DiskError::Locked`], or the file system's refusal.
-    pub fn lock(&self) -> Result<(), DiskError> {
+    pub fn lock(&self) -> Result<bool, DiskError> {
         let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         if *locked {
-            return Ok(());
+            return Ok(false);
         }
         let kind = if self.read_only {
             libc::F_RDLCK
@@ -283,7 +240,7 @@ impl Disk {
         match self.set_lock(kind) {
             Ok(()) => {
                 *locked = true;
-                Ok(())
+                Ok(true)
             }
             Err(Errno::EAGAIN | Errno::EACCES) => Err(DiskError::Locked {
                 path: self.path.clone(),
@@ -489,7 +446,6 @@ mod tests {
         let error = disk.flush().unwrap_err().to_string();
         assert!(error.contains("may be lost"), "{error}");
         assert!(disk.settle().is_err());
-        assert!(disk.lost_writes().is_some());
         let error = disk.unlock().unwrap_err().to_string();
         assert!(error.contains("disk.img"), "{error}");
         assert!(*disk.locked.lock().unwrap(), "no other host gets it");
@@ -498,10 +454,10 @@ mod tests {
     #[test]
     fn the_guest_keeps_its_size_on_a_file_that_has_grown() {
         let (_dir, disk) = disk(8192);
-        assert_eq!(disk.mark().unwrap().bytes, 8192);
+        assert_eq!(disk.file_bytes().unwrap(), 8192);
         let disk = disk.with_guest_bytes(4096);
         assert_eq!(disk.bytes(), 4096);
-        assert_eq!(disk.mark().unwrap().bytes, 8192);
+        assert_eq!(disk.file_bytes().unwrap(), 8192);
         assert_eq!(disk.range(8, 512), None);
     }
 
@@ -516,16 +472,5 @@ mod tests {
         std::fs::copy(disk.path(), &other).unwrap();
         let other = Disk::open(&other, true).unwrap();
         assert_ne!(disk.file_id().unwrap(), other.file_id().unwrap());
-    }
-
-    #[test]
-    fn a_write_changes_the_mark() {
-        let (_dir, disk) = disk(4096);
-        let before = disk.mark().unwrap();
-        assert_eq!(DiskMark::of(disk.path()).unwrap(), before);
-        // Coarser than a tick of the kernel's clock the time of change may be the same.
-        std::thread::sleep(std::time::Duration::from_millis(20));
-        disk.write(0, &[1; 512]).unwrap();
-        assert_ne!(disk.mark().unwrap(), before);
     }
 }

@@ -243,12 +243,23 @@ impl VirtioSet {
         &self.disks
     }
 
-    /// All locks, or an error and those that were held before.
+    /// All locks, or an error and those that were held before: the other side may take back the guest, and its disks.
     pub(super) fn lock_disks(&self) -> Result<(), DeviceError> {
-        self.disks
-            .iter()
-            .try_for_each(|disk| disk.lock())
-            .map_err(DeviceError::Disk)
+        let mut taken = Vec::new();
+        for disk in &self.disks {
+            match disk.lock() {
+                Ok(news) => taken.extend(news.then_some(disk)),
+                Err(error) => {
+                    for disk in taken {
+                        if let Err(error) = disk.unlock() {
+                            tracing::warn!(%error, "the lock on a disk stays");
+                        }
+                    }
+                    return Err(DeviceError::Disk(error));
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn release_disks(&self) -> Result<(), DeviceError> {

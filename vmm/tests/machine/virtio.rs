@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use ferry_devices::block::Disk;
 use ferry_vmm::boot::{MemoryWrite, WriteData};
 use ferry_vmm::machine::{Backends, Builder, DiskOptions, Machine, MachineState, ResumeError};
 use tempfile::NamedTempFile;
@@ -208,6 +209,36 @@ fn a_guest_writes_to_its_disk_and_goes_on_elsewhere() {
             counted(file.path()) > count
         });
     }
+}
+
+#[test]
+fn a_disk_in_use_leaves_the_locks_of_the_others() {
+    if !kvm() {
+        return;
+    }
+    let (first, second) = (disk(), disk());
+    let both = || {
+        let mut both = backends(first.path());
+        both.disks.extend(backends(second.path()).disks);
+        both
+    };
+    let source = Machine::builder()
+        .memory(MIB)
+        .devices(both())
+        .build()
+        .unwrap();
+    let destination = Machine::builder()
+        .from_description(source.description())
+        .devices(both())
+        .build()
+        .unwrap();
+    source.release_disks().unwrap();
+    let theft = Disk::open(second.path(), false).unwrap();
+    theft.lock().unwrap();
+    assert!(matches!(destination.resume(), Err(ResumeError::Disk(_))));
+    theft.unlock().unwrap();
+    // The guest that did not start there can run here again.
+    source.resume().unwrap();
 }
 
 #[test]

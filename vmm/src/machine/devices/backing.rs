@@ -28,7 +28,7 @@ impl DiskBacking {
         Some(Self {
             boot: boot(),
             file: disk.file_id().ok(),
-            bytes: disk.mark().ok()?.bytes,
+            bytes: disk.file_bytes().ok()?,
             path: disk.path().display().to_string(),
         })
     }
