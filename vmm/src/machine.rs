@@ -43,6 +43,7 @@ mod paused;
 mod state;
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -81,6 +82,8 @@ pub struct Machine {
     devices: Devices,
     virtio: Arc<VirtioSet>,
     disk_marks: disk_marks::DiskMarks,
+    /// The guest stood still when it was handed over.
+    left_paused: AtomicBool,
     dirty_log: DirtyLog,
     vm: Arc<Vm>,
     description: MachineDescription,
@@ -270,6 +273,16 @@ impl Machine {
     /// They were written, or nothing tells (a block device); a sentence.
     pub fn check_disks(&self) -> Result<(), String> {
         self.disk_marks.check()
+    }
+
+    /// Notes whether the guest ran before the pause in which it is handed over.
+    pub(crate) fn note_run(&self, ran: bool) {
+        self.left_paused.store(!ran, Ordering::SeqCst);
+    }
+
+    /// Whether the guest ran before it was handed over: if it comes back, it does as it did.
+    pub(crate) fn ran_before(&self) -> bool {
+        !self.left_paused.load(Ordering::SeqCst)
     }
 
     /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it gives them as it can, and

@@ -266,14 +266,7 @@ pub fn recover(
         (uri, options, session),
         handle,
         events,
-        |guest, setup| {
-            // As with a take-over: it runs, whatever it did before.
-            let committed = CommittedMachine {
-                machine,
-                was_running: true,
-            };
-            source::recover(guest, Box::new(committed), setup)
-        },
+        |guest, setup| source::recover(guest, Box::new(CommittedMachine(machine)), setup),
     )
 }
 

@@ -339,6 +339,7 @@ impl Builder {
             },
             virtio,
             disk_marks: DiskMarks::default(),
+            left_paused: std::sync::atomic::AtomicBool::new(false),
             dirty_log: DirtyLog::new(vm.clone()),
             vm,
             description,

@@ -35,11 +35,7 @@ struct StoppedMachine<'a> {
 }
 
 /// A machine whose guest was given to the destination. It stands still.
-pub(crate) struct CommittedMachine<'a> {
-    pub(crate) machine: &'a Arc<Machine>,
-    /// The guest ran before the migration paused it.
-    pub(crate) was_running: bool,
-}
+pub(crate) struct CommittedMachine<'a>(pub(crate) &'a Arc<Machine>);
 
 impl<'g> PausedVm<'g> for StoppedMachine<'g> {
     fn stopped_for(&self) -> Duration {
@@ -60,10 +56,8 @@ impl<'g> PausedVm<'g> for StoppedMachine<'g> {
         self.machine.release_disks()?;
         self.machine.ram().give_up()?;
         tracing::info!(%session, "the guest is handed over");
-        let committed = CommittedMachine {
-            machine: self.machine,
-            was_running: self.paused.was_running(),
-        };
+        self.machine.note_run(self.paused.was_running());
+        let committed = CommittedMachine(self.machine);
         self.paused.keep_paused();
         Ok(Box::new(committed))
     }
@@ -75,16 +69,16 @@ impl<'g> PausedVm<'g> for StoppedMachine<'g> {
 
 impl CommittedVm for CommittedMachine<'_> {
     fn release(self: Box<Self>) {
-        self.machine.stop();
+        self.0.stop();
     }
 
     fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), PortError> {
         tracing::warn!(
             why = word.why(),
-            "the destination did not start the guest: it runs here again"
+            "the destination did not start the guest: it is here again, as it was"
         );
-        if self.was_running {
-            self.machine.resume()?;
+        if self.0.ran_before() {
+            self.0.resume()?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ mod cards;
 mod copy_disk;
 mod dirty;
 mod life;
+mod not_started;
 mod serial;
 mod shared;
 mod smp;
