@@ -473,20 +473,6 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_is_waited_for_until_cancelled() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let fd = new_socket(SockFlag::empty()).unwrap();
-        bind(fd.as_raw_fd(), &UnixAddr::new(path.as_path()).unwrap()).unwrap();
-        listen(&fd, Backlog::new(0).unwrap()).unwrap();
-        let _first = dial(&path, Duration::from_secs(1)).unwrap();
-        let error = dial_unless(&path, Duration::from_secs(60), &|| true).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::Interrupted);
-        let error = dial(&path, Duration::ZERO).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-    }
-
-    #[test]
     fn does_not_remove_a_newer_process_s_socket() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");

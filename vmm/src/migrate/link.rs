@@ -5,6 +5,8 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use ferry_migration::net::{self, Wait};
@@ -23,6 +25,8 @@ use crate::socket::dial_unless;
 
 /// How long connecting to a Unix socket may take.
 const CONNECT: Duration = Duration::from_secs(10);
+/// How soon a cancel is noticed while connecting over TCP.
+const TICK: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 enum Stream {
@@ -159,12 +163,11 @@ impl StreamLink {
         Self::connect_unless(uri, &|| false)
     }
 
-    /// As [`connect`](Self::connect), and `Interrupted` as soon as `cancelled` says so while a Unix receiver's queue is
-    /// full.
+    /// As [`connect`](Self::connect), and `Interrupted` as soon as `cancelled` says so.
     fn connect_unless(uri: &Uri, cancelled: &dyn Fn() -> bool) -> io::Result<Self> {
         match uri {
             Uri::Unix(path) => Self::unix(dial_unless(path, CONNECT, cancelled)?),
-            Uri::Tcp { host, port } => Self::tcp(net::connect((host.as_str(), *port))?),
+            Uri::Tcp { host, port } => Self::tcp(connect_tcp(host, *port, cancelled)?),
         }
     }
 
@@ -254,9 +257,46 @@ impl Watch {
         // A peer that closes with something unread resets the connection, over TCP and Unix sockets alike.
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         match recv(&self.0, &mut [0; 1][..], flags) {
+            Ok((_, 0)) if self.fails_soon() => Seen::Broken,
             Ok((_, 0)) => Seen::Closed,
             Err(Errno::AGAIN | Errno::INTR) => Seen::Open,
             _ => Seen::Broken,
+        }
+    }
+
+    /// A TCP peer that closed before our last bytes came answers them with a reset, one round trip later.
+    fn fails_soon(&self) -> bool {
+        let time = Timespec {
+            tv_sec: 1,
+            tv_nsec: 0,
+        };
+        let mut fds = [PollFd::new(&self.0, PollFlags::empty())];
+        let _ = poll(&mut fds, Some(&time));
+        fds[0].revents().contains(PollFlags::ERR)
+    }
+}
+
+/// Connects on a thread of its own: neither the name's resolver nor a host that says nothing can be interrupted. Where it is
+/// cancelled the thread ends by itself, some seconds later.
+fn connect_tcp(host: &str, port: u16, cancelled: &dyn Fn() -> bool) -> io::Result<TcpStream> {
+    let to = (host.to_owned(), port);
+    let (done, connected) = mpsc::channel();
+    thread::Builder::new()
+        .name("ferry-connect".into())
+        .spawn(move || done.send(net::connect((to.0.as_str(), to.1))))?;
+    loop {
+        match connected.recv_timeout(TICK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Timeout) if cancelled() => {
+                return Err(io::Error::new(
+                    io::ErrorKind::Interrupted,
+                    "cancelled while connecting",
+                ));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(io::Error::other("the thread that connects has failed"));
+            }
         }
     }
 }
@@ -291,6 +331,35 @@ mod tests {
     use socket2::{Domain, SockAddr, Type};
 
     #[test]
+    fn connecting_to_a_host_that_says_nothing_can_be_cancelled() {
+        let socket = socket2::Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        socket.bind(&any.into()).unwrap();
+        socket.listen(0).unwrap();
+        let address = socket.local_addr().unwrap();
+        // Linux drops what asks for a connection while the queue is full.
+        let queued: Vec<_> = (0..4)
+            .map(|_| {
+                let one = socket2::Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                one.set_nonblocking(true).unwrap();
+                let _ = one.connect(&address);
+                one
+            })
+            .collect();
+        let handle = Handle::new();
+        handle.cancel();
+        let uri = Uri::Tcp {
+            host: "127.0.0.1".into(),
+            port: address.as_socket().unwrap().port(),
+        };
+        let refused = Dial::new(uri, Some(handle))
+            .connect(Role::Control, 0)
+            .unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::Interrupted, "{refused}");
+        drop(queued);
+    }
+
+    #[test]
     fn connecting_to_a_receiver_whose_queue_is_full_can_be_cancelled() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("link");
@@ -321,6 +390,19 @@ mod tests {
         let watch = link.watch().unwrap();
         link.send(b"x", b"").unwrap();
         drop(theirs);
+        assert_eq!(watch.look(), Seen::Broken);
+    }
+
+    #[test]
+    fn a_peer_that_closed_before_the_last_bytes_came_has_not_read_them() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut link = StreamLink::tcp(listener.accept().unwrap().0).unwrap();
+        let watch = link.watch().unwrap();
+        drop(theirs);
+        // Its end is here before the bytes go out.
+        while watch.look() == Seen::Open {}
+        link.send(b"x", b"").unwrap();
         assert_eq!(watch.look(), Seen::Broken);
     }
 }

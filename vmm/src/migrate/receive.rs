@@ -71,6 +71,8 @@ struct Active {
     data_channels: Option<DataChannels>,
     missing_pages: Option<Arc<MissingPages<StreamLink, RamSink>>>,
     state: ReceiveState,
+    /// The source was sent that the guest runs here, and is sent nothing more.
+    told: bool,
     /// The engine, when it has no connection: in doubt or complete.
     parked: Option<Box<Engine>>,
 }
@@ -374,6 +376,7 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
                         data_channels: None,
                         missing_pages: None,
                         state: ReceiveState::Receiving,
+                        told: false,
                         parked: None,
                     });
                     break None;
@@ -416,14 +419,14 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
 /// Waits until the source has read that the guest runs here, and ends the listening. Its closing of the connection says so;
 /// a connection that is lost says nothing, and the source may ask again.
 fn await_source(shared: &Shared, watch: io::Result<Watch>) {
-    let done = || {
+    let told = || {
         let active = shared.active();
-        active.as_ref().map(|a| a.state) == Some(ReceiveState::Done)
+        (active.as_ref()).is_some_and(|a| a.state == ReceiveState::Done && a.told)
     };
     let Ok(watch) = watch else {
         return;
     };
-    while done() && !shared.stop.load(Ordering::SeqCst) {
+    while told() && !shared.stop.load(Ordering::SeqCst) {
         match watch.look() {
             Seen::Open => {}
             Seen::Closed => return shared.settled.store(true, Ordering::SeqCst),
@@ -518,6 +521,9 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
         shared.tell(arrival);
     }
     let session = engine.session();
+    if let Some(active) = shared.active().as_mut() {
+        active.told = engine.state() == State::Complete;
+    }
     park(&mut shared.active(), engine, state);
     shared.changed.notify_all();
     if state == ReceiveState::InDoubt {
