@@ -158,10 +158,10 @@ fn unsafe_stands_only_where_the_design_has_it() {
     }
 }
 
-/// The laboratory reaches a VMM through its control socket, and reads what `ferry doctor` finds.
+/// The laboratory reaches a VMM through its control socket, reads what `ferry doctor` finds, and makes files as a VMM does.
 #[test]
-fn the_laboratory_uses_nothing_of_the_vmm_but_its_client_and_the_doctor() {
-    const DOORS: [&str; 3] = ["api::client::", "api::types::", "doctor"];
+fn the_laboratory_uses_nothing_of_the_vmm_but_its_client_its_files_and_the_doctor() {
+    const DOORS: [&str; 4] = ["api::client::", "api::types::", "doctor", "new_file::"];
     // It takes memory as a guest's RAM does, to have the host's 2 MiB pages at hand.
     const WARM: (&str, &str) = ("lab/src/bench/warm.rs", "memory::");
     for path in sources().iter().filter(|path| path.starts_with("lab/src/")) {

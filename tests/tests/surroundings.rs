@@ -93,6 +93,25 @@ fn a_vmm_needs_none_of_its_standard_streams() {
     assert_eq!(host.state(), State::Running);
 }
 
+/// The readers of its serial port and of its messages leave, as `ferry run … | head` has it.
+#[test]
+fn readers_that_leave_end_no_guest() {
+    if !guests_run() {
+        return;
+    }
+    let pipe =
+        "f=$(mktemp -u) && mkfifo $f && (head -c 1 $f >/dev/null &) && exec >$f 2>&1 && rm $f";
+    let run = [RUN, &["--stat", "20ms"]].concat();
+    let host = up(Host::start_where(pipe, "", &run));
+    let destination = Host::receive();
+    // Many lines later.
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(host.state(), State::Running);
+    host.client().act(Ask::Pause).unwrap();
+    host.client().act(Ask::Resume).unwrap();
+    host.migrate_well(destination.uri(), &Host::options());
+}
+
 #[test]
 fn serial_output_that_nobody_reads_stops_neither_the_guest_nor_its_migration() {
     if !guests_run() {

@@ -279,11 +279,15 @@ impl Watch {
 /// Connects on a thread of its own: neither the name's resolver nor a host that says nothing can be interrupted. Where it is
 /// cancelled the thread ends by itself, some seconds later.
 fn connect_tcp(host: &str, port: u16, cancelled: &dyn Fn() -> bool) -> io::Result<TcpStream> {
-    let to = (host.to_owned(), port);
+    let to = host.to_owned();
     let (done, connected) = mpsc::channel();
-    thread::Builder::new()
+    let aside = thread::Builder::new()
         .name("ferry-connect".into())
-        .spawn(move || done.send(net::connect((to.0.as_str(), to.1))))?;
+        .spawn(move || done.send(net::connect((to.as_str(), port))));
+    if aside.is_err() {
+        // Under a limit of threads a cancel waits instead.
+        return net::connect((host, port));
+    }
     loop {
         match connected.recv_timeout(TICK) {
             Ok(result) => return result,

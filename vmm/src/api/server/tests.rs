@@ -433,6 +433,27 @@ fn clients_without_a_request_keep_nobody_out() {
 }
 
 #[test]
+fn a_reader_that_stalls_keeps_neither_a_migration_nor_others_waiting() {
+    let r = Running::with(Limits {
+        reply: Duration::from_millis(100),
+        ..Limits::default()
+    });
+    let _stalled = busy(&r);
+    let mut publisher = r.fake.migration.lock().unwrap().take().unwrap();
+    // Far more than the socket's buffer and the queue hold.
+    for _ in 0..20_000 {
+        publisher.publish(&Event::Report(Box::new(report())));
+    }
+    let client = Client::new(&r.path);
+    assert_eq!(client.status().unwrap().state, StateName::Running);
+    // The stalled reader is dropped while the migration goes on.
+    while !r.server.as_ref().unwrap().shared.open().streams.is_empty() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(publisher);
+}
+
+#[test]
 fn many_connections_at_once_are_all_served() {
     let r = Running::with(Limits::default());
     std::thread::scope(|s| {
