@@ -4,7 +4,7 @@ use super::phase::Phase;
 use super::session::Parts;
 use super::{Destination, DestinationError};
 use crate::port::{DestinationVm, Link};
-use crate::wire::{Channel, Preamble};
+use crate::wire::{Channel, FrameType, Preamble};
 
 impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// Goes on with a new connection that a source opened to resolve the doubt
@@ -43,6 +43,18 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// Whether the source has something to say on the present connection: the next [`step`](Destination::step) takes it.
     pub fn has_word(&mut self) -> bool {
         self.session.connected && self.session.channel.link().readable().unwrap_or(true)
+    }
+
+    /// Takes the source's last word on the present connection, after [`Step::Complete`](super::Step::Complete) and where it
+    /// [has one](Destination::has_word): whether it knows that the guest runs here. A source that does not asks again.
+    pub fn take_acknowledgement(&mut self) -> bool {
+        let link = self.session.channel.link();
+        link.set_timeout(Some(self.session.timeouts.handshake));
+        link.set_deadline(Some(self.session.timeouts.handshake));
+        let header = self.session.channel.recv_header();
+        let known = header.is_ok_and(|header| header.kind == FrameType::Alive);
+        self.session.connected = false;
+        known && matches!(self.phase, Phase::Complete)
     }
 
     /// Whether the source may still say something on the present connection.

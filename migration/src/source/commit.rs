@@ -103,6 +103,9 @@ impl<'g, L: Link, G: SourceVm<L>> Confirmed<'_, '_, 'g, L, G> {
 
     /// The source is discardable.
     pub(super) fn complete(self) -> Moved<'g> {
+        // The destination need not wait for this question again. Without it, it does.
+        let known = Header::bare(FrameType::Alive, self.source.flight.round);
+        let _ = self.source.session.control.send(known, &[]);
         self.source.enter(Phase::Completed);
         Moved {
             committed: self.committed,

@@ -86,7 +86,7 @@ pub enum FrameType {
     MissingBits = 16,
     /// Destination: every page is in place, and what the faults were like. JSON.
     Arrived = 17,
-    /// Source: nothing is to be sent, and the connection lives.
+    /// Source: nothing is to be sent, and the connection lives. After RUNNING without missing pages: it was read.
     Alive = 18,
     /// Destination: the pages up to the next frame of this channel that asked for it are in place (post-copy).
     Placed = 19,

@@ -3,7 +3,7 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -13,8 +13,6 @@ use ferry_migration::net::{self, Wait};
 use ferry_migration::port::Link;
 use ferry_migration::wire::Role;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
 
 use socket2::SockRef;
 
@@ -176,12 +174,6 @@ impl StreamLink {
         self.0.cancelled_by(move || handle.is_cancelled());
     }
 
-    /// A second descriptor of the socket, by which its end can be seen while an engine has the link.
-    pub(super) fn watch(&self) -> io::Result<Watch> {
-        let (fd, _) = self.parts();
-        fd.try_clone_to_owned().map(Watch)
-    }
-
     /// The socket and how long to wait on it.
     pub(super) fn parts(&self) -> (BorrowedFd<'_>, Wait<'_>) {
         (self.0.socket().fd(), self.0.wait())
@@ -226,53 +218,6 @@ impl Link for StreamLink {
 
     fn set_deadline(&mut self, deadline: Option<Duration>) {
         self.0.set_deadline(deadline);
-    }
-}
-
-/// Sees the end of a connection without reading from it.
-pub(super) struct Watch(OwnedFd);
-
-/// What a [`Watch`] sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Seen {
-    /// The connection is open.
-    Open,
-    /// The peer has read everything and closed it.
-    Closed,
-    /// It ended with something unread, or there is something to read.
-    Broken,
-}
-
-impl Watch {
-    /// Waits for the end for one time slice.
-    pub(super) fn look(&self) -> Seen {
-        let time = Timespec {
-            tv_sec: 0,
-            tv_nsec: 200_000_000,
-        };
-        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
-        if !matches!(poll(&mut fds, Some(&time)), Ok(ready) if ready > 0) {
-            return Seen::Open;
-        }
-        // A peer that closes with something unread resets the connection, over TCP and Unix sockets alike.
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        match recv(&self.0, &mut [0; 1][..], flags) {
-            Ok((_, 0)) if self.fails_soon() => Seen::Broken,
-            Ok((_, 0)) => Seen::Closed,
-            Err(Errno::AGAIN | Errno::INTR) => Seen::Open,
-            _ => Seen::Broken,
-        }
-    }
-
-    /// A TCP peer that closed before our last bytes came answers them with a reset, one round trip later.
-    fn fails_soon(&self) -> bool {
-        let time = Timespec {
-            tv_sec: 1,
-            tv_nsec: 0,
-        };
-        let mut fds = [PollFd::new(&self.0, PollFlags::empty())];
-        let _ = poll(&mut fds, Some(&time));
-        fds[0].revents().contains(PollFlags::ERR)
     }
 }
 
@@ -376,37 +321,5 @@ mod tests {
         let mut dial = Dial::new(Uri::Unix(path), Some(handle));
         let refused = dial.connect(Role::Control, 0).unwrap_err().to_string();
         assert!(refused.contains("cancelled while connecting"), "{refused}");
-    }
-
-    #[test]
-    fn a_watch_tells_a_peer_that_has_read_all_from_one_that_has_not() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut link = StreamLink::unix(ours).unwrap();
-        let watch = link.watch().unwrap();
-        assert_eq!(watch.look(), Seen::Open);
-        link.send(b"x", b"").unwrap();
-        theirs.read_exact(&mut [0; 1]).unwrap();
-        drop(theirs);
-        assert_eq!(watch.look(), Seen::Closed);
-
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut link = StreamLink::unix(ours).unwrap();
-        let watch = link.watch().unwrap();
-        link.send(b"x", b"").unwrap();
-        drop(theirs);
-        assert_eq!(watch.look(), Seen::Broken);
-    }
-
-    #[test]
-    fn a_peer_that_closed_before_the_last_bytes_came_has_not_read_them() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let mut link = StreamLink::tcp(listener.accept().unwrap().0).unwrap();
-        let watch = link.watch().unwrap();
-        drop(theirs);
-        // Its end is here before the bytes go out.
-        while watch.look() == Seen::Open {}
-        link.send(b"x", b"").unwrap();
-        assert_eq!(watch.look(), Seen::Broken);
     }
 }

@@ -12,8 +12,7 @@ use super::newcomers::Address;
 use super::{StreamLink, Uri};
 use crate::socket::{self, BindError};
 
-/// A receiver that has its guest stops listening once its source has closed the connection; the next receiver may be
-/// started at that moment.
+/// A receiver that has its guest stops listening once its source knows that; the next receiver may be started before.
 const SETTLING: Duration = Duration::from_secs(2);
 
 /// Why nothing can be received.

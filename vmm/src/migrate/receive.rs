@@ -12,11 +12,9 @@
 //!
 //! One migration at a time: a second is told that the receiver is busy. After a failure that leaves
 //! the guest with the source, the next may come. After the guest runs here the receiver goes on
-//! answering sources of *that* session that ask whether it does, until the source has read that it
-//! does and closes the connection. The receiver stops listening then: the next one, of a newer ferry,
-//! can use the same place.
+//! answering sources of *that* session that ask whether it does, until the source says that it
+//! knows. The receiver stops listening then: the next one, of a newer ferry, can use the same place.
 
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -30,7 +28,6 @@ use ferry_migration::wire::{AbortCode, Channel, Preamble, Role, SessionId};
 
 use super::arrival::{Arrival, Following, GuestInDoubt, Owner, Sent};
 use super::host::{MachineHost, RamSink};
-use super::link::{Seen, Watch};
 use super::listener::{Incoming, Listener, ReceiveError};
 use super::newcomers::Newcomers;
 use super::{MonotonicClock, StreamLink, Uri};
@@ -362,7 +359,7 @@ fn refuse(mut channel: Channel<StreamLink>, code: AbortCode, why: &str) {
 }
 
 /// A migration's control channel: runs the engine until it ends.
-fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Preamble) {
+fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
     let busy = {
         // A migration that failed is heard of at its source before its memory here is freed: whoever tries again at once
         // waits for that instead of being refused.
@@ -410,28 +407,41 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
     .owned_by(Arc::clone(&shared.owner));
     let timeouts = destination::Timeouts::default();
     let clock = Arc::new(MonotonicClock::new());
-    let watch = channel.link().watch();
     let engine = Destination::new(channel, preamble, host, timeouts, clock);
     drive(shared, Box::new(engine));
-    await_source(shared, watch);
+    await_source(shared, preamble.session);
 }
 
-/// Waits until the source has read that the guest runs here, and ends the listening. Its closing of the connection says so;
-/// a connection that is lost says nothing, and the source may ask again.
-fn await_source(shared: &Shared, watch: io::Result<Watch>) {
-    let told = || {
-        let active = shared.active();
-        (active.as_ref()).is_some_and(|a| a.state == ReceiveState::Done && a.told)
-    };
-    let Ok(watch) = watch else {
-        return;
-    };
-    while told() && !shared.stop.load(Ordering::SeqCst) {
-        match watch.look() {
-            Seen::Open => {}
-            Seen::Closed => return shared.settled.store(true, Ordering::SeqCst),
-            Seen::Broken => return,
+/// Waits until the source says that it knows that the guest runs here, and ends the listening: no question comes any more.
+/// A connection that is lost before says nothing, and the source may ask on another.
+fn await_source(shared: &Shared, session: SessionId) {
+    while !shared.stop.load(Ordering::SeqCst) {
+        let mut active = shared.active();
+        let done = active
+            .as_mut()
+            .filter(|a| a.session == session && a.state == ReceiveState::Done && a.told);
+        // Where it is not here, a thread has it that does the same afterwards.
+        let Some(engine) = done.and_then(|a| a.parked.as_mut()) else {
+            return;
+        };
+        if !engine.is_connected() {
+            return;
         }
+        if engine.has_word() {
+            let Some(mut engine) = active.as_mut().and_then(|a| a.parked.take()) else {
+                return;
+            };
+            drop(active);
+            let known = engine.take_acknowledgement();
+            park(&mut shared.active(), engine, ReceiveState::Done);
+            shared.changed.notify_all();
+            if known {
+                shared.settled.store(true, Ordering::SeqCst);
+            }
+            return;
+        }
+        drop(active);
+        std::thread::sleep(POLL);
     }
 }
 
@@ -634,13 +644,12 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
 }
 
 /// A source that asks, or tells, what became of a guest.
-fn recover(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Preamble) {
+fn recover(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
     match parked(shared, preamble.session) {
         Ok(mut engine) => {
-            let watch = channel.link().watch();
             engine.reattach(channel, preamble);
             drive(shared, engine);
-            await_source(shared, watch);
+            await_source(shared, preamble.session);
         }
         Err((code, why)) => refuse(channel, code, why),
     }
