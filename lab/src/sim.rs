@@ -3,6 +3,7 @@
 mod guest;
 mod mplm;
 mod postcopy;
+mod regret;
 mod single;
 mod stord;
 
@@ -23,6 +24,7 @@ use std::sync::Mutex;
     after_help = "Examples:
   ferry sim --writer uniform --wss 256M --rate 20000 --memory 1G --policy stord
   ferry sim --trace guest.trace --policy mplm --bandwidth 1Gbit
+  ferry sim regret --offsets 1
   ferry sim paper stord"
 )]
 pub struct Args {
@@ -37,6 +39,7 @@ enum What {
     /// Reproduce the figures of a paper, as a table and plots.
     #[command(subcommand, after_help = "Example:\n  ferry sim paper stord")]
     Paper(PaperName),
+    Regret(regret::Args),
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -108,6 +111,7 @@ struct Paper {
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     match &args.what {
         None => single::run(&args.single),
+        Some(What::Regret(args)) => regret::run(args),
         Some(What::Paper(PaperName::Stord(args))) => show(stord::run(args)?, args.json()),
         Some(What::Paper(PaperName::Mplm(args))) => show(mplm::run(args)?, args.json()),
         Some(What::Paper(PaperName::Postcopy(args))) => show(postcopy::run(args)?, args.json()),

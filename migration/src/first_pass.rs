@@ -48,6 +48,11 @@ impl FirstPass {
     /// Takes the next step's pages, of whole regions where nothing was written to them; none when nothing is left. `log` is what
     /// was written since the pass began, to those that are left and to pages that were sent.
     pub(crate) fn next(&mut self, log: &PageSet) -> PageSet {
+        self.take(log, self.step)
+    }
+
+    /// As [`next`](Self::next), a step of about `room` pages.
+    pub(crate) fn take(&mut self, log: &PageSet, mut room: u64) -> PageSet {
         self.calm.clone_from(&self.left);
         self.calm.subtract(log);
         // What is written all the time goes last, and then all of it is as good as any.
@@ -72,7 +77,6 @@ impl FirstPass {
             .collect();
         regions.sort_unstable();
         let mut step = PageSet::new(self.left.end());
-        let mut room = self.step;
         for (_, (region, words)) in regions {
             if room == 0 {
                 break;

@@ -25,6 +25,7 @@
 mod activity;
 mod even_in_set;
 mod post_copy;
+pub mod regret;
 mod replay;
 mod round;
 pub mod stord;
@@ -38,8 +39,9 @@ use crate::options::Options;
 use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, RamLayout};
 use crate::policy::{self, Decision, Policy, STOP_AND_START, seconds};
-use crate::source::post_copy::PUSH_PAGES;
-use round::Rounds;
+pub(crate) use crate::source::post_copy::PUSH_PAGES;
+pub(crate) use round::Start;
+use round::{Begin, Rounds};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -74,6 +76,8 @@ pub struct Setup {
     pub clearing: Clearing,
     /// Post-copy: pages that are pushed at once, which a fault may have to wait for.
     pub push_pages: u64,
+    /// Pages of the guest that a modelled page stands for, each of which faults for itself; 1 but for a sample.
+    pub stands_for: f64,
 }
 
 impl Setup {
@@ -96,6 +100,7 @@ impl Setup {
             pause_overhead: 2 * round_trip + STOP_AND_START,
             clearing: Clearing::default(),
             push_pages: PUSH_PAGES,
+            stands_for: 1.0,
         }
     }
 
@@ -178,19 +183,39 @@ pub fn run(
     policy: &mut dyn Policy,
     guest: &mut dyn Activity,
 ) -> Outcome {
-    let cap = options.bandwidth.map(|cap| cap as f64);
-    let mut rounds = Rounds::new(setup, cap, guest);
+    run_from(setup, options, policy, guest, None)
+}
+
+/// As [`run`], from where a migration stands.
+pub(crate) fn run_from(
+    setup: &Setup,
+    options: &Options,
+    policy: &mut dyn Policy,
+    guest: &mut dyn Activity,
+    from: Option<Start>,
+) -> Outcome {
+    let begin = Begin {
+        cap: options.bandwidth.map(|cap| cap as f64),
+        post_copy: options.may_post_copy(),
+        from,
+    };
+    let mut rounds = Rounds::new(setup, begin, guest);
+    let mut watches = 0;
     let end = loop {
         rounds.collect();
         match policy.next(&rounds.view()) {
             Decision::Send { pages, order } => rounds.send(pages, order),
+            Decision::Watch => {
+                watches += 1;
+                rounds.watch();
+            }
             Decision::GiveUp { why } => break End::GiveUp(why),
             // What the drained link shows may change the policy's mind.
             Decision::Stop { .. } | Decision::HandOver { .. } if rounds.drain() => {}
             Decision::Stop { why } => break End::Stop(why),
             Decision::HandOver { order, why } => break End::HandOver(order, why),
         }
-        if rounds.count() >= MAX_ROUNDS {
+        if rounds.count().max(watches) >= MAX_ROUNDS {
             break End::GiveUp(format!("no end after {MAX_ROUNDS} rounds"));
         }
     };

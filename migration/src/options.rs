@@ -50,6 +50,8 @@ pub enum PolicyKind {
     Postcopy,
     /// One pass of pre-copy, then post-copy.
     Hybrid,
+    /// Whichever of these the model predicts to be best, by what is measured in the first pass.
+    Auto,
 }
 
 impl PolicyKind {
@@ -60,6 +62,7 @@ impl PolicyKind {
         Self::Mplm,
         Self::Postcopy,
         Self::Hybrid,
+        Self::Auto,
     ];
 
     /// The name that the command line and the report use.
@@ -71,6 +74,7 @@ impl PolicyKind {
             Self::Mplm => "mplm",
             Self::Postcopy => "postcopy",
             Self::Hybrid => "hybrid",
+            Self::Auto => "auto",
         }
     }
 }
@@ -175,6 +179,9 @@ pub struct Options {
     pub timeout: Duration,
     /// What happens after it.
     pub on_timeout: OnTimeout,
+    /// Never let the guest run at the destination before its memory is there: `auto` does without post-copy, and a policy
+    /// that is nothing else is refused.
+    pub no_postcopy: bool,
     /// The most rounds of the live phase; `None` leaves it to the time limit.
     pub max_rounds: Option<u32>,
     /// The sender's cap in bytes per second; `None` is as fast as the link takes.
@@ -228,6 +235,7 @@ impl Default for Options {
             downtime: Duration::from_millis(300),
             timeout: Duration::from_secs(600),
             on_timeout: OnTimeout::Cancel,
+            no_postcopy: false,
             max_rounds: None,
             bandwidth: None,
             split: 2,
@@ -270,6 +278,11 @@ pub enum OptionsError {
     /// Not between 1 and [`Push::MAX_PIVOTS`].
     #[error("{0} pivots were asked for; give 1 to {max}", max = Push::MAX_PIVOTS)]
     Pivots(u16),
+    /// Post-copy is asked for and forbidden.
+    #[error(
+        "--no-postcopy contradicts --policy postcopy, --policy hybrid and --on-timeout postcopy; leave one of them out"
+    )]
+    PostCopy,
     /// A pause of no time.
     #[error("max_pause_ms is 0: no guest can be moved like that; give at least 1")]
     Pause,
@@ -287,12 +300,17 @@ impl Options {
     /// The largest share of MPLM's dirty group, in per cent of the other.
     pub const MAX_SHARE: u32 = 1000;
 
-    /// Whether the guest may run at the destination before its memory is there: the destination must
-    /// then be able to.
+    /// Whether the destination must be able to run the guest before its memory is there.
     #[must_use]
-    pub fn may_post_copy(&self) -> bool {
+    pub fn needs_post_copy(&self) -> bool {
         matches!(self.policy, PolicyKind::Postcopy | PolicyKind::Hybrid)
             || self.on_timeout == OnTimeout::Postcopy
+    }
+
+    /// Whether the guest may run at the destination before its memory is there, where the destination is able to.
+    #[must_use]
+    pub fn may_post_copy(&self) -> bool {
+        self.needs_post_copy() || self.policy == PolicyKind::Auto && !self.no_postcopy
     }
 
     /// The defaults, but for what was added to the algorithms since they were published: pages go by address.
@@ -310,7 +328,10 @@ impl Options {
     pub const fn reorders(&self) -> bool {
         match self.reorder {
             Some(reorder) => reorder,
-            None => matches!(self.policy, PolicyKind::Precopy | PolicyKind::Hybrid),
+            None => matches!(
+                self.policy,
+                PolicyKind::Precopy | PolicyKind::Hybrid | PolicyKind::Auto
+            ),
         }
     }
 
@@ -340,6 +361,9 @@ impl Options {
         }
         if self.pivots == 0 || usize::from(self.pivots) > Push::MAX_PIVOTS {
             return Err(OptionsError::Pivots(self.pivots));
+        }
+        if self.no_postcopy && self.needs_post_copy() {
+            return Err(OptionsError::PostCopy);
         }
         if self.max_pause == Some(Duration::ZERO) {
             return Err(OptionsError::Pause);

@@ -4,6 +4,7 @@
 //! clock; the engine alone reads memory, sends, pauses and marks. So a policy can be slow, but
 //! it cannot be wrong: whatever it decides, no write is lost and one side runs the guest.
 
+mod auto;
 mod hybrid;
 mod limits;
 mod mplm;
@@ -11,6 +12,7 @@ mod post_copy;
 mod pre_copy;
 mod stord;
 
+pub use auto::Auto;
 pub use hybrid::Hybrid;
 pub use mplm::Mplm;
 pub use post_copy::PostCopy;
@@ -27,7 +29,7 @@ use std::time::Duration;
 pub(crate) const STOP_AND_START: Duration = Duration::from_micros(1500);
 
 /// What a policy may look at.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct View<'a> {
     /// Rounds sent so far; 0 before the first.
@@ -42,6 +44,9 @@ pub struct View<'a> {
     pub sent: &'a PageSet,
     /// How often pages were dirtied.
     pub heat: &'a Heat,
+    /// Pages written since their dirty bit was last cleared, by sending them or by [`Decision::Watch`], pending ones
+    /// included. Empty before the first watch.
+    pub written: &'a PageSet,
     /// Pages found newly dirty by the last collection …
     pub dirtied_pages: u64,
     /// … and the time between it and the one before.
@@ -56,6 +61,10 @@ pub struct View<'a> {
     pub disk_bytes: u64,
     /// What a pause costs beside sending: a few round trips, stopping and starting.
     pub pause_overhead: Duration,
+    /// The link's round trip.
+    pub round_trip: Duration,
+    /// Whether the destination can run the guest before its pages are there: [`Decision::HandOver`] is then allowed.
+    pub post_copy: bool,
     /// Since the migration of memory began.
     pub elapsed: Duration,
 }
@@ -149,6 +158,9 @@ pub enum Decision {
         /// In which order.
         order: SendOrder,
     },
+    /// Clear the dirty bits of pending pages, so that [`View::written`] shows which of them are written from now on.
+    /// Nothing is sent, and the policy is asked again.
+    Watch,
     /// Stop the guest and copy what is pending.
     Stop {
         /// Why, for the report.
@@ -198,6 +210,10 @@ pub trait Policy: Send {
     /// What to do next. Called after each collection of the dirty log while the guest runs; a
     /// `Stop` may be asked for again after the link was drained, with newer numbers.
     fn next(&mut self, view: &View<'_>) -> Decision;
+    /// A sentence about a choice that it has made since it was last asked: for the user, at once and in the report.
+    fn choice(&mut self) -> Option<String> {
+        None
+    }
 }
 
 /// The policy that the options name.
@@ -209,5 +225,6 @@ pub fn from_options(options: &Options) -> Box<dyn Policy> {
         PolicyKind::Mplm => Box::new(Mplm::new(options)),
         PolicyKind::Postcopy => Box::new(PostCopy::new(options)),
         PolicyKind::Hybrid => Box::new(Hybrid::new(options)),
+        PolicyKind::Auto => Box::new(Auto::new(options)),
     }
 }

@@ -366,6 +366,11 @@ pub enum Event {
     Progress(Progress),
     /// The destination has placed a whole round.
     Round(Round),
+    /// The policy has chosen how the guest is moved, or has changed its mind.
+    Choice {
+        /// Its sentence.
+        why: String,
+    },
     /// The end; nothing follows.
     Report(Box<Report>),
 }

@@ -319,6 +319,7 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
             pending_pages: self.memory.pending.len(),
             sent: &self.memory.sent_once,
             heat: &self.memory.heat,
+            written: &self.memory.written,
             dirtied_pages: self.memory.dirtied.0,
             dirtied_over: self.memory.dirtied.1,
             bandwidth: self.flight.bandwidth.estimate(),
@@ -326,6 +327,8 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
             state_bytes: self.guest.state_bytes(),
             disk_bytes: self.disks.pending_bytes(),
             pause_overhead: 2 * self.session.rtt + policy::STOP_AND_START + self.record.flush_took,
+            round_trip: self.session.rtt,
+            post_copy: !self.transport.faults.is_empty(),
             elapsed: self.now().saturating_sub(self.record.memory_began),
         }
     }

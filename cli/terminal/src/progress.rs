@@ -1,5 +1,6 @@
 //! A running migration, shown: a bar on a terminal, lines elsewhere, or nothing.
 
+use crate::output::clean;
 use crate::units::{grouped, span, traffic};
 use ferry_migration::report::{Event, Phase, Progress, Round};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -61,6 +62,12 @@ impl Display {
             (Self::Lines { last }, Event::Progress(p)) if due(*last) => {
                 *last = Some(Instant::now());
                 tell(&format!("{:>8}  {}", span(p.elapsed_ms), line(p)));
+            }
+            (Self::Bar(bar), Event::Choice { why }) => {
+                bar.suspend(|| tell(&format!("chosen: {}", clean(why))));
+            }
+            (Self::Lines { .. }, Event::Choice { why }) => {
+                tell(&format!("chosen: {}", clean(why)));
             }
             // Late rounds can be a thousand a second.
             (Self::Lines { last }, Event::Round(r)) if r.n <= FIRST_ROUNDS || due(*last) => {

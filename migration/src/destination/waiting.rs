@@ -107,6 +107,9 @@ fn accept<L: Link, H: DestinationVm<L>>(
     };
     let shared = adopted.is_some();
     let to_follow = to_follow(&hello, shared, parts)?;
+    if to_follow.is_none() && !hello.required.has(Features::POST_COPY) {
+        agreed = agreed.without(Features::POST_COPY);
+    }
     let disks = take_disks(&hello, parts.host)?;
     let sink = match adopted {
         Some(sink) => sink,
@@ -170,14 +173,23 @@ fn to_follow<L: Link, H: DestinationVm<L>>(
     shared: bool,
     parts: &Parts<'_, L, H>,
 ) -> Result<Option<ToFollow<L, H::Sink>>, DestinationError> {
-    if shared || !hello.required.has(Features::POST_COPY) {
+    let required = hello.required.has(Features::POST_COPY);
+    // A source that only may need it opens fault channels where this side agrees.
+    let wanted = hello.offered.has(Features::POST_COPY) && hello.faults > 0;
+    if shared || !required && !wanted {
         return Ok(None);
     }
     if hello.faults == 0 {
         return Err(DestinationError::NoFaultChannel);
     }
-    let check = parts.host.check_post_copy();
-    check.map_err(DestinationError::Unfit)?;
+    match parts.host.check_post_copy() {
+        Ok(()) => {}
+        Err(error) if required => return Err(DestinationError::Unfit(error)),
+        Err(error) => {
+            tracing::info!(%error, "the guest comes without post-copy");
+            return Ok(None);
+        }
+    }
     let clock = Arc::clone(&parts.session.clock);
     let verify = hello.required.has(Features::VERIFY);
     let missing_pages = MissingPages::new(hello.layout.clone(), clock, verify, hello.faults);

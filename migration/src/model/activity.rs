@@ -55,6 +55,11 @@ pub enum Pattern {
     Uniform,
     /// One after the other, around and around.
     Sequential,
+    /// Every so many pages, around and around: each page once before any comes again.
+    Stride {
+        /// How far from one page to the next.
+        step: u64,
+    },
     /// A few pages often, most seldom: the page of rank *r* with a probability that falls as
     /// *r*^−`exponent`. Ranks are scattered over the working set.
     Zipf {
@@ -101,6 +106,7 @@ impl Writer {
         match self.pattern {
             Pattern::Uniform => self.rng.below(self.pages),
             Pattern::Sequential => self.taken % self.pages,
+            Pattern::Stride { step } => stride(self.taken % self.pages, step, self.pages),
             Pattern::Zipf { exponent } => {
                 let rank = zipf(self.pages, exponent, self.rng.unit());
                 // Multiplying by a number without a common divisor is a permutation.
@@ -139,6 +145,20 @@ fn zipf(n: u64, exponent: f64, u: f64) -> u64 {
         (u * (ranks.powf(power) - 1.0) + 1.0).powf(1.0 / power)
     };
     crate::policy::pages_in(rank - 1.0).min(n - 1)
+}
+
+/// The page at a place in a walk of so many pages in steps: 0, step, 2·step …, 1, step + 1 …
+fn stride(place: u64, step: u64, pages: u64) -> u64 {
+    let step = step.clamp(1, pages);
+    // Of the columns that the steps make, the first `longer` have one page more.
+    let (rows, longer) = (pages / step, pages % step);
+    let in_longer = longer * (rows + 1);
+    if place < in_longer {
+        place / (rows + 1) + place % (rows + 1) * step
+    } else {
+        let place = place - in_longer;
+        longer + place / rows + place % rows * step
+    }
 }
 
 /// A multiplier near the golden section of `n` that has no divisor in common with it.
@@ -300,6 +320,16 @@ mod tests {
         // Spread evenly: half of them in the upper half.
         let upper = second.iter().filter(|&gfn| gfn >= 500).count();
         assert!((180..270).contains(&upper), "{upper}");
+    }
+
+    #[test]
+    fn a_stride_visits_every_page_once() {
+        for (pages, step) in [(1, 1), (10, 3), (100, 7), (100, 10), (5, 9)] {
+            let mut seen = PageSet::new(pages);
+            assert!((0..pages).all(|at| seen.insert(stride(at, step, pages))));
+            assert_eq!(seen.len(), pages, "{pages} {step}");
+        }
+        assert_eq!([0, 1, 2, 3, 4].map(|at| stride(at, 3, 10)), [0, 3, 6, 9, 1]);
     }
 
     #[test]

@@ -155,7 +155,7 @@ pub(super) fn follow(
     // Where a part has crossed before, the stale pages are named: as runs, or as a bitmap.
     let stale = if rounds.count() > 0 {
         let runs = missing.runs().count() as f64 * 16.0;
-        runs.min(setup.layout.end() as f64 / 8.0)
+        runs.min(setup.layout.end() as f64 / 8.0) * setup.stands_for
     } else {
         0.0
     };
@@ -219,7 +219,12 @@ fn run(
         transfer.arrive_until(time);
         if transfer.missing.contains(touch.gfn) {
             let (arrival, on_the_way) = transfer.request(touch.gfn, time);
-            let wait = (arrival - time).max(0.0);
+            let mut wait = (arrival - time).max(0.0);
+            if !on_the_way {
+                // The page's own time counts once for all that it stands for; a round trip and a batch for each.
+                let each = (wait - transfer.seconds_per_page).max(0.0);
+                wait += each * (transfer.setup.stands_for - 1.0);
+            }
             faults.count += 1;
             faults.on_the_way += u64::from(on_the_way);
             faults.stalled += seconds(wait);

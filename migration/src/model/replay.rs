@@ -39,6 +39,17 @@ impl<'a> Replay<'a> {
         }
     }
 
+    /// A replay from the frame of that number on, which begins at guest time 0.
+    #[must_use]
+    pub fn from_frame(trace: &'a Trace, seed: u64, frame: usize) -> Self {
+        let mut replay = Self::new(trace, seed);
+        if let Some(first) = trace.frames().get(frame) {
+            replay.frame = frame;
+            replay.epoch = -first.from().as_secs_f64();
+        }
+        replay
+    }
+
     /// How often the trace has been replayed to its end.
     #[must_use]
     pub const fn passes(&self) -> u32 {

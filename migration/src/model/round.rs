@@ -26,14 +26,42 @@ pub(super) struct Rounds<'a> {
     fresh: PageSet,
     fresh_pages: u64,
     fresh_over: f64,
+    /// The log as last read, once the policy watches it.
+    written: PageSet,
+    watched: bool,
+    post_copy: bool,
     fresh_round: u32,
     collected_at: f64,
     /// When the rounds on their way will have been acknowledged.
     in_flight: VecDeque<f64>,
     acknowledged: bool,
+    /// Which pages are written often is known: the first pass need not find out.
+    learned: bool,
     sent: u64,
     resent: u64,
     rounds: Vec<Round>,
+}
+
+/// How a modelled migration begins.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Begin {
+    /// The user's cap in bytes per second.
+    pub cap: Option<f64>,
+    /// Whether the guest may be handed over before its pages.
+    pub post_copy: bool,
+    /// Where it stands; `None` is at its beginning.
+    pub from: Option<Start>,
+}
+
+/// Where a migration stands that is modelled from there on.
+#[derive(Clone, Debug)]
+pub(crate) struct Start {
+    /// Pages that the destination lacks or has stale.
+    pub pending: PageSet,
+    /// Pages that were sent at least once.
+    pub sent: PageSet,
+    /// How often pages are written: the first pass has been learning.
+    pub heat: Heat,
 }
 
 /// A round that is being sent.
@@ -44,25 +72,35 @@ struct Sending {
 }
 
 impl<'a> Rounds<'a> {
-    pub fn new(setup: &'a Setup, cap: Option<f64>, guest: &'a mut dyn Activity) -> Self {
+    pub fn new(setup: &'a Setup, begin: Begin, guest: &'a mut dyn Activity) -> Self {
         let end = setup.layout.end();
+        let measured = begin.from.is_some();
+        let from = begin.from.unwrap_or_else(|| Start {
+            pending: setup.layout.all(),
+            sent: PageSet::new(end),
+            heat: Heat::new(end),
+        });
         Self {
             setup,
             guest,
-            cap,
+            cap: begin.cap,
             now: 0.0,
-            log: setup.layout.all(),
-            pending: setup.layout.all(),
-            pending_pages: setup.layout.pages(),
-            sent_once: PageSet::new(end),
-            heat: Heat::new(end),
+            log: from.pending.clone(),
+            pending_pages: from.pending.len(),
+            pending: from.pending,
+            sent_once: from.sent,
+            heat: from.heat,
             fresh: PageSet::new(end),
             fresh_pages: 0,
             fresh_over: 0.0,
+            written: PageSet::new(end),
+            watched: false,
+            post_copy: begin.post_copy,
             fresh_round: 0,
             collected_at: 0.0,
             in_flight: VecDeque::new(),
-            acknowledged: false,
+            acknowledged: measured,
+            learned: measured,
             sent: 0,
             resent: 0,
             rounds: Vec::new(),
@@ -136,6 +174,9 @@ impl<'a> Rounds<'a> {
         self.pass_until(self.now + COLLECT);
         self.fresh.clear();
         self.fresh.union_with(&self.log);
+        if self.watched {
+            self.written.clone_from(&self.log);
+        }
         self.fresh.subtract(&self.pending);
         self.pending.union_with(&self.fresh);
         self.heat.record(&self.fresh);
@@ -155,6 +196,12 @@ impl<'a> Rounds<'a> {
         }
     }
 
+    /// Takes pending pages off the log, as the engine does.
+    pub fn watch(&mut self) {
+        self.watched = true;
+        self.log.subtract(&self.pending);
+    }
+
     /// Waits until nothing is on its way; says whether there was anything to wait for.
     pub fn drain(&mut self) -> bool {
         let busy = !self.in_flight.is_empty();
@@ -170,6 +217,7 @@ impl<'a> Rounds<'a> {
             pending_pages: self.pending_pages,
             sent: &self.sent_once,
             heat: &self.heat,
+            written: &self.written,
             dirtied_pages: self.fresh_pages,
             dirtied_over: seconds(self.fresh_over),
             bandwidth: self
@@ -179,6 +227,8 @@ impl<'a> Rounds<'a> {
             state_bytes: self.setup.state_bytes,
             disk_bytes: 0,
             pause_overhead: self.setup.pause_overhead,
+            round_trip: self.setup.round_trip,
+            post_copy: self.post_copy,
             elapsed: seconds(self.now),
         }
     }
@@ -202,7 +252,7 @@ impl<'a> Rounds<'a> {
             sent: 0,
             seconds_per_page,
         };
-        if order == SendOrder::ColdFirst && self.sent_once.is_empty() {
+        if order == SendOrder::ColdFirst && !self.learned && self.sent_once.is_empty() {
             // As the engine learns in its first pass.
             self.log.subtract(&pages);
             let mut pass = FirstPass::new(pages);

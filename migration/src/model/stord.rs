@@ -4,7 +4,7 @@
 //! The literal form exists to be counted here. It is no [`crate::policy::Policy`]: no migration can be
 //! asked to use it.
 
-use super::round::Rounds;
+use super::round::{Begin, Rounds};
 use super::{Activity, MAX_ROUNDS, Outcome, Setup};
 use crate::page::PageSet;
 use crate::policy::{SendOrder, Stord, pages_in, seconds};
@@ -115,7 +115,7 @@ pub fn literal(
     guest: &mut dyn Activity,
 ) -> Literal {
     let enough = pages_in(downtime.as_secs_f64() * setup.pages_per_second());
-    let mut rounds = Rounds::new(setup, None, guest);
+    let mut rounds = Rounds::new(setup, Begin::default(), guest);
     let mut forgotten = 0;
     let mut set = setup.layout.all();
     let mut dirty = PageSet::new(setup.layout.end());

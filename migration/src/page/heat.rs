@@ -42,6 +42,16 @@ impl Heat {
         }
     }
 
+    /// Sets how often the page was found dirty.
+    pub(crate) fn set(&mut self, gfn: Gfn, count: u8) {
+        if let Some(at) = usize::try_from(gfn)
+            .ok()
+            .and_then(|i| self.counts.get_mut(i))
+        {
+            *at = count;
+        }
+    }
+
     /// How often the page was found dirty, lately.
     #[must_use]
     pub fn of(&self, gfn: Gfn) -> u8 {

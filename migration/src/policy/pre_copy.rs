@@ -60,6 +60,7 @@ mod tests {
             pending_pages: 0,
             sent: &set,
             heat: &Heat::new(100),
+            written: &set,
             dirtied_pages: 0,
             dirtied_over: Duration::from_secs(1),
             cap: None,
@@ -67,6 +68,8 @@ mod tests {
             state_bytes: 10_000,
             disk_bytes: 0,
             pause_overhead: Duration::from_millis(200),
+            round_trip: Duration::ZERO,
+            post_copy: false,
             elapsed: Duration::from_secs(1),
         };
         let Decision::Stop { why } = policy(20, OnTimeout::Cancel).next(&view) else {
@@ -91,6 +94,7 @@ mod tests {
             pending_pages: pending,
             sent: &PageSet::new(100_000),
             heat: &Heat::new(100_000),
+            written: &PageSet::new(100_000),
             dirtied_pages: dirtied,
             dirtied_over: Duration::from_secs(1),
             cap: None,
@@ -98,6 +102,8 @@ mod tests {
             state_bytes: 4096 * 10,
             disk_bytes: 0,
             pause_overhead: Duration::ZERO,
+            round_trip: Duration::ZERO,
+            post_copy: false,
             elapsed: Duration::from_secs(elapsed),
         })
     }

@@ -76,14 +76,19 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             // These use what the destination can do.
             Compress::Auto | Compress::Adaptive | Compress::None => {}
         }
-        if options.may_post_copy() {
+        if options.needs_post_copy() {
             required = required.or(Features::POST_COPY);
+        }
+        if options.may_post_copy() {
             faults = self
                 .guest
                 .fault_channels()
                 .clamp(1, Self::MOST_FAULT_CHANNELS);
         }
         let mut offered = Features::SUPPORTED;
+        if faults == 0 {
+            offered = offered.without(Features::POST_COPY);
+        }
         if !self.share_memory()? {
             offered = offered.without(Features::SHARED_MEMORY.or(Features::SHARED_FILES));
         } else if options.handover == Handover::On {
@@ -160,6 +165,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             self.transport
                 .data_channels
                 .push((channel, Sender::new(coding.encoder())));
+        }
+        if !ack.features.and(offered).has(Features::POST_COPY) {
+            faults = 0;
         }
         for index in 0..faults {
             let channel = self.open_channel(Role::Fault, index)?;

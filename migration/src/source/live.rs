@@ -49,7 +49,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     fn live(&mut self, policy: &mut dyn Policy) -> Result<How, SourceError> {
         // What the host has cached of the disks is written while memory goes out, and not in the pause.
         self.flush_live()?;
-        let mut draining = false;
+        let (mut draining, mut announced) = (false, false);
         loop {
             self.session.check()?;
             self.take_acks()?;
@@ -65,6 +65,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             self.collect()?;
             self.disks.collect()?;
             let decision = policy.next(&self.view());
+            if let Some(why) = policy.choice() {
+                (self.session.setup.events)(Event::Choice { why });
+            }
             let (how, why) = match decision {
                 Decision::Send { mut pages, order } => {
                     pages.intersect_with(&self.memory.pending);
@@ -74,13 +77,17 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                     self.send_round(pages, order, false)?;
                     continue;
                 }
+                Decision::Watch => {
+                    self.watch()?;
+                    continue;
+                }
                 Decision::GiveUp { why } => return Err(SourceError::GaveUp(why)),
                 Decision::Stop { why } => (How::Copy, why),
                 Decision::HandOver { order, why } => {
-                    if !self.session.setup.options.may_post_copy() {
+                    if self.transport.faults.is_empty() {
                         return Err(SourceError::NoPostCopy);
                     }
-                    if self.flight.round == 0 && self.announce_unpopulated()? {
+                    if !std::mem::replace(&mut announced, true) && self.announce_unpopulated()? {
                         continue;
                     }
                     (How::Follow(order), why)
@@ -179,6 +186,11 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// nothing; to follow the guest it would have to be placed page by page, and take memory there.
     fn announce_unpopulated(&mut self) -> Result<bool, SourceError> {
         let mut pages = PageSet::new(self.memory.layout.end());
+        let mut unsent = self.memory.pending.clone();
+        unsent.subtract(&self.memory.sent_once);
+        if unsent.is_empty() {
+            return Ok(false);
+        }
         for region in self.memory.layout.runs() {
             let mut at = region.first;
             while let Some(run) = self.guest.unpopulated(Run::new(at, region.end() - at)) {
@@ -189,12 +201,35 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 }
             }
         }
+        pages.intersect_with(&unsent);
         if pages.is_empty() {
             return Ok(false);
         }
         // Whatever the cap: a batch of zero pages is a few bytes.
         self.send_round_in(pages, SendOrder::Address, false, BATCH_PAGES)?;
         Ok(true)
+    }
+
+    /// Takes pending pages off the dirty log, which then shows what is written to them: they are pending all the same.
+    fn watch(&mut self) -> Result<(), SourceError> {
+        let log = if std::mem::replace(&mut self.memory.watched, true) {
+            let mut log = self.memory.written.clone();
+            log.intersect_with(&self.memory.pending);
+            log
+        } else {
+            self.memory.pending.clone()
+        };
+        self.clear(&FirstPass::new(log))
+    }
+
+    fn clear(&mut self, pass: &FirstPass) -> Result<(), SourceError> {
+        let mut words = Vec::new();
+        for part in pass.parts() {
+            self.guest
+                .clear_dirty(&part, &mut words)
+                .map_err(|e| SourceError::guest("clearing the dirty log", e))?;
+        }
+        Ok(())
     }
 
     /// Unites the dirty log with what is pending.
@@ -204,6 +239,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             .collect_dirty(&mut self.memory.fresh)
             .map_err(|e| SourceError::guest("reading the dirty log", e))?;
         let now = self.now();
+        if self.memory.watched {
+            self.memory.written.clone_from(&self.memory.fresh);
+        }
         // A page stays in the log until it is cleared for sending: what was pending is not news.
         self.memory.fresh.subtract(&self.memory.pending);
         self.memory.pending.union_with(&self.memory.fresh);
@@ -325,11 +363,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         let failed = |e| SourceError::guest("reading the dirty log", e);
         let guest = self.guest;
         let mut pass = FirstPass::new(pages);
-        let mut words = Vec::new();
         // All are pending: from here on the log tells which of them are written. Each is cleared once more as it leaves.
-        for part in pass.parts() {
-            guest.clear_dirty(&part, &mut words).map_err(failed)?;
-        }
+        self.clear(&pass)?;
         let mut log = PageSet::new(self.memory.layout.end());
         let step = pass.next(&log);
         let to_come = pass.left().len();

@@ -84,6 +84,9 @@ pub(super) struct Memory {
     pub(super) heat: Heat,
     /// Scratch of a collection.
     pub(super) fresh: PageSet,
+    /// The dirty log as last read, once the policy watches it.
+    pub(super) written: PageSet,
+    pub(super) watched: bool,
     pub(super) collected_at: Duration,
     /// Pages found dirty since the round before, over which time, and after which round that was.
     pub(super) dirtied: (u64, Duration),
@@ -99,6 +102,8 @@ impl Memory {
             hashed: None,
             heat: Heat::new(end),
             fresh: PageSet::new(end),
+            written: PageSet::new(end),
+            watched: false,
             collected_at: now,
             dirtied: (0, Duration::ZERO),
             dirtied_round: 0,

@@ -115,6 +115,8 @@ pub struct Outcome {
     pub messages: u64,
     /// Page faults that the guest took at the destination.
     pub faults: u64,
+    /// What the policy said that it has chosen.
+    pub choices: Vec<String>,
     /// The report of the recovery, where one was needed and possible.
     pub recovered: Option<Report>,
 }
@@ -264,7 +266,12 @@ pub fn run_with(scenario: &Scenario, policy: &mut dyn Policy) -> Outcome {
     let clock = SimClock::new(Arc::clone(&world));
     let guest = SimGuest::new(Arc::clone(&world));
     let mut connect = |_, _| SimLink::connect(&world, &peer);
-    let mut events = |_: Event| {};
+    let mut choices = Vec::new();
+    let mut events = |event: Event| {
+        if let Event::Choice { why } = event {
+            choices.push(why);
+        }
+    };
     let report = source::migrate_with(
         &guest,
         Setup {
@@ -311,6 +318,7 @@ pub fn run_with(scenario: &Scenario, policy: &mut dyn Policy) -> Outcome {
         faults: world.faults_taken,
         recovered,
         report,
+        choices,
         violations,
     }
 }

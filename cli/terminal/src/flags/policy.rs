@@ -12,7 +12,8 @@ use std::time::Duration;
 #[group(skip)]
 #[command(next_help_heading = "Policy")]
 pub struct PolicyFlags {
-    /// Which algorithm decides what is sent when.
+    /// Which algorithm decides what is sent when. auto measures during the first pass, predicts what
+    /// each would come to, takes the best that keeps --downtime and --timeout, and says why.
     #[arg(long, value_name = "POLICY", value_parser = choice::<PolicyKind>(), default_value = "precopy")]
     policy: PolicyKind,
     /// STORD: pieces into which a set of pages is split.
@@ -60,6 +61,9 @@ pub struct PolicyFlags {
         help_heading = "Limits"
     )]
     on_timeout: OnTimeout,
+    /// Never depend on two hosts: auto does without post-copy.
+    #[arg(long, help_heading = "Limits")]
+    no_postcopy: bool,
 }
 
 impl PolicyFlags {
@@ -77,6 +81,7 @@ impl PolicyFlags {
             downtime: self.downtime,
             timeout: self.timeout,
             on_timeout: self.on_timeout,
+            no_postcopy: self.no_postcopy,
             ..Options::default()
         }
     }
@@ -106,7 +111,7 @@ mod tests {
     #[test]
     fn every_flag_arrives() {
         let flags = "--policy stord --split 3 --turn-share 50 --sync 100ms --reorder --order flush --pivots 2 \
-                     --downtime 50ms --timeout 2m --on-timeout stop";
+                     --downtime 50ms --timeout 2m --on-timeout stop --no-postcopy";
         let flags: Vec<&str> = flags.split_whitespace().collect();
         let expected = Options {
             policy: PolicyKind::Stord,
@@ -119,6 +124,7 @@ mod tests {
             downtime: Duration::from_millis(50),
             timeout: Duration::from_secs(120),
             on_timeout: OnTimeout::Stop,
+            no_postcopy: true,
             ..Options::default()
         };
         assert_eq!(parse(&flags).unwrap(), expected);
