@@ -10,6 +10,7 @@ mod limits;
 mod mplm;
 mod post_copy;
 mod pre_copy;
+mod stall;
 mod stord;
 
 pub use auto::Auto;

@@ -1,5 +1,6 @@
 //! When a round-based policy stops: the downtime target, and the limits that the user set.
 
+use super::stall::Stall;
 use super::{Decision, View};
 use crate::options::{OnTimeout, Options};
 use crate::order::PushOrder;
@@ -13,21 +14,18 @@ pub(super) struct Limits {
     on_timeout: OnTimeout,
     push: PushOrder,
     max_rounds: Option<u32>,
-    /// Rounds that one pass over a set takes.
-    rounds_per_set: u32,
-    /// The fewest pages that were ever pending, and in which round that was.
-    least: Option<(u64, u32)>,
+    stall: Stall,
 }
 
 impl Limits {
-    /// Rounds without a new minimum of pending pages after which nothing more is expected.
+    /// Passes over the set without fewer pending pages after which nothing more is expected.
     pub(super) const STALLED_ROUNDS: u32 = 6;
     /// Another round is worth its time while it leaves at most this share of what it sends …
     const WORTHWHILE: f64 = 0.5;
     /// … and sending what is left takes longer than this: the pause has fixed costs of that order.
     const SHORT_ENOUGH: Duration = Duration::from_millis(1);
 
-    /// With the limits of the options.
+    /// With the limits of the options; one pass over a set takes so many rounds.
     pub(super) const fn new(options: &Options, rounds_per_set: u32) -> Self {
         Self {
             downtime: options.downtime,
@@ -35,29 +33,13 @@ impl Limits {
             on_timeout: options.on_timeout,
             push: options.order,
             max_rounds: options.max_rounds,
-            rounds_per_set,
-            least: None,
-        }
-    }
-
-    /// Whether what is pending has stopped shrinking.
-    fn stalled(&mut self, view: &View<'_>) -> bool {
-        let pending = view.pending_bytes();
-        match self.least {
-            // A new minimum counts when it is a real one: 5 % below the last.
-            Some((least, round)) if pending as f64 > least as f64 * 0.95 => {
-                view.round >= round + Self::STALLED_ROUNDS * self.rounds_per_set
-            }
-            _ => {
-                self.least = Some((pending, view.round));
-                false
-            }
+            stall: Stall::new(Self::STALLED_ROUNDS.saturating_mul(rounds_per_set)),
         }
     }
 
     /// Which limit is reached, in words.
     fn limit(&mut self, view: &View<'_>) -> Option<String> {
-        let stalled = self.stalled(view);
+        let stalled = self.stall.is_best_moment(view.round, view.pending_bytes());
         if view.elapsed >= self.timeout {
             return Some(format!("the time limit of {:?} has passed", self.timeout));
         }
@@ -68,7 +50,7 @@ impl Limits {
         // `cancel` the guest may calm down before the time limit, and waiting costs nothing.
         (stalled && self.on_timeout != OnTimeout::Cancel).then(|| {
             format!(
-                "pending pages have not shrunk for {} rounds",
+                "pending pages have not shrunk for {} rounds, and this round is near the best",
                 Self::STALLED_ROUNDS
             )
         })
