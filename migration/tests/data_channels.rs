@@ -379,7 +379,8 @@ impl ByHand {
         self.expect(FrameType::RoundAck);
     }
 
-    fn page(channel: &mut Channel<MemoryLink>, gfn: u64, byte: u8) {
+    /// Fails where the channel is closed.
+    fn page(channel: &mut Channel<MemoryLink>, gfn: u64, byte: u8) -> std::io::Result<()> {
         let mut table = Vec::new();
         encode_runs(&[Run::new(gfn, 1)], &mut table);
         let header = Header {
@@ -391,7 +392,7 @@ impl ByHand {
         };
         let head = [&header.encode()[..], &table].concat();
         assert_eq!(head.len(), HEADER_BYTES + table.len());
-        channel.link().send(&head, &[byte; PAGE_SIZE]).unwrap();
+        channel.link().send(&head, &[byte; PAGE_SIZE])
     }
 
     fn hashes(&mut self) {
@@ -422,7 +423,8 @@ fn nothing_is_written_into_a_complete_guest() {
         }
         source.control.send(state, b"state").unwrap();
         source.expect(FrameType::Ready);
-        ByHand::page(&mut source.data, 3, 0x5a);
+        // The channel may be closed by now, or this one is not taken any more.
+        let _ = ByHand::page(&mut source.data, 3, 0x5a);
         // The channel is closed; where it is not, the page was taken before so long.
         let enough = Some(Duration::from_secs(3));
         source.data.link().set_timeout(enough);
@@ -443,7 +445,7 @@ fn a_page_that_is_written_after_its_hash_is_not_verified() {
     let mut source = ByHand::connect(Features::VERIFY, DESTINATION_TIMEOUTS);
     source.end_round(1);
     source.hashes();
-    ByHand::page(&mut source.data, 3, 0x5a);
+    ByHand::page(&mut source.data, 3, 0x5a).unwrap();
     source.end_round(2);
     let state = Header::bare(FrameType::State, 2);
     source.control.send(state, b"state").unwrap();
@@ -461,7 +463,7 @@ fn pages_on_a_data_channel_are_a_sign_of_life() {
     };
     let mut source = ByHand::connect(Features::default(), timeouts);
     for n in 0..8 {
-        ByHand::page(&mut source.data, n, 1);
+        ByHand::page(&mut source.data, n, 1).unwrap();
         std::thread::sleep(timeout / 4);
     }
     source.end_round(1);
