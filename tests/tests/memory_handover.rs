@@ -4,7 +4,7 @@
 use ferry_guest_images::{Class, Kernel, Line, Problem};
 use ferry_migration::options::{Handover, Options, PolicyKind};
 use ferry_migration::report::{Phase, Status};
-use ferry_migration::wire::{Channel, Features, FrameType, Header, Hello, Role};
+use ferry_migration::wire::{Channel, Features, FrameType, Header, Hello, HelloAck, Role};
 use ferry_tests::peer::{Opening, SESSION, abort_of, handshake_on, shared_ready_at};
 use ferry_tests::{Host, Migration, Relay, State, UnixLink, guests_run, until};
 use rustix::event::{EventfdFlags, eventfd};
@@ -392,9 +392,9 @@ fn a_receiver_survives_files_that_lie() {
         ("too big", &must, with(memfd(MEMORY * 2, good)), "bytes"),
         (
             "unsealed",
-            &may,
+            &must,
             with(memfd(MEMORY, SealFlags::GROW)),
-            "not sealed",
+            "none came",
         ),
         (
             "unwritable",
@@ -419,6 +419,14 @@ fn a_receiver_survives_files_that_lie() {
         drop(channel);
         receiver.settles(mark);
     }
+    // One that could be cut is left alone where the source may copy instead.
+    let mark = receiver.mark();
+    let mut channel = greets(&receiver, &may, with(memfd(MEMORY, SealFlags::GROW)));
+    let header = channel.recv_header().unwrap();
+    let ack: HelloAck = channel.recv_json(&header).unwrap();
+    assert!(!ack.features.has(Features::SHARED_MEMORY));
+    drop(channel);
+    receiver.settles(mark);
     // A page where none is expected.
     let mut channel = greets(&receiver, &must, with(memfd(MEMORY, good)));
     channel.set_end(must.layout.end());
