@@ -156,6 +156,19 @@ pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Pre
     }
 }
 
+/// Tells the source of a connection that may not be a channel why. All that it can take so long, if its source trickles.
+pub fn turn_away<L: Link>(mut link: L, timeout: Duration, why: &str) {
+    link.set_timeout(Some(timeout));
+    link.set_deadline(Some(timeout));
+    let mut channel = Channel::new(link);
+    // What the source says first is read: closing with it unread would take the answer away.
+    let _ = channel.recv_preamble();
+    let unread = Preamble::new(Role::Control, 0, SessionId::UNREAD);
+    if channel.send_preamble(&unread).is_ok() {
+        channel.send_abort(why);
+    }
+}
+
 /// One migration, as it arrives.
 pub struct Destination<L: Link, H: DestinationVm<L>> {
     session: Session<L>,

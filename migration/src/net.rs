@@ -19,13 +19,19 @@
 //! # }
 //! ```
 //!
+//! With the feature `tls` a [`StreamLink`] can be secured before it carries a channel: see `tls`.
+//!
 //! `examples/own_vmm.rs` is a whole VMM on top of it.
 
 mod link;
 mod listener;
 mod receive;
 mod socket;
+#[cfg(feature = "tls")]
+pub mod tls;
 
+#[cfg(feature = "tls")]
+pub use link::Unsecured;
 pub use link::{StreamLink, Wait, connect};
 pub use listener::Listener;
 pub use receive::receive;

@@ -13,6 +13,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "tls")]
+mod secured;
+#[cfg(feature = "tls")]
+pub use secured::Unsecured;
+
 /// How long one system call may block: how late a cancelled wait ends.
 const SLICE: Duration = Duration::from_millis(200);
 /// How long connecting to one address may take: a lost SYN is sent again after 1, 3 and 7 seconds.
@@ -23,9 +28,29 @@ type Cancelled = Arc<dyn Fn() -> bool + Send + Sync>;
 /// A stream socket that carries one channel of a migration.
 pub struct StreamLink<S = Stream> {
     socket: S,
+    /// All bytes go through it.
+    #[cfg(feature = "tls")]
+    tls: Option<Box<super::tls::TlsSession>>,
+    bounds: Bounds,
+}
+
+/// How long a link waits.
+#[derive(Default)]
+struct Bounds {
     timeout: Option<Duration>,
     deadline: Option<Instant>,
     cancelled: Option<Cancelled>,
+}
+
+impl Bounds {
+    const fn wait(&self, since: Option<Instant>) -> Wait<'_> {
+        Wait {
+            timeout: self.timeout,
+            deadline: self.deadline,
+            cancelled: self.cancelled.as_ref(),
+            since,
+        }
+    }
 }
 
 impl<S: fmt::Debug> fmt::Debug for StreamLink<S> {
@@ -147,15 +172,15 @@ impl<S: Socket> StreamLink<S> {
         socket.set_slice(SLICE)?;
         Ok(Self {
             socket,
-            timeout: None,
-            deadline: None,
-            cancelled: None,
+            #[cfg(feature = "tls")]
+            tls: None,
+            bounds: Bounds::default(),
         })
     }
 
     /// Waits of this link end, with an error, within 200 ms once `cancelled` says so.
     pub fn cancelled_by(&mut self, cancelled: impl Fn() -> bool + Send + Sync + 'static) {
-        self.cancelled = Some(Arc::new(cancelled));
+        self.bounds.cancelled = Some(Arc::new(cancelled));
     }
 
     /// The socket, for what only it can do.
@@ -170,21 +195,32 @@ impl<S: Socket> StreamLink<S> {
 
     /// Bounds a wait on the socket itself as this link bounds its own.
     pub const fn wait(&self) -> Wait<'_> {
-        self.wait_since(None)
+        self.bounds.wait(None)
     }
 
-    const fn wait_since(&self, since: Option<Instant>) -> Wait<'_> {
-        Wait {
-            timeout: self.timeout,
-            deadline: self.deadline,
-            cancelled: self.cancelled.as_ref(),
-            since,
-        }
+    /// Whether all bytes go through TLS: the socket itself must not be read or written then.
+    #[must_use]
+    pub const fn is_secured(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return self.tls.is_some();
+        #[cfg(not(feature = "tls"))]
+        false
     }
+}
+
+fn closed() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::UnexpectedEof,
+        "the peer closed the connection",
+    )
 }
 
 impl<S: Socket> Link for StreamLink<S> {
     fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        #[cfg(feature = "tls")]
+        if self.is_secured() {
+            return self.send_secured(head, body);
+        }
         let mut slices = [IoSlice::new(head), IoSlice::new(body)];
         let mut left = &mut slices[..];
         IoSlice::advance_slices(&mut left, 0);
@@ -196,40 +232,43 @@ impl<S: Socket> Link for StreamLink<S> {
                     IoSlice::advance_slices(&mut left, n);
                     since = None;
                     if !left.is_empty() {
-                        self.wait().tick(true)?;
+                        self.bounds.wait(None).tick(true)?;
                     }
                 }
-                Err(error) => since = self.wait_since(since).retry(error)?,
+                Err(error) => since = self.bounds.wait(since).retry(error)?,
             }
         }
         Ok(())
     }
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        #[cfg(feature = "tls")]
+        if self.is_secured() {
+            return self.recv_secured(buf);
+        }
         let mut since = None;
         let mut done = 0;
         while done < buf.len() {
             match self.socket.read(&mut buf[done..]) {
-                Ok(0) => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::UnexpectedEof,
-                        "the peer closed the connection",
-                    ));
-                }
+                Ok(0) => return Err(closed()),
                 Ok(n) => {
                     done += n;
                     since = None;
                     if done < buf.len() {
-                        self.wait().tick(true)?;
+                        self.bounds.wait(None).tick(true)?;
                     }
                 }
-                Err(error) => since = self.wait_since(since).retry(error)?,
+                Err(error) => since = self.bounds.wait(since).retry(error)?,
             }
         }
         Ok(())
     }
 
     fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
+        #[cfg(feature = "tls")]
+        if self.is_secured() {
+            return self.wait_readable_secured(timeout);
+        }
         self.socket.wait_readable(timeout)
     }
 
@@ -238,10 +277,10 @@ impl<S: Socket> Link for StreamLink<S> {
     }
 
     fn set_timeout(&mut self, timeout: Option<Duration>) {
-        self.timeout = timeout;
+        self.bounds.timeout = timeout;
     }
 
     fn set_deadline(&mut self, deadline: Option<Duration>) {
-        self.deadline = deadline.and_then(|deadline| Instant::now().checked_add(deadline));
+        self.bounds.deadline = deadline.and_then(|deadline| Instant::now().checked_add(deadline));
     }
 }

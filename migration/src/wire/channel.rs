@@ -1,5 +1,6 @@
 //! A link with frames on it.
 
+use super::preamble::{TLS_ALERT_BYTES, is_tls};
 use super::{
     AbortCode, FLAG_CRC, FrameType, HEADER_BYTES, Header, HeaderError, HelloError, Limits,
     PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId,
@@ -149,7 +150,13 @@ impl<L: Link> Channel<L> {
     /// [`WireError::Io`], [`WireError::Preamble`].
     pub fn recv_preamble(&mut self) -> Result<Preamble, WireError> {
         let mut bytes = [0; PREAMBLE_BYTES];
-        self.link.recv(&mut bytes)?;
+        // A peer that wants TLS sends an alert and closes the connection.
+        let (start, rest) = bytes.split_at_mut(TLS_ALERT_BYTES);
+        self.link.recv(start)?;
+        if is_tls(start) {
+            return Err(PreambleError::Tls.into());
+        }
+        self.link.recv(rest)?;
         Ok(Preamble::decode(&bytes)?)
     }
 
@@ -358,6 +365,14 @@ mod tests {
         }
 
         fn set_timeout(&mut self, _: Option<Duration>) {}
+    }
+
+    #[test]
+    fn a_peer_that_wants_tls_is_recognised_by_its_alert() {
+        let mut channel = Channel::new(Loop::default());
+        channel.link().send(&[21, 3, 3, 0, 2, 2, 10], &[]).unwrap();
+        let error = channel.recv_preamble().unwrap_err();
+        assert!(error.to_string().contains("speaks TLS"), "{error}");
     }
 
     /// "Busy", "not started" and "unknown" are three answers, and a code of a newer build is the general one.

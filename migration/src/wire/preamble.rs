@@ -10,6 +10,8 @@ const OLDEST: u16 = if VERSION > 1 { VERSION - 1 } else { 1 };
 /// Bytes in a preamble.
 pub const PREAMBLE_BYTES: usize = 64;
 const MAGIC: [u8; 8] = *b"FERRYMIG";
+/// Bytes of the alert that ends a TLS handshake: the shortest answer of a peer that wants TLS.
+pub(super) const TLS_ALERT_BYTES: usize = 7;
 /// Guests of this build.
 const ARCH_X86_64: u8 = 1;
 
@@ -81,6 +83,9 @@ pub enum PreambleError {
     /// Not our magic number.
     #[error("the peer does not speak ferry's migration protocol (its first bytes are {0:02x?})")]
     Magic([u8; 8]),
+    /// A record of TLS.
+    #[error("the peer speaks TLS here, and this side does not: give --tls or --pair on both sides")]
+    Tls,
     /// No version in common.
     #[error(
         "the peer speaks migration protocol {theirs} (oldest {theirs_oldest}), this ferry speaks {VERSION} \
@@ -117,6 +122,11 @@ pub enum PreambleError {
         /// Ours.
         ours: SessionId,
     },
+}
+
+/// Whether this begins an alert (21) or a handshake (22) of TLS (RFC 8446 §5.1).
+pub(super) const fn is_tls(bytes: &[u8]) -> bool {
+    matches!(bytes, [21 | 22, 3, ..])
 }
 
 impl Preamble {
@@ -159,6 +169,9 @@ impl Preamble {
         let short = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let mut magic = [0; 8];
         magic.copy_from_slice(&bytes[..8]);
+        if is_tls(bytes) {
+            return Err(PreambleError::Tls);
+        }
         if magic != MAGIC {
             return Err(PreambleError::Magic(magic));
         }
@@ -235,6 +248,13 @@ mod tests {
             bad[bit / 8] ^= 1 << (bit % 8);
             assert!(Preamble::decode(&bad).is_err(), "bit {bit}");
         }
+    }
+
+    #[test]
+    fn tls_is_recognised() {
+        let mut bytes = sample().encode();
+        bytes[..3].copy_from_slice(&[22, 3, 1]);
+        assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Tls));
     }
 
     #[test]
