@@ -12,9 +12,11 @@ mod manage;
 mod migrate;
 mod nas;
 mod outcome;
+mod pki;
 mod receive;
 mod restore;
 mod run;
+mod security;
 mod serial;
 mod serve;
 mod snapshot;
@@ -69,6 +71,7 @@ enum Command {
     Stop(manage::Stop),
     PowerButton(manage::PowerButton),
     Recover(manage::Recover),
+    Pki(pki::Args),
     Balloon(balloon::Args),
     Record(record::Args),
     Snapshot(snapshot::Args),
@@ -98,6 +101,7 @@ fn main() -> ExitCode {
         Command::Stop(args) => args.run(),
         Command::PowerButton(args) => args.run(),
         Command::Recover(args) => args.run(),
+        Command::Pki(args) => pki::run(&args),
         Command::Balloon(args) => balloon::run(&args),
         Command::Record(args) => record::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),

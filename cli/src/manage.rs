@@ -1,5 +1,6 @@
 //! The small commands: status, pause, resume, stop, cancel, recover.
 
+use super::security::Certificates;
 use ferry_terminal::output::{Failure, clean, put, put_json, say};
 use ferry_terminal::progress::line;
 use ferry_terminal::rows::Rows;
@@ -69,7 +70,7 @@ simple!(
 
 /// Resolve a migration that ended in doubt, or that lost its connection in post-copy.
 ///
-/// At the source: asks the destination again and sends its missing pages. The VMM here ends when
+/// At the source: asks the destination again and sends its missing pages, secured as the migration was. The VMM here ends when
 /// the destination has all of the guest. With --take-over, at either side: runs the guest here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -82,6 +83,8 @@ pub struct Recover {
     /// Where the destination listens now, if that has changed.
     #[arg(value_name = "URI", conflicts_with = "take_over")]
     uri: Option<String>,
+    #[command(flatten)]
+    certificates: Certificates,
     /// Run the guest here. Only when you know that it does not run on the other side: two copies of
     /// one guest destroy each other's data.
     #[arg(long)]
@@ -95,6 +98,7 @@ impl Recover {
     pub fn run(&self) -> Result<ExitCode, Failure> {
         let request = RecoverRequest {
             uri: self.uri.as_deref().map(absolute_uri),
+            tls: self.certificates.files()?,
             take_over: self.take_over,
             force: self.force,
         };

@@ -1,6 +1,7 @@
 //! `ferry migrate`.
 
 use super::outcome::{Coded, HELP, Outcome, USAGE};
+use super::security::{Certificates, Pair};
 use super::serve::SAME_WISH;
 use ferry_migration::options::{Compress, Handover, Options, Tracking};
 use ferry_migration::report::{Report, Status};
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 /// or Ctrl-C cancels the migration, the guest stays here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = format!("Example:
-  ferry migrate --api /tmp/a.sock tcp:otherhost:7000 --downtime 100ms --bandwidth 2.5Gbit --verify
+  ferry migrate --api /tmp/a.sock tcp:otherhost:7000 --tls /etc/ferry/pki --downtime 100ms --verify
 
 {HELP}"))]
 pub struct Args {
@@ -38,6 +39,10 @@ pub struct Args {
     policy: PolicyFlags,
     #[command(flatten)]
     transport: TransportFlags,
+    #[command(flatten)]
+    certificates: Certificates,
+    #[command(flatten)]
+    pair: Pair,
     #[command(flatten)]
     report: ReportFlags,
 }
@@ -138,6 +143,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         uri: absolute_uri(&args.uri),
         options: args.options(),
         detach: false,
+        tls: args.certificates.files()?,
+        pair: args.pair.line()?,
     };
     if let Err(error) = request.options.check() {
         return Ok(without_report(USAGE, &error.to_string()));

@@ -1,5 +1,6 @@
 //! `ferry receive`.
 
+use super::security;
 use super::serve::{Place, Signals, bind, serve};
 use ferry_terminal::output::{Failure, say};
 use ferry_vmm::machine::Backends;
@@ -21,8 +22,8 @@ use std::sync::mpsc;
 /// too. Give --net only if a card gets another tap here, and then for each card.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock
-  ferry receive tcp:0.0.0.0:7000 --api /tmp/b.sock --disk /net/disk.img --net tap=tap0
+  ferry receive tcp:0.0.0.0:7000 --tls /etc/ferry/pki --api /tmp/b.sock
+  ferry receive tcp:0.0.0.0:7000 --pair --api /tmp/b.sock --disk /net/disk.img --net tap=tap0
   ferry receive unix:/tmp/link --api /tmp/b.sock")]
 pub struct Args {
     /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH.
@@ -30,6 +31,8 @@ pub struct Args {
     uri: Uri,
     #[command(flatten)]
     place: Place,
+    #[command(flatten)]
+    security: security::Receiver,
     /// Take a guest although a disk given here is not the file that it uses on this host, or this host's CPU (frequency of
     /// its time stamp counter, IA32_ARCH_CAPABILITIES) is not what the guest counts on.
     #[arg(long)]
@@ -38,8 +41,9 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
+    let (gate, line) = args.security.gate(&args.uri)?;
     let (spool, serial) = args.place.console()?;
-    let listener = Listener::bind(&args.uri)?;
+    let listener = Listener::bind(&args.uri)?.behind(gate);
     let uri = listener.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
     let server = bind(args.place.api.as_deref(), None, &vmm)?;
@@ -56,6 +60,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         // The thread lives as long as this does.
         let _ = tell.send(sentence);
     });
+    if let Some(line) = line {
+        say(&format!("the source needs: --pair {line}"));
+    }
     say(&format!("waiting on {uri} for a guest"));
     let receiver = Receiver::of(
         listener,

@@ -177,7 +177,7 @@ fn hop(
             verify,
             ..Options::default()
         },
-        detach: false,
+        ..MigrateRequest::default()
     };
     let mut display = Display::new(false, false);
     let result = from

@@ -5,7 +5,7 @@ use ferry_guest_images::{Line, STOP, Verdict};
 use ferry_migration::options::{OnTimeout, Options};
 use ferry_migration::report::{Report, Status};
 use ferry_vmm::api::client::{Action, Client, ClientError};
-use ferry_vmm::api::types::{MigrateRequest, RecoverRequest};
+use ferry_vmm::api::types::{MigrateRequest, RecoverRequest, Security};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -299,29 +299,41 @@ impl Host {
 
     /// Migrates and waits for the end.
     pub fn migrate(&self, uri: &str, options: &Options) -> Report {
-        let request = MigrateRequest {
-            uri: uri.to_owned(),
-            options: options.clone(),
-            detach: false,
-        };
+        self.migrate_as(uri, options, &Security::default())
+    }
+
+    /// As [`Host::migrate`], secured.
+    pub fn migrate_as(&self, uri: &str, options: &Options, security: &Security) -> Report {
+        let request = request(uri, options, security);
         let report = self.client.migrate(&request, &mut |_| {});
         report.unwrap_or_else(|e| panic!("{e}; it said {:#?}", self.said()))
     }
 
     /// Migrates, expects that it completes, and checks the report.
     pub fn migrate_well(&self, uri: &str, options: &Options) -> Report {
-        let report = self.migrate(uri, options);
+        self.migrate_well_as(uri, options, &Security::default())
+    }
+
+    /// As [`Host::migrate_well`], secured.
+    pub fn migrate_well_as(&self, uri: &str, options: &Options, security: &Security) -> Report {
+        let report = self.migrate_as(uri, options, security);
         check(&report, options);
         report
     }
 
     /// Migrates in the background.
     pub fn begin_migration(&self, uri: &str, options: &Options) -> Migration {
-        let request = MigrateRequest {
-            uri: uri.to_owned(),
-            options: options.clone(),
-            detach: false,
-        };
+        self.begin_migration_as(uri, options, &Security::default())
+    }
+
+    /// As [`Host::begin_migration`], secured.
+    pub fn begin_migration_as(
+        &self,
+        uri: &str,
+        options: &Options,
+        security: &Security,
+    ) -> Migration {
+        let request = request(uri, options, security);
         let client = self.client.clone();
         let thread = std::thread::spawn(move || client.migrate(&request, &mut |_| {}));
         until("the migration has begun", || {
@@ -453,6 +465,16 @@ impl Drop for Host {
                 self.said()
             );
         }
+    }
+}
+
+fn request(uri: &str, options: &Options, security: &Security) -> MigrateRequest {
+    MigrateRequest {
+        uri: uri.to_owned(),
+        options: options.clone(),
+        detach: false,
+        tls: security.tls.clone(),
+        pair: security.pair.clone(),
     }
 }
 

@@ -15,6 +15,7 @@ pub mod fuzz_seeds;
 mod host;
 mod nested;
 pub mod peer;
+pub mod pki;
 mod proxy;
 mod relay;
 

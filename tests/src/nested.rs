@@ -175,7 +175,7 @@ impl NestedHost {
     /// `ferry receive` at `uri` with these devices, once it listens.
     pub fn receive_at(&self, uri: &str, devices: &[&str]) -> NestedVmm<'_> {
         let scheme = uri.split_inclusive(':').next().unwrap_or_default();
-        let mut vmm = NestedVmm::start(self, &[&["receive", uri], devices].concat());
+        let mut vmm = NestedVmm::start(self, &[&["receive", uri, "--insecure"], devices].concat());
         let uri = vmm.process.until(NESTED_TIMEOUT, |_, said| {
             said.split_ascii_whitespace()
                 .find(|w| w.starts_with(scheme))

@@ -137,7 +137,7 @@ fn cannot_move_on(host: &Host) {
     let request = ferry_vmm::api::types::MigrateRequest {
         uri: "tcp:127.0.0.1:1".into(),
         options: Options::default(),
-        detach: false,
+        ..ferry_vmm::api::types::MigrateRequest::default()
     };
     let refused = host.client().migrate(&request, &mut |_| {}).unwrap_err();
     let refused = refused.to_string();

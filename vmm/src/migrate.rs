@@ -5,20 +5,25 @@
 
 mod arrival;
 mod beside;
+mod copied;
 mod disks;
+mod gate;
 
 pub(crate) mod guest;
 pub(crate) mod host;
 mod link;
 mod listener;
 mod newcomers;
+mod peer;
 mod receive;
 mod uri;
 
 pub(crate) use arrival::Awaited;
 pub use arrival::{Arrival, Following, GuestInDoubt, Owner};
+pub use gate::{Gate, Network, NetworkError};
 pub use link::StreamLink;
 pub use listener::{Listener, ReceiveError};
+pub use peer::Peer;
 pub use receive::{ReceiveState, Receiver, SerialFactory};
 pub use uri::{Uri, UriError, absolute_uri};
 
@@ -92,13 +97,13 @@ impl Handle {
     }
 }
 
-/// Moves the machine's guest to `uri`; blocks until the end.
+/// Moves the machine's guest to `peer`, such as a [`Uri`] in clear; blocks until the end.
 ///
 /// The guest runs on here as before unless the report's status is `Completed` (it runs at the
 /// destination, and must never run here again) or `InDoubt` (it runs nowhere; see [`recover`]).
 pub fn migrate(
     machine: &Arc<Machine>,
-    uri: &Uri,
+    peer: impl Into<Peer>,
     options: &Options,
     handle: &Handle,
     events: &mut dyn FnMut(Event),
@@ -117,7 +122,7 @@ pub fn migrate(
     }
     engine(
         machine,
-        (uri, options, session),
+        (&peer.into(), options, session),
         handle,
         events,
         |guest, setup| source::migrate(guest, setup),
@@ -127,12 +132,12 @@ pub fn migrate(
 /// Runs one of the source engine's operations over a machine.
 fn engine(
     machine: &Arc<Machine>,
-    (uri, options, session): (&Uri, &Options, SessionId),
+    (peer, options, session): (&Peer, &Options, SessionId),
     handle: &Handle,
     events: &mut dyn FnMut(Event),
     operation: impl FnOnce(&MachineGuest<'_>, Setup<'_, StreamLink>) -> Report,
 ) -> Report {
-    let mut dial = Dial::new(uri.clone(), Some(handle.clone()));
+    let mut dial = Dial::new(peer.clone(), Some(handle.clone()));
     let guest = MachineGuest::new(machine);
     let clock = MonotonicClock::new();
     let mut forward = |event: Event| {
@@ -161,7 +166,7 @@ fn engine(
         )
     });
     if let Some(reason) = report.abort_untold.clone() {
-        keep_telling(uri.clone(), session, options.clone(), reason);
+        keep_telling(peer.clone(), session, options.clone(), reason);
     }
     report
 }
@@ -170,7 +175,7 @@ fn engine(
 const TELL_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
 /// Says ABORT until the destination answers: it may keep a guest in doubt. The guest runs here meanwhile.
-fn keep_telling(uri: Uri, session: SessionId, options: Options, reason: String) {
+fn keep_telling(peer: Peer, session: SessionId, options: Options, reason: String) {
     let tell = move || {
         let mut pause = TELL_AGAIN[0];
         let clock = MonotonicClock::new();
@@ -178,7 +183,7 @@ fn keep_telling(uri: Uri, session: SessionId, options: Options, reason: String) 
         loop {
             std::thread::sleep(pause);
             pause = (pause * 2).min(TELL_AGAIN[1]);
-            let mut dial = Dial::new(uri.clone(), None);
+            let mut dial = Dial::new(peer.clone(), None);
             let mut setup = Setup {
                 connect: &mut |role, index| dial.connect(role, index),
                 clock: &clock,
@@ -190,7 +195,7 @@ fn keep_telling(uri: Uri, session: SessionId, options: Options, reason: String) 
                 threads: true,
             };
             if source::tell_abort(&mut setup, &reason) == AbortTold::Answered {
-                tracing::info!(%session, to = %uri, "the destination knows that the guest stays here");
+                tracing::info!(%session, to = %peer.uri(), "the destination knows that the guest stays here");
                 return;
             }
         }
@@ -240,7 +245,7 @@ fn check_cache(options: &Options, guest_bytes: u64, available: Option<u64>) -> R
     }
 }
 
-/// For a guest that is in doubt or was interrupted after [`migrate`]: says the commit again to the receiver at `uri`,
+/// For a guest that is in doubt or was interrupted after [`migrate`]: says the commit again to the receiver at `peer`,
 /// and sends the pages that are missing there. The destination runs the guest if it does not do so yet. Blocks until it
 /// has all of it.
 ///
@@ -248,7 +253,7 @@ fn check_cache(options: &Options, guest_bytes: u64, available: Option<u64>) -> R
 /// says that nothing is better than before, and why. `handle` is one [in doubt](Handle::in_doubt).
 pub fn recover(
     machine: &Arc<Machine>,
-    uri: &Uri,
+    peer: impl Into<Peer>,
     session: &str,
     options: &Options,
     handle: &Handle,
@@ -263,7 +268,7 @@ pub fn recover(
     };
     engine(
         machine,
-        (uri, options, session),
+        (&peer.into(), options, session),
         handle,
         events,
         |guest, setup| source::recover(guest, Box::new(CommittedMachine(machine)), setup),

@@ -43,7 +43,7 @@ pub use state::{Ending, Outcome};
 
 use crate::api::events::Publisher;
 use crate::api::types::{
-    BalloonRequest, BalloonStatus, GuestInfo, SnapshotReport, SnapshotRequest,
+    BalloonRequest, BalloonStatus, GuestInfo, Security, SnapshotReport, SnapshotRequest,
 };
 use crate::priority::in_background;
 use ferry_devices::sync::lock;
@@ -102,15 +102,20 @@ pub trait Guest: Send + Sync + 'static {
     /// Prepares a migration to `uri`; nothing has happened yet when this returns.
     ///
     /// # Errors
-    /// A sentence about the URI.
-    fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String>;
+    /// A sentence about the URI or its security.
+    fn migration(&self, uri: &str, security: &Security) -> Result<Box<dyn Migration>, String>;
 
     /// Prepares to tell the destination of a migration in doubt once more that the guest is its own, and to
     /// send what it lacks.
     ///
     /// # Errors
-    /// A sentence about the URI.
-    fn recovery(&self, uri: &str, session: &str) -> Result<Box<dyn Migration>, String>;
+    /// A sentence about the URI or its security. Without any given it is that of the migration.
+    fn recovery(
+        &self,
+        uri: &str,
+        session: &str,
+        security: &Security,
+    ) -> Result<Box<dyn Migration>, String>;
 
     /// Begins to watch which pages the guest dirties; dropping what is returned ends it.
     ///

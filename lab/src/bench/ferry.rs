@@ -52,7 +52,8 @@ pub fn start(
         net.at_destination(&machine.ferry)
             .arg("receive")
             .arg(format!("tcp:{}:0", net.address()))
-            .args(["--serial", "stdio", "--api"])
+            // Only the two ends of a laboratory's link reach it.
+            .args(["--insecure", "--serial", "stdio", "--api"])
             .arg(files.path("b.sock"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -96,7 +97,7 @@ pub fn start(
         request: MigrateRequest {
             uri,
             options,
-            detach: false,
+            ..MigrateRequest::default()
         },
     })
 }

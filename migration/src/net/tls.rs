@@ -14,17 +14,24 @@
 //! (RFC 8446 §7.5), so only the two ends of the control channel know it.
 
 mod credentials;
+mod names;
 mod pairing;
 mod session;
 
-pub use credentials::{Credentials, TlsError};
+pub use credentials::{
+    CA_CERT, CLIENT_CERT, CLIENT_KEY, Credentials, SERVER_CERT, SERVER_KEY, TlsError,
+};
+pub use names::identity_of;
 pub use pairing::{Pairing, PairingError, PairingLine};
 pub(super) use session::TlsSession;
 
+pub use rustls::pki_types;
+
+use names::Name;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, ServerConfig, SupportedProtocolVersion};
 use std::sync::Arc;
 
@@ -176,7 +183,7 @@ impl ClientTls {
 pub struct ServerTls {
     pub(crate) config: Arc<ServerConfig>,
     /// Names of which the source's certificate must carry one; empty: any of the CA.
-    allowed: Arc<[ServerName<'static>]>,
+    allowed: Arc<[Name]>,
     pairing: Option<Arc<Pairing>>,
 }
 
@@ -192,9 +199,7 @@ impl ServerTls {
     ) -> Result<Self, TlsError> {
         let allowed = allowed
             .iter()
-            .map(|name| {
-                ServerName::try_from(name.clone()).map_err(|_| TlsError::Name(name.clone()))
-            })
+            .map(|name| Name::new(name))
             .collect::<Result<_, _>>()?;
         let verifier = WebPkiClientVerifier::builder_with_provider(
             Arc::clone(&credentials.authorities),
@@ -225,11 +230,7 @@ impl ServerTls {
         Ok(Self::new(config, Arc::new([]), Some(pairing)))
     }
 
-    fn new(
-        mut config: ServerConfig,
-        allowed: Arc<[ServerName<'static>]>,
-        pairing: Option<Arc<Pairing>>,
-    ) -> Self {
+    fn new(mut config: ServerConfig, allowed: Arc<[Name]>, pairing: Option<Arc<Pairing>>) -> Self {
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Self {
@@ -254,11 +255,10 @@ impl ServerTls {
             let certificate = session
                 .peer_certificate()
                 .ok_or(TlsError::Refused("it shows no certificate"))?;
-            let certificate = ParsedCertificate::try_from(certificate).map_err(TlsError::Config)?;
-            let named = self
-                .allowed
-                .iter()
-                .any(|name| rustls::client::verify_server_name(&certificate, name).is_ok());
+            let mut named = false;
+            for name in self.allowed.iter() {
+                named |= name.is_in(certificate)?;
+            }
             if !named {
                 return Err(TlsError::Refused(
                     "its certificate carries none of the names of --tls-authz",

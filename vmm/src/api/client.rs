@@ -554,7 +554,7 @@ mod tests {
         let request = MigrateRequest {
             uri: "tcp:x:1".into(),
             options: Default::default(),
-            detach: false,
+            ..MigrateRequest::default()
         };
         let b = client.migrate(&request, &mut |_| {}).err();
         server.join().unwrap();

@@ -138,8 +138,36 @@ pub struct Lacks {
     pub file: Option<PathBuf>,
 }
 
+/// How the connections of a migration are secured; without either of the two they are in clear.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Security {
+    /// By certificates of one authority.
+    pub tls: Option<TlsFiles>,
+    /// By the line that `ferry receive --pair` has printed.
+    pub pair: Option<String>,
+}
+
+impl Security {
+    /// Whether there is to be any.
+    #[must_use]
+    pub const fn is_wanted(&self) -> bool {
+        self.tls.is_some() || self.pair.is_some()
+    }
+}
+
+/// Certificates of one authority, in the files that QEMU names so.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    /// The folder with `ca-cert.pem`, `client-cert.pem` and `client-key.pem`, for the VMM to read.
+    pub dir: PathBuf,
+    /// The name that the receiver's certificate must carry; `null` is the host of the URI.
+    #[serde(default)]
+    pub authz: Option<String>,
+}
+
 /// The body of `PUT /v1/migrate`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateRequest {
     /// Where to: `tcp:HOST:PORT` or `unix:PATH`.
@@ -150,6 +178,23 @@ pub struct MigrateRequest {
     /// Answer at once instead of streaming events; see `GET /v1/migration` for the outcome.
     #[serde(default)]
     pub detach: bool,
+    /// Secure every connection by certificates of one authority.
+    #[serde(default)]
+    pub tls: Option<TlsFiles>,
+    /// Secure every connection by the line that `ferry receive --pair` has printed. A secret.
+    #[serde(default)]
+    pub pair: Option<String>,
+}
+
+impl MigrateRequest {
+    /// How its connections are secured.
+    #[must_use]
+    pub fn security(&self) -> Security {
+        Security {
+            tls: self.tls.clone(),
+            pair: self.pair.clone(),
+        }
+    }
 }
 
 /// The answer to `GET /v1/migration`.
@@ -167,6 +212,8 @@ pub struct MigrationStatus {
 pub struct RecoverRequest {
     /// Where the other side listens now, if it moved.
     pub uri: Option<String>,
+    /// Other certificates than the migration began with; the rest of its security stays.
+    pub tls: Option<TlsFiles>,
     /// Run the guest here, on the operator's word that it does not run on the other side.
     pub take_over: bool,
     /// Take over although nothing tells whether the guest's disks were written since its state was saved.

@@ -12,7 +12,7 @@ use ferry_migration::port::{
 use ferry_migration::wire::{MAX_RUNS, SessionId};
 
 use super::disks::DiskCopy;
-use super::{StreamLink, engine_layout, page_runs};
+use super::{StreamLink, copied, engine_layout, page_runs};
 use crate::machine::{Machine, PausedMachine};
 
 /// The guest of a machine while it is migrated away.
@@ -88,6 +88,9 @@ impl PageSource<StreamLink> for MachineGuest<'_> {
     fn transmit(&self, link: &mut StreamLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let runs = page_runs(runs, &mut buffer)?;
+        if link.is_secured() {
+            return copied::send(self.machine.ram(), link, head, runs);
+        }
         let (fd, mut timeout) = link.parts();
         self.machine
             .ram()

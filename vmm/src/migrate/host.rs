@@ -12,7 +12,8 @@ use ferry_migration::wire::MAX_RUNS;
 
 use super::arrival::Owner;
 use super::disks::IncomingDisks;
-use super::{StreamLink, engine_layout, lock, page_runs};
+use super::gate::Gate;
+use super::{StreamLink, copied, engine_layout, lock, page_runs};
 use crate::machine::{Backends, BuildError, Machine, MachineDescription, MachineState};
 use crate::memory::{
     Backing, GuestRam, PageRun, ShareError, SharedRam, Userfault, UserfaultError, Waited,
@@ -109,6 +110,13 @@ impl PageSink<StreamLink> for RamSink {
             for (first, count) in now {
                 self.filled.insert_run(Run::new(*first, *count));
             }
+            if link.is_secured() {
+                for run in now {
+                    copied::receive(&self.ram, link, *run, fresh)?;
+                }
+                rest = later;
+                continue;
+            }
             match link.splice_pipe() {
                 Some((fd, mut timeout, pipe)) if fresh => {
                     self.ram
@@ -191,6 +199,8 @@ pub struct MachineHost {
     memory: Option<SharedRam>,
     run_after: bool,
     started: bool,
+    /// How large a guest may be.
+    gate: Gate,
     /// Who the guest is for; `None` where that cannot change its mind.
     owner: Option<Arc<dyn Owner>>,
 }
@@ -207,6 +217,7 @@ impl MachineHost {
             memory: None,
             run_after: true,
             started: false,
+            gate: Gate::default(),
             owner: None,
         }
     }
@@ -214,6 +225,12 @@ impl MachineHost {
     /// Asks this owner before it takes the guest.
     pub(super) fn owned_by(mut self, owner: Arc<dyn Owner>) -> Self {
         self.owner = Some(owner);
+        self
+    }
+
+    /// Takes only a guest that this gate lets in.
+    pub(super) fn behind(mut self, gate: Gate) -> Self {
+        self.gate = gate;
         self
     }
 
@@ -246,6 +263,7 @@ impl MachineHost {
     ) -> Result<Arc<RamSink>, PortError> {
         let description: MachineDescription = serde_json::from_slice(machine)
             .map_err(|e| format!("the machine's description cannot be understood: {e}"))?;
+        self.gate.check(&description)?;
         description.check_host()?;
         let serial = (self.serial)()
             .map_err(|e| format!("the serial console cannot be opened here: {e}"))?;

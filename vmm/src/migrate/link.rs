@@ -9,6 +9,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
+use ferry_migration::net::tls::{Admission, ClientTls, Secret, ServerTls};
 use ferry_migration::net::{self, Wait};
 use ferry_migration::port::Link;
 use ferry_migration::wire::Role;
@@ -17,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::SockRef;
 
 use super::beside::Beside;
-use super::{Handle, Uri};
+use super::{Handle, Peer, Uri};
 use crate::memory::SplicePipe;
 use crate::socket::dial_unless;
 
@@ -110,7 +111,11 @@ impl net::Socket for Socket {
 
 /// A stream socket that carries a migration's channel.
 #[derive(Debug)]
-pub struct StreamLink(net::StreamLink<Socket>);
+pub struct StreamLink {
+    inner: net::StreamLink<Socket>,
+    /// Where pages lie on their way to or from a link that codes its bytes.
+    copy: Vec<u8>,
+}
 
 impl StreamLink {
     /// Takes a TCP connection.
@@ -138,7 +143,10 @@ impl StreamLink {
             pipe,
             beside,
         };
-        net::StreamLink::new(socket).map(Self)
+        Ok(Self {
+            inner: net::StreamLink::new(socket)?,
+            copy: Vec::new(),
+        })
     }
 
     /// Takes a Unix connection of a source, which may bring the guest's memory.
@@ -171,53 +179,104 @@ impl StreamLink {
 
     /// Lets a handle end this link's waits.
     pub(super) fn cancelled_by(&mut self, handle: Handle) {
-        self.0.cancelled_by(move || handle.is_cancelled());
+        self.inner.cancelled_by(move || handle.is_cancelled());
     }
 
-    /// The socket and how long to wait on it.
+    /// Secures the connection from the source's side; see [`net::StreamLink::secure_as_source`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn secure_as_source(&mut self, tls: &ClientTls, session: Option<Secret>) -> io::Result<()> {
+        self.bytes_alone();
+        self.inner.secure_as_source(tls, session)
+    }
+
+    /// Secures the connection from the receiver's side; see [`net::StreamLink::secure_as_receiver`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn secure_as_receiver(&mut self, tls: &ServerTls) -> Result<Admission, net::Unsecured> {
+        self.bytes_alone();
+        self.inner.secure_as_receiver(tls)
+    }
+
+    /// Files cannot go beside coded bytes.
+    fn bytes_alone(&mut self) {
+        self.inner.socket_mut().beside = None;
+    }
+
+    /// What only the two ends of a secured connection know.
+    ///
+    /// # Errors
+    /// See [`net::StreamLink::secret`].
+    pub fn secret(&self) -> io::Result<Option<Secret>> {
+        self.inner.secret()
+    }
+
+    /// Whether pages must be copied to be coded.
+    pub(super) const fn is_secured(&self) -> bool {
+        self.inner.is_secured()
+    }
+
+    /// A buffer of so many bytes, to be [kept](Self::keep_copy) for the next time.
+    pub(super) fn take_copy(&mut self, bytes: usize) -> Vec<u8> {
+        let mut copy = std::mem::take(&mut self.copy);
+        copy.resize(bytes, 0);
+        copy
+    }
+
+    pub(super) fn keep_copy(&mut self, copy: Vec<u8>) {
+        self.copy = copy;
+    }
+
+    /// The socket of a link that is not secured, and how long to wait on it.
     pub(super) fn parts(&self) -> (BorrowedFd<'_>, Wait<'_>) {
-        (self.0.socket().fd(), self.0.wait())
+        (self.inner.socket().fd(), self.inner.wait())
     }
 
     /// A pipe for moving pages off this socket, made when first needed; `None` where that fails.
     pub(super) fn splice_pipe(&mut self) -> Option<(BorrowedFd<'_>, Wait<'_>, &SplicePipe)> {
-        let socket = self.0.socket_mut();
+        let socket = self.inner.socket_mut();
         if socket.pipe.is_none() {
             socket.pipe = SplicePipe::new().ok();
         }
         let (fd, wait) = self.parts();
-        self.0.socket().pipe.as_ref().map(|pipe| (fd, wait, pipe))
+        self.inner
+            .socket()
+            .pipe
+            .as_ref()
+            .map(|pipe| (fd, wait, pipe))
     }
 
     /// What goes, and came, beside the bytes; `None` where the connection carries nothing but bytes.
     pub(super) const fn beside(&mut self) -> Option<&mut Beside> {
-        self.0.socket_mut().beside.as_mut()
+        self.inner.socket_mut().beside.as_mut()
     }
 }
 
 impl Link for StreamLink {
     fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
-        self.0.send(head, body)
+        self.inner.send(head, body)
     }
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        self.0.recv(buf)
+        self.inner.recv(buf)
     }
 
     fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
-        self.0.wait_readable(timeout)
+        self.inner.wait_readable(timeout)
     }
 
     fn bound_queue(&mut self, bytes: u32) {
-        self.0.bound_queue(bytes);
+        self.inner.bound_queue(bytes);
     }
 
     fn set_timeout(&mut self, timeout: Option<Duration>) {
-        self.0.set_timeout(timeout);
+        self.inner.set_timeout(timeout);
     }
 
     fn set_deadline(&mut self, deadline: Option<Duration>) {
-        self.0.set_deadline(deadline);
+        self.inner.set_deadline(deadline);
     }
 }
 
@@ -252,23 +311,32 @@ fn connect_tcp(host: &str, port: u16, cancelled: &dyn Fn() -> bool) -> io::Resul
 
 /// Opens the channels of one migration.
 pub(super) struct Dial {
-    uri: Uri,
+    peer: Peer,
     cancel: Option<Handle>,
 }
 
 impl Dial {
-    pub(super) const fn new(uri: Uri, cancel: Option<Handle>) -> Self {
-        Self { uri, cancel }
+    pub(super) const fn new(peer: Peer, cancel: Option<Handle>) -> Self {
+        Self { peer, cancel }
     }
 
     pub(super) fn connect(&mut self, role: Role, _: u16) -> io::Result<StreamLink> {
-        let error = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", self.uri));
+        let uri = self.peer.uri();
+        let error = |e: io::Error| io::Error::new(e.kind(), format!("{uri}: {e}"));
         // A word about a migration that has ended is not to be cut off by its cancelling.
         let handle = self.cancel.as_ref().filter(|_| role != Role::Recover);
         let cancelled = || handle.is_some_and(Handle::is_cancelled);
-        let mut link = StreamLink::connect_unless(&self.uri, &cancelled).map_err(error)?;
+        let mut link = StreamLink::connect_unless(uri, &cancelled).map_err(error)?;
         if let Some(handle) = handle {
             link.cancelled_by(handle.clone());
+        }
+        if let Some((tls, session)) = self.peer.tls() {
+            let first = role == Role::Control;
+            link.secure_as_source(tls, session.filter(|_| !first))
+                .map_err(error)?;
+            if first {
+                self.peer.began(link.secret().map_err(error)?);
+            }
         }
         Ok(link)
     }
@@ -301,7 +369,7 @@ mod tests {
             host: "127.0.0.1".into(),
             port: address.as_socket().unwrap().port(),
         };
-        let refused = Dial::new(uri, Some(handle))
+        let refused = Dial::new(uri.into(), Some(handle))
             .connect(Role::Control, 0)
             .unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::Interrupted, "{refused}");
@@ -318,7 +386,7 @@ mod tests {
         let _queued = UnixStream::connect(&path).unwrap();
         let handle = Handle::new();
         handle.cancel();
-        let mut dial = Dial::new(Uri::Unix(path), Some(handle));
+        let mut dial = Dial::new(Uri::Unix(path).into(), Some(handle));
         let refused = dial.connect(Role::Control, 0).unwrap_err().to_string();
         assert!(refused.contains("cancelled while connecting"), "{refused}");
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::gate::Gate;
 use super::newcomers::Address;
 use super::{StreamLink, Uri};
 use crate::socket::{self, BindError};
@@ -52,6 +53,7 @@ enum Socket {
 pub struct Listener {
     socket: Socket,
     uri: Uri,
+    gate: Gate,
 }
 
 impl Listener {
@@ -92,6 +94,7 @@ impl Listener {
                 Ok(Self {
                     socket: Socket::Tcp(listener),
                     uri: Uri::Tcp { host, port },
+                    gate: Gate::default(),
                 })
             }
             Uri::Unix(path) => {
@@ -102,9 +105,21 @@ impl Listener {
                 Ok(Self {
                     uri: Uri::Unix(socket.path().to_owned()),
                     socket: Socket::Unix(socket),
+                    gate: Gate::default(),
                 })
             }
         }
+    }
+
+    /// Lets in only what this gate does.
+    #[must_use]
+    pub fn behind(mut self, gate: Gate) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    pub(super) const fn gate(&self) -> &Gate {
+        &self.gate
     }
 
     /// Where it listens, with the port that was chosen.

@@ -23,13 +23,16 @@ use std::time::{Duration, Instant};
 use ferry_migration::destination::{
     self, DataChannelSet, Destination, DestinationError, MissingPages, State, Step,
 };
+use ferry_migration::net::Unsecured;
+use ferry_migration::net::tls::{Admission, Secret};
 use ferry_migration::options::Tracking;
 use ferry_migration::wire::{AbortCode, Channel, Preamble, Role, SessionId};
 
 use super::arrival::{Arrival, Following, GuestInDoubt, Owner, Sent};
+use super::gate::Gate;
 use super::host::{MachineHost, RamSink};
 use super::listener::{Incoming, Listener, ReceiveError};
-use super::newcomers::Newcomers;
+use super::newcomers::{Address, Newcomers};
 use super::{MonotonicClock, StreamLink, Uri};
 use crate::machine::Backends;
 
@@ -65,6 +68,8 @@ type DataChannels = Arc<DataChannelSet<StreamLink, RamSink>>;
 /// The migration that arrives.
 struct Active {
     session: SessionId,
+    /// Of its first connection, where connections are secured.
+    secret: Option<Secret>,
     data_channels: Option<DataChannels>,
     missing_pages: Option<Arc<MissingPages<StreamLink, RamSink>>>,
     state: ReceiveState,
@@ -85,6 +90,7 @@ pub(super) struct Shared {
     /// The source knows that the guest runs here: no question comes any more.
     settled: AtomicBool,
     newcomers: Newcomers,
+    gate: Gate,
 }
 
 /// Listens for migrations until it is dropped.
@@ -151,6 +157,7 @@ impl Receiver {
             stop: AtomicBool::new(false),
             settled: AtomicBool::new(false),
             newcomers: Newcomers::default(),
+            gate: listener.gate().clone(),
         });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -223,6 +230,7 @@ impl Receiver {
         let mut engine = self.shared.in_doubt()?;
         engine.abandon();
         *self.shared.active() = None;
+        self.shared.restore_token();
         self.shared.changed.notify_all();
         Ok(())
     }
@@ -240,6 +248,14 @@ impl Drop for Receiver {
 impl Shared {
     fn active(&self) -> MutexGuard<'_, Option<Active>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A pairing line is good for one guest: while there is none, for the next try.
+    fn restore_token(&self) {
+        let active = self.active();
+        if let Some(tls) = self.gate.tls.as_ref().filter(|_| active.is_none()) {
+            tls.restore();
+        }
     }
 
     /// Never under the lock: an owner may ask where this stands, or take a while.
@@ -329,28 +345,93 @@ fn spawn(shared: &Arc<Shared>, incoming: Incoming) {
     let worker = Arc::clone(shared);
     let result = std::thread::Builder::new()
         .name("ferry-receive".into())
-        .spawn(move || connection(&worker, link, id));
+        .spawn(move || connection(&worker, link, (id, address)));
     if let Err(error) = result {
         shared.newcomers.leave(id);
         tracing::warn!(%error, "a connection was closed");
     }
 }
 
-fn connection(shared: &Arc<Shared>, link: StreamLink, id: u64) {
-    let handshake = destination::greet(link, HANDSHAKE);
+fn connection(shared: &Arc<Shared>, link: StreamLink, (id, address): (u64, Address)) {
+    let greeted = admit(shared, link, address);
     let stays = shared.newcomers.leave(id);
-    match handshake {
-        Ok((channel, preamble)) => match preamble.role {
-            Role::Control => control(shared, channel, &preamble),
-            Role::Data => data(shared, channel, &preamble),
-            Role::Recover => recover(shared, channel, &preamble),
-            Role::Fault => faults(shared, channel, &preamble),
-        },
+    match greeted {
+        Ok((channel, preamble, admission)) => {
+            serve(shared, channel, &preamble, admission);
+            if admission.is_some() {
+                shared.restore_token();
+            }
+        }
         // Closed to make room: that was said then.
         Err(_) if !stays => {}
-        Err(error) => shared.tell(Arrival::Refused(format!(
-            "a connection was refused: {error}"
-        ))),
+        Err(why) => {
+            let from = address.map_or_else(|| "this host".to_owned(), |ip| ip.to_string());
+            shared.tell(Arrival::Refused(format!(
+                "a connection from {from} was refused: {why}"
+            )));
+        }
+    }
+}
+
+/// A connection that may be a channel, what it says it is, and why it may be one; or a sentence.
+fn admit(
+    shared: &Shared,
+    mut link: StreamLink,
+    address: Address,
+) -> Result<(Channel<StreamLink>, Preamble, Option<Admission>), String> {
+    if !shared.gate.admits(address) {
+        return Err("its address is none of --accept-from".into());
+    }
+    let admission = match &shared.gate.tls {
+        None => None,
+        Some(tls) => match link.secure_as_receiver(tls) {
+            Ok(admission) => Some(admission),
+            Err(Unsecured::Refused(why)) => {
+                let why = why.to_string();
+                destination::turn_away(link, HANDSHAKE, &why);
+                return Err(why);
+            }
+            Err(error) => return Err(error.to_string()),
+        },
+    };
+    let (channel, preamble) =
+        destination::greet(link, HANDSHAKE).map_err(|error| error.to_string())?;
+    Ok((channel, preamble, admission))
+}
+
+/// Does what a connection is for, if it may.
+fn serve(
+    shared: &Arc<Shared>,
+    channel: Channel<StreamLink>,
+    preamble: &Preamble,
+    admission: Option<Admission>,
+) {
+    let control_channel = preamble.role == Role::Control;
+    let proven = match admission {
+        None => true,
+        Some(Admission::Session(secret)) => {
+            let ours = {
+                let active = shared.active();
+                let active = active.as_ref().filter(|a| a.session == preamble.session);
+                active.and_then(|a| a.secret)
+            };
+            !control_channel && ours.is_some_and(|ours| ours.matches(&secret))
+        }
+        Some(_) => control_channel,
+    };
+    if !proven {
+        let why = "this connection does not prove that it belongs to a migration that arrives here";
+        refuse(channel, AbortCode::UnknownSession, why);
+        return shared.tell(Arrival::Refused(format!(
+            "a connection was refused: it is secured, and does not prove that it belongs to migration {}",
+            preamble.session
+        )));
+    }
+    match preamble.role {
+        Role::Control => control(shared, channel, preamble),
+        Role::Data => data(shared, channel, preamble),
+        Role::Recover => recover(shared, channel, preamble),
+        Role::Fault => faults(shared, channel, preamble),
     }
 }
 
@@ -359,7 +440,11 @@ fn refuse(mut channel: Channel<StreamLink>, code: AbortCode, why: &str) {
 }
 
 /// A migration's control channel: runs the engine until it ends.
-fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamble) {
+fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Preamble) {
+    let secret = match channel.link().secret() {
+        Ok(secret) => secret,
+        Err(error) => return refuse(channel, AbortCode::GaveUp, &error.to_string()),
+    };
     let busy = {
         // A migration that failed is heard of at its source before its memory here is freed: whoever tries again at once
         // waits for that instead of being refused.
@@ -370,6 +455,7 @@ fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamb
                 None => {
                     *active = Some(Active {
                         session: preamble.session,
+                        secret,
                         data_channels: None,
                         missing_pages: None,
                         state: ReceiveState::Receiving,
@@ -404,6 +490,7 @@ fn control(shared: &Arc<Shared>, channel: Channel<StreamLink>, preamble: &Preamb
         shared.backends.clone(),
         shared.dirty,
     )
+    .behind(shared.gate.clone())
     .owned_by(Arc::clone(&shared.owner));
     let timeouts = destination::Timeouts::default();
     let clock = Arc::new(MonotonicClock::new());

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::ToSocketAddrs;
 use std::path::{Path, PathBuf, absolute};
 use std::str::FromStr;
 
@@ -52,6 +53,17 @@ impl Uri {
         match self {
             Self::Unix(path) => Ok(Self::Unix(absolute(path)?)),
             tcp @ Self::Tcp { .. } => Ok(tcp),
+        }
+    }
+
+    /// Whether only this host can reach it. A name that cannot be looked up is no such place.
+    #[must_use]
+    pub fn is_on_this_host(&self) -> bool {
+        match self {
+            Self::Unix(_) => true,
+            Self::Tcp { host, port } => (host.as_str(), *port)
+                .to_socket_addrs()
+                .is_ok_and(|mut all| all.all(|address| address.ip().to_canonical().is_loopback())),
         }
     }
 }
@@ -115,6 +127,28 @@ impl fmt::Display for Uri {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loopback_and_unix_are_this_host() {
+        let here = |text: &str| text.parse::<Uri>().unwrap().is_on_this_host();
+        for text in [
+            "tcp:127.0.0.1:0",
+            "tcp:127.9.9.9:1",
+            "tcp:[::1]:0",
+            "tcp:[::ffff:127.0.0.1]:1",
+            "unix:x",
+        ] {
+            assert!(here(text), "{text}");
+        }
+        for text in [
+            "tcp:0.0.0.0:0",
+            "tcp:[::]:0",
+            "tcp:192.0.2.1:7000",
+            "tcp:no such name:1",
+        ] {
+            assert!(!here(text), "{text}");
+        }
+    }
 
     #[test]
     fn forms() {

@@ -172,7 +172,9 @@ impl Control for Vmm {
                     .into(),
             ));
         }
-        let migration = guest.migration(&request.uri).map_err(Refusal::Invalid)?;
+        let migration = guest
+            .migration(&request.uri, &request.security())
+            .map_err(Refusal::Invalid)?;
         let handle = migration.handle();
         let mut publisher = Publisher::default();
         let subscription = publisher.subscribe();

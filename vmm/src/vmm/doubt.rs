@@ -7,7 +7,7 @@ use super::control::{conflict, explanation};
 use super::state::{Asking, Lost, State};
 use super::{Core, Inner, Migration};
 use crate::api::Refusal;
-use crate::api::types::RecoverRequest;
+use crate::api::types::{RecoverRequest, Security};
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Report};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -139,9 +139,13 @@ impl Core {
                         lost.to
                     )));
                 }
+                let security = Security {
+                    tls: request.tls.clone(),
+                    pair: None,
+                };
                 let to = request.uri.clone().unwrap_or_else(|| lost.to.clone());
                 let recovery = guest
-                    .recovery(&to, &lost.session)
+                    .recovery(&to, &lost.session, &security)
                     .map_err(Refusal::Invalid)?;
                 lost.asking = Some(Asking {
                     handle: recovery.handle(),

@@ -2,20 +2,23 @@
 
 use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, TakeOver, Vmm};
 use crate::api::types::{
-    BalloonRequest, BalloonStatus, GuestInfo, MemoryInfo, SnapshotReport, SnapshotRequest,
+    BalloonRequest, BalloonStatus, GuestInfo, MemoryInfo, Security, SnapshotReport, SnapshotRequest,
 };
 use crate::machine::{Exit, Machine, RunState};
-use crate::migrate::{Arrival, Following, GuestInDoubt, Handle, Owner, Uri, migrate, recover};
+use crate::migrate::{
+    Arrival, Following, GuestInDoubt, Handle, Owner, Peer, Uri, migrate, recover,
+};
 use crate::record::MachineRecording;
 use crate::snapshot;
+use ferry_devices::sync::lock;
 use ferry_devices::thread;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use ferry_migration::source::Owner as GuestOwner;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 /// A machine, owned by a [`Vmm`].
 #[derive(Debug)]
@@ -24,6 +27,8 @@ pub struct MachineGuest {
     workload: Option<String>,
     /// Its pages that are not here yet.
     following: Option<Following>,
+    /// Where its last migration went.
+    peer: Mutex<Option<Peer>>,
 }
 
 impl MachineGuest {
@@ -54,6 +59,7 @@ impl MachineGuest {
             machine,
             workload,
             following,
+            peer: Mutex::default(),
         })
     }
 
@@ -229,7 +235,7 @@ impl Guest for MachineGuest {
         self.machine.serial_input(bytes)
     }
 
-    fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String> {
+    fn migration(&self, uri: &str, security: &Security) -> Result<Box<dyn Migration>, String> {
         if let Some(lacks) = self.lacks() {
             return Err(format!(
                 "{} pages of the guest have not arrived here yet; migrate it on when they have",
@@ -237,19 +243,30 @@ impl Guest for MachineGuest {
             ));
         }
         let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;
+        let peer = Peer::new(uri, security)?;
+        *lock(&self.peer) = Some(peer.clone());
         Ok(Box::new(MachineMigration {
             machine: Arc::clone(&self.machine),
-            uri,
+            peer,
             handle: Handle::new(),
             session: None,
         }))
     }
 
-    fn recovery(&self, uri: &str, session: &str) -> Result<Box<dyn Migration>, String> {
+    fn recovery(
+        &self,
+        uri: &str,
+        session: &str,
+        security: &Security,
+    ) -> Result<Box<dyn Migration>, String> {
         let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;
+        let peer = match &*lock(&self.peer) {
+            Some(before) => before.again(uri, security)?,
+            None => Peer::new(uri, security)?,
+        };
         Ok(Box::new(MachineMigration {
             machine: Arc::clone(&self.machine),
-            uri,
+            peer,
             handle: Handle::in_doubt(),
             session: Some(session.to_owned()),
         }))
@@ -263,7 +280,7 @@ impl Guest for MachineGuest {
 
 struct MachineMigration {
     machine: Arc<Machine>,
-    uri: Uri,
+    peer: Peer,
     handle: Handle,
     /// Of the migration that is to be recovered.
     session: Option<String>,
@@ -276,10 +293,10 @@ impl Migration for MachineMigration {
 
     fn run(self: Box<Self>, options: &Options, events: &mut dyn FnMut(Event)) -> Report {
         match &self.session {
-            None => migrate(&self.machine, &self.uri, options, &self.handle, events),
+            None => migrate(&self.machine, self.peer, options, &self.handle, events),
             Some(session) => recover(
                 &self.machine,
-                &self.uri,
+                self.peer,
                 session,
                 options,
                 &self.handle,

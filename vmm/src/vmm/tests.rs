@@ -5,7 +5,7 @@ mod snapshot;
 
 use super::*;
 use crate::api::events::{Next, Subscription};
-use crate::api::types::{MigrateRequest, RecoverRequest, StateName};
+use crate::api::types::{MigrateRequest, RecoverRequest, Security, StateName};
 use crate::api::{Control, Refusal};
 use ferry_migration::report::Phase;
 use std::sync::mpsc;
@@ -84,7 +84,7 @@ impl Guest for FakeGuest {
         self.journal.note("input");
         bytes.len()
     }
-    fn migration(&self, uri: &str) -> Result<Box<dyn Migration>, String> {
+    fn migration(&self, uri: &str, _: &Security) -> Result<Box<dyn Migration>, String> {
         if uri == "bad" {
             return Err("bad is no URI".into());
         }
@@ -100,7 +100,7 @@ impl Guest for FakeGuest {
         Ok(recording::fake(&self.journal))
     }
 
-    fn recovery(&self, uri: &str, _: &str) -> Result<Box<dyn Migration>, String> {
+    fn recovery(&self, uri: &str, _: &str, _: &Security) -> Result<Box<dyn Migration>, String> {
         self.journal.note("recovery");
         let status = match uri {
             "tcp:there:1" => report::Status::InDoubt,
@@ -239,8 +239,7 @@ fn drain(events: &Subscription) -> Vec<Event> {
 fn request(uri: &str) -> MigrateRequest {
     MigrateRequest {
         uri: uri.into(),
-        options: Options::default(),
-        detach: false,
+        ..MigrateRequest::default()
     }
 }
 
@@ -717,10 +716,10 @@ impl Guest for Busy {
     fn input(&self, bytes: &[u8]) -> usize {
         bytes.len()
     }
-    fn migration(&self, _: &str) -> Result<Box<dyn Migration>, String> {
+    fn migration(&self, _: &str, _: &Security) -> Result<Box<dyn Migration>, String> {
         Err("none".into())
     }
-    fn recovery(&self, _: &str, _: &str) -> Result<Box<dyn Migration>, String> {
+    fn recovery(&self, _: &str, _: &str, _: &Security) -> Result<Box<dyn Migration>, String> {
         Err("none".into())
     }
     fn recording(&self) -> Result<Box<dyn Recording>, String> {

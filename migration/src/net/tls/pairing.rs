@@ -12,8 +12,11 @@ use rustls::{DigitallySignedStruct, Error, SignatureScheme};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+/// How long a source that tries again waits for the end of the migration that used its token.
+const SETTLING: Duration = Duration::from_secs(2);
 /// What a pairing line begins with: its form, so that a later one can differ.
 const PREFIX: &str = "ferry-pair-1";
 /// The name in a throw-away certificate: the fingerprint is what counts.
@@ -113,6 +116,7 @@ pub struct Pairing {
     key: PrivateKeyDer<'static>,
     token: Secret,
     unspent: Mutex<bool>,
+    restored: Condvar,
 }
 
 impl fmt::Debug for Pairing {
@@ -134,6 +138,7 @@ impl Pairing {
             key,
             token: Secret(token),
             unspent: Mutex::new(true),
+            restored: Condvar::new(),
         }
     }
 
@@ -157,6 +162,7 @@ impl Pairing {
     /// Makes the token good for one more use: the guest that came with it has stayed at its source.
     pub fn restore(&self) {
         *self.unspent() = true;
+        self.restored.notify_all();
     }
 
     fn unspent(&self) -> MutexGuard<'_, bool> {
@@ -166,8 +172,15 @@ impl Pairing {
     /// Whether this is the token, unused so far. A wrong one does not spend it: 256 random bits
     /// are not guessed, and a stranger must not lock the source out.
     pub(super) fn spend(&self, token: &Secret) -> bool {
-        let mut unspent = self.unspent();
-        self.token.matches(token) && std::mem::take(&mut *unspent)
+        if !self.token.matches(token) {
+            return false;
+        }
+        let spent = |unspent: &mut bool| !*unspent;
+        let waited = self
+            .restored
+            .wait_timeout_while(self.unspent(), SETTLING, spent);
+        let (mut unspent, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *unspent)
     }
 }
 

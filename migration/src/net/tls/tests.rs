@@ -1,8 +1,7 @@
-use super::credentials::{CA_CERT, CLIENT_CERT, CLIENT_KEY, SERVER_CERT, SERVER_KEY};
 use super::*;
 use crate::net::{StreamLink, Unsecured};
 use crate::port::Link;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -230,6 +229,21 @@ fn a_source_of_another_name_is_not_admitted() {
         panic!("{far:?}");
     };
     assert!(refused.to_string().contains("--tls-authz"), "{refused}");
+}
+
+#[test]
+fn a_client_whose_name_is_its_common_name_is_admitted_by_it() {
+    let authority = authority();
+    let host = authority.host("a.example", FAR);
+    let mut params = CertificateParams::new([]).unwrap();
+    params.distinguished_name.push(DnType::CommonName, "node1");
+    let pair = KeyPair::generate().unwrap();
+    let signed = params.signed_by(&pair, &authority.issuer).unwrap();
+    fs::write(host.path().join(CLIENT_CERT), signed.pem()).unwrap();
+    fs::write(host.path().join(CLIENT_KEY), pair.serialize_pem()).unwrap();
+    let client = client(&host, "a.example");
+    assert!(shake(&client, &server(&host, &["node1"])).1.is_ok());
+    assert!(shake(&client, &server(&host, &["node2"])).1.is_err());
 }
 
 #[test]

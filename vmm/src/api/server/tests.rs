@@ -484,7 +484,7 @@ fn the_client_hears_a_migration_to_its_end_and_shutdown_waits_for_that() {
     let request = MigrateRequest {
         uri: "tcp:there:1".into(),
         options,
-        detach: false,
+        ..MigrateRequest::default()
     };
     let migrating = std::thread::spawn(move || {
         let mut events = 0;

@@ -42,10 +42,10 @@ impl Guest for Slow {
     fn input(&self, bytes: &[u8]) -> usize {
         bytes.len()
     }
-    fn migration(&self, _: &str) -> Result<Box<dyn Migration>, String> {
+    fn migration(&self, _: &str, _: &Security) -> Result<Box<dyn Migration>, String> {
         Err("there is none".into())
     }
-    fn recovery(&self, _: &str, _: &str) -> Result<Box<dyn Migration>, String> {
+    fn recovery(&self, _: &str, _: &str, _: &Security) -> Result<Box<dyn Migration>, String> {
         Err("there is none".into())
     }
     fn recording(&self) -> Result<Box<dyn Recording>, String> {
