@@ -199,6 +199,21 @@ pub fn kernel() -> Vec<Vec<u8>> {
     ]
 }
 
+/// For [`pairing`](crate::fuzz_bodies::pairing): first a line that is one.
+pub fn pairing() -> Vec<Vec<u8>> {
+    let digits = |byte: u8| format!("{byte:02x}").repeat(32);
+    let line = format!("ferry-pair-1:{}:{}", digits(0xa7), digits(0x3c));
+    let capitals = format!(
+        " ferry-pair-1:{}:{}\n",
+        digits(0xa7),
+        digits(0x3c).to_uppercase()
+    );
+    let admissions = (0..3).map(|kind| [&[kind][..], &[9; 32]].concat());
+    let texts = [&line, &capitals, "192.0.2.0/24", "2001:db8::/32"];
+    let texts = texts.map(|text| text.as_bytes().to_vec());
+    texts.into_iter().chain(admissions).collect()
+}
+
 /// For [`trace`](crate::fuzz_bodies::trace).
 pub fn trace() -> Vec<Vec<u8>> {
     let layout = RamLayout::new(vec![Run::new(0, 300), Run::new(500, 100)]).unwrap();
@@ -271,6 +286,7 @@ pub const TARGETS: &[(&str, Seeds)] = &[
     ("machine_state", machine_state),
     ("snapshot", snapshot),
     ("trace", trace),
+    ("pairing", pairing),
     ("virtio", virtio),
     ("virtio_state", virtio_state),
     ("kernel", kernel),

@@ -139,6 +139,19 @@ fn kernels() {
 }
 
 #[test]
+fn pairing_lines() {
+    static TAKEN: AtomicU64 = AtomicU64::new(0);
+    let seeds = fuzz_seeds::pairing();
+    assert!(seeds[..2].iter().all(|seed| fuzz_bodies::pairing(seed)));
+    mutations(&seeds, 6000, |bytes| {
+        TAKEN.fetch_add(u64::from(fuzz_bodies::pairing(bytes)), Ordering::Relaxed);
+    });
+    // Most are refused, and some digits are as good as others.
+    let taken = TAKEN.load(Ordering::Relaxed);
+    assert!((10..3000).contains(&taken), "{taken} were taken");
+}
+
+#[test]
 fn traces() {
     let seeds = fuzz_seeds::trace();
     assert!(seeds.iter().all(|seed| fuzz_bodies::trace(seed)));

@@ -448,7 +448,7 @@ fn a_gate_is_kept() {
     let gate = |more: &[&str]| Host::receive_with(more);
     let none = Security::default();
     let elsewhere = gate(&["--accept-from", "192.0.2.0/24,2001:db8::/32"]);
-    is_refused(&source, &elsewhere, &none, "closed the connection");
+    is_refused(&source, &elsewhere, &none, "the connection to the peer failed");
     elsewhere.says("a connection from 127.0.0.1 was refused: its address is none of --accept-from");
     is_refused(
         &source,
