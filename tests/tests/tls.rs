@@ -297,7 +297,8 @@ fn files_that_are_no_good_are_told_before_anything_is_sent() {
     let authority = Authority::default();
     let source = Host::run(WORK, "64M", 1);
     let receiver = receiver(&authority.host("node1"));
-    let spoil: [(&str, fn(&Certificates)); 5] = [
+    type Spoil = fn(&Certificates);
+    let spoil: [(&str, Spoil); 5] = [
         ("client-key.pem can be read by others (mode 0640)", |host| {
             let key = host.dir().join("client-key.pem");
             fs::set_permissions(key, fs::Permissions::from_mode(0o640)).unwrap();
@@ -448,7 +449,12 @@ fn a_gate_is_kept() {
     let gate = |more: &[&str]| Host::receive_with(more);
     let none = Security::default();
     let elsewhere = gate(&["--accept-from", "192.0.2.0/24,2001:db8::/32"]);
-    is_refused(&source, &elsewhere, &none, "the connection to the peer failed");
+    is_refused(
+        &source,
+        &elsewhere,
+        &none,
+        "the connection to the peer failed",
+    );
     elsewhere.says("a connection from 127.0.0.1 was refused: its address is none of --accept-from");
     is_refused(
         &source,

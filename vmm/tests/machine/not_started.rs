@@ -114,7 +114,7 @@ fn what_was_paused_before_a_migration_is_paused_after_its_recovery() {
         assert_eq!(source.run_state(), RunState::Paused);
         let report = recover(
             &source,
-            &never_started(),
+            never_started(),
             &report.session,
             &options,
             &Handle::in_doubt(),
