@@ -1,7 +1,9 @@
-//! Builds the bare guest's image, and the first process of Linux guests, with the host's own toolchain.
+//! Builds the bare guest's image, and the first process of Linux guests, with the host's own
+//! toolchain.
 //!
-//! By rustc directly rather than by a nested cargo: crates without dependencies need no lock, no network and none
-//! of the outer build's flags, so clippy, coverage or a wrapper around the host build cannot change the guest.
+//! By rustc directly rather than by a nested cargo: crates without dependencies need no lock, no
+//! network and none of the outer build's flags, so clippy, coverage or a wrapper around the host
+//! build cannot change the guest.
 
 use std::env;
 use std::error::Error;
@@ -68,7 +70,8 @@ fn bare(here: &Path, out: &Path, target: &str) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// `/init`: linked statically, because an initial RAM disk has no libraries. With threads and std, unlike the bare guest.
+/// `/init`: linked statically, because an initial RAM disk has no libraries. With threads and std,
+/// unlike the bare guest.
 fn linux_init(here: &Path, out: &Path, target: &str) -> Result<(), Box<dyn Error>> {
     let libraries = out.join("linux");
     std::fs::create_dir_all(&libraries)?;
@@ -114,7 +117,8 @@ fn joined(prefix: &str, path: &Path) -> OsString {
     text
 }
 
-/// The compiler with what both crates have in common. The image is always optimised, whatever the profile.
+/// The compiler with what both crates have in common. The image is always optimised, whatever the
+/// profile.
 fn rustc(target: &str) -> Result<Command, String> {
     let mut command = Command::new(variable("RUSTC")?);
     command.args([

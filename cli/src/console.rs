@@ -13,7 +13,8 @@ use std::io::{self, Read, Stdin};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
-/// Bytes typed or pasted while the guest takes none. Further ones are dropped, as a serial line's receiver does.
+/// Bytes typed or pasted while the guest takes none. Further ones are dropped, as a serial line's
+/// receiver does.
 const MAX_PENDING: usize = 1 << 20;
 
 /// What the keys are, for people.

@@ -1,4 +1,5 @@
-//! `--disk`, `--net` and `--memory-backing`: what is behind a guest's devices and memory on this host.
+//! `--disk`, `--net` and `--memory-backing`: what is behind a guest's devices and memory on this
+//! host.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -19,8 +20,8 @@ pub struct Args {
     /// more than once.
     #[arg(long, value_name = "tap=NAME[,mac=MAC]", help_heading = "Machine")]
     net: Vec<Net>,
-    /// What the guest's memory is made of: 2 MiB pages where the host has them (auto, thp), 4k, or the host's pool of 2 MiB
-    /// pages (hugetlb).
+    /// What the guest's memory is made of: 2 MiB pages where the host has them (auto, thp), 4k, or
+    /// the host's pool of 2 MiB pages (hugetlb).
     #[arg(long, value_name = "auto|thp|4k|hugetlb", default_value = "auto")]
     memory_backing: Backing,
     /// Take all of the guest's memory from the host before the guest runs.

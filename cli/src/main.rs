@@ -122,9 +122,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// clap's answer: help as it is, errors in one sentence.
-/// Past a file-size limit (`ulimit -f`, `LimitFSIZE=`) a write shall fail with EFBIG, and not end the process by SIGXFSZ:
-/// blocked, the signal stays pending. Before any thread is started, as threads inherit it.
+/// Past a file-size limit (`ulimit -f`,
+/// `LimitFSIZE=`) a write shall fail with EFBIG, and not end the process by SIGXFSZ: blocked, the
+/// signal stays pending. Before any thread is started, as threads inherit it.
 fn fail_writes_past_the_size_limit() {
     let mut set = SigSet::empty();
     set.add(Signal::SIGXFSZ);
@@ -135,6 +135,7 @@ fn fail_writes_past_the_size_limit() {
     }
 }
 
+/// clap's answer: help as it is, errors in one sentence.
 fn usage(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {

@@ -70,8 +70,9 @@ simple!(
 
 /// Resolve a migration that ended in doubt, or that lost its connection in post-copy.
 ///
-/// At the source: asks the destination again and sends its missing pages, secured as the migration was. The VMM here ends when
-/// the destination has all of the guest. With --take-over, at either side: runs the guest here.
+/// At the source: asks the destination again and sends its missing pages, secured as the migration
+/// was. The VMM here ends when the destination has all of the guest. With --take-over, at either
+/// side: runs the guest here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry recover --api /tmp/a.sock
@@ -89,7 +90,8 @@ pub struct Recover {
     /// one guest destroy each other's data.
     #[arg(long)]
     take_over: bool,
-    /// With --take-over: insist although the guest's disks were, or may have been, written since its state was saved.
+    /// With --take-over: insist although the guest's disks were, or may have been, written since
+    /// its state was saved.
     #[arg(long, requires = "take_over")]
     force: bool,
 }

@@ -82,8 +82,8 @@ struct TransportFlags {
     /// copied. auto does where it can, off sends pages.
     #[arg(long, value_name = "WHEN", value_parser = choice::<Handover>(), default_value = "auto")]
     handover: Handover,
-    /// The longest that the guest may stand still, whatever the destination does; after that it runs
-    /// here again [default: 30 s and four times the predicted pause].
+    /// The longest that the guest may stand still, whatever the destination does; after that it
+    /// runs here again [default: 30 s and four times the predicted pause].
     #[arg(long, value_name = "TIME", value_parser = duration)]
     max_pause: Option<Duration>,
 }
@@ -197,8 +197,8 @@ fn show(args: &Args, report: &Report, display: &Display) -> Result<ExitCode, Fai
     Ok(outcome.exit())
 }
 
-/// SIGINT and SIGTERM cancel what the VMM does, whose answer then says how it ended. A second signal
-/// ends this command at once.
+/// SIGINT and SIGTERM cancel what the VMM does, whose answer then says how it ended. A second
+/// signal ends this command at once.
 pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Failure> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);

@@ -1,4 +1,5 @@
-//! How `ferry migrate` ends, for scripts: an exit status, and a `code` in the JSON. Both are an interface.
+//! How `ferry migrate` ends, for scripts: an exit status, and a `code` in the JSON. Both are an
+//! interface.
 //!
 //! | status | `code` | |
 //! |---|---|---|

@@ -1,4 +1,5 @@
-//! `ferry pki`: an authority, and certificates of hosts, in files named as QEMU and Cloud Hypervisor have them.
+//! `ferry pki`: an authority, and certificates of hosts, in files named as QEMU and Cloud
+//! Hypervisor have them.
 
 use ferry_migration::net::tls::pki_types::{DnsName, PrivateKeyDer, PrivatePkcs8KeyDer};
 use ferry_migration::net::tls::{
@@ -83,7 +84,8 @@ fn at(path: &Path, error: &io::Error) -> Failure {
     Failure(format!("{}: {error}", path.display()))
 }
 
-/// The authority of a key. Its name comes from the key, so that it can be found again, and no two authorities have one.
+/// The authority of a key. Its name comes from the key, so that it can be found again, and no two
+/// authorities have one.
 fn authority(key: &KeyPair) -> CertificateParams {
     let id = CertificateParams::default().key_identifier(key);
     // 64 bits of it tell a few authorities apart.

@@ -33,8 +33,9 @@ pub struct Args {
     place: Place,
     #[command(flatten)]
     security: security::Receiver,
-    /// Take a guest although a disk given here is not the file that it uses on this host, or this host's CPU (frequency of
-    /// its time stamp counter, IA32_ARCH_CAPABILITIES) is not what the guest counts on.
+    /// Take a guest although a disk given here is not the file that it uses on this host, or this
+    /// host's CPU (frequency of its time stamp counter, IA32_ARCH_CAPABILITIES) is not what the
+    /// guest counts on.
     #[arg(long)]
     force: bool,
 }

@@ -15,9 +15,9 @@ use std::thread::JoinHandle;
 ///
 /// The guest runs at once, and its memory is read while it does: first where it waits for a page,
 /// and around there. Give what is behind its disks and network cards, in their order; the disks
-/// must be as they were at the snapshot. The guest's clock goes on from the snapshot. A file that is
-/// restored twice makes two guests with one identity.
-/// The keys and signals of `ferry run` work here too.
+/// must be as they were at the snapshot. The guest's clock goes on from the snapshot. A file that
+/// is restored twice makes two guests with one identity. The keys and signals of `ferry run` work
+/// here too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry restore guest.snap --api /tmp/b.sock")]
 pub struct Args {
@@ -29,8 +29,9 @@ pub struct Args {
     /// Read all memory before the guest runs.
     #[arg(long)]
     eager: bool,
-    /// Take disks that were changed since the snapshot (the guest's file systems may be destroyed), and a CPU (frequency of
-    /// its time stamp counter, IA32_ARCH_CAPABILITIES) that the guest does not count on.
+    /// Take disks that were changed since the snapshot (the guest's file systems may be destroyed),
+    /// and a CPU (frequency of its time stamp counter, IA32_ARCH_CAPABILITIES) that the guest does
+    /// not count on.
     #[arg(long)]
     force: bool,
     /// Print a report as one JSON object, when all memory is there.

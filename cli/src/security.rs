@@ -42,7 +42,8 @@ impl Certificates {
 #[command(next_help_heading = "Security")]
 pub struct Pair {
     /// Encrypt every connection to the receiver that printed this line (`ferry receive --pair`),
-    /// which lets in this guest by it. `-` reads it from stdin, where no list of processes shows it.
+    /// which lets in this guest by it. `-` reads it from stdin, where no list of processes shows
+    /// it.
     #[arg(long, value_name = "LINE", conflicts_with = "tls")]
     pair: Option<String>,
 }

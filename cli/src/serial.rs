@@ -1,6 +1,7 @@
 //! Where the guest's serial port goes: `--serial stdio|file:PATH|null`.
 //!
-//! Output passes through a [`Spool`], so that no vCPU and no pause of a migration waits for a terminal, a pipe or a disk.
+//! Output passes through a [`Spool`], so that no vCPU and no pause of a migration waits for a
+//! terminal, a pipe or a disk.
 
 use super::spool::Spool;
 use ferry_terminal::output::Failure;
@@ -54,8 +55,8 @@ impl Serial {
     }
 }
 
-/// Opens a log at its end and keeps what it holds: another guest may be writing to it, and a log that is truncated
-/// (logrotate's copytruncate) goes on at its start.
+/// Opens a log at its end and keeps what it holds: another guest may be writing to it, and a log
+/// that is truncated (logrotate's copytruncate) goes on at its start.
 fn open_file(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     // A terminal does not become this process's own, and its carrier is not waited for.

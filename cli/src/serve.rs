@@ -35,9 +35,9 @@ const FINISHED: u32 = 1;
 const SIGNAL: u32 = 2;
 const TERMINAL: u32 = 3;
 
-/// SIGINT, SIGTERM and SIGHUP as a descriptor, as far as the caller of this process does not have them ignored
-/// (`nohup`). To be taken before any thread is started: threads inherit that they are blocked, and one that did not would
-/// be killed by them.
+/// SIGINT, SIGTERM and SIGHUP as a descriptor, as far as the caller of this process does not have
+/// them ignored (`nohup`). To be taken before any thread is started: threads inherit that they are
+/// blocked, and one that did not would be killed by them.
 pub struct Signals(SignalFd);
 
 impl Signals {
@@ -62,8 +62,9 @@ impl Signals {
     }
 }
 
-/// The signals that this process ignores, by `SigIgn` of proc_pid_status(5); none where that cannot be read. A signal
-/// that is blocked reaches a signalfd even if it is ignored, so ignored ones must be left alone.
+/// The signals that this process ignores, by `SigIgn` of proc_pid_status(5); none where that cannot
+/// be read. A signal that is blocked reaches a signalfd even if it is ignored, so ignored ones must
+/// be left alone.
 fn ignored_signals() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -5,8 +5,8 @@
 //!           │ full: refused, the serial port counts it as lost
 //! ```
 //!
-//! A sink that fails (no space, a pipe that nobody reads) is tried again until it works; the queue keeps the oldest
-//! output meanwhile. A sink that is gone for good ends the queue.
+//! A sink that fails (no space, a pipe that nobody reads) is tried again until it works; the queue
+//! keeps the oldest output meanwhile. A sink that is gone for good ends the queue.
 
 use ferry_terminal::output::{Failure, say};
 use ferry_vmm::{sync, thread};
@@ -84,7 +84,8 @@ impl Spool {
         Ok(Self { shared })
     }
 
-    /// Waits until the sink has taken all that was written: at most `timeout`, and not for a sink that stalls.
+    /// Waits until the sink has taken all that was written: at most `timeout`, and not for a sink
+    /// that stalls.
     pub fn drain(&self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         let mut queue = self.shared.lock();

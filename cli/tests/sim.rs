@@ -184,8 +184,8 @@ fn the_stord_paper() {
     };
     let pre_copy = cell(90, 1)["total_ms"].as_f64().unwrap();
     assert!((330e3..370e3).contains(&pre_copy), "{pre_copy}");
-    // The paper: at most 120 s (with MB of 2²⁰ bytes; 126 s with 10⁶), 65 to 75 % less. With writes in all memory it would
-    // be 46 to 64 %.
+    // The paper: at most 120 s (with MB of 2²⁰ bytes; 126 s with 10⁶), 65 to 75 % less. With writes
+    // in all memory it would be 46 to 64 %.
     let two = cell(90, 2)["total_ms"].as_f64().unwrap();
     assert!((122e3..130e3).contains(&two), "{two}");
     let saved = cell(90, 10)["saved"].as_f64().unwrap();

@@ -1,5 +1,5 @@
-//! The fixed ACPI hardware that a machine needs to be switched off: the PM1a event and control registers of the ACPI
-//! specification 6.5, 4.8.3.
+//! The fixed ACPI hardware that a machine needs to be switched off: the PM1a event and control
+//! registers of the ACPI specification 6.5, 4.8.3.
 //!
 //! | offset | register | bits kept |
 //! |---|---|---|
@@ -51,7 +51,8 @@ pub struct AcpiPm {
 }
 
 impl AcpiPm {
-    /// The registers after reset. `sci` is poked for each event, `power_off` when the guest switches the machine off.
+    /// The registers after reset. `sci` is poked for each event, `power_off` when the guest
+    /// switches the machine off.
     #[must_use]
     pub fn new(sci: Box<dyn Trigger>, power_off: Box<dyn Trigger>) -> Self {
         Self {
@@ -76,8 +77,8 @@ impl AcpiPm {
         self.state
     }
 
-    /// Takes over a state saved elsewhere. An event that the guest has not seen yet is raised again: one interrupt too
-    /// many finds no status, and drivers expect that.
+    /// Takes over a state saved elsewhere. An event that the guest has not seen yet is raised
+    /// again: one interrupt too many finds no status, and drivers expect that.
     ///
     /// # Errors
     /// The interrupt could not be raised.
@@ -135,7 +136,8 @@ impl BusDevice for AcpiPm {
             let shift = if at % 2 == 1 { 8 } else { 0 };
             self.set(at, u16::from(*byte) << shift, 0xff << shift);
         }
-        // Enabling an event that has happened already raises it. A lost interrupt is as a button nobody noticed.
+        // Enabling an event that has happened already raises it. A lost interrupt is as a button
+        // nobody noticed.
         let _ = self.interrupt();
     }
 }

@@ -1,11 +1,12 @@
 //! The memory balloon: virtio-balloon (§5.5) with statistics and free-page reporting.
 //!
-//! Three ways for a guest to say that it does not need a page: it inflates the balloon to the size that the host asks
-//! for, or reports pages that lie free anyway. Both end in [`FreePages`], which gives the memory back to the host. A page
-//! that was given back holds nothing, so a migration has nothing to send of it.
+//! Three ways for a guest to say that it does not need a page: it inflates the balloon to the size
+//! that the host asks for, or reports pages that lie free anyway. Both end in [`FreePages`], which
+//! gives the memory back to the host. A page that was given back holds nothing, so a migration has
+//! nothing to send of it.
 //!
-//! The driver may leave out the statistics, or the reporting: the queues are numbered without a gap, as Linux' driver
-//! does on MMIO, so which queue is which depends on the features.
+//! The driver may leave out the statistics, or the reporting: the queues are numbered without a
+//! gap, as Linux' driver does on MMIO, so which queue is which depends on the features.
 
 pub mod auto;
 mod statistics;
@@ -36,19 +37,22 @@ const NAME: &str = "balloon";
 const NUMBER: usize = 4;
 /// Page numbers that a driver may give at once; Linux' gives 256.
 const MOST_NUMBERS: u64 = 4096;
-/// Lists of page numbers that are worked off before others get their turn: giving memory back takes the host some time.
+/// Lists of page numbers that are worked off before others get their turn: giving memory back takes
+/// the host some time.
 const LISTS: usize = 8;
 
-/// What becomes of pages that the guest gives and takes. Called with the device's lock held, for pages that are RAM.
+/// What becomes of pages that the guest gives and takes. Called with the device's lock held, for
+/// pages that are RAM.
 pub trait FreePages: Send + Sync + 'static {
-    /// The guest does not need the contents of `count` pages from page number `first`: they went into the balloon.
+    /// The guest does not need the contents of `count` pages from page number `first`: they went
+    /// into the balloon.
     fn inflated(&self, first: u64, count: u64);
 
     /// The guest uses `count` pages from number `first` again.
     fn deflated(&self, first: u64, count: u64);
 
-    /// `count` pages from number `first` are free in the guest. It may use them again at any time, without a word, and
-    /// finds zeros or what they held.
+    /// `count` pages from number `first` are free in the guest. It may use them again at any time,
+    /// without a word, and finds zeros or what they held.
     fn reported(&self, first: u64, count: u64);
 }
 
@@ -144,8 +148,8 @@ impl Balloon {
         self.told
     }
 
-    /// Whether the target is to be moved automatically, and how. Who owns the device does it, by [`auto::Controller`]; here
-    /// the wish is kept, since it goes where the guest goes.
+    /// Whether the target is to be moved automatically, and how. Who owns the device does it, by
+    /// [`auto::Controller`]; here the wish is kept, since it goes where the guest goes.
     pub fn set_auto(&mut self, settings: Option<auto::Settings>) {
         self.state.auto = settings;
     }
@@ -156,8 +160,9 @@ impl Balloon {
         self.state.auto
     }
 
-    /// Asks the guest for new statistics, which come when it is ready. `false` when it has not answered the last
-    /// question yet, or never will. To be called through [`with_queues`](crate::virtio::VirtioDevice::with_queues).
+    /// Asks the guest for new statistics, which come when it is ready. `false` when it has not
+    /// answered the last question yet, or never will. To be called through
+    /// [`with_queues`](crate::virtio::VirtioDevice::with_queues).
     ///
     /// # Errors
     /// [`Violation`].

@@ -6,12 +6,14 @@
 //!  queue ◀─ used ───┴──── finished ◀───────┘
 //! ```
 //!
-//! Several requests are under way at once and end in any order, as the specification allows. A flush covers all writes
-//! that had ended when it was made. Pausing waits for the requests that the threads have begun, and puts the others back:
-//! their heads travel in the queue's state, and the host that resumes the guest takes them up from there.
+//! Several requests are under way at once and end in any order, as the specification allows. A
+//! flush covers all writes that had ended when it was made. Pausing waits for the requests that the
+//! threads have begun, and puts the others back: their heads travel in the queue's state, and the
+//! host that resumes the guest takes them up from there.
 //!
-//! What is locked, how caches are kept from being stale and what a failed flush means: see [`Disk`]'s module. The guest is
-//! told the block size of the device (`blk_size`); a request for parts of a block is carried out all the same.
+//! What is locked, how caches are kept from being stale and what a failed flush means: see
+//! [`Disk`]'s module. The guest is told the block size of the device (`blk_size`); a request for
+//! parts of a block is carried out all the same.
 
 mod dirty;
 mod disk;

@@ -1,8 +1,8 @@
 //! Address ranges and the devices behind them, for port I/O and for MMIO alike.
 //!
-//! A bus is filled while the machine is built and only read afterwards, so that vCPUs look devices up
-//! without a lock; each device has a lock of its own. That device lock is a leaf: a device takes no
-//! other lock while it is accessed.
+//! A bus is filled while the machine is built and only read afterwards, so that vCPUs look devices
+//! up without a lock; each device has a lock of its own. That device lock is a leaf: a device takes
+//! no other lock while it is accessed.
 
 use std::sync::{Arc, Mutex};
 
@@ -10,7 +10,8 @@ use crate::sync::lock;
 
 /// A device that can be reached by loads and disks (or `in` and `out`).
 pub trait BusDevice: Send {
-    /// Fills `data` with what the guest reads at `offset` bytes from the start of the device's range.
+    /// Fills `data` with what the guest reads at `offset` bytes from the start of the device's
+    /// range.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 
     /// Takes `data`, written by the guest at `offset` bytes from the start of the device's range.

@@ -1,8 +1,9 @@
 //! Emulated devices of ferry, each with a serialisable `State`, and the bus they sit on.
 //!
-//! Nothing here speaks KVM: a device is driven by [`bus::BusDevice`] accesses and speaks back through
-//! [`Trigger`]; a [virtio] device besides works on guest memory, which it is given as `vm-memory` has it, so that what it
-//! writes is tracked there. What a trigger does (an irqfd, a flag, a counter in a test) is the machine's affair.
+//! Nothing here speaks KVM: a device is driven by [`bus::BusDevice`] accesses and speaks back
+//! through [`Trigger`]; a [virtio] device besides works on guest memory, which it is given as
+//! `vm-memory` has it, so that what it writes is tracked there. What a trigger does (an irqfd, a
+//! flag, a counter in a test) is the machine's affair.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 

@@ -1,15 +1,17 @@
 //! A network card: virtio-net (§5.1) over a tap device, or whatever else takes frames.
 //!
-//! One pair of queues, and a control queue for acknowledging announcements. Checksums and TCP segmentation are left to
-//! whoever is better at it, as negotiated; frames carry `struct virtio_net_hdr_v1` through the tap (IFF_VNET_HDR), which
-//! also is what the guest's buffers hold. Received frames may be spread over buffers (MRG_RXBUF).
+//! One pair of queues, and a control queue for acknowledging announcements. Checksums and TCP
+//! segmentation are left to whoever is better at it, as negotiated; frames carry
+//! `struct virtio_net_hdr_v1` through the tap (IFF_VNET_HDR), which also is what the guest's
+//! buffers hold. Received frames may be spread over buffers (MRG_RXBUF).
 //!
-//! A frame for which the guest has no buffer waits, one only; the others wait in the tap's queue, which drops what it
-//! has no room for. A frame that waits in a pause is lost to the guest that goes on elsewhere: networks are like that, and
-//! the sender's retry finds the new host.
+//! A frame for which the guest has no buffer waits, one only; the others wait in the tap's queue,
+//! which drops what it has no room for. A frame that waits in a pause is lost to the guest that
+//! goes on elsewhere: networks are like that, and the sender's retry finds the new host.
 //!
-//! After a migration [`Net::announce`] tells the switches where the guest's address is now, by a RARP request in the
-//! guest's name, and asks the guest to tell its neighbours (GUEST_ANNOUNCE), where its driver can.
+//! After a migration [`Net::announce`] tells the switches where the guest's address is now, by a
+//! RARP request in the guest's name, and asks the guest to tell its neighbours (GUEST_ANNOUNCE),
+//! where its driver can.
 
 mod frame;
 
@@ -143,8 +145,8 @@ impl Net {
     }
 
     /// Tells the network that the guest is here now. To be called through
-    /// [`reconfigure`](crate::virtio::VirtioDevice::reconfigure) once the guest runs; switches may lose a frame, so do it
-    /// a few times.
+    /// [`reconfigure`](crate::virtio::VirtioDevice::reconfigure) once the guest runs; switches may
+    /// lose a frame, so do it a few times.
     ///
     /// # Errors
     /// The backend's; the guest was asked to announce itself nevertheless, where it can.
@@ -163,8 +165,8 @@ impl Net {
         }
     }
 
-    /// A tap whose interface was deleted answers every read with an error (EBADFD): it is not asked again, and the guest
-    /// sees its cable pulled.
+    /// A tap whose interface was deleted answers every read with an error (EBADFD): it is not asked
+    /// again, and the guest sees its cable pulled.
     fn lose_link(&mut self, error: &io::Error) {
         self.gone = true;
         tracing::warn!(mac = %self.state.mac, %error, "a network card's tap cannot be used any more; the guest has no link");

@@ -11,7 +11,8 @@ const QUEUE_SIZES: &[u16] = &[64];
 /// Bytes given for one request; a driver that wants more asks again.
 const MOST: usize = 64 << 10;
 
-/// What has to travel: nothing, but for the queue. A type of its own for the day when there is something.
+/// What has to travel: nothing, but for the queue. A type of its own for the day when there is
+/// something.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RngState {}
 
@@ -59,7 +60,8 @@ impl<M: Memory> Device<M> for Rng {
                 return Err(Violation::Shape { head, what });
             }
             self.buffer.resize(len, 0);
-            // A kernel that has none (before its pool is seeded it waits) gives the driver an empty answer.
+            // A kernel that has none (before its pool is seeded it waits) gives the driver an empty
+            // answer.
             let written = match getrandom::fill(&mut self.buffer) {
                 Ok(()) => chain.writable.write(cx.memory, &self.buffer)?,
                 Err(error) => {

@@ -1,4 +1,5 @@
-//! COM1: a 16550A around `vm-superio`'s, with an input queue behind its FIFO and a state that travels.
+//! COM1: a 16550A around `vm-superio`'s, with an input queue behind its FIFO and a state that
+//! travels.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -68,8 +69,8 @@ pub struct Serial {
 }
 
 impl Serial {
-    /// A UART after reset. `interrupt` is poked for each interrupt (an edge); `output` gets each byte
-    /// as it is sent, and is flushed after each.
+    /// A UART after reset. `interrupt` is poked for each interrupt (an edge); `output` gets each
+    /// byte as it is sent, and is flushed after each.
     #[must_use]
     pub fn new(interrupt: Box<dyn Trigger>, output: Box<dyn Write + Send>) -> Self {
         Self {
@@ -94,7 +95,8 @@ impl Serial {
         taken
     }
 
-    /// Bytes of output that the writer refused so far (a closed pipe, a full disk). The guest goes on.
+    /// Bytes of output that the writer refused so far (a closed pipe, a full disk). The guest goes
+    /// on.
     #[must_use]
     pub fn lost_output(&self) -> u64 {
         self.uart.writer().lost
@@ -121,13 +123,13 @@ impl Serial {
     }
 
     /// The UART with this state, in place of `self`, with the same output; `interrupt` is its new
-    /// line. An interrupt that was pending is raised again: the edge may have been on its way to the
-    /// interrupt controller when the state was taken. One edge too many finds an empty IIR, and
+    /// line. An interrupt that was pending is raised again: the edge may have been on its way to
+    /// the interrupt controller when the state was taken. One edge too many finds an empty IIR, and
     /// drivers expect that; one too few hangs them.
     ///
     /// # Errors
-    /// [`SerialError`] when the state is impossible (nothing changed), or when the interrupt cannot be
-    /// raised (the UART keeps its old registers and has lost its output: drop it).
+    /// [`SerialError`] when the state is impossible (nothing changed), or when the interrupt cannot
+    /// be raised (the UART keeps its old registers and has lost its output: drop it).
     pub fn restore(
         &mut self,
         state: &SerialState,
@@ -201,7 +203,8 @@ fn register(offset: u64) -> u8 {
     u8::try_from(offset).unwrap_or(u8::MAX)
 }
 
-/// The writer behind the UART. It never fails: a guest must not notice that nobody reads its console.
+/// The writer behind the UART. It never fails: a guest must not notice that nobody reads its
+/// console.
 struct Output {
     to: Box<dyn Write + Send>,
     lost: u64,

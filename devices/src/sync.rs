@@ -1,8 +1,8 @@
 //! Locks that outlive a panic of their holder: the one way to take a lock in ferry.
 //!
-//! A panic ends the guest or the migration with a sentence ([`thread::spawn`](crate::thread::spawn)); what is left must
-//! still be able to pause, save and end. So what a lock guards is valid between any two statements, and poison says
-//! nothing more.
+//! A panic ends the guest or the migration with a sentence
+//! ([`thread::spawn`](crate::thread::spawn)); what is left must still be able to pause, save and
+//! end. So what a lock guards is valid between any two statements, and poison says nothing more.
 
 use std::sync::{
     Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -65,8 +65,8 @@ pub fn wait_timeout_while<'a, T>(
         .0
 }
 
-/// How long a wait may last, counted in this process's own time: while it is stopped (SIGSTOP, a suspended host), the
-/// threads that it waits for are stopped too.
+/// How long a wait may last, counted in this process's own time: while it is stopped (SIGSTOP, a
+/// suspended host), the threads that it waits for are stopped too.
 #[derive(Debug)]
 pub struct Allowance {
     left: Duration,

@@ -1,14 +1,17 @@
-//! The one way to start a thread in ferry: when it fails, whoever depends on it is told, and nothing waits for it.
+//! The one way to start a thread in ferry: when it fails, whoever depends on it is told, and
+//! nothing waits for it.
 
 use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::{Builder, JoinHandle};
 
-/// Starts a thread. `on_failure` gets a sentence when `work` panics or returns one as its error; it runs on that thread.
+/// Starts a thread. `on_failure` gets a sentence when `work` panics or returns one as its error; it
+/// runs on that thread.
 ///
 /// # Errors
-/// The system has no thread left (`ulimit -u`, `TasksMax=`, a pids cgroup); neither closure is called.
+/// The system has no thread left (`ulimit -u`, `TasksMax=`, a pids cgroup); neither closure is
+/// called.
 pub fn spawn(
     name: &str,
     work: impl FnOnce() -> Result<(), String> + Send + 'static,

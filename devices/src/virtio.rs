@@ -1,4 +1,5 @@
-//! virtio devices behind the MMIO transport (virtio 1.2, <https://docs.oasis-open.org/virtio/virtio/v1.2/>).
+//! virtio devices behind the MMIO transport (virtio 1.2,
+//! <https://docs.oasis-open.org/virtio/virtio/v1.2/>).
 //!
 //! ```text
 //!  vCPU ── registers, config ──▶ Port ─┐                    ┌─▶ file, tap, …
@@ -8,10 +9,11 @@
 //!  guest ◀── irqfd ◀── Interrupt ◀─────┘
 //! ```
 //!
-//! A device, its registers and its queues are one thing behind one lock. The worker takes it when an eventfd says that
-//! there is something to do, so no exit of a vCPU is on the data path, and whoever holds the lock knows that nothing
-//! of the device moves: [pausing](VirtioDevice::pause) is taking it, draining what is under way outside of it (a block
-//! device's requests) and leaving word that the worker shall wait.
+//! A device, its registers and its queues are one thing behind one lock. The worker takes it when
+//! an eventfd says that there is something to do, so no exit of a vCPU is on the data path, and
+//! whoever holds the lock knows that nothing of the device moves: [pausing](VirtioDevice::pause) is
+//! taking it, draining what is under way outside of it (a block device's requests) and leaving word
+//! that the worker shall wait.
 //!
 //! ```text
 //!            resume               DRIVER_OK                a broken rule
@@ -20,16 +22,17 @@
 //!                                    └───────────────┴───────────────────────┘
 //! ```
 //!
-//! Notifications that come while the device is paused stay in their eventfd or are lost with the process: a resume
-//! looks at all queues. Interrupts that were on their way are in [`TransportState::interrupt_status`], and a restore
-//! raises them again.
+//! Notifications that come while the device is paused stay in their eventfd or are lost with the
+//! process: a resume looks at all queues. Interrupts that were on their way are in
+//! [`TransportState::interrupt_status`], and a restore raises them again.
 //!
-//! Everything in guest memory is hostile: a queue whose rules are broken stops, and its device asks for a reset
-//! (`DEVICE_NEEDS_RESET`); the VMM's log says what was wrong.
+//! Everything in guest memory is hostile: a queue whose rules are broken stops, and its device asks
+//! for a reset (`DEVICE_NEEDS_RESET`); the VMM's log says what was wrong.
 //!
 //! # Lock order
 //!
-//! the port's lock (a vCPU's access) → the device's gate → the device. Nobody who holds one of them waits for a vCPU.
+//! the port's lock (a vCPU's access) → the device's gate → the device. Nobody who holds one of them
+//! waits for a vCPU.
 
 mod chain;
 mod device;

@@ -1,8 +1,9 @@
 //! Guests to boot, and how to talk to them.
 //!
-//! [`BARE`] is a complete guest in one ELF file: it boots by the PVH entry on any KVM, drops to ring 3 at once and runs
-//! a [`Workload`] there: a NAS-style kernel, the self-checking writer, or nothing but watching the clock. It is told
-//! what to do on its command line ([`Workload::command_line`]) and reports on COM1, one [`Line`] per event.
+//! [`BARE`] is a complete guest in one ELF file: it boots by the PVH entry on any KVM, drops to
+//! ring 3 at once and runs a [`Workload`] there: a NAS-style kernel, the self-checking writer, or
+//! nothing but watching the clock. It is told what to do on its command line
+//! ([`Workload::command_line`]) and reports on COM1, one [`Line`] per event.
 //!
 //! ```
 //! use ferry_guest_images::{Line, Workload};
@@ -16,8 +17,8 @@
 //! # Ok::<(), ferry_guest_images::Error>(())
 //! ```
 //!
-//! [`linux`] makes a bootable Linux of Debian's kernel and a static `/init`; [`nested`] starts the same Linux under QEMU as a
-//! host with hardware KVM, where this machine has none.
+//! [`linux`] makes a bootable Linux of Debian's kernel and a static `/init`; [`nested`] starts the
+//! same Linux under QEMU as a host with hardware KVM, where this machine has none.
 //!
 //! [`run_on_threads`] runs the same kernels on the host itself, for comparison.
 #![forbid(unsafe_code)]
@@ -38,6 +39,6 @@ pub use workload::{Error, MAX_CPUS, Manner, Workload};
 /// The bare guest: an x86-64 ELF image with a PVH entry, to be loaded as a kernel.
 pub const BARE: &[u8] = include_bytes!(env!("FERRY_BARE_IMAGE"));
 
-/// The byte that, sent to COM1, tells the guest to finish: the writer verifies everything and gives its verdict, a
-/// kernel ends after the run in hand.
+/// The byte that, sent to COM1, tells the guest to finish: the writer verifies everything and gives
+/// its verdict, a kernel ends after the run in hand.
 pub const STOP: u8 = b'q';

@@ -1,9 +1,9 @@
-//! A bootable Linux: Debian's kernel for clouds, unchanged, and an initial RAM disk with the modules that ferry's devices
-//! need and a static `/init` ([`INIT`]).
+//! A bootable Linux: Debian's kernel for clouds, unchanged, and an initial RAM disk with the
+//! modules that ferry's devices need and a static `/init` ([`INIT`]).
 //!
-//! The kernel comes from Debian's archive by apt, which checks its signature; no root is needed and nothing is installed.
-//! It is kept in a cache ([`cache_dir`]) with the checksums of all its files, which are checked whenever one is used. The
-//! RAM disk is made anew each time, in milliseconds.
+//! The kernel comes from Debian's archive by apt, which checks its signature; no root is needed and
+//! nothing is installed. It is kept in a cache ([`cache_dir`]) with the checksums of all its files,
+//! which are checked whenever one is used. The RAM disk is made anew each time, in milliseconds.
 //!
 //! ```no_run
 //! use ferry_guest_images::linux::{GUEST_MODULES, Kernel, RamDisk};
@@ -27,7 +27,8 @@ use std::path::PathBuf;
 pub use kernel::{Kernel, cache_dir};
 pub use ram_disk::RamDisk;
 
-/// The first process: a static x86-64 Linux program. Its crate, `ferry-linux-init`, says what it does.
+/// The first process: a static x86-64 Linux program. Its crate, `ferry-linux-init`, says what it
+/// does.
 pub const INIT: &[u8] = include_bytes!(env!("FERRY_LINUX_INIT"));
 
 /// Modules that a guest of ferry needs for its devices; what they depend on comes by itself.

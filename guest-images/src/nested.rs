@@ -1,9 +1,10 @@
 //! A nested host: a whole Linux machine with hardware KVM, emulated by QEMU.
 //!
-//! Where this machine has no KVM, or one that cannot run Linux guests, QEMU's TCG emulates a machine with AMD's SVM, and
-//! in it Debian's kernel has a complete KVM. It is slow (some twenty times slower than hardware) and faithful; QEMU needs
-//! no KVM, no root and no network for it. Two of them can be joined by a cable: then a migration between them crosses two
-//! kernels and their network stacks.
+//! Where this machine has no KVM, or one that cannot run Linux guests, QEMU's TCG emulates a
+//! machine with AMD's SVM, and in it Debian's kernel has a complete KVM. It is slow (some twenty
+//! times slower than hardware) and faithful; QEMU needs no KVM, no root and no network for it. Two
+//! of them can be joined by a cable: then a migration between them crosses two kernels and their
+//! network stacks.
 //!
 //! ```text
 //!   this process                        QEMU ── Debian's kernel ── init, as agent
@@ -12,8 +13,8 @@
 //!     spawn ────────────────────────────────────────▶ Run, and so on: ferry_linux_init::frames
 //! ```
 //!
-//! [`Nested::spawn`] runs a program in it; dropping the [`Nested`] ends QEMU, and if this process dies the agent notices
-//! and powers the machine off.
+//! [`Nested::spawn`] runs a program in it; dropping the [`Nested`] ends QEMU, and if this process
+//! dies the agent notices and powers the machine off.
 
 mod process;
 mod program;
@@ -48,7 +49,8 @@ const HOST_MODULES: &[&str] = &[
     "sch_tbf",
 ];
 
-/// How long it may take until the agent reports. Seven seconds are usual; this is for machines that hang.
+/// How long it may take until the agent reports. Seven seconds are usual; this is for machines that
+/// hang.
 const PATIENCE: Duration = Duration::from_secs(180);
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -134,7 +136,8 @@ pub struct Nested {
 }
 
 impl Nested {
-    /// Starts a nested host and waits until its agent reports. `tell` gets a sentence when the kernel has to be downloaded.
+    /// Starts a nested host and waits until its agent reports. `tell` gets a sentence when the
+    /// kernel has to be downloaded.
     ///
     /// # Errors
     /// [`NestedError`].
@@ -278,12 +281,14 @@ fn ram_disk(kernel: &Kernel, config: &Config) -> Result<Vec<u8>, NestedError> {
     Ok(disk.finish())
 }
 
-/// Starts what inherits the affinity of whoever starts it: on the processor that comes `nth` among those that we may use.
+/// Starts what inherits the affinity of whoever starts it: on the processor that comes `nth` among
+/// those that we may use.
 ///
-/// QEMU's emulation of SVM is not safe against QEMU's own threads: where they truly run at the same time, guests that
-/// nobody migrates triple-fault or hang within a minute, and now and then the nested host itself (seen in 7.2.22 and 10.0.2,
-/// with `thread=multi` and `thread=single`: most runs of a Linux guest on two processors, none on one). Its virtual
-/// processors still interleave wherever the scheduler takes the one away, and two nested hosts have one each.
+/// QEMU's emulation of SVM is not safe against QEMU's own threads: where they truly run at the same
+/// time, guests that nobody migrates triple-fault or hang within a minute, and now and then the
+/// nested host itself (seen in 7.2.22 and 10.0.2, with `thread=multi` and `thread=single`: most
+/// runs of a Linux guest on two processors, none on one). Its virtual processors still interleave
+/// wherever the scheduler takes the one away, and two nested hosts have one each.
 fn on_one_processor<T>(nth: usize, start: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let all = sched_getaffinity(None)?;
     let allowed: Vec<usize> = (0..CpuSet::MAX_CPU)
@@ -319,8 +324,9 @@ fn qemu(config: &Config, kernel: &Path, initrd: &Path, console: &Path, report_to
         "none",
         "-no-reboot",
     ]);
-    // TCG's SVM does not intercept XSETBV (seen in QEMU 7.2): KVM there would never learn of a guest's XCR0, and tell it
-    // a wrong size of its own state. Without XSAVE there is nothing to be wrong about.
+    // TCG's SVM does not intercept XSETBV (seen in QEMU 7.2): KVM there would never learn of a
+    // guest's XCR0, and tell it a wrong size of its own state. Without XSAVE there is nothing to be
+    // wrong about.
     command.args(["-M", "q35", "-accel", "tcg,thread=multi"]);
     command.args(["-cpu", "max,xsave=off"]);
     command

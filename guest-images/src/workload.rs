@@ -19,8 +19,8 @@ pub struct Manner {
     pub repeat: Option<u64>,
     /// Milliseconds between two lines about its progress: [`Manner::STAT_MS`].
     pub stat_ms: Option<u64>,
-    /// Milliseconds between two bytes on COM1 that are no text, signs of life for those who listen there:
-    /// [`Manner::BEAT_MS`].
+    /// Milliseconds between two bytes on COM1 that are no text, signs of life for those who listen
+    /// there: [`Manner::BEAT_MS`].
     pub beat_ms: Option<u64>,
 }
 
@@ -53,13 +53,14 @@ impl Workload {
         &self.0
     }
 
-    /// The guest memory it needs on `cpus` processors, in bytes. The writer fills whatever more it is given.
+    /// The guest memory it needs on `cpus` processors, in bytes. The writer fills whatever more it
+    /// is given.
     pub fn memory_needed(&self, cpus: usize) -> u64 {
         self.0.memory_needed(cpus)
     }
 
-    /// The guest's command line. `tsc_khz` is the rate of the host's time-stamp counter; without it the guest measures
-    /// it, for which the machine must have an interval timer.
+    /// The guest's command line. `tsc_khz` is the rate of the host's time-stamp counter; without it
+    /// the guest measures it, for which the machine must have an interval timer.
     pub fn command_line(&self, cpus: usize, tsc_khz: Option<u64>) -> String {
         let mut text = format!("ferry.run={} ferry.cpus={cpus}", self.0);
         if let Some(khz) = tsc_khz {

@@ -133,7 +133,8 @@ impl Drop for Guest {
     }
 }
 
-/// Whether the writer has begun to write: a line before its memory is filled may come first on a busy machine.
+/// Whether the writer has begun to write: a line before its memory is filled may come first on a
+/// busy machine.
 fn writes(line: Line<'_>) -> Option<()> {
     let begun = matches!(
         line,

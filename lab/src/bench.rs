@@ -119,8 +119,8 @@ struct Common {
     /// is not expected to end in time. The first goes as far as the time does.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     budget: Option<Duration>,
-    /// Leave out what is done right before each migration, for every VMM alike: to have the host's 2 MiB pages at hand, as a
-    /// host has that is not a guest itself.
+    /// Leave out what is done right before each migration, for every VMM alike: to have the host's
+    /// 2 MiB pages at hand, as a host has that is not a guest itself.
     #[arg(long)]
     cold: bool,
     /// Only say how many runs are to be made, and about how long they take.

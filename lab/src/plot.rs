@@ -357,7 +357,8 @@ pub struct Bar {
     pub first: bool,
 }
 
-/// Lying bars with their names, values and ranges as the text of an SVG: no colour has to be told from another.
+/// Lying bars with their names, values and ranges as the text of an SVG: no colour has to be told
+/// from another.
 ///
 /// # Errors
 /// The chart cannot be drawn.

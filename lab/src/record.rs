@@ -87,9 +87,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Records into a file, which has its name when the recording has ended. What was recorded until the VMM, or Ctrl-C, broke it
-/// off can be used: it takes the name if no file has it, and `NAME.partial` otherwise. A recording that did not begin
-/// changes nothing.
+/// Records into a file, which has its name when the recording has ended. What was recorded until
+/// the VMM, or Ctrl-C, broke it off can be used: it takes the name if no file has it, and
+/// `NAME.partial` otherwise. A recording that did not begin changes nothing.
 ///
 /// # Errors
 /// The guest cannot be recorded, or the file cannot be written.

@@ -1,4 +1,5 @@
-//! What a page costs on its way, piece by piece: `cargo bench -p ferry-migration --bench page_path`.
+//! What a page costs on its way, piece by piece:
+//! `cargo bench -p ferry-migration --bench page_path`.
 //!
 //! Every figure is the median of several passes over the pages of a 1 GiB guest.
 #![forbid(unsafe_code)]
@@ -121,12 +122,14 @@ fn frames() {
     });
 }
 
-/// The portable zero check and the checksum; memory of 64 MiB, several times over, so that it comes from RAM.
+/// The portable zero check and the checksum; memory of 64 MiB, several times over, so that it comes
+/// from RAM.
 fn contents() {
     const BLOCK: usize = 64 << 20;
     const TIMES: u64 = PAGES / (BLOCK / PAGE_SIZE) as u64;
     let mut zero = vec![0_u8; BLOCK];
-    // Written, so that it is memory of its own: untouched, all of it would be one page in the cache.
+    // Written, so that it is memory of its own: untouched, all of it would be one page in the
+    // cache.
     black_box(&mut zero).fill(black_box(0));
     let mut full = vec![0_u8; BLOCK];
     for (index, byte) in full.iter_mut().enumerate() {

@@ -4,15 +4,17 @@
 //! cargo run -p ferry-migration --example own_policy --features testing
 //! ```
 //!
-//! A policy decides what is sent next and when to stop. It does no I/O and reads no clock; the engine alone reads memory,
-//! sends, pauses and commits. So it cannot lose a write, whatever it decides. The simulator checks that, too.
+//! A policy decides what is sent next and when to stop. It does no I/O and reads no clock; the
+//! engine alone reads memory, sends, pauses and commits. So it cannot lose a write, whatever it
+//! decides. The simulator checks that, too.
 #![forbid(unsafe_code)]
 
 use ferry_migration::policy::{Decision, Policy, SendOrder, View};
 use ferry_migration::report::Status;
 use ferry_migration::testing::simulator::{Outcome, Scenario, run, run_with};
 
-/// Sends what is pending as long as each round leaves clearly less than the one before; then it stops.
+/// Sends what is pending as long as each round leaves clearly less than the one before; then it
+/// stops.
 #[derive(Default)]
 struct Halving {
     before: Option<u64>,

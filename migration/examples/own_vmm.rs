@@ -1,5 +1,5 @@
-//! A VMM of one's own, made migratable: the guest is a counter in 16 MiB of memory, the two hosts are two
-//! ends of a TCP connection. The part between the two rules is all that migration needs.
+//! A VMM of one's own, made migratable: the guest is a counter in 16 MiB of memory, the two hosts
+//! are two ends of a TCP connection. The part between the two rules is all that migration needs.
 //!
 //! ```text
 //! cargo run -p ferry-migration --example own_vmm

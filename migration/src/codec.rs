@@ -7,10 +7,11 @@
 //!  destination  frame ──▶ Decoder ──▶ PageSink::write             raw          as they are (PAGES, encoding 0)
 //! ```
 //!
-//! An [`Encoder`] belongs to a data channel. It takes the pages of a batch that are not zero, copies each out of guest memory
-//! **exactly once** and codes the copy: what is coded is one snapshot, whatever the guest writes meanwhile (it wrote
-//! after its dirty bit was cleared, so that the page is sent again). Pages that no coder helps are not part of any
-//! frame of its own; they go out straight from guest memory as without it.
+//! An [`Encoder`] belongs to a data channel. It takes the pages of a batch that are not zero,
+//! copies each out of guest memory **exactly once** and codes the copy: what is coded is one
+//! snapshot, whatever the guest writes meanwhile (it wrote after its dirty bit was cleared, so that
+//! the page is sent again). Pages that no coder helps are not part of any frame of its own; they go
+//! out straight from guest memory as without it.
 //!
 //! The payload of a coded page frame, after its run table:
 //!
@@ -22,8 +23,9 @@
 //!                                             kind 2  the page itself
 //! ```
 //!
-//! The checksum is that of the pages which patches of kind 0 yield, so that a base that is not what the source thinks
-//! is found out on the spot. Which pages can be a base at all is argued in [`cache`].
+//! The checksum is that of the pages which patches of kind 0 yield, so that a base that is not what
+//! the source thinks is found out on the spot. Which pages can be a base at all is argued in
+//! [`cache`].
 //!
 //! Coded frames hold still, so the header's checksum covers all of their payload.
 
@@ -44,10 +46,12 @@ pub use encoder::{Batch, Coded, Coding, Encoder};
 
 use crate::page::Run;
 
-/// Pages in a zstd frame at most. More than one page finds what pages have in common; with more than this many no more
-/// is found, and the caches of a processor are left (`cargo bench -p ferry-migration --bench page_path`).
+/// Pages in a zstd frame at most. More than one page finds what pages have in common; with more
+/// than this many no more is found, and the caches of a processor are left
+/// (`cargo bench -p ferry-migration --bench page_path`).
 pub const ZSTD_PAGES: usize = 64;
-/// The level of zstd: a migration is held up by time, and each further level costs more of it than it saves on the wire.
+/// The level of zstd: a migration is held up by time, and each further level costs more of it than
+/// it saves on the wire.
 pub const ZSTD_LEVEL: i32 = 1;
 
 /// What a tag says about a page's bytes.

@@ -1,12 +1,14 @@
-//! How many data channels a migration opens, and how many of them it uses: pure decisions over what was
-//! measured.
+//! How many data channels a migration opens, and how many of them it uses: pure decisions over what
+//! was measured.
 //!
-//! A data channel is worth having where one stream does not fill the link: one sender and one receiver are two processors at most,
-//! and at the receiver finding memory for a page takes longer than copying it. On a link that one data channel fills, further
-//! data channels only take processor time from the guest. The two cases cannot be told apart beforehand, nor by how long a
-//! sender waits (it waits for a slow link as for a busy receiver). So they are tried: pages are sent on as many data channels as
-//! are open, then on half of them, and so on while that is no slower; and from time to time the other way, since what
-//! was measured once may have been another process's noise.
+//! A data channel is worth having where one stream does not fill the link: one sender and one
+//! receiver are two processors at most, and at the receiver finding memory for a page takes longer
+//! than copying it. On a link that one data channel fills, further data channels only take
+//! processor time from the guest. The two cases cannot be told apart beforehand, nor by how long a
+//! sender waits (it waits for a slow link as for a busy receiver). So they are tried: pages are
+//! sent on as many data channels as are open, then on half of them, and so on while that is no
+//! slower; and from time to time the other way, since what was measured once may have been another
+//! process's noise.
 
 use crate::options::{Options, PolicyKind};
 use serde::{Deserialize, Serialize};
@@ -29,7 +31,8 @@ const AGAIN: u32 = 8;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Channels {
-    /// Data channels that were opened beside the control channel; 0: pages shared the control channel.
+    /// Data channels that were opened beside the control channel; 0: pages shared the control
+    /// channel.
     pub opened: u16,
     /// How many of them were in use when the last large round ended.
     pub used: u16,
@@ -39,8 +42,8 @@ pub struct Channels {
     pub why: String,
 }
 
-/// How many data channels to open, and why, where the source has so many processors. 0 means that pages share the control
-/// channel.
+/// How many data channels to open, and why, where the source has so many processors. 0 means that
+/// pages share the control channel.
 #[must_use]
 pub fn to_open(options: &Options, processors: u16) -> (u16, String) {
     let none = |why: &str| (0, format!("one connection: {why}"));
@@ -141,8 +144,8 @@ impl DataChannels {
         self.since = None;
     }
 
-    /// So many bytes of guest memory that was not zero have left by `now`, on whichever data channel. `true` when the number to
-    /// use has changed.
+    /// So many bytes of guest memory that was not zero have left by `now`, on whichever data
+    /// channel. `true` when the number to use has changed.
     pub fn sent(&mut self, bytes: u64, now: Duration) -> bool {
         if self.fixed || self.open < 2 {
             return false;

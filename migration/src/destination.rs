@@ -11,8 +11,9 @@
 //!                                └───────────────────────────┘
 //! ```
 //!
-//! Where the source shares the guest's memory itself (`Features::SHARED_MEMORY`), no page comes in Filling. Where it offers
-//! the open files of the guest's devices too (`Features::SHARED_FILES`), Waiting is left when those have come.
+//! Where the source shares the guest's memory itself (`Features::SHARED_MEMORY`), no page comes in
+//! Filling. Where it offers the open files of the guest's devices too (`Features::SHARED_FILES`),
+//! Waiting is left when those have come.
 //!
 //! In post-copy the pages follow the guest: Running waits for them.
 //!
@@ -25,15 +26,16 @@
 //!  Interrupted (connection lost: the guest runs on until it needs a page that is not here)
 //! ```
 //!
-//! Entering Running is a step of its own: RUNNING is sent by the one after it, so that at this end the guest is booked
-//! before anybody at the other can know that it has arrived.
+//! Entering Running is a step of its own: RUNNING is sent by the one after it, so that at this end
+//! the guest is booked before anybody at the other can know that it has arrived.
 //!
-//! The guest runs only after a commit was read, and after the host has claimed it. Between Ready and the commit nothing but
-//! the source's word (or an operator's) resolves it: the machine is kept.
+//! The guest runs only after a commit was read, and after the host has claimed it. Between Ready
+//! and the commit nothing but the source's word (or an operator's) resolves it: the machine is
+//! kept.
 //!
-//! Each phase is a type (`destination/phase.rs`) that has what it needs and nothing else, and a step consumes it: only
-//! Filling has the guest's memory and a channel that writes there, only a guest that was Ready can run, and only one that
-//! does not run can be discarded.
+//! Each phase is a type (`destination/phase.rs`) that has what it needs and nothing else, and a
+//! step consumes it: only Filling has the guest's memory and a channel that writes there, only a
+//! guest that was Ready can run, and only one that does not run can be discarded.
 //!
 //! The engine handles one frame per [`Destination::step`], so that a simulator can drive it; a
 //! real destination calls [`Destination::run`].
@@ -96,8 +98,8 @@ pub enum State {
 pub struct Timeouts {
     /// For all of the handshake, until the machine is built.
     pub handshake: Duration,
-    /// For the next frame on any channel while memory arrives; the source is then taken for dead. A frame takes
-    /// [`FRAME_TIMEOUTS`] times as long at most, however its bytes trickle.
+    /// For the next frame on any channel while memory arrives; the source is then taken for dead. A
+    /// frame takes [`FRAME_TIMEOUTS`] times as long at most, however its bytes trickle.
     pub transfer: Duration,
     /// For the commit; then the migration is in doubt.
     pub commit: Duration,
@@ -121,8 +123,8 @@ pub const FRAME_TIMEOUTS: u32 = 10;
 pub enum Step {
     /// More frames are expected.
     Continue,
-    /// The guest runs from now on. The source is told so by the next step: the driver of the engine books the guest
-    /// before it.
+    /// The guest runs from now on. The source is told so by the next step: the driver of the engine
+    /// books the guest before it.
     Running,
     /// The guest runs and the source was told.
     Complete,
@@ -156,7 +158,8 @@ pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Pre
     }
 }
 
-/// Tells the source of a connection that may not be a channel why. All that it can take so long, if its source trickles.
+/// Tells the source of a connection that may not be a channel why. All that it can take so long, if
+/// its source trickles.
 pub fn turn_away<L: Link>(mut link: L, timeout: Duration, why: &str) {
     link.set_timeout(Some(timeout));
     link.set_deadline(Some(timeout));
@@ -229,7 +232,8 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         }
     }
 
-    /// The pages that follow the guest, in post-copy: for its fault channels and for those who look on.
+    /// The pages that follow the guest, in post-copy: for its fault channels and for those who look
+    /// on.
     #[must_use]
     pub fn missing_pages(&self) -> Option<&Arc<MissingPages<L, H::Sink>>> {
         match &self.phase {

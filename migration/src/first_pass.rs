@@ -1,7 +1,8 @@
 //! A first pass over memory that learns, while it sends, what the guest is writing to.
 //!
-//! Dynamic page transfer reordering (Svärd 2012) sends pages last that were dirtied often, and in the first pass nobody
-//! knows yet which these are. So the dirty log is cleared before the pass, and looked at a few times during it:
+//! Dynamic page transfer reordering (Svärd 2012) sends pages last that were dirtied often, and in
+//! the first pass nobody knows yet which these are. So the dirty log is cleared before the pass,
+//! and looked at a few times during it:
 //!
 //! ```text
 //!  left ──▶ regions, those least written to first ──▶ their pages that were not written ──▶ a step of the round
@@ -9,8 +10,8 @@
 //!    └────────── the dirty log: written while others were sent ◀──────────────┘
 //! ```
 //!
-//! A region counts, and not the page alone: who writes to one page in three of a region will soon have written to the
-//! others.
+//! A region counts, and not the page alone: who writes to one page in three of a region will soon
+//! have written to the others.
 
 use crate::page::{Gfn, PageSet, Run};
 
@@ -45,8 +46,9 @@ impl FirstPass {
         &self.left
     }
 
-    /// Takes the next step's pages, of whole regions where nothing was written to them; none when nothing is left. `log` is what
-    /// was written since the pass began, to those that are left and to pages that were sent.
+    /// Takes the next step's pages, of whole regions where nothing was written to them; none when
+    /// nothing is left. `log` is what was written since the pass began, to those that are left and
+    /// to pages that were sent.
     pub(crate) fn next(&mut self, log: &PageSet) -> PageSet {
         self.take(log, self.step)
     }
@@ -88,7 +90,8 @@ impl FirstPass {
         step
     }
 
-    /// What is left, in parts that are worth one request to the dirty log, so that the guest never waits long for it.
+    /// What is left, in parts that are worth one request to the dirty log, so that the guest never
+    /// waits long for it.
     pub(crate) fn parts(&self) -> impl Iterator<Item = Vec<Run>> + '_ {
         const PAGES: u64 = 16 << 10;
         const RUNS: usize = 256;
@@ -125,7 +128,8 @@ mod tests {
         set
     }
 
-    /// The first half is written to, here and there: once that is known the second goes first, then what was not written.
+    /// The first half is written to, here and there: once that is known the second goes first, then
+    /// what was not written.
     #[test]
     fn a_warm_region_waits_for_the_cold_ones() {
         let end = 32 * REGION as Gfn;
@@ -150,7 +154,8 @@ mod tests {
     }
 
     proptest! {
-        /// Each page goes once, in not many more steps than were wanted, whatever is written meanwhile.
+        /// Each page goes once, in not many more steps than were wanted, whatever is written
+        /// meanwhile.
         #[test]
         fn every_page_goes_once(
             runs in proptest::collection::vec((0..5000_u64, 1..900_u64), 0..8),
@@ -178,7 +183,8 @@ mod tests {
                 steps += 1;
             }
             prop_assert!(gone == all && pass.left().is_empty());
-            // A step is short where only what was not written was left, which the next log may change.
+            // A step is short where only what was not written was left, which the next log may
+            // change.
             prop_assert!(steps <= 2 * STEPS + 2 + logs.len() as u64);
         }
     }

@@ -2,8 +2,9 @@
 //!
 //! The engines know no hypervisor, no device, no clock and no socket. A virtual machine monitor
 //! implements the traits of [`port`] and calls [`source::migrate`] on one host and drives a
-//! [`destination::Destination`] on the other. The feature `net` (on by default) joins them to sockets, in
-//! a call for each side; the feature `testing` brings what stands in for hosts, networks and time.
+//! [`destination::Destination`] on the other. The feature `net` (on by default) joins them to
+//! sockets, in a call for each side; the feature `testing` brings what stands in for hosts,
+//! networks and time.
 //!
 //! Data flows one way. Source: `SourceVm::collect_dirty → PageSet → Policy → batch → Link`.
 //! Destination: `Link → decode → PageSink`.

@@ -1,14 +1,15 @@
 //! A model of migrations: page by page, but without bytes, sockets or a hypervisor.
 //!
 //! It drives the real [`Policy`] objects over a guest's memory in virtual time, fast enough for
-//! dozens of configurations of a guest of gigabytes in seconds. [`crate::testing`], in contrast, runs the
-//! real *engines*, message by message, to find their mistakes; a test holds the two together.
+//! dozens of configurations of a guest of gigabytes in seconds. [`crate::testing`], in contrast,
+//! runs the real *engines*, message by message, to find their mistakes; a test holds the two
+//! together.
 //!
 //! What is modelled as the engine does it ([`crate::source`]): a page's dirty bit is cleared right
-//! before it is sent, so that a page written after that is dirty again and one written before is sent
-//! once, with its newest contents; one round is prepared while another is on its way; before the
-//! pause the link is drained and the policy asked once more. What is left out: zero pages, headers,
-//! and the work of both hosts. The link carries a steady rate.
+//! before it is sent, so that a page written after that is dirty again and one written before is
+//! sent once, with its newest contents; one round is prepared while another is on its way; before
+//! the pause the link is drained and the policy asked once more. What is left out: zero pages,
+//! headers, and the work of both hosts. The link carries a steady rate.
 //!
 //! ```
 //! use ferry_migration::model::{Pattern, Setup, Writer, migrate};
@@ -76,13 +77,14 @@ pub struct Setup {
     pub clearing: Clearing,
     /// Post-copy: pages that are pushed at once, which a fault may have to wait for.
     pub push_pages: u64,
-    /// Pages of the guest that a modelled page stands for, each of which faults for itself; 1 but for a sample.
+    /// Pages of the guest that a modelled page stands for, each of which faults for itself; 1 but
+    /// for a sample.
     pub stands_for: f64,
 }
 
 impl Setup {
-    /// Of a guest on a link of `bandwidth` bytes per second; the rest as on a local network: a round
-    /// trip of 0.2 ms, 14 KiB of state (one vCPU's), pages uncompressed.
+    /// Of a guest on a link of `bandwidth` bytes per second; the rest as on a local network: a
+    /// round trip of 0.2 ms, 14 KiB of state (one vCPU's), pages uncompressed.
     #[must_use]
     pub fn new(layout: RamLayout, bandwidth: f64) -> Self {
         Self::with_round_trip(layout, bandwidth, Duration::from_micros(200))
@@ -175,8 +177,8 @@ enum End {
     GiveUp(String),
 }
 
-/// Models a migration with any policy. Of the options the bandwidth cap is looked at here, and what concerns
-/// the pages that follow a guest; the rest is the policy's.
+/// Models a migration with any policy. Of the options the bandwidth cap is looked at here, and what
+/// concerns the pages that follow a guest; the rest is the policy's.
 pub fn run(
     setup: &Setup,
     options: &Options,

@@ -1,4 +1,5 @@
-//! Sockets, the monotonic clock and random session identifiers, for a VMM that brings none of its own.
+//! Sockets, the monotonic clock and random session identifiers, for a VMM that brings none of its
+//! own.
 //!
 //! The engines know only the traits [`Link`] and [`Clock`]. This
 //! module implements them with the standard library: [`StreamLink`] over TCP and Unix sockets, and
@@ -74,7 +75,8 @@ impl Clock for MonotonicClock {
     }
 }
 
-/// A random identifier for a new migration: 128 bits of `SipHash` under a key that the operating system gave.
+/// A random identifier for a new migration: 128 bits of `SipHash` under a key that the operating
+/// system gave.
 #[must_use]
 pub fn session_id() -> SessionId {
     let random = RandomState::new();
@@ -85,11 +87,12 @@ pub fn session_id() -> SessionId {
     SessionId(id)
 }
 
-/// Moves a guest with the host's clock, a new session and the default timeouts; blocks until the end.
+/// Moves a guest with the host's clock, a new session and the default timeouts; blocks until the
+/// end.
 ///
-/// `connect` opens a connection to the receiver; every channel of the migration calls it once. What the
-/// report's status means for the guest is said at [`source::migrate`], which also takes a cancel switch, a
-/// listener for progress and timeouts.
+/// `connect` opens a connection to the receiver; every channel of the migration calls it once. What
+/// the report's status means for the guest is said at [`source::migrate`], which also takes a
+/// cancel switch, a listener for progress and timeouts.
 pub fn migrate<L: Link, V: SourceVm<L>>(
     vm: &V,
     mut connect: impl FnMut() -> io::Result<L>,

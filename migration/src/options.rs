@@ -83,8 +83,8 @@ impl PolicyKind {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compress {
-    /// As `adaptive`, but begins without any coder and takes to one only where a sample and what was measured of the
-    /// link promise a gain. Does without what the destination cannot do.
+    /// As `adaptive`, but begins without any coder and takes to one only where a sample and what
+    /// was measured of the link promise a gain. Does without what the destination cannot do.
     #[default]
     Auto,
     /// Zero pages are left out, and that is all.
@@ -93,8 +93,8 @@ pub enum Compress {
     Zstd,
     /// Differences to what the destination has, and zeros left out.
     Delta,
-    /// The cheapest coder that suffices for each page's content; backs off to none while coding takes longer than it
-    /// saves.
+    /// The cheapest coder that suffices for each page's content; backs off to none while coding
+    /// takes longer than it saves.
     Adaptive,
 }
 
@@ -112,8 +112,8 @@ impl Compress {
     }
 }
 
-/// How the guest's dirty pages are found. The engine does not care: it is for the guest's side, which was built with one
-/// of them.
+/// How the guest's dirty pages are found. The engine does not care: it is for the guest's side,
+/// which was built with one of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tracking {
@@ -152,7 +152,8 @@ pub enum OnTimeout {
     Postcopy,
 }
 
-/// Whether the guest's memory itself is given to a destination on the same host, so that no page need be sent.
+/// Whether the guest's memory itself is given to a destination on the same host, so that no page
+/// need be sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Handover {
@@ -179,8 +180,8 @@ pub struct Options {
     pub timeout: Duration,
     /// What happens after it.
     pub on_timeout: OnTimeout,
-    /// Never let the guest run at the destination before its memory is there: `auto` does without post-copy, and a policy
-    /// that is nothing else is refused.
+    /// Never let the guest run at the destination before its memory is there: `auto` does without
+    /// post-copy, and a policy that is nothing else is refused.
     pub no_postcopy: bool,
     /// The most rounds of the live phase; `None` leaves it to the time limit.
     pub max_rounds: Option<u32>,
@@ -188,27 +189,30 @@ pub struct Options {
     pub bandwidth: Option<u64>,
     /// STORD: into how many pieces a set of pages is split. The paper finds the largest gain at 2.
     pub split: u32,
-    /// MPLM: how many pages of the dirty group are sent for every 100 of the group that was not sent
-    /// yet. 100 is turn and turn about.
+    /// MPLM: how many pages of the dirty group are sent for every 100 of the group that was not
+    /// sent yet. 100 is turn and turn about.
     pub turn_share: u32,
     /// MPLM: how often the dirty log is looked at.
     #[serde(rename = "sync_ms", with = "millis")]
     pub sync: Duration,
-    /// Send pages that are dirtied often late in a round, so that they are sent again less (dynamic page transfer
-    /// reordering, Svärd 2012); in the first round, regions that are being written to. `None` is what suits the policy; see
-    /// [`reorders`](Self::reorders).
+    /// Send pages that are dirtied often late in a round, so that they are sent again less (dynamic
+    /// page transfer reordering, Svärd 2012); in the first round, regions that are being written
+    /// to. `None` is what suits the policy; see [`reorders`](Self::reorders).
     pub reorder: Option<bool>,
     /// Post-copy: in which order pages follow that nobody has asked for.
     pub order: PushOrder,
-    /// Post-copy with bubbling: how many streams of faults have a bubble each; 1 is the single-pivot form.
+    /// Post-copy with bubbling: how many streams of faults have a bubble each; 1 is the
+    /// single-pivot form.
     pub pivots: u16,
-    /// Data channels beside the control channel; 1 means that pages share the control channel. `None` opens as many as
-    /// processors and link may be worth, and uses those that turn out to be; see [`crate::data_channels`].
+    /// Data channels beside the control channel; 1 means that pages share the control channel.
+    /// `None` opens as many as processors and link may be worth, and uses those that turn out to
+    /// be; see [`crate::data_channels`].
     pub channels: Option<u16>,
     /// How pages are made smaller on their way.
     pub compress: Compress,
-    /// Bytes of pages that the source keeps a copy of, so that they can be sent as differences; more than the guest
-    /// has are never kept, and 0 keeps none. Memory is taken as the cache fills.
+    /// Bytes of pages that the source keeps a copy of, so that they can be sent as differences;
+    /// more than the guest has are never kept, and 0 keeps none. Memory is taken as the cache
+    /// fills.
     pub delta_cache: u64,
     /// How dirty pages are to be found; a migration of a guest that has it otherwise is refused.
     pub dirty: Tracking,
@@ -218,8 +222,8 @@ pub struct Options {
     pub verify: bool,
     /// Whether memory is handed over instead of being sent.
     pub handover: Handover,
-    /// The longest that the guest may stand still, whatever the destination does: after that it runs at the source again.
-    /// `None` is 30 s and four times the predicted pause.
+    /// The longest that the guest may stand still, whatever the destination does: after that it
+    /// runs at the source again. `None` is 30 s and four times the predicted pause.
     #[serde(
         rename = "max_pause_ms",
         with = "optional_millis",
@@ -307,13 +311,15 @@ impl Options {
             || self.on_timeout == OnTimeout::Postcopy
     }
 
-    /// Whether the guest may run at the destination before its memory is there, where the destination is able to.
+    /// Whether the guest may run at the destination before its memory is there, where the
+    /// destination is able to.
     #[must_use]
     pub fn may_post_copy(&self) -> bool {
         self.needs_post_copy() || self.policy == PolicyKind::Auto && !self.no_postcopy
     }
 
-    /// The defaults, but for what was added to the algorithms since they were published: pages go by address.
+    /// The defaults, but for what was added to the algorithms since they were published: pages go
+    /// by address.
     #[must_use]
     pub fn as_published() -> Self {
         Self {
@@ -322,8 +328,9 @@ impl Options {
         }
     }
 
-    /// Whether pages that are dirtied often go late in a round. By themselves pre-copy and hybrid do that; STORD and MPLM,
-    /// which say themselves what goes when, keep the order of their papers.
+    /// Whether pages that are dirtied often go late in a round. By themselves pre-copy and hybrid
+    /// do that; STORD and MPLM, which say themselves what goes when, keep the order of their
+    /// papers.
     #[must_use]
     pub const fn reorders(&self) -> bool {
         match self.reorder {

@@ -1,9 +1,10 @@
 //! Pages, runs of pages and sets of pages.
 //!
 //! A *page* is 4 KiB of guest-physical memory, named by its guest frame number ([`Gfn`]). A
-//! [`PageSet`] is a bitmap over a guest's frame numbers, laid out like KVM's dirty log (bit *i*
-//! of word *w* is frame 64 *w* + *i*), so that a log can be united with it word by word. An
-//! [`AtomicPageSet`] is the same for several threads, and [`Heat`] counts how often pages were in a set.
+//! [`PageSet`] is a bitmap over a guest's frame numbers, laid out like KVM's dirty log (bit *i* of
+//! word *w* is frame 64 *w* + *i*), so that a log can be united with it word by word. An
+//! [`AtomicPageSet`] is the same for several threads, and [`Heat`] counts how often pages were in a
+//! set.
 
 mod atomic;
 mod heat;
@@ -90,7 +91,8 @@ impl RamLayout {
     /// More regions than this are refused.
     pub const MAX_REGIONS: usize = 64;
     /// Frames from here on are refused (16 TiB of guest-physical space): a bitmap over the layout
-    /// is allocated from a peer's claim, so the claim has a bound (512 MiB of bitmap at the very most).
+    /// is allocated from a peer's claim, so the claim has a bound (512 MiB of bitmap at the very
+    /// most).
     pub const MAX_GFN: Gfn = 1 << 32;
 
     /// Checks and takes a list of regions.

@@ -45,8 +45,8 @@ pub struct View<'a> {
     pub sent: &'a PageSet,
     /// How often pages were dirtied.
     pub heat: &'a Heat,
-    /// Pages written since their dirty bit was last cleared, by sending them or by [`Decision::Watch`], pending ones
-    /// included. Empty before the first watch.
+    /// Pages written since their dirty bit was last cleared, by sending them or by
+    /// [`Decision::Watch`], pending ones included. Empty before the first watch.
     pub written: &'a PageSet,
     /// Pages found newly dirty by the last collection …
     pub dirtied_pages: u64,
@@ -58,13 +58,15 @@ pub struct View<'a> {
     pub cap: Option<f64>,
     /// Bytes of CPU and device state that the pause will have to send.
     pub state_bytes: u64,
-    /// Bytes of blocks of disks that the destination lacks or has stale; what is pending of them is sent before each round.
+    /// Bytes of blocks of disks that the destination lacks or has stale; what is pending of them is
+    /// sent before each round.
     pub disk_bytes: u64,
     /// What a pause costs beside sending: a few round trips, stopping and starting.
     pub pause_overhead: Duration,
     /// The link's round trip.
     pub round_trip: Duration,
-    /// Whether the destination can run the guest before its pages are there: [`Decision::HandOver`] is then allowed.
+    /// Whether the destination can run the guest before its pages are there: [`Decision::HandOver`]
+    /// is then allowed.
     pub post_copy: bool,
     /// Since the migration of memory began.
     pub elapsed: Duration,
@@ -95,8 +97,8 @@ impl View<'_> {
         }
     }
 
-    /// The part of the predicted pause that sending the pending pages and blocks takes: what another round
-    /// can save.
+    /// The part of the predicted pause that sending the pending pages and blocks takes: what
+    /// another round can save.
     #[must_use]
     pub fn predicted_last_pages(&self) -> Option<Duration> {
         let bytes = self.pending_bytes();
@@ -133,8 +135,9 @@ pub enum SendOrder {
     #[default]
     Address,
     /// Pages that were dirtied often last: what is written again soon is then sent when it is
-    /// needed, not before (dynamic page transfer reordering, Svärd 2012). In the first pass, before it is
-    /// known how often: regions that are being written to last, as that pass itself finds out.
+    /// needed, not before (dynamic page transfer reordering, Svärd 2012). In the first pass, before
+    /// it is known how often: regions that are being written to last, as that pass itself finds
+    /// out.
     ColdFirst,
 }
 
@@ -159,8 +162,8 @@ pub enum Decision {
         /// In which order.
         order: SendOrder,
     },
-    /// Clear the dirty bits of pending pages, so that [`View::written`] shows which of them are written from now on.
-    /// Nothing is sent, and the policy is asked again.
+    /// Clear the dirty bits of pending pages, so that [`View::written`] shows which of them are
+    /// written from now on. Nothing is sent, and the policy is asked again.
     Watch,
     /// Stop the guest and copy what is pending.
     Stop {
@@ -183,7 +186,8 @@ pub enum Decision {
 
 /// A migration algorithm's decisions.
 ///
-/// A policy of one's own: all pages once, then whatever is pending in the pause, however long that takes.
+/// A policy of one's own: all pages once, then whatever is pending in the pause, however long that
+/// takes.
 ///
 /// ```
 /// use ferry_migration::policy::{Decision, Policy, SendOrder, View};
@@ -211,7 +215,8 @@ pub trait Policy: Send {
     /// What to do next. Called after each collection of the dirty log while the guest runs; a
     /// `Stop` may be asked for again after the link was drained, with newer numbers.
     fn next(&mut self, view: &View<'_>) -> Decision;
-    /// A sentence about a choice that it has made since it was last asked: for the user, at once and in the report.
+    /// A sentence about a choice that it has made since it was last asked: for the user, at once
+    /// and in the report.
     fn choice(&mut self) -> Option<String> {
         None
     }

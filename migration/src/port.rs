@@ -56,8 +56,8 @@ pub trait Link: Send {
         self.wait_readable(Duration::ZERO)
     }
 
-    /// Asks that no more than about `bytes` wait here unsent: what is sent on another channel must not queue behind
-    /// them for long. Best effort.
+    /// Asks that no more than about `bytes` wait here unsent: what is sent on another channel must
+    /// not queue behind them for long. Best effort.
     fn bound_queue(&mut self, bytes: u32) {
         let _ = bytes;
     }
@@ -65,8 +65,9 @@ pub trait Link: Send {
     /// How long a send or receive may wait without a byte of progress; `None` is for ever.
     fn set_timeout(&mut self, timeout: Option<Duration>);
 
-    /// How long all sends and receives from now on may take together, however the bytes trickle; `None` is for ever. They
-    /// fail as for a timeout then. A link without deadlines has its timeout alone.
+    /// How long all sends and receives from now on may take together, however the bytes trickle;
+    /// `None` is for ever. They fail as for a timeout then. A link without deadlines has its
+    /// timeout alone.
     fn set_deadline(&mut self, deadline: Option<Duration>) {
         let _ = deadline;
     }

@@ -22,8 +22,8 @@ pub enum Status {
     Cancelled,
     /// The commit was sent and not confirmed: neither side runs the guest by itself.
     InDoubt,
-    /// The guest runs at the destination and lacks pages that are only here: the connection was lost
-    /// in post-copy. Both sides keep everything.
+    /// The guest runs at the destination and lacks pages that are only here: the connection was
+    /// lost in post-copy. Both sides keep everything.
     Interrupted,
 }
 
@@ -52,7 +52,8 @@ pub struct Downtime {
     pub quiesce_ms: f64,
     /// Sending the last pages.
     pub last_pages_ms: f64,
-    /// Hashing and comparing what was written since the guest's memory was compared while it ran (`--verify`).
+    /// Hashing and comparing what was written since the guest's memory was compared while it ran
+    /// (`--verify`).
     #[serde(default)]
     pub verify_ms: f64,
     /// Saving, sending and restoring CPU and device state, up to the destination's "ready".
@@ -72,7 +73,8 @@ pub struct Pages {
     pub resent: u64,
     /// Found to be zero, and told as such.
     pub zero: u64,
-    /// Known to hold nothing without being read (never written, in the balloon, or reported free): told in runs.
+    /// Known to hold nothing without being read (never written, in the balloon, or reported free):
+    /// told in runs.
     pub skipped: u64,
 }
 
@@ -96,8 +98,8 @@ pub struct Disk {
     pub bytes_wire: u64,
     /// Passes over what was written; the first is over all.
     pub rounds: u32,
-    /// From the first block until the destination had all but what was written meanwhile, in milliseconds; memory began to
-    /// move after that.
+    /// From the first block until the destination had all but what was written meanwhile, in
+    /// milliseconds; memory began to move after that.
     pub ms: f64,
 }
 
@@ -138,7 +140,8 @@ pub struct Codecs {
     pub sparse: Coder,
     /// Sent as they are, but from a copy, so that they can be the base of a difference later.
     pub copied: Coder,
-    /// Processor time spent on all of that at the source, summed over the channels, in milliseconds.
+    /// Processor time spent on all of that at the source, summed over the channels, in
+    /// milliseconds.
     pub encode_ms: f64,
 }
 
@@ -230,7 +233,8 @@ pub struct Report {
     /// The commit is unanswered and is to be repeated: for the VMM, not for the user.
     #[serde(skip)]
     pub retry_commit: bool,
-    /// The reason of an ABORT that a destination, which may be in doubt, could not be told: for the VMM to repeat.
+    /// The reason of an ABORT that a destination, which may be in doubt, could not be told: for the
+    /// VMM to repeat.
     #[serde(skip)]
     pub abort_untold: Option<String>,
 }
@@ -269,7 +273,8 @@ impl Report {
         }
     }
 
-    /// The report of an engine that panicked: its numbers by its last progress, its end by who owns the guest.
+    /// The report of an engine that panicked: its numbers by its last progress, its end by who owns
+    /// the guest.
     #[must_use]
     pub fn broken(progress: &Progress, owner: Owner, error: &str) -> Self {
         let status = match owner {
@@ -344,7 +349,8 @@ pub struct Progress {
     /// Bytes of disks that move with the guest; `null` where none does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_total: Option<u64>,
-    /// Bytes of disks that the destination lacks or has stale, as last known; `null` where no disk moves.
+    /// Bytes of disks that the destination lacks or has stale, as last known; `null` where no disk
+    /// moves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_pending: Option<u64>,
     /// Pages found dirty in the last collection.

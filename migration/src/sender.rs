@@ -35,8 +35,8 @@ pub(crate) struct Sent {
     /// Known to hold nothing without a look at them, and told as such.
     pub skipped_pages: u64,
     pub bytes: u64,
-    /// Time spent on the link and waiting for the user's cap, summed over the data channels; looking for
-    /// zero pages and coding are not part of it.
+    /// Time spent on the link and waiting for the user's cap, summed over the data channels;
+    /// looking for zero pages and coding are not part of it.
     pub link: Duration,
     /// Time spent on coding, summed over the data channels.
     pub coding: Duration,
@@ -203,8 +203,8 @@ impl Pacer {
         }
     }
 
-    /// Charges what was sent: what goes next waits until that is paid for. Charged afterwards, since it is not known before
-    /// how many bytes pages make.
+    /// Charges what was sent: what goes next waits until that is paid for. Charged afterwards,
+    /// since it is not known before how many bytes pages make.
     pub(crate) fn charge(&self, bytes: u64, clock: &dyn Clock) {
         if let Some(rate) = self.rate {
             let mut paid = self.paid_until();
@@ -398,9 +398,11 @@ impl Sender {
     }
 }
 
-/// Sorts pages into runs of zeros and of data, by what they hold now; returns how many of the zero ones were not read.
+/// Sorts pages into runs of zeros and of data, by what they hold now; returns how many of the zero
+/// ones were not read.
 ///
-/// Those are told too, at a few bytes a run: the destination may have what they held before they were given back.
+/// Those are told too, at a few bytes a run: the destination may have what they held before they
+/// were given back.
 pub(crate) fn split<L: Link, S: PageSource<L> + ?Sized>(
     source: &S,
     runs: &[Run],

@@ -11,15 +11,18 @@
 //!                         session [16]  crc32c u32                                            64 bytes
 //! ```
 //!
-//! Little-endian. A page that is in no entry holds zeros: zero pages and memory that was never touched cost nothing.
-//! The index finds any page by bisection, so that a guest can run before its memory is read ([`Filling`]). Frames have
-//! at most [`BLOCK_PAGES`] pages: that much is read for a page fault, and its neighbours come with it.
+//! Little-endian. A page that is in no entry holds zeros: zero pages and memory that was never
+//! touched cost nothing. The index finds any page by bisection, so that a guest can run before its
+//! memory is read ([`Filling`]). Frames have at most [`BLOCK_PAGES`] pages: that much is read for a
+//! page fault, and its neighbours come with it.
 //!
-//! No patch in a snapshot refers to another page. A live snapshot ([`SaveOptions::live`]) writes a page again that was
-//! dirtied since; the index has the last place, and what lies in a frame of an earlier place is never used.
+//! No patch in a snapshot refers to another page. A live snapshot ([`SaveOptions::live`]) writes a
+//! page again that was dirtied since; the index has the last place, and what lies in a frame of an
+//! earlier place is never used.
 //!
-//! Every byte that is used is under a checksum: head, index, trailer, configuration and state are checked when a
-//! snapshot is [opened](Snapshot::open), each page frame when it is read. A file that was not finished has no trailer.
+//! Every byte that is used is under a checksum: head, index, trailer, configuration and state are
+//! checked when a snapshot is [opened](Snapshot::open), each page frame when it is read. A file
+//! that was not finished has no trailer.
 //!
 //! ```text
 //!  save      Guest ─ pause ─▶ pages ─▶ Encoder ─▶ frames ─▶ file ─▶ HELLO, STATE, index, trailer
@@ -56,7 +59,8 @@ const HEAD_END: u64 = END_BYTES as u64;
 /// Bytes of an entry of the index.
 const ENTRY_BYTES: usize = 16;
 
-/// Why a file cannot be used as a snapshot. The texts speak of "it": whoever knows the path says it before them.
+/// Why a file cannot be used as a snapshot. The texts speak of "it": whoever knows the path says it
+/// before them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
@@ -189,7 +193,8 @@ fn encode_head(session: SessionId) -> [u8; END_BYTES] {
     bytes
 }
 
-/// Magic and version come first: a later version may lay out the rest differently, and is to be told as such.
+/// Magic and version come first: a later version may lay out the rest differently, and is to be
+/// told as such.
 fn decode_head(bytes: &[u8; END_BYTES]) -> Result<SessionId, SnapshotError> {
     let mut magic = [0; 8];
     magic.copy_from_slice(&bytes[..8]);

@@ -10,13 +10,15 @@
 //!              the guest runs here
 //! ```
 //!
-//! Every box is a type (`source/phases.rs`) that consumes itself and owns what it needs: the started log, the
-//! [`Paused`](crate::port::Paused) guest, the [`Committed`](crate::port::Committed) guest. What it drops on an error is undone:
-//! up to and including Stopped, every failure leaves the guest running at the source. From Unconfirmed on the source never
-//! runs the guest by itself; [`Ownership`] says so to everybody else.
+//! Every box is a type (`source/phases.rs`) that consumes itself and owns what it needs: the
+//! started log, the [`Paused`](crate::port::Paused) guest, the
+//! [`Committed`](crate::port::Committed) guest. What it drops on an error is undone: up to and
+//! including Stopped, every failure leaves the guest running at the source. From Unconfirmed on the
+//! source never runs the guest by itself; [`Ownership`] says so to everybody else.
 //!
-//! Disks that move with the guest (`source/blocks.rs`) are sent before memory is logged.
-//! Where the destination takes the guest's memory itself (`Features::SHARED_MEMORY`), Connecting goes on with Stopping at once.
+//! Disks that move with the guest (`source/blocks.rs`) are sent before memory is logged. Where the
+//! destination takes the guest's memory itself (`Features::SHARED_MEMORY`), Connecting goes on with
+//! Stopping at once.
 //!
 //! In post-copy the guest is handed over before its pages, and Confirmed goes on with
 //!
@@ -61,7 +63,8 @@ use session::Session;
 use std::io;
 use std::time::Duration;
 
-/// What the report calls a migration whose memory was handed over: no policy had anything to decide.
+/// What the report calls a migration whose memory was handed over: no policy had anything to
+/// decide.
 const HANDOVER: &str = "handover";
 
 /// How long the engine waits for a peer.
@@ -71,7 +74,8 @@ pub struct Timeouts {
     pub handshake: Duration,
     /// For any progress of the link while the guest runs.
     pub transfer: Duration,
-    /// For any progress in the pause, which [`Options::max_pause`] bounds as a whole; the guest then resumes at the source.
+    /// For any progress in the pause, which [`Options::max_pause`] bounds as a whole; the guest
+    /// then resumes at the source.
     pub ready: Duration,
     /// For the confirmation of the commit, on each connection that it is sent on.
     pub commit: Duration,
@@ -139,12 +143,13 @@ pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Repor
     migrate_with(guest, setup, policy.as_mut())
 }
 
-/// Moves a guest by a policy of the caller's; blocks until the end. The guest runs on here unless the report's status is
-/// `Completed` or `Interrupted` (it runs at the destination) or `InDoubt` (it runs nowhere).
+/// Moves a guest by a policy of the caller's; blocks until the end. The guest runs on here unless
+/// the report's status is `Completed` or `Interrupted` (it runs at the destination) or `InDoubt`
+/// (it runs nowhere).
 ///
-/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads. Post-copy
-/// ([`Decision::HandOver`](crate::policy::Decision::HandOver)) must be agreed on in the handshake: it is where
-/// [`Options::may_post_copy`] holds.
+/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads.
+/// Post-copy ([`Decision::HandOver`](crate::policy::Decision::HandOver)) must be agreed on in the
+/// handshake: it is where [`Options::may_post_copy`] holds.
 pub fn migrate_with<L: Link, G: SourceVm<L>>(
     guest: &G,
     setup: Setup<'_, L>,
@@ -217,7 +222,8 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
         stopping.move_guest()
     }
 
-    /// What the end means for who owns the guest. The guest runs already where it can: this only explains and tells.
+    /// What the end means for who owns the guest. The guest runs already where it can: this only
+    /// explains and tells.
     fn finish(&mut self, end: Result<Moved<'g>, End<'g>>) -> Report {
         let mut retry_commit = false;
         let mut abort_untold = None;
@@ -291,8 +297,8 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
         error
     }
 
-    /// Tells the peer that the guest stays here; on a new connection where the old one is `lost`. Returns what a
-    /// destination that may be ready could not be told.
+    /// Tells the peer that the guest stays here; on a new connection where the old one is `lost`.
+    /// Returns what a destination that may be ready could not be told.
     fn abort(&mut self, error: &SourceError, lost: bool) -> Option<String> {
         let told = matches!(error, SourceError::Wire(error) if error.is_from_peer());
         let reason = error.for_peer();

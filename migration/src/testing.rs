@@ -1,8 +1,8 @@
 //! What tests need in place of hosts, networks and time.
 //!
-//! [`simulator`] runs the real engines in one thread over a simulated guest and link, with faults injected
-//! and a seed that replays. [`MemoryLink`] and [`TestClock`] stand in for a socket and a clock,
-//! [`TestSource`] and [`TestDestination`] for a VMM:
+//! [`simulator`] runs the real engines in one thread over a simulated guest and link, with faults
+//! injected and a seed that replays. [`MemoryLink`] and [`TestClock`] stand in for a socket and a
+//! clock, [`TestSource`] and [`TestDestination`] for a VMM:
 //!
 //! ```
 //! use ferry_migration::destination::Timeouts;

@@ -1,5 +1,5 @@
-//! Dirty traces: which pages a guest dirtied when, as `ferry record` writes them and [`crate::model`]
-//! replays them.
+//! Dirty traces: which pages a guest dirtied when, as `ferry record` writes them and
+//! [`crate::model`] replays them.
 //!
 //! ```text
 //! "ferry-dt"  u16 version  u32 length  header (JSON)                    u32 CRC32C of all before
@@ -7,15 +7,16 @@
 //!         payload
 //! ```
 //!
-//! Numbers are little-endian. A frame holds the pages that were dirtied between the frame before (or
-//! the recording's begin) and its time, in the smaller of two forms: *runs* (kind 1), where each run is
-//! the gap since the end of the one before and its length less one, as LEB128 numbers; or a *bitmap*
-//! (kind 2) from frame number 0, without its trailing zero bytes. An *end* (kind 3) without payload
-//! closes a whole recording; one without it was broken off, and what is there can be used.
+//! Numbers are little-endian. A frame holds the pages that were dirtied between the frame before
+//! (or the recording's begin) and its time, in the smaller of two forms: *runs* (kind 1), where
+//! each run is the gap since the end of the one before and its length less one, as LEB128 numbers;
+//! or a *bitmap* (kind 2) from frame number 0, without its trailing zero bytes. An *end* (kind 3)
+//! without payload closes a whole recording; one without it was broken off, and what is there can
+//! be used.
 //!
-//! A reader believes nothing: lengths are bounded by what the header's layout allows before anything is
-//! allocated, and every byte is under a checksum. A [`Trace`] keeps its frames as they were in the file,
-//! so that a small file cannot fill the memory.
+//! A reader believes nothing: lengths are bounded by what the header's layout allows before
+//! anything is allocated, and every byte is under a checksum. A [`Trace`] keeps its frames as they
+//! were in the file, so that a small file cannot fill the memory.
 
 mod code;
 mod read;
@@ -34,7 +35,8 @@ pub const MAGIC: &[u8; 8] = b"ferry-dt";
 pub const VERSION: u16 = 1;
 /// The longest header.
 const MAX_HEADER: u32 = 64 << 10;
-/// Guests beyond this are refused (1 TiB): a bitmap over the layout is allocated from the file's claim.
+/// Guests beyond this are refused (1 TiB): a bitmap over the layout is allocated from the file's
+/// claim.
 const MAX_GFN: u64 = 1 << 28;
 /// Bytes of a frame's head.
 const HEAD: usize = 24;
@@ -54,7 +56,8 @@ pub struct Header {
     /// What the guest ran (its command line), where the VMM knows.
     #[serde(default)]
     pub workload: Option<String>,
-    /// How often the dirty log was looked at, in microseconds: what was asked for. The frames say what was.
+    /// How often the dirty log was looked at, in microseconds: what was asked for. The frames say
+    /// what was.
     pub interval_us: u64,
 }
 

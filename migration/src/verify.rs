@@ -17,7 +17,8 @@ pub(crate) fn all_zero(bytes: &[u8]) -> bool {
         .is_none_or(|(first, rest)| *first == 0 && *rest == bytes[..bytes.len() - 1])
 }
 
-/// The hashes by which `--verify` compares blocks; the place is the seed, so that blocks that were swapped do not pass.
+/// The hashes by which `--verify` compares blocks; the place is the seed, so that blocks that were
+/// swapped do not pass.
 pub(crate) fn block_hashes(copy: usize, first: u64, bytes: &[u8]) -> impl Iterator<Item = u8> {
     let block = usize::try_from(BLOCK_BYTES).unwrap_or(usize::MAX);
     (first..)

@@ -21,8 +21,8 @@
 //!
 //! The guest's disks move where they are asked for: see `wire/blocks.rs`.
 //!
-//! Either side may send ABORT with a reason at any time before the commit. After it the destination may still answer
-//! that it did not start the guest and never will ([`AbortCode::NotStarted`]).
+//! Either side may send ABORT with a reason at any time before the commit. After it the destination
+//! may still answer that it did not start the guest and never will ([`AbortCode::NotStarted`]).
 //!
 //! In post-copy the pause sends no pages but the set of those that will follow, and they follow
 //! after RUNNING, each once: pushed on the control or data channels, or asked for on a channel

@@ -1,5 +1,6 @@
-//! Several data channels, source and destination in this process with real threads: what a data channel that is slow, dies or
-//! stalls does to the others and to the guest, and how many data channels are used. Counts and contents are asserted, never times.
+//! Several data channels, source and destination in this process with real threads: what a data
+//! channel that is slow, dies or stalls does to the others and to the guest, and how many data
+//! channels are used. Counts and contents are asserted, never times.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use ferry_migration::destination::{self, Destination, State, Step};
@@ -154,8 +155,9 @@ const fn none(_: u16) -> Option<Trouble> {
 
 #[test]
 fn a_slow_data_channel_does_not_hold_the_others() {
-    // Data channel 1 takes no page before the others have carried five sixths of what is not zero. A data channel that got its share
-    // of the pages beforehand would keep a third from them, and they would wait for each other.
+    // Data channel 1 takes no page before the others have carried five sixths of what is not zero.
+    // A data channel that got its share of the pages beforehand would keep a third from them, and
+    // they would wait for each other.
     let others = Arc::new(Carried::default());
     let outcome = migrate(64, Some(3), |data_channel| match data_channel {
         1 => Some(Trouble::Waits(Arc::clone(&others), 45 << 20)),
@@ -185,7 +187,8 @@ fn a_data_channel_that_dies_or_stalls_leaves_the_guest_where_it_is() {
         (dies, (1 << 20) + 80, None),
         (stalls, 100, None),
     ] {
-        // Data channels take batches when they are free: the others wait, so that this one surely gets as far as its trouble.
+        // Data channels take batches when they are free: the others wait, so that this one surely
+        // gets as far as its trouble.
         let carried = Arc::new(Carried::default());
         let trouble = kind(Arc::clone(&carried), after);
         let outcome = migrate_in_order(32, reorder, Some(3), |data_channel| match data_channel {
@@ -202,8 +205,8 @@ fn a_data_channel_that_dies_or_stalls_leaves_the_guest_where_it_is() {
     }
 }
 
-/// A round on several channels that takes longer than the destination waits for a word on the control channel is no
-/// sign of a dead source.
+/// A round on several channels that takes longer than the destination waits for a word on the
+/// control channel is no sign of a dead source.
 #[test]
 fn a_long_round_on_several_channels_is_not_taken_for_silence() {
     let guest = TestSource::new((16 << 20) / PAGE_SIZE);
@@ -236,7 +239,8 @@ fn a_long_round_on_several_channels_is_not_taken_for_silence() {
     assert!(outcome.equal);
 }
 
-/// Small rounds go out on the control channel, large ones on the data channels; whatever overtakes whatever, the newer page wins.
+/// Small rounds go out on the control channel, large ones on the data channels; whatever overtakes
+/// whatever, the newer page wins.
 #[test]
 fn rounds_of_all_sizes_arrive_in_order() {
     for (mib, data_channels) in [(1, 2), (3, 2), (9, 4), (24, 7)] {
@@ -261,8 +265,8 @@ fn rounds_of_all_sizes_arrive_in_order() {
     }
 }
 
-/// What comes next is said while data channels send: each page goes out, however many steps that makes, and what was written meanwhile
-/// again.
+/// What comes next is said while data channels send: each page goes out, however many steps that
+/// makes, and what was written meanwhile again.
 #[test]
 fn a_first_pass_in_steps_arrives() {
     for (mib, data_channels) in [(1, 2), (3, 2), (9, 4), (24, 7), (70, 3)] {
@@ -281,7 +285,8 @@ fn a_first_pass_in_steps_arrives() {
     }
 }
 
-/// Pages that look regular and do not shrink go raw after all, between those that are noise: they arrive where they were.
+/// Pages that look regular and do not shrink go raw after all, between those that are noise: they
+/// arrive where they were.
 #[test]
 fn what_no_coder_shrinks_arrives() {
     let mut rng = Rng::new(1);
@@ -317,7 +322,8 @@ fn nobody_asked_for_data_channels() {
     );
 }
 
-/// A source made by hand, with one data channel; the destination's answers are what a test waits for.
+/// A source made by hand, with one data channel; the destination's answers are what a test waits
+/// for.
 struct ByHand {
     control: Channel<MemoryLink>,
     data: Channel<MemoryLink>,
@@ -406,7 +412,8 @@ impl ByHand {
     }
 }
 
-/// What a source sends on a data channel after the guest was verified, or is complete, is not written into it.
+/// What a source sends on a data channel after the guest was verified, or is complete, is not
+/// written into it.
 #[test]
 fn nothing_is_written_into_a_complete_guest() {
     for verify in [false, true] {
@@ -453,7 +460,8 @@ fn a_page_that_is_written_after_its_hash_is_not_verified() {
     assert_eq!(source.peer.join().unwrap(), State::Discarded);
 }
 
-/// A round that takes longer than the timeout, while its pages come on a data channel, is no silence of the control channel.
+/// A round that takes longer than the timeout, while its pages come on a data channel, is no
+/// silence of the control channel.
 #[test]
 fn pages_on_a_data_channel_are_a_sign_of_life() {
     let timeout = Duration::from_millis(800);
@@ -477,8 +485,8 @@ fn pages_on_a_data_channel_are_a_sign_of_life() {
     assert_eq!(source.peer.join().unwrap(), State::Complete);
 }
 
-/// The destination falls into doubt while its source is only slow: the commit that comes later on the same connection
-/// counts.
+/// The destination falls into doubt while its source is only slow: the commit that comes later on
+/// the same connection counts.
 #[test]
 fn a_slow_source_still_commits() {
     let (ours, theirs) = MemoryLink::pair();

@@ -1,7 +1,8 @@
 //! The sending path allocates nothing per page, and neither does the receiving one.
 //!
-//! A guest of 16 MiB and one of 64 MiB cross a link in memory, source and destination in this process, every allocation
-//! of both counted. The number may depend on rounds and messages, never on pages.
+//! A guest of 16 MiB and one of 64 MiB cross a link in memory, source and destination in this
+//! process, every allocation of both counted. The number may depend on rounds and messages, never
+//! on pages.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use ferry_migration::destination::{self, Destination};
@@ -23,7 +24,8 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// What a data channel's encoder and decoder may hold together, whatever they send.
 const DATA_CHANNEL_BUFFERS: usize = 6 << 20;
-/// The delta cache, smaller than either guest, so that it is as full with the one as with the other.
+/// The delta cache, smaller than either guest, so that it is as full with the one as with the
+/// other.
 const CACHE: u64 = 1 << 20;
 
 /// Longer than the test takes, on any machine.
@@ -47,7 +49,8 @@ fn clock() -> TestClock {
     TestClock::ticking(Duration::from_nanos(1))
 }
 
-/// The destination's process: the first connection is the control channel, each further one a data channel.
+/// The destination's process: the first connection is the control channel, each further one a data
+/// channel.
 fn serve(connections: Receiver<MemoryLink>, vm: TestDestination) {
     let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
     let clock = Arc::new(clock());
@@ -121,7 +124,8 @@ fn migrate(bytes: usize, channels: u16, compress: Compress, reorder: bool) -> (R
 fn allocations_do_not_grow_with_the_pages() {
     const SMALL: usize = 16 << 20;
     const LARGE: usize = 64 << 20;
-    // More rounds, a vector that doubles once or twice more, a thread's start: not a 48th of the pages.
+    // More rounds, a vector that doubles once or twice more, a thread's start: not a 48th of the
+    // pages.
     const SLACK: usize = 256;
     let coders = [
         Compress::None,
@@ -130,7 +134,8 @@ fn allocations_do_not_grow_with_the_pages() {
         Compress::Adaptive,
         Compress::Auto,
     ];
-    // Bytes a page. What is put off in the first pass leaves shorter runs, and each of its sixteen steps has a set of its own.
+    // Bytes a page. What is put off in the first pass leaves shorter runs, and each of its sixteen
+    // steps has a set of its own.
     for (channels, compress, (reorder, a_page)) in [1, 2].into_iter().flat_map(|channels| {
         let orders = [(false, 16), (true, 20)];
         let each = move |compress| orders.map(|order| (channels, compress, order));

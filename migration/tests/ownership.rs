@@ -1,12 +1,12 @@
 //! The ownership protocol as a model, checked in every state that it can reach.
 //!
-//! Two sides, a network that loses, delays and repeats messages, crashes of each side, recover, take-over, and a disk that
-//! both sides share. What holds in every state and over every step:
+//! Two sides, a network that loses, delays and repeats messages, crashes of each side, recover,
+//! take-over, and a disk that both sides share. What holds in every state and over every step:
 //!
 //! 1. at most one side runs the guest;
 //! 2. no side runs it from memory that is older than its disk;
-//! 3. only a crash, or an operator who ends a process, can lose it: while a side that has it lives, nothing else takes it
-//!    away, and it can come to run again.
+//! 3. only a crash, or an operator who ends a process, can lose it: while a side that has it lives,
+//!    nothing else takes it away, and it can come to run again.
 //!
 //! The model can fail: each rule is broken once, and the break must be found.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
@@ -54,10 +54,12 @@ struct World {
     source: Source,
     destination: Destination,
     sent: Sent,
-    /// The guest has run, and may have written its disk, since its state was saved: at the source, at the destination.
+    /// The guest has run, and may have written its disk, since its state was saved: at the source,
+    /// at the destination.
     source_wrote: bool,
     destination_wrote: bool,
-    /// The destination was told to end before it had a guest: that is a crash which can still say so.
+    /// The destination was told to end before it had a guest: that is a crash which can still say
+    /// so.
     stopping: bool,
 }
 
@@ -313,7 +315,8 @@ fn story(reached: &Reached, end: World, what: &str) -> String {
     steps.join("; ")
 }
 
-/// Looks at every state that can be reached; the number of them, or the shortest way to something wrong.
+/// Looks at every state that can be reached; the number of them, or the shortest way to something
+/// wrong.
 fn check(rules: Rules) -> Result<usize, String> {
     let mut reached = Reached::from([(World::START, None)]);
     let mut queue = VecDeque::from([World::START]);

@@ -1,7 +1,8 @@
-//! Migrations on several data channels, with real threads at both ends and trouble that a seed chooses.
+//! Migrations on several data channels, with real threads at both ends and trouble that a seed
+//! chooses.
 //!
-//! `FERRY_SIM_SEEDS=a..b` replays or widens the search. A seed fixes the guest, the options and at which byte of which
-//! channel the trouble comes; how the threads interleave is up to the machine.
+//! `FERRY_SIM_SEEDS=a..b` replays or widens the search. A seed fixes the guest, the options and at
+//! which byte of which channel the trouble comes; how the threads interleave is up to the machine.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use ferry_migration::destination::{self, DestinationError};
@@ -38,7 +39,8 @@ fn pick<T: Copy>(rng: &mut Rng, of: &[T]) -> T {
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     Nothing,
-    /// A connection is gone after so many bytes; 0 is the control channel, the others are data channels.
+    /// A connection is gone after so many bytes; 0 is the control channel, the others are data
+    /// channels.
     Dies(u16, u64),
     /// A user cancels at so many reports of progress.
     Cancel(u32),

@@ -1,9 +1,10 @@
 //! The dirty log beside the dirty rings: `cargo bench -p ferry-tests --bench dirty`.
 //!
-//! First alone: what turning tracking on, looking, and clearing cost the thread that does it (processor time), and what
-//! being watched costs the guest (its writes a second beside those of the same guest when nobody looks). Then in pre-copy
-//! over a capped link: how many pages go out again. Log and rings take turns, so that whatever else the machine does hits
-//! both alike; every figure is a median.
+//! First alone: what turning tracking on, looking, and clearing cost the thread that does it
+//! (processor time), and what being watched costs the guest (its writes a second beside those of
+//! the same guest when nobody looks). Then in pre-copy over a capped link: how many pages go out
+//! again. Log and rings take turns, so that whatever else the machine does hits both alike; every
+//! figure is a median.
 //!
 //! How `--dirty auto` chooses follows from this: see `ferry_vmm::kvm::DirtyLog`.
 #![forbid(unsafe_code)]

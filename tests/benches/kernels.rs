@@ -1,9 +1,10 @@
 //! What the virtual machine costs a kernel's speed: `cargo bench -p ferry-tests --bench kernels`.
 //!
-//! The same kernel runs on the host itself (`ferry nas`) and in a bare guest (`ferry run --nas`) by turns, each in a process
-//! of its own, and who is first changes with every pair, so that whatever else the machine does hits both alike. A pair
-//! gives a ratio, guest to host; the table has the median of the ratios and of both speeds, and the ratio of the best speeds
-//! beside them: work of others on the machine only ever takes speed away. The median is asked to reach the goal.
+//! The same kernel runs on the host itself (`ferry nas`) and in a bare guest (`ferry run --nas`) by
+//! turns, each in a process of its own, and who is first changes with every pair, so that whatever
+//! else the machine does hits both alike. A pair gives a ratio, guest to host; the table has the
+//! median of the ratios and of both speeds, and the ratio of the best speeds beside them: work of
+//! others on the machine only ever takes speed away. The median is asked to reach the goal.
 #![forbid(unsafe_code)]
 #![allow(missing_docs)]
 

@@ -1,8 +1,9 @@
 //! What a byte costs on its way, stage by stage: `cargo bench -p ferry-tests --bench path`.
 //!
-//! Every stage is made by the functions that a migration makes it by, over a real guest's memory (filled by the guest
-//! itself, mapped by KVM, standing still) and a real TCP connection; each in a thread of its own, so that its processor
-//! time is its own. The whole migration stands below them. `tests/bench/README.md` says how to read the table.
+//! Every stage is made by the functions that a migration makes it by, over a real guest's memory
+//! (filled by the guest itself, mapped by KVM, standing still) and a real TCP connection; each in a
+//! thread of its own, so that its processor time is its own. The whole migration stands below them.
+//! `tests/bench/README.md` says how to read the table.
 #![forbid(unsafe_code)]
 #![allow(missing_docs)]
 
@@ -266,8 +267,8 @@ fn feed(ram: &GuestRam, out: &TcpStream, runs: &[Run], framed: bool) -> Result<(
     Ok(())
 }
 
-/// From a socket into guest memory that is new, or that was written before; as whole batches, or as single pages with others
-/// between them.
+/// From a socket into guest memory that is new, or that was written before; as whole batches, or as
+/// single pages with others between them.
 fn receive(table: &Table, from: &GuestRam) -> Result<()> {
     let to = GuestRam::new(from.size(), Backing::Small)?;
     let pipe = SplicePipe::new()?;
@@ -380,7 +381,8 @@ fn place(table: &Table) -> Result<()> {
     Ok(())
 }
 
-/// A migration from end to end: both sides are in this process, so that its processor time is theirs together.
+/// A migration from end to end: both sides are in this process, so that its processor time is
+/// theirs together.
 fn whole(table: &Table) -> Result<()> {
     for compress in [Compress::None, Compress::Auto, Compress::Zstd] {
         let name = serde_json::to_string(&compress)?;

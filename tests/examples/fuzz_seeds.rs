@@ -1,5 +1,5 @@
-//! Writes the fuzz targets' seeds into a directory, in one for each target: `cargo run -p ferry-tests --example fuzz_seeds
-//! DIRECTORY`. `fuzz/run` does it.
+//! Writes the fuzz targets' seeds into a directory, in one for each target:
+//! `cargo run -p ferry-tests --example fuzz_seeds DIRECTORY`. `fuzz/run` does it.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;

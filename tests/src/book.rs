@@ -1,4 +1,5 @@
-//! The documents as data: README.md, the other pages of the root, and `docs/**/*.md`, for `tests/docs.rs` to check.
+//! The documents as data: README.md, the other pages of the root, and `docs/**/*.md`, for
+//! `tests/docs.rs` to check.
 //!
 //! A fenced `sh` block says in its info string what a test does with it: see [`Mark`].
 
@@ -165,7 +166,8 @@ impl Page {
         links
     }
 
-    /// Every number with a unit of time, of rate or of ratio in the prose, code aside: what a reader takes for a measurement.
+    /// Every number with a unit of time, of rate or of ratio in the prose, code aside: what a
+    /// reader takes for a measurement.
     pub fn figures(&self) -> Vec<(usize, String)> {
         let mut found = Vec::new();
         for (at, line) in self.prose() {

@@ -16,7 +16,8 @@ pub fn ferry() -> &'static Path {
     })
 }
 
-/// The test runs as `TARGET/PROFILE/deps/NAME`. Cargo itself keeps several builders of one target directory apart.
+/// The test runs as `TARGET/PROFILE/deps/NAME`. Cargo itself keeps several builders of one target
+/// directory apart.
 fn build() -> PathBuf {
     let exe = std::env::current_exe().unwrap();
     let profile_dir = exe

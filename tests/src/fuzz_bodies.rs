@@ -1,5 +1,5 @@
-//! What the fuzz targets do with their bytes, as ordinary functions: `tests/fuzz_smoke.rs` runs them on mutations of good
-//! input, `fuzz/` under libFuzzer.
+//! What the fuzz targets do with their bytes, as ordinary functions: `tests/fuzz_smoke.rs` runs
+//! them on mutations of good input, `fuzz/` under libFuzzer.
 
 mod api;
 mod destination;
@@ -33,7 +33,8 @@ use ferry_vmm::machine::MachineState;
 use link::put_crc;
 use std::sync::Arc;
 
-/// Headers, run tables and preambles: whatever is accepted is within its limits and encodes to the same bytes.
+/// Headers, run tables and preambles: whatever is accepted is within its limits and encodes to the
+/// same bytes.
 pub fn frame(bytes: &[u8]) {
     let limits = Limits { end: 1000 };
     if let Some(head) = bytes.first_chunk::<HEADER_BYTES>() {
@@ -70,8 +71,8 @@ pub fn frame(bytes: &[u8]) {
     }
 }
 
-/// Coded pages: decoded or refused, the same each time, and never more than what was announced. The first bytes choose
-/// the encoding, the pages, and whether they were sent before.
+/// Coded pages: decoded or refused, the same each time, and never more than what was announced. The
+/// first bytes choose the encoding, the pages, and whether they were sent before.
 pub fn codec(bytes: &[u8]) {
     let Some(([encoding, count, known], body)) = bytes.split_first_chunk::<3>() else {
         return;
@@ -118,9 +119,9 @@ pub fn machine_state(bytes: &[u8]) {
     }
 }
 
-/// A snapshot, as it is and with its checksums made right: it is refused, or its pages are what its index says, inside the
-/// guest's memory and each there once. Returns how many pages could be read once its checksums were right; `None` when it
-/// was refused as a whole.
+/// A snapshot, as it is and with its checksums made right: it is refused, or its pages are what its
+/// index says, inside the guest's memory and each there once. Returns how many pages could be read
+/// once its checksums were right; `None` when it was refused as a whole.
 pub fn snapshot(bytes: &[u8]) -> Option<u64> {
     let _ = read_snapshot(bytes.to_vec());
     read_snapshot(mend_snapshot(bytes))

@@ -124,7 +124,8 @@ pub fn virtio() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// For [`virtio_state`](crate::fuzz_bodies::virtio_state): devices whose driver has set them up, and what it does next.
+/// For [`virtio_state`](crate::fuzz_bodies::virtio_state): devices whose driver has set them up,
+/// and what it does next.
 pub fn virtio_state() -> Vec<Vec<u8>> {
     let state = |device, queues: u64| VirtioState {
         transport: TransportState {

@@ -118,8 +118,9 @@ impl Host {
         ))
     }
 
-    /// As [`Host::receive`], started by a shell that first runs `preparation` in a mount namespace of its own, where it
-    /// may change what the receiver sees of this host; `wrapper` then starts ferry. Needs root.
+    /// As [`Host::receive`], started by a shell that first runs `preparation` in a mount namespace
+    /// of its own, where it may change what the receiver sees of this host; `wrapper` then starts
+    /// ferry. Needs root.
     pub fn receive_where(preparation: &str, wrapper: &str) -> Self {
         let args = ["receive", "tcp:127.0.0.1:0", "--serial", "stdio"];
         Self::listening(Self::start_where(preparation, wrapper, &args))
@@ -202,7 +203,8 @@ impl Host {
         self.child.id()
     }
 
-    /// Waits for a line of its guest. One that goes on printing others is no hang: a kernel takes as long as it takes.
+    /// Waits for a line of its guest. One that goes on printing others is no hang: a kernel takes
+    /// as long as it takes.
     pub fn guest_line(&self, name: &str, wanted: impl Fn(&Line<'_>) -> bool) -> String {
         let name = format!("the guest printed {name}");
         let limit = Instant::now() + 10 * TIMEOUT;
@@ -243,7 +245,8 @@ impl Host {
         self.said.all().len()
     }
 
-    /// Waits until this receiver has said, since the mark, that what arrived has ended, and waits for the next.
+    /// Waits until this receiver has said, since the mark, that what arrived has ended, and waits
+    /// for the next.
     pub fn settles(&self, mark: usize) {
         self.wait_for("it said that it waits on", || {
             let said = self.said.all();
@@ -284,8 +287,8 @@ impl Host {
         });
     }
 
-    /// Options for a migration whose outcome does not depend on how fast this machine is: whatever is still pending
-    /// after a while is sent in the pause, and all memory is compared.
+    /// Options for a migration whose outcome does not depend on how fast this machine is: whatever
+    /// is still pending after a while is sent in the pause, and all memory is compared.
     pub fn options() -> Options {
         Options {
             timeout: Duration::from_secs(15),
@@ -362,8 +365,8 @@ impl Host {
         self.stdin.flush().unwrap();
     }
 
-    /// Tells the writer to finish, waits for its verdict and for the end of the process. Every page of the guest was
-    /// verified by the guest itself then.
+    /// Tells the writer to finish, waits for its verdict and for the end of the process. Every page
+    /// of the guest was verified by the guest itself then.
     pub fn verdict(mut self) -> Verdict {
         self.finish();
         let line = self.guest_line("its verdict", |line| matches!(line, Line::Verdict { .. }));
@@ -379,8 +382,8 @@ impl Host {
         verdict
     }
 
-    /// Tells a kernel to finish and expects that the run in hand, and every one whose result was printed here, agrees
-    /// with the published reference.
+    /// Tells a kernel to finish and expects that the run in hand, and every one whose result was
+    /// printed here, agrees with the published reference.
     pub fn result(mut self) -> u64 {
         self.finish();
         self.guest_line("its end", |line| matches!(line, Line::End));

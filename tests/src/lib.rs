@@ -1,7 +1,8 @@
 //! What the end-to-end tests are made of.
 //!
-//! A test starts real `ferry` processes ([`Host`]), joins them by a network that misbehaves on request ([`Proxy`]), and
-//! lets the guest say what became of its memory. [`fuzz_bodies`] holds what the fuzz targets do, as ordinary functions.
+//! A test starts real `ferry` processes ([`Host`]), joins them by a network that misbehaves on
+//! request ([`Proxy`]), and lets the guest say what became of its memory. [`fuzz_bodies`] holds
+//! what the fuzz targets do, as ordinary functions.
 //!
 //! Nothing here asserts how long anything takes: [`TIMEOUT`] only turns a hang into a failure.
 #![forbid(unsafe_code)]
@@ -32,8 +33,8 @@ use std::time::{Duration, Instant};
 /// How long anything may take before the test calls it a hang.
 pub const TIMEOUT: Duration = Duration::from_secs(90);
 
-/// This host's KVM, for the benchmark of `what`; says loudly where it does not run: without KVM, and where nobody asked
-/// for it with the `--bench` that `cargo bench` adds.
+/// This host's KVM, for the benchmark of `what`; says loudly where it does not run: without KVM,
+/// and where nobody asked for it with the `--bench` that `cargo bench` adds.
 pub fn benchmark_host(what: &str, bench: bool) -> Option<ferry_vmm::kvm::Host> {
     let host = if bench {
         ferry_vmm::kvm::Host::open().map_err(|error| error.to_string())
@@ -48,7 +49,8 @@ pub fn benchmark_host(what: &str, bench: bool) -> Option<ferry_vmm::kvm::Host> {
 pub fn is_locked(disk: &Path) -> bool {
     let disk = Disk::open(disk, false).unwrap();
     let locked = disk.lock().is_err();
-    // Closing it is not enough: a process that another test is just starting has the open file too, and its lock.
+    // Closing it is not enough: a process that another test is just starting has the open file too,
+    // and its lock.
     disk.unlock().unwrap();
     locked
 }

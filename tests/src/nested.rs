@@ -12,7 +12,8 @@ use ferry_migration::report::{Report, Status};
 
 use crate::ferry;
 
-/// How long anything may take in a nested host before the test calls it a hang: it is emulated, and shares its processors.
+/// How long anything may take in a nested host before the test calls it a hang: it is emulated, and
+/// shares its processors.
 pub const NESTED_TIMEOUT: Duration = Duration::from_secs(240);
 
 /// A test's turn: nested hosts are emulated, and two tests at a time would only be slower.
@@ -142,7 +143,8 @@ impl NestedHost {
         ran.stdout
     }
 
-    /// A bridge with this host's address (`10.9.0.1/24`) that joins these interfaces and new taps for guests' cards.
+    /// A bridge with this host's address (`10.9.0.1/24`) that joins these interfaces and new taps
+    /// for guests' cards.
     pub fn bridge(&self, address: &str, interfaces: &[&str], taps: &[&str]) {
         for tap in taps {
             self.run_well(&["/init", "tap", tap]);
@@ -195,7 +197,8 @@ pub struct NestedClient<'a> {
 }
 
 impl NestedClient<'_> {
-    /// What it saw since the last lap. None of its requests may have been lost, changed or answered out of turn.
+    /// What it saw since the last lap. None of its requests may have been lost, changed or answered
+    /// out of turn.
     pub fn lap(&mut self) -> Lap {
         self.laps += 1;
         self.process.input(b"l").unwrap();
@@ -298,7 +301,8 @@ impl<'a> NestedVmm<'a> {
         });
     }
 
-    /// Waits until its guest's disk writer (`ferry.disk=`) has made and verified this many writes; how many it has made.
+    /// Waits until its guest's disk writer (`ferry.disk=`) has made and verified this many writes;
+    /// how many it has made.
     pub fn disk_writes(&self, at_least: u64) -> u64 {
         let found = self.process.until(NESTED_TIMEOUT, |out, _| {
             assert!(!out.contains("CORRUPT"), "{out}");
@@ -312,7 +316,8 @@ impl<'a> NestedVmm<'a> {
         found.unwrap_or_else(|| panic!("fewer than {at_least} writes; {}", self.trouble()))
     }
 
-    /// The longest time that the guest itself stood still, by the lines that it printed here once a second, in milliseconds.
+    /// The longest time that the guest itself stood still, by the lines that it printed here once a
+    /// second, in milliseconds.
     pub fn longest_gap_ms(&self) -> u64 {
         let out = self.process.stdout();
         let gaps = out.lines().filter_map(Line::parse).filter_map(|l| match l {
@@ -333,7 +338,8 @@ impl<'a> NestedVmm<'a> {
             .run(&[&["ferry"], arguments, &["--api", &self.api]].concat())
     }
 
-    /// Migrates to `uri` with these further options and expects that all went well; with `--verify`, that all memory is equal.
+    /// Migrates to `uri` with these further options and expects that all went well; with
+    /// `--verify`, that all memory is equal.
     pub fn migrate(&self, uri: &str, options: &[&str]) -> Report {
         let ran = self.command(&[&["migrate", uri, "--json"], options].concat());
         let report: Report = serde_json::from_str(&ran.stdout)

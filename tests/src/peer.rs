@@ -246,7 +246,8 @@ fn of_runs(kind: FrameType, round: u32, runs: &[Run]) -> (Header, Vec<u8>) {
     (header, table)
 }
 
-/// So many live pages after a table of these runs; the header speaks of page 16, whatever the table says.
+/// So many live pages after a table of these runs; the header speaks of page 16, whatever the table
+/// says.
 pub fn page_frame(runs: &[Run], pages: usize) -> Frame {
     let (header, table) = of_runs(FrameType::Pages, 0, runs);
     let payload = [&table[..], &vec![0xaa; pages * 4096]].concat();

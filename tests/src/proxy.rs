@@ -1,8 +1,8 @@
-//! A TCP proxy between a source and a destination that understands nothing, counts everything, and misbehaves at a
-//! chosen byte.
+//! A TCP proxy between a source and a destination that understands nothing, counts everything, and
+//! misbehaves at a chosen byte.
 //!
-//! Planned faults hit the first connection; later ones (data and fault channels, `recover`) pass unharmed unless they
-//! are refused, or all are cut or stalled.
+//! Planned faults hit the first connection; later ones (data and fault channels, `recover`) pass
+//! unharmed unless they are refused, or all are cut or stalled.
 
 use crate::{TIMEOUT, until};
 use std::io::{ErrorKind, Read, Write};
@@ -48,7 +48,8 @@ struct Fault {
 struct Plan {
     faults: Vec<Fault>,
     frozen: [bool; 2],
-    /// After how many bytes over all connections, from the source to the destination, nothing passes any more.
+    /// After how many bytes over all connections, from the source to the destination, nothing
+    /// passes any more.
     stall_at: Option<u64>,
     /// Nothing passes on any connection.
     stalled: bool,
@@ -147,8 +148,9 @@ impl Proxy {
         self.shared.thawed.notify_all();
     }
 
-    /// Once so many bytes have passed from the source to the destination nothing passes any more, on any connection and
-    /// in no direction; all of them stay open. Ended by [`Proxy::go_on`], and by cutting any of them.
+    /// Once so many bytes have passed from the source to the destination nothing passes any more,
+    /// on any connection and in no direction; all of them stay open. Ended by [`Proxy::go_on`], and
+    /// by cutting any of them.
     pub fn stall_at(&self, total: u64) {
         self.shared.plan.lock().unwrap().stall_at = Some(total);
     }
@@ -203,7 +205,8 @@ impl Drop for Proxy {
 
 impl Plan {
     fn cut(&mut self, which: impl Fn(u64) -> bool) {
-        // With the last handles gone a peer that goes on writing is reset rather than left to fill a buffer.
+        // With the last handles gone a peer that goes on writing is reset rather than left to fill
+        // a buffer.
         for (_, streams) in self.streams.extract_if(.., |(number, _)| which(*number)) {
             for stream in streams {
                 // Closed already is as good.

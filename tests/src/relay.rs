@@ -1,4 +1,5 @@
-//! Between a source and a destination that are joined by a Unix socket: bytes and open files pass, until a test says not.
+//! Between a source and a destination that are joined by a Unix socket: bytes and open files pass,
+//! until a test says not.
 
 use crate::{TIMEOUT, until};
 use ferry_migration::port::Link;
@@ -87,8 +88,8 @@ struct State {
     /// What the source said on the first connection.
     said: Vec<u8>,
     answered: u64,
-    /// From this byte of the first connection's answers on, nothing of the source's passes; and nothing of the
-    /// destination's.
+    /// From this byte of the first connection's answers on, nothing of the source's passes; and
+    /// nothing of the destination's.
     hold_forth_at: Option<u64>,
     hold_back_at: Option<u64>,
     /// Only bytes pass.
@@ -151,7 +152,8 @@ impl Relay {
         self.shared.1.notify_all();
     }
 
-    /// The source's words are held back once so many bytes have been answered, and those after them pass still.
+    /// The source's words are held back once so many bytes have been answered, and those after them
+    /// pass still.
     pub fn hold_forth_at(&self, at: u64) {
         self.change(|state| state.hold_forth_at = Some(at));
     }

@@ -1,5 +1,5 @@
-//! Everything that a user can get wrong: one sentence on stderr, nothing on stdout (with --json, one object), exit status 1
-//! (2 for a wrong command line), and no panic.
+//! Everything that a user can get wrong: one sentence on stderr, nothing on stdout (with --json,
+//! one object), exit status 1 (2 for a wrong command line), and no panic.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::BARE;
@@ -365,7 +365,8 @@ fn post_copy() -> Options {
     }
 }
 
-/// A receiver that may not handle page faults says so, and what to do, before anything is sent; pre-copy still works.
+/// A receiver that may not handle page faults says so, and what to do, before anything is sent;
+/// pre-copy still works.
 #[test]
 fn post_copy_to_a_host_where_it_is_forbidden() {
     if !guests_run() || !can_pretend() {
@@ -409,8 +410,8 @@ fn post_copy_to_a_host_where_it_is_forbidden() {
     destination.verdict();
 }
 
-/// A host that is short of memory refuses before anything is sent, or, when the shortage comes later, before the guest
-/// is handed over: it runs on where it was.
+/// A host that is short of memory refuses before anything is sent, or, when the shortage comes
+/// later, before the guest is handed over: it runs on where it was.
 #[test]
 fn post_copy_to_a_host_without_memory() {
     if !guests_run() || !can_pretend() {

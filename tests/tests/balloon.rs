@@ -1,4 +1,5 @@
-//! What the guest does not use is not sent: a balloon that moves itself, and free pages that Linux reports.
+//! What the guest does not use is not sent: a balloon that moves itself, and free pages that Linux
+//! reports.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::time::{Duration, Instant};
@@ -25,7 +26,8 @@ fn balloon(vmm: &NestedVmm<'_>) -> BalloonStatus {
     serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("{e}: {ran:?}; {}", vmm.all()))
 }
 
-/// Waits until the balloon has taken what it will, or two minutes: on a busy machine, emulated, it may come less far.
+/// Waits until the balloon has taken what it will, or two minutes: on a busy machine, emulated, it
+/// may come less far.
 fn balloon_rests(vmm: &NestedVmm<'_>) -> BalloonStatus {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
@@ -48,8 +50,9 @@ fn balloon_rests(vmm: &NestedVmm<'_>) -> BalloonStatus {
     }
 }
 
-/// Boots a guest, has it use memory, and moves it once with each of the policies; how many bytes it used each time, by its
-/// own account (all of its RAM, where it has no balloon and gives none), and the reports.
+/// Boots a guest, has it use memory, and moves it once with each of the policies; how many bytes it
+/// used each time, by its own account (all of its RAM, where it has no balloon and gives none), and
+/// the reports.
 fn moves(
     host: &NestedHost,
     what: &Use,

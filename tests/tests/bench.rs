@@ -1,4 +1,5 @@
-//! `ferry bench` as its users meet it: interrupted, with a killed guest, with a typo, with a peer that is not there.
+//! `ferry bench` as its users meet it: interrupted, with a killed guest, with a typo, with a peer
+//! that is not there.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_tests::{Ran, ferry, guests_run, run, until};

@@ -1,4 +1,5 @@
-//! Migrations that are given up: by the user, by a time limit; and what else can be asked of a VMM meanwhile.
+//! Migrations that are given up: by the user, by a time limit; and what else can be asked of a VMM
+//! meanwhile.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{OnTimeout, Options};
@@ -10,7 +11,8 @@ use nix::unistd::Pid;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// Too slow for a 64 MiB guest to be gone before the test has done what it wants: that takes minutes.
+/// Too slow for a 64 MiB guest to be gone before the test has done what it wants: that takes
+/// minutes.
 fn slow() -> Options {
     Options {
         bandwidth: Some(250_000),
@@ -27,8 +29,9 @@ fn live(source: &Host) {
     });
 }
 
-/// `ferry cancel` in mid-flight: the guest runs on, the receiver takes the next migration. Twice, as nothing may be left
-/// over from the first time; then the guest moves and everything it wrote is there.
+/// `ferry cancel` in mid-flight: the guest runs on, the receiver takes the next migration. Twice,
+/// as nothing may be left over from the first time; then the guest moves and everything it wrote is
+/// there.
 #[test]
 fn cancel_leaves_everything_as_it_was() {
     if !guests_run() {
@@ -174,7 +177,8 @@ fn a_time_limit_cancels_or_stops() {
     destination.verdict();
 }
 
-/// While one migration runs the VMM answers everything else, and refuses what cannot be now in a sentence.
+/// While one migration runs the VMM answers everything else, and refuses what cannot be now in a
+/// sentence.
 #[test]
 fn a_migrating_vmm_answers() {
     if !guests_run() {
@@ -228,7 +232,8 @@ fn a_migrating_vmm_answers() {
     source.verdict();
 }
 
-/// `ferry stop` during a migration cancels it and ends the guest; SIGTERM does the same. The receiver waits on.
+/// `ferry stop` during a migration cancels it and ends the guest; SIGTERM does the same. The
+/// receiver waits on.
 #[test]
 fn stopping_a_migrating_guest_ends_it() {
     if !guests_run() {

@@ -1,7 +1,9 @@
-//! Who has just been told that a guest has arrived may ask its new VMM for anything at once: a script that moves a guest on
-//! and on, and works on it in between, waits for nothing but the commands it gives.
+//! Who has just been told that a guest has arrived may ask its new VMM for anything at once: a
+//! script that moves a guest on and on, and works on it in between, waits for nothing but the
+//! commands it gives.
 //!
-//! Nothing here waits between a migration's end and the next request: that would hide what is to be shown.
+//! Nothing here waits between a migration's end and the next request: that would hide what is to be
+//! shown.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{Compress, Handover, OnTimeout, Options, PolicyKind};

@@ -1,5 +1,5 @@
-//! Several data channels between real processes: every family of policies, before and after the commit, and what a lost
-//! channel means.
+//! Several data channels between real processes: every family of policies, before and after the
+//! commit, and what a lost channel means.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
@@ -15,7 +15,8 @@ fn options(policy: PolicyKind, channels: Option<u16>) -> Options {
     }
 }
 
-/// Every family on data channels, on one processor and on two, memory compared on both sides and by the guest.
+/// Every family on data channels, on one processor and on two, memory compared on both sides and by
+/// the guest.
 #[test]
 fn every_family_moves_on_data_channels() {
     if !guests_run() {
@@ -64,8 +65,8 @@ fn every_family_moves_on_data_channels() {
     }
 }
 
-/// Before the commit a lost data channel, or control channel, is a failed migration: the guest runs on where it was, and moves
-/// the next time.
+/// Before the commit a lost data channel, or control channel, is a failed migration: the guest runs
+/// on where it was, and moves the next time.
 #[test]
 fn a_lost_channel_before_the_commit_changes_nothing() {
     if !guests_run() {

@@ -1,5 +1,5 @@
-//! `--copy-disk`: a guest's disks move to a host that does not reach them, or the guest stays and nothing of either side's
-//! files is lost.
+//! `--copy-disk`: a guest's disks move to a host that does not reach them, or the guest stays and
+//! nothing of either side's files is lost.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_devices::block::Disk;
@@ -115,7 +115,8 @@ fn a_disk_arrives_whole_and_sparse() {
     }
 }
 
-/// The guest stays, with its disk; what ferry made for it is gone, and what was there before is as it was.
+/// The guest stays, with its disk; what ferry made for it is gone, and what was there before is as
+/// it was.
 fn stays(source: &mut Host, place: &Place, to: &str, args: &[&str], sentence: &str) -> Report {
     let before = std::fs::read(place.path("disk.img")).unwrap();
     let destination = Host::receive_with(args);

@@ -147,7 +147,8 @@ fn a_relative_path_is_the_callers() {
     destination.reaches(State::Running);
 }
 
-/// A block device with blocks of 4096 bytes: a disk is copied onto it, and both sides share it afterwards.
+/// A block device with blocks of 4096 bytes: a disk is copied onto it, and both sides share it
+/// afterwards.
 #[test]
 fn a_disk_moves_on_a_device_of_4096_byte_blocks() {
     if !guests_run() {

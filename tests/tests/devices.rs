@@ -1,4 +1,5 @@
-//! Guests with disks and network cards move, and what is behind these is given, locked and told at both ends.
+//! Guests with disks and network cards move, and what is behind these is given, locked and told at
+//! both ends.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{Handover, Options, PolicyKind};
@@ -199,7 +200,8 @@ fn the_network_is_told_where_the_guest_is() {
     assert!(destination.verdict().writes > 0);
 }
 
-/// From one process to the next on this host, with the tap: nobody else can have it in between, and it never goes down.
+/// From one process to the next on this host, with the tap: nobody else can have it in between, and
+/// it never goes down.
 #[test]
 fn a_tap_goes_along_with_the_memory() {
     if !guests_run() {
@@ -216,7 +218,8 @@ fn a_tap_goes_along_with_the_memory() {
     let mut here = Host::run_with(WORK, "64M", 1, &["--net", &net(0)]);
     until("the tap is up", || taps.says(0, "carrier") == 1);
     let links = taps.says(0, "carrier_changes");
-    // A destination that refuses when it has the tap already: the card goes on where the guest does.
+    // A destination that refuses when it has the tap already: the card goes on where the guest
+    // does.
     let two = ["--net", &net(0), "--net", &net(1)];
     let strange = Host::receive_unix_with(&two);
     let why = here.migrate(strange.uri(), &options).error.unwrap();
@@ -262,7 +265,8 @@ impl Bridge {
         Some(bridge)
     }
 
-    /// The number of the port behind which it takes this address to be (Linux `struct __fdb_entry` of `linux/if_bridge.h`).
+    /// The number of the port behind which it takes this address to be (Linux `struct __fdb_entry`
+    /// of `linux/if_bridge.h`).
     fn port_of(&self, mac: [u8; 6]) -> Option<u8> {
         let path = format!("/sys/class/net/{}/brforward", self.0);
         let table = std::fs::read(path).unwrap();
@@ -277,8 +281,8 @@ impl Drop for Bridge {
     }
 }
 
-/// A bridge that takes the guest to be where it was learns from the announcements alone where it is now: this guest says
-/// nothing by itself.
+/// A bridge that takes the guest to be where it was learns from the announcements alone where it is
+/// now: this guest says nothing by itself.
 #[test]
 fn a_bridge_learns_where_the_guest_is() {
     const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 7];

@@ -1,4 +1,5 @@
-//! The documents are true: their commands run, their links lead somewhere, and their figures were measured.
+//! The documents are true: their commands run, their links lead somewhere, and their figures were
+//! measured.
 //!
 //! `FERRY_UPDATE_DOCS=1 cargo test -p ferry-tests --test docs` writes docs/reference/cli.md anew.
 #![allow(clippy::unwrap_used, clippy::panic)]

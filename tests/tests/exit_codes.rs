@@ -1,6 +1,7 @@
 //! The exit codes of `ferry migrate` with real guests: what a script learns of each end.
 //!
-//! The ends that take a broken network go through the proxy; cli/tests/cli has the table with a pretended VMM.
+//! The ends that take a broken network go through the proxy; cli/tests/cli has the table with a
+//! pretended VMM.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_tests::peer::ready_at;
@@ -68,7 +69,8 @@ fn a_limit_that_cancels_is_3() {
     source.verdict();
 }
 
-/// The connection breaks when the source has committed: neither side runs the guest, until `ferry recover`.
+/// The connection breaks when the source has committed: neither side runs the guest, until
+/// `ferry recover`.
 #[test]
 fn a_lost_commit_is_4() {
     if !guests_run() {
@@ -95,7 +97,8 @@ fn a_lost_commit_is_4() {
     destination.reaches(State::Running);
 }
 
-/// The connection breaks while pages follow the guest: it waits at the destination, until `ferry recover`.
+/// The connection breaks while pages follow the guest: it waits at the destination, until
+/// `ferry recover`.
 #[test]
 fn a_broken_post_copy_is_5() {
     if !guests_run() {

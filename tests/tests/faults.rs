@@ -1,7 +1,7 @@
 //! A network that breaks at every stage, and processes that are killed.
 //!
-//! After each fault exactly one guest runs, or both sides say that they are in doubt and the documented way out works.
-//! The guest then verifies everything it ever wrote.
+//! After each fault exactly one guest runs, or both sides say that they are in doubt and the
+//! documented way out works. The guest then verifies everything it ever wrote.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{Compress, Options};
@@ -14,7 +14,8 @@ use std::time::Duration;
 
 const WORK: &str = "dirty:wss=4M,rate=1000";
 
-/// One live round and the last: so the messages of every run lie at the same places in the stream of answers.
+/// One live round and the last: so the messages of every run lie at the same places in the stream
+/// of answers.
 fn two_rounds() -> Options {
     Options {
         max_rounds: Some(1),
@@ -37,8 +38,8 @@ fn stays(source: &Host, destination: &Host, report: &Report, paused: bool, mark:
     destination.settles(mark);
 }
 
-/// What a migration of this guest says before it is committed: how many bytes, and where its second frame begins. Its
-/// "ready" is cut off, so the guest stays.
+/// What a migration of this guest says before it is committed: how many bytes, and where its second
+/// frame begins. Its "ready" is cut off, so the guest stays.
 fn measure(source: &Host, destination: &Host) -> (u64, u64) {
     let (before, mark) = (source.state(), destination.mark());
     let proxy = Proxy::to(destination.address());
@@ -54,7 +55,8 @@ fn measure(source: &Host, destination: &Host) -> (u64, u64) {
     )
 }
 
-/// Cut anywhere before the commit, in either direction: the guest stays, and after all cuts it still moves.
+/// Cut anywhere before the commit, in either direction: the guest stays, and after all cuts it
+/// still moves.
 #[test]
 fn a_cut_before_the_commit_leaves_the_guest() {
     if !guests_run() {
@@ -103,7 +105,8 @@ fn a_cut_before_the_commit_leaves_the_guest() {
     {
         cut(Way::Back, at, false);
     }
-    // In the last pages, the hashes and the state, whose places are known where the guest stands still.
+    // In the last pages, the hashes and the state, whose places are known where the guest stands
+    // still.
     source.act(Ask::Pause).unwrap();
     let (forth, _) = measure(&source, &destination);
     for before_end in [200_000, 100_000, 20_000, 2_000, 100] {
@@ -145,7 +148,8 @@ fn a_truncated_direction_leaves_the_guest() {
     source.verdict();
 }
 
-/// Bits that flip under a checksum, and under `--verify` where there is none: refused, the guest stays.
+/// Bits that flip under a checksum, and under `--verify` where there is none: refused, the guest
+/// stays.
 #[test]
 fn flipped_bits_are_found() {
     if !guests_run() {

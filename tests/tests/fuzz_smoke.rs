@@ -1,4 +1,5 @@
-//! The bodies of the fuzz targets on a few thousand mutations of good input, the same ones every time.
+//! The bodies of the fuzz targets on a few thousand mutations of good input, the same ones every
+//! time.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::destination::State;
@@ -63,7 +64,8 @@ fn snapshots() {
         let depth = fuzz_bodies::snapshot(bytes).map_or(0, |pages| 1 + usize::from(pages > 0));
         READ[depth].fetch_add(1, Ordering::Relaxed);
     });
-    // Some are refused as a whole, some opened without a page to be had, many read: all of the reader is reached.
+    // Some are refused as a whole, some opened without a page to be had, many read: all of the
+    // reader is reached.
     let read = READ.each_ref().map(|count| count.load(Ordering::Relaxed));
     assert!(read.iter().all(|count| *count > 20), "{read:?}");
     eprintln!("refused, without a page, read: {read:?}");

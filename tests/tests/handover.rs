@@ -1,7 +1,8 @@
-//! Faults around the handover: the few messages in which a guest changes hands, and processes killed with `kill -9`.
+//! Faults around the handover: the few messages in which a guest changes hands, and processes
+//! killed with `kill -9`.
 //!
-//! The proxy holds the source's words back from the moment the destination is ready: the commit is on its way, and the
-//! test decides what becomes of it.
+//! The proxy holds the source's words back from the moment the destination is ready: the commit is
+//! on its way, and the test decides what becomes of it.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::Options;
@@ -75,7 +76,8 @@ fn both_in_doubt(source: &Host, destination: &Host) {
     );
 }
 
-/// The connection breaks before, in and after the commit; `ferry recover` at the source ends the doubt.
+/// The connection breaks before, in and after the commit; `ferry recover` at the source ends the
+/// doubt.
 #[test]
 fn recover_at_the_source_ends_the_doubt() {
     if !guests_run() {
@@ -102,7 +104,8 @@ fn recover_at_the_source_ends_the_doubt() {
     }
 }
 
-/// The commit arrives and its confirmation does not: the guest runs there, the source is in doubt until it asks.
+/// The commit arrives and its confirmation does not: the guest runs there, the source is in doubt
+/// until it asks.
 #[test]
 fn a_lost_confirmation_is_asked_for() {
     if !guests_run() {
@@ -134,8 +137,8 @@ fn a_lost_confirmation_is_asked_for() {
     }
 }
 
-/// The commit is lost and the network comes back: the source repeats the commit by itself, before it reports a doubt and
-/// after that.
+/// The commit is lost and the network comes back: the source repeats the commit by itself, before
+/// it reports a doubt and after that.
 #[test]
 fn a_lost_commit_is_repeated_without_an_operator() {
     if !guests_run() {
@@ -165,8 +168,8 @@ fn a_lost_commit_is_repeated_without_an_operator() {
     }
 }
 
-/// "ready" is lost, and so is the source's word that it keeps its guest: the source runs it, the destination holds a
-/// copy that does not run, and can be told to end.
+/// "ready" is lost, and so is the source's word that it keeps its guest: the source runs it, the
+/// destination holds a copy that does not run, and can be told to end.
 #[test]
 fn a_destination_that_hears_nothing_holds_still() {
     if !guests_run() {
@@ -227,7 +230,8 @@ fn take_over_at_the_destination() {
     destination.verdict();
 }
 
-/// An operator takes over at the destination while the source lives: the source then learns that from `ferry recover`.
+/// An operator takes over at the destination while the source lives: the source then learns that
+/// from `ferry recover`.
 #[test]
 fn a_source_learns_that_the_destination_took_over() {
     if !guests_run() {
@@ -250,8 +254,8 @@ fn a_source_learns_that_the_destination_took_over() {
     destination.verdict();
 }
 
-/// The destination dies with the commit unread: `recover` cannot reach it and says so, and an operator's word at the
-/// source saves the guest.
+/// The destination dies with the commit unread: `recover` cannot reach it and says so, and an
+/// operator's word at the source saves the guest.
 #[test]
 fn take_over_at_the_source() {
     if !guests_run() {
@@ -347,8 +351,9 @@ impl Image {
     }
 }
 
-/// Up to the commit the disk is the source's, whatever becomes of the destination; in doubt it is nobody's; and then it is
-/// that side's which runs the guest, and by it the other side cannot, not even by an operator's mistaken word.
+/// Up to the commit the disk is the source's, whatever becomes of the destination; in doubt it is
+/// nobody's; and then it is that side's which runs the guest, and by it the other side cannot, not
+/// even by an operator's mistaken word.
 #[test]
 fn in_doubt_the_disk_is_of_whoever_may_run_the_guest() {
     if !guests_run() {
@@ -382,7 +387,8 @@ fn in_doubt_the_disk_is_of_whoever_may_run_the_guest() {
     source.verdict();
 }
 
-/// The destination of a guest with a disk is killed before the commit, and with the commit on its way.
+/// The destination of a guest with a disk is killed before the commit, and with the commit on its
+/// way.
 #[test]
 fn a_killed_destination_leaves_the_disk_to_the_source() {
     if !guests_run() {

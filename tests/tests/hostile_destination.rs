@@ -19,7 +19,8 @@ const WORK: &str = "dirty:wss=4M,rate=1000";
 
 type Script = Box<dyn FnOnce(RawLink) + Send>;
 
-/// Receivers that close, babble and lie: the guest runs on, and the report has one sentence that says why.
+/// Receivers that close, babble and lie: the guest runs on, and the report has one sentence that
+/// says why.
 #[test]
 fn a_source_survives_its_receiver() {
     if !guests_run() {

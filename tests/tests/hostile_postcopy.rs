@@ -1,8 +1,8 @@
-//! Post-copy with a side that lies. Sources made by hand hand a real receiver a guest and misbehave while its pages
-//! follow; destinations made by hand take a real guest and ask for what cannot be.
+//! Post-copy with a side that lies. Sources made by hand hand a real receiver a guest and misbehave
+//! while its pages follow; destinations made by hand take a real guest and ask for what cannot be.
 //!
-//! After the handover nothing that one side says may lose the guest at the other: it is kept, the lie is named in a
-//! sentence, and an honest peer can go on.
+//! After the handover nothing that one side says may lose the guest at the other: it is kept, the
+//! lie is named in a sentence, and an honest peer can go on.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{Options, PolicyKind};
@@ -217,7 +217,8 @@ fn fault_channels_are_counted() {
     receiver.reaches(State::Receiving);
 }
 
-/// Lies while pages follow: the guest is the receiver's by then. It is kept, and an honest source brings the rest.
+/// Lies while pages follow: the guest is the receiver's by then. It is kept, and an honest source
+/// brings the rest.
 #[test]
 fn a_receiver_keeps_what_it_was_handed() {
     if !guests_run() {
@@ -379,7 +380,8 @@ fn slowly() -> Options {
 
 const WORK: &str = "dirty:wss=4M,rate=1000";
 
-/// Requests that cannot be, and a word that comes too soon: the source keeps its pages, and runs nothing.
+/// Requests that cannot be, and a word that comes too soon: the source keeps its pages, and runs
+/// nothing.
 #[test]
 fn a_source_keeps_what_was_not_fetched() {
     if !guests_run() {

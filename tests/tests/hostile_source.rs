@@ -78,7 +78,8 @@ fn a_receiver_survives_strangers() {
         // It may have hung up already.
         let _ = link.0.shutdown(std::net::Shutdown::Write);
         let answer = rest(&mut link);
-        // It gets our preamble, if anything, so that a ferry of another version can say both versions.
+        // It gets our preamble, if anything, so that a ferry of another version can say both
+        // versions.
         assert!(
             answer.is_empty() || answer.starts_with(b"FERRYMIG"),
             "{answer:?}"
@@ -425,7 +426,8 @@ fn a_receiver_survives_lies() {
         drop(channel);
         survives_it(&receiver, mark);
     }
-    // A state of 64 MiB that never comes: memory grows with what is sent, not with what was promised.
+    // A state of 64 MiB that never comes: memory grows with what is sent, not with what was
+    // promised.
     let mut channel = greeted(address, &hello);
     let header = Header {
         length: 64 << 20,

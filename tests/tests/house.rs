@@ -13,7 +13,8 @@ fn root() -> PathBuf {
         .to_owned()
 }
 
-/// The packages that `package` is built with, itself among them; of its tests and build scripts none.
+/// The packages that `package` is built with, itself among them; of its tests and build scripts
+/// none.
 fn dependencies(package: &str) -> BTreeSet<String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let out = Command::new(cargo)
@@ -158,7 +159,8 @@ fn unsafe_stands_only_where_the_design_has_it() {
     }
 }
 
-/// The laboratory reaches a VMM through its control socket, reads what `ferry doctor` finds, and makes files as a VMM does.
+/// The laboratory reaches a VMM through its control socket, reads what `ferry doctor` finds, and
+/// makes files as a VMM does.
 #[test]
 fn the_laboratory_uses_nothing_of_the_vmm_but_its_client_its_files_and_the_doctor() {
     const DOORS: [&str; 4] = ["api::client::", "api::types::", "doctor", "new_file::"];

@@ -9,7 +9,8 @@ fn all(class: Class) -> impl Iterator<Item = String> {
     Kernel::ALL.into_iter().map(name)
 }
 
-/// The line of the result. A guest that prints a line now and then has not hung, however busy the machine is.
+/// The line of the result. A guest that prints a line now and then has not hung, however busy the
+/// machine is.
 fn result(host: &Host) -> String {
     loop {
         let lines = host.guest_lines();

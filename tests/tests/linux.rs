@@ -1,4 +1,5 @@
-//! A stock Debian kernel as the guest, in nested hosts: on whatever machine the tests run, this is Linux on a whole KVM.
+//! A stock Debian kernel as the guest, in nested hosts: on whatever machine the tests run, this is
+//! Linux on a whole KVM.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::Line;
@@ -8,7 +9,8 @@ use ferry_tests::{NestedHost, nested_hosts};
 /// What a guest of these tests does: it writes memory and verifies what it wrote.
 const WRITER: &str = "ferry.run=dirty:wss=8M,rate=300";
 
-/// The command line finds, the processors, the clock, the console in both directions; reset, switch and power button.
+/// The command line finds, the processors, the clock, the console in both directions; reset, switch
+/// and power button.
 #[test]
 fn linux_boots_and_ends_as_it_wants() {
     let Some(_turn) = nested_hosts() else { return };
@@ -67,8 +69,9 @@ fn a_boot_is_measured_stage_by_stage() {
     assert!((boots["total_ms"]["median"].as_f64().unwrap() - sum).abs() < 1e-3);
 }
 
-/// Two hosts, two kernels, and a network between them to which both bridge the guest's card: one guest with two processors
-/// moves from host to host, once with each policy, while a client on the first host makes requests to it on one connection.
+/// Two hosts, two kernels, and a network between them to which both bridge the guest's card: one
+/// guest with two processors moves from host to host, once with each policy, while a client on the
+/// first host makes requests to it on one connection.
 #[test]
 fn linux_moves_between_hosts_and_keeps_its_connections() {
     let Some(_turn) = nested_hosts() else { return };
@@ -105,7 +108,8 @@ fn linux_moves_between_hosts_and_keeps_its_connections() {
         guest.longest_gap_ms(),
         quiet.gap_us / 1000
     );
-    // The pause of the first move is that of a move as it is; the others look at all memory in theirs.
+    // The pause of the first move is that of a move as it is; the others look at all memory in
+    // theirs.
     let plain = ["--policy", "precopy", "--channels", "2"];
     let verified = |policy: &PolicyKind| vec!["--verify", "--policy", policy.name()];
     let moves = std::iter::once(plain.to_vec()).chain(PolicyKind::ALL.iter().map(verified));
@@ -143,13 +147,14 @@ fn linux_moves_between_hosts_and_keeps_its_connections() {
     guest.verdict();
 }
 
-/// Twenty moves, two of them without a copy, with all devices at work: a disk on storage that both processes reach, written all
-/// over and verified, a network card with a client, random numbers that must not repeat, a balloon. The guest's clock must not
-/// drift by more than the pauses.
+/// Twenty moves, two of them without a copy, with all devices at work: a disk on storage that both
+/// processes reach, written all over and verified, a network card with a client, random numbers
+/// that must not repeat, a balloon. The guest's clock must not drift by more than the pauses.
 #[test]
 fn linux_moves_twenty_times_with_all_devices_busy() {
     const MOVES: usize = 20;
-    /// What the readings of two clocks can be off beside the pauses and what is known of the readings, in milliseconds.
+    /// What the readings of two clocks can be off beside the pauses and what is known of the
+    /// readings, in milliseconds.
     const TOLERANCE_MS: f64 = 50.0;
     let Some(_turn) = nested_hosts() else { return };
     let host = NestedHost::start();
@@ -173,7 +178,8 @@ fn linux_moves_twenty_times_with_all_devices_busy() {
     let mut paused_ms = 0.0;
     let mut taps = ["tap=tap1", "tap=tap0"].into_iter().cycle();
     for n in 1..=MOVES {
-        // Looking at all memory takes longer than all else, and what the guest does is verified anyway.
+        // Looking at all memory takes longer than all else, and what the guest does is verified
+        // anyway.
         let verify: &[&str] = if n % 5 == 0 { &["--verify"] } else { &[] };
         let (there, how) = if n % 7 == 0 {
             // Memory and card as they are, to another process of this host.
@@ -198,7 +204,8 @@ fn linux_moves_twenty_times_with_all_devices_busy() {
         );
     }
     let here = guest.disk_writes(0);
-    // As many writes again as the disk has blocks, several times over: what was written before the moves is read after them.
+    // As many writes again as the disk has blocks, several times over: what was written before the
+    // moves is read after them.
     guest.disk_writes(here + 4096);
     guest.prints("ferry-rng: blocks=");
     assert!(!guest.all().contains("CORRUPT"), "{}", guest.all());
@@ -223,7 +230,8 @@ fn linux_moves_twenty_times_with_all_devices_busy() {
     assert!(ran.code == 0 && ran.stderr.contains("shut down"), "{ran:?}");
 }
 
-/// Two hosts, two kernels, a network between them; no storage that both reach: the disk comes along.
+/// Two hosts, two kernels, a network between them; no storage that both reach: the disk comes
+/// along.
 #[test]
 fn linux_moves_between_hosts() {
     let Some(_turn) = nested_hosts() else { return };
@@ -244,7 +252,8 @@ fn linux_moves_between_hosts() {
     );
     assert!(report.disk.is_some_and(|disk| disk.sent > 0), "{report:#?}");
     assert_eq!(guest.ends().code, 0);
-    // As many writes again as the disk has blocks, twice over: what was written before the move is read after it.
+    // As many writes again as the disk has blocks, twice over: what was written before the move is
+    // read after it.
     let here = there.disk_writes(0);
     there.disk_writes(here + 2048);
     there.goes_on();
@@ -257,8 +266,9 @@ fn linux_moves_between_hosts() {
     back.verdict();
 }
 
-/// A guest whose memory is huge pages, on a host that has a pool of them: it is moved, handed over with its memory, moved out of
-/// memory that this process never mapped, saved and restored. What cannot be is refused in a sentence, and the guest goes on.
+/// A guest whose memory is huge pages, on a host that has a pool of them: it is moved, handed over
+/// with its memory, moved out of memory that this process never mapped, saved and restored. What
+/// cannot be is refused in a sentence, and the guest goes on.
 #[test]
 fn a_guest_of_huge_pages_goes_all_ways_but_one() {
     const MEMORY: [&str; 3] = ["--memory", "32M", "--hugepages"];

@@ -1,7 +1,7 @@
 //! Every policy moves every kind of guest, on one and on two processors.
 //!
-//! All memory is compared (`verify`), and in the end every guest verifies its memory or its result itself. One test per
-//! policy, so that a failure names it.
+//! All memory is compared (`verify`), and in the end every guest verifies its memory or its result
+//! itself. One test per policy, so that a failure names it.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::Line;
@@ -79,7 +79,8 @@ impl Work {
     }
 }
 
-/// Moves every workload on one and on two processors; `expect` looks at the report as this policy demands.
+/// Moves every workload on one and on two processors; `expect` looks at the report as this policy
+/// demands.
 fn every_workload(options: &Options, expect: impl Fn(&Work, &Report)) {
     if !guests_run() {
         return;
@@ -132,8 +133,8 @@ fn pages_follow(report: &Report) {
     );
 }
 
-/// After a pass of pre-copy little may be missing, or nothing: pages follow where something was, and of all the guests
-/// some have missed a page.
+/// After a pass of pre-copy little may be missing, or nothing: pages follow where something was,
+/// and of all the guests some have missed a page.
 fn what_is_missing_follows(options: &Options) {
     let (followed, faults) = (Cell::new(0), Cell::new(0));
     every_workload(options, |_, report| {
@@ -213,7 +214,8 @@ fn postcopy(order: PushOrder) {
     every_workload(&options, |work, report| {
         pages_follow(report);
         faults.set(faults.get() + report.faults.count);
-        // A push can be faster than a small guest on a busy machine; demand paging brings nothing unasked.
+        // A push can be faster than a small guest on a busy machine; demand paging brings nothing
+        // unasked.
         assert!(
             order != PushOrder::Demand || !work.writes || report.faults.count > 0,
             "{report:#?}"
@@ -250,7 +252,8 @@ fn hybrid() {
     what_is_missing_follows(&policy(PolicyKind::Hybrid));
 }
 
-/// Pre-copy of a writer that is faster than the cap does not converge; the guest moves all the same.
+/// Pre-copy of a writer that is faster than the cap does not converge; the guest moves all the
+/// same.
 #[test]
 fn precopy_that_becomes_postcopy() {
     what_is_missing_follows(&Options {
@@ -262,8 +265,9 @@ fn precopy_that_becomes_postcopy() {
     });
 }
 
-/// One guest goes round, each hop by another policy: what one leaves behind (write protection, pages that were
-/// registered as missing, holes) does not disturb the next. The guest's own check at the end covers the whole way.
+/// One guest goes round, each hop by another policy: what one leaves behind (write protection,
+/// pages that were registered as missing, holes) does not disturb the next. The guest's own check
+/// at the end covers the whole way.
 #[test]
 fn a_round_trip_with_another_policy_at_each_hop() {
     if !guests_run() {

@@ -1,4 +1,5 @@
-//! Guests change processes on one host without a byte of their memory being copied; and what goes wrong on the way.
+//! Guests change processes on one host without a byte of their memory being copied; and what goes
+//! wrong on the way.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::{Class, Kernel, Line, Problem};
@@ -79,7 +80,8 @@ fn kernels_compute_on_in_the_same_memory() {
     }
 }
 
-/// The disk's lock goes with the guest; a guest that was paused arrives paused; pages are copied where that is asked for.
+/// The disk's lock goes with the guest; a guest that was paused arrives paused; pages are copied
+/// where that is asked for.
 #[test]
 fn a_disk_a_paused_guest_and_a_copy() {
     if !guests_run() {
@@ -216,8 +218,8 @@ fn recover_ends_the_doubt() {
     destination.verdict();
 }
 
-/// An operator's word on one side; the other cannot run the guest in the same memory then, whatever the operator says, nor
-/// after the first has died.
+/// An operator's word on one side; the other cannot run the guest in the same memory then, whatever
+/// the operator says, nor after the first has died.
 #[test]
 fn an_operator_cannot_run_it_twice() {
     if !guests_run() {
@@ -365,7 +367,8 @@ fn is_refused(name: &str, sentence: &str, expected: &str) {
     assert!(!sentence.contains('\n'), "{name}: {sentence}");
 }
 
-/// Files that are not the guest's memory, too many, too few: refused in a sentence, closed, and the next is welcome.
+/// Files that are not the guest's memory, too many, too few: refused in a sentence, closed, and the
+/// next is welcome.
 #[test]
 fn a_receiver_survives_files_that_lie() {
     if !guests_run() {

@@ -1,7 +1,7 @@
 //! Guests move between processes under load, and say themselves that nothing was lost.
 //!
-//! Every migration here compares all memory of both sides in the pause (`verify`), and every guest verifies its memory
-//! or its result in the end.
+//! Every migration here compares all memory of both sides in the pause (`verify`), and every guest
+//! verifies its memory or its result in the end.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::{Class, Kernel, Line, Problem};
@@ -11,7 +11,8 @@ use ferry_tests::{Host, Proxy, State, Way, guests_run, run, until};
 use ferry_vmm::api::client::Action;
 use std::time::Duration;
 
-/// For people: what the report says and what the guest saw. Not asserted: a host that is busy shows in the gap.
+/// For people: what the report says and what the guest saw. Not asserted: a host that is busy shows
+/// in the gap.
 fn show(name: &str, report: &Report, destination: &Host) {
     let gap = destination
         .guest_lines()
@@ -116,8 +117,9 @@ fn kernels_compute_on_while_they_move() {
         .into_iter()
         .flat_map(|kernel| [(kernel, 1), (kernel, 2)])
     {
-        // Most runs are long enough for the move to be in the middle of one. The longest of two processors that wait for
-        // each other after every sweep would take minutes where they do not have two processors to themselves.
+        // Most runs are long enough for the move to be in the middle of one. The longest of two
+        // processors that wait for each other after every sweep would take minutes where they do
+        // not have two processors to themselves.
         let class = match (kernel, cpus) {
             (Kernel::Bt | Kernel::Sp, 2) => Class::S,
             _ => Class::W,
@@ -130,8 +132,8 @@ fn kernels_compute_on_while_they_move() {
         let before = results(&source);
         destination.guest_line("a result", |l| matches!(l, Line::Result(_)));
         show(&format!("{kernel} on {cpus}"), &report, &destination);
-        // The run that was moved is the one after the last that ended before, or that whose line the move has torn; it and
-        // every other came to the very same value.
+        // The run that was moved is the one after the last that ended before, or that whose line
+        // the move has torn; it and every other came to the very same value.
         let after = results(&destination);
         let (run, value) = after[0];
         let last = before.last().map_or(0, |(run, _)| *run);
@@ -166,7 +168,8 @@ fn fifty_moves_in_a_row() {
     assert!(verdict.pages > 12_000, "{verdict:?}");
 }
 
-/// Pages travel on four connections beside the control channel; what the proxy counted is what the report says.
+/// Pages travel on four connections beside the control channel; what the proxy counted is what the
+/// report says.
 #[test]
 fn four_channels_and_every_byte_is_counted() {
     if !guests_run() {
@@ -198,7 +201,8 @@ fn four_channels_and_every_byte_is_counted() {
     }
 }
 
-/// Every way of making pages smaller, on one connection and on two; the guest's pages are of every kind.
+/// Every way of making pages smaller, on one connection and on two; the guest's pages are of every
+/// kind.
 #[test]
 fn every_coder_moves_a_guest_whole() {
     if !guests_run() {
@@ -328,7 +332,8 @@ fn a_paused_guest_stays_paused() {
     destination.verdict();
 }
 
-/// A guest that ends while it is being moved ends where it was, and the receiver waits for the next.
+/// A guest that ends while it is being moved ends where it was, and the receiver waits for the
+/// next.
 #[test]
 fn a_guest_that_ends_on_the_way_ends() {
     if !guests_run() {

@@ -1,7 +1,7 @@
 //! The OCF resource agent without a cluster: its meta-data, and the exit status of every action.
 //!
-//! Most tests give it a pretended `ferry`, `ssh` and `attrd_updater`, so that every end of a migration can be had.
-//! `tests/pacemaker/run` is the agent on a real cluster.
+//! Most tests give it a pretended `ferry`, `ssh` and `attrd_updater`, so that every end of a
+//! migration can be had. `tests/pacemaker/run` is the agent on a real cluster.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_tests::book::root;
@@ -20,8 +20,9 @@ const ERR_INSTALLED: i32 = 5;
 const ERR_CONFIGURED: i32 = 6;
 const NOT_RUNNING: i32 = 7;
 
-/// `status` tells the file `state`; `migrate` and `recover` leave the state that the files `migrate` and `recover`
-/// name behind their exit status. A missing `state` is a VMM that is not there.
+/// `status` tells the file `state`; `migrate` and `recover` leave the state that the files
+/// `migrate` and `recover` name behind their exit status. A missing `state` is a VMM that is not
+/// there.
 const FERRY: &str = r#"#!/bin/sh
 cd "$(dirname "$0")" || exit 99
 echo "ferry $1 $2 $3" >>calls
@@ -91,7 +92,8 @@ impl Node {
             ("OCF_RESKEY_state_dir".into(), at("run")),
             ("OCF_RESKEY_options".into(), "--nas idle:fill=none".into()),
             ("OCF_RESKEY_force_stop".into(), "true".into()),
-            // Not Pacemaker's own functions: what the agent brings along for where they are missing.
+            // Not Pacemaker's own functions: what the agent brings along for where they are
+            // missing.
             ("OCF_ROOT".into(), at("no-such")),
         ];
         fs::create_dir(folder.path().join("run")).unwrap();
@@ -139,7 +141,8 @@ impl Node {
     }
 }
 
-/// The names of all elements, and the value of their `name`; panics where the document is not well-formed.
+/// The names of all elements, and the value of their `name`; panics where the document is not
+/// well-formed.
 fn elements(xml: &str) -> Vec<(String, String)> {
     let body = xml.split_once("]>").unwrap().1;
     let (mut open, mut found) = (Vec::new(), Vec::new());

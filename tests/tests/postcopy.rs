@@ -1,7 +1,8 @@
-//! Post-copy under faults: a guest that runs at the destination while its pages are still at the source is not lost,
-//! whatever breaks, and never runs twice.
+//! Post-copy under faults: a guest that runs at the destination while its pages are still at the
+//! source is not lost, whatever breaks, and never runs twice.
 //!
-//! The connections go through a proxy that stalls in the middle of the push, until the test has broken what it wants.
+//! The connections go through a proxy that stalls in the middle of the push, until the test has
+//! broken what it wants.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{Options, PolicyKind};
@@ -15,7 +16,8 @@ use ferry_vmm::vmm::Lacks;
 /// Touches all of its memory, so that it soon needs a page that is not there.
 const WORK: &str = "dirty:wss=24M,rate=2000";
 const MEMORY: &str = "40M";
-/// How much has crossed when the test breaks something: the guest runs there, and most of it is still here.
+/// How much has crossed when the test breaks something: the guest runs there, and most of it is
+/// still here.
 const BEGUN: u64 = 4 << 20;
 
 fn options(order: PushOrder) -> Options {
@@ -102,7 +104,8 @@ fn waits_for_pages(source: &Host, destination: &Host) {
     assert_eq!(source.state(), State::Interrupted);
 }
 
-/// The destination says that it lacks pages and that none comes, and a processor of the guest waits for one.
+/// The destination says that it lacks pages and that none comes, and a processor of the guest waits
+/// for one.
 fn blocked(destination: &Host) {
     until("the guest waits for a page that does not come", || {
         lacks(destination).is_some_and(|l| l.lost.is_some() && l.waiting > 0)
@@ -172,7 +175,8 @@ fn complete(mut source: Host, destination: Host) {
     assert!(destination.verdict().writes > 0);
 }
 
-/// All connections are cut, or only the pushing one, or only the one for faults: the same, and `ferry recover` ends it.
+/// All connections are cut, or only the pushing one, or only the one for faults: the same, and
+/// `ferry recover` ends it.
 #[test]
 fn a_cut_interrupts_and_recover_goes_on() {
     if !guests_run() {
@@ -256,8 +260,8 @@ fn interrupted_twice_and_the_destination_has_moved() {
     complete(source, destination);
 }
 
-/// Nothing passes any more and nobody is told: the source notices by itself, and the destination goes on with the new
-/// connection although its old one still stands.
+/// Nothing passes any more and nobody is told: the source notices by itself, and the destination
+/// goes on with the new connection although its old one still stands.
 #[test]
 fn a_silent_network_interrupts() {
     if !guests_run() {
@@ -273,7 +277,8 @@ fn a_silent_network_interrupts() {
     complete(pushing.source, pushing.destination);
 }
 
-/// The destination dies with the guest: the source says so, runs nothing by itself nor on a word, and can be ended.
+/// The destination dies with the guest: the source says so, runs nothing by itself nor on a word,
+/// and can be ended.
 #[test]
 fn a_killed_destination_takes_the_guest_with_it() {
     if !guests_run() {
@@ -301,7 +306,8 @@ fn a_killed_destination_takes_the_guest_with_it() {
     assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
 }
 
-/// The source dies with the pages: the destination says what it lacks, and can be ended although its processors wait.
+/// The source dies with the pages: the destination says what it lacks, and can be ended although
+/// its processors wait.
 #[test]
 fn a_killed_source_leaves_the_guest_waiting() {
     if !guests_run() {
@@ -323,7 +329,8 @@ fn a_killed_source_leaves_the_guest_waiting() {
     }
 }
 
-/// What was handed over is neither cancelled nor ended nor moved on before it is complete; then it is as any guest.
+/// What was handed over is neither cancelled nor ended nor moved on before it is complete; then it
+/// is as any guest.
 #[test]
 fn after_the_commit_it_is_too_late() {
     if !guests_run() {

@@ -22,8 +22,9 @@ fn rings() -> bool {
     has
 }
 
-/// One guest goes round, by each policy in turn and with all memory compared; what one migration left in the rings does
-/// not disturb the next. The last hop is to a machine with the log, and the guest's own check covers the whole way.
+/// One guest goes round, by each policy in turn and with all memory compared; what one migration
+/// left in the rings does not disturb the next. The last hop is to a machine with the log, and the
+/// guest's own check covers the whole way.
 #[test]
 fn every_policy_moves_a_writer() {
     if !rings() {
@@ -63,7 +64,8 @@ fn every_policy_moves_a_writer() {
     next.verdict();
 }
 
-/// A migration that is cancelled leaves entries in the rings, and tracking off; the next begins anew.
+/// A migration that is cancelled leaves entries in the rings, and tracking off; the next begins
+/// anew.
 #[test]
 fn a_cancelled_migration_leaves_nothing_in_the_rings() {
     if !rings() {

@@ -1,4 +1,5 @@
-//! Guests go to a file and come back, at once or on demand, and say themselves that nothing was lost.
+//! Guests go to a file and come back, at once or on demand, and say themselves that nothing was
+//! lost.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::Line;
@@ -67,8 +68,8 @@ fn only(dir: &Path, names: &[&str]) {
     assert_eq!(found, names);
 }
 
-/// Every way of writing and every way of reading; the guest that was written goes on as well, and one that was restored
-/// can be migrated.
+/// Every way of writing and every way of reading; the guest that was written goes on as well, and
+/// one that was restored can be migrated.
 #[test]
 fn writers_come_back() {
     if !guests_run() {
@@ -235,7 +236,8 @@ fn the_report_of_a_restore_is_one_object() {
     }
 }
 
-/// Cut short, of another version, or damaged: refused in a sentence, or ended before the guest has seen any of it.
+/// Cut short, of another version, or damaged: refused in a sentence, or ended before the guest has
+/// seen any of it.
 #[test]
 fn damaged_files_make_no_guest() {
     let Some((dir, path, source)) = writer() else {
@@ -312,7 +314,8 @@ fn damaged_files_make_no_guest() {
     }
 }
 
-/// Where a guest's page faults may not be handled, all of it is read first, and the user is told why.
+/// Where a guest's page faults may not be handled, all of it is read first, and the user is told
+/// why.
 #[test]
 fn without_userfaultfd_memory_is_read_first() {
     if !guests_run() || !can_pretend() {

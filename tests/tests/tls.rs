@@ -1,5 +1,5 @@
-//! Real guests over TLS and by a pairing line, and those who have no business at a receiver: after each of them the
-//! source's guest runs on, and the receiver still waits for the right source.
+//! Real guests over TLS and by a pairing line, and those who have no business at a receiver: after
+//! each of them the source's guest runs on, and the receiver still waits for the right source.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::net::StreamLink;
@@ -112,7 +112,8 @@ fn nothing_crosses_in_clear() {
     assert!(receiver.verdict().writes > 0);
 }
 
-/// Every connection is cut while pages follow the guest: the VMM proves by itself that it is the same source.
+/// Every connection is cut while pages follow the guest: the VMM proves by itself that it is the
+/// same source.
 #[test]
 fn recover_goes_on_through_tls_and_a_stranger_with_a_certificate_cannot() {
     if !guests_run() {
@@ -410,7 +411,8 @@ fn receiver_has_begun(receiver: &Host, source: &Host) {
     assert_eq!(receiver.state(), State::Receiving);
 }
 
-/// Connections that never finish their handshake, in TLS's own words and in none, do not keep the right source out.
+/// Connections that never finish their handshake, in TLS's own words and in none, do not keep the
+/// right source out.
 #[test]
 fn a_crowd_without_certificates_keeps_nobody_out() {
     if !guests_run() {

@@ -1,4 +1,5 @@
-//! Embeds ferry's VMM: two machines in one process, and a guest that moves from one to the other while it computes.
+//! Embeds ferry's VMM: two machines in one process, and a guest that moves from one to the other
+//! while it computes.
 //!
 //! ```text
 //! cargo run -p ferry-vmm --example embed
@@ -58,7 +59,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let (here, there) = (Console::default(), Console::default());
 
-    // A machine, built paused, with a kernel: the built-in guest, which writes to its memory and checks it.
+    // A machine, built paused, with a kernel: the built-in guest, which writes to its memory and
+    // checks it.
     let work = Workload::parse("dirty:wss=8M,rate=5000")?;
     let source = Machine::builder()
         .memory(64 << 20)

@@ -13,12 +13,13 @@
 //! | `GET /v1/balloon` | | 200, [`types::BalloonStatus`] |
 //! | `PUT /v1/balloon` | [`types::BalloonRequest`] | 204 |
 //!
-//! Every failure is `{"error": "one sentence"}` with 400, 404, 405, 409 or 500 (and 408, 411, 413, 417, 431, 503 where
-//! HTTP asks for them). `HEAD` works wherever `GET` does.
+//! Every failure is `{"error": "one sentence"}` with 400, 404, 405, 409 or 500 (and 408, 411, 413,
+//! 417, 431, 503 where HTTP asks for them). `HEAD` works wherever `GET` does.
 //!
-//! Limits: [`http::MAX_HEAD`] bytes of header, [`http::MAX_BODY`] of body, [`server::Limits`] for connections and times.
-//! A connection has a thread of its own; nothing here waits for a migration except the stream that reports it, and a
-//! stream that nobody reads loses progress lines, never the report.
+//! Limits: [`http::MAX_HEAD`] bytes of header, [`http::MAX_BODY`] of body, [`server::Limits`] for
+//! connections and times. A connection has a thread of its own; nothing here waits for a migration
+//! except the stream that reports it, and a stream that nobody reads loses progress lines, never
+//! the report.
 //!
 //! [`Event`]: ferry_migration::report::Event
 
@@ -51,7 +52,8 @@ pub enum Refusal {
     Failed(String),
 }
 
-/// A stream of bytes that is made while it is read: asking for a piece may block. Dropping it ends what makes it.
+/// A stream of bytes that is made while it is read: asking for a piece may block. Dropping it ends
+/// what makes it.
 pub type Pieces = Box<dyn Iterator<Item = Vec<u8>> + Send>;
 
 /// What the control socket controls. Every method returns at once: a migration runs elsewhere.

@@ -1,7 +1,7 @@
 //! Loading a kernel: what to write where in guest memory, and how the boot processor enters it.
 //!
-//! Loaders return data ([`BootImage`]) and touch neither guest memory nor a vCPU. Two boot protocols
-//! are spoken, three kinds of files are understood:
+//! Loaders return data ([`BootImage`]) and touch neither guest memory nor a vCPU. Two boot
+//! protocols are spoken, three kinds of files are understood:
 //!
 //! | file | protocol | entry |
 //! |---|---|---|
@@ -151,7 +151,8 @@ pub struct BootImage {
     pub writes: Vec<MemoryWrite>,
 }
 
-/// Reads what is needed of `kernel` and decides what goes where in a guest with this RAM and this platform.
+/// Reads what is needed of `kernel` and decides what goes where in a guest with this RAM and this
+/// platform.
 ///
 /// # Errors
 /// [`LoadError`]: a sentence with the path of the file at fault.

@@ -1,7 +1,8 @@
 //! What this host can do, and which kind of KVM it has: `ferry doctor`.
 //!
-//! Kinds are told by facts, not by names: hardware has the processor's own virtualisation, software is a KVM that works
-//! without it, none is no KVM at all. See the guide to hosts for what each means.
+//! Kinds are told by facts, not by names: hardware has the processor's own virtualisation, software
+//! is a KVM that works without it, none is no KVM at all. See the guide to hosts for what each
+//! means.
 
 #![forbid(unsafe_code)]
 

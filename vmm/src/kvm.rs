@@ -1,11 +1,11 @@
 //! Everything that speaks KVM. No other module of ferry issues a KVM ioctl.
 //!
-//! What a host can do is asked by capability ([`Capabilities`]), never guessed from its name: the same
-//! code runs on kvm_intel, kvm_amd and software KVMs that have less.
+//! What a host can do is asked by capability ([`Capabilities`]), never guessed from its name: the
+//! same code runs on kvm_intel, kvm_amd and software KVMs that have less.
 //!
 //! Ownership, which is what keeps the raw addresses given to the kernel valid: a [`Vcpu`] holds its
-//! [`Vm`], and a `Vm` holds the [`GuestRam`](crate::memory::GuestRam) behind its memory slots. Guest
-//! code runs only inside [`Vcpu::run`], so no guest can run over memory that is unmapped.
+//! [`Vm`], and a `Vm` holds the [`GuestRam`](crate::memory::GuestRam) behind its memory slots.
+//! Guest code runs only inside [`Vcpu::run`], so no guest can run over memory that is unmapped.
 
 mod cpuid;
 mod dirty_log;

@@ -1,9 +1,9 @@
 //! ferry's virtual machine monitor as a library.
 //!
-//! [`machine::Machine`] is where to start: it is built paused, loaded with a kernel ([`boot`]) or with
-//! a state saved elsewhere, and run. Below it lie guest RAM ([`memory`]) and everything that speaks to
-//! the kernel's KVM ([`kvm`]). Above it, [`vmm::Vmm`] keeps the rules of who may run the guest, and
-//! [`api`] lets others ask for it over a socket.
+//! [`machine::Machine`] is where to start: it is built paused, loaded with a kernel ([`boot`]) or
+//! with a state saved elsewhere, and run. Below it lie guest RAM ([`memory`]) and everything that
+//! speaks to the kernel's KVM ([`kvm`]). Above it, [`vmm::Vmm`] keeps the rules of who may run the
+//! guest, and [`api`] lets others ask for it over a socket.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 pub mod api;

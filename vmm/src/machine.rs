@@ -9,12 +9,12 @@
 //!                         stop
 //! ```
 //!
-//! Each vCPU has a thread that is parked unless the machine runs. [`Machine::pause`] returns a guard,
-//! [`PausedMachine`], and only through it can the state be [saved](PausedMachine::save) or
+//! Each vCPU has a thread that is parked unless the machine runs. [`Machine::pause`] returns a
+//! guard, [`PausedMachine`], and only through it can the state be [saved](PausedMachine::save) or
 //! [replaced](PausedMachine::restore): dropping it resumes what ran before.
 //!
-//! A `Machine` is shared by threads (`Arc<Machine>`): its methods take `&self`, and a control socket may
-//! ask for the state while a migration pauses.
+//! A `Machine` is shared by threads (`Arc<Machine>`): its methods take `&self`, and a control
+//! socket may ask for the state while a migration pauses.
 //!
 //! # Lock order
 //!
@@ -23,10 +23,12 @@
 //! 2. a vCPU: held by its thread all the while it runs, by savers while it is parked.
 //! 3. a device: held during one access.
 //!
-//! 4. a virtio device's own locks: taken by its worker, by 1 when the machine pauses and resumes, and under 3.
+//! 4. a virtio device's own locks: taken by its worker, by 1 when the machine pauses and resumes,
+//!    and under 3.
 //!
-//! The virtio devices rest whenever the vCPUs do: they stop after the last vCPU, so that all that the guest has asked for
-//! is in a queue or done, and start before the first. The disks' locks are taken with the first start.
+//! The virtio devices rest whenever the vCPUs do: they stop after the last vCPU, so that all that
+//! the guest has asked for is in a queue or done, and start before the first. The disks' locks are
+//! taken with the first start.
 //!
 //! The dirty log's lock stands alone: no other is taken under it.
 
@@ -134,7 +136,8 @@ impl Machine {
         &self.vm
     }
 
-    /// The description for a host that the guest is to go to: it says which files are behind the disks here.
+    /// The description for a host that the guest is to go to: it says which files are behind the
+    /// disks here.
     #[must_use]
     pub fn description_to_send(&self) -> MachineDescription {
         MachineDescription {
@@ -164,11 +167,12 @@ impl Machine {
         self.control.resume()
     }
 
-    /// Stops all vCPUs, in parallel, each at the end of an instruction with no device access pending.
-    /// When this returns, no guest code runs and none will until the guard is dropped or used up.
+    /// Stops all vCPUs, in parallel, each at the end of an instruction with no device access
+    /// pending. When this returns, no guest code runs and none will until the guard is dropped or
+    /// used up.
     ///
-    /// One guard exists at a time: a second caller waits for the first (so a thread that holds one must
-    /// not ask for another).
+    /// One guard exists at a time: a second caller waits for the first (so a thread that holds one
+    /// must not ask for another).
     ///
     /// # Errors
     /// [`PauseError`]; what ran goes on running.
@@ -182,7 +186,8 @@ impl Machine {
         self.control.end(Exit::Stopped);
     }
 
-    /// Ends the machine as [`stop`](Self::stop) does, because it cannot go on: `why` is the sentence that says so.
+    /// Ends the machine as [`stop`](Self::stop) does, because it cannot go on: `why` is the
+    /// sentence that says so.
     pub fn fail(&self, why: String) {
         self.control.end(Exit::Failure(why));
     }
@@ -211,8 +216,8 @@ impl Machine {
         self.control.exit_event()
     }
 
-    /// When the last of the vCPUs had left guest code in the latest pause: from then on the guest stood
-    /// still. `None` before the first.
+    /// When the last of the vCPUs had left guest code in the latest pause: from then on the guest
+    /// stood still. `None` before the first.
     #[must_use]
     pub fn last_paused_at(&self) -> Option<Instant> {
         self.control.last_paused_at()
@@ -230,8 +235,8 @@ impl Machine {
         self.control.entries()
     }
 
-    /// [`first_entry_at`](Self::first_entry_at), waiting for at most `timeout`: a thread that was woken
-    /// needs some microseconds to get there.
+    /// [`first_entry_at`](Self::first_entry_at), waiting for at most `timeout`: a thread that was
+    /// woken needs some microseconds to get there.
     #[must_use]
     pub fn wait_first_entry(&self, timeout: Duration) -> Option<Instant> {
         let deadline = Instant::now() + timeout;
@@ -252,8 +257,8 @@ impl Machine {
         (0..self.virtio.len()).filter_map(devices::place).collect()
     }
 
-    /// Flushes the disks and gives up their locks: the guest goes on elsewhere. To be called while it is paused; a resume
-    /// takes the locks again, or fails.
+    /// Flushes the disks and gives up their locks: the guest goes on elsewhere. To be called while
+    /// it is paused; a resume takes the locks again, or fails.
     ///
     /// # Errors
     /// [`DeviceError::Disk`]; some locks may be held still.
@@ -261,13 +266,14 @@ impl Machine {
         self.virtio.release_disks()
     }
 
-    /// Notes the disks as they are, with the state of the paused guest: for [`check_disks`](Self::check_disks).
+    /// Notes the disks as they are, with the state of the paused guest: for
+    /// [`check_disks`](Self::check_disks).
     pub fn note_disks(&self) {
         self.disk_marks.note(self.virtio.disks());
     }
 
-    /// Whether the guest, whose state is that of the last [`note_disks`](Self::note_disks), fits its disks still: another
-    /// host may have run it on them meanwhile.
+    /// Whether the guest, whose state is that of the last [`note_disks`](Self::note_disks), fits
+    /// its disks still: another host may have run it on them meanwhile.
     ///
     /// # Errors
     /// They were written, or nothing tells (a block device); a sentence.
@@ -285,26 +291,28 @@ impl Machine {
         !self.left_paused.load(Ordering::SeqCst)
     }
 
-    /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it gives them as it can, and
-    /// the size is not moved automatically any more. `false` when it has no balloon.
+    /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it
+    /// gives them as it can, and the size is not moved automatically any more. `false` when it has
+    /// no balloon.
     pub fn set_balloon(&self, bytes: u64) -> bool {
         self.virtio.set_balloon(bytes)
     }
 
-    /// From now on the balloon takes what the guest does not use (dynamic self-ballooning), here and wherever the guest
-    /// goes. `false` when it has no balloon.
+    /// From now on the balloon takes what the guest does not use (dynamic self-ballooning), here
+    /// and wherever the guest goes. `false` when it has no balloon.
     pub fn set_balloon_auto(&self, settings: BalloonAuto) -> bool {
         self.virtio.set_balloon_auto(settings)
     }
 
-    /// What the balloon holds and what the guest last said of its memory, if it has a balloon. Asks it for newer figures.
+    /// What the balloon holds and what the guest last said of its memory, if it has a balloon. Asks
+    /// it for newer figures.
     #[must_use]
     pub fn balloon(&self) -> Option<BalloonInfo> {
         self.virtio.balloon()
     }
 
-    /// While `true`, memory that the guest gives back stays where it is: for a guest whose pages have not all arrived, and
-    /// of which a page without contents would be fetched again.
+    /// While `true`, memory that the guest gives back stays where it is: for a guest whose pages
+    /// have not all arrived, and of which a page without contents would be fetched again.
     pub fn keep_free_pages(&self, keep: bool) {
         self.virtio.keep_free_pages(keep);
     }
@@ -321,8 +329,8 @@ impl Machine {
         !self.virtio.taps().is_empty()
     }
 
-    /// The taps behind the network cards, in order, for a machine in another process that goes on with this guest. While
-    /// this one runs only this one may use them.
+    /// The taps behind the network cards, in order, for a machine in another process that goes on
+    /// with this guest. While this one runs only this one may use them.
     ///
     /// # Errors
     /// Out of file descriptors.
@@ -330,8 +338,8 @@ impl Machine {
         self.virtio.taps().iter().map(OwnedFd::try_clone).collect()
     }
 
-    /// Gives the guest's serial port bytes to receive; returns how many it took. While the machine is
-    /// paused it takes none: they would be missing from a state that is being saved.
+    /// Gives the guest's serial port bytes to receive; returns how many it took. While the machine
+    /// is paused it takes none: they would be missing from a state that is being saved.
     pub fn serial_input(&self, bytes: &[u8]) -> usize {
         if self.run_state() != RunState::Running {
             return 0;
@@ -339,7 +347,8 @@ impl Machine {
         lock(&self.devices.serial).input(bytes)
     }
 
-    /// Presses the machine's power button. A guest with ACPI ends in its own time; one without does not notice.
+    /// Presses the machine's power button. A guest with ACPI ends in its own time; one without does
+    /// not notice.
     ///
     /// # Errors
     /// The interrupt could not be raised.

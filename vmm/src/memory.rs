@@ -11,9 +11,10 @@
 //!             └──────────┘
 //! ```
 //!
-//! A file and not anonymous memory: it can be handed to another process, and `fallocate` gives pages
-//! back to the host. It is made of 2 MiB pages where the host has them ([`Backing`]). What the VMM itself writes (boot data, device queues) is marked page by page in a
-//! [`DirtyBitmap`], since KVM's dirty log only sees the guest's own writes.
+//! A file and not anonymous memory: it can be handed to another process, and `fallocate` gives
+//! pages back to the host. It is made of 2 MiB pages where the host has them ([`Backing`]). What
+//! the VMM itself writes (boot data, device queues) is marked page by page in a [`DirtyBitmap`],
+//! since KVM's dirty log only sees the guest's own writes.
 
 mod available;
 mod backing;
@@ -70,30 +71,32 @@ pub struct GuestRam {
     pages: Pages,
     /// All of it was taken from the host when it was made.
     preallocated: bool,
-    /// Whether a 2 MiB page may be filled where one page comes. Off from the first page that post-copy drops until all
-    /// are in place.
+    /// Whether a 2 MiB page may be filled where one page comes. Off from the first page that
+    /// post-copy drops until all are in place.
     fills_huge: AtomicBool,
     /// Whether holes in the memory file mean something: the same time.
     keeps_holes: AtomicBool,
-    /// Another process had it before: it may hold pages that were never touched through this mapping.
+    /// Another process had it before: it may hold pages that were never touched through this
+    /// mapping.
     adopted: bool,
-    /// When it was last asked how much of it is there, and the answer: the kernel walks all page tables for it.
+    /// When it was last asked how much of it is there, and the answer: the kernel walks all page
+    /// tables for it.
     resident: Mutex<Option<(Instant, Resident)>>,
     tenure: shared::Tenure,
 }
 
-// SAFETY: `bases` are addresses of mappings that `memory` owns for as long as `self` lives; they are
-// handed out as raw pointers only, and whoever dereferences them answers for it. Everything else in
-// here is Send and Sync by itself.
+// SAFETY: `bases` are addresses of mappings that `memory` owns for as long as `self` lives; they
+// are handed out as raw pointers only, and whoever dereferences them answers for it. Everything
+// else in here is Send and Sync by itself.
 unsafe impl Send for GuestRam {}
 // SAFETY: as above; `&GuestRam` gives no access to guest memory that is not through raw pointers or
 // vm-memory's volatile accesses, both meant for memory shared with a running guest.
 unsafe impl Sync for GuestRam {}
 
 impl GuestRam {
-    /// Creates `bytes` of zeroed RAM. The pool's pages are reserved at once; others are taken from the host as they are
-    /// touched. Where the host has no 2 MiB pages to give, the RAM is made of 4 KiB pages, and
-    /// [`note`](Self::note) says why.
+    /// Creates `bytes` of zeroed RAM. The pool's pages are reserved at once; others are taken from
+    /// the host as they are touched. Where the host has no 2 MiB pages to give, the RAM is made of
+    /// 4 KiB pages, and [`note`](Self::note) says why.
     ///
     /// # Errors
     /// [`RamError`]: a size that cannot be, more than the host has, a pool that is too small, or a
@@ -129,8 +132,9 @@ impl GuestRam {
         Ok(ram)
     }
 
-    /// The RAM of a guest that had `hugepages` of a pool where it comes from, or had none: what is asked for here counts.
-    /// With [`Backing::Auto`] such a guest gets the pool's pages, or others where the pool has too few.
+    /// The RAM of a guest that had `hugepages` of a pool where it comes from, or had none: what is
+    /// asked for here counts. With [`Backing::Auto`] such a guest gets the pool's pages, or others
+    /// where the pool has too few.
     ///
     /// # Errors
     /// As for [`with_options`](Self::with_options).
@@ -176,8 +180,8 @@ impl GuestRam {
             let size = usize::try_from(region.bytes()).map_err(|_| RamError::TooBig { bytes })?;
             let bitmap = DirtyBitmap::with_len(size);
             bitmaps.push(bitmap.clone());
-            // The pool's pages must be reserved, so that a shortage is an error now and not a SIGBUS
-            // when the guest touches a page.
+            // The pool's pages must be reserved, so that a shortage is an error now and not a
+            // SIGBUS when the guest touches a page.
             let reserve = if hugepages { 0 } else { libc::MAP_NORESERVE };
             let mapping = MmapRegionBuilder::new_with_bitmap(size, bitmap)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -252,8 +256,8 @@ impl GuestRam {
         self.preallocated
     }
 
-    /// How much of it this process has mapped, and how. The answer may be some time old: the more it costs the kernel, the
-    /// more seldom it is asked.
+    /// How much of it this process has mapped, and how. The answer may be some time old: the more
+    /// it costs the kernel, the more seldom it is asked.
     #[must_use]
     pub fn resident(&self) -> Resident {
         /// The least time between two questions.
@@ -312,8 +316,8 @@ impl GuestRam {
         &self.file
     }
 
-    /// Host address of `count` pages from page number `first_gfn`, contiguous, all inside one region.
-    /// Valid as long as `self`; shared with the running guest, hence a raw pointer.
+    /// Host address of `count` pages from page number `first_gfn`, contiguous, all inside one
+    /// region. Valid as long as `self`; shared with the running guest, hence a raw pointer.
     ///
     /// # Errors
     /// [`RangeError`] when any of the pages is not RAM, or they cross the hole.
@@ -336,8 +340,8 @@ impl GuestRam {
         })
     }
 
-    /// Has the host fill the memory page by page from now on. Best effort: a kernel without transparent huge pages
-    /// refuses, and needs no telling.
+    /// Has the host fill the memory page by page from now on. Best effort: a kernel without
+    /// transparent huge pages refuses, and needs no telling.
     pub(crate) fn forbid_transparent_hugepages(&self) {
         self.keeps_holes.store(true, Ordering::Release);
         // Those of 4 KiB pages never had them.
@@ -349,7 +353,8 @@ impl GuestRam {
         }
     }
 
-    /// Takes [`forbid_transparent_hugepages`](Self::forbid_transparent_hugepages) back, where 2 MiB pages were wished.
+    /// Takes [`forbid_transparent_hugepages`](Self::forbid_transparent_hugepages) back, where 2 MiB
+    /// pages were wished.
     fn allow_transparent_hugepages(&self) {
         self.keeps_holes.store(false, Ordering::Release);
         if self.pages.kind != PageKind::Transparent {
@@ -395,7 +400,8 @@ impl GuestRam {
     /// into `words`; bit `i` of word `j` is page `first_gfn + 64 j + i`. Nothing is cleared.
     ///
     /// # Errors
-    /// [`RangeError`] when `first_gfn` is no RAM or not so aligned, or the words reach past the region.
+    /// [`RangeError`] when `first_gfn` is no RAM or not so aligned, or the words reach past the
+    /// region.
     pub fn or_dirty_words(&self, first_gfn: u64, words: &mut [u64]) -> Result<(), RangeError> {
         let (region, word) = self.layout.find_words(first_gfn, words.len())?;
         self.bitmaps[region].or_into(word, words);
@@ -458,20 +464,21 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Makes pages absent: what they held is stale, and who touches them is to wait for what is to come (see
-    /// [`Userfault`]). They do not count as written.
+    /// Makes pages absent: what they held is stale, and who touches them is to wait for what is to
+    /// come (see [`Userfault`]). They do not count as written.
     ///
     /// # Errors
-    /// [`RamError::Range`] when any of the pages is not RAM, [`RamError::Punch`] from the kernel, and
-    /// [`RamError::NotAbsent`] when a page stays there.
+    /// [`RamError::Range`] when any of the pages is not RAM, [`RamError::Punch`] from the kernel,
+    /// and [`RamError::NotAbsent`] when a page stays there.
     pub fn drop_pages(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {
         let (region, page) = self.layout.find(first_gfn, count)?;
         if count == 0 {
             return Ok(());
         }
         let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
-        // Of a 2 MiB page that it cannot split, since a system call uses it just now, the kernel overwrites the part with
-        // zeros instead: the guest would then read zeros and never wait. That would be silent, so it is asked for.
+        // Of a 2 MiB page that it cannot split, since a system call uses it just now, the kernel
+        // overwrites the part with zeros instead: the guest would then read zeros and never wait.
+        // That would be silent, so it is asked for.
         const TRIES: u32 = 50;
         const PAUSE: Duration = Duration::from_millis(1);
         let mut there = None;

@@ -85,8 +85,8 @@ impl Handle {
         lock(&self.inner.progress).clone()
     }
 
-    /// Who owns the guest: the record that decides. It lives in this process, like the guest's memory: neither survives
-    /// without the other.
+    /// Who owns the guest: the record that decides. It lives in this process, like the guest's
+    /// memory: neither survives without the other.
     #[must_use]
     pub fn owner(&self) -> GuestOwner {
         self.inner.owner.owner()
@@ -157,7 +157,8 @@ fn engine(
         threads: true,
     };
     let run = AssertUnwindSafe(|| operation(&guest, setup));
-    // A defect in the engine loses no guest and runs none twice: what it held of the guest was dropped.
+    // A defect in the engine loses no guest and runs none twice: what it held of the guest was
+    // dropped.
     let report = catch_unwind(run).unwrap_or_else(|_| {
         Report::broken(
             &handle.progress(),
@@ -174,7 +175,8 @@ fn engine(
 /// The pause between two attempts to tell a destination that the source keeps the guest.
 const TELL_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
-/// Says ABORT until the destination answers: it may keep a guest in doubt. The guest runs here meanwhile.
+/// Says ABORT until the destination answers: it may keep a guest in doubt. The guest runs here
+/// meanwhile.
 fn keep_telling(peer: Peer, session: SessionId, options: Options, reason: String) {
     let tell = move || {
         let mut pause = TELL_AGAIN[0];
@@ -227,8 +229,8 @@ fn check_huge_pages(options: &Options, hugepages: bool) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether this host has the memory that copies of sent pages may come to take: found out now, and not by the OOM killer
-/// in the middle of a migration. The cache is never larger than the guest.
+/// Whether this host has the memory that copies of sent pages may come to take: found out now, and
+/// not by the OOM killer in the middle of a migration. The cache is never larger than the guest.
 fn check_cache(options: &Options, guest_bytes: u64, available: Option<u64>) -> Result<(), String> {
     if !options.compress.patches() {
         return Ok(());
@@ -245,12 +247,13 @@ fn check_cache(options: &Options, guest_bytes: u64, available: Option<u64>) -> R
     }
 }
 
-/// For a guest that is in doubt or was interrupted after [`migrate`]: says the commit again to the receiver at `peer`,
-/// and sends the pages that are missing there. The destination runs the guest if it does not do so yet. Blocks until it
-/// has all of it.
+/// For a guest that is in doubt or was interrupted after [`migrate`]: says the commit again to the
+/// receiver at `peer`, and sends the pages that are missing there. The destination runs the guest
+/// if it does not do so yet. Blocks until it has all of it.
 ///
-/// The report's status is `Completed`; `Failed` when the destination did not start the guest, which runs here again; or it
-/// says that nothing is better than before, and why. `handle` is one [in doubt](Handle::in_doubt).
+/// The report's status is `Completed`; `Failed` when the destination did not start the guest, which
+/// runs here again; or it says that nothing is better than before, and why. `handle` is one [in
+/// doubt](Handle::in_doubt).
 pub fn recover(
     machine: &Arc<Machine>,
     peer: impl Into<Peer>,

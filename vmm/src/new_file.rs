@@ -1,10 +1,12 @@
 //! Every file that ferry makes for its user: snapshots, recordings, plots, reports.
 //!
-//! A [`NewFile`] has its name only when it is complete and on the disk. Until then it has no name at all (`O_TMPFILE`), so
-//! that a process that is killed leaves nothing. Where the file system has no such files it has a temporary name beside
-//! its own, and a lock: the next file of that name removes what a crash has left.
+//! A [`NewFile`] has its name only when it is complete and on the disk. Until then it has no name
+//! at all (`O_TMPFILE`), so that a process that is killed leaves nothing. Where the file system has
+//! no such files it has a temporary name beside its own, and a lock: the next file of that name
+//! removes what a crash has left.
 //!
-//! Only a regular file is ever replaced: a device, a FIFO, a directory and a symbolic link stay as they are.
+//! Only a regular file is ever replaced: a device, a FIFO, a directory and a symbolic link stay as
+//! they are.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -100,7 +102,8 @@ impl NewFile {
             }
             Err(error) => return Err(system(error.into())),
         };
-        // Whoever looks for leftovers leaves a locked file alone. Without locks nothing is removed, which is safe.
+        // Whoever looks for leftovers leaves a locked file alone. Without locks nothing is removed,
+        // which is safe.
         let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
         Ok(Self {
             file,

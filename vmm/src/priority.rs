@@ -5,11 +5,12 @@ const BEHIND: i32 = 10;
 
 /// From now on the calling thread goes after guests that want a processor.
 ///
-/// For the time after a guest has moved: it may run on this very host, and to give back a gibibyte of memory takes 20 to
-/// 50 ms. At equal priority the scheduler lets that have the guest's processor for a slice (4 ms at 250 Hz), even
-/// while another one idles.
+/// For the time after a guest has moved: it may run on this very host, and to give back a gibibyte
+/// of memory takes 20 to 50 ms. At equal priority the scheduler lets that have the guest's
+/// processor for a slice (4 ms at 250 Hz), even while another one idles.
 pub fn in_background() {
-    // On Linux it is the thread's own (setpriority(2), "C library/kernel differences"), and nobody may be refused a lower one.
+    // On Linux it is the thread's own (setpriority(2), "C library/kernel differences"), and nobody
+    // may be refused a lower one.
     if let Err(error) = rustix::process::setpriority_process(None, BEHIND) {
         tracing::debug!(%error, "tidying up at the usual priority");
     }

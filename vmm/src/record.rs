@@ -30,7 +30,8 @@ pub enum RecordError {
 }
 
 impl MachineRecording {
-    /// Turns the dirty log on and clears it: from now on it holds what the guest (and its devices) write.
+    /// Turns the dirty log on and clears it: from now on it holds what the guest (and its devices)
+    /// write.
     ///
     /// # Errors
     /// [`RecordError`]; the log is then off.
@@ -47,8 +48,8 @@ impl MachineRecording {
         Ok(recording)
     }
 
-    /// Collects the log and clears what was collected. What is dirtied in between is cleared with it when it was dirty
-    /// already (and was found), and found the next time when not.
+    /// Collects the log and clears what was collected. What is dirtied in between is cleared with
+    /// it when it was dirty already (and was found), and found the next time when not.
     fn take(&self, into: &mut PageSet) -> Result<(), DirtyLogError> {
         let log = self.machine.dirty_log();
         log.collect(|first, words| into.insert_words(first, words))?;

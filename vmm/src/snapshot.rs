@@ -1,10 +1,11 @@
 //! A machine's guest in a file, and back: [`ferry_migration::snapshot`] over a
 //! [`Machine`](crate::machine::Machine).
 //!
-//! The disks are not in the file: a snapshot has the size and the time of change of each, as of the guest's pause, and is
-//! only restored with disks that are as they were then, for a guest whose disk changed behind its back destroys it.
-//! What is restored is the guest as it was: its clock goes on where it stood, and a second restore of the same file is a
-//! second guest with the same identity.
+//! The disks are not in the file: a snapshot has the size and the time of change of each, as of the
+//! guest's pause, and is only restored with disks that are as they were then, for a guest whose
+//! disk changed behind its back destroys it. What is restored is the guest as it was: its clock
+//! goes on where it stood, and a second restore of the same file is a second guest with the same
+//! identity.
 
 #![forbid(unsafe_code)]
 
@@ -34,7 +35,8 @@ struct Contents {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct DiskMark {
     bytes: u64,
-    /// When it was changed last, in nanoseconds since 1970; `null` where that tells nothing, as of a block device.
+    /// When it was changed last, in nanoseconds since 1970; `null` where that tells nothing, as of
+    /// a block device.
     modified_ns: Option<u64>,
     /// Where it was, for people.
     path: String,

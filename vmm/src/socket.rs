@@ -1,9 +1,10 @@
 //! Every Unix socket of ferry, the listening side and the connecting side.
 //!
-//! [`Socket::bind`] is the only place that makes a socket file, for the API and for `receive unix:PATH` alike:
+//! [`Socket::bind`] is the only place that makes a socket file, for the API and for
+//! `receive unix:PATH` alike:
 //!
-//! - Only a socket that no process has bound is replaced. A file, a symbolic link, a FIFO, a device, a directory and a
-//!   socket of a living process are left as they are.
+//! - Only a socket that no process has bound is replaced. A file, a symbolic link, a FIFO, a
+//!   device, a directory and a socket of a living process are left as they are.
 //! - The file has mode 0600 from its first moment on.
 //! - Two starters on one path are kept apart by a lock on the directory.
 //! - Dropping the socket removes its own file only: device and inode are compared.
@@ -138,7 +139,8 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Without the lock another process could replace the file between the question and the removal.
+        // Without the lock another process could replace the file between the question and the
+        // removal.
         let _lock = lock_directory(directory(&self.path));
         let now = identity(&self.path);
         if now.is_some() && now == self.identity {
@@ -234,8 +236,9 @@ fn probe(path: &Path) -> Probe {
     match attempt(SockType::Stream) {
         // EAGAIN: its queue of connections is full. EPROTOTYPE: it is no stream socket.
         Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Probe::Alive,
-        // Refused by a socket that is bound and does not listen yet, too. Linux looks for any bound socket first and
-        // compares the kinds then, so a datagram socket is refused only where there is none.
+        // Refused by a socket that is bound and does not listen yet, too. Linux looks for any bound
+        // socket first and compares the kinds then, so a datagram socket is refused only where
+        // there is none.
         Err(Errno::ECONNREFUSED) => match attempt(SockType::Datagram) {
             Err(Errno::ECONNREFUSED) => Probe::Dead,
             Err(Errno::ENOENT) => Probe::Gone,
@@ -247,8 +250,9 @@ fn probe(path: &Path) -> Probe {
     }
 }
 
-/// Held while a socket file is replaced or removed. Without it (the directory cannot be read, or another process holds it
-/// for long) only the race of two starters is open, so it is not insisted on.
+/// Held while a socket file is replaced or removed. Without it (the directory cannot be read, or
+/// another process holds it for long) only the race of two starters is open, so it is not insisted
+/// on.
 fn lock_directory(directory: &Path) -> Option<Flock<File>> {
     let mut file = File::open(directory).ok()?;
     for _ in 0..20 {
@@ -319,8 +323,8 @@ pub fn dial_unless(
     }
 }
 
-/// A path by which a socket can be addressed. A longer one than an address holds goes by way of its directory, for a path
-/// that was short as its user wrote it may be long when it is made absolute.
+/// A path by which a socket can be addressed. A longer one than an address holds goes by way of its
+/// directory, for a path that was short as its user wrote it may be long when it is made absolute.
 struct Reach {
     path: PathBuf,
     /// Open for as long as the path is used.

@@ -68,7 +68,8 @@ pub enum TapError {
     },
 }
 
-/// Whether this process's network namespace has an interface of that name. /sys shows that of the process that mounted it.
+/// Whether this process's network namespace has an interface of that name. /sys shows that of the
+/// process that mounted it.
 fn exists(name: &str) -> bool {
     let socket = rustix::net::socket(
         rustix::net::AddressFamily::UNIX,
@@ -86,7 +87,8 @@ fn exists(name: &str) -> bool {
 pub struct Tap {
     file: File,
     name: String,
-    /// Another process may still use it: what it has set stays until this one does. Then these are set, if any are wanted.
+    /// Another process may still use it: what it has set stays until this one does. Then these are
+    /// set, if any are wanted.
     lent: Option<Option<Offloads>>,
 }
 
@@ -150,14 +152,16 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Takes a tap device that another process has opened as [`open`](Self::open) does, and still may use: nothing is changed
-    /// of it before the first frame goes through here. Nothing of it is believed.
+    /// Takes a tap device that another process has opened as [`open`](Self::open) does, and still
+    /// may use: nothing is changed of it before the first frame goes through here. Nothing of it is
+    /// believed.
     ///
     /// # Errors
     /// [`TapError::Foreign`], [`TapError::Examine`].
     pub fn adopt(file: OwnedFd) -> Result<Self, TapError> {
-        // The device number that the kernel has for /dev/net/tun (Documentation/admin-guide/devices.txt): other drivers
-        // may take our questions for something else.
+        // The device number that the kernel has for /dev/net/tun
+        // (Documentation/admin-guide/devices.txt): other drivers may take our questions for
+        // something else.
         const TUN_DEVICE: (u32, u32) = (10, 200);
         let examine = |e: rustix::io::Errno| TapError::Examine(e.into());
         let status = fstat(&file).map_err(examine)?;
@@ -320,7 +324,8 @@ mod tests {
         let before = own.received();
         tap.write(&rarp(MacAddress([2, 0, 0, 0, 0, 1]))).unwrap();
         until("the host gets the frame", || own.received() > before);
-        // With somebody there the interface comes up, and the host's IPv6 says hello on it; where it is off, ARP does.
+        // With somebody there the interface comes up, and the host's IPv6 says hello on it; where
+        // it is off, ARP does.
         let _ = Command::new("ip")
             .args(["addr", "add", "192.0.2.1/24", "dev", &name])
             .status();
@@ -345,7 +350,8 @@ mod tests {
         let mut first = Tap::open(&name).unwrap();
         let mut second = Tap::adopt(first.readable().unwrap()).unwrap();
         assert_eq!(second.name(), name);
-        // Not before it is this one's: the first would have to do the checksums of frames that it was promised none of.
+        // Not before it is this one's: the first would have to do the checksums of frames that it
+        // was promised none of.
         let wanted = Offloads {
             checksum: true,
             ..Offloads::default()

@@ -19,13 +19,15 @@
 //! ```
 //!
 //! `Moved` and `InDoubt` have no way back by `resume`: there may be a second copy of the guest that
-//! runs. In `Interrupted` there is one: it lacks pages that only this side has. Only an operator who says so (`take_over`) lets a guest in doubt run here; the same holds for
-//! `ArrivalInDoubt`, which is what the destination has of the same doubt.
+//! runs. In `Interrupted` there is one: it lacks pages that only this side has. Only an operator
+//! who says so (`take_over`) lets a guest in doubt run here; the same holds for `ArrivalInDoubt`,
+//! which is what the destination has of the same doubt.
 //!
-//! One lock (`Core::inner`) guards the state, and is held for moments only: never while a machine is paused, as a device
-//! may be slow to stop, and never while a migration runs. Requests that begin something take turns (`Core::turn`, before
-//! `inner`); a status and a stop wait for none of them. A listener's queue is locked inside it, never the other way
-//! round. What takes the guest from a receiver is called without it: the guest [arrives](Vmm::arrived) before that returns.
+//! One lock (`Core::inner`) guards the state, and is held for moments only: never while a machine
+//! is paused, as a device may be slow to stop, and never while a migration runs. Requests that
+//! begin something take turns (`Core::turn`, before `inner`); a status and a stop wait for none of
+//! them. A listener's queue is locked inside it, never the other way round. What takes the guest
+//! from a receiver is called without it: the guest [arrives](Vmm::arrived) before that returns.
 
 #![forbid(unsafe_code)]
 
@@ -79,7 +81,8 @@ pub trait Guest: Send + Sync + 'static {
     /// Whether its processors run, whatever was asked of them.
     fn is_running(&self) -> bool;
 
-    /// Whether its disks are still those that fit its memory, for a guest that was handed over and not confirmed.
+    /// Whether its disks are still those that fit its memory, for a guest that was handed over and
+    /// not confirmed.
     ///
     /// # Errors
     /// They were written on the other side, or nothing tells; a sentence.
@@ -105,8 +108,8 @@ pub trait Guest: Send + Sync + 'static {
     /// A sentence about the URI or its security.
     fn migration(&self, uri: &str, security: &Security) -> Result<Box<dyn Migration>, String>;
 
-    /// Prepares to tell the destination of a migration in doubt once more that the guest is its own, and to
-    /// send what it lacks.
+    /// Prepares to tell the destination of a migration in doubt once more that the guest is its
+    /// own, and to send what it lacks.
     ///
     /// # Errors
     /// A sentence about the URI or its security. Without any given it is that of the migration.
@@ -123,8 +126,8 @@ pub trait Guest: Send + Sync + 'static {
     /// A sentence.
     fn recording(&self) -> Result<Box<dyn Recording>, String>;
 
-    /// Writes the guest to a file, unless `cancelled` is set meanwhile; blocks. Afterwards it stands still if the request
-    /// says so, and else goes on as before.
+    /// Writes the guest to a file, unless `cancelled` is set meanwhile; blocks. Afterwards it
+    /// stands still if the request says so, and else goes on as before.
     ///
     /// # Errors
     /// A sentence; the guest goes on as before.
@@ -183,8 +186,9 @@ pub trait Migration: Send {
     /// For others to look on and cancel, before it begins and while it runs.
     fn handle(&self) -> Arc<dyn MigrationHandle>;
 
-    /// Migrates; blocks until the end. Afterwards the guest runs on here as before, unless the report's status is
-    /// `Completed`, `InDoubt` or `Interrupted`: then it stands still and must not run here.
+    /// Migrates; blocks until the end. Afterwards the guest runs on here as before, unless the
+    /// report's status is `Completed`, `InDoubt` or `Interrupted`: then it stands still and must
+    /// not run here.
     fn run(self: Box<Self>, options: &Options, events: &mut dyn FnMut(Event)) -> Report;
 }
 
@@ -213,7 +217,8 @@ struct Inner {
 }
 
 struct Core {
-    /// Held by a request that begins something or waits for the guest to stop: one at a time. Taken before `inner`.
+    /// Held by a request that begins something or waits for the guest to stop: one at a time. Taken
+    /// before `inner`.
     turn: Mutex<()>,
     inner: Mutex<Inner>,
     /// The destination of a guest in doubt was asked in the background.
@@ -280,7 +285,8 @@ impl Vmm {
         self.core.lock().wants_arrival()
     }
 
-    /// The source has handed a guest over: it belongs to this VMM from now on, and [arrives](Self::arrived) when it runs.
+    /// The source has handed a guest over: it belongs to this VMM from now on, and
+    /// [arrives](Self::arrived) when it runs.
     ///
     /// # Errors
     /// It is not wanted any more; a sentence.
@@ -291,8 +297,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// A migration has brought the guest; it runs, or stands still as it did at the source. To be called before the source
-    /// can know: whoever hears of it there may ask for anything here.
+    /// A migration has brought the guest; it runs, or stands still as it did at the source. To be
+    /// called before the source can know: whoever hears of it there may ask for anything here.
     pub fn arrived(&self, guest: Arc<dyn Guest>, running: bool) {
         let mut inner = self.core.lock();
         match inner.state {
@@ -357,14 +363,16 @@ impl Vmm {
         }
     }
 
-    /// Bytes typed at the guest's console; returns how many were taken. Where no guest is they are dropped.
+    /// Bytes typed at the guest's console; returns how many were taken. Where no guest is they are
+    /// dropped.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let guest = self.core.lock().guest.clone();
         guest.map_or(bytes.len(), |guest| guest.input(bytes))
     }
 
-    /// A request to end from outside (a signal, the console's quit key). Ends the guest, except that a guest in doubt is
-    /// kept the first time. Returns what to tell the user now, if the end itself will not.
+    /// A request to end from outside (a signal, the console's quit key). Ends the guest, except
+    /// that a guest in doubt is kept the first time. Returns what to tell the user now, if the end
+    /// itself will not.
     pub fn interrupt(&self, how: &str) -> Option<String> {
         let mut inner = self.core.lock();
         if let State::InDoubt(Lost { warned, .. })
@@ -417,7 +425,8 @@ impl Core {
         }
     }
 
-    /// Ends the guest, or has its migration cancelled first, which the note says; an error says why not.
+    /// Ends the guest, or has its migration cancelled first, which the note says; an error says why
+    /// not.
     fn stop(&self, inner: &mut Inner, how: &str) -> Result<Option<String>, String> {
         match &inner.state {
             State::Moved { .. } | State::Ended(_) => Ok(None),
@@ -470,7 +479,8 @@ impl Core {
         mut publisher: Publisher,
         handle: &dyn MigrationHandle,
     ) {
-        // The report is published below, after the state has changed: whoever reads it may ask for the status next.
+        // The report is published below, after the state has changed: whoever reads it may ask for
+        // the status next.
         let mut forward = |event: Event| {
             if matches!(&event, Event::Progress(progress) if progress.phase == Phase::Completed) {
                 in_background();
@@ -522,7 +532,8 @@ fn after(inner: &mut Inner, to: &str, report: &Report) -> State {
             to: to.to_owned(),
             downtime_ms: Some(report.downtime_ms),
         },
-        // A request to stop was about a guest that was here; this may be its only copy, so it must be said again.
+        // A request to stop was about a guest that was here; this may be its only copy, so it must
+        // be said again.
         report::Status::InDoubt => State::InDoubt(Lost::new(to, &report.session)),
         report::Status::Interrupted => State::Interrupted(Lost::new(to, &report.session)),
         report::Status::Failed | report::Status::Cancelled => match ending {

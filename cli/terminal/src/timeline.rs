@@ -1,5 +1,5 @@
-//! When a machine reached the stages of its start. `ferry bench boot` asks `ferry run` for it with a
-//! hidden option.
+//! When a machine reached the stages of its start. `ferry bench boot` asks `ferry run` for it with
+//! a hidden option.
 
 use crate::output::Failure;
 use std::path::{Path, PathBuf};

@@ -53,7 +53,8 @@ pub fn size(text: &str) -> Result<u64, String> {
     bytes.ok_or_else(|| "a size is a number with K, M, G or T, such as 512M or 1.5G".into())
 }
 
-/// A rate in bytes per second: `1Gbit`, `2.5Gbit`, `800Mbit` in bits per second, `100M` in bytes per second.
+/// A rate in bytes per second: `1Gbit`, `2.5Gbit`, `800Mbit` in bits per second, `100M` in bytes
+/// per second.
 ///
 /// # Errors
 /// A sentence that shows the form.

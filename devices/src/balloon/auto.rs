@@ -1,8 +1,10 @@
-//! Dynamic self-ballooning: how large the balloon shall be, so that memory which the guest does not use is not its own.
+//! Dynamic self-ballooning: how large the balloon shall be, so that memory which the guest does not
+//! use is not its own.
 //!
-//! After Hines and Gopalan's DSB ("Post-Copy Live Migration of Virtual Machines", their slides on the balloon driver):
-//! inflate on an interval, deflate under memory pressure. A pure function of what the guest says about its memory, without
-//! a clock: who calls it says how much time has passed.
+//! After Hines and Gopalan's DSB ("Post-Copy Live Migration of Virtual Machines", their slides on
+//! the balloon driver): inflate on an interval, deflate under memory pressure. A pure function of
+//! what the guest says about its memory, without a clock: who calls it says how much time has
+//! passed.
 //!
 //! ```text
 //!  available
@@ -13,9 +15,10 @@
 //!      │         deflate at once, up to the goal
 //! ```
 //!
-//! Pressure that the amount does not show (swapping, stalled allocations, processes killed, pages that the guest takes
-//! back unasked, as Linux does before it kills) deflates too, and forbids inflating for a number of intervals. All numbers
-//! are the guest's own and may be lies: they are bounded by its RAM, and harm nobody but itself.
+//! Pressure that the amount does not show (swapping, stalled allocations, processes killed, pages
+//! that the guest takes back unasked, as Linux does before it kills) deflates too, and forbids
+//! inflating for a number of intervals. All numbers are the guest's own and may be lies: they are
+//! bounded by its RAM, and harm nobody but itself.
 
 use std::time::Duration;
 
@@ -44,10 +47,12 @@ pub struct Settings {
 impl Settings {
     /// The slides' interval.
     pub const INTERVAL_MS: u32 = 5000;
-    /// What an interval can be, in milliseconds: a second is five questions to the guest, and a day is never.
+    /// What an interval can be, in milliseconds: a second is five questions to the guest, and a day
+    /// is never.
     pub const INTERVALS_MS: std::ops::RangeInclusive<u32> = 500..=3_600_000;
 
-    /// Those for a guest with `ram` bytes: a twentieth of it stays available, 16 MiB at least and 1 GiB at most.
+    /// Those for a guest with `ram` bytes: a twentieth of it stays available, 16 MiB at least and 1
+    /// GiB at most.
     #[must_use]
     pub fn for_ram(ram: u64) -> Self {
         Self {
@@ -56,7 +61,8 @@ impl Settings {
         }
     }
 
-    /// Within what can be meant, for a guest with `ram` bytes: settings may have come over a network.
+    /// Within what can be meant, for a guest with `ram` bytes: settings may have come over a
+    /// network.
     #[must_use]
     pub fn bounded(self, ram: u64) -> Self {
         let (least, most) = Self::INTERVALS_MS.into_inner();
@@ -150,8 +156,8 @@ impl Controller {
         }
     }
 
-    /// Between the threshold below which the balloon shrinks and the size that it shrinks to, and again to the one above
-    /// which it grows.
+    /// Between the threshold below which the balloon shrinks and the size that it shrinks to, and
+    /// again to the one above which it grows.
     fn band(&self) -> u64 {
         (self.reserve / 4).max(1)
     }
@@ -185,7 +191,8 @@ impl Controller {
         let short_of = self.goal().saturating_sub(available);
 
         if let Some(last) = last {
-            // Nobody asked for pages that are not in the balloon any more. (A driver that starts anew looks the same.)
+            // Nobody asked for pages that are not in the balloon any more. (A driver that starts
+            // anew looks the same.)
             let unasked = sample.actual < last.actual && sample.target >= last.actual;
             if unasked || grew(last.kills, seen.kills) > 0 {
                 let back = short_of.max(actual / 2);
@@ -221,7 +228,8 @@ impl Controller {
         {
             return (sample.target, Step::Keep);
         }
-        // By halves, so that caches which are of use are seen to be; the rest is not worth many steps.
+        // By halves, so that caches which are of use are seen to be; the rest is not worth many
+        // steps.
         let more = (surplus / 2).max((self.ram / 64).min(surplus));
         let most = self.ram.saturating_sub(self.goal());
         let size = pages((actual + more).min(most));

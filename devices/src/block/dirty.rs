@@ -10,8 +10,9 @@ pub const BLOCK: u64 = 64 << 10;
 
 /// A bitmap of written blocks of 64 KiB, off at first.
 ///
-/// A write is marked when it is done and before the guest hears of it. So whoever [takes](Self::take) the bits and then
-/// copies the blocks has the newest bytes, or finds the bit set again.
+/// A write is marked when it is done and before the guest hears of it. So whoever
+/// [takes](Self::take) the bits and then copies the blocks has the newest bytes, or finds the bit
+/// set again.
 #[derive(Debug, Default)]
 pub struct WrittenBlocks {
     bits: RwLock<Option<Vec<AtomicU64>>>,
@@ -31,8 +32,8 @@ impl WrittenBlocks {
         *write(&self.bits) = None;
     }
 
-    /// The blocks written since the last time, as words: bit `i` of word `j` is block `64 j + i`. They count as not
-    /// written afterwards. `None` when it is off.
+    /// The blocks written since the last time, as words: bit `i` of word `j` is block `64 j + i`.
+    /// They count as not written afterwards. `None` when it is off.
     #[must_use]
     pub fn take(&self) -> Option<Vec<u64>> {
         let bits = read(&self.bits);

@@ -2,24 +2,27 @@
 //!
 //! # What is locked
 //!
-//! The lock is an OFD lock of the whole file (fcntl(2), as QEMU's): exclusive, or shared when the disk is read-only. It
-//! keeps two VMMs apart that see the same lock manager: processes of one host, and hosts that share a file by NFS or a
-//! cluster file system with POSIX locks. **It is local to a host for a block device** (iSCSI, Fibre Channel, DRBD, a shared
-//! LVM volume): there a cluster manager, or SCSI reservations, must see to it that one host uses the device. A program that
-//! does not take the lock (`dd`, `mount`) is not kept out.
+//! The lock is an OFD lock of the whole file (fcntl(2), as QEMU's): exclusive, or shared when the
+//! disk is read-only. It keeps two VMMs apart that see the same lock manager: processes of one
+//! host, and hosts that share a file by NFS or a cluster file system with POSIX locks. **It is
+//! local to a host for a block device** (iSCSI, Fibre Channel, DRBD, a shared LVM volume): there a
+//! cluster manager, or SCSI reservations, must see to it that one host uses the device. A program
+//! that does not take the lock (`dd`, `mount`) is not kept out.
 //!
 //! # Caches
 //!
-//! A host's page cache knows nothing of what another host writes. So a block device is opened with `O_DIRECT`: each read is
-//! the device's own bytes, also where this host has read the device before the guest came. Flushing and dropping the cache
-//! when the lock is taken was the other way; it does not suffice, for the kernel drops only pages that nobody uses at that
-//! moment, and other programs (udev, LVM) fill the cache again. A regular file is read through the cache: network file
-//! systems look at it again when a lock is taken, and local files have one cache.
+//! A host's page cache knows nothing of what another host writes. So a block device is opened with
+//! `O_DIRECT`: each read is the device's own bytes, also where this host has read the device before
+//! the guest came. Flushing and dropping the cache when the lock is taken was the other way; it
+//! does not suffice, for the kernel drops only pages that nobody uses at that moment, and other
+//! programs (udev, LVM) fill the cache again. A regular file is read through the cache: network
+//! file systems look at it again when a lock is taken, and local files have one cache.
 //!
 //! # A flush that failed
 //!
-//! When fdatasync fails, Linux may have dropped the pages that could not be written, and a second fdatasync succeeds. The
-//! disk remembers the failure: every later flush fails, and the disk is not given to another host.
+//! When fdatasync fails, Linux may have dropped the pages that could not be written, and a second
+//! fdatasync succeeds. The disk remembers the failure: every later flush fails, and the disk is not
+//! given to another host.
 
 mod aligned;
 mod copy;
@@ -49,9 +52,9 @@ const SECTOR_SIZE: u32 = 512;
 
 /// A raw image or a block device.
 ///
-/// It is used under a lock on the open file, so that two guests cannot write to it. During a migration both sides have the
-/// file open; the lock is dropped at the source when the guest is handed over, and taken at the destination before the
-/// guest runs.
+/// It is used under a lock on the open file, so that two guests cannot write to it. During a
+/// migration both sides have the file open; the lock is dropped at the source when the guest is
+/// handed over, and taken at the destination before the guest runs.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
@@ -171,8 +174,8 @@ impl Disk {
         self
     }
 
-    /// The guest knows the disk with `bytes`; the file is larger, for it has grown under the guest, which sees as much as
-    /// before.
+    /// The guest knows the disk with `bytes`; the file is larger, for it has grown under the guest,
+    /// which sees as much as before.
     #[must_use]
     pub fn with_guest_bytes(mut self, bytes: u64) -> Self {
         self.bytes = self.bytes.min(bytes);
@@ -249,8 +252,8 @@ impl Disk {
         }
     }
 
-    /// Drops the lock, after all that was written has reached the disk: another host may read it next. No effect when
-    /// it is not held.
+    /// Drops the lock, after all that was written has reached the disk: another host may read it
+    /// next. No effect when it is not held.
     ///
     /// # Errors
     /// [`DiskError::Io`]; the lock is still held.
@@ -352,7 +355,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Always asks the kernel: another flush may be under way, and only one's own return says that it is done.
+    /// Always asks the kernel: another flush may be under way, and only one's own return says that
+    /// it is done.
     pub(super) fn flush(&self) -> io::Result<()> {
         self.flush_by(|| self.file.sync_data())
     }

@@ -108,8 +108,9 @@ impl<M: Memory> Pool<M> {
         self.shared.lock().failure.clone()
     }
 
-    /// Waits for what has begun and returns what has not, oldest first. When the disk does not answer in time, or a thread
-    /// has failed, all goes on, and the number of requests that have not come back is the error.
+    /// Waits for what has begun and returns what has not, oldest first. When the disk does not
+    /// answer in time, or a thread has failed, all goes on, and the number of requests that have
+    /// not come back is the error.
     pub(super) fn drain(&self) -> Result<Vec<Request>, usize> {
         let mut allowance = Allowance::new(TIMEOUT);
         let mut state = self.shared.lock();
@@ -164,7 +165,8 @@ fn serve<M: Memory>(shared: &Shared<M>) {
     }
 }
 
-/// A thread has failed with a request in hand, which never comes back: the device's worker finds out why.
+/// A thread has failed with a request in hand, which never comes back: the device's worker finds
+/// out why.
 fn fail<M>(shared: &Shared<M>, why: String) {
     shared.lock().failure.get_or_insert(why);
     shared.finished.signal();

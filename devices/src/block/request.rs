@@ -19,9 +19,11 @@ pub(super) const ID_LEN: usize = 20;
 pub(super) const MAX_RANGES: u32 = 32;
 /// Sectors of a range that may be discarded at once: 1 GiB.
 pub(super) const MAX_DISCARD: u32 = 1 << 21;
-/// Sectors of a range that may be zeroed at once: 4 MiB, for a file system where it has to be written.
+/// Sectors of a range that may be zeroed at once: 4 MiB, for a file system where it has to be
+/// written.
 pub(super) const MAX_ZEROES: u32 = 1 << 13;
-/// Bytes of one buffer of a request, and of all of them: a pause waits for the requests that have begun.
+/// Bytes of one buffer of a request, and of all of them: a pause waits for the requests that have
+/// begun.
 pub(super) const MAX_SEGMENT: u32 = 256 << 10;
 const MAX_DATA: u64 = 64 << 20;
 const HEADER: u64 = 16;
@@ -143,7 +145,8 @@ impl Request {
         };
         Done {
             head: self.head,
-            // The status is behind the data, so all is counted as written where the request failed half way too.
+            // The status is behind the data, so all is counted as written where the request failed
+            // half way too.
             written: work.written.saturating_add(1),
             failure,
         }
@@ -197,8 +200,9 @@ impl<M: Memory> Work<'_, M> {
         self.place(sector, len)
     }
 
-    /// By way of a buffer: the kernel may not have to wait for memory that is still at the source of a migration, and a
-    /// page that arrives late then stops a copy of ours, not a system call with the file's locks held.
+    /// By way of a buffer: the kernel may not have to wait for memory that is still at the source
+    /// of a migration, and a page that arrives late then stops a copy of ours, not a system call
+    /// with the file's locks held.
     fn read(&mut self, sector: u64, mut data: Buffer) -> Result<(), Failure> {
         let mut at = self.place_data(sector, &data)?;
         let mut buffer = buffer(data.len());

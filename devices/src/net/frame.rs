@@ -6,9 +6,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
 };
 
-/// Bytes of the header before each frame: flags, GSO type, four lengths and offsets, number of buffers.
+/// Bytes of the header before each frame: flags, GSO type, four lengths and offsets, number of
+/// buffers.
 pub const HEADER: usize = 12;
-/// The longest frame with its header: a 64 KiB segment to be cut up, an Ethernet header and a VLAN tag.
+/// The longest frame with its header: a 64 KiB segment to be cut up, an Ethernet header and a VLAN
+/// tag.
 pub const MAX_FRAME: usize = HEADER + (64 << 10) + 18;
 
 /// An Ethernet address.
@@ -93,7 +95,8 @@ pub(super) fn may_be_sent(frame: &[u8], features: u64) -> bool {
     checksum && segments
 }
 
-/// A RARP request in the name of `mac` (RFC 903), which every switch on the way learns from, and nobody answers.
+/// A RARP request in the name of `mac` (RFC 903), which every switch on the way learns from, and
+/// nobody answers.
 #[must_use]
 pub fn rarp(mac: MacAddress) -> [u8; HEADER + 60] {
     // An Ethernet frame has 60 bytes at least.

@@ -1,8 +1,8 @@
 //! Descriptor chains, read from guest memory once and checked whole.
 //!
-//! `virtio-queue` iterates over a chain leniently: where a descriptor is wrong the chain just ends. Here a wrong chain is
-//! an error that says what is wrong, and a chain can be read again by its head: what a paused device puts back is
-//! taken up from there, on another host even.
+//! `virtio-queue` iterates over a chain leniently: where a descriptor is wrong the chain just ends.
+//! Here a wrong chain is an error that says what is wrong, and a chain can be read again by its
+//! head: what a paused device puts back is taken up from there, on another host even.
 
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress};
@@ -10,7 +10,8 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use super::memory::{Memory, check};
 use super::violation::Violation;
 
-/// The most descriptors of an indirect table that are followed; Linux keeps to the size of its queue.
+/// The most descriptors of an indirect table that are followed; Linux keeps to the size of its
+/// queue.
 const MAX_INDIRECT: u32 = 1024;
 const DESCRIPTOR: u32 = 16;
 
@@ -164,7 +165,8 @@ struct Walk {
 }
 
 impl Walk {
-    /// Follows a chain through one table; returns the descriptor of the indirect table that it ends in, if it does.
+    /// Follows a chain through one table; returns the descriptor of the indirect table that it ends
+    /// in, if it does.
     fn table<M: Memory>(
         &mut self,
         memory: &M,

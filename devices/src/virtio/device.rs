@@ -49,20 +49,23 @@ pub trait Device<M: Memory>: Send + 'static {
     /// Which device it is; always the same.
     fn kind(&self) -> Kind;
 
-    /// The feature bits that it offers, [`COMMON_FEATURES`](super::COMMON_FEATURES) included; always the same.
+    /// The feature bits that it offers, [`COMMON_FEATURES`](super::COMMON_FEATURES) included;
+    /// always the same.
     fn features(&self) -> u64;
 
-    /// Fills `data` with the configuration at `offset`, as far as it goes; the rest of `data` is zero already.
+    /// Fills `data` with the configuration at `offset`, as far as it goes; the rest of `data` is
+    /// zero already.
     fn read_config(&self, offset: usize, data: &mut [u8]);
 
     /// The driver writes to the configuration.
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
-    /// The driver is ready; `features` are what it has accepted. Also called when an active device was restored.
+    /// The driver is ready; `features` are what it has accepted. Also called when an active device
+    /// was restored.
     fn activate(&mut self, features: u64);
 
-    /// The driver is gone, or starts anew: nothing of the guest's memory may be touched from now on. Called after
-    /// [`drain`](Self::drain).
+    /// The driver is gone, or starts anew: nothing of the guest's memory may be touched from now
+    /// on. Called after [`drain`](Self::drain).
     fn reset(&mut self);
 
     /// The driver says that queue `index` has buffers. Also called when it may have.
@@ -92,13 +95,14 @@ pub trait Device<M: Memory>: Send + 'static {
         Ok(())
     }
 
-    /// Why the device cannot go on, if a thread of its own has failed: a sentence. The guest ends. Asked by the worker
-    /// after each piece of work.
+    /// Why the device cannot go on, if a thread of its own has failed: a sentence. The guest ends.
+    /// Asked by the worker after each piece of work.
     fn failure(&self) -> Option<String> {
         None
     }
 
-    /// Comes to rest: what is under way outside of the lock is finished, or put back into its queue.
+    /// Comes to rest: what is under way outside of the lock is finished, or put back into its
+    /// queue.
     ///
     /// # Errors
     /// [`DrainError`]; the device goes on as before.

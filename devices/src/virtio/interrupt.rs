@@ -6,8 +6,8 @@ use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING
 
 use crate::trigger::Trigger;
 
-/// `InterruptStatus` and the line (§4.2.2). Apart from the device's lock: an interrupt handler acknowledges without
-/// waiting for the worker.
+/// `InterruptStatus` and the line (§4.2.2). Apart from the device's lock: an interrupt handler
+/// acknowledges without waiting for the worker.
 pub struct Interrupt {
     status: AtomicU32,
     line: Box<dyn Trigger>,
@@ -57,8 +57,9 @@ impl Interrupt {
         self.status.fetch_and(!bits, Ordering::SeqCst);
     }
 
-    /// Takes over a status; what is pending is raised once more, since the edge may have been on its way to the
-    /// interrupt controller when the status was read. Drivers take an interrupt too many for somebody else's.
+    /// Takes over a status; what is pending is raised once more, since the edge may have been on
+    /// its way to the interrupt controller when the status was read. Drivers take an interrupt too
+    /// many for somebody else's.
     pub(super) fn restore(&self, status: u32) {
         let status = status & (VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
         self.status.store(status, Ordering::SeqCst);

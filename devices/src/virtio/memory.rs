@@ -4,7 +4,8 @@ use vm_memory::{Address, GuestAddress, GuestMemory, Permissions};
 
 use super::violation::Violation;
 
-/// Guest memory as devices see it. Writes must be tracked by the memory's own bitmap where they are to be migrated.
+/// Guest memory as devices see it. Writes must be tracked by the memory's own bitmap where they are
+/// to be migrated.
 pub trait Memory: GuestMemory + Send + Sync + 'static {}
 
 impl<M: GuestMemory + Send + Sync + 'static> Memory for M {}

@@ -80,8 +80,9 @@ impl Registers {
         }
     }
 
-    /// Registers may only be written at their time: features between DRIVER and FEATURES_OK, queues between FEATURES_OK
-    /// and DRIVER_OK. What comes at another time is lost, as the specification lets a device do.
+    /// Registers may only be written at their time: features between DRIVER and FEATURES_OK, queues
+    /// between FEATURES_OK and DRIVER_OK. What comes at another time is lost, as the specification
+    /// lets a device do.
     pub(super) fn write(
         &mut self,
         offset: u32,

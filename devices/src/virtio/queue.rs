@@ -63,8 +63,8 @@ impl VirtQueue {
         self.ring.ready()
     }
 
-    /// The next request. `None` when there is none: the driver will then notify of the next; or when it is time to let
-    /// others work: then the device is called again soon.
+    /// The next request. `None` when there is none: the driver will then notify of the next; or
+    /// when it is time to let others work: then the device is called again soon.
     ///
     /// # Errors
     /// [`Violation`].
@@ -94,8 +94,9 @@ impl VirtQueue {
         if let Some(head) = self.returned.pop_front() {
             return Ok(Some(head));
         }
-        // More than one turn means that the driver added one before it saw that it shall notify. One that plays with its
-        // index could keep us here, so after some turns it has to wait for the next call.
+        // More than one turn means that the driver added one before it saw that it shall notify.
+        // One that plays with its index could keep us here, so after some turns it has to wait for
+        // the next call.
         for _ in 0..8 {
             self.ring.disable_notification(memory)?;
             let size = self.ring.size();
@@ -118,7 +119,8 @@ impl VirtQueue {
         Ok(None)
     }
 
-    /// Puts a chain that nothing was done with back: it is the next to be taken, here or on another host.
+    /// Puts a chain that nothing was done with back: it is the next to be taken, here or on another
+    /// host.
     pub fn put_back(&mut self, head: u16) {
         self.outstanding = self.outstanding.saturating_sub(1);
         self.returned.push_front(head);
@@ -137,8 +139,8 @@ impl VirtQueue {
         self.complete_together(memory, &[(head, written)])
     }
 
-    /// Gives chains back so that the driver sees all of them or none: a network packet in several buffers must come whole
-    /// (§5.1.6.4.1). Each is its head and the bytes written.
+    /// Gives chains back so that the driver sees all of them or none: a network packet in several
+    /// buffers must come whole (§5.1.6.4.1). Each is its head and the bytes written.
     ///
     /// # Errors
     /// As [`complete`](Self::complete).
@@ -189,7 +191,8 @@ impl VirtQueue {
         if added == 0 {
             return Ok(false);
         }
-        // The used index must be out before the driver's wish is read, or both sides may miss the other's.
+        // The used index must be out before the driver's wish is read, or both sides may miss the
+        // other's.
         fence(Ordering::SeqCst);
         let available = GuestAddress(self.ring.avail_ring());
         if !self.ring.event_idx_enabled() {

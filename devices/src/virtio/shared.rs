@@ -34,8 +34,8 @@ struct Inner<D> {
 
 /// What the vCPUs, the worker and the machine share.
 pub(super) struct Shared<D, M> {
-    /// Taken before `inner`, for a moment: whoever waits for the worker is served when the worker gives the lock up, and
-    /// not when it has nothing left to do.
+    /// Taken before `inner`, for a moment: whoever waits for the worker is served when the worker
+    /// gives the lock up, and not when it has nothing left to do.
     gate: Mutex<()>,
     inner: Mutex<Inner<D>>,
     memory: Arc<M>,
@@ -100,7 +100,8 @@ impl<D: Device<M>, M: Memory> Shared<D, M> {
         })
     }
 
-    /// The lock, if it can be had in time: a worker may be waiting for a page of the guest's that has not arrived.
+    /// The lock, if it can be had in time: a worker may be waiting for a page of the guest's that
+    /// has not arrived.
     pub(super) fn lock_in_time(&self) -> Result<Locked<'_, D, M>, DrainError> {
         let mut allowance = Allowance::new(TIMEOUT);
         let mut gate = None;
@@ -260,8 +261,8 @@ impl<D: Device<M>, M: Memory> Locked<'_, D, M> {
     /// The driver wrote 0 to `Status`.
     fn reset_by_driver(&mut self) {
         if let Err(error) = self.with(D::drain) {
-            // The driver reads a status that is not 0, and may try again. Memory that may still be written to must not
-            // count as given back.
+            // The driver reads a status that is not 0, and may try again. Memory that may still be
+            // written to must not count as given back.
             tracing::warn!(device = self.shared.kind.name, %error, "a device could not be reset");
             self.inner.registers.needs_reset();
             return;
@@ -273,7 +274,8 @@ impl<D: Device<M>, M: Memory> Locked<'_, D, M> {
         let inner = &mut *self.inner;
         inner.device.reset();
         inner.registers = Registers {
-            // The only one that survives: a driver that reads the configuration across a reset must notice.
+            // The only one that survives: a driver that reads the configuration across a reset must
+            // notice.
             config_generation: inner.registers.config_generation,
             ..Registers::default()
         };

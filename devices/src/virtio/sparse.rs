@@ -1,4 +1,5 @@
-/// Keeps a log readable that a guest could fill: of what happens again and again, the 1st, 2nd, 4th, 8th, … is told.
+/// Keeps a log readable that a guest could fill: of what happens again and again, the 1st, 2nd,
+/// 4th, 8th, … is told.
 #[derive(Debug, Default)]
 pub(crate) struct Sparse(u64);
 

@@ -24,7 +24,8 @@ pub struct QueueState {
     pub next_available: u16,
     /// The next entry of the used ring to fill.
     pub next_used: u16,
-    /// Heads of chains that were taken from the available ring and nothing was done with: to be taken first.
+    /// Heads of chains that were taken from the available ring and nothing was done with: to be
+    /// taken first.
     pub returned: Vec<u16>,
 }
 

@@ -43,7 +43,8 @@ impl<D: Device<M>, M: Memory> VirtioDevice<D, M> {
     /// Puts `device` behind a transport; `line` is its interrupt, an edge for each trigger.
     ///
     ///
-    /// `on_failure` gets a sentence when the worker, or another thread of the device, has failed: the guest cannot go on.
+    /// `on_failure` gets a sentence when the worker, or another thread of the device, has failed:
+    /// the guest cannot go on.
     ///
     /// # Errors
     /// When the process is out of descriptors or threads.
@@ -83,9 +84,9 @@ impl<D: Device<M>, M: Memory> VirtioDevice<D, M> {
         Some(f(self.shared.try_lock()?.device_mut()))
     }
 
-    /// Calls `f` with the device and its queues, when nothing else works on them, and then tells the driver of buffers
-    /// that were used. `None` while the device is paused or has no driver, and after a [`Violation`] of the guest, which
-    /// has stopped the device until it is reset.
+    /// Calls `f` with the device and its queues, when nothing else works on them, and then tells
+    /// the driver of buffers that were used. `None` while the device is paused or has no driver,
+    /// and after a [`Violation`] of the guest, which has stopped the device until it is reset.
     pub fn with_queues<R>(
         &self,
         f: impl FnOnce(&mut D, &mut Context<'_, M>) -> Result<R, Violation>,
@@ -93,7 +94,8 @@ impl<D: Device<M>, M: Memory> VirtioDevice<D, M> {
         self.shared.lock().with_queues(f)
     }
 
-    /// As [`with_queues`](Self::with_queues), and `None` at once while something else works on the device.
+    /// As [`with_queues`](Self::with_queues), and `None` at once while something else works on the
+    /// device.
     pub fn try_with_queues<R>(
         &self,
         f: impl FnOnce(&mut D, &mut Context<'_, M>) -> Result<R, Violation>,
@@ -127,8 +129,8 @@ pub trait AnyVirtio: Send + Sync + std::fmt::Debug {
     /// For each queue what its notifications are to be written to: an ioeventfd.
     fn queue_events(&self) -> &[Event];
 
-    /// Brings the device to rest: after this it touches no guest memory, raises no interrupt, and its backend has no
-    /// request of it. No effect when it is paused.
+    /// Brings the device to rest: after this it touches no guest memory, raises no interrupt, and
+    /// its backend has no request of it. No effect when it is paused.
     ///
     /// # Errors
     /// [`PauseError`]; the device works on.

@@ -1,4 +1,5 @@
-//! The worker: waits for notifications of the driver and for the device's own source, and calls the device.
+//! The worker: waits for notifications of the driver and for the device's own source, and calls the
+//! device.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
@@ -43,8 +44,9 @@ impl<D: Device<M>, M: Memory> MutEventSubscriber for Seen<'_, D, M> {
     fn init(&mut self, _: &mut EventOps) {}
 }
 
-/// What is waited for besides `control`. A device at rest has its notifications left where they are, and a source that is
-/// not wanted is not even asked for errors, which epoll(7) would report for ever.
+/// What is waited for besides `control`. A device at rest has its notifications left where they
+/// are, and a source that is not wanted is not even asked for errors, which epoll(7) would report
+/// for ever.
 #[derive(Default)]
 struct Watched {
     queues: bool,
@@ -90,7 +92,8 @@ fn watch(ops: &mut EventOps<'_>, fd: RawFd, data: u32, on: bool) -> event_manage
     }
 }
 
-/// The worker's life. An error is a sentence: the device does nothing more, and its guest cannot go on.
+/// The worker's life. An error is a sentence: the device does nothing more, and its guest cannot go
+/// on.
 pub(super) fn run<D: Device<M>, M: Memory>(
     shared: &Shared<D, M>,
     source: Option<&OwnedFd>,

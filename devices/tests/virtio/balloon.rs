@@ -143,7 +143,8 @@ impl FreePages for Slow {
     }
 }
 
-/// The guest may use a page again once it has its report back: by then it must be gone, and not go later.
+/// The guest may use a page again once it has its report back: by then it must be gone, and not go
+/// later.
 #[test]
 fn a_report_comes_back_after_its_pages_have_gone() {
     let (sender, go) = mpsc::channel();
@@ -161,7 +162,8 @@ fn a_report_comes_back_after_its_pages_have_gone() {
     d.wait(REPORTING);
 }
 
-/// In the pause nothing goes: a report that is on its way moves, and is dealt with where the guest runs.
+/// In the pause nothing goes: a report that is on its way moves, and is dealt with where the guest
+/// runs.
 #[test]
 fn a_report_in_the_pause_moves_with_the_guest() {
     let (mut d, pages) = start(u64::MAX);

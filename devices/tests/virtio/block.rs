@@ -22,8 +22,8 @@ const HEADERS: u64 = DATA;
 /// Where their data is: 64 KiB for each.
 const BUFFERS: u64 = DATA + 0x10_0000;
 
-/// A file in memory, where there is such a place: a disk that is busy with something else must not look like one that does
-/// not answer.
+/// A file in memory, where there is such a place: a disk that is busy with something else must not
+/// look like one that does not answer.
 fn image_file() -> NamedTempFile {
     NamedTempFile::new_in("/dev/shm")
         .or_else(|_| NamedTempFile::new())

@@ -367,8 +367,8 @@ impl<D: Device<Memory>> Driver<D> {
         bytes
     }
 
-    /// So far. A used buffer is seen before its interrupt is raised, and both happen under the device's lock, which the
-    /// status is read under: who has seen the buffer counts its interrupt.
+    /// So far. A used buffer is seen before its interrupt is raised, and both happen under the
+    /// device's lock, which the status is read under: who has seen the buffer counts its interrupt.
     pub fn interrupts(&self) -> usize {
         self.status();
         self.line.0.load(Ordering::SeqCst)
@@ -381,8 +381,8 @@ impl<D: Device<Memory>> Driver<D> {
         });
     }
 
-    /// The guest goes on elsewhere: with a copy of the memory, and `device` in the state of this one, saved while it is
-    /// paused.
+    /// The guest goes on elsewhere: with a copy of the memory, and `device` in the state of this
+    /// one, saved while it is paused.
     pub fn migrate<E: Device<Memory>>(self, device: impl FnOnce(Arc<Memory>) -> E) -> Driver<E> {
         let driver = self.migrate_paused(device);
         driver.device.resume();

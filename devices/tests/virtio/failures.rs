@@ -1,4 +1,5 @@
-//! A defect in a thread of a device's: its guest is told to end with a sentence, and nothing waits for the thread.
+//! A defect in a thread of a device's: its guest is told to end with a sentence, and nothing waits
+//! for the thread.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

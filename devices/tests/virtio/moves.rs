@@ -41,7 +41,8 @@ fn batch() -> impl Strategy<Value = Batch> {
 
 type Disk = Driver<Block<Memory>>;
 
-/// Takes one answer, if there is one now, and spoils its buffer: a request that is done again would be seen.
+/// Takes one answer, if there is one now, and spoils its buffer: a request that is done again would
+/// be seen.
 fn answered(
     d: &mut Disk,
     wait: bool,
@@ -138,7 +139,8 @@ proptest! {
             }
             d.kick(0);
             if batch.taken {
-                // From here on it is a race between the disk's threads and the pause, which is the point.
+                // From here on it is a race between the disk's threads and the pause, which is the
+                // point.
                 while !d.rings[0].all_taken(&d.memory) {
                     std::hint::spin_loop();
                 }

@@ -133,8 +133,9 @@ fn an_index_that_runs_away_stops_the_device() {
 
 #[test]
 fn more_requests_than_the_queue_holds_are_refused() {
-    // As fast as it can, the driver makes one chain available again and again. However many of them the device has at
-    // a time, it must not be more than the queue holds, or the driver could have it keep any number.
+    // As fast as it can, the driver makes one chain available again and again. However many of them
+    // the device has at a time, it must not be more than the queue holds, or the driver could have
+    // it keep any number.
     let file = image(4096);
     let disk = disk(&file, false);
     let memory = memory();

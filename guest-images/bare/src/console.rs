@@ -43,7 +43,8 @@ impl Write for Port {
             }
             self.room -= 1;
             outb(DATA, byte);
-            // Printing is slow, each byte being an exit: watched byte by byte, it cannot hide a pause.
+            // Printing is slow, each byte being an exit: watched byte by byte, it cannot hide a
+            // pause.
             monitor::tick_here();
         }
         Ok(())
@@ -66,8 +67,8 @@ pub fn print(line: &impl fmt::Display) {
     BUSY.store(false, Ordering::Release);
 }
 
-/// Sends one byte that is no text, a sign of life for those who listen outside. Leaves it out while a line is printed, which
-/// is one as well, or while the port is busy.
+/// Sends one byte that is no text, a sign of life for those who listen outside. Leaves it out while
+/// a line is printed, which is one as well, or while the port is busy.
 pub fn beat() {
     if BUSY.swap(true, Ordering::Acquire) {
         return;

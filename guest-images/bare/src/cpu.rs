@@ -23,7 +23,8 @@ pub fn inb(port: u16) -> u8 {
 /// Writes a byte to a port.
 #[inline]
 pub fn outb(port: u16, value: u8) {
-    // SAFETY: IOPL is 3; the ports used here (COM1, PIT, keyboard controller) do not write to memory.
+    // SAFETY: IOPL is 3; the ports used here (COM1, PIT, keyboard controller) do not write to
+    // memory.
     unsafe {
         asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
     };
@@ -36,11 +37,12 @@ pub fn tsc() -> u64 {
     unsafe { _rdtsc() }
 }
 
-/// The counter's rate in kHz, measured against some 30 ms of the interval timer; `None` if there is none.
+/// The counter's rate in kHz, measured against some 30 ms of the interval timer; `None` if there is
+/// none.
 ///
-/// Channel 2 through its output at port 0x61 is what a PC's software uses, but small machines leave that port out.
-/// Channel 0 needs no gate. One countdown without repetition: the interrupt at its end is masked, and there is no
-/// second one to disturb what the guest measures later.
+/// Channel 2 through its output at port 0x61 is what a PC's software uses, but small machines leave
+/// that port out. Channel 0 needs no gate. One countdown without repetition: the interrupt at its
+/// end is masked, and there is no second one to disturb what the guest measures later.
 pub fn measure_tsc_khz() -> Option<u64> {
     const TIMER_HZ: u64 = 1_193_182;
     const TICKS: u16 = 35_795;
@@ -92,14 +94,15 @@ unsafe extern "C" {
     fn service_call();
 }
 
-/// Points every exception at its stub. Done from ring 3, where writing memory is fast; the processor already knows
-/// where the table lies.
+/// Points every exception at its stub. Done from ring 3, where writing memory is fast; the
+/// processor already knows where the table lies.
 pub fn install_exception_gates() {
     for vector in 0..32usize {
         let stub = (&raw const stubs).addr() as u64 + vector as u64 * 16;
         // Present, ring 0, interrupt gate, ring 0 code.
         let low = stub & 0xffff | 0x08 << 16 | 0x8e00 << 32 | (stub & 0xffff_0000) << 32;
-        // SAFETY: within the table, which only this function writes, before any other processor runs.
+        // SAFETY: within the table, which only this function writes, before any other processor
+        // runs.
         unsafe {
             (&raw mut idt)
                 .cast::<Descriptor>()
@@ -111,8 +114,8 @@ pub fn install_exception_gates() {
 
 /// Asks ring 0: see `service_call` in `boot.s`.
 fn service(what: u32, msr: u32, value: u32) {
-    // SAFETY: the call is answered by the exception handler, which changes no memory but its own stack; it clobbers
-    // what is listed. Writing APIC registers is all it is used for.
+    // SAFETY: the call is answered by the exception handler, which changes no memory but its own
+    // stack; it clobbers what is listed. Writing APIC registers is all it is used for.
     unsafe {
         asm!("call {}", sym service_call, inout("esi") what => _, inout("ecx") msr => _, inout("eax") value => _,
             inout("edx") 0 => _, out("edi") _);
@@ -130,9 +133,11 @@ const RING0_BYTES: usize = 4096;
 /// As in `boot.s`: the TSS proper, a bit for each port below 0x400, and the byte that ends them.
 const TSS_LIMIT: u64 = 104 + 0x400 / 8;
 
-/// Starts `count` further processors; each runs `team::serve`. Returns how many came up within three seconds.
+/// Starts `count` further processors; each runs `team::serve`. Returns how many came up within
+/// three seconds.
 ///
-/// `memory` is what they live in from now on, [`BYTES_PER_CPU`] each: its TSS, its ring 0 stack, its own stack.
+/// `memory` is what they live in from now on, [`BYTES_PER_CPU`] each: its TSS, its ring 0 stack,
+/// its own stack.
 pub fn start_others(
     count: usize,
     memory: &'static mut [u8],
@@ -151,7 +156,8 @@ pub fn start_others(
         .enumerate()
     {
         let bottom = memory.as_mut_ptr().addr() as u64;
-        // A TSS that says two things: the stack for ring 0, and that ports below 0x400 are free to use.
+        // A TSS that says two things: the stack for ring 0, and that ports below 0x400 are free to
+        // use.
         memory.fill(0);
         if let Some(field) = memory.get_mut(4..12) {
             field.copy_from_slice(&(bottom + RING0_BYTES as u64).to_le_bytes());
@@ -163,7 +169,8 @@ pub fn start_others(
             *end = 0xff;
         }
         let low = TSS_LIMIT | (bottom & 0xff_ffff) << 16 | 0x89 << 40 | (bottom >> 24 & 0xff) << 56;
-        // SAFETY: the tables are written before the processors that read them are started, and only here.
+        // SAFETY: the tables are written before the processors that read them are started, and only
+        // here.
         unsafe {
             let entry = (&raw mut gdt).cast::<u64>().add(7 + 2 * (i + 1));
             entry.write_volatile(low);
@@ -180,15 +187,16 @@ pub fn start_others(
     unsafe { &ap_next }.store(0, Ordering::SeqCst);
     let (from, to) = (&raw const trampoline, &raw const trampoline_end);
     let destination = core::ptr::with_exposed_provenance_mut::<u8>(0x8000);
-    // SAFETY: the trampoline is less than a page of code; 0x8000 is memory below the image that nothing uses (the
-    // start information was read before), mapped one to one.
+    // SAFETY: the trampoline is less than a page of code; 0x8000 is memory below the image that
+    // nothing uses (the start information was read before), mapped one to one.
     unsafe { destination.copy_from_nonoverlapping(from, to.addr() - from.addr()) };
 
     service(2, APIC_BASE, X2APIC_ENABLE);
     service(1, X2APIC_ICR, INIT);
     wait_us(10_000, tsc_khz);
     service(1, X2APIC_ICR, START_AT_0X8000);
-    // A second start is customary for those that missed the first, and ignored by processors that run.
+    // A second start is customary for those that missed the first, and ignored by processors that
+    // run.
     if !arrived(count, 200_000, tsc_khz, ready) {
         service(1, X2APIC_ICR, START_AT_0X8000);
         arrived(count, 3_000_000, tsc_khz, ready);
@@ -208,7 +216,8 @@ fn arrived(count: usize, us: u64, tsc_khz: u64, ready: &AtomicU64) -> bool {
     true
 }
 
-/// Ends the machine: by the keyboard controller's reset line where there is one, else by a triple fault.
+/// Ends the machine: by the keyboard controller's reset line where there is one, else by a triple
+/// fault.
 pub fn shut_down() -> ! {
     outb(0x64, 0xfe);
     service(0, 0, 0);

@@ -1,11 +1,14 @@
-//! The bare guest: a PVH image that sets itself up in ring 0, drops to ring 3 and runs a workload there.
+//! The bare guest: a PVH image that sets itself up in ring 0, drops to ring 3 and runs a workload
+//! there.
 //!
-//! Ring 3 because some KVMs run it natively where they emulate ring 0; with IOPL 3 and every page mapped for the
-//! user, ring 3 needs nothing else. The three ring 0 services left (write an MSR, or bits into one, shut down) are in
-//! `boot.s`. See `guest-images/README.md` for the command line and the lines it prints.
+//! Ring 3 because some KVMs run it natively where they emulate ring 0; with IOPL 3 and every page
+//! mapped for the user, ring 3 needs nothing else. The three ring 0 services left (write an MSR, or
+//! bits into one, shut down) are in `boot.s`. See `guest-images/README.md` for the command line and
+//! the lines it prints.
 #![no_std]
 #![no_main]
-// Errors carry their text with them, there being no allocator; they are made once, right before the end.
+// Errors carry their text with them, there being no allocator; they are made once, right before the
+// end.
 #![allow(clippy::result_large_err)]
 
 mod console;

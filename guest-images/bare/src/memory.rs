@@ -1,7 +1,8 @@
-//! The arena: all usable memory above 4 MiB as one stretch of addresses, whatever holes the machine has.
+//! The arena: all usable memory above 4 MiB as one stretch of addresses, whatever holes the machine
+//! has.
 //!
-//! The tables are written from ring 3 and hooked in when they are complete, so that a KVM that watches the guest's
-//! tables sees one write instead of thousands.
+//! The tables are written from ring 3 and hooked in when they are complete, so that a KVM that
+//! watches the guest's tables sees one write instead of thousands.
 
 use crate::start_info::Region;
 
@@ -36,8 +37,8 @@ pub fn map(regions: &[Region]) -> Option<&'static mut [u8]> {
     for region in regions {
         let mut at = region.start.max(FIRST).next_multiple_of(LARGE);
         while at + LARGE <= region.end && leaves < MAX_LEAVES {
-            // SAFETY: the table memory is usable memory that nothing else uses (checked above); tables 1 to 510 of
-            // 4 KiB end below 4 MiB.
+            // SAFETY: the table memory is usable memory that nothing else uses (checked above);
+            // tables 1 to 510 of 4 KiB end below 4 MiB.
             unsafe { table(1 + leaves / 512, leaves % 512).write_volatile(at | LEAF) };
             leaves += 1;
             at += LARGE;
@@ -60,7 +61,8 @@ pub fn map(regions: &[Region]) -> Option<&'static mut [u8]> {
         // SAFETY: as above, table 0.
         unsafe { table(0, entry).write_volatile(link) };
     }
-    // SAFETY: the second entry was not present, so no stale translation can exist; the tables below it are complete.
+    // SAFETY: the second entry was not present, so no stale translation can exist; the tables below
+    // it are complete.
     unsafe {
         (&raw mut pml4)
             .cast::<u64>()
@@ -68,8 +70,9 @@ pub fn map(regions: &[Region]) -> Option<&'static mut [u8]> {
             .write_volatile(TABLES | LINK)
     };
     let bytes = leaves * LARGE_BYTES;
-    // SAFETY: `bytes` bytes from the window on are now mapped to usable memory, each page once, above the image and
-    // the tables; nobody else has a reference to it, as this function is called once.
+    // SAFETY: `bytes` bytes from the window on are now mapped to usable memory, each page once,
+    // above the image and the tables; nobody else has a reference to it, as this function is called
+    // once.
     Some(unsafe {
         core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(WINDOW), bytes)
     })
@@ -101,6 +104,7 @@ pub fn take<T: Plain>(arena: &mut &'static mut [u8], count: usize) -> Option<&'s
     let (_, rest) = all.split_at_mut_checked(padding)?;
     let (mine, rest) = rest.split_at_mut_checked(bytes)?;
     *arena = rest;
-    // SAFETY: the bytes are aligned, exclusively ours, as many as `count` elements take, and valid as `T`.
+    // SAFETY: the bytes are aligned, exclusively ours, as many as `count` elements take, and valid
+    // as `T`.
     Some(unsafe { core::slice::from_raw_parts_mut(mine.as_mut_ptr().cast(), count) })
 }

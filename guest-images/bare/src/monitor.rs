@@ -8,7 +8,8 @@ use ferry_nas::dirty::Corruption;
 use ferry_nas::line::{Gaps, Line, Work};
 use ferry_nas::workload::BYTES_PER_CPU;
 
-/// What one processor saw, in ticks. A cache line of its own, or the processors would slow each other down.
+/// What one processor saw, in ticks. A cache line of its own, or the processors would slow each
+/// other down.
 #[repr(align(128))]
 struct Processor {
     last: AtomicU64,
@@ -98,8 +99,8 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Starts the clock. `writer` says what kind of progress there is to report, every `stat_ms` milliseconds; every `beat_ms`
-    /// there is a sign of life.
+    /// Starts the clock. `writer` says what kind of progress there is to report, every `stat_ms`
+    /// milliseconds; every `beat_ms` there is a sign of life.
     pub fn new(khz: u64, writer: bool, stat_ms: u64, beat_ms: Option<u64>) -> Self {
         let start = tsc();
         begin(0);
@@ -260,7 +261,8 @@ impl Hooks for Monitor {
 
     #[cold]
     fn corrupt(&self, _rank: usize, what: &Corruption) {
-        // The first ones say what is wrong; thousands more would only delay the verdict, which counts them all.
+        // The first ones say what is wrong; thousands more would only delay the verdict, which
+        // counts them all.
         if self.corrupt.fetch_add(1, Relaxed) < 20 {
             console::print(&Line::Corrupt(*what));
         }

@@ -1,4 +1,5 @@
-//! What the VMM says: `hvm_start_info` of the PVH boot protocol (Xen, `xen/include/public/arch-x86/hvm/start_info.h`).
+//! What the VMM says: `hvm_start_info` of the PVH boot protocol (Xen,
+//! `xen/include/public/arch-x86/hvm/start_info.h`).
 
 use core::fmt;
 
@@ -67,8 +68,9 @@ fn physical(what: &'static str, address: u64, len: u64) -> Result<*const u8, Err
 
 fn read<T: Copy>(what: &'static str, address: u64) -> Result<T, Error> {
     let at = physical(what, address, size_of::<T>() as u64)?;
-    // SAFETY: the first 4 GiB are mapped one to one and nothing of this program lies where the VMM put its data; the
-    // types read are plain integers, valid whatever the bytes. (Where there is no memory, reads give all ones.)
+    // SAFETY: the first 4 GiB are mapped one to one and nothing of this program lies where the VMM
+    // put its data; the types read are plain integers, valid whatever the bytes. (Where there is no
+    // memory, reads give all ones.)
     Ok(unsafe { at.cast::<T>().read_unaligned() })
 }
 

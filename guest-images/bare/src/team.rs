@@ -22,9 +22,10 @@ struct Pool {
     pending: AtomicUsize,
 }
 
-// SAFETY: `job` is written by rank 0 while no other rank works (`pending` is 0) and before `number` is increased with
-// release ordering; the others read it after they saw the increase with acquire ordering, and before they decrease
-// `pending` with release ordering, which rank 0 awaits with acquire ordering before it writes again.
+// SAFETY: `job` is written by rank 0 while no other rank works (`pending` is 0) and before `number`
+// is increased with release ordering; the others read it after they saw the increase with acquire
+// ordering, and before they decrease `pending` with release ordering, which rank 0 awaits with
+// acquire ordering before it writes again.
 unsafe impl Sync for Pool {}
 
 static POOL: Pool = Pool {
@@ -52,7 +53,8 @@ pub fn serve(rank: usize) -> ! {
         if let Some(job) = job
             && rank < job.parts
         {
-            // SAFETY: `context` is what `call` expects, and lives until `pending` is 0; each rank calls once.
+            // SAFETY: `context` is what `call` expects, and lives until `pending` is 0; each rank
+            // calls once.
             unsafe { (job.call)(job.context, rank) };
         }
         POOL.pending.fetch_sub(1, Ordering::Release);
@@ -79,7 +81,8 @@ struct Context<'a, T, F> {
 }
 
 /// # Safety
-/// `context` is a `Context<T, F>` with more than `rank` parts, and nobody else uses part `rank` meanwhile.
+/// `context` is a `Context<T, F>` with more than `rank` parts, and nobody else uses part `rank`
+/// meanwhile.
 unsafe fn call<T: Send, F: Fn(usize, &mut T) + Sync>(context: *const (), rank: usize) {
     // SAFETY: as the caller promises.
     let context = unsafe { &*context.cast::<Context<'_, T, F>>() };
@@ -110,11 +113,13 @@ impl Team for Processors {
             context: (&raw const context).cast(),
             parts: count,
         };
-        // SAFETY: only rank 0 calls `each`, and no other rank works now; see the `Sync` implementation.
+        // SAFETY: only rank 0 calls `each`, and no other rank works now; see the `Sync`
+        // implementation.
         unsafe { *POOL.job.get() = Some(job) };
         POOL.pending.store(self.size - 1, Ordering::Relaxed);
         POOL.number.fetch_add(1, Ordering::Release);
-        // SAFETY: part 0 is this rank's; the others use theirs; the context lives until all are done.
+        // SAFETY: part 0 is this rank's; the others use theirs; the context lives until all are
+        // done.
         unsafe { call::<T, F>((&raw const context).cast(), 0) };
         while POOL.pending.load(Ordering::Acquire) > 0 {
             monitor::tick_waiting(0);

@@ -1,4 +1,5 @@
-//! The agent of a nested host: runs commands for whoever started the machine. [`frames`](crate::frames) has the picture.
+//! The agent of a nested host: runs commands for whoever started the machine.
+//! [`frames`](crate::frames) has the picture.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -101,7 +102,8 @@ fn run(stream: &TcpStream, arguments: &[String]) -> io::Result<i32> {
             forward(output, Kind::Output, &out);
         }
     });
-    // Both pipes have ended: the process is ending too, or has given them to a child that has ended.
+    // Both pipes have ended: the process is ending too, or has given them to a child that has
+    // ended.
     loop {
         if let Some(status) = lock(&child).try_wait()? {
             return Ok(status

@@ -1,9 +1,11 @@
-//! A client of the server in `http`, on ONE connection that it never opens again: it shows that a connection
-//! survives a migration, that no request is lost, doubled or damaged on the way, and for how long nothing was heard.
+//! A client of the server in `http`, on ONE connection that it never opens again: it shows that a
+//! connection survives a migration, that no request is lost, doubled or damaged on the way, and for
+//! how long nothing was heard.
 //!
-//! One request after the other, each with its number and with a body that follows from it; the answer must have that body, and
-//! the server's count must have grown by one. So it has to be the server's only client. A byte on stdin asks for a [`Lap`]:
-//! what happened since the last one. The end of stdin ends the client.
+//! One request after the other, each with its number and with a body that follows from it; the
+//! answer must have that body, and the server's count must have grown by one. So it has to be the
+//! server's only client. A byte on stdin asks for a [`Lap`]: what happened since the last one. The
+//! end of stdin ends the client.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -15,7 +17,8 @@ use crate::http::{field, head, more};
 
 /// Between two requests.
 const PAUSE: Duration = Duration::from_millis(5);
-/// How long an answer may take until the client calls the connection dead. The machines may be emulated.
+/// How long an answer may take until the client calls the connection dead. The machines may be
+/// emulated.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The longest body, in words.
 const MAX_WORDS: u64 = 512;
@@ -29,13 +32,16 @@ pub struct Lap {
     pub number: u64,
     /// Requests that were answered, since the client's start.
     pub answered: u64,
-    /// Requests that were made, since the client's start. One more than were answered where one is under way.
+    /// Requests that were made, since the client's start. One more than were answered where one is
+    /// under way.
     pub made: u64,
     /// The longest time between two answers in this lap, in microseconds.
     pub gap_us: u64,
-    /// The guest's clock less the client's, in microseconds: only how it changes from lap to lap means something.
+    /// The guest's clock less the client's, in microseconds: only how it changes from lap to lap
+    /// means something.
     pub clock_us: i64,
-    /// How well that is known: half of the time that the quickest of the last answers took, in microseconds.
+    /// How well that is known: half of the time that the quickest of the last answers took, in
+    /// microseconds.
     pub clock_error_us: u64,
 }
 
@@ -178,7 +184,8 @@ fn exchange(stream: &mut TcpStream, number: u64) -> Result<Answer, String> {
     })
 }
 
-/// The guest's clock beside this one: the last readings, each a round trip's time and the difference in its middle.
+/// The guest's clock beside this one: the last readings, each a round trip's time and the
+/// difference in its middle.
 #[derive(Default)]
 struct Clock(std::collections::VecDeque<(u64, i64)>);
 
@@ -246,7 +253,8 @@ mod tests {
         let laps = laps.unwrap();
         assert_eq!(laps.iter().map(|l| l.number).collect::<Vec<_>>(), [1, 2, 3]);
         assert!(laps[2].answered >= 3 && laps[2].gap_us > 0);
-        // Both clocks are this machine's: their difference is the time of the beginning, as well as either lap knows it.
+        // Both clocks are this machine's: their difference is the time of the beginning, as well as
+        // either lap knows it.
         let known = laps[0].clock_error_us + laps[2].clock_error_us;
         let apart = laps[0].clock_us.abs_diff(laps[2].clock_us);
         assert!(apart <= known + 10_000, "{apart} us, known to {known} us");

@@ -1,5 +1,6 @@
-//! A writer that verifies, on a disk: blocks all over it, in an order without pattern, each with its number and its
-//! generation in every word, past the guest's page cache. What was written is read again before it is written over.
+//! A writer that verifies, on a disk: blocks all over it, in an order without pattern, each with
+//! its number and its generation in every word, past the guest's page cache. What was written is
+//! read again before it is written over.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -36,7 +37,8 @@ impl Block {
     }
 }
 
-/// `init disk PATH`: writes and verifies for ever; ends only when the disk fails or is not what was written.
+/// `init disk PATH`: writes and verifies for ever; ends only when the disk fails or is not what was
+/// written.
 pub fn run(path: &str) -> Result<(), String> {
     let failed =
         |what: &'static str| move |e: io::Error| format!("the disk cannot be {what} ({e})");

@@ -1,4 +1,5 @@
-//! What a nested host's agent and whoever started it say to each other: one connection for each command.
+//! What a nested host's agent and whoever started it say to each other: one connection for each
+//! command.
 //!
 //! ```text
 //!   agent                                   starter
@@ -9,8 +10,8 @@
 //!     │ ── Exit(code) or Failed(sentence) ─▶ │
 //! ```
 //!
-//! A starter that closes the connection kills the command. A frame is a byte for its kind, the length of its payload as
-//! four little-endian bytes, and the payload.
+//! A starter that closes the connection kills the command. A frame is a byte for its kind, the
+//! length of its payload as four little-endian bytes, and the payload.
 
 use std::io::{self, Read, Write};
 

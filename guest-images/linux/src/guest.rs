@@ -54,7 +54,8 @@ pub fn serve(options: &Options) {
     }
 }
 
-/// Watches the input devices for the power button: with no acpid or systemd, the first process does it.
+/// Watches the input devices for the power button: with no acpid or systemd, the first process does
+/// it.
 fn power_button() {
     // `struct input_event` of `linux/input.h`: a time of 16 bytes, type, code, value.
     const EVENT: usize = 24;

@@ -1,4 +1,5 @@
-//! A small HTTP server, so that the network can be seen to live through a migration: it counts, and echoes.
+//! A small HTTP server, so that the network can be seen to live through a migration: it counts, and
+//! echoes.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};

@@ -1,8 +1,8 @@
-//! The first process of a Linux that ferry starts: of a guest (`ferry run --linux`), or of a nested host, which QEMU
-//! emulates where this machine's KVM cannot run Linux guests.
+//! The first process of a Linux that ferry starts: of a guest (`ferry run --linux`), or of a nested
+//! host, which QEMU emulates where this machine's KVM cannot run Linux guests.
 //!
-//! It mounts what programs expect, loads the modules that lie in `/modules` in the order of their names, brings up the
-//! network, and then does what the kernel's command line says:
+//! It mounts what programs expect, loads the modules that lie in `/modules` in the order of their
+//! names, brings up the network, and then does what the kernel's command line says:
 //!
 //! | token | meaning |
 //! |---|---|
@@ -17,8 +17,8 @@
 //!
 //! A guest also answers HTTP on port 80 (a counter and an echo) and takes commands on its console.
 //!
-//! The crate is compiled with rustc alone and linked statically, so it has no dependency but the kernels; the system
-//! calls that std does not offer are in `sys`.
+//! The crate is compiled with rustc alone and linked statically, so it has no dependency but the
+//! kernels; the system calls that std does not offer are in `sys`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 pub mod agent;
@@ -74,7 +74,8 @@ pub fn main() {
     }
 }
 
-/// Process 1 must not end: the kernel would panic. So it says what went wrong, and goes on with what works.
+/// Process 1 must not end: the kernel would panic. So it says what went wrong, and goes on with
+/// what works.
 fn init() {
     // For whoever measures how long a boot takes: before anything is loaded.
     println!("{START}");

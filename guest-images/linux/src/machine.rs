@@ -51,7 +51,8 @@ fn modules() -> Vec<PathBuf> {
     paths
 }
 
-/// Gives an interface its address. Drivers find their devices by themselves, so it is waited for, for some seconds.
+/// Gives an interface its address. Drivers find their devices by themselves, so it is waited for,
+/// for some seconds.
 pub fn configure(network: &Network) -> Result<(), String> {
     let mut tries = 100;
     loop {
@@ -113,7 +114,8 @@ pub fn write(path: &str) -> Result<(), String> {
         .map_err(|e| format!("{path} cannot be written ({e})"))
 }
 
-/// `init tasks`: what every thread of every program is doing, by the kernel's own account, for whoever looks into a hang.
+/// `init tasks`: what every thread of every program is doing, by the kernel's own account, for
+/// whoever looks into a hang.
 pub fn tasks() -> Result<(), String> {
     for process in numbered("/proc")? {
         // Threads of the kernel have no command line.
@@ -187,7 +189,8 @@ pub fn truncate(path: &str, bytes: &str) -> Result<(), String> {
     made.map_err(|e| format!("{path} cannot be made ({e})"))
 }
 
-/// `init tap NAME[=ADDRESS/PREFIX]`: a tap device for a guest's network card; without an address for a bridge.
+/// `init tap NAME[=ADDRESS/PREFIX]`: a tap device for a guest's network card; without an address
+/// for a bridge.
 pub fn tap(text: &str) -> Result<(), String> {
     let network = match text.contains('=') {
         true => Some(network(text).ok_or_else(|| format!("`{text}` is not NAME=ADDRESS/PREFIX"))?),
@@ -198,7 +201,8 @@ pub fn tap(text: &str) -> Result<(), String> {
     network.as_ref().map_or(Ok(()), configure)
 }
 
-/// `init bridge NAME=ADDRESS/PREFIX PORT…`: a bridge with an address, to which interfaces are joined; theirs are taken away.
+/// `init bridge NAME=ADDRESS/PREFIX PORT…`: a bridge with an address, to which interfaces are
+/// joined; theirs are taken away.
 pub fn bridge(text: &str, ports: &[&str]) -> Result<(), String> {
     let network = network(text).ok_or_else(|| format!("`{text}` is not NAME=ADDRESS/PREFIX"))?;
     let name = &network.name;

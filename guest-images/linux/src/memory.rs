@@ -1,4 +1,5 @@
-//! A process that uses memory: some of it for good, which it verifies, and some for a while, which is then free and not zero.
+//! A process that uses memory: some of it for good, which it verifies, and some for a while, which
+//! is then free and not zero.
 
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ const MIB: usize = 256;
 /// Between two verifications.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// What belongs into word `word` of page `page`: a mixture (splitmix64), so that no coder makes it smaller.
+/// What belongs into word `word` of page `page`: a mixture (splitmix64), so that no coder makes it
+/// smaller.
 fn content(page: usize, word: usize) -> u64 {
     let seed = u64::try_from(page * (PAGE / 8) + word).unwrap_or(0) + 1;
     let mut z = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -31,7 +33,8 @@ fn wrong(memory: &[u64]) -> Option<usize> {
     at.map(|at| at / (PAGE / 8))
 }
 
-/// `init memory KEEP FREE`: fills FREE MiB and gives them back to the kernel, keeps KEEP MiB, and verifies these for ever.
+/// `init memory KEEP FREE`: fills FREE MiB and gives them back to the kernel, keeps KEEP MiB, and
+/// verifies these for ever.
 pub fn run(keep: &str, free: &str) -> Result<(), String> {
     let number = |text: &str| {
         text.parse::<usize>()

@@ -1,5 +1,5 @@
-//! A reader of random numbers that looks for what must not be: numbers that it has had before, as from a buffer of the device
-//! that was given to the guest twice.
+//! A reader of random numbers that looks for what must not be: numbers that it has had before, as
+//! from a buffer of the device that was given to the guest twice.
 
 use std::collections::HashSet;
 use std::fs::File;

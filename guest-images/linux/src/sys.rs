@@ -57,7 +57,8 @@ pub fn mount(kind: &CStr, target: &CStr) -> io::Result<()> {
 /// Loads a kernel module. One that is there already is fine.
 pub fn load_module(file: &File) -> io::Result<()> {
     let no_parameters = CString::default();
-    // SAFETY: finit_module takes a descriptor, which `file` keeps open, a string that ends in NUL, and flags.
+    // SAFETY: finit_module takes a descriptor, which `file` keeps open, a string that ends in NUL,
+    // and flags.
     let result = unsafe {
         c::syscall(
             SYS_FINIT_MODULE,
@@ -161,13 +162,15 @@ pub fn make_tap(name: &str) -> io::Result<()> {
         .write(true)
         .open("/dev/net/tun")?;
     let mut ifreq = InterfaceRequest::new(name, &TAP_FLAGS.to_le_bytes());
-    // SAFETY: TUNSETIFF takes a `struct ifreq`, which this is; the name that it may write back fits.
+    // SAFETY: TUNSETIFF takes a `struct ifreq`, which this is; the name that it may write back
+    // fits.
     checked(unsafe { c::ioctl(device.as_raw_fd(), TUNSETIFF, &raw mut ifreq) })?;
     // SAFETY: TUNSETPERSIST takes a number.
     checked(unsafe { c::ioctl(device.as_raw_fd(), TUNSETPERSIST, c_ulong::from(1u8)) })
 }
 
-/// Any socket of the family does for asking about interfaces; this one has no more than a free port of this machine.
+/// Any socket of the family does for asking about interfaces; this one has no more than a free port
+/// of this machine.
 fn for_requests() -> io::Result<UdpSocket> {
     UdpSocket::bind("0.0.0.0:0")
 }

@@ -1,8 +1,8 @@
 //! The rate of this machine's time-stamp counter, measured.
 //!
-//! An emulated machine's counter is the real one. Its kernel would measure it against an emulated timer, and where the
-//! emulator was interrupted in the middle, as on a busy machine, time would run several times too fast ever after. So
-//! nested hosts are told.
+//! An emulated machine's counter is the real one. Its kernel would measure it against an emulated
+//! timer, and where the emulator was interrupted in the middle, as on a busy machine, time would
+//! run several times too fast ever after. So nested hosts are told.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
-//! A guest's work, in a process of its own: the same kernels and the same writer as in the bare guest, on threads.
+//! A guest's work, in a process of its own: the same kernels and the same writer as in the bare
+//! guest, on threads.
 
 use std::io::Read;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};

@@ -1,4 +1,5 @@
-//! Runs a kernel on the host: `cargo run --release -p ferry-nas --features std --example host -- mg.A [THREADS [RUNS]]`.
+//! Runs a kernel on the host:
+//! `cargo run --release -p ferry-nas --features std --example host -- mg.A [THREADS [RUNS]]`.
 #![forbid(unsafe_code)]
 
 use ferry_nas::host::run_on_threads;

@@ -1,4 +1,5 @@
-//! BT: the flow by a scheme whose systems are block-tridiagonal, with blocks of 5×5 (NAS-95-020, section 3).
+//! BT: the flow by a scheme whose systems are block-tridiagonal, with blocks of 5×5 (NAS-95-020,
+//! section 3).
 
 mod block;
 
@@ -7,9 +8,11 @@ use crate::lines::{Point, points};
 use crate::problem::Class;
 use block::{Block, Jacobians, Stencil, multiply_subtract, solve, vector_subtract};
 
-/// Lines in a pack: what a register of the least processor holds, so that blocks stay in the nearest cache.
+/// Lines in a pack: what a register of the least processor holds, so that blocks stay in the
+/// nearest cache.
 const LANES: usize = 2;
-/// Properties of a point: the inverse of the density, the three velocities, kinetic and all energy by mass.
+/// Properties of a point: the inverse of the density, the three velocities, kinetic and all energy
+/// by mass.
 const PROPERTIES: usize = 6;
 /// Points between two ticks: some 10 µs.
 const BLOCK: usize = 16;

@@ -1,5 +1,5 @@
-//! CG: the smallest eigenvalue of a large sparse matrix by inverse iteration, each step solved by 25 steps of the
-//! method of conjugate gradients (NAS-95-020, section 2.3).
+//! CG: the smallest eigenvalue of a large sparse matrix by inverse iteration, each step solved by
+//! 25 steps of the method of conjugate gradients (NAS-95-020, section 2.3).
 
 mod matrix;
 
@@ -178,7 +178,8 @@ impl<'a, T: Team, H: Hooks> Solver<'a, T, H> {
                 },
             );
         }
-        // The residual x − A·z explicitly: NPB prints it without verifying it, but it is part of the work.
+        // The residual x − A·z explicitly: NPB prints it without verifying it, but it is part of
+        // the work.
         self.multiply(|this| (&mut *this.r, &*this.z), |_, _| 0.0);
         let square = |r: &mut f64, x: f64| (x - *r) * (x - *r);
         let residual = self.vector_sum(|this| (&mut *this.r, &*this.x), square);
@@ -229,7 +230,8 @@ impl<'a, T: Team, H: Hooks> Solver<'a, T, H> {
         })
     }
 
-    /// Runs `term` on every element of one vector beside that of another (0 where there is none); the sum of the results.
+    /// Runs `term` on every element of one vector beside that of another (0 where there is none);
+    /// the sum of the results.
     fn vector_sum(
         &mut self,
         pick: impl for<'s> Fn(&'s mut Self) -> (&'s mut [f64], &'s [f64]),

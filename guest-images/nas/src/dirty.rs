@@ -1,9 +1,10 @@
 //! The writer: dirties pages at a chosen rate and checks every page it ever wrote.
 //!
-//! Each page carries its number, its generation and words that follow from both and the seed. Before a page is
-//! written again its old contents are verified in full; the generation is also kept in a table apart from the
-//! pages, so that a page that went back to an older, consistent state is found as well. At the end every page is
-//! verified, and the generations are added up and compared with the number of writes made.
+//! Each page carries its number, its generation and words that follow from both and the seed.
+//! Before a page is written again its old contents are verified in full; the generation is also
+//! kept in a table apart from the pages, so that a page that went back to an older, consistent
+//! state is found as well. At the end every page is verified, and the generations are added up and
+//! compared with the number of writes made.
 
 mod access;
 mod content;
@@ -31,7 +32,8 @@ pub enum Pattern {
     Sequential,
     /// Any page as likely as any other.
     Uniform,
-    /// The k-th most popular page with a probability proportional to k^-exponent; the popular ones lie scattered.
+    /// The k-th most popular page with a probability proportional to k^-exponent; the popular ones
+    /// lie scattered.
     Zipf {
         /// How skewed: 0.99 is customary.
         exponent: f64,
@@ -66,8 +68,8 @@ pub struct Dirty {
     pub pattern: Pattern,
     /// What the pages hold.
     pub fill: Fill,
-    /// Bytes at the start of a page that a write changes, a multiple of 8 from 16 to 4096; the rest of the page stays as it
-    /// was filled.
+    /// Bytes at the start of a page that a write changes, a multiple of 8 from 16 to 4096; the rest
+    /// of the page stays as it was filled.
     pub part: usize,
     /// When to stop by itself, in seconds after the set-up; 0 for never.
     pub seconds: u64,
@@ -246,7 +248,8 @@ impl Slice<'_> {
         let mut pace = Pace::new(dirty.rate, ranks, rank as u64, start);
         loop {
             hooks.tick(rank);
-            // Two readings a microsecond apart at most would be a waste; one per turn does for both purposes.
+            // Two readings a microsecond apart at most would be a waste; one per turn does for both
+            // purposes.
             let now = hooks.nanos();
             if rank == 0
                 && (hooks.stop()
@@ -318,7 +321,8 @@ struct Pace {
 }
 
 impl Pace {
-    /// Debt beyond this is forgiven: after a pause the guest goes on at its rate instead of catching up in a burst.
+    /// Debt beyond this is forgiven: after a pause the guest goes on at its rate instead of
+    /// catching up in a burst.
     const PATIENCE: u64 = 10_000_000 << 8;
 
     fn new(rate: u64, ranks: u64, rank: u64, now: u64) -> Self {

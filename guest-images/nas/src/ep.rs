@@ -79,7 +79,8 @@ fn run_from(seed: u64, problem: Problem, team: &impl Team, hooks: &impl Hooks) -
         pairs += tally.annuli.iter().sum::<u64>();
     }
     let nanos = hooks.nanos().saturating_sub(start);
-    // Every accepted pair is in one annulus; the optimiser must not drop the counting, which is part of the work.
+    // Every accepted pair is in one annulus; the optimiser must not drop the counting, which is
+    // part of the work.
     core::hint::black_box(pairs);
 
     let x = Check {
@@ -109,8 +110,8 @@ fn batch(random: &mut Random, tally: &mut Tally) {
         let y = 2.0 * random.next() - 1.0;
         let t = x * x + y * y;
         if t <= 1.0 {
-            // The square root of m/t, for m = −2·ln t, is m over the root of m·t. At t = 1 it is 0, and the largest
-            // t below 1 gives a normal m.
+            // The square root of m/t, for m = −2·ln t, is m over the root of m·t. At t = 1 it is 0,
+            // and the largest t below 1 gives a normal m.
             let m = -2.0 * ln(t);
             let scale = if m > 0.0 {
                 m * inverse_sqrt(m * t)

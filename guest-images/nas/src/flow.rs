@@ -1,10 +1,12 @@
-//! The flow that BT and SP compute: the compressible Navier–Stokes equations in a cube, with a forcing that makes a known
-//! polynomial their steady solution (NAS-95-020, section 3).
+//! The flow that BT and SP compute: the compressible Navier–Stokes equations in a cube, with a
+//! forcing that makes a known polynomial their steady solution (NAS-95-020, section 3).
 //!
-//! Both step an implicit scheme of second order with artificial dissipation of fourth order, factored so that each step
-//! solves systems along the lines of one direction after another. What differs is the systems: a [`Method`].
+//! Both step an implicit scheme of second order with artificial dissipation of fourth order,
+//! factored so that each step solves systems along the lines of one direction after another. What
+//! differs is the systems: a [`Method`].
 //!
-//! A point has five components (density, momentum in three directions, energy), kept by rows: `u[k][j][component][i]`.
+//! A point has five components (density, momentum in three directions, energy), kept by rows:
+//! `u[k][j][component][i]`.
 
 mod grid;
 mod lines;
@@ -69,7 +71,8 @@ impl Parameters {
     }
 }
 
-/// How a time step's systems are made and solved: `P` properties of each point go in, packs of `L` lines are solved together.
+/// How a time step's systems are made and solved: `P` properties of each point go in, packs of `L`
+/// lines are solved together.
 pub(crate) trait Method<const P: usize, const L: usize>: Sync + Sized {
     /// How many auxiliary components it has: [`aux::COMMON`], and its own.
     const AUXILIARIES: usize;
@@ -94,8 +97,8 @@ pub(crate) trait Method<const P: usize, const L: usize>: Sync + Sized {
     /// Turns a row's right side into the variables of the systems along the first axis.
     fn transform(&self, _right: &mut [f64], _auxiliary: &[f64]) {}
 
-    /// Solves the systems along `axis`: `right` has the inner points of each line, `properties` the boundary too. `tick` is to
-    /// be called every few points.
+    /// Solves the systems along `axis`: `right` has the inner points of each line, `properties` the
+    /// boundary too. `tick` is to be called every few points.
     fn solve(
         &self,
         axis: usize,

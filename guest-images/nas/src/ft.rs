@@ -1,8 +1,8 @@
 //! FT: a 3-D diffusion equation by Fourier transforms (NAS-95-020, section 2.4).
 //!
-//! The box holds complex numbers, x fastest; a row is its real parts and then its imaginary parts. The transform along
-//! each direction takes packs of lines ([`lines`](crate::lines)): along x and y within each plane, along z through strips of
-//! all planes.
+//! The box holds complex numbers, x fastest; a row is its real parts and then its imaginary parts.
+//! The transform along each direction takes packs of lines ([`lines`](crate::lines)): along x and y
+//! within each plane, along z through strips of all planes.
 
 mod fourier;
 mod sums;
@@ -163,8 +163,8 @@ impl<'a, T: Team, H: Hooks> Diffusion<'a, T, H> {
         Outcome::new(problem, verification, self.p.operations(), nanos)
     }
 
-    /// The decay of every component, and the field at the beginning: the random sequence in memory order, a number for
-    /// each real and imaginary part in turn.
+    /// The decay of every component, and the field at the beginning: the random sequence in memory
+    /// order, a number for each real and imaginary part in turn.
     fn set_up(&mut self, seed: u64) {
         let (width, height, hooks) = (self.p.width, self.p.height, self.hooks);
         let (planes, depth) = (2 * width * height, self.p.depth);
@@ -274,14 +274,15 @@ impl<'a, T: Team, H: Hooks> Diffusion<'a, T, H> {
     }
 }
 
-/// The square of the frequency that is at index `at` of `len`: those of the second half are negative.
+/// The square of the frequency that is at index `at` of `len`: those of the second half are
+/// negative.
 fn frequency_squared(at: usize, len: usize) -> f64 {
     let magnitude = at.min(len - at) as f64;
     magnitude * magnitude
 }
 
-/// Compares each iteration's checksum with the published one, by the deviation of the complex number. The real part of the
-/// last is the one to show.
+/// Compares each iteration's checksum with the published one, by the deviation of the complex
+/// number. The real part of the last is the one to show.
 fn verify(sums: &[Complex], references: &[Complex]) -> Verification {
     let square = |x: f64| x * x;
     let shown = Check {
@@ -406,7 +407,8 @@ impl<H: Hooks> Lines<'_, H> {
         );
     }
 
-    /// Transforms a pack of lines of `len` points: `exchange` gathers them, when it is told so, and else scatters them.
+    /// Transforms a pack of lines of `len` points: `exchange` gathers them, when it is told so, and
+    /// else scatters them.
     #[inline(always)]
     fn pack(
         &self,

@@ -5,7 +5,8 @@ use crate::team::{Hooks, MAX_RANKS, Team};
 use std::time::Instant;
 use std::vec::Vec;
 
-/// A team of OS threads, forked for each parallel step (tens of microseconds, against milliseconds of work).
+/// A team of OS threads, forked for each parallel step (tens of microseconds, against milliseconds
+/// of work).
 #[derive(Clone, Copy, Debug)]
 pub struct Threads(usize);
 
@@ -97,8 +98,8 @@ pub fn run_with(problem: Problem, threads: usize, hooks: &impl Hooks) -> Result<
     )
 }
 
-/// Memory that can be had without swapping, in bytes (`MemAvailable` of proc_meminfo(5)); all there could be, where the
-/// system does not say.
+/// Memory that can be had without swapping, in bytes (`MemAvailable` of proc_meminfo(5)); all there
+/// could be, where the system does not say.
 fn available() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     text.lines()

@@ -1,7 +1,8 @@
 //! IS: ranks of integer keys by counting, through buckets (NAS-95-020, section 2.5; NPB 3 IS).
 //!
-//! Each rank scatters its own share of the keys into its own share of the buffer, bucket by bucket; then each rank
-//! counts the keys of its own range of buckets out of all shares. So every write goes to a disjoint slice.
+//! Each rank scatters its own share of the keys into its own share of the buffer, bucket by bucket;
+//! then each rank counts the keys of its own range of buckets out of all shares. So every write
+//! goes to a disjoint slice.
 
 use crate::problem::{Check, Class, Facts, Needs, Outcome, Problem, Verification};
 use crate::random::Random;
@@ -362,7 +363,8 @@ impl<'a, T: Team, H: Hooks> Sort<'a, T, H> {
                 for block in layout.segment(sorted, owner, from, to).chunks(BLOCK) {
                     for &key in block {
                         let count = &mut counts[key as usize - (from << shift)];
-                        // A rank outside the share means that the counts are wrong: say so, do not panic.
+                        // A rank outside the share means that the counts are wrong: say so, do not
+                        // panic.
                         match (*count as usize)
                             .checked_sub(base + 1)
                             .and_then(|place| keys.get_mut(place))

@@ -1,7 +1,9 @@
-//! What a guest prints: one line per event, `ferry-guest: WORD key=value …`, for people and programs alike.
+//! What a guest prints: one line per event, `ferry-guest: WORD key=value …`, for people and
+//! programs alike.
 //!
-//! [`Line`] writes such a line with [`core::fmt::Display`] and reads one with [`Line::parse`], so the guest that
-//! prints and the host that reads cannot drift apart. Unknown keys are skipped: lines may grow.
+//! [`Line`] writes such a line with [`core::fmt::Display`] and reads one with [`Line::parse`], so
+//! the guest that prints and the host that reads cannot drift apart. Unknown keys are skipped:
+//! lines may grow.
 
 use crate::dirty::{Corruption, Verdict};
 use core::fmt;
@@ -284,7 +286,8 @@ impl<'a> Fields<'a> {
 }
 
 impl<'a> Line<'a> {
-    /// Reads a line; `None` if it is not one of a guest's or is cut short. White space around it does not matter.
+    /// Reads a line; `None` if it is not one of a guest's or is cut short. White space around it
+    /// does not matter.
     pub fn parse(text: &'a str) -> Option<Self> {
         let text = text.trim().strip_prefix(PREFIX)?.trim_start();
         let (word, rest) = text.split_once(' ').unwrap_or((text, ""));

@@ -1,9 +1,11 @@
-//! Lines of a 3-D box, several side by side, in memory where the processor can work on them together.
+//! Lines of a 3-D box, several side by side, in memory where the processor can work on them
+//! together.
 //!
-//! A box is stored as planes of rows, and a row as its components one after the other: component `m` of point `x` is at
-//! `row[m·width + x]`. The lines along any of the three directions are worked on in *packs* of `L`: point `i` of a pack is
-//! `[[f64; L]; C]`, a value for each component and line. So one piece of code serves the lines of every direction, its
-//! arithmetic is that of vectors, and memory is read and written by the cache line.
+//! A box is stored as planes of rows, and a row as its components one after the other: component
+//! `m` of point `x` is at `row[m·width + x]`. The lines along any of the three directions are
+//! worked on in *packs* of `L`: point `i` of a pack is `[[f64; L]; C]`, a value for each component
+//! and line. So one piece of code serves the lines of every direction, its arithmetic is that of
+//! vectors, and memory is read and written by the cache line.
 
 use core::ops::Range;
 
@@ -16,8 +18,8 @@ pub(crate) fn points<const C: usize, const L: usize>(floats: &mut [f64]) -> &mut
     lanes.as_chunks_mut::<C>().0
 }
 
-/// `L` neighbours of a row; where it ends before, its last element again, so that the lanes that are not used compute
-/// with numbers that do no harm.
+/// `L` neighbours of a row; where it ends before, its last element again, so that the lanes that
+/// are not used compute with numbers that do no harm.
 #[inline(always)]
 pub(crate) fn load<const L: usize>(row: &[f64]) -> [f64; L] {
     match row.first_chunk() {
@@ -44,8 +46,8 @@ pub(crate) fn packs<const L: usize>(lines: Range<usize>) -> impl Iterator<Item =
     lines.step_by(L).map(move |at| at..end.min(at + L))
 }
 
-/// Lines across rows, those through the points `xs` of each row: one point of the pack from each row, and of that the
-/// `components` that are asked for.
+/// Lines across rows, those through the points `xs` of each row: one point of the pack from each
+/// row, and of that the `components` that are asked for.
 #[inline(always)]
 pub(crate) fn gather_across<'r, const C: usize, const L: usize>(
     pack: &mut [Point<C, L>],
@@ -76,8 +78,8 @@ pub(crate) fn scatter_across<'r, const C: usize, const L: usize>(
     }
 }
 
-/// Lines along rows: the points `xs` of each of the rows in `rows`, of which there are at most `L`, each of `row` elements;
-/// of each point the `components` that are asked for.
+/// Lines along rows: the points `xs` of each of the rows in `rows`, of which there are at most `L`,
+/// each of `row` elements; of each point the `components` that are asked for.
 #[inline(always)]
 pub(crate) fn gather_along<const C: usize, const L: usize>(
     pack: &mut [Point<C, L>],

@@ -2,9 +2,10 @@
 
 /// 1/√x of a positive, normal `x`, to a few units in the last place.
 ///
-/// `core` has no square root in stable Rust, and the processor's needs an `unsafe` intrinsic. The classic first guess
-/// from the halved exponent is within 3.5 %; each Newton step squares the error (times 3/2), four reach 1e-16. It
-/// has no division, which makes it about as fast here as dividing by the processor's root.
+/// `core` has no square root in stable Rust, and the processor's needs an `unsafe` intrinsic. The
+/// classic first guess from the halved exponent is within 3.5 %; each Newton step squares the error
+/// (times 3/2), four reach 1e-16. It has no division, which makes it about as fast here as dividing
+/// by the processor's root.
 #[inline(always)]
 pub(crate) fn inverse_sqrt(x: f64) -> f64 {
     let half = 0.5 * x;
@@ -23,13 +24,15 @@ pub(crate) fn sqrt(x: f64) -> f64 {
 const FRACTION_BITS: u32 = 52;
 const FRACTION: u64 = (1 << FRACTION_BITS) - 1;
 const ONE: u64 = 1023 << FRACTION_BITS;
-// The bits of sqrt(1/2): subtracting them before taking the exponent off leaves a mantissa in [sqrt(1/2), sqrt(2)).
+// The bits of sqrt(1/2): subtracting them before taking the exponent off leaves a mantissa in
+// [sqrt(1/2), sqrt(2)).
 const HALF_ROOT: u64 = 0x3fe6_a09e_667f_3bcd;
 
-/// Natural logarithm of a positive, finite, normal `x`; the relative error is a few units in the last place.
+/// Natural logarithm of a positive, finite, normal `x`; the relative error is a few units in the
+/// last place.
 ///
-/// x = 2^k·m with m near 1, and ln m = 2·atanh(s) with s = (m−1)/(m+1), |s| ≤ 0.172: the odd series converges by
-/// a factor of 34 per term, so ten terms reach double precision.
+/// x = 2^k·m with m near 1, and ln m = 2·atanh(s) with s = (m−1)/(m+1), |s| ≤ 0.172: the odd series
+/// converges by a factor of 34 per term, so ten terms reach double precision.
 #[inline(always)]
 pub(crate) fn ln(x: f64) -> f64 {
     let shifted = x.to_bits().wrapping_sub(HALF_ROOT);
@@ -62,7 +65,8 @@ pub(crate) fn pow(x: f64, y: f64) -> f64 {
     exp(y * ln(x))
 }
 
-/// Cosine and sine of `part` of `whole` parts of a full turn, for up to half a turn and a `whole` that four divides.
+/// Cosine and sine of `part` of `whole` parts of a full turn, for up to half a turn and a `whole`
+/// that four divides.
 pub(crate) fn turn(part: usize, whole: usize) -> (f64, f64) {
     // Mirrored until the angle is an eighth at most, in whole numbers, so that nothing is lost.
     if 4 * part > whole {
@@ -94,8 +98,8 @@ pub(crate) fn round(x: f64) -> i64 {
     (if x < 0.0 { x - 0.5 } else { x + 0.5 }) as i64
 }
 
-/// An index from a 64-bit count. Addresses have 64 bits wherever this crate runs; elsewhere the value saturates
-/// and the bounds check that follows says so.
+/// An index from a 64-bit count. Addresses have 64 bits wherever this crate runs; elsewhere the
+/// value saturates and the bounds check that follows says so.
 #[inline(always)]
 pub(crate) fn index(x: u64) -> usize {
     usize::try_from(x).unwrap_or(usize::MAX)

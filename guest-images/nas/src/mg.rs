@@ -1,7 +1,8 @@
-//! MG: V-cycles on the discrete Poisson problem ∇²u = v on a periodic cube (NAS-95-020, section 2.2).
+//! MG: V-cycles on the discrete Poisson problem ∇²u = v on a periodic cube (NAS-95-020, section
+//! 2.2).
 //!
-//! Grids are cubes of (2^k + 2)^3 points, with one layer of periodic copies around the 2^k interior points, x
-//! fastest. `u` and `r` exist at every level, `v` at the finest only, as in NPB.
+//! Grids are cubes of (2^k + 2)^3 points, with one layer of periodic copies around the 2^k interior
+//! points, x fastest. `u` and `r` exist at every level, `v` at the finest only, as in NPB.
 
 mod start;
 mod stencil;

@@ -11,17 +11,21 @@ use core::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
-    /// Embarrassingly parallel: pairs of Gaussian deviates. Processor-bound, writes almost no memory.
+    /// Embarrassingly parallel: pairs of Gaussian deviates. Processor-bound, writes almost no
+    /// memory.
     Ep,
     /// Integer sort: ranks keys by counting. Scattered writes.
     Is,
-    /// Conjugate gradient: an eigenvalue of a random sparse matrix. Scattered reads, writes a few vectors only.
+    /// Conjugate gradient: an eigenvalue of a random sparse matrix. Scattered reads, writes a few
+    /// vectors only.
     Cg,
     /// Multigrid: V-cycles on a 3-D Poisson problem. Sweeps over large arrays.
     Mg,
-    /// Fourier transforms of a 3-D box, along each of its directions. Rewrites most of its memory in every iteration.
+    /// Fourier transforms of a 3-D box, along each of its directions. Rewrites most of its memory
+    /// in every iteration.
     Ft,
-    /// Block-tridiagonal systems along the lines of a 3-D flow. Much computing between sweeps over large arrays.
+    /// Block-tridiagonal systems along the lines of a 3-D flow. Much computing between sweeps over
+    /// large arrays.
     Bt,
     /// Scalar pentadiagonal systems along the lines of the same flow. Sweeps over large arrays.
     Sp,
@@ -166,9 +170,10 @@ pub struct Workspace<'a> {
     pub floats: &'a mut [f64],
     /// At least [`Needs::words`] elements.
     pub words: &'a mut [u32],
-    /// Whether it still holds what the last run of the same problem left. If not, its old contents do not matter; if so, a kernel
-    /// may keep what it would set up again as it is. `mg` does, whose set-up leaves memory alone for as long as it draws numbers:
-    /// a guest that runs it over and over is hardly ever out of its timed part.
+    /// Whether it still holds what the last run of the same problem left. If not, its old contents
+    /// do not matter; if so, a kernel may keep what it would set up again as it is. `mg` does,
+    /// whose set-up leaves memory alone for as long as it draws numbers: a guest that runs it over
+    /// and over is hardly ever out of its timed part.
     pub kept: bool,
 }
 

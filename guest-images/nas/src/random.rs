@@ -1,7 +1,7 @@
 //! The pseudo-random generator of the benchmarks: x' = a·x mod 2^46 (NAS-95-020, section 2.3).
 //!
-//! The definition splits the factors into halves to stay exact in double precision. Because 2^46 divides 2^64,
-//! a wrapping 64-bit product masked to 46 bits is the same number, and much faster.
+//! The definition splits the factors into halves to stay exact in double precision. Because 2^46
+//! divides 2^64, a wrapping 64-bit product masked to 46 bits is the same number, and much faster.
 
 /// The multiplier of all kernels, 5^13.
 pub(crate) const A: u64 = 1_220_703_125;

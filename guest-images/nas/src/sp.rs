@@ -1,8 +1,9 @@
-//! SP: the flow by a scheme whose systems are five scalar pentadiagonal ones for each line (NAS-95-020, section 3).
+//! SP: the flow by a scheme whose systems are five scalar pentadiagonal ones for each line
+//! (NAS-95-020, section 3).
 //!
-//! The flux Jacobian along an axis is diagonalised: its eigenvalues are the velocity, three times, and the velocity plus and
-//! minus the speed of sound. What turns the variables of one axis into those of the next is a product of two eigenvector
-//! matrices, written out.
+//! The flux Jacobian along an axis is diagonalised: its eigenvalues are the velocity, three times,
+//! and the velocity plus and minus the speed of sound. What turns the variables of one axis into
+//! those of the next is a product of two eigenvector matrices, written out.
 
 use crate::flow::{
     COMPONENTS, Damping, Grid, Method, Parameters, aux, diffusion, dissipation, gas,
@@ -14,7 +15,8 @@ use core::f64::consts::FRAC_1_SQRT_2;
 
 /// Lines in a pack.
 const LANES: usize = 4;
-/// Properties of a point: the inverse of the density, the velocity along the axis, the speed of sound.
+/// Properties of a point: the inverse of the density, the velocity along the axis, the speed of
+/// sound.
 const PROPERTIES: usize = 3;
 /// Points between two ticks.
 const BLOCK: usize = 32;
@@ -25,7 +27,8 @@ pub(crate) struct Pentadiagonal {
     grid: Grid,
 }
 
-/// The eigenvalues, by what they add of the speed of sound to the velocity, and the variables that they belong to.
+/// The eigenvalues, by what they add of the speed of sound to the velocity, and the variables that
+/// they belong to.
 const EIGENVALUES: [(f64, core::ops::Range<usize>); 3] = [(0.0, 0..3), (1.0, 3..4), (-1.0, 4..5)];
 
 /// The upper two diagonals of each eigenvalue's system, after the elimination.
@@ -279,7 +282,8 @@ impl Stencil {
     }
 }
 
-/// Makes one row of each system and takes the two before it off, so that three diagonals are left, the first of ones.
+/// Makes one row of each system and takes the two before it off, so that three diagonals are left,
+/// the first of ones.
 #[inline(always)]
 fn eliminate(
     stencil: &Stencil,

@@ -1,8 +1,9 @@
 //! Processors as a fork-join team, and what the work reports while it runs.
 //!
-//! Every parallel step is one call of [`Team::each`]: it hands rank *i* exclusive use of part *i* and returns when
-//! all are done. Sharing is therefore visible to the borrow checker (parts are disjoint `&mut`, inputs are `&`), and
-//! the kernels need no `unsafe`, neither on OS threads nor on bare vCPUs.
+//! Every parallel step is one call of [`Team::each`]: it hands rank *i* exclusive use of part *i*
+//! and returns when all are done. Sharing is therefore visible to the borrow checker (parts are
+//! disjoint `&mut`, inputs are `&`), and the kernels need no `unsafe`, neither on OS threads nor on
+//! bare vCPUs.
 
 use crate::dirty::Corruption;
 use core::ops::Range;
@@ -15,8 +16,8 @@ pub trait Team: Sync {
     /// How many ranks there are, from 1 to [`MAX_RANKS`].
     fn size(&self) -> usize;
 
-    /// Runs `work(i, &mut parts[i])` on rank `i` for every part and returns when all are done. `parts` holds at
-    /// most [`Team::size`] elements; the calling thread is rank 0.
+    /// Runs `work(i, &mut parts[i])` on rank `i` for every part and returns when all are done.
+    /// `parts` holds at most [`Team::size`] elements; the calling thread is rank 0.
     fn each<T: Send, F: Fn(usize, &mut T) + Sync>(&self, parts: &mut [T], work: F);
 }
 
@@ -108,13 +109,15 @@ impl<T> Parts<T> {
     }
 }
 
-/// How many ranks to use for `units` units of work of which at least `least` should go to each rank.
+/// How many ranks to use for `units` units of work of which at least `least` should go to each
+/// rank.
 pub(crate) fn ranks_for(team: &impl Team, units: usize, least: usize) -> usize {
     team.size().min(units / least.max(1)).clamp(1, MAX_RANKS)
 }
 
-/// Splits `data` into `ranks` shares of whole units of `unit` elements and runs `work(rank, first_unit, share)`
-/// on each; returns the sum of the results in rank order, so that one team size always gives one result.
+/// Splits `data` into `ranks` shares of whole units of `unit` elements and runs
+/// `work(rank, first_unit, share)` on each; returns the sum of the results in rank order, so that
+/// one team size always gives one result.
 pub(crate) fn over_units<D: Send>(
     team: &impl Team,
     ranks: usize,
@@ -137,7 +140,8 @@ pub(crate) fn over_units<D: Send>(
     parts.iter().map(|(_, _, sum)| sum).sum()
 }
 
-/// As [`over_units`], on two arrays that are cut into the same units (of `unit` elements each) and written together.
+/// As [`over_units`], on two arrays that are cut into the same units (of `unit` elements each) and
+/// written together.
 pub(crate) fn over_pairs(
     team: &impl Team,
     ranks: usize,
@@ -185,18 +189,20 @@ pub(crate) fn over_units_with(
     });
 }
 
-/// How many slices [`over_strips`] can cut a box into: they lie on the stack of rank 0, 128 KiB of it.
+/// How many slices [`over_strips`] can cut a box into: they lie on the stack of rank 0, 128 KiB of
+/// it.
 const STRIP_SLICES: usize = 8192;
 
-/// A rank's rows of a plane; there always are some. As an option it needs no value to begin with, and so no second copy of
-/// the table on the stack.
+/// A rank's rows of a plane; there always are some. As an option it needs no value to begin with,
+/// and so no second copy of the table on the stack.
 pub(crate) type Strip<'a> = Option<&'a mut [f64]>;
 
 /// Work on lines that cross all planes of a box.
 ///
-/// The box is `data`, in planes of `plane` elements, each of rows of `row` elements. Every plane is cut into the same
-/// strips of whole rows of `rows`, one strip a rank, and `work(rank, first_row, strips, scratch)` runs on each, where
-/// `strips[k]` is the rank's strip of plane `k` and `scratch` its own part of the scratch memory, of `each` elements.
+/// The box is `data`, in planes of `plane` elements, each of rows of `row` elements. Every plane is
+/// cut into the same strips of whole rows of `rows`, one strip a rank, and
+/// `work(rank, first_row, strips, scratch)` runs on each, where `strips[k]` is the rank's strip of
+/// plane `k` and `scratch` its own part of the scratch memory, of `each` elements.
 pub(crate) fn over_strips(
     team: &impl Team,
     data: &mut [f64],

@@ -1,10 +1,12 @@
 //! What a guest can be told to run, as it is written on its command line:
 //!
 //! - `mg.A`: a kernel at a class,
-//! - `dirty:wss=16M,rate=5000,pattern=uniform,fill=random,seconds=0,seed=1`: the writer, see [`Dirty`],
+//! - `dirty:wss=16M,rate=5000,pattern=uniform,fill=random,seconds=0,seed=1`: the writer, see
+//!   [`Dirty`],
 //! - `idle:fill=random,seconds=0,seed=1`: memory filled once, then nothing but watching the clock.
 //!
-//! The same parser runs in the guest and on the host, so what the host accepts the guest understands.
+//! The same parser runs in the guest and on the host, so what the host accepts the guest
+//! understands.
 
 use crate::dirty::{Dirty, Fill, PAGE_BYTES, Pattern};
 use crate::problem::{Class, Kernel, Problem};
@@ -153,7 +155,8 @@ impl Workload {
         }))
     }
 
-    /// The memory that a bare guest with `cpus` processors must have to run this, in bytes: whole large pages.
+    /// The memory that a bare guest with `cpus` processors must have to run this, in bytes: whole
+    /// large pages.
     pub fn memory_needed(&self, cpus: usize) -> u64 {
         let stacks = cpus.saturating_sub(1) as u64 * BYTES_PER_CPU as u64;
         // Memory beyond 4 GiB begins behind a hole, whose edges may cost a page more.
@@ -162,8 +165,8 @@ impl Workload {
             + LARGE_PAGE_BYTES
     }
 
-    /// The memory the workload works in, in bytes, on `ranks` processors. The writer takes all that it is given;
-    /// this is the least.
+    /// The memory the workload works in, in bytes, on `ranks` processors. The writer takes all that
+    /// it is given; this is the least.
     pub fn arena_needed(&self, ranks: usize) -> u64 {
         match self {
             Self::Nas(problem) => problem.needs(ranks).bytes(),

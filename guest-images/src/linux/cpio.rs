@@ -1,4 +1,5 @@
-//! The archive format of an initial RAM disk: cpio "newc" (Linux `Documentation/driver-api/early-userspace/buffer-format.rst`).
+//! The archive format of an initial RAM disk: cpio "newc" (Linux
+//! `Documentation/driver-api/early-userspace/buffer-format.rst`).
 
 use std::collections::BTreeSet;
 
@@ -47,7 +48,8 @@ impl Archive {
         let size = u32::try_from(data.len()).map_err(too_large)?;
         let name = u32::try_from(path.len() + 1).map_err(too_large)?;
         self.entries += 1;
-        // Magic; then inode, mode, uid, gid, links, mtime, size, device (2), its device (2), name's size, checksum.
+        // Magic; then inode, mode, uid, gid, links, mtime, size, device (2), its device (2), name's
+        // size, checksum.
         self.bytes.extend(b"070701");
         for field in [self.entries, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name, 0] {
             self.bytes.extend(format!("{field:08x}").as_bytes());

@@ -99,7 +99,8 @@ struct Package {
     sha256: String,
 }
 
-/// apt with the machine's lists of packages, or with its own below a directory: root is needed to renew the former only.
+/// apt with the machine's lists of packages, or with its own below a directory: root is needed to
+/// renew the former only.
 struct Apt {
     private: Option<PathBuf>,
 }

@@ -57,8 +57,9 @@ pub struct Module {
 }
 
 impl Kernel {
-    /// The kernel from the cache; downloaded into it where there is none, in which case `tell` is called with a sentence
-    /// for each step. The newest in the cache is used; to get a newer one, remove the directory.
+    /// The kernel from the cache; downloaded into it where there is none, in which case `tell` is
+    /// called with a sentence for each step. The newest in the cache is used; to get a newer one,
+    /// remove the directory.
     ///
     /// # Errors
     /// [`LinuxError`].
@@ -121,14 +122,15 @@ impl Kernel {
         Path::new("boot").join(format!("vmlinuz-{}", self.release))
     }
 
-    /// These modules and all that they need, in the order in which they can be loaded. Those that are built into this
-    /// kernel are left out.
+    /// These modules and all that they need, in the order in which they can be loaded. Those that
+    /// are built into this kernel are left out.
     ///
     /// # Errors
     /// [`LinuxError`].
     pub fn modules(&self, names: &[&str]) -> Result<Vec<Module>, LinuxError> {
         let root = self.dir.join("lib/modules").join(&self.release);
-        // The list of checksums has them all: to look through some two hundred directories takes longer than all else here.
+        // The list of checksums has them all: to look through some two hundred directories takes
+        // longer than all else here.
         let tree = Path::new("lib/modules").join(&self.release).join("kernel");
         let files = self.sums.keys().filter(|file| file.starts_with(&tree));
         let all: BTreeMap<String, &Path> = files
@@ -147,7 +149,8 @@ impl Kernel {
         Ok(loaded)
     }
 
-    /// Depth first. `seen` also ends circles, which a kernel does not have and a damaged file might.
+    /// Depth first. `seen` also ends circles, which a kernel does not have and a damaged file
+    /// might.
     fn add(
         &self,
         name: &str,
@@ -192,8 +195,8 @@ impl Kernel {
         }
     }
 
-    /// The files of a smaller cache with the kernel and these modules only: for a nested host, where ferry then finds it
-    /// as it does here. Paths are relative to the cache directory.
+    /// The files of a smaller cache with the kernel and these modules only: for a nested host,
+    /// where ferry then finds it as it does here. Paths are relative to the cache directory.
     ///
     /// # Errors
     /// [`LinuxError`].

@@ -1,7 +1,7 @@
 //! Kernel modules: which are needed, and in which order they are loaded.
 //!
-//! A Debian package has no `modules.dep`: that file is made when it is installed. But every module says in its
-//! `.modinfo` what it needs, as `depends=a,b`.
+//! A Debian package has no `modules.dep`: that file is made when it is installed. But every module
+//! says in its `.modinfo` what it needs, as `depends=a,b`.
 
 use std::path::Path;
 

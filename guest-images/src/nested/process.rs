@@ -54,7 +54,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Runs a command over a connection that the agent has made; `None` if it was not the agent who made it.
+    /// Runs a command over a connection that the agent has made; `None` if it was not the agent who
+    /// made it.
     pub(super) fn start(
         stream: TcpStream,
         token: &str,
@@ -111,8 +112,8 @@ impl Process {
         String::from_utf8_lossy(&self.shared.lock().errors).into_owned()
     }
 
-    /// What it has written to stdout after the first `seen` bytes, as soon as there is something; `None` when it ends before
-    /// that, or after `patience`.
+    /// What it has written to stdout after the first `seen` bytes, as soon as there is something;
+    /// `None` when it ends before that, or after `patience`.
     #[must_use]
     pub fn stdout_after(&self, seen: usize, patience: Duration) -> Option<Vec<u8>> {
         self.wait_for(patience, |state| {
@@ -131,8 +132,8 @@ impl Process {
             .map(|end| end.as_ref().map_or(-1, |code| *code))
     }
 
-    /// Waits until `find` finds something in what it has printed, stdout and stderr; `None` when it ends before that, or
-    /// after `patience`.
+    /// Waits until `find` finds something in what it has printed, stdout and stderr; `None` when it
+    /// ends before that, or after `patience`.
     pub fn until<T>(
         &self,
         patience: Duration,
@@ -171,7 +172,8 @@ impl Process {
     /// Waits for its end.
     ///
     /// # Errors
-    /// It takes longer than `patience` (and is killed), could not be started, or the nested host is gone.
+    /// It takes longer than `patience` (and is killed), could not be started, or the nested host is
+    /// gone.
     pub fn wait(self, patience: Duration) -> Result<Ran, NestedError> {
         let _: Option<()> = self.until(patience, |_, _| None);
         let state = self.shared.lock();

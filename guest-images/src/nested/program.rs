@@ -6,7 +6,8 @@ use std::process::{Command, Stdio};
 
 use super::{NestedError, failed};
 
-/// The program, to be put at `/bin/NAME`, and its libraries at their own places: a path and its bytes each.
+/// The program, to be put at `/bin/NAME`, and its libraries at their own places: a path and its
+/// bytes each.
 ///
 /// # Errors
 /// [`NestedError`].
@@ -48,7 +49,8 @@ fn libraries(ldd: &str) -> Vec<Result<PathBuf, String>> {
     ldd.lines().filter_map(line).collect()
 }
 
-/// Most of a program that was built for debugging, which would all have to fit into the nested host's memory.
+/// Most of a program that was built for debugging, which would all have to fit into the nested
+/// host's memory.
 fn without_debug_info(path: &Path) -> Result<Vec<u8>, NestedError> {
     let stripped = tempfile::NamedTempFile::new()?;
     let mut strip = Command::new("strip");

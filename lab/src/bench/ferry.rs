@@ -126,8 +126,8 @@ impl Pair for Ferry {
     }
 }
 
-/// The guest's dirty rate over time, from the rounds. Very short rounds are merged: too few pages in
-/// too little time make no rate.
+/// The guest's dirty rate over time, from the rounds. Very short rounds are merged: too few pages
+/// in too little time make no rate.
 #[derive(Debug, Default)]
 struct Dirtied {
     /// Milliseconds since the request, and the pages per second until then.

@@ -152,8 +152,8 @@ pub struct Watched<T> {
     pub destination: Use,
 }
 
-/// Runs `what` and watches both processes meanwhile. Kills them after `timeout`, or on an interrupt,
-/// so that waits for them return.
+/// Runs `what` and watches both processes meanwhile. Kills them after `timeout`, or on an
+/// interrupt, so that waits for them return.
 pub fn watched<T>(
     [source, destination]: [u32; 2],
     guest_kib: u64,

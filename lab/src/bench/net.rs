@@ -133,8 +133,8 @@ impl Net {
 
     /// What has crossed the link until now.
     ///
-    /// On a shaped link, the shapers' counters: virtual cards pass packets of up to 64 KiB and count
-    /// one header for each, while a shaper counts the headers of every packet of 1,500 bytes.
+    /// On a shaped link, the shapers' counters: virtual cards pass packets of up to 64 KiB and
+    /// count one header for each, while a shaper counts the headers of every packet of 1,500 bytes.
     pub fn counters(&self) -> Result<Counters, Failure> {
         let Some([source, destination]) = &self.spaces else {
             let path = "/sys/class/net/lo/statistics/tx_bytes";

@@ -196,8 +196,8 @@ fn computes(work: &Workload) -> bool {
     matches!(work.kind(), Kind::Nas(_))
 }
 
-/// Waits until a kernel is early in its timed loop, where a move is to begin. While a kernel sets up
-/// a run its memory can be nearly empty.
+/// Waits until a kernel is early in its timed loop, where a move is to begin. While a kernel sets
+/// up a run its memory can be nearly empty.
 fn in_its_loop(log: &Log, alive: impl Fn() -> Result<(), Failure>) -> Result<(), Failure> {
     let late = || "the guest has not told that it is in its timed loop".to_owned();
     let first = log.step().map_or(1, |step| step.run);

@@ -35,8 +35,8 @@ pub struct Rss {
 }
 
 impl Rss {
-    /// What the process itself holds, without its guest's `guest_kib`. `None` while anonymous memory
-    /// is being filled with the guest.
+    /// What the process itself holds, without its guest's `guest_kib`. `None` while anonymous
+    /// memory is being filled with the guest.
     const fn own_kib(&self, guest_kib: u64) -> Option<u64> {
         let private = self.anon_kib + self.file_kib;
         if self.shmem_kib >= self.anon_kib {

@@ -1,13 +1,15 @@
 //! Has 2 MiB pages at hand right before a migration, as a host has that is not a guest itself.
 //!
-//! Where the machine is a guest, its free memory goes back to its own host within seconds, and 2 MiB pages are what it
-//! then lacks most: filling 1 GiB takes 0.1 s or 3 s, and a table says more of that than of the VMMs. So memory is taken
-//! and given back until taking it is fast, for every VMM alike.
+//! Where the machine is a guest, its free memory goes back to its own host within seconds, and 2
+//! MiB pages are what it then lacks most: filling 1 GiB takes 0.1 s or 3 s, and a table says more
+//! of that than of the VMMs. So memory is taken and given back until taking it is fast, for every
+//! VMM alike.
 
 use ferry_vmm::memory::{Backing, GuestRam, MemoryOptions};
 use std::time::{Duration, Instant};
 
-/// Memory is at hand when a GiB of it is taken in less; a host that has to fetch it takes ten times as long.
+/// Memory is at hand when a GiB of it is taken in less; a host that has to fetch it takes ten times
+/// as long.
 const FAST: Duration = Duration::from_millis(270);
 /// So often it is tried.
 const ROUNDS: u32 = 5;

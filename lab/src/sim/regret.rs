@@ -14,11 +14,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How much more `--policy auto` costs than the best of about 40 fixed option sets, which an oracle picks
-/// afterwards: over recorded guests, links, round trips and goals.
+/// How much more `--policy auto` costs than the best of about 40 fixed option sets, which an oracle
+/// picks afterwards: over recorded guests, links, round trips and goals.
 ///
-/// The cost is total time, and the pause and stalls once more. The constants of auto were fitted on one
-/// half of the built-in guests; the other half was held out. Without --trace it takes some minutes.
+/// The cost is total time, and the pause and stalls once more. The constants of auto were fitted on
+/// one half of the built-in guests; the other half was held out. Without --trace it takes some
+/// minutes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry sim regret
@@ -56,7 +57,8 @@ const RECORDED: [(&str, bool, &[u8]); 7] = [
     ("sp.A", false, include_bytes!("../../traces/sp.A.trace.zst")),
 ];
 
-/// Synthetic writers: the pattern, pages of its working set, pages per second, and whether it rests for 1.5 s of each 2 s.
+/// Synthetic writers: the pattern, pages of its working set, pages per second, and whether it rests
+/// for 1.5 s of each 2 s.
 const WRITERS: [(&str, bool, Pattern, u64, f64, bool); 10] = [
     ("uniform-light", true, Pattern::Uniform, 8192, 2e3, false),
     ("uniform-heavy", false, Pattern::Uniform, 16384, 20e3, false),

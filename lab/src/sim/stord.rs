@@ -171,7 +171,8 @@ impl Results {
         1.0 - self.total(rate, split) / self.total(rate, 1)
     }
 
-    /// As [`saved`](Self::saved), of a guest that writes in all memory: the total, and what is saved.
+    /// As [`saved`](Self::saved), of a guest that writes in all memory: the total, and what is
+    /// saved.
     fn in_memory(&self, rate: u32, split: u32) -> (&Outcome, f64) {
         let row = COMPARED.0.iter().position(|r| *r == rate).unwrap_or(0);
         let column = COMPARED.1.iter().position(|k| *k == split).unwrap_or(0);

@@ -1,21 +1,24 @@
-//! Which coders the data channels use, from what they measure: a pure object, batches in, a decision out.
+//! Which coders the data channels use, from what they measure: a pure object, batches in, a
+//! decision out.
 //!
-//! Every page costs time on the link, and coding costs time on a processor. While a batch is coded the link still
-//! drains what the socket holds, so that in the best case a page takes the *larger* of the two, and where the "link" is
-//! itself a processor copying bytes (loopback) their *sum*. So:
+//! Every page costs time on the link, and coding costs time on a processor. While a batch is coded
+//! the link still drains what the socket holds, so that in the best case a page takes the *larger*
+//! of the two, and where the "link" is itself a processor copying bytes (loopback) their *sum*. So:
 //!
 //! - a level is *tried* when its prospect, the best case, beats the cost of raw pages by `TRY`;
-//! - what it costs then is measured, and it is left unless it saves a tenth of what raw pages cost; it is not tried again
-//!   for a while, each time four times as long, nor is another that makes pages no smaller, unless the link has become half as
-//!   fast;
-//! - what raw pages cost is measured while they are sent. While others are, it is only known to be at most what sending
-//!   and coding took: a receiver that decodes looks like a slow link, so that nothing is believed slower before raw pages
-//!   are looked at, which they are now and then, the more seldom the more is gained by then;
-//! - a sender that waits, waits for what the receiver does with pages that were sent long before: the sockets' buffers lie
-//!   between them. So nothing is measured after a change before a data channel has sent as much as they hold (`FLUSH`), and then from
-//!   wait to wait.
+//! - what it costs then is measured, and it is left unless it saves a tenth of what raw pages cost;
+//!   it is not tried again for a while, each time four times as long, nor is another that makes
+//!   pages no smaller, unless the link has become half as fast;
+//! - what raw pages cost is measured while they are sent. While others are, it is only known to be
+//!   at most what sending and coding took: a receiver that decodes looks like a slow link, so that
+//!   nothing is believed slower before raw pages are looked at, which they are now and then, the
+//!   more seldom the more is gained by then;
+//! - a sender that waits, waits for what the receiver does with pages that were sent long before:
+//!   the sockets' buffers lie between them. So nothing is measured after a change before a data
+//!   channel has sent as much as they hold (`FLUSH`), and then from wait to wait.
 //!
-//! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`] of the time.
+//! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`]
+//! of the time.
 
 use crate::page::PAGE_BYTES;
 use std::time::Duration;
@@ -25,7 +28,8 @@ use std::time::Duration;
 pub enum Level {
     /// None: pages go straight from guest memory.
     Raw,
-    /// Those that cost about as much as a copy: patches, against zeros and against what the destination has.
+    /// Those that cost about as much as a copy: patches, against zeros and against what the
+    /// destination has.
     Patch,
     /// Those and zstd.
     Full,
@@ -42,7 +46,8 @@ impl Level {
 pub struct Outcome {
     /// How it was coded.
     pub level: Level,
-    /// Data channels that were sending at the same time: of all they do together, a page takes that part of its time on one of them.
+    /// Data channels that were sending at the same time: of all they do together, a page takes that
+    /// part of its time on one of them.
     pub data_channels: u16,
     /// Its pages, those known to be zero not counted.
     pub pages: u64,
@@ -190,8 +195,8 @@ impl DataChannel {
         }
     }
 
-    /// Whether what the data channel measures for this batch is the change's doing: from the first wait on after what was sent before
-    /// has left the buffers.
+    /// Whether what the data channel measures for this batch is the change's doing: from the first
+    /// wait on after what was sent before has left the buffers.
     fn tells(&mut self, change: u64, outcome: &Outcome) -> bool {
         if self.change != change {
             *self = Self::since(change);
@@ -256,10 +261,12 @@ const LOOK_LEAVES: f64 = 0.2;
 const MEMORY: f64 = 16_384.0;
 /// Pages after which a level is judged.
 const SETTLE: u64 = 4096;
-/// Of few pages little is known: after that many, a level is left only where it costs this much more than it may after many.
+/// Of few pages little is known: after that many, a level is left only where it costs this much
+/// more than it may after many.
 const DOUBT: f64 = 0.1;
-/// Batches are judged together until they have taken so long, or are so many and so large: a sender that waits for room in
-/// its socket is woken when a third of it is free, so that of several batches one waits for all.
+/// Batches are judged together until they have taken so long, or are so many and so large: a sender
+/// that waits for room in its socket is woken when a third of it is free, so that of several
+/// batches one waits for all.
 const ENOUGH_TIME: Duration = Duration::from_millis(25);
 const ENOUGH_BATCHES: u32 = 4;
 const ENOUGH_BYTES: u64 = 4 << 20;
@@ -268,10 +275,11 @@ const STEADY: usize = 7;
 const STEADY_AT_LEAST: usize = 3;
 /// A level is tried where it promises to cost at most this much of what raw pages cost.
 const TRY: f64 = 0.8;
-/// A level is kept where it costs at most this much of what raw pages cost: what is measured is a tenth off, and to
-/// code for nothing takes a processor from somebody.
+/// A level is kept where it costs at most this much of what raw pages cost: what is measured is a
+/// tenth off, and to code for nothing takes a processor from somebody.
 const KEEP: f64 = 0.9;
-/// Raw pages after which a level that did not pay is tried again, the first time; each further time it is four times as many.
+/// Raw pages after which a level that did not pay is tried again, the first time; each further time
+/// it is four times as many.
 const FIRST_TIMEOUT: u64 = 1 << 17;
 /// Nor is another level tried meanwhile, unless it sends at most this much of what that one did.
 const UNLIKE: f64 = 0.8;
@@ -279,14 +287,16 @@ const UNLIKE: f64 = 0.8;
 const SLOWER: f64 = 2.0;
 /// Another coded level is taken when it promises at most this much of what the present one did.
 const BETTER: f64 = 0.9;
-/// Bytes that a data channel sends after a change before what it measures is the change's doing: those before lie in the socket's buffers,
-/// here and at the receiver, 14 MB of them by Linux's defaults.
+/// Bytes that a data channel sends after a change before what it measures is the change's doing:
+/// those before lie in the socket's buffers, here and at the receiver, 14 MB of them by Linux's
+/// defaults.
 const FLUSH: u64 = 16 << 20;
 /// The first look comes after this many pages, each further one after twice as many.
 const FIRST_LOOK: u64 = 1 << 15;
 /// Pages until then where no raw page has been sent yet.
 const FIRST_LOOK_UNKNOWN: u64 = 1 << 13;
-/// Where coded pages show that raw ones cost less than this much of what they did, another look is due.
+/// Where coded pages show that raw ones cost less than this much of what they did, another look is
+/// due.
 const FASTER: f64 = 0.75;
 /// Share of the time that other looks may take.
 const LOOK_SHARE: f64 = 0.03;
@@ -343,9 +353,10 @@ impl Chooser {
         self.link.get()
     }
 
-    /// Whether the link is slow enough that trying patches of pages that are sent again costs nothing that anybody
-    /// would notice: less than a quarter of what they take on the link. By the median of what was measured lately: on a fast
-    /// link a single pause of the receiver looks like a slow one, and pages that are copied then hold it up in earnest.
+    /// Whether the link is slow enough that trying patches of pages that are sent again costs
+    /// nothing that anybody would notice: less than a quarter of what they take on the link. By the
+    /// median of what was measured lately: on a fast link a single pause of the receiver looks like
+    /// a slow one, and pages that are copied then hold it up in earnest.
     #[must_use]
     pub fn link_has_time(&self) -> bool {
         let patch = self.estimates[Level::Patch.index()].map_or(0.0, |e| e.encode);
@@ -398,7 +409,8 @@ impl Chooser {
         outcome.encode /= data_channels;
         outcome.link /= data_channels;
         self.elapsed += outcome.encode + outcome.link;
-        // What was on its way on another data channel when the level changed tells nothing about this one.
+        // What was on its way on another data channel when the level changed tells nothing about
+        // this one.
         if outcome.pages == 0 || outcome.bytes == 0 || outcome.level != self.level() {
             return;
         }
@@ -463,7 +475,8 @@ impl Chooser {
         }
     }
 
-    /// The more a level seems to gain, the more a look costs, and the less likely it is to show anything.
+    /// The more a level seems to gain, the more a look costs, and the less likely it is to show
+    /// anything.
     fn is_look_due(&self) -> bool {
         let (Some(raw), Some(wall), Some(looked)) = (self.link.get(), self.wall.get(), self.looked)
         else {
@@ -482,7 +495,8 @@ impl Chooser {
         self.wall.get().unwrap_or(f64::MAX) / ratio
     }
 
-    /// What a level promises, the time for a page if all goes well; `None` where that was refuted a short while ago.
+    /// What a level promises, the time for a page if all goes well; `None` where that was refuted a
+    /// short while ago.
     fn prospect(&self, level: Level, raw: f64) -> Option<f64> {
         let Estimate { ratio, .. } = self.estimates[level.index()]?;
         let alike = |(refuted, estimate): (&Option<Refuted>, &Option<Estimate>)| {

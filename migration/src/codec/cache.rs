@@ -1,20 +1,25 @@
 //! What the destination has: the pages that the source may send as differences.
 //!
-//! **A base is a page of which both sides hold the very same bytes.** A raw page leaves live guest memory while the
-//! guest writes to it: what arrives is a mixture that nobody has a copy of, so it is never a base. Only pages that were
-//! sent from a copy (packed, compressed, patched, or as they are but from the copy) enter this cache, and a page that
-//! is sent in any other way leaves it before a byte of it is sent. The destination keeps the same book from its side
-//! ([`AtomicPageSet`](crate::page::AtomicPageSet)) and refuses a difference to a page whose last arrival was not such a copy.
+//! **A base is a page of which both sides hold the very same bytes.** A raw page leaves live guest
+//! memory while the guest writes to it: what arrives is a mixture that nobody has a copy of, so it
+//! is never a base. Only pages that were sent from a copy (packed, compressed, patched, or as they
+//! are but from the copy) enter this cache, and a page that is sent in any other way leaves it
+//! before a byte of it is sent. The destination keeps the same book from its side
+//! ([`AtomicPageSet`](crate::page::AtomicPageSet)) and refuses a difference to a page whose last
+//! arrival was not such a copy.
 //!
-//! What is entered has not been sent yet, and the sending may fail. Then the two sides no longer agree, and nobody
-//! knows about which pages: [`DeltaCache::doubt`] begins a new generation, and entries of older ones are void.
+//! What is entered has not been sent yet, and the sending may fail. Then the two sides no longer
+//! agree, and nobody knows about which pages: [`DeltaCache::doubt`] begins a new generation, and
+//! entries of older ones are void.
 //!
-//! Data channels share the cache, since a page goes out on whichever is free. The rounds of a migration are ordered by a
-//! barrier on every data channel, and in a round each page is sent once: so a difference arrives after its base.
+//! Data channels share the cache, since a page goes out on whichever is free. The rounds of a
+//! migration are ordered by a barrier on every data channel, and in a round each page is sent once:
+//! so a difference arrives after its base.
 //!
-//! A page is worth its place while it comes again. Entries count their uses; a new page replaces an old one only where
-//! one is found that has none left and was not used in this round or the last, so that a walk over more pages than
-//! there is room for keeps hitting those that are here, in place of driving out each just before it is needed.
+//! A page is worth its place while it comes again. Entries count their uses; a new page replaces an
+//! old one only where one is found that has none left and was not used in this round or the last,
+//! so that a walk over more pages than there is room for keeps hitting those that are here, in
+//! place of driving out each just before it is needed.
 
 use super::patch::{Page, ZEROS};
 use crate::page::{Gfn, PAGE_BYTES, PAGE_SIZE, Run};
@@ -106,10 +111,12 @@ impl DeltaCache {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `with` with the base of a page, where there is one, and with the place where its new contents go; so
-    /// that the base is looked at and replaced under one lock, without being copied out.
+    /// Calls `with` with the base of a page, where there is one, and with the place where its new
+    /// contents go; so that the base is looked at and replaced under one lock, without being copied
+    /// out.
     ///
-    /// The new contents count as what the destination has as soon as `with` says so by returning `true`.
+    /// The new contents count as what the destination has as soon as `with` says so by returning
+    /// `true`.
     pub fn exchange(
         &self,
         gfn: Gfn,
@@ -210,7 +217,8 @@ impl Shard {
         self.places.remove(&gfn).is_some()
     }
 
-    /// A place for a new page, and whether another page lost it; `None` when all that were looked at are worth more.
+    /// A place for a new page, and whether another page lost it; `None` when all that were looked
+    /// at are worth more.
     fn place_for(&mut self, entry: Entry) -> Option<(usize, bool)> {
         // One of an older generation is replaced where it lies.
         if let Some(place) = self.places.get(&entry.gfn).copied() {
@@ -325,8 +333,8 @@ mod tests {
         assert!(none.is_empty());
     }
 
-    /// A walk over twice as many pages as there is room for, again and again: half of them hit, where the plain
-    /// least-recently-used rule would hit none.
+    /// A walk over twice as many pages as there is room for, again and again: half of them hit,
+    /// where the plain least-recently-used rule would hit none.
     #[test]
     fn a_long_walk_does_not_drive_everything_out() {
         let (room, walk) = (512, 1024);

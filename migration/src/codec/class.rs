@@ -1,8 +1,9 @@
 //! What kind of content a page has, estimated at a fraction of what any coder costs.
 //!
-//! MECOM (Jin 2009) sorts pages into similar words, high regularity and low regularity by a dictionary of recent words.
-//! Here: a page in which many words are zero is packed against zeros; one whose bytes repeat, or whose words do, is
-//! worth a general coder; the rest looks like noise and goes as it is.
+//! MECOM (Jin 2009) sorts pages into similar words, high regularity and low regularity by a
+//! dictionary of recent words. Here: a page in which many words are zero is packed against zeros;
+//! one whose bytes repeat, or whose words do, is worth a general coder; the rest looks like noise
+//! and goes as it is.
 
 use super::patch::Page;
 use crate::page::PAGE_SIZE;
@@ -23,7 +24,8 @@ const WORDS: usize = PAGE_SIZE / 8;
 const SAMPLED: u32 = 64;
 /// Bytes in a sample.
 const BYTES: u32 = 8 * SAMPLED;
-/// Pairs of equal bytes that noise has among so many: each pair is equal with a probability of 1/256.
+/// Pairs of equal bytes that noise has among so many: each pair is equal with a probability of
+/// 1/256.
 const NOISE: u32 = BYTES * (BYTES - 1) / 2 / 256;
 
 /// Estimates a page.
@@ -59,7 +61,8 @@ pub fn is_regular(page: &Page) -> bool {
     repeats(words) || 8 * equal_at(1).max(equal_at(8)) >= WORDS
 }
 
-/// Whether bytes of a sample are equal more often than those of noise (its collision entropy, without the logarithm).
+/// Whether bytes of a sample are equal more often than those of noise (its collision entropy,
+/// without the logarithm).
 fn repeats(words: &[[u8; 8]]) -> bool {
     // Four tables, so that a byte that repeats does not wait for its own count.
     let mut counts = [[0_u8; 256]; 4];

@@ -137,7 +137,8 @@ impl Decoder {
         runs.iter().for_each(|run| self.copies.insert_run(*run));
     }
 
-    /// Whether a frame of so many pages and bytes can be; to be asked before its bytes are received.
+    /// Whether a frame of so many pages and bytes can be; to be asked before its bytes are
+    /// received.
     ///
     /// # Errors
     /// [`CodecError::NotAgreed`], [`CodecError::Size`].
@@ -161,7 +162,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// The pages of a coded frame, one after the other in the order of `runs`; `base` copies out what a page holds here.
+    /// The pages of a coded frame, one after the other in the order of `runs`; `base` copies out
+    /// what a page holds here.
     ///
     /// # Errors
     /// [`CodecError`]; nothing was changed then.
@@ -190,7 +192,8 @@ impl Decoder {
             Some(zstd) => zstd,
             none => none.insert(Decompressor::new().map_err(CodecError::SetUp)?),
         };
-        // In one pass into a buffer of the size that the table says: zstd allocates no window, whatever it reads.
+        // In one pass into a buffer of the size that the table says: zstd allocates no window,
+        // whatever it reads.
         let found = zstd
             .decompress_to_buffer(body, &mut self.pages[..])
             .map_err(|error| CodecError::Zstd { pages, error })?;

@@ -36,7 +36,8 @@ pub struct Coding {
     seen: Arc<AtomicPageSet>,
     /// The cache has a place for every page.
     roomy: bool,
-    /// What is decided for all of them: they share link and processors, and one that is seldom used has no time to learn.
+    /// What is decided for all of them: they share link and processors, and one that is seldom used
+    /// has no time to learn.
     chooser: Option<Arc<Mutex<Chooser>>>,
 }
 
@@ -182,7 +183,8 @@ pub struct Batch<'a> {
     pub data: &'a mut Vec<Run>,
     /// The round.
     pub round: u32,
-    /// Pages of a first pass that come after these and are likelier to be sent again: the cache keeps places for them.
+    /// Pages of a first pass that come after these and are likelier to be sent again: the cache
+    /// keeps places for them.
     pub warmer: u64,
     /// Data channels that send at the same time, this one included.
     pub data_channels: u16,
@@ -342,7 +344,8 @@ impl Encoder {
             for gfn in run.first..run.end() {
                 let one = Run::new(gfn, 1);
                 let again = delta && (self.shared.roomy || self.shared.seen.contains(gfn));
-                // A place that is free is better filled: the page may be written to before the cache has others to choose.
+                // A place that is free is better filled: the page may be written to before the
+                // cache has others to choose.
                 let first = delta && !again && self.shared.has_room(batch.warmer);
                 let enters = again || first;
                 if level == Level::Raw && !enters {
@@ -437,8 +440,9 @@ impl Encoder {
         self.shared.zstd && (self.shared.kind == Compress::Zstd || is_regular(&self.copies[at]))
     }
 
-    /// Appends a zstd frame of the first `count` copies, or makes them raw where that saves nothing; says whether it did
-    /// not have to. They are then behind raw pages that came after them.
+    /// Appends a zstd frame of the first `count` copies, or makes them raw where that saves
+    /// nothing; says whether it did not have to. They are then behind raw pages that came after
+    /// them.
     fn compress(
         &mut self,
         round: u32,
@@ -557,8 +561,8 @@ impl Encoder {
     }
 }
 
-/// Runs as they would be had all been raw at once: ascending, as a snapshot's tables have to be, and joined where they
-/// touch within a run of the batch, as [`append`] does.
+/// Runs as they would be had all been raw at once: ascending, as a snapshot's tables have to be,
+/// and joined where they touch within a run of the batch, as [`append`] does.
 fn put_in_order(runs: &mut Vec<Run>, batch: &[Run]) {
     runs.sort_unstable_by_key(|run| run.first);
     runs.dedup_by(|run, before| {

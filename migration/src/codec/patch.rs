@@ -4,8 +4,8 @@
 //!  patch = (skip, length, bytes[length])*      skip and length as LEB128, at most two bytes each
 //! ```
 //!
-//! `skip` bytes are as in the base, `length` bytes follow. What is left at the end of the page is as in the base, so
-//! that the empty patch says "unchanged".
+//! `skip` bytes are as in the base, `length` bytes follow. What is left at the end of the page is
+//! as in the base, so that the empty patch says "unchanged".
 
 use crate::page::PAGE_SIZE;
 
@@ -104,8 +104,8 @@ fn take_number(patch: &mut &[u8]) -> Result<usize, PatchError> {
     Ok(usize::from(low & 0x7f) | usize::from(*high) << 7)
 }
 
-/// Appends the patch that makes `new` of `old`. `false`, and nothing appended, when it would take more than `limit`
-/// bytes.
+/// Appends the patch that makes `new` of `old`. `false`, and nothing appended, when it would take
+/// more than `limit` bytes.
 pub fn encode(old: &Page, new: &Page, limit: usize, out: &mut Vec<u8>) -> bool {
     let start = out.len();
     let (mut done, mut at) = (0, 0);

@@ -86,7 +86,8 @@ impl Pair {
         self.decoder.arrived_otherwise(&data);
         let bytes = out.len() as u64 + raw * PAGE_BYTES;
         self.encoder.sent(&coded, bytes, Duration::ZERO);
-        // What is coded is one snapshot: each page of it was read once. (A sample reads a few, and nothing is sent.)
+        // What is coded is one snapshot: each page of it was read once. (A sample reads a few, and
+        // nothing is sent.)
         assert!(reads.values().all(|&n| n == 1), "read twice: {reads:?}");
         Ok(coded)
     }
@@ -137,7 +138,8 @@ const KINDS: [Compress; 5] = [
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
-    /// Batches of changing pages, zero pages and raw ones between them, failed sendings: what arrives is what was sent.
+    /// Batches of changing pages, zero pages and raw ones between them, failed sendings: what
+    /// arrives is what was sent.
     #[test]
     fn what_is_sent_arrives(
         kind in 0..KINDS.len(),
@@ -192,7 +194,8 @@ proptest! {
         }
     }
 
-    /// A damaged body (the checksums of the wire set aside) is refused or yields pages of the announced size.
+    /// A damaged body (the checksums of the wire set aside) is refused or yields pages of the
+    /// announced size.
     #[test]
     fn damage_never_panics(
         content in 0..Content::ALL.len(), seed in any::<u64>(), patches in any::<bool>(),
@@ -239,7 +242,8 @@ proptest! {
     }
 }
 
-/// The cache has room for half of what is sent: for what comes last, where that is likelier to be sent again.
+/// The cache has room for half of what is sent: for what comes last, where that is likelier to be
+/// sent again.
 #[test]
 fn places_are_kept_for_warmer_pages() {
     let changes = |warmer| {
@@ -324,7 +328,8 @@ fn what_does_not_shrink_goes_raw_in_its_place() {
     }
 }
 
-/// A page that changes a little costs a little, from the second time on where the cache had a place for it.
+/// A page that changes a little costs a little, from the second time on where the cache had a place
+/// for it.
 #[test]
 fn small_changes_cost_little() {
     for cache in [300, 600] {
@@ -393,7 +398,8 @@ fn what_the_destination_lacks_is_no_base() {
     pair.arrived.get_mut(&8).unwrap()[0] ^= 1;
     let refused = pair.send(&gfns).unwrap_err();
     assert!(matches!(refused, CodecError::Differs { .. }), "{refused}");
-    // A raw arrival in between: the source keeps that book, so the destination catches one that does not.
+    // A raw arrival in between: the source keeps that book, so the destination catches one that
+    // does not.
     let mut pair = Pair::new(Compress::Delta, 600);
     pair.memory.insert(7, content::page(Content::Noise, 7));
     pair.send(&[7]).unwrap();

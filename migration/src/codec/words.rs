@@ -6,8 +6,8 @@
 //!  for each of those: the word
 //! ```
 //!
-//! As quick for zeros that are scattered as for zeros that lie together, and at most 65 bytes more than the words
-//! themselves; a general coder finds little more in such pages.
+//! As quick for zeros that are scattered as for zeros that lie together, and at most 65 bytes more
+//! than the words themselves; a general coder finds little more in such pages.
 
 use super::patch::Page;
 use crate::page::PAGE_SIZE;
@@ -31,7 +31,8 @@ fn maps(page: &Page) -> [u64; GROUPS] {
     maps
 }
 
-/// Appends a page of which at least a third of the words are zero; `false`, and nothing, for another.
+/// Appends a page of which at least a third of the words are zero; `false`, and nothing, for
+/// another.
 pub fn pack(page: &Page, out: &mut Vec<u8>) -> bool {
     let maps = maps(page);
     let words: u32 = maps.iter().map(|map| map.count_ones()).sum();
@@ -58,7 +59,8 @@ pub fn pack(page: &Page, out: &mut Vec<u8>) -> bool {
     true
 }
 
-/// Writes the words to a page of zeros; `false` when the bytes are no packed page, which then holds a part.
+/// Writes the words to a page of zeros; `false` when the bytes are no packed page, which then holds
+/// a part.
 pub fn unpack(bytes: &[u8], page: &mut Page) -> bool {
     let Some((&top, mut rest)) = bytes.split_first() else {
         return false;

@@ -8,7 +8,8 @@
 //!  writes guest memory                   writes nothing          places missing pages, each once
 //! ```
 //!
-//! So before READY no channel can write into the guest, and what is written after it was compared counts as not compared.
+//! So before READY no channel can write into the guest, and what is written after it was compared
+//! counts as not compared.
 
 use super::hashes::Hashes;
 use super::missing_pages::MissingPages;
@@ -196,8 +197,8 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
         self.told().target = Target::Following(Arc::clone(missing_pages));
     }
 
-    /// Begins a frame of pages, which ends when the value is dropped, also by a panic: a set that counts a writer that
-    /// is gone could never be sealed.
+    /// Begins a frame of pages, which ends when the value is dropped, also by a panic: a set that
+    /// counts a writer that is gone could never be sealed.
     fn begin_pages(&self) -> PagesFrame<'_, L, S> {
         let mut told = self.told();
         if !matches!(told.target, Target::Sealed) {
@@ -222,8 +223,8 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
         }
     }
 
-    /// Whether every channel has been silent for too long. One that is in the middle of a frame is not: its link
-    /// notices that by itself.
+    /// Whether every channel has been silent for too long. One that is in the middle of a frame is
+    /// not: its link notices that by itself.
     pub(super) fn is_silent(&self, silence: &mut Silence) -> bool {
         self.silent(&self.told(), silence)
     }
@@ -245,8 +246,8 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
         self.wait(round)
     }
 
-    /// Waits until every data channel and the control channel have ended `round`, for as long as any channel brings
-    /// something.
+    /// Waits until every data channel and the control channel have ended `round`, for as long as
+    /// any channel brings something.
     fn wait(&self, round: u32) -> Result<(), DestinationError> {
         let mut silence = self.silence();
         let mut told = self.told();
@@ -370,8 +371,9 @@ impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
         told.frames += 1;
         drop(told);
         self.set.change.notify_all();
-        // A page of the next round may have been sent in this one on another channel, and be still on its way there: it
-        // must not be placed over the newer one, and it may be what that one differs from.
+        // A page of the next round may have been sent in this one on another channel, and be still
+        // on its way there: it must not be placed over the newer one, and it may be what that one
+        // differs from.
         self.set.wait(header.round)
     }
 }

@@ -54,7 +54,8 @@ pub enum DestinationError {
     /// The state does not fit the machine.
     #[error("the machine's state cannot be restored: {0}")]
     State(PortError),
-    /// Committed, but this host does not want the guest any more. The source was told that it keeps it.
+    /// Committed, but this host does not want the guest any more. The source was told that it keeps
+    /// it.
     #[error("the guest was not started here, and stays with the source: {0}")]
     NotStarted(PortError),
     /// Committed, but the guest cannot run here.

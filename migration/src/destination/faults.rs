@@ -44,8 +44,8 @@ impl<L: Link, S: PageSink<L>> FaultChannel<L, S> {
         }
     }
 
-    /// Serves faults until every page is in place; after the connection is lost, takes note of them until there is
-    /// another. `waited_for` says whether the guest may still come.
+    /// Serves faults until every page is in place; after the connection is lost, takes note of them
+    /// until there is another. `waited_for` says whether the guest may still come.
     pub fn run(mut self, waited_for: &dyn Fn() -> bool) {
         let sink = loop {
             if let Some(begun) = self.missing_pages.wait_begun(TICK) {
@@ -70,7 +70,8 @@ impl<L: Link, S: PageSink<L>> FaultChannel<L, S> {
             ..
         } = self;
         drop(channel);
-        // Nobody can be asked now; but who waits is to be known, and asked for when the source is back.
+        // Nobody can be asked now; but who waits is to be known, and asked for when the source is
+        // back.
         while missing_pages.is_lost(era) {
             let heard = match sink.next_fault(TICK) {
                 Ok(Some(fault)) if missing_pages.fault(fault, era) == FaultIs::Local => {

@@ -151,8 +151,8 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         Ok(())
     }
 
-    /// Whether blocks of disks may come; their hashes only where they were announced, and nothing that was compared is
-    /// written any more.
+    /// Whether blocks of disks may come; their hashes only where they were announced, and nothing
+    /// that was compared is written any more.
     fn takes_blocks(&self, kind: FrameType) -> bool {
         let wanted = match kind {
             FrameType::BlocksHash => self.hashes.is_some(),
@@ -238,7 +238,8 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         Ok(())
     }
 
-    /// Takes the state: with it the guest must be complete. Returns how many microseconds restoring it took.
+    /// Takes the state: with it the guest must be complete. Returns how many microseconds restoring
+    /// it took.
     fn restore<H: DestinationVm<L, Sink = S>>(
         &mut self,
         header: &Header,
@@ -293,7 +294,8 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         }
     }
 
-    /// Says READY. From the first byte of it on the source may commit: an error now leaves the guest in doubt.
+    /// Says READY. From the first byte of it on the source may commit: an error now leaves the
+    /// guest in doubt.
     fn ready<H: DestinationVm<L, Sink = S>>(
         self: Box<Self>,
         restore_us: u64,

@@ -1,5 +1,5 @@
-//! What comparing hashes of pages has found. Hashes come while the guest still runs at the source, and in the pause of
-//! what has changed since.
+//! What comparing hashes of pages has found. Hashes come while the guest still runs at the source,
+//! and in the pause of what has changed since.
 //!
 //! ```text
 //!  not compared ──hash──▶ equal or different ──the page is written again──▶ not compared
@@ -10,8 +10,8 @@ use crate::verify::page_hash;
 
 /// For each page whether its bytes here, as they are now, were compared with the source's.
 ///
-/// A page that is written after it was compared counts as not compared: so a guest is equal only if each of its pages
-/// was compared after it was last written.
+/// A page that is written after it was compared counts as not compared: so a guest is equal only if
+/// each of its pages was compared after it was last written.
 #[derive(Debug, Default)]
 pub(super) struct Hashes {
     equal: AtomicPageSet,

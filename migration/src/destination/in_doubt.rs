@@ -8,7 +8,8 @@ use crate::wire::{Channel, FrameType, Preamble};
 
 impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     /// Goes on with a new connection that a source opened to resolve the doubt
-    /// ([`Role::Recover`](crate::wire::Role::Recover), preamble answered): its word is the next frame.
+    /// ([`Role::Recover`](crate::wire::Role::Recover), preamble answered): its word is the next
+    /// frame.
     pub fn reattach(&mut self, mut channel: Channel<L>, preamble: &Preamble) {
         if let Err(error) = preamble.expect_session(self.session.id) {
             channel.send_abort(&error.to_string());
@@ -40,13 +41,15 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
         });
     }
 
-    /// Whether the source has something to say on the present connection: the next [`step`](Destination::step) takes it.
+    /// Whether the source has something to say on the present connection: the next
+    /// [`step`](Destination::step) takes it.
     pub fn has_word(&mut self) -> bool {
         self.session.connected && self.session.channel.link().readable().unwrap_or(true)
     }
 
-    /// Takes the source's last word on the present connection, after [`Step::Complete`](super::Step::Complete) and where it
-    /// [has one](Destination::has_word): whether it knows that the guest runs here. A source that does not asks again.
+    /// Takes the source's last word on the present connection, after
+    /// [`Step::Complete`](super::Step::Complete) and where it [has one](Destination::has_word):
+    /// whether it knows that the guest runs here. A source that does not asks again.
     pub fn take_acknowledgement(&mut self) -> bool {
         let link = self.session.channel.link();
         link.set_timeout(Some(self.session.timeouts.handshake));

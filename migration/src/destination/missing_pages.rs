@@ -7,8 +7,8 @@
 //!                                     pushed on other channels ─▶ place ─┴▶ in place, waiters go on
 //! ```
 //!
-//! A page is *expected* until its bytes were received and *missing* until it is in place: the second
-//! set is what a source that reconnects is told.
+//! A page is *expected* until its bytes were received and *missing* until it is in place: the
+//! second set is what a source that reconnects is told.
 
 use super::DestinationError;
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
@@ -44,12 +44,14 @@ struct Pages<S> {
     on_their_way: u64,
     /// Faults whose page was in place when they were heard of.
     late: u64,
-    /// By frame number, with verification only: of a page in place, or what the source says of one that is not.
+    /// By frame number, with verification only: of a page in place, or what the source says of one
+    /// that is not.
     hashes: Vec<u64>,
     /// Pages that were not compared yet, and how many; none without verification.
     uncompared: PageSet,
     left_to_compare: u64,
-    /// Those of them whose hash came before the page did: an answer to a fault may still be on its way.
+    /// Those of them whose hash came before the page did: an answer to a fault may still be on its
+    /// way.
     told: PageSet,
     different: u64,
     /// Why no more comes: the connection is lost.
@@ -77,7 +79,8 @@ pub(super) enum FaultIs {
     New,
     /// It was asked, or the page is being placed.
     Known,
-    /// The page is in place, or holds nothing and never will by itself: zeros are placed where it is absent.
+    /// The page is in place, or holds nothing and never will by itself: zeros are placed where it
+    /// is absent.
     Local,
 }
 
@@ -246,8 +249,8 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
         self.lock().as_ref().is_some_and(|pages| pages.dismissed)
     }
 
-    /// Somebody waits for a page, as a fault channel of this era has heard. One whose connection is lost
-    /// cannot ask: it leaves that to the next.
+    /// Somebody waits for a page, as a fault channel of this era has heard. One whose connection is
+    /// lost cannot ask: it leaves that to the next.
     pub(super) fn fault(&self, fault: PageFault, era: u64) -> FaultIs {
         let gfn = fault.gfn;
         let now = self.clock.now();

@@ -125,8 +125,8 @@ impl PageReceiver {
         Ok(())
     }
 
-    /// As [`receive`](Self::receive), for a guest that runs already: pages are placed as a whole, and
-    /// only those that are missing.
+    /// As [`receive`](Self::receive), for a guest that runs already: pages are placed as a whole,
+    /// and only those that are missing.
     pub(super) fn receive_to<L: Link, S: PageSink<L>>(
         &mut self,
         channel: &mut Channel<L>,

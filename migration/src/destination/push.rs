@@ -101,8 +101,8 @@ impl<L: Link, S: PageSink<L> + 'static> Push<L, S> {
         (self.pushed || self.missing_pages.is_dismissed()) && self.missing_pages.is_complete()
     }
 
-    /// Waits for the next frame of the push, or (`false`) for the last page, which may come on another channel, or for a
-    /// fault channel's failure.
+    /// Waits for the next frame of the push, or (`false`) for the last page, which may come on
+    /// another channel, or for a fault channel's failure.
     fn wait_for_frame(&self, session: &mut Session<L>) -> Result<bool, DestinationError> {
         const LAST: Duration = Duration::from_millis(1);
         let mut until = session.now() + session.timeouts.transfer;

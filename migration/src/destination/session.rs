@@ -32,7 +32,8 @@ impl<L: Link> Session<L> {
         self.channel.link().set_deadline(Some(commit));
     }
 
-    /// Waits for a frame as while memory arrives, and at most [`FRAME_TIMEOUTS`] times as long for all of it.
+    /// Waits for a frame as while memory arrives, and at most [`FRAME_TIMEOUTS`] times as long for
+    /// all of it.
     pub fn wait_for_transfer(&mut self) {
         let transfer = self.timeouts.transfer;
         self.channel.link().set_timeout(Some(transfer));

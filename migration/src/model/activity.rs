@@ -31,7 +31,8 @@ pub trait Activity: Send {
         }
     }
 
-    /// A round of a migration begins, while these pages are pending. Guests do not know of it; papers do.
+    /// A round of a migration begins, while these pages are pending. Guests do not know of it;
+    /// papers do.
     fn round_begins(&mut self, pending: &PageSet) {
         let _ = pending;
     }
@@ -176,11 +177,12 @@ fn scatter(n: u64) -> u64 {
     step
 }
 
-/// A guest that in every round dirties, evenly spread over its memory, as many different pages as a share of what the link
-/// carries meanwhile.
+/// A guest that in every round dirties, evenly spread over its memory, as many different pages as a
+/// share of what the link carries meanwhile.
 ///
-/// It is not the STORD paper's, whose writes fall in the set that is being sent ([`EvenInSet`](super::EvenInSet)). Writes
-/// within a round hit different pages, those of different rounds are independent.
+/// It is not the STORD paper's, whose writes fall in the set that is being sent
+/// ([`EvenInSet`](super::EvenInSet)). Writes within a round hit different pages, those of different
+/// rounds are independent.
 #[derive(Clone, Debug)]
 pub struct EvenShare {
     layout: RamLayout,

@@ -4,12 +4,12 @@ use super::activity::{Activity, Touch};
 use crate::page::{Gfn, PageSet};
 use crate::rng::Rng;
 
-/// The guest of the STORD paper (section 3): in every round it dirties as many pages as a share of what the link carries
-/// meanwhile, evenly spread *over the set that is being sent*. A set is what is pending when the first of its `pieces` is
-/// sent; pre-copy's is each round's.
+/// The guest of the STORD paper (section 3): in every round it dirties as many pages as a share of
+/// what the link carries meanwhile, evenly spread *over the set that is being sent*. A set is what
+/// is pending when the first of its `pieces` is sent; pre-copy's is each round's.
 ///
-/// Writes within a round hit different pages. [`EvenShare`](super::EvenShare) spreads the same writes over all memory
-/// instead, of which STORD saves less.
+/// Writes within a round hit different pages. [`EvenShare`](super::EvenShare) spreads the same
+/// writes over all memory instead, of which STORD saves less.
 #[derive(Clone, Debug)]
 pub struct EvenInSet {
     /// The set's pages; the first `written` of them are those of this round.
@@ -25,8 +25,8 @@ pub struct EvenInSet {
 }
 
 impl EvenInSet {
-    /// A guest that dirties `share` (0.9 is 90 %) of what a link of `pages_per_second` carries, in sets that are sent in so
-    /// many pieces.
+    /// A guest that dirties `share` (0.9 is 90 %) of what a link of `pages_per_second` carries, in
+    /// sets that are sent in so many pieces.
     #[must_use]
     pub fn new(share: f64, pieces: u32, pages_per_second: f64, seed: u64) -> Self {
         Self {

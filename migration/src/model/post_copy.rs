@@ -1,9 +1,9 @@
 //! Post-copy in the model: the guest runs at the destination before its memory is there.
 //!
-//! The link carries batches of the push order's pages one after the other. A touch of a page that has
-//! not arrived is a network fault: the vCPU waits while its request crosses, for the batch that is just
-//! on the link, for the page, and for its way back. One vCPU is modelled; its faults are those of all of
-//! them where several run in step.
+//! The link carries batches of the push order's pages one after the other. A touch of a page that
+//! has not arrived is a network fault: the vCPU waits while its request crosses, for the batch that
+//! is just on the link, for the page, and for its way back. One vCPU is modelled; its faults are
+//! those of all of them where several run in step.
 
 use super::round::Rounds;
 use super::{Activity, Setup};
@@ -34,8 +34,8 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// The share of first touches of pages that had been pushed before, whether they had arrived or were on their
-    /// way: no request was needed.
+    /// The share of first touches of pages that had been pushed before, whether they had arrived or
+    /// were on their way: no request was needed.
     #[must_use]
     pub fn pushed_share(&self) -> f64 {
         let touches = self.hidden + self.count;
@@ -123,7 +123,8 @@ impl Transfer<'_> {
         }
     }
 
-    /// When a missing page that was asked for at `time` arrives, and whether it was on its way already.
+    /// When a missing page that was asked for at `time` arrives, and whether it was on its way
+    /// already.
     fn request(&mut self, gfn: u64, time: f64) -> (f64, bool) {
         let asked = time + self.half_trip;
         if self.remaining.contains(gfn) {
@@ -144,7 +145,8 @@ impl Transfer<'_> {
     }
 }
 
-/// The guest is handed over, and what is pending follows. Returns the downtime in seconds and the faults.
+/// The guest is handed over, and what is pending follows. Returns the downtime in seconds and the
+/// faults.
 pub(super) fn follow(
     rounds: &mut Rounds<'_>,
     options: &Options,
@@ -187,7 +189,8 @@ pub(super) fn follow(
     (downtime, faults)
 }
 
-/// The guest runs, from `began` on, until the last page has arrived; it stood still for `stood` seconds before.
+/// The guest runs, from `began` on, until the last page has arrived; it stood still for `stood`
+/// seconds before.
 fn run(
     transfer: &mut Transfer<'_>,
     initially_missing: &PageSet,
@@ -221,7 +224,8 @@ fn run(
             let (arrival, on_the_way) = transfer.request(touch.gfn, time);
             let mut wait = (arrival - time).max(0.0);
             if !on_the_way {
-                // The page's own time counts once for all that it stands for; a round trip and a batch for each.
+                // The page's own time counts once for all that it stands for; a round trip and a
+                // batch for each.
                 let each = (wait - transfer.seconds_per_page).max(0.0);
                 wait += each * (transfer.setup.stands_for - 1.0);
             }

@@ -1,8 +1,10 @@
-//! How far `auto` is from the best that could have been chosen: over recorded guests, links and goals, its cost
-//! beside that of the best of many fixed option sets, which an oracle picks afterwards.
+//! How far `auto` is from the best that could have been chosen: over recorded guests, links and
+//! goals, its cost beside that of the best of many fixed option sets, which an oracle picks
+//! afterwards.
 //!
-//! The cost of a migration is J = total + pause + stall; *regret* is J(auto) ÷ J(oracle) − 1. A set is feasible that
-//! keeps the goals. Both sides may use post-copy where it is allowed and the round trip is at most 20 ms.
+//! The cost of a migration is J = total + pause + stall; *regret* is J(auto) ÷ J(oracle) − 1. A set
+//! is feasible that keeps the goals. Both sides may use post-copy where it is allowed and the round
+//! trip is at most 20 ms.
 
 use super::{Outcome, Replay, Setup, migrate};
 use crate::options::{OnTimeout, Options, PolicyKind};

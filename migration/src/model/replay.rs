@@ -7,9 +7,9 @@ use crate::trace::{Frame, Trace};
 
 /// Replays a trace, and begins anew at its end.
 ///
-/// A trace says in which interval a page was dirtied, not when in it: the pages of an interval are spread
-/// over it evenly, in an order drawn from the seed. So the interval of the recording bounds what a replay
-/// can tell: a page that is written all the time is dirtied once per interval.
+/// A trace says in which interval a page was dirtied, not when in it: the pages of an interval are
+/// spread over it evenly, in an order drawn from the seed. So the interval of the recording bounds
+/// what a replay can tell: a page that is written all the time is dirtied once per interval.
 #[derive(Debug)]
 pub struct Replay<'a> {
     trace: &'a Trace,

@@ -1,8 +1,8 @@
-//! What the STORD paper says, apart from the algorithm that ferry runs ([`crate::policy::Stord`]): its
-//! closed forms, and its pseudo-code read literally, which loses writes.
+//! What the STORD paper says, apart from the algorithm that ferry runs ([`crate::policy::Stord`]):
+//! its closed forms, and its pseudo-code read literally, which loses writes.
 //!
-//! The literal form exists to be counted here. It is no [`crate::policy::Policy`]: no migration can be
-//! asked to use it.
+//! The literal form exists to be counted here. It is no [`crate::policy::Policy`]: no migration can
+//! be asked to use it.
 
 use super::round::{Begin, Rounds};
 use super::{Activity, MAX_ROUNDS, Outcome, Setup};
@@ -22,13 +22,14 @@ pub struct ClosedForms {
     pub last_round_limit: f64,
     /// (4): r′, the rate at which a whole split shrinks.
     pub rate: f64,
-    /// (4) with one more term: the printed sum ends at the power *k* − 1. Up to the *k*-th it is the
-    /// rate at which the first split shrinks exactly, namely R times what the last round sends.
+    /// (4) with one more term: the printed sum ends at the power *k* − 1. Up to the *k*-th it is
+    /// the rate at which the first split shrinks exactly, namely R times what the last round sends.
     pub rate_whole: f64,
     /// (5) with the last round alone: f′ ÷ (1 − r′).
     pub stord: f64,
-    /// (5) with f′ as the vector of the k rounds, and (4) up to the k-th power: what STORD sends of a guest whose writes
-    /// fall evenly in the set that is being sent. This is what the paper's figures show.
+    /// (5) with f′ as the vector of the k rounds, and (4) up to the k-th power: what STORD sends of
+    /// a guest whose writes fall evenly in the set that is being sent. This is what the paper's
+    /// figures show.
     pub stord_whole: f64,
 }
 
@@ -70,16 +71,16 @@ impl ClosedForms {
         (1.0 - share.powf(f64::from(rounds))) / (1.0 - share)
     }
 
-    /// (5) for `sets` splits. As printed its numerator holds r′ ÷ (1 − r′) where a geometric sum has
-    /// r′, and for r′ > 1 ÷ 2 it then grows without bound; this is the geometric sum.
+    /// (5) for `sets` splits. As printed its numerator holds r′ ÷ (1 − r′) where a geometric sum
+    /// has r′, and for r′ > 1 ÷ 2 it then grows without bound; this is the geometric sum.
     #[must_use]
     pub fn stord_after(&self, sets: u32) -> f64 {
         self.last_round * (1.0 - self.rate.powf(f64::from(sets))) / (1.0 - self.rate)
     }
 }
 
-/// What each of the k rounds of a set sends, in sizes of the set: 1 ÷ k, and of what the round before dirtied the part that
-/// lies in pieces that are sent already.
+/// What each of the k rounds of a set sends, in sizes of the set: 1 ÷ k, and of what the round
+/// before dirtied the part that lies in pieces that are sent already.
 fn rounds_of_a_set(share: f64, pieces: u32) -> Vec<f64> {
     let split = f64::from(pieces.max(1));
     let mut dirty = 0.0;

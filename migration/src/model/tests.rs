@@ -7,8 +7,8 @@ use crate::trace::{Header, Trace};
 
 const LINK: f64 = 120e6;
 
-/// The STORD paper's guest and link (section 3), at a sixteenth of its size and downtime: nothing depends
-/// on it but the rounding.
+/// The STORD paper's guest and link (section 3), at a sixteenth of its size and downtime: nothing
+/// depends on it but the rounding.
 fn paper(pages: u64) -> Setup {
     let layout = RamLayout::new(vec![Run::new(0, pages)]).unwrap();
     Setup {
@@ -63,8 +63,8 @@ fn pre_copy_follows_the_closed_form() {
     }
 }
 
-/// Section 3 of the paper: 350 s against at most 120 s at 90 % ("at least 65 %, at most 75 %"), 20 % at 50 %, and 6 to 10 % at
-/// 20 %. Its premise is that writes fall in the set that is being sent.
+/// Section 3 of the paper: 350 s against at most 120 s at 90 % ("at least 65 %, at most 75 %"), 20
+/// % at 50 %, and 6 to 10 % at 20 %. Its premise is that writes fall in the set that is being sent.
 #[test]
 fn stord_saves_what_the_paper_says() {
     let setup = paper(65_536);
@@ -321,8 +321,8 @@ fn the_model_agrees_with_the_engines() {
     }
 }
 
-/// What the guest writes to is found out in the first pass and sent at its end, by the engine and by the model alike: less is
-/// sent again, in less time.
+/// What the guest writes to is found out in the first pass and sent at its end, by the engine and
+/// by the model alike: less is sent again, in less time.
 #[test]
 fn a_first_pass_that_learns_sends_less() {
     use crate::testing::simulator::{Scenario, run as simulate};
@@ -377,8 +377,8 @@ fn a_first_pass_that_learns_sends_less() {
     }
 }
 
-/// A guest that writes its working set all the time is within the target once only that is left, whatever
-/// the log shows in the moment that draining takes.
+/// A guest that writes its working set all the time is within the target once only that is left,
+/// whatever the log shows in the moment that draining takes.
 #[test]
 fn a_working_set_within_the_target_ends_the_live_phase() {
     let layout = RamLayout::new(vec![Run::new(0, 65_536)]).unwrap();
@@ -447,7 +447,8 @@ fn a_replay_dirties_what_was_recorded_and_begins_anew() {
     assert_eq!(once.passes(), often.passes());
 }
 
-/// Of the last interval's pages 40..50 some were among its first quarter, and are then not marked twice.
+/// Of the last interval's pages 40..50 some were among its first quarter, and are then not marked
+/// twice.
 fn overlap(trace: &Trace) -> u64 {
     let mut replay = Replay::new(trace, 1);
     let mut before = PageSet::new(100);
@@ -531,7 +532,8 @@ fn post_copy_sends_each_page_once_in_the_time_that_takes() {
             );
             assert!(outcome.downtime < Duration::from_millis(5));
             let faults = outcome.faults.unwrap();
-            // Every page that was touched was touched for the first time once; the sweep touches all.
+            // Every page that was touched was touched for the first time once; the sweep touches
+            // all.
             let touched = faults.count + faults.hidden;
             let all = 65_536 / 4;
             assert!(

@@ -59,8 +59,8 @@ impl<S: fmt::Debug> fmt::Debug for StreamLink<S> {
     }
 }
 
-/// Decides whether a wait for the peer goes on: until it is cancelled, takes too long, or is without progress for too
-/// long.
+/// Decides whether a wait for the peer goes on: until it is cancelled, takes too long, or is
+/// without progress for too long.
 pub struct Wait<'a> {
     timeout: Option<Duration>,
     deadline: Option<Instant>,

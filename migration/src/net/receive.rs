@@ -40,9 +40,10 @@ struct Announced<L: Link, V: DestinationVm<L>> {
 /// Waits for a guest and drives its migration to the end; returns the VM, in which the guest runs.
 ///
 /// `accept` returns the next connection, or `None` when there was none for so long; see
-/// [`Listener::accept`](super::Listener::accept). Connections of other sources are refused meanwhile. Where the connection is lost after the guest was
-/// complete, this waits for the source's [`recover`](crate::source::recover) for as long as it takes: only the
-/// source knows whose the guest is. A VMM that lets an operator decide drives a [`Destination`] itself.
+/// [`Listener::accept`](super::Listener::accept). Connections of other sources are refused
+/// meanwhile. Where the connection is lost after the guest was complete, this waits for the
+/// source's [`recover`](crate::source::recover) for as long as it takes: only the source knows
+/// whose the guest is. A VMM that lets an operator decide drives a [`Destination`] itself.
 ///
 /// # Errors
 /// [`DestinationError`]: nothing was kept, and the source has the guest.
@@ -128,7 +129,8 @@ impl<L: Link, V: DestinationVm<L>> Shared<L, V> {
                 State::Waiting | State::Filling | State::Discarded => return Err(error),
             };
             let mut left = timeout;
-            // A source that was only slow sends its word on the old connection; any other opens a new one.
+            // A source that was only slow sends its word on the old connection; any other opens a
+            // new one.
             let in_doubt = engine.state() == State::InDoubt;
             while !(in_doubt && engine.has_word()) {
                 match connections.recv_timeout(TICK) {

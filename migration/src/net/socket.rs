@@ -9,7 +9,8 @@ use std::time::Duration;
 ///
 /// Implement it to carry a migration over a stream of your own, such as one with TLS.
 pub trait Socket: Send {
-    /// Makes every later [`read`](Self::read) and [`write_vectored`](Self::write_vectored) block at most so long.
+    /// Makes every later [`read`](Self::read) and [`write_vectored`](Self::write_vectored) block at
+    /// most so long.
     ///
     /// # Errors
     /// When the operating system refuses.
@@ -27,7 +28,8 @@ pub trait Socket: Send {
     /// As [`read`](Self::read).
     fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize>;
 
-    /// Waits until a read would not block; `false` after `timeout`, and where a signal interrupted the wait.
+    /// Waits until a read would not block; `false` after `timeout`, and where a signal interrupted
+    /// the wait.
     ///
     /// # Errors
     /// When the connection is gone.
@@ -123,7 +125,8 @@ impl Socket for TcpSocket {
 
 /// A Unix stream socket.
 ///
-/// The standard library cannot peek into one: [`wait_readable`](Socket::wait_readable) reads a byte ahead.
+/// The standard library cannot peek into one: [`wait_readable`](Socket::wait_readable) reads a byte
+/// ahead.
 #[derive(Debug)]
 pub struct UnixSocket {
     stream: UnixStream,

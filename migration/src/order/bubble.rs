@@ -6,12 +6,12 @@
 //! ```
 //!
 //! A fault is a *pivot*: the guest will touch its neighbours next. A bubble begins there and grows
-//! by turns above and below its pivot, in steps that double, so that the nearest pages leave first and
-//! the stream soon consists of long runs. One bubble per stream of faults: a fault close to a bubble's
-//! edge is the same stream running ahead of it, and moves that bubble; where the stream runs upwards,
-//! say, the bubble grows upwards three turns of four. An edge ends where it meets pages that another bubble
-//! has passed. Every second turn is the newest bubble's, since there the guest is waiting or about
-//! to; the others share the rest.
+//! by turns above and below its pivot, in steps that double, so that the nearest pages leave first
+//! and the stream soon consists of long runs. One bubble per stream of faults: a fault close to a
+//! bubble's edge is the same stream running ahead of it, and moves that bubble; where the stream
+//! runs upwards, say, the bubble grows upwards three turns of four. An edge ends where it meets
+//! pages that another bubble has passed. Every second turn is the newest bubble's, since there the
+//! guest is waiting or about to; the others share the rest.
 
 use crate::page::{Gfn, PageSet, Run};
 use std::collections::VecDeque;
@@ -117,7 +117,8 @@ impl Bubbles {
                 bubble.step = (bubble.step * 2).min(limit.max(Self::FIRST_STEP));
             }
             bubble.turn = bubble.turn.wrapping_add(1);
-            // An edge that ended without a page may leave the other; a bubble without edges is done.
+            // An edge that ended without a page may leave the other; a bubble without edges is
+            // done.
             if run.is_some() || bubble.up || bubble.down {
                 if newest {
                     self.list.push_front(bubble);

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A set of pages `0..end`, one bit each, laid out like a [`PageSet`](super::PageSet).
 ///
-/// Changes are `AcqRel` and reads `Acquire`. So a thread that writes a page and then inserts it races with one
-/// that removes it and then reads the page without losing the write: the reader sees the new bytes, or the
-/// page is in the set again.
+/// Changes are `AcqRel` and reads `Acquire`. So a thread that writes a page and then inserts it
+/// races with one that removes it and then reads the page without losing the write: the reader sees
+/// the new bytes, or the page is in the set again.
 #[derive(Debug, Default)]
 pub struct AtomicPageSet {
     words: Box<[AtomicU64]>,
@@ -91,7 +91,8 @@ impl AtomicPageSet {
         Some(Run::new(first, end - first))
     }
 
-    /// The first page from `gfn` on, below `end`, that is in the set, or with all bits to `flip` the first that is not.
+    /// The first page from `gfn` on, below `end`, that is in the set, or with all bits to `flip`
+    /// the first that is not.
     fn next(&self, mut gfn: Gfn, end: Gfn, flip: u64) -> Option<Gfn> {
         while gfn < end {
             let word = self.word(gfn)?;
@@ -119,7 +120,8 @@ impl AtomicPageSet {
         }
     }
 
-    /// Adds the pages of `words`, whose first bit is the frame `first`, a multiple of 64. Bits beyond the end are dropped.
+    /// Adds the pages of `words`, whose first bit is the frame `first`, a multiple of 64. Bits
+    /// beyond the end are dropped.
     pub fn insert_words(&self, first: Gfn, words: &[u64]) {
         for ((own, word), at) in self.words_from(first).zip(words).zip((first..).step_by(64)) {
             let word = match self.end - at {
@@ -132,7 +134,8 @@ impl AtomicPageSet {
         }
     }
 
-    /// Removes the pages of `words`, whose first bit is the frame `first`, a multiple of 64, and no other.
+    /// Removes the pages of `words`, whose first bit is the frame `first`, a multiple of 64, and no
+    /// other.
     pub fn remove_words(&self, first: Gfn, words: &[u64]) {
         for (own, word) in self.words_from(first).zip(words) {
             // A locked read-modify-write costs far more than this test, and most words are clean.

@@ -30,7 +30,8 @@ impl std::fmt::Debug for PageSet {
     }
 }
 
-/// Index into the words; a frame below `end` always fits (see [`RamLayout::MAX_GFN`](super::RamLayout::MAX_GFN)).
+/// Index into the words; a frame below `end` always fits (see
+/// [`RamLayout::MAX_GFN`](super::RamLayout::MAX_GFN)).
 fn word_of(gfn: Gfn) -> usize {
     usize::try_from(gfn / 64).unwrap_or(usize::MAX)
 }

@@ -9,10 +9,11 @@
 //!                                   └──▶ post-copy, MPLM, STORD, stop: where that is the best
 //! ```
 //!
-//! The first pass is the same for pre-copy and hybrid, so nothing is wasted while `auto` watches: it clears the dirty log
-//! a few times and keeps in which intervals each page was written ([`observe`]), fits write rates to that
-//! ([`rates`]), has the model run the real policies over a sample of the guest from where the migration stands
-//! ([`guest`], [`predict`]), and applies a rule to what comes out ([`choose`]).
+//! The first pass is the same for pre-copy and hybrid, so nothing is wasted while `auto` watches:
+//! it clears the dirty log a few times and keeps in which intervals each page was written
+//! ([`observe`]), fits write rates to that ([`rates`]), has the model run the real policies over a
+//! sample of the guest from where the migration stands ([`guest`], [`predict`]), and applies a rule
+//! to what comes out ([`choose`]).
 //!
 //! Once the guest was handed over or stopped there is no way back, and nothing is asked any more.
 
@@ -30,7 +31,8 @@ use choose::{Goal, Kind, LONGEST_ROUND_TRIP, Prediction, choose, sentence};
 use guest::Sample;
 use observe::Observed;
 
-/// The first step: enough to measure the link, little to have sent before anything is known (4 MiB).
+/// The first step: enough to measure the link, little to have sent before anything is known (4
+/// MiB).
 const FIRST_STEP: u64 = 1024;
 /// Steps of a first pass.
 const STEPS: u64 = 16;
@@ -115,7 +117,8 @@ impl Auto {
         }
     }
 
-    /// Predicts all ways to go on, and takes the one that the rule names: another one than before only if that gains enough.
+    /// Predicts all ways to go on, and takes the one that the rule names: another one than before
+    /// only if that gains enough.
     fn look(&mut self, view: &View<'_>) {
         let Some(sample) = Sample::new(view, &self.observed) else {
             return;
@@ -157,7 +160,8 @@ impl Auto {
         });
     }
 
-    /// Takes note of what was written, and says whether the log is to be cleared for the next interval.
+    /// Takes note of what was written, and says whether the log is to be cleared for the next
+    /// interval.
     fn watch(&mut self, view: &View<'_>) -> bool {
         if self.observed.lasted(view) < self.interval {
             return false;
@@ -171,7 +175,8 @@ impl Auto {
     /// How many pages the next step of the first pass has.
     fn step(&self, view: &View<'_>) -> u64 {
         let most = (view.total_pages / STEPS).max(64);
-        // While a step is under way one more is sent: together they outlast a round trip, or the link idles.
+        // While a step is under way one more is sent: together they outlast a round trip, or the
+        // link idles.
         let long = view.round_trip >= LONGEST_ROUND_TRIP;
         match view.live_rate() {
             None if long => view.total_pages / 4,
@@ -282,7 +287,8 @@ impl Auto {
         })
     }
 
-    /// Before a pause over the goal: once more looks for a better way, or does what the user wants at the timeout.
+    /// Before a pause over the goal: once more looks for a better way, or does what the user wants
+    /// at the timeout.
     fn end(&mut self, decision: Decision, view: &View<'_>) -> Decision {
         let Decision::Stop { why } = decision else {
             return decision;
@@ -328,7 +334,8 @@ impl Auto {
             return false;
         };
         let over = view.dirtied_over.as_secs_f64();
-        // A page that was sent in the round shows only what was written to it after that: half of the time, on average.
+        // A page that was sent in the round shows only what was written to it after that: half of
+        // the time, on average.
         let low = chosen.sample.written_in(over / 2.0) * (1.0 - DIFFERS);
         let high = chosen.sample.written_in(over) * (1.0 + DIFFERS);
         let measured = view.dirtied_pages as f64;

@@ -6,8 +6,9 @@
 //! converge, and there is no downtime parameter.
 //!
 //! The slides move a page that is dirtied before it was ever sent to the dirty group. Here it stays
-//! where it is: it has to cross once in any case, and then crosses with its newest contents. (Nor could
-//! it be told: until a page is cleared for sending, the log calls it dirty.) The bound is the same.
+//! where it is: it has to cross once in any case, and then crosses with its newest contents. (Nor
+//! could it be told: until a page is cleared for sending, the log calls it dirty.) The bound is the
+//! same.
 
 use super::{Decision, Policy, SendOrder, View};
 use crate::options::{OnTimeout, Options};

@@ -141,7 +141,8 @@ mod tests {
 
     #[test]
     fn goes_on_while_a_round_pays() {
-        // Within the target, but a tenth is dirtied meanwhile: one more round makes the pause short.
+        // Within the target, but a tenth is dirtied meanwhile: one more round makes the pause
+        // short.
         let mut p = policy(100, OnTimeout::Cancel);
         assert!(matches!(
             decide(&mut p, 1, 900, 1_000, 1),

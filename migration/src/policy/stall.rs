@@ -1,8 +1,9 @@
-//! When rounds no longer shrink, and which of them is then a good one to stop after (KubeVirt VEP 248).
+//! When rounds no longer shrink, and which of them is then a good one to stop after (KubeVirt VEP
+//! 248).
 //!
-//! A guest is *stalled* when nothing that was pending in the last rounds is below 96 % of the best before them. Then the
-//! live phase has nothing to gain, but its rounds differ: stopping waits for one near the best that was seen, and for less
-//! and less near as rounds go by.
+//! A guest is *stalled* when nothing that was pending in the last rounds is below 96 % of the best
+//! before them. Then the live phase has nothing to gain, but its rounds differ: stopping waits for
+//! one near the best that was seen, and for less and less near as rounds go by.
 
 use std::collections::VecDeque;
 

@@ -1,13 +1,13 @@
 //! STORD: split transfer omitting redundant dirty pages (Cha, Shin and Kim 2014).
 //!
-//! The set to send is split into *k* pieces. Round *i* sends piece *i* and the pages that are at the
-//! destination already and were dirtied since; a page that is dirty but lies in a piece that is still
-//! to come is omitted: it crosses once, with its piece. After the last piece the dirty set becomes the
-//! new set and is split again.
+//! The set to send is split into *k* pieces. Round *i* sends piece *i* and the pages that are at
+//! the destination already and were dirtied since; a page that is dirty but lies in a piece that is
+//! still to come is omitted: it crosses once, with its piece. After the last piece the dirty set
+//! becomes the new set and is split again.
 //!
-//! The paper's line 17 intersects with what the *previous* round sent. Read literally, a page that was
-//! sent in round 1 and dirtied in round 3 is forgotten. Here everything that is pending and not in a
-//! later piece is sent, which is what the paper's prose describes, and loses nothing.
+//! The paper's line 17 intersects with what the *previous* round sent. Read literally, a page that
+//! was sent in round 1 and dirtied in round 3 is forgotten. Here everything that is pending and not
+//! in a later piece is sent, which is what the paper's prose describes, and loses nothing.
 
 use super::limits::Limits;
 use super::{Decision, Policy, SendOrder, View};

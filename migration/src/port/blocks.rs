@@ -1,4 +1,5 @@
-//! What a guest keeps outside its memory, where that is to move with it: its disks, as *disks* of blocks.
+//! What a guest keeps outside its memory, where that is to move with it: its disks, as *disks* of
+//! blocks.
 
 use super::PortError;
 
@@ -13,9 +14,9 @@ pub const fn blocks_in(bytes: u64) -> u64 {
 
 /// A disk at the source. The guest goes on writing to it while it is copied.
 ///
-/// A write counts as written when it is done, and before the guest hears that it is: what was read too early or half is
-/// then found written later, and read again. While the guest is paused nothing is written, and every write that was done
-/// is counted.
+/// A write counts as written when it is done, and before the guest hears that it is: what was read
+/// too early or half is then found written later, and read again. While the guest is paused nothing
+/// is written, and every write that was done is counted.
 pub trait BlockSource: Send + Sync {
     /// Its size in bytes; it does not change.
     fn bytes(&self) -> u64;
@@ -26,14 +27,14 @@ pub trait BlockSource: Send + Sync {
     fn start(&self) -> Result<(), PortError>;
     /// Remembers nothing any more.
     fn stop(&self);
-    /// The blocks written since the last time, as words: bit `i` of word `j` is block `64 j + i`. They count as not
-    /// written afterwards: whoever took them answers for them.
+    /// The blocks written since the last time, as words: bit `i` of word `j` is block `64 j + i`.
+    /// They count as not written afterwards: whoever took them answers for them.
     ///
     /// # Errors
     /// When it was not started.
     fn take_written(&self) -> Result<Vec<u64>, PortError>;
-    /// How many bytes from `offset` on, at most `len`, are known to be zero without reading them; 0 where that is not
-    /// known.
+    /// How many bytes from `offset` on, at most `len`, are known to be zero without reading them; 0
+    /// where that is not known.
     fn hole(&self, offset: u64, len: u64) -> u64 {
         let _ = (offset, len);
         0

@@ -19,10 +19,11 @@ fn no_post_copy<T>() -> Result<T, PortError> {
     Err("this destination has no post-copy".into())
 }
 
-/// Guest memory at the destination. Data channels fill it in parallel: pages of one round are disjoint.
+/// Guest memory at the destination. Data channels fill it in parallel: pages of one round are
+/// disjoint.
 ///
-/// The last three methods are post-copy's, after [`DestinationVm::begin_post_copy`]: whoever touches a page
-/// that is not in place waits for it.
+/// The last three methods are post-copy's, after [`DestinationVm::begin_post_copy`]: whoever
+/// touches a page that is not in place waits for it.
 pub trait PageSink<L: Link>: Send + Sync {
     /// Receives the pages of `runs` from the link straight into guest memory. The engine has
     /// checked that the runs are RAM.
@@ -40,8 +41,8 @@ pub trait PageSink<L: Link>: Send + Sync {
         }
         Ok(())
     }
-    /// Writes pages that were decoded: `bytes` are those of the run, one page after the other. The engine has checked
-    /// that the run is RAM.
+    /// Writes pages that were decoded: `bytes` are those of the run, one page after the other. The
+    /// engine has checked that the run is RAM.
     ///
     /// # Errors
     /// When memory cannot be written.
@@ -107,8 +108,9 @@ pub trait DestinationVm<L: Link> {
     /// The guest's memory here.
     type Sink: PageSink<L> + 'static;
 
-    /// Makes room for copies of the guest's disks, of so many bytes each, or refuses in one sentence. Called before
-    /// [`DestinationVm::prepare`], if the disks are to move; what was made is to go with [`DestinationVm::discard`].
+    /// Makes room for copies of the guest's disks, of so many bytes each, or refuses in one
+    /// sentence. Called before [`DestinationVm::prepare`], if the disks are to move; what was made
+    /// is to go with [`DestinationVm::discard`].
     ///
     /// # Errors
     /// Why this host cannot take them.
@@ -124,8 +126,8 @@ pub trait DestinationVm<L: Link> {
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8])
     -> Result<Arc<Self::Sink>, PortError>;
 
-    /// Whether the files that the guest's devices use are wanted, which the source offers: they come beside what is received
-    /// next on `link`, and [`adopt`](Self::adopt) follows.
+    /// Whether the files that the guest's devices use are wanted, which the source offers: they
+    /// come beside what is received next on `link`, and [`adopt`](Self::adopt) follows.
     ///
     /// # Errors
     /// What came so far is not this guest's memory.
@@ -134,8 +136,9 @@ pub trait DestinationVm<L: Link> {
         Ok(false)
     }
 
-    /// As [`prepare`](Self::prepare), over the memory itself, which came beside what was received last on `link`; `None`
-    /// where none came. Until [`run`](Self::run) no byte of it may be changed: the guest runs in it, at the source.
+    /// As [`prepare`](Self::prepare), over the memory itself, which came beside what was received
+    /// last on `link`; `None` where none came. Until [`run`](Self::run) no byte of it may be
+    /// changed: the guest runs in it, at the source.
     ///
     /// # Errors
     /// As there, and that what came is not this guest's memory.
@@ -148,15 +151,16 @@ pub trait DestinationVm<L: Link> {
         let _ = (link, layout, machine);
         Ok(None)
     }
-    /// Whether this host can run a guest whose memory is not there yet; asked before anything is sent.
+    /// Whether this host can run a guest whose memory is not there yet; asked before anything is
+    /// sent.
     ///
     /// # Errors
     /// Why not, and what to do.
     fn check_post_copy(&self) -> Result<(), PortError> {
         no_post_copy()
     }
-    /// What memory holds of these pages is stale, and is dropped. Called for all pages that will follow the
-    /// guest, for most of them before the guest's pause.
+    /// What memory holds of these pages is stale, and is dropped. Called for all pages that will
+    /// follow the guest, for most of them before the guest's pause.
     ///
     /// # Errors
     /// Why that cannot be.
@@ -164,7 +168,8 @@ pub trait DestinationVm<L: Link> {
         let _ = pages;
         no_post_copy()
     }
-    /// From now on these pages are missing, and whoever touches one waits. Called before [`DestinationVm::restore`].
+    /// From now on these pages are missing, and whoever touches one waits. Called before
+    /// [`DestinationVm::restore`].
     ///
     /// # Errors
     /// Why that cannot be.
@@ -179,8 +184,9 @@ pub trait DestinationVm<L: Link> {
     /// # Errors
     /// Why it does not fit.
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError>;
-    /// Asked when the source has committed, before [`run`](Self::run): whether the guest may run here. After an error it
-    /// never does: the engine tells the source so and [discards](Self::discard) the machine.
+    /// Asked when the source has committed, before [`run`](Self::run): whether the guest may run
+    /// here. After an error it never does: the engine tells the source so and
+    /// [discards](Self::discard) the machine.
     ///
     /// # Errors
     /// Why not: this VMM was told to stop, for example.

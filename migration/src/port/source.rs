@@ -12,7 +12,8 @@ pub trait PageSource<L: Link>: Sync {
     /// Sends `head` and then the pages of `runs`, straight from guest memory, without a copy.
     /// The runs are RAM (the engine took them from the layout).
     ///
-    /// By default the pages are copied first; a VMM with mapped memory hands them to the kernel instead.
+    /// By default the pages are copied first; a VMM with mapped memory hands them to the kernel
+    /// instead.
     ///
     /// # Errors
     /// As [`Link::send`].
@@ -38,17 +39,18 @@ pub trait PageSource<L: Link>: Sync {
         self.copy_page(gfn, &mut page).is_ok() && page.iter().all(|byte| *byte == 0)
     }
 
-    /// The first part of the run that holds nothing (never written, or given back to the host), if that is known without
-    /// reading it: reading would make the host populate it. Must be true at the time of the call. A page that comes to
-    /// hold nothing must be in the dirty log afterwards, like one that is written.
+    /// The first part of the run that holds nothing (never written, or given back to the host), if
+    /// that is known without reading it: reading would make the host populate it. Must be true at
+    /// the time of the call. A page that comes to hold nothing must be in the dirty log afterwards,
+    /// like one that is written.
     fn unpopulated(&self, run: Run) -> Option<Run> {
         let _ = run;
         None
     }
 }
 
-/// A guest at the source. The engine calls these methods from its own thread; those of [`PageSource`] also from threads
-/// that answer page faults, while the guest stands still.
+/// A guest at the source. The engine calls these methods from its own thread; those of
+/// [`PageSource`] also from threads that answer page faults, while the guest stands still.
 ///
 /// Dirty pages: [`collect_dirty`](SourceVm::collect_dirty) only *reads* the log; a page stays in it
 /// until [`clear_dirty`](SourceVm::clear_dirty), which the engine calls right before it reads the
@@ -70,8 +72,9 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     /// # Errors
     /// When the host cannot log.
     fn start_tracking(&self) -> Result<(), PortError>;
-    /// Stops the dirty log, if it was started; the guest may run or not. Not called for a guest that has moved: it writes
-    /// nothing here any more, and its log goes with what is [released](CommittedVm::release).
+    /// Stops the dirty log, if it was started; the guest may run or not. Not called for a guest
+    /// that has moved: it writes nothing here any more, and its log goes with what is
+    /// [released](CommittedVm::release).
     fn stop_tracking(&self);
     /// Adds all pages of the log to `into`, those that the VMM itself wrote included.
     ///
@@ -93,7 +96,8 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     fn disks(&self) -> Option<&dyn SourceDisks> {
         None
     }
-    /// The way to give the guest's memory itself to a process on this host; `None` where there is none.
+    /// The way to give the guest's memory itself to a process on this host; `None` where there is
+    /// none.
     fn sharing(&self) -> Option<&dyn ShareMemory<L>> {
         None
     }
@@ -112,8 +116,8 @@ pub type Paused<'g> = Box<dyn PausedVm<'g> + 'g>;
 /// A guest that stands still and was given to the destination.
 pub type Committed<'g> = Box<dyn CommittedVm + 'g>;
 
-/// The guard of a guest that stands still. **Dropping it lets the guest run again** (if it ran before), whatever made the
-/// engine drop it: an error, a cancel, a panic.
+/// The guard of a guest that stands still. **Dropping it lets the guest run again** (if it ran
+/// before), whatever made the engine drop it: an error, a cancel, a panic.
 pub trait PausedVm<'g> {
     /// How long ago the last guest instruction was.
     fn stopped_for(&self) -> Duration;
@@ -122,20 +126,24 @@ pub trait PausedVm<'g> {
     /// # Errors
     /// When it cannot be read.
     fn save(&self) -> Result<Vec<u8>, PortError>;
-    /// Writes down that the guest belongs to the destination: from now on this side never runs it by itself. The engine
-    /// calls it before it sends the commit. Disks were [flushed](SourceDisks::flush) before: here they are only unlocked.
+    /// Writes down that the guest belongs to the destination: from now on this side never runs it
+    /// by itself. The engine calls it before it sends the commit. Disks were
+    /// [flushed](SourceDisks::flush) before: here they are only unlocked.
     ///
     /// # Errors
-    /// When it cannot be written down. Nothing was sent then; the implementation drops `self`, and the guest runs here.
+    /// When it cannot be written down. Nothing was sent then; the implementation drops `self`, and
+    /// the guest runs here.
     fn commit(self: Box<Self>, session: SessionId) -> Result<Committed<'g>, PortError>;
     /// Leaves the guest standing: for a snapshot after which it is not to run.
     fn keep(self: Box<Self>);
 }
 
-/// A guest that was given to the destination. Dropping it leaves the guest standing: an operator decides.
+/// A guest that was given to the destination. Dropping it leaves the guest standing: an operator
+/// decides.
 pub trait CommittedVm {
-    /// The destination runs the guest, perhaps on this very host, and has all of it: what is left here, the dirty log
-    /// included, may be discarded, and that should not take the guest's processor.
+    /// The destination runs the guest, perhaps on this very host, and has all of it: what is left
+    /// here, the dirty log included, may be discarded, and that should not take the guest's
+    /// processor.
     fn release(self: Box<Self>);
     /// The destination has not started the guest and never will: it runs here again.
     ///
@@ -144,7 +152,8 @@ pub trait CommittedVm {
     fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), PortError>;
 }
 
-/// The destination's word that it did not start the guest and never will. Only an engine that has read it has one.
+/// The destination's word that it did not start the guest and never will. Only an engine that has
+/// read it has one.
 #[derive(Debug)]
 pub struct NotStarted {
     why: String,
@@ -168,12 +177,13 @@ impl NotStarted {
 
 /// The disks of a guest at the source.
 pub trait SourceDisks: Sync {
-    /// Returns when all that the guest was told is on its disks outlasts a crash of this host, so that another host can
-    /// read it. The engine calls it while the guest runs and once more in the pause, and counts what it takes. May be
-    /// called from a thread of its own.
+    /// Returns when all that the guest was told is on its disks outlasts a crash of this host, so
+    /// that another host can read it. The engine calls it while the guest runs and once more in the
+    /// pause, and counts what it takes. May be called from a thread of its own.
     ///
     /// # Errors
-    /// When a disk could not be flushed, now or since it was opened: the migration ends and the guest stays.
+    /// When a disk could not be flushed, now or since it was opened: the migration ends and the
+    /// guest stays.
     fn flush(&self) -> Result<(), PortError>;
     /// The disks in the order in which the guest knows them: asked for where
     /// [`Options::copy_disk`](crate::options::Options::copy_disk) is set.
@@ -182,20 +192,22 @@ pub trait SourceDisks: Sync {
 
 /// Giving the guest's memory itself to a process on the same host.
 ///
-/// After [`share_memory`](Self::share_memory), whatever happens, one side at most may run the guest in this memory, and a
-/// side whose state is older than the memory must not: that is for the implementation to see to, where a [`PausedVm`] is
-/// dropped or committed, and in [`DestinationVm::run`](super::DestinationVm::run).
+/// After [`share_memory`](Self::share_memory), whatever happens, one side at most may run the guest
+/// in this memory, and a side whose state is older than the memory must not: that is for the
+/// implementation to see to, where a [`PausedVm`] is dropped or committed, and in
+/// [`DestinationVm::run`](super::DestinationVm::run).
 pub trait ShareMemory<L: Link> {
-    /// Has the memory go to the destination with what is sent next on `link` (fd passing), so that both sides map it and no
-    /// page need be sent; `false` where the link cannot carry it. The guest runs on, here.
+    /// Has the memory go to the destination with what is sent next on `link` (fd passing), so that
+    /// both sides map it and no page need be sent; `false` where the link cannot carry it. The
+    /// guest runs on, here.
     ///
     /// # Errors
     /// Why it cannot be, although the link can carry it.
     fn share_memory(&self, link: &mut L) -> Result<bool, PortError>;
     /// Whether the guest's devices use open files that can go with the memory.
     fn has_files(&self) -> bool;
-    /// Has those files go to the destination with what is sent next on `link`. Both sides have them then: only the one
-    /// whose guest runs may use them.
+    /// Has those files go to the destination with what is sent next on `link`. Both sides have them
+    /// then: only the one whose guest runs may use them.
     ///
     /// # Errors
     /// Why they cannot go.

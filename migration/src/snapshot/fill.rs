@@ -8,8 +8,9 @@
 //!  push: bubbles around the faults ────────────────────────┘
 //! ```
 //!
-//! A frame is *claimed* by one thread, which places all of its pages; a page is *missing* until it is in place. So each
-//! frame is read once and each page placed once, and zeros are never put where contents are on their way.
+//! A frame is *claimed* by one thread, which places all of its pages; a page is *missing* until it
+//! is in place. So each frame is read once and each page placed once, and zeros are never put where
+//! contents are on their way.
 
 use super::{Block, BlockReader, ReadAt, Snapshot, SnapshotError};
 use crate::order::{Push, PushOrder};
@@ -28,8 +29,8 @@ const PUSH_PAGES: u64 = super::BLOCK_PAGES;
 /// Fault streams that are bubbled around.
 const PIVOTS: usize = 8;
 
-/// Writes all pages of a snapshot into memory that nobody uses yet, unless `cancelled` says so meanwhile; returns the
-/// bytes that were read.
+/// Writes all pages of a snapshot into memory that nobody uses yet, unless `cancelled` says so
+/// meanwhile; returns the bytes that were read.
 ///
 /// # Errors
 /// [`SnapshotError`]; the memory is then worth nothing.
@@ -133,8 +134,8 @@ enum FaultIs {
 }
 
 impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
-    /// All pages are missing. `sink` places pages; the guest may run as soon as there are threads in
-    /// [`serve`](Self::serve).
+    /// All pages are missing. `sink` places pages; the guest may run as soon as there are threads
+    /// in [`serve`](Self::serve).
     pub fn new(snapshot: Snapshot<F>, sink: Arc<S>, clock: Arc<dyn Clock + Send + Sync>) -> Self {
         let missing = snapshot.data();
         let pages = Pages {
@@ -201,11 +202,12 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
         pages.left == 0 || pages.dismissed || pages.failed.is_some()
     }
 
-    /// Serves page faults until every page is in place: the work of one thread, of which there should be as many as the
-    /// guest has processors.
+    /// Serves page faults until every page is in place: the work of one thread, of which there
+    /// should be as many as the guest has processors.
     ///
     /// # Errors
-    /// [`SnapshotError`]: the guest must not run on, for it would wait for ever. The other threads end too.
+    /// [`SnapshotError`]: the guest must not run on, for it would wait for ever. The other threads
+    /// end too.
     pub fn serve(&self) -> Result<(), SnapshotError> {
         let mut reader = BlockReader::default();
         while !self.is_over() {
@@ -221,8 +223,8 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
         Ok(())
     }
 
-    /// Reads what nobody waits for yet, the neighbourhood of the faults first, until every page is claimed: the work of
-    /// one thread.
+    /// Reads what nobody waits for yet, the neighbourhood of the faults first, until every page is
+    /// claimed: the work of one thread.
     ///
     /// # Errors
     /// As [`serve`](Self::serve).

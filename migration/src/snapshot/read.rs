@@ -60,7 +60,8 @@ struct Entry {
     frame: u64,
 }
 
-/// An opened snapshot: what it is of and where its pages are. Its pages are read by [`BlockReader`]s.
+/// An opened snapshot: what it is of and where its pages are. Its pages are read by
+/// [`BlockReader`]s.
 #[derive(Debug)]
 pub struct Snapshot<F> {
     file: F,
@@ -423,7 +424,8 @@ impl BlockReader {
             .ok_or_else(|| damaged("a frame is shorter than its table"))?;
         let pages = decode_runs(table, &mut self.runs);
         let ascending = self.runs.is_sorted_by(|a, b| a.end() <= b.first);
-        // Ascending, so that none is there twice; then as many as are wanted are those that are wanted.
+        // Ascending, so that none is there twice; then as many as are wanted are those that are
+        // wanted.
         let found: u64 = self
             .runs
             .iter()

@@ -5,8 +5,8 @@
 //!  live      log on ─▶ all pages ─▶ what was dirtied … ─▶ pause ─▶ the rest ─▶ state ─▶ …
 //! ```
 //!
-//! What is in the file is the guest at the moment of its pause, either way. Each data channel takes blocks of pages in turn, codes
-//! them and writes them to a place of its own in the file.
+//! What is in the file is the guest at the moment of its pause, either way. Each data channel takes
+//! blocks of pages in turn, codes them and writes them to a place of its own in the file.
 
 use super::places::Places;
 use super::{BLOCK_PAGES, Trailer, encode_head};
@@ -276,7 +276,8 @@ impl<G, W: WriteAt> Shared<'_, G, W> {
         Ok(())
     }
 
-    /// Appends a frame of what no coder took. From a copy: the checksum is of what is written, whatever the guest does.
+    /// Appends a frame of what no coder took. From a copy: the checksum is of what is written,
+    /// whatever the guest does.
     fn put_raw<L: Link>(&self, data_channel: &mut DataChannel, pages: u64) -> Result<(), SaveError>
     where
         G: SourceVm<L>,
@@ -384,7 +385,8 @@ pub struct SaveSetup<'a> {
     pub cancelled: &'a (dyn Fn() -> bool + Sync),
     /// The machine's configuration; asked for in the pause.
     pub describe: &'a mut dyn FnMut() -> Result<Vec<u8>, PortError>,
-    /// Whether the guest goes on as before when it is no longer needed. Else it stands still, and its guard is returned.
+    /// Whether the guest goes on as before when it is no longer needed. Else it stands still, and
+    /// its guard is returned.
     pub resume: bool,
     /// Called then, after the guest was resumed: what is still to be written is small.
     pub released: &'a mut dyn FnMut(&Saved),
@@ -399,8 +401,8 @@ impl std::fmt::Debug for SaveSetup<'_> {
     }
 }
 
-/// Writes a snapshot of the guest to an empty file. Afterwards the guest stands still, and its guard is returned, unless
-/// it is to be resumed; after an error it goes on as it did before.
+/// Writes a snapshot of the guest to an empty file. Afterwards the guest stands still, and its
+/// guard is returned, unless it is to be resumed; after an error it goes on as it did before.
 ///
 /// # Errors
 /// [`SaveError`]; the file is then worth nothing.
@@ -518,7 +520,8 @@ fn rounds<L: Link, G: SourceVm<L>, W: WriteAt>(
             .map_err(SaveError::Guest)?;
         let left = pending.len();
         let predicted = took / pages.max(1) as f64 * left as f64;
-        // Each further round costs the file as much as it saves the pause; where it saves little, it is not worth it.
+        // Each further round costs the file as much as it saves the pause; where it saves little,
+        // it is not worth it.
         let shrinks = left * 4 < pages * 3;
         if predicted <= options.downtime.as_secs_f64() || !shrinks || saved.rounds >= MOST_ROUNDS {
             return Ok(());

@@ -342,7 +342,8 @@ proptest! {
     }
 }
 
-/// Pages that no coder shrinks are found out at different times; a block's table ascends all the same.
+/// Pages that no coder shrinks are found out at different times; a block's table ascends all the
+/// same.
 #[test]
 fn what_did_not_shrink_is_restored() {
     for compress in [

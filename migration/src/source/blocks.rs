@@ -1,5 +1,5 @@
-//! Disks that move with the guest ([`Options::copy_disk`](crate::options::Options::copy_disk)): the case without shared
-//! storage, as between two sites (Svärd 2012, ch. 2).
+//! Disks that move with the guest ([`Options::copy_disk`](crate::options::Options::copy_disk)): the
+//! case without shared storage, as between two sites (Svärd 2012, ch. 2).
 //!
 //! ```text
 //!  guest runs   every block once ─▶ what was written meanwhile, round by round, until little is left or it shrinks no more
@@ -8,14 +8,16 @@
 //!  pause        the blocks written since ─▶ flushed there ─▶ pages, state, READY, COMMIT
 //! ```
 //!
-//! The disks are complete at the destination before it says READY, whatever the policy: no block follows a guest that was
-//! moved by post-copy. Their loop is apart from the policies, which see of it only the bytes that are still to be sent
+//! The disks are complete at the destination before it says READY, whatever the policy: no block
+//! follows a guest that was moved by post-copy. Their loop is apart from the policies, which see of
+//! it only the bytes that are still to be sent
 //! ([`View::disk_bytes`](crate::policy::View::disk_bytes)): they are part of the predicted pause.
 //!
-//! Why no write is lost: a block is pending until it was handed to the link, and is read after it was taken from what was
-//! written. A write that was done before it was taken is in what is read; one that was not is marked when it is done, and
-//! is found the next time. The last time is in the pause, when the devices have drained. A failure before the commit
-//! leaves the guest with its own disk, which was only read.
+//! Why no write is lost: a block is pending until it was handed to the link, and is read after it
+//! was taken from what was written. A write that was done before it was taken is in what is read;
+//! one that was not is marked when it is done, and is found the next time. The last time is in the
+//! pause, when the devices have drained. A failure before the commit leaves the guest with its own
+//! disk, which was only read.
 
 use super::{Source, SourceError, ms};
 use crate::codec::ZSTD_LEVEL;
@@ -29,8 +31,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use zstd::bulk::Compressor;
 
-/// The destination is asked to flush after so many bytes or so much time, and is never more than two such pieces behind:
-/// a flush then takes seconds at most, and a destination that has fallen silent is noticed.
+/// The destination is asked to flush after so many bytes or so much time, and is never more than
+/// two such pieces behind: a flush then takes seconds at most, and a destination that has fallen
+/// silent is noticed.
 const PIECE: u64 = 32 << 20;
 const PIECE_TIME: Duration = Duration::from_secs(5);
 /// What is left when the live rounds end: little beside any memory.
@@ -168,7 +171,8 @@ impl Disks {
         expected
     }
 
-    /// What went out since the last round of pages: that round's time on the link is measured with it.
+    /// What went out since the last round of pages: that round's time on the link is measured with
+    /// it.
     pub(super) fn take_since_round(&mut self) -> (u64, Duration) {
         std::mem::take(&mut self.since_round)
     }
@@ -231,8 +235,8 @@ impl Disks {
 }
 
 impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
-    /// Sends the disks while the guest runs, until little of them is left. Memory is not logged yet: it would only slow the
-    /// guest down.
+    /// Sends the disks while the guest runs, until little of them is left. Memory is not logged
+    /// yet: it would only slow the guest down.
     pub(super) fn copy_disks(&mut self) -> Result<(), SourceError> {
         if self.disks.is_empty() {
             return Ok(());
@@ -308,7 +312,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 run.end()
             };
             self.take_acks()?;
-            // Data channels are silent while blocks go out on this one, and must not be taken for dead.
+            // Data channels are silent while blocks go out on this one, and must not be taken for
+            // dead.
             self.keep_alive()?;
             self.tell_progress();
             let due = self.disks.since_asked >= PIECE
@@ -470,8 +475,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
 
 /// Compresses blocks, where that pays.
 ///
-/// `--compress auto` compares what a byte costs on the link (as measured, or by the user's cap) with what coding it costs
-/// and leaves of it: the slow link between two sites is where it pays.
+/// `--compress auto` compares what a byte costs on the link (as measured, or by the user's cap)
+/// with what coding it costs and leaves of it: the slow link between two sites is where it pays.
 #[derive(Default)]
 struct Coder {
     always: bool,

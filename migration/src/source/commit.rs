@@ -1,7 +1,9 @@
-//! From the commit on: the source never runs the guest by itself, and repeats COMMIT until it is answered.
+//! From the commit on: the source never runs the guest by itself, and repeats COMMIT until it is
+//! answered.
 //!
-//! COMMIT is idempotent, so the source repeats it on new connections ([`Role::Recover`]): for [`Timeouts::doubt`] before
-//! [`migrate`](super::migrate) returns, and then whenever the VMM calls [`recover`].
+//! COMMIT is idempotent, so the source repeats it on new connections ([`Role::Recover`]): for
+//! [`Timeouts::doubt`] before [`migrate`](super::migrate) returns, and then whenever the VMM calls
+//! [`recover`].
 
 use super::phases::{End, Moved};
 use super::post_copy::FaultChannel;
@@ -259,10 +261,10 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
 /// sends the missing pages. The destination runs the guest if it does not run it yet.
 /// Blocks until the destination has everything. `committed` is what is left of the guest here.
 ///
-/// The report's status is `Completed`; `Failed` when the destination says that it did not start the guest, which runs
-/// here again; `InDoubt` when the destination cannot be reached, belongs to another migration or no longer has the
-/// guest; `Interrupted` when it runs the guest and the connection was lost again. Its numbers are those of this
-/// connection.
+/// The report's status is `Completed`; `Failed` when the destination says that it did not start the
+/// guest, which runs here again; `InDoubt` when the destination cannot be reached, belongs to
+/// another migration or no longer has the guest; `Interrupted` when it runs the guest and the
+/// connection was lost again. Its numbers are those of this connection.
 pub fn recover<'g, L: Link, G: SourceVm<L>>(
     guest: &'g G,
     committed: Committed<'g>,
@@ -293,12 +295,14 @@ pub fn recover<'g, L: Link, G: SourceVm<L>>(
 pub enum AbortTold {
     /// The destination has taken it, or does not know the migration: it keeps nothing.
     Answered,
-    /// The destination was not reached or was busy: it may keep a guest in doubt, and is to be told again.
+    /// The destination was not reached or was busy: it may keep a guest in doubt, and is to be told
+    /// again.
     Unanswered,
 }
 
-/// For a source that keeps its guest although the destination may be ready: says ABORT on a new connection, so that the
-/// destination does not stay in doubt. ABORT is idempotent: a VMM repeats this until it is answered.
+/// For a source that keeps its guest although the destination may be ready: says ABORT on a new
+/// connection, so that the destination does not stay in doubt. ABORT is idempotent: a VMM repeats
+/// this until it is answered.
 pub fn tell_abort<L: Link>(setup: &mut Setup<'_, L>, reason: &str) -> AbortTold {
     let result = attach(setup).and_then(|mut channel| {
         channel.send_abort(reason);

@@ -18,10 +18,12 @@ use std::time::Duration;
 
 /// How often a data channel that is not in use looks whether the user has cancelled.
 const TICK: Duration = Duration::from_millis(100);
-/// A round of at most so many pages goes out on the control channel: starting the data channels would take as long.
+/// A round of at most so many pages goes out on the control channel: starting the data channels
+/// would take as long.
 const SMALL: u64 = 2 * BATCH_PAGES;
 
-/// Low-water mark of a step of so many pages: below it, request the next step so that no channel idles.
+/// Low-water mark of a step of so many pages: below it, request the next step so that no channel
+/// idles.
 const fn low(said: u64) -> u64 {
     const MOST: u64 = 4 * BATCH_PAGES;
     if said / 2 < MOST { said / 2 + 1 } else { MOST }
@@ -227,7 +229,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                     }
                 }
             }
-            // This thread says meanwhile what comes next, tells the progress, and sees when the round before is in place.
+            // This thread says meanwhile what comes next, tells the progress, and sees when the
+            // round before is in place.
             let mut told = self.session.setup.clock.now();
             let mut alive_at = told;
             let mut state = shared.state();

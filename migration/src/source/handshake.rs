@@ -37,7 +37,8 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Connecting<'s, 'a, 'g, L, G> {
 }
 
 impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
-    /// Agrees on what both sides can do and opens the channels; whether the destination takes the memory itself.
+    /// Agrees on what both sides can do and opens the channels; whether the destination takes the
+    /// memory itself.
     fn handshake(&mut self) -> Result<bool, SourceError> {
         self.record.progress.phase = Phase::Connecting;
         let timeouts = self.session.setup.timeouts;

@@ -16,7 +16,8 @@ use std::time::Duration;
 
 /// Progress is told this often.
 pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-/// Returns the next step of the pages that [`Batches::to_come`] counts; called on the engine's thread.
+/// Returns the next step of the pages that [`Batches::to_come`] counts; called on the engine's
+/// thread.
 pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<PageSet, SourceError>;
 /// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
 const MEASURABLE: u64 = 64 << 10;
@@ -47,7 +48,8 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Live<'s, 'a, 'g, L, G> {
 
 impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     fn live(&mut self, policy: &mut dyn Policy) -> Result<How, SourceError> {
-        // What the host has cached of the disks is written while memory goes out, and not in the pause.
+        // What the host has cached of the disks is written while memory goes out, and not in the
+        // pause.
         self.flush_live()?;
         let (mut draining, mut announced) = (false, false);
         loop {
@@ -58,7 +60,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             while self.flight.in_flight.len() > 1 {
                 self.take_ack()?;
             }
-            // While the link is drained nothing more goes out, but what the pause would have to send is known.
+            // While the link is drained nothing more goes out, but what the pause would have to
+            // send is known.
             if !draining {
                 self.send_written_blocks()?;
             }
@@ -182,8 +185,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         })
     }
 
-    /// Before post-copy: what was never written is said to be zero while the guest runs. That costs next to
-    /// nothing; to follow the guest it would have to be placed page by page, and take memory there.
+    /// Before post-copy: what was never written is said to be zero while the guest runs. That costs
+    /// next to nothing; to follow the guest it would have to be placed page by page, and take
+    /// memory there.
     fn announce_unpopulated(&mut self) -> Result<bool, SourceError> {
         let mut pages = PageSet::new(self.memory.layout.end());
         let mut unsent = self.memory.pending.clone();
@@ -210,7 +214,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         Ok(true)
     }
 
-    /// Takes pending pages off the dirty log, which then shows what is written to them: they are pending all the same.
+    /// Takes pending pages off the dirty log, which then shows what is written to them: they are
+    /// pending all the same.
     fn watch(&mut self) -> Result<(), SourceError> {
         let log = if std::mem::replace(&mut self.memory.watched, true) {
             let mut log = self.memory.written.clone();
@@ -253,9 +258,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             self.memory.fresh.len(),
             now.saturating_sub(self.memory.collected_at),
         );
-        // The second collection of a round, after draining, finds only what is not pending yet: taken
-        // alone it would make a guest that writes its working set all the time look calm, and pre-copy
-        // would send round after round in search of a pause that it has.
+        // The second collection of a round, after draining, finds only what is not pending yet:
+        // taken alone it would make a guest that writes its working set all the time look calm, and
+        // pre-copy would send round after round in search of a pause that it has.
         self.memory.dirtied = if self.memory.dirtied_round == self.flight.round {
             (self.memory.dirtied.0 + pages, self.memory.dirtied.1 + over)
         } else {
@@ -324,8 +329,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         });
         self.barrier(self.flight.round)?;
         let ended = self.now();
-        // Data channels send at the same time, and each looks for zero pages while others send: more than the time that went by
-        // cannot have been the link's.
+        // Data channels send at the same time, and each looks for zero pages while others send:
+        // more than the time that went by cannot have been the link's.
         let link = (sent.link + sent.coding).min(ended.saturating_sub(started));
         self.flight.in_flight.push_back(InFlight {
             round: self.flight.round,
@@ -363,7 +368,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         let failed = |e| SourceError::guest("reading the dirty log", e);
         let guest = self.guest;
         let mut pass = FirstPass::new(pages);
-        // All are pending: from here on the log tells which of them are written. Each is cleared once more as it leaves.
+        // All are pending: from here on the log tells which of them are written. Each is cleared
+        // once more as it leaves.
         self.clear(&pass)?;
         let mut log = PageSet::new(self.memory.layout.end());
         let step = pass.next(&log);

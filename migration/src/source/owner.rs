@@ -8,8 +8,9 @@
 //!                  "not started": the destination's own word
 //! ```
 //!
-//! A progress display decides nothing: what a VMM does after a failure or a panic follows from this value, and the guest
-//! itself from the guards ([`PausedVm`](crate::port::PausedVm), [`CommittedVm`](crate::port::CommittedVm)).
+//! A progress display decides nothing: what a VMM does after a failure or a panic follows from this
+//! value, and the guest itself from the guards ([`PausedVm`](crate::port::PausedVm),
+//! [`CommittedVm`](crate::port::CommittedVm)).
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -18,13 +19,15 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub enum Owner {
     /// The source: nothing was committed.
     Source,
-    /// The destination, if it has read the commit; it has not answered. Neither side runs the guest by itself.
+    /// The destination, if it has read the commit; it has not answered. Neither side runs the guest
+    /// by itself.
     InDoubt,
     /// The destination: it has said that it runs the guest.
     Destination,
 }
 
-/// The owner of one migration's guest, and the switch between cancelling and committing: exactly one of the two wins.
+/// The owner of one migration's guest, and the switch between cancelling and committing: exactly
+/// one of the two wins.
 #[derive(Debug, Default)]
 pub struct Ownership(AtomicU8);
 
@@ -34,7 +37,8 @@ const IN_DOUBT: u8 = 2;
 const DESTINATION: u8 = 3;
 
 impl Ownership {
-    /// Of a guest that was committed by an earlier migration: for [`recover`](crate::source::recover).
+    /// Of a guest that was committed by an earlier migration: for
+    /// [`recover`](crate::source::recover).
     #[must_use]
     pub const fn in_doubt() -> Self {
         Self(AtomicU8::new(IN_DOUBT))
@@ -66,7 +70,8 @@ impl Ownership {
         self.swap(HERE, IN_DOUBT)
     }
 
-    /// The commit could not be written down, so that nothing was sent; or the destination says that it did not start.
+    /// The commit could not be written down, so that nothing was sent; or the destination says that
+    /// it did not start.
     pub(super) fn take_back(&self) {
         self.0.store(HERE, Ordering::SeqCst);
     }

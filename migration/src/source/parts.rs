@@ -78,8 +78,8 @@ pub(super) struct Memory {
     pub(super) layout: RamLayout,
     pub(super) pending: PageSet,
     pub(super) sent_once: PageSet,
-    /// With `--verify`: pages whose hashes the destination has, and that were not written since. They were hashed once the
-    /// policy first wanted to stop.
+    /// With `--verify`: pages whose hashes the destination has, and that were not written since.
+    /// They were hashed once the policy first wanted to stop.
     pub(super) hashed: Option<PageSet>,
     pub(super) heat: Heat,
     /// Scratch of a collection.

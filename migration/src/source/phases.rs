@@ -9,8 +9,8 @@
 //! | `Unconfirmed` | a [`Committed`](crate::port::Committed) guest | `Confirmed`, or itself on a new connection |
 //! | `Confirmed` | a [`Committed`](crate::port::Committed) guest and the destination's word | [`Moved`] |
 //!
-//! Every phase borrows the [`Source`]: its parts are what any phase may use. An error drops what the phase has, and so
-//! resumes the guest and stops its log, before anybody explains it.
+//! Every phase borrows the [`Source`]: its parts are what any phase may use. An error drops what
+//! the phase has, and so resumes the guest and stops its log, before anybody explains it.
 
 use super::{Source, SourceError};
 use crate::port::{Committed, Link, SourceVm};

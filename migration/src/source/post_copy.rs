@@ -8,8 +8,8 @@
 //!             ▼ control or data channel                                        ▼ fault channel
 //! ```
 //!
-//! Where the destination says when batches are in place, the push keeps no more under way than the link needs
-//! (`source/window.rs`): answers do not wait behind it.
+//! Where the destination says when batches are in place, the push keeps no more under way than the
+//! link needs (`source/window.rs`): answers do not wait behind it.
 //!
 //! The guest stands still here, so pages are read without a lock. A page is taken out of the set
 //! before it is sent: what a broken connection loses with it, the destination lists as missing when
@@ -29,7 +29,8 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Pages in a batch of the push stream at most: an answer waits behind one of them for the processor that both need.
+/// Pages in a batch of the push stream at most: an answer waits behind one of them for the
+/// processor that both need.
 pub(crate) const PUSH_PAGES: u64 = 64;
 /// How much of the push stream may wait in a socket, not yet sent.
 const QUEUE: u32 = 128 << 10;
@@ -238,7 +239,8 @@ impl<'a> PageServer<'a> {
         Ok(())
     }
 
-    /// All that was sent: an answer may have arrived, and with it everything, before its thread has counted it.
+    /// All that was sent: an answer may have arrived, and with it everything, before its thread has
+    /// counted it.
     fn counted(&self) -> Sent {
         loop {
             let outgoing = self.outgoing();
@@ -339,7 +341,8 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         )
     }
 
-    /// Runs `work` while the fault channels are being answered; not at all where no thread can be had for that.
+    /// Runs `work` while the fault channels are being answered; not at all where no thread can be
+    /// had for that.
     pub(super) fn while_answering<T>(
         &mut self,
         server: &PageServer<'_>,
@@ -376,8 +379,8 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         })
     }
 
-    /// Sends what is left, and the hashes of these pages; waits until the destination has everything. Returns what is
-    /// wrong with it all the same.
+    /// Sends what is left, and the hashes of these pages; waits until the destination has
+    /// everything. Returns what is wrong with it all the same.
     pub(super) fn push_all(
         &mut self,
         server: &PageServer<'_>,
@@ -430,20 +433,23 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             data_channel.link().bound_queue(QUEUE);
         }
         match self.send_rest(server, hashes) {
-            // A destination whose guest has ended says so and hangs up: that may look like a failure here.
+            // A destination whose guest has ended says so and hangs up: that may look like a
+            // failure here.
             Err(error) if !matches!(error, SourceError::Wire(WireError::Io(_))) => Err(error),
             Err(error) => self.wait_arrived(server, None, PARTING).map_err(|_| error),
             Ok(said) => self.wait_arrived(server, said, self.session.setup.timeouts.transfer),
         }
     }
 
-    /// The pages that no fault asks for, their end, and the hashes; returns what the destination says before the end.
+    /// The pages that no fault asks for, their end, and the hashes; returns what the destination
+    /// says before the end.
     fn send_rest(
         &mut self,
         server: &PageServer<'_>,
         hashes: Option<&PageSet>,
     ) -> Result<Option<Header>, SourceError> {
-        // Data channels that the user has not asked for are for rounds: here answers to page faults need link and processors.
+        // Data channels that the user has not asked for are for rounds: here answers to page faults
+        // need link and processors.
         let said = if self.transport.data_channels.is_empty()
             || self.session.setup.options.channels.is_none()
         {
@@ -462,7 +468,8 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         Ok(None)
     }
 
-    /// Everything on the control channel, from this thread; returns what the destination says before the end.
+    /// Everything on the control channel, from this thread; returns what the destination says
+    /// before the end.
     fn push_here(&mut self, server: &PageServer<'_>) -> Result<Option<Header>, SourceError> {
         let mut stream = Stream::new(self.transport.tells, self.now());
         // Without threads faults are answered by this one.

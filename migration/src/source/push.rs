@@ -1,4 +1,5 @@
-//! A stream of pushes in post-copy: what is pushed next goes out as the user's cap and the [`Window`] allow.
+//! A stream of pushes in post-copy: what is pushed next goes out as the user's cap and the
+//! [`Window`] allow.
 
 use super::SourceError;
 use super::post_copy::{Next, PUSH_PAGES, PageServer};
@@ -46,7 +47,8 @@ pub(super) struct Pusher<'a, 'b, L, G> {
     pub(super) channel: &'a mut Channel<L>,
     pub(super) sender: &'a mut Sender,
     pub(super) stream: &'a mut Stream,
-    /// How long the destination may say nothing of what it was sent, and how often the source says that it lives.
+    /// How long the destination may say nothing of what it was sent, and how often the source says
+    /// that it lives.
     pub(super) timeout: Duration,
     pub(super) alive: Duration,
 }
@@ -105,8 +107,8 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
         self.stream.window.as_mut().is_some_and(Window::is_full)
     }
 
-    /// Takes the destination's words about what is in place, waiting for one if the window is full; returns another
-    /// word of its.
+    /// Takes the destination's words about what is in place, waiting for one if the window is full;
+    /// returns another word of its.
     fn hear(&mut self, wait: Duration) -> Result<Option<Header>, SourceError> {
         let mut wait = if self.is_full() { wait } else { Duration::ZERO };
         while self

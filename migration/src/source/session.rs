@@ -44,7 +44,8 @@ impl<'a, L: Link> Session<'a, L> {
         self.setup.clock.now()
     }
 
-    /// Whether to go on: the user has not cancelled, and the guest has not stood still for too long.
+    /// Whether to go on: the user has not cancelled, and the guest has not stood still for too
+    /// long.
     pub(super) fn check(&self) -> Result<(), SourceError> {
         if self.setup.owner.is_cancelled() {
             return Err(SourceError::Cancelled);

@@ -1,7 +1,8 @@
 //! The pause: last pages (or what will follow), state, and handing the guest over.
 //!
-//! The guest is a value here ([`Paused`]): every `?` drops it, and it runs again at the source before the error is looked
-//! at. A deadline ([`Options::max_pause`](crate::options::Options::max_pause)) holds from the pause to the commit,
+//! The guest is a value here ([`Paused`]): every `?` drops it, and it runs again at the source
+//! before the error is looked at. A deadline
+//! ([`Options::max_pause`](crate::options::Options::max_pause)) holds from the pause to the commit,
 //! whatever the destination sends or takes meanwhile.
 
 use super::commit::{Confirmed, Unconfirmed};
@@ -18,7 +19,8 @@ use crate::wire::{FrameType, Header, Ready, WireError, send_set};
 use std::io;
 use std::time::Duration;
 
-/// Hashes in one VERIFY frame, of 16 MiB of memory: the destination compares them while the source hashes the next.
+/// Hashes in one VERIFY frame, of 16 MiB of memory: the destination compares them while the source
+/// hashes the next.
 const VERIFY_PAGES: u64 = 4 << 10;
 /// The longest pause where the user has set none: this, and four times what was predicted.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -181,7 +183,8 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
 }
 
 impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopped<'s, 'a, 'g, L, G> {
-    /// Sends what `last` sends, flushes the disks, sends the state, and commits once the destination is ready.
+    /// Sends what `last` sends, flushes the disks, sends the state, and commits once the
+    /// destination is ready.
     fn hand_over(
         self,
         last: impl FnOnce(&mut Source<'a, 'g, L, G>) -> Result<(), SourceError>,
@@ -301,9 +304,11 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         }
     }
 
-    /// Before the pause of post-copy: what is dirty already will be missing in any case, so the destination drops it now.
+    /// Before the pause of post-copy: what is dirty already will be missing in any case, so the
+    /// destination drops it now.
     fn list_known(&mut self) -> Result<PageSet, SourceError> {
-        // From here on each page is sent once, to where nothing can be read: no page is a base any more.
+        // From here on each page is sent once, to where nothing can be read: no page is a base any
+        // more.
         self.transport.sender.without_bases();
         for (_, sender) in &mut self.transport.data_channels {
             sender.without_bases();
@@ -314,7 +319,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         Ok(known)
     }
 
-    /// In the pause of post-copy: the missing pages that were not `known`, and hashes of those that are there.
+    /// In the pause of post-copy: the missing pages that were not `known`, and hashes of those that
+    /// are there.
     fn list_news(&mut self, missing: &PageSet, known: &PageSet) -> Result<(), SourceError> {
         let mut news = missing.clone();
         news.subtract(known);
@@ -384,7 +390,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         Ok(ready_at)
     }
 
-    /// With `--verify`, in the pause: hashes of all disks, and of these pages but for those whose hashes still hold.
+    /// With `--verify`, in the pause: hashes of all disks, and of these pages but for those whose
+    /// hashes still hold.
     fn send_all_hashes(&mut self, mut pages: PageSet) -> Result<(), SourceError> {
         if !self.session.setup.options.verify {
             return Ok(());
@@ -399,9 +406,10 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         Ok(())
     }
 
-    /// With `--verify`, once, while the guest runs: hashes of all pages that the destination has, so that in the pause only
-    /// what is written from now on is hashed. A page that is written while it is hashed is in the dirty log, and is hashed
-    /// again with the others. Says whether it did that.
+    /// With `--verify`, once, while the guest runs: hashes of all pages that the destination has,
+    /// so that in the pause only what is written from now on is hashed. A page that is written
+    /// while it is hashed is in the dirty log, and is hashed again with the others. Says whether it
+    /// did that.
     pub(super) fn hash_live(&mut self) -> Result<bool, SourceError> {
         let wanted = self.session.setup.options.verify && self.session.live_hashes;
         if !wanted || self.memory.hashed.is_some() {
@@ -426,7 +434,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             self.session.check()?;
             self.keep_alive()?;
             hashes.clear();
-            // The guest stands still: what holds nothing stays so, and reading it would make the host populate it.
+            // The guest stands still: what holds nothing stays so, and reading it would make the
+            // host populate it.
             let mut hole = self.guest.unpopulated(run);
             for gfn in run.first..run.end() {
                 if hole.is_some_and(|hole| gfn >= hole.end()) {

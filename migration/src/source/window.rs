@@ -1,27 +1,30 @@
 //! How much of post-copy's push stream is under way at a time.
 //!
-//! The link carries the pushed pages and the answers to faults in one queue, wherever that is: an answer waits for
-//! what was pushed before it. So the destination says when batches are in place, and no more is sent ahead of its
-//! word than what keeps the link busy:
+//! The link carries the pushed pages and the answers to faults in one queue, wherever that is: an
+//! answer waits for what was pushed before it. So the destination says when batches are in place,
+//! and no more is sent ahead of its word than what keeps the link busy:
 //!
 //! ```text
 //! window = rate × (shortest round trip + slack)
 //! ```
 //!
-//! The rate is the highest at which batches were placed lately, and the slack both bounds the queue and lets a window grow
-//! on a link that could carry more: there it makes the rate rise, and with that the window. The slack is what it must be: where
-//! the rate falls behind its best although the window is full, both hosts are slower to react than was thought, and the link runs
-//! dry. (BBR's model, Cardwell et al. 2016, without its probing: what is measured here is the destination's placing, not the
-//! network alone.)
+//! The rate is the highest at which batches were placed lately, and the slack both bounds the queue
+//! and lets a window grow on a link that could carry more: there it makes the rate rise, and with
+//! that the window. The slack is what it must be: where the rate falls behind its best although the
+//! window is full, both hosts are slower to react than was thought, and the link runs dry. (BBR's
+//! model, Cardwell et al. 2016, without its probing: what is measured here is the destination's
+//! placing, not the network alone.)
 
 use crate::page::PAGE_BYTES;
 use crate::policy::{pages_in, seconds};
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// How long an answer waits at most behind what is pushed, where the round trip is short: between these, in seconds.
+/// How long an answer waits at most behind what is pushed, where the round trip is short: between
+/// these, in seconds.
 const SLACK: [f64; 2] = [75e-6, 5e-3];
-/// From measurement to measurement the slack shrinks or grows by these; below this share of the best rate it grows.
+/// From measurement to measurement the slack shrinks or grows by these; below this share of the
+/// best rate it grows.
 const SHRINK: f64 = 0.95;
 const GROW: f64 = 1.25;
 const ENOUGH: f64 = 0.95;
@@ -29,8 +32,9 @@ const ENOUGH: f64 = 0.95;
 const BATCH: Duration = Duration::from_micros(150);
 /// Pages in a batch at least: system calls must not cost more than the pages.
 const FEWEST: u64 = 4;
-/// A batch is larger than that where what it costs beside its bytes holds the push up: every so many measurements twice as many
-/// pages, or half, or a wider window are tried; more are kept if the rate grows by this much, fewer if it does not fall below that.
+/// A batch is larger than that where what it costs beside its bytes holds the push up: every so
+/// many measurements twice as many pages, or half, or a wider window are tried; more are kept if
+/// the rate grows by this much, fewer if it does not fall below that.
 const TRY_EVERY: u32 = 10;
 const GAIN: f64 = 1.1;
 const LOSS: f64 = 0.95;
@@ -40,21 +44,22 @@ const LARGEST: u64 = 64;
 const MOST_PAGES: u64 = super::post_copy::PUSH_PAGES;
 /// The most bytes that are ever under way.
 const MOST: u64 = 64 << 20;
-/// A rate is measured over at least so long, and over so many batches, and counts for so many measurements.
+/// A rate is measured over at least so long, and over so many batches, and counts for so many
+/// measurements.
 const PERIOD: Duration = Duration::from_millis(10);
 const BATCHES: u32 = 50;
 const KEPT: usize = 20;
-/// The best rate is that which one in five is above, or both of the last two: what waited elsewhere and comes at once is not the
-/// path's rate.
+/// The best rate is that which one in five is above, or both of the last two: what waited elsewhere
+/// and comes at once is not the path's rate.
 const BEST: usize = 5;
-/// A shortest round trip counts for one to two times so long: paths change. Then the window is the smallest for a moment, so that
-/// what it holds itself is not taken for the path.
+/// A shortest round trip counts for one to two times so long: paths change. Then the window is the
+/// smallest for a moment, so that what it holds itself is not taken for the path.
 const FORGET: Duration = Duration::from_secs(5);
 const MOMENT: Duration = Duration::from_millis(5);
 /// While the rate rises by this much from measurement to measurement the window is twice as wide.
 const RISING: f64 = 1.25;
-/// A window that is tried for one measurement is wider by this. If the rate then rises by this much, round trips are longer than the
-/// shortest was, and the slack becomes this share of it.
+/// A window that is tried for one measurement is wider by this. If the rate then rises by this
+/// much, round trips are longer than the shortest was, and the slack becomes this share of it.
 const WIDER: f64 = 1.5;
 const RISEN: f64 = 1.05;
 const OF_ROUND_TRIP: f64 = 0.5;
@@ -222,7 +227,8 @@ impl Window {
         }
         let rate = bytes as f64 / took.as_secs_f64();
         let before = self.rate;
-        // Without a full window it was the sender that was slow: that says nothing against the path.
+        // Without a full window it was the sender that was slow: that says nothing against the
+        // path.
         if self.limited || before.is_none_or(|before| rate > before) {
             if self.rates.len() == KEPT {
                 self.rates.pop_front();
@@ -308,8 +314,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A link with a queue, in virtual time: pushes for `time`, changing to another rate half way; bytes placed in the second
-    /// half, and the longest waits in the link's queue in the last quarter: as long as a faster rate was remembered, and then.
+    /// A link with a queue, in virtual time: pushes for `time`, changing to another rate half way;
+    /// bytes placed in the second half, and the longest waits in the link's queue in the last
+    /// quarter: as long as a faster rate was remembered, and then.
     fn push(rates: [f64; 2], delay: Duration, time: Duration) -> (f64, [Duration; 2]) {
         let mut window = Window::new(Duration::ZERO);
         let (mut now, mut free) = (Duration::ZERO, Duration::ZERO);
@@ -358,7 +365,8 @@ mod tests {
         assert!(!window.placed(Duration::from_secs(2)));
     }
 
-    /// Whatever the link: it is kept busy, in all of the two seconds after it has changed, and its queue is short.
+    /// Whatever the link: it is kept busy, in all of the two seconds after it has changed, and its
+    /// queue is short.
     fn is_busy_with_a_short_queue(
         rate: f64,
         then: f64,
@@ -369,7 +377,8 @@ mod tests {
         let (placed, longest) = push([rate, rate * then], delay, time);
         let most = rate * then * time.as_secs_f64() / 2.0;
         prop_assert!(placed >= 0.75 * most, "{placed:.0} of {most:.0}");
-        // The link is steady here, but for its change: some slack, batches of which twice as large ones are tried, and what the fewest pages take.
+        // The link is steady here, but for its change: some slack, batches of which twice as large
+        // ones are tried, and what the fewest pages take.
         let fewest = seconds(9.0 * (FEWEST * PAGE_BYTES) as f64 / (rate * then));
         let allowed = (seconds(SLACK[0]).max(delay / 3) + BATCH * 2) * 3 + fewest;
         prop_assert!(longest[1] <= allowed, "{longest:?} of {allowed:?}");

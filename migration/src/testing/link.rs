@@ -102,8 +102,8 @@ impl Pipe {
     }
 }
 
-/// One end of a connection between two threads: a ring of 1 MiB in each direction. Sending and receiving
-/// allocate nothing.
+/// One end of a connection between two threads: a ring of 1 MiB in each direction. Sending and
+/// receiving allocate nothing.
 #[derive(Debug)]
 pub struct MemoryLink {
     out: Arc<Pipe>,

@@ -46,11 +46,13 @@ impl Gate {
     }
 }
 
-/// A link whose peer sends what was recorded, whatever it receives. A peer that stands before a closed [`Gate`] is
-/// silent: the link's timeout and deadline end a wait for it, as they end one for a socket.
+/// A link whose peer sends what was recorded, whatever it receives. A peer that stands before a
+/// closed [`Gate`] is silent: the link's timeout and deadline end a wait for it, as they end one
+/// for a socket.
 ///
 /// # Panics
-/// Receiving panics when an engine asks for more than 1 MiB at once: it has allocated that on a peer's word.
+/// Receiving panics when an engine asks for more than 1 MiB at once: it has allocated that on a
+/// peer's word.
 #[derive(Debug)]
 pub struct RecordedPeer {
     input: Vec<u8>,

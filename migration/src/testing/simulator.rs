@@ -54,8 +54,8 @@ pub struct Scenario {
     pub zero_share: f64,
     /// Share of writes that make their page zero.
     pub zero_writes: f64,
-    /// Share of writes that give their page back instead (a balloon, or free-page reporting): it holds nothing then, which
-    /// is known without reading it, until it is written again.
+    /// Share of writes that give their page back instead (a balloon, or free-page reporting): it
+    /// holds nothing then, which is known without reading it, until it is written again.
     pub given_back: f64,
     /// Blocks of the guest's disk; 0 is no disk. It moves where `options.copy_disk` is set.
     pub disk_blocks: u64,
@@ -76,9 +76,11 @@ pub struct Scenario {
     pub port_fault: Option<PortFault>,
     /// What users ask for meanwhile.
     pub calls: Vec<Call>,
-    /// Attempts to recover before the network is mended: what goes wrong in each, counted from its first message.
+    /// Attempts to recover before the network is mended: what goes wrong in each, counted from its
+    /// first message.
     pub recoveries: Vec<Fault>,
-    /// How often the source's last word (COMMIT or ABORT) comes late, once more, on a connection of its own.
+    /// How often the source's last word (COMMIT or ABORT) comes late, once more, on a connection of
+    /// its own.
     pub echoes: u32,
     /// Makes the simulated guest's dirty log forget a page: only to show that the simulator
     /// notices.
@@ -347,7 +349,8 @@ fn call_recover(
     source::recover(&guest, committed, setup)
 }
 
-/// A source reconnects while the network is still bad. Whatever comes of it, nothing is lost and nothing runs twice.
+/// A source reconnects while the network is still bad. Whatever comes of it, nothing is lost and
+/// nothing runs twice.
 fn try_to_recover(
     scenario: &Scenario,
     world: &Arc<Mutex<World>>,
@@ -383,7 +386,8 @@ fn try_to_recover(
     );
 }
 
-/// A source in doubt or interrupted reconnects; the destination must end up running all of the guest.
+/// A source in doubt or interrupted reconnects; the destination must end up running all of the
+/// guest.
 fn recover(
     scenario: &Scenario,
     world: &Arc<Mutex<World>>,
@@ -424,7 +428,8 @@ fn operator(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>, violations: &mut
         engine.state(),
         destination::State::Ready | destination::State::InDoubt
     ) {
-        // Shared memory in which the source's guest went on is worth nothing to the state that was saved before.
+        // Shared memory in which the source's guest went on is worth nothing to the state that was
+        // saved before.
         let stale = lock(world).ran_since_shared;
         let result = engine.take_over();
         let world = lock(world);

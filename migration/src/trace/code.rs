@@ -76,8 +76,8 @@ pub(super) fn decode(
     }
 }
 
-/// How many pages a set has, all of them RAM; an error is what is wrong. Takes time by its bytes, not by the layout: a
-/// small file may have many small frames, and claim to be of a large guest.
+/// How many pages a set has, all of them RAM; an error is what is wrong. Takes time by its bytes,
+/// not by the layout: a small file may have many small frames, and claim to be of a large guest.
 pub(super) fn check(kind: Kind, bytes: &[u8], layout: &RamLayout) -> Result<u64, &'static str> {
     let (mut pages, mut ram) = (0, 0);
     let mut count = |run: Run| {

@@ -42,7 +42,8 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// The pages that were dirtied since the frame before; `at` is the time since the recording began.
+    /// The pages that were dirtied since the frame before; `at` is the time since the recording
+    /// began.
     ///
     /// # Errors
     /// What the output says.

@@ -5,9 +5,10 @@
 //!    │ ◀────────────────────── BLOCKS-STORED n  │
 //! ```
 //!
-//! They travel on the control channel, before and between the rounds of pages, and what is left in the pause. In a
-//! header of theirs the field `gfn` names the disk in its upper 16 bits and the first block in the others; `count` says
-//! how many blocks it is about. BLOCKS-HASH has a hash for each block, or no payload where all of them are zero.
+//! They travel on the control channel, before and between the rounds of pages, and what is left in
+//! the pause. In a header of theirs the field `gfn` names the disk in its upper 16 bits and the
+//! first block in the others; `count` says how many blocks it is about. BLOCKS-HASH has a hash for
+//! each block, or no payload where all of them are zero.
 
 use super::{FrameType, Header};
 use crate::page::Run;
@@ -32,7 +33,8 @@ impl Header {
         }
     }
 
-    /// The disk and the blocks that it is about; whether there are such is for the receiver to check.
+    /// The disk and the blocks that it is about; whether there are such is for the receiver to
+    /// check.
     #[must_use]
     pub fn blocks(&self) -> (usize, Run) {
         let disk = usize::try_from(self.gfn >> DISK_SHIFT).unwrap_or(usize::MAX);

@@ -65,7 +65,8 @@ pub enum WireError {
     /// The peer gave up and said why.
     #[error("the peer gave up: {0}")]
     PeerAborted(String),
-    /// The destination has refused the commit, and never runs the guest ([`AbortCode::NotStarted`]).
+    /// The destination has refused the commit, and never runs the guest
+    /// ([`AbortCode::NotStarted`]).
     #[error("the destination did not start the guest: {0}")]
     NotStarted(String),
     /// The peer cannot answer now ([`AbortCode::Busy`]).
@@ -160,7 +161,8 @@ impl<L: Link> Channel<L> {
         Ok(Preamble::decode(&bytes)?)
     }
 
-    /// Opens a channel from the source's side: the preambles, and that the answer is of this session.
+    /// Opens a channel from the source's side: the preambles, and that the answer is of this
+    /// session.
     ///
     /// # Errors
     /// [`WireError`]; the peer's own reason where it could not read the preamble.
@@ -375,7 +377,8 @@ mod tests {
         assert!(error.to_string().contains("speaks TLS"), "{error}");
     }
 
-    /// "Busy", "not started" and "unknown" are three answers, and a code of a newer build is the general one.
+    /// "Busy", "not started" and "unknown" are three answers, and a code of a newer build is the
+    /// general one.
     #[test]
     fn an_abort_says_what_it_means() {
         let answer = |count| {

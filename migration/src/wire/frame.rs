@@ -21,8 +21,8 @@ pub const MAX_CODED_BYTES: usize = 4 + CODED * (2 + PAGE_SIZE);
 const CODED: usize = 256;
 /// Flag: the header's `payload_crc` guards the whole payload.
 pub const FLAG_CRC: u8 = 1;
-/// Flag of a page frame that follows the guest: the destination says [`FrameType::Placed`] when it is in place. Only to
-/// one that said that it would ([`Running::tells`](super::Running::tells)).
+/// Flag of a page frame that follows the guest: the destination says [`FrameType::Placed`] when it
+/// is in place. Only to one that said that it would ([`Running::tells`](super::Running::tells)).
 pub const FLAG_TELL: u8 = 2;
 
 /// How the pages of a frame are coded; see [`crate::codec`] for what the coded ones hold.
@@ -86,11 +86,14 @@ pub enum FrameType {
     MissingBits = 16,
     /// Destination: every page is in place, and what the faults were like. JSON.
     Arrived = 17,
-    /// Source: nothing is to be sent, and the connection lives. After RUNNING without missing pages: it was read.
+    /// Source: nothing is to be sent, and the connection lives. After RUNNING without missing
+    /// pages: it was read.
     Alive = 18,
-    /// Destination: the pages up to the next frame of this channel that asked for it are in place (post-copy).
+    /// Destination: the pages up to the next frame of this channel that asked for it are in place
+    /// (post-copy).
     Placed = 19,
-    /// Destination: the files that the guest's devices use are wanted, before the handshake is answered.
+    /// Destination: the files that the guest's devices use are wanted, before the handshake is
+    /// answered.
     FilesWanted = 20,
     /// Source: here they are, beside this frame.
     Files = 21,
@@ -176,14 +179,16 @@ impl FrameType {
     }
 }
 
-/// What an ABORT means, in its header's `count`. A build that does not know the value reads the sentence alone.
+/// What an ABORT means, in its header's `count`. A build that does not know the value reads the
+/// sentence alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[repr(u32)]
 pub enum AbortCode {
     /// The peer gave up.
     GaveUp = 0,
-    /// The destination did not start the guest and never will: the guest belongs to the source again.
+    /// The destination did not start the guest and never will: the guest belongs to the source
+    /// again.
     NotStarted = 1,
     /// The peer cannot answer now; the question can be retried.
     Busy = 2,

@@ -22,17 +22,21 @@ impl Features {
     pub const POST_COPY: Self = Self(1 << 3);
     /// Pages may be compressed by zstd.
     pub const ZSTD: Self = Self(1 << 8);
-    /// Pages may be sent as patches: without their zeros, or as the difference to what was sent before.
+    /// Pages may be sent as patches: without their zeros, or as the difference to what was sent
+    /// before.
     pub const PATCH: Self = Self(1 << 9);
 
     /// The contents of disks move too.
     pub const DISKS: Self = Self(1 << 16);
-    /// The guest's memory itself comes beside the handshake, and no page is sent. Agreed on only where it did come.
+    /// The guest's memory itself comes beside the handshake, and no page is sent. Agreed on only
+    /// where it did come.
     pub const SHARED_MEMORY: Self = Self(1 << 17);
-    /// With the memory: open files that the guest's devices use come when the destination asks for them.
+    /// With the memory: open files that the guest's devices use come when the destination asks for
+    /// them.
     pub const SHARED_FILES: Self = Self(1 << 18);
 
-    /// Hashes of pages may come while the guest runs; in the pause only of those that were written since.
+    /// Hashes of pages may come while the guest runs; in the pause only of those that were written
+    /// since.
     pub const LIVE_HASHES: Self = Self(1 << 19);
 
     /// All that this build can do.

@@ -33,7 +33,8 @@ struct Passed {
     decoded: u64,
 }
 
-/// Encodes all of `ram` by each coder, and decodes what came of it; what the patches are against goes first.
+/// Encodes all of `ram` by each coder, and decodes what came of it; what the patches are against
+/// goes first.
 pub fn coders(table: &Table, content: &str, ram: &GuestRam) -> Result<()> {
     for (compress, name) in [
         (Compress::Zstd, "zstd"),

@@ -15,7 +15,8 @@ pub struct Built {
 
 /// Builds it, where there is something to measure with it; says loudly where not.
 ///
-/// `bench` is what `cargo bench` says: `cargo test --all-targets` runs benchmarks too, for minutes that would test nothing.
+/// `bench` is what `cargo bench` says: `cargo test --all-targets` runs benchmarks too, for minutes
+/// that would test nothing.
 pub fn built(name: &str, bench: bool) -> Result<Option<Built>> {
     if !bench {
         eprintln!("NOT RUN: benchmark of {name}: use cargo bench");

@@ -9,8 +9,8 @@ use std::time::Instant;
 pub struct Cost {
     /// On the clock.
     pub wall: f64,
-    /// Of this thread's processor time, that of the kernel on its behalf included. Other work on the machine hardly
-    /// moves it.
+    /// Of this thread's processor time, that of the kernel on its behalf included. Other work on
+    /// the machine hardly moves it.
     pub cpu: f64,
 }
 

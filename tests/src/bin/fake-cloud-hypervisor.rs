@@ -1,8 +1,9 @@
-//! Speaks Cloud Hypervisor's API, as far as `ferry bench` uses it, and has `ferry` do the work: so that the benchmark's driver
-//! meets a guest that really boots and moves where there is no Cloud Hypervisor.
+//! Speaks Cloud Hypervisor's API, as far as `ferry bench` uses it, and has `ferry` do the work: so
+//! that the benchmark's driver meets a guest that really boots and moves where there is no Cloud
+//! Hypervisor.
 //!
-//! `FERRY_BIN` is the ferry. It takes Cloud Hypervisor's own options; what they are and what it answers is from that project's
-//! `docs/live_migration.md` and OpenAPI description.
+//! `FERRY_BIN` is the ferry. It takes Cloud Hypervisor's own options; what they are and what it
+//! answers is from that project's `docs/live_migration.md` and OpenAPI description.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use serde_json::{Value, json};

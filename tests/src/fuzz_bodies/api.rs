@@ -14,8 +14,8 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 
-/// The bytes of one connection. Each request is answered, in HTTP, and by no 500: nothing that is asked for here fails,
-/// but a panic would. Returns how many answers there were.
+/// The bytes of one connection. Each request is answered, in HTTP, and by no 500: nothing that is
+/// asked for here fails, but a panic would. Returns how many answers there were.
 pub fn api(bytes: &[u8]) -> usize {
     static SERVER: LazyLock<(tempfile::TempDir, Server)> = LazyLock::new(|| {
         let directory = tempfile::tempdir().unwrap();
@@ -34,7 +34,8 @@ pub fn api(bytes: &[u8]) -> usize {
     let mut client = UnixStream::connect(server.path()).unwrap();
     server.accept();
     client.set_read_timeout(Some(2 * TIMEOUT)).unwrap();
-    // It may have been refused and hung up on before its end. Longer input would need somebody who reads meanwhile.
+    // It may have been refused and hung up on before its end. Longer input would need somebody who
+    // reads meanwhile.
     let _ = client.write_all(&bytes[..bytes.len().min(64 << 10)]);
     let _ = client.shutdown(Shutdown::Write);
     let mut answer = Vec::new();

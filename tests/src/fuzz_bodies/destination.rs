@@ -21,11 +21,11 @@ const SESSION: SessionId = SessionId([7; 16]);
 /// Pages of RAM that the fuzzed destination agrees to build.
 const MOST_PAGES: u64 = 1 << 16;
 
-/// A handshake, and a destination that is given these bytes by its source: it ends with an error or with the guest
-/// running, never by a panic, and never asks for much more than what arrives.
+/// A handshake, and a destination that is given these bytes by its source: it ends with an error or
+/// with the guest running, never by a panic, and never asks for much more than what arrives.
 ///
-/// Checksums are mended on the way, so that what lies behind them is reached: in the headers always, in payloads where
-/// the first byte is odd.
+/// Checksums are mended on the way, so that what lies behind them is reached: in the headers
+/// always, in payloads where the first byte is odd.
 ///
 /// Returns where the destination stood in the end, if the bytes began as a source does.
 pub fn handshake(bytes: &[u8]) -> Option<State> {
@@ -69,13 +69,14 @@ fn stands(destination: Destination<RecordedPeer, FuzzHost>) -> State {
     state
 }
 
-/// A destination whose source says these bytes on several channels: what is said on the control channel after a handshake
-/// that asks for two data channels (and, by the first byte, for post-copy and hashes), on each data channel until the guest
-/// runs and from then on, on the fault channel, and on the control and the fault channel of a second connection, if the
-/// first is lost.
+/// A destination whose source says these bytes on several channels: what is said on the control
+/// channel after a handshake that asks for two data channels (and, by the first byte, for post-copy
+/// and hashes), on each data channel until the guest runs and from then on, on the fault channel,
+/// and on the control and the fault channel of a second connection, if the first is lost.
 ///
-/// Besides what [`handshake`] looks at: no page is placed twice, whatever comes on which channel. `timeout` is how long a
-/// channel is waited for. Returns where the destination stood in the end, if there was input.
+/// Besides what [`handshake`] looks at: no page is placed twice, whatever comes on which channel.
+/// `timeout` is how long a channel is waited for. Returns where the destination stood in the end,
+/// if there was input.
 pub fn data_channels(bytes: &[u8], timeout: Duration) -> Option<State> {
     let (&mode, said) = bytes.split_first()?;
     let mut said = channels(said, mode & 1 == 1).into_iter();

@@ -10,9 +10,10 @@ use std::os::fd::AsRawFd;
 /// Of the guests that a kernel is loaded into.
 const RAM: [u64; 4] = [1 << 20, 4 << 20, 64 << 20, 5 << 30];
 
-/// A kernel, for a guest whose memory the first byte chooses, and with an initial RAM disk where that says so. It is
-/// refused, or all that is to be written lies in the guest's memory and apart from the rest, what comes from the file is in
-/// the file, and the kernel is entered where it is. Returns whether it would be booted.
+/// A kernel, for a guest whose memory the first byte chooses, and with an initial RAM disk where
+/// that says so. It is refused, or all that is to be written lies in the guest's memory and apart
+/// from the rest, what comes from the file is in the file, and the kernel is entered where it is.
+/// Returns whether it would be booted.
 pub fn kernel(bytes: &[u8]) -> bool {
     let Some((&mode, bytes)) = bytes.split_first() else {
         return false;

@@ -2,7 +2,8 @@
 
 use ferry_migration::wire::{FLAG_CRC, HEADER_BYTES, PREAMBLE_BYTES};
 
-/// Makes the checksums of a channel right, as far as it can be followed; in payloads only where that is asked for.
+/// Makes the checksums of a channel right, as far as it can be followed; in payloads only where
+/// that is asked for.
 pub fn mend(stream: &[u8], payloads: bool) -> Vec<u8> {
     let mut bytes = stream.to_vec();
     if let Some((preamble, frames)) = bytes.split_at_mut_checked(PREAMBLE_BYTES) {
@@ -36,7 +37,8 @@ pub(super) fn put_crc(bytes: &mut [u8], at: usize) {
     }
 }
 
-/// Several channels from one input: each is its length in 16 bits and its bytes, the last is what is left.
+/// Several channels from one input: each is its length in 16 bits and its bytes, the last is what
+/// is left.
 pub(super) fn channels(mut bytes: &[u8], payloads: bool) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     while let Some((length, rest)) = bytes.split_first_chunk::<2>() {

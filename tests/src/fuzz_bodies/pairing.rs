@@ -3,8 +3,8 @@
 use ferry_migration::net::tls::{Admission, PairingLine};
 use ferry_vmm::migrate::Network;
 
-/// A pairing line, an admission, and a network of `--accept-from`: refused, or what is printed of it is the same again.
-/// Returns whether the bytes are a pairing line.
+/// A pairing line, an admission, and a network of `--accept-from`: refused, or what is printed of
+/// it is the same again. Returns whether the bytes are a pairing line.
 pub fn pairing(bytes: &[u8]) -> bool {
     if let Some(bytes) = bytes.first_chunk::<{ Admission::BYTES }>()
         && let Some(admission) = Admission::decode(bytes)

@@ -10,11 +10,13 @@ use ferry_migration::testing::{RecordedPeer, Seen, TestClock};
 use ferry_migration::wire::{Preamble, Role, SessionId};
 use std::time::Duration;
 
-/// A migration, or (where the first byte says so) the recovery of one, with options that the first three bytes choose; the
-/// rest is what the destination says on each channel, in the order in which they are opened.
+/// A migration, or (where the first byte says so) the recovery of one, with options that the first
+/// three bytes choose; the rest is what the destination says on each channel, in the order in which
+/// they are opened.
 ///
-/// It ends, by a sentence without control characters where it failed. The guest runs here unless it was committed, and
-/// what is reported is what became of it. Returns the report, if there was input.
+/// It ends, by a sentence without control characters where it failed. The guest runs here unless it
+/// was committed, and what is reported is what became of it. Returns the report, if there was
+/// input.
 pub fn source(bytes: &[u8]) -> Option<Report> {
     let ([kind, flags, coding], said) = bytes.split_first_chunk::<3>()?;
     let flag = |bit: u8| flags >> bit & 1 == 1;

@@ -8,8 +8,9 @@ use ferry_migration::trace::{MAGIC, Trace};
 /// Bytes of a frame's head.
 const HEAD: usize = 24;
 
-/// A dirty trace, as it is and with its checksums made right: it is refused, or its pages are the guest's and as many as
-/// it says, and it is replayed in the order of time. Returns whether it can be replayed once its checksums are right.
+/// A dirty trace, as it is and with its checksums made right: it is refused, or its pages are the
+/// guest's and as many as it says, and it is replayed in the order of time. Returns whether it can
+/// be replayed once its checksums are right.
 pub fn trace(bytes: &[u8]) -> bool {
     let _ = replay(bytes);
     replay(&mend(bytes))
@@ -21,7 +22,8 @@ fn replay(bytes: &[u8]) -> bool {
     };
     let layout = &trace.header().layout;
     let mut pages = PageSet::new(layout.end());
-    // Of a guest of up to 1 TiB: all frames' pages one by one would take more time than a target has.
+    // Of a guest of up to 1 TiB: all frames' pages one by one would take more time than a target
+    // has.
     for frame in trace.frames().iter().take(8) {
         pages.clear();
         trace.pages_of(frame, &mut pages);

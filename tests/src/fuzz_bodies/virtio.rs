@@ -19,18 +19,19 @@ const SECTORS: u64 = 64;
 
 type Memory = GuestMemoryMmap<()>;
 
-/// Bytes are a device and then what its guest does: disks to registers, disks to memory, notifications, pauses, moves.
+/// Bytes are a device and then what its guest does: disks to registers, disks to memory,
+/// notifications, pauses, moves.
 ///
-/// Whatever it is, nothing panics or goes on forever, the backends get nothing that they cannot have, and what is saved
-/// can be restored and is the same then.
+/// Whatever it is, nothing panics or goes on forever, the backends get nothing that they cannot
+/// have, and what is saved can be restored and is the same then.
 pub fn virtio(bytes: &[u8]) {
     if let Some((&kind, script)) = bytes.split_first() {
         run(kind, script, None);
     }
 }
 
-/// Bytes are a device, a state that it is said to have had on another host, and what its guest does then, as for
-/// [`virtio`]. Returns whether the state was taken.
+/// Bytes are a device, a state that it is said to have had on another host, and what its guest does
+/// then, as for [`virtio`]. Returns whether the state was taken.
 ///
 /// It is refused, or is one that could have been; nothing panics or goes on forever afterwards.
 pub fn virtio_state(bytes: &[u8]) -> bool {
@@ -46,8 +47,8 @@ pub fn virtio_state(bytes: &[u8]) -> bool {
 fn run(kind: u8, script: &[u8], state: Option<&VirtioState>) -> bool {
     match kind % 4 {
         0 => {
-            // In memory, where there is such a place: a disk that is busy with something else must not look like one that
-            // does not answer.
+            // In memory, where there is such a place: a disk that is busy with something else must
+            // not look like one that does not answer.
             let mut image = tempfile::NamedTempFile::new_in("/dev/shm")
                 .or_else(|_| tempfile::NamedTempFile::new())
                 .unwrap();
@@ -156,7 +157,8 @@ fn play<D: Device<Memory>>(
         }
     }
     device.pause().unwrap();
-    // A worker that panicked would have left the lock poisoned and its thread dead; a reset finds it alive.
+    // A worker that panicked would have left the lock poisoned and its thread dead; a reset finds
+    // it alive.
     device.port().write(0x70, &[0; 4]);
     device.resume();
     taken

@@ -1,6 +1,7 @@
 //! Kernels of a few bytes: all that is looked at before one is booted.
 
-/// An ELF of a piece at `address`, entered 32 bytes into it; and with a PVH note, if so, entered there.
+/// An ELF of a piece at `address`, entered 32 bytes into it; and with a PVH note, if so, entered
+/// there.
 pub(super) fn elf(address: u64, pvh: bool) -> Vec<u8> {
     const HEADERS: usize = 64 + 2 * 56;
     const CODE: usize = 256;

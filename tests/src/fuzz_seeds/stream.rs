@@ -188,8 +188,8 @@ pub(super) fn post_copy() -> Vec<u8> {
     stream.0
 }
 
-/// Two pages, coded in every way: compressed, as patches of zeros with one page as it is, and as differences to what
-/// came before.
+/// Two pages, coded in every way: compressed, as patches of zeros with one page as it is, and as
+/// differences to what came before.
 pub(super) fn coded_bodies() -> Vec<(Encoding, Vec<u8>)> {
     let mut pages = vec![0; 2 * 4096];
     for (i, byte) in pages.iter_mut().enumerate().step_by(3) {
@@ -303,8 +303,8 @@ pub(super) fn on_data_channels() -> Vec<Vec<u8>> {
     ]
 }
 
-/// What destinations say that mean well, for `fuzz_bodies::source`: to each policy, after so many rounds; and to a source
-/// that recovers.
+/// What destinations say that mean well, for `fuzz_bodies::source`: to each policy, after so many
+/// rounds; and to a source that recovers.
 pub(super) fn answers() -> Vec<Vec<u8>> {
     let json = |stream: &mut Stream, kind, json: &str| stream.put(kind, 0, 0, 0, json.as_bytes());
     let ack = serde_json::to_string(&HelloAck {
@@ -349,7 +349,8 @@ pub(super) fn answers() -> Vec<Vec<u8>> {
                     json(stream, FrameType::Arrived, &arrived);
                 });
                 let faults = [requests(), requests()];
-                // What is dirtied in the last of the rounds does not matter: the first that stops is taken.
+                // What is dirtied in the last of the rounds does not matter: the first that stops
+                // is taken.
                 let mode = [kind | 1 << 5, flags | 0x10, 1 + kind];
                 all.push(said(&mode, &[&[control][..], &faults].concat()));
             }

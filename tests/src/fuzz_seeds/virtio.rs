@@ -1,7 +1,7 @@
 //! What a driver does.
 
-/// A driver's first steps, as a script of `fuzz_bodies::virtio`: negotiates, sets each queue up, and offers a chain of a
-/// readable and a writable buffer in it.
+/// A driver's first steps, as a script of `fuzz_bodies::virtio`: negotiates, sets each queue up,
+/// and offers a chain of a readable and a writable buffer in it.
 pub(super) fn driver(kind: u8, queues: u32) -> Vec<u8> {
     let mut script = vec![kind];
     let register = |script: &mut Vec<u8>, offset: u8, value: u32| {

@@ -13,8 +13,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The most bytes of a reply's header, of one line of a stream, or of a whole body. A VMM is trusted no more than
-/// any other process that may listen on that path.
+/// The most bytes of a reply's header, of one line of a stream, or of a whole body. A VMM is
+/// trusted no more than any other process that may listen on that path.
 const MAX_HEAD: usize = 16 << 10;
 const MAX_BODY: usize = 8 << 20;
 
@@ -180,8 +180,8 @@ impl Client {
         self.read_json(self.request("PUT", "/v1/snapshot", Some(body), None)?)
     }
 
-    /// `PUT /v1/migrate`: blocks until the migration has ended, and tells `on_event` what happens meanwhile. The
-    /// request's `detach` is not looked at.
+    /// `PUT /v1/migrate`: blocks until the migration has ended, and tells `on_event` what happens
+    /// meanwhile. The request's `detach` is not looked at.
     ///
     /// # Errors
     /// [`ClientError`]. A migration that failed is no error here: its report says so.
@@ -245,8 +245,8 @@ impl Client {
         }
     }
 
-    /// Any request of any server: its status and its body, whatever they are. Waits for the answer for `timeout`, or for
-    /// half a minute.
+    /// Any request of any server: its status and its body, whatever they are. Waits for the answer
+    /// for `timeout`, or for half a minute.
     ///
     /// # Errors
     /// [`ClientError`], other than [`ClientError::Refused`].

@@ -80,8 +80,8 @@ impl Publisher {
         Subscription { shared }
     }
 
-    /// Hands the event to all listeners; returns at once. One that is far behind loses its oldest events; since the
-    /// report comes last, it is never among them.
+    /// Hands the event to all listeners; returns at once. One that is far behind loses its oldest
+    /// events; since the report comes last, it is never among them.
     pub fn publish(&mut self, event: &Event) {
         // Only the publisher holds the queue of a subscription that was dropped.
         self.listeners.retain(|l| Arc::strong_count(l) > 1);

@@ -1,7 +1,9 @@
-//! As much of HTTP/1.1 (RFC 9112) as a control socket needs: requests in with bounds on size and time, replies out.
+//! As much of HTTP/1.1 (RFC 9112) as a control socket needs: requests in with bounds on size and
+//! time, replies out.
 //!
-//! Whatever is not understood is refused and the connection closed, so that two readings of one byte stream cannot
-//! differ: a body has a `Content-Length` or none, chunked request bodies are answered 411.
+//! Whatever is not understood is refused and the connection closed, so that two readings of one
+//! byte stream cannot differ: a body has a `Content-Length` or none, chunked request bodies are
+//! answered 411.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -74,8 +76,8 @@ impl Connection {
         }
     }
 
-    /// Reads the next request's head. Waits `idle` for its first byte and `timeout` for the rest: the sum counts,
-    /// not each byte's wait, so a client that trickles is cut off as well.
+    /// Reads the next request's head. Waits `idle` for its first byte and `timeout` for the rest:
+    /// the sum counts, not each byte's wait, so a client that trickles is cut off as well.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -130,7 +132,8 @@ impl Connection {
         Ok(std::mem::replace(&mut self.buffer, rest))
     }
 
-    /// One read of at most `room` bytes; 0 at the end, [`ReadError::Ended`] when the time is up or the peer is lost.
+    /// One read of at most `room` bytes; 0 at the end, [`ReadError::Ended`] when the time is up or
+    /// the peer is lost.
     fn fill(&mut self, room: usize, deadline: Instant) -> Result<usize, ReadError> {
         let mut chunk = [0u8; 8192];
         let room = room.min(chunk.len());
@@ -173,8 +176,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Ends the connection; for a moment throws away what the peer still sends, because closing at once would reset it
-    /// before the peer has read our refusal.
+    /// Ends the connection; for a moment throws away what the peer still sends, because closing at
+    /// once would reset it before the peer has read our refusal.
     pub fn close(mut self, linger: Duration) {
         if self.stream.shutdown(Shutdown::Write).is_err() {
             return;
@@ -305,7 +308,8 @@ fn parse_length(value: &[u8]) -> Result<usize, ReadError> {
     number.ok_or_else(too_large)
 }
 
-/// The path of a request target: without a query, and without scheme and authority in absolute form.
+/// The path of a request target: without a query, and without scheme and authority in absolute
+/// form.
 fn path_of(target: &str) -> String {
     let mut path = target;
     if let Some((scheme, rest)) = target.split_once("://")

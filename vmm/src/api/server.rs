@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 /// How many and how long.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections at a time. A further one takes the place of the one that has been without a request for the longest; it
-    /// is answered 503 when all are busy.
+    /// Connections at a time. A further one takes the place of the one that has been without a
+    /// request for the longest; it is answered 503 when all are busy.
     pub connections: usize,
     /// How long a connection may be silent between requests.
     pub idle: Duration,
@@ -70,7 +70,8 @@ enum Stage {
 }
 
 impl Open {
-    /// Ends the connection that has been without a complete request for the longest, if there is one.
+    /// Ends the connection that has been without a complete request for the longest, if there is
+    /// one.
     fn evict(&mut self) -> bool {
         let waiting = self.streams.iter().filter(|(_, e)| e.stage != Stage::Busy);
         let Some(id) = waiting.min_by_key(|(_, e)| e.since).map(|(id, _)| *id) else {
@@ -96,7 +97,8 @@ impl Shared {
     }
 }
 
-/// The control socket's server. Dropping it removes the socket file; see [`Server::shutdown`] for the orderly end.
+/// The control socket's server. Dropping it removes the socket file; see [`Server::shutdown`] for
+/// the orderly end.
 pub struct Server {
     socket: Socket,
     shared: Arc<Shared>,
@@ -141,7 +143,8 @@ impl Server {
         self.socket.path()
     }
 
-    /// Accepts the connections that wait; call it when the listener (this server's descriptor) is readable. Does not block.
+    /// Accepts the connections that wait; call it when the listener (this server's descriptor) is
+    /// readable. Does not block.
     pub fn accept(&self) {
         loop {
             match self.socket.listener().accept() {
@@ -149,7 +152,8 @@ impl Server {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(e) => {
-                    // Out of descriptors, most likely. A pause, or the event loop would spin on the same connection.
+                    // Out of descriptors, most likely. A pause, or the event loop would spin on the
+                    // same connection.
                     tracing::warn!("cannot accept a connection on the control socket: {e}");
                     std::thread::sleep(Duration::from_millis(50));
                     return;
@@ -205,8 +209,8 @@ impl Server {
         }
     }
 
-    /// Ends: idle connections are closed, busy ones get `timeout` to finish (a migration's stream to deliver its
-    /// report); the socket file is removed.
+    /// Ends: idle connections are closed, busy ones get `timeout` to finish (a migration's stream
+    /// to deliver its report); the socket file is removed.
     pub fn shutdown(self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         let mut open = self.shared.open();
@@ -224,7 +228,8 @@ impl Server {
     }
 }
 
-/// Answers 503 and closes. One attempt: a fresh socket's buffer holds this, and the event loop must not wait.
+/// Answers 503 and closes. One attempt: a fresh socket's buffer holds this, and the event loop must
+/// not wait.
 fn decline(stream: &UnixStream, sentence: &str) {
     let body = error_body(sentence);
     let _ = stream.set_nonblocking(true);
@@ -244,8 +249,8 @@ impl Drop for Slot<'_> {
 }
 
 impl Shared {
-    /// Says what a connection is at. False when its place was given to another, and when it is idle and the server is
-    /// closing: then nothing further is to be read.
+    /// Says what a connection is at. False when its place was given to another, and when it is idle
+    /// and the server is closing: then nothing further is to be read.
     fn mark(&self, id: u64, stage: Stage) -> bool {
         let mut open = self.open();
         let closing = open.closing;

@@ -21,7 +21,8 @@ pub enum StateName {
     Migrating,
     /// The guest was migrated away and never runs here again.
     Moved,
-    /// The guest was handed over and not confirmed, or is complete here and was not handed over: it does not run here.
+    /// The guest was handed over and not confirmed, or is complete here and was not handed over: it
+    /// does not run here.
     InDoubt,
     /// The guest runs at the destination and lacks pages that are only here.
     Interrupted,
@@ -108,7 +109,8 @@ pub struct Status {
     pub migration: Option<Progress>,
     /// Where a receiving VMM listens.
     pub listening: Option<String>,
-    /// Post-copy, at the destination: what has not arrived of the guest; `null` when it is complete.
+    /// Post-copy, at the destination: what has not arrived of the guest; `null` when it is
+    /// complete.
     #[serde(default)]
     pub lacks: Option<Lacks>,
     /// The guest's balloon; `null` when it has none.
@@ -216,7 +218,8 @@ pub struct RecoverRequest {
     pub tls: Option<TlsFiles>,
     /// Run the guest here, on the operator's word that it does not run on the other side.
     pub take_over: bool,
-    /// Take over although nothing tells whether the guest's disks were written since its state was saved.
+    /// Take over although nothing tells whether the guest's disks were written since its state was
+    /// saved.
     pub force: bool,
 }
 
@@ -281,7 +284,8 @@ pub struct BalloonStatus {
     pub guest: Option<GuestMemory>,
 }
 
-/// What a guest says about its memory. All of it is the guest's word; `null` is what it did not say.
+/// What a guest says about its memory. All of it is the guest's word; `null` is what it did not
+/// say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GuestMemory {
@@ -424,8 +428,8 @@ pub struct SnapshotReport {
     pub session: String,
     /// From the request until the file was on the disk under its name, in milliseconds.
     pub total_ms: f64,
-    /// From the last guest instruction to the next one, in milliseconds; to the end of writing its memory and state when
-    /// it was not to run again.
+    /// From the last guest instruction to the next one, in milliseconds; to the end of writing its
+    /// memory and state when it was not to run again.
     pub downtime_ms: f64,
     /// Of that, stopping it.
     pub quiesce_ms: f64,

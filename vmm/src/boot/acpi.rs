@@ -1,5 +1,5 @@
-//! ACPI tables: how an unmodified kernel finds processors, interrupt controllers, the serial port, virtio devices, and
-//! the way to switch the machine off. ACPI specification 6.5, chapter 5.
+//! ACPI tables: how an unmodified kernel finds processors, interrupt controllers, the serial port,
+//! virtio devices, and the way to switch the machine off. ACPI specification 6.5, chapter 5.
 //!
 //! ```text
 //! RSDP ─▶ XSDT ─┬▶ FADT ─┬▶ DSDT   serial port, virtio devices, \_S5
@@ -7,7 +7,8 @@
 //!               └▶ MADT            local APICs, IOAPIC
 //! ```
 //!
-//! All lie one after the other from [`TABLES`] on, where a kernel that was not told where to look finds them too.
+//! All lie one after the other from [`TABLES`] on, where a kernel that was not told where to look
+//! finds them too.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{

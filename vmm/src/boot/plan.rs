@@ -86,8 +86,8 @@ impl<'a> Plan<'a> {
             .any(|(start, end)| (*start..*end).contains(&address))
     }
 
-    /// Puts the initrd as high as it may be, below `limit` and above the kernel. Returns its address
-    /// and size.
+    /// Puts the initrd as high as it may be, below `limit` and above the kernel. Returns its
+    /// address and size.
     pub(super) fn initrd(&mut self, initrd: &Source, limit: u64) -> Result<(u64, u64), LoadError> {
         let top = self.ram.low_end().min(limit) / PAGE_SIZE * PAGE_SIZE;
         let kernel_end = self

@@ -14,7 +14,8 @@ fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
     f
 }
 
-/// An ELF with a PT_LOAD at `address`, a GNU note segment and, with `pvh`, a Xen note in a second one.
+/// An ELF with a PT_LOAD at `address`, a GNU note segment and, with `pvh`, a Xen note in a second
+/// one.
 fn elf_file(address: u64, pvh: bool) -> Vec<u8> {
     let mut gnu = Vec::new();
     for word in [4u32, 4, 3] {
@@ -260,7 +261,8 @@ fn truncated_and_flipped_kernels_never_panic() {
         for len in (0..good.len().min(0x700)).step_by(3) {
             try_one(&good[..len]);
         }
-        // All bits of all headers: the ELF's first 232 bytes and its notes, the bzImage's setup header.
+        // All bits of all headers: the ELF's first 232 bytes and its notes, the bzImage's setup
+        // header.
         for at in (0..good.len().min(232)).chain(0x1f1..good.len().min(0x270)) {
             for bit in 0..8 {
                 let mut bad = good.clone();

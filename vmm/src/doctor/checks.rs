@@ -212,7 +212,8 @@ fn features(facts: &KvmFacts) -> Vec<Check> {
     checks
 }
 
-/// Whether KVM splits huge pages ahead of the guest's writes; only a parameter of its module decides.
+/// Whether KVM splits huge pages ahead of the guest's writes; only a parameter of its module
+/// decides.
 fn huge_page_split(files: &Files) -> Check {
     let name = "huge-page-split";
     match files
@@ -292,7 +293,8 @@ fn userfaultfd(files: &Files) -> Check {
 /// Memory that is made to see of what: a few pages of 2 MiB.
 const PROBE: u64 = 8 << 20;
 
-/// Of what pages guests' memory is made by default: asked of memory, since many settings decide together.
+/// Of what pages guests' memory is made by default: asked of memory, since many settings decide
+/// together.
 fn guest_pages(probe: Result<GuestRam, RamError>) -> Check {
     let name = "guest-pages";
     let (found, advice) = match probe {

@@ -1,8 +1,8 @@
 //! What CPU a guest sees.
 //!
 //! Intel SDM vol. 2A and AMD APM vol. 3, "CPUID". One list is made for the whole machine when it is
-//! first built; it travels with the machine, and each vCPU's list is a pure function of it and of the
-//! vCPU's number. So a guest sees the same CPU on every host it comes to.
+//! first built; it travels with the machine, and each vCPU's list is a pure function of it and of
+//! the vCPU's number. So a guest sees the same CPU on every host it comes to.
 
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
@@ -84,8 +84,8 @@ pub(super) fn for_guest(mut supported: Vec<CpuidEntry>, tsc_deadline: bool) -> V
         match e.function {
             1 => {
                 // A nested hypervisor's state is not migrated, so the guest is not offered one.
-                // OSXSAVE mirrors CR4 and KVM keeps it. The deadline timer is never in the supported
-                // list, since it needs the in-kernel APIC, which is there.
+                // OSXSAVE mirrors CR4 and KVM keeps it. The deadline timer is never in the
+                // supported list, since it needs the in-kernel APIC, which is there.
                 e.ecx &= !(LEAF1_ECX_VMX | LEAF1_ECX_OSXSAVE | LEAF1_ECX_TSC_DEADLINE);
                 e.ecx |= LEAF1_ECX_HYPERVISOR;
                 if tsc_deadline {

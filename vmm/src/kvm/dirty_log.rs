@@ -2,21 +2,23 @@
 //!
 //! Two operations matter, and they are apart on purpose:
 //!
-//! - [`DirtyLog::collect`] reads the log and clears nothing. It can be done at any time and as often
-//!   as one likes, also to look at the dirty rate.
-//! - [`DirtyLog::clear`] clears exactly the pages that are about to be read for sending, and is called
-//!   right before they are read. A page dirtied after that is dirty again; one dirtied before, but
-//!   after the last `collect`, is sent with its newest bytes and not a second time. So a bit stays set
-//!   until the very moment its page is sent, and an error anywhere before that loses nothing.
+//! - [`DirtyLog::collect`] reads the log and clears nothing. It can be done at any time and as
+//!   often as one likes, also to look at the dirty rate.
+//! - [`DirtyLog::clear`] clears exactly the pages that are about to be read for sending, and is
+//!   called right before they are read. A page dirtied after that is dirty again; one dirtied
+//!   before, but after the last `collect`, is sent with its newest bytes and not a second time. So
+//!   a bit stays set until the very moment its page is sent, and an error anywhere before that
+//!   loses nothing.
 //!
 //! Where KVM has KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 this is what its log does itself, and
 //! write-protecting pages costs the guest only while they are being sent. With
 //! KVM_DIRTY_LOG_INITIALLY_SET even turning the log on protects nothing yet.
 //!
-//! Where KVM has only the plain log, KVM_GET_DIRTY_LOG clears what it reads (and protects those pages
-//! again); what it returned is then kept in the bitmap of the VMM's own writes until it is cleared
-//! there. The pages are then cleared earlier than need be, and so sent twice more often: correct, and
-//! slower. So it is with [rings](super::dirty_ring), out of which a page must be taken to be seen.
+//! Where KVM has only the plain log, KVM_GET_DIRTY_LOG clears what it reads (and protects those
+//! pages again); what it returned is then kept in the bitmap of the VMM's own writes until it is
+//! cleared there. The pages are then cleared earlier than need be, and so sent twice more often:
+//! correct, and slower. So it is with [rings](super::dirty_ring), out of which a page must be taken
+//! to be seen.
 //!
 //! | | turning it on protects | collecting costs | protected again |
 //! |---|---|---|---|
@@ -25,19 +27,20 @@
 //! | plain log | all | a bit per page there is | when collected |
 //! | rings | all | an entry per page dirtied | when collected |
 //!
-//! A page that is protected again when it is collected is likely to be dirty once more by the time it is sent, and then
-//! it is sent twice; with the manual log the same writes come before its sending and cost nothing. That is why
-//! `--dirty auto` takes to rings only where there is no manual log; `cargo bench -p
-//! ferry-tests --bench dirty` measures both. What rings are better at is a large memory of which little is dirtied:
-//! their cost does not grow with it.
+//! A page that is protected again when it is collected is likely to be dirty once more by the time
+//! it is sent, and then it is sent twice; with the manual log the same writes come before its
+//! sending and cost nothing. That is why `--dirty auto` takes to rings only where there is no
+//! manual log; `cargo bench -p ferry-tests --bench dirty` measures both. What rings are better at
+//! is a large memory of which little is dirtied: their cost does not grow with it.
 //!
-//! **Huge pages** behind the guest's memory have to be split before KVM can tell small ones apart. It does so when a
-//! write faults, in the vCPU's time, unless its parameter `eager_page_split` is on (Linux 5.18 and later have it on;
-//! `ferry doctor` looks): then it splits when pages are protected, in the time of whoever turns the log on, or, with all
-//! bits set at first, of the sender that clears a range, a batch ahead of the guest. User space has no other say in it.
+//! **Huge pages** behind the guest's memory have to be split before KVM can tell small ones apart.
+//! It does so when a write faults, in the vCPU's time, unless its parameter `eager_page_split` is
+//! on (Linux 5.18 and later have it on; `ferry doctor` looks): then it splits when pages are
+//! protected, in the time of whoever turns the log on, or, with all bits set at first, of the
+//! sender that clears a range, a batch ahead of the guest. User space has no other say in it.
 //!
-//! From [`start`](DirtyLog::start) on, *every* page counts as dirty until it is first cleared, on any
-//! KVM: the first round of a migration is nothing special.
+//! From [`start`](DirtyLog::start) on, *every* page counts as dirty until it is first cleared, on
+//! any KVM: the first round of a migration is nothing special.
 //!
 //! Threads: one may collect while others clear and the guest runs. Only `start`, `stop` and the
 //! buffer of `collect` are behind a lock, so that two collectors wait for each other.
@@ -119,7 +122,8 @@ pub struct DirtyLog {
     vm: Arc<Vm>,
     kind: DirtyLogKind,
     on: AtomicBool,
-    /// Room for the largest region's bitmap while the log is on. The lock also serialises switching.
+    /// Room for the largest region's bitmap while the log is on. The lock also serialises
+    /// switching.
     buffer: Mutex<Vec<u64>>,
 }
 
@@ -166,7 +170,8 @@ impl DirtyLog {
         let ram = self.vm.ram();
         let words = ram.regions().iter().map(|r| r.words()).max().unwrap_or(0);
         buffer.resize(words, 0);
-        // What an earlier migration left in the rings; whatever it was, all pages are dirty from here on.
+        // What an earlier migration left in the rings; whatever it was, all pages are dirty from
+        // here on.
         self.harvest()?;
         if self.kind == DirtyLogKind::ManualInitiallySet {
             // KVM's bits say it for all pages.
@@ -200,8 +205,9 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Calls `f(first_gfn, words)` for each region of RAM with its dirty pages: bit `i` of word `j` is
-    /// page `first_gfn + 64 j + i`. Clears nothing. Allocates nothing. Bits past a region's end are 0.
+    /// Calls `f(first_gfn, words)` for each region of RAM with its dirty pages: bit `i` of word `j`
+    /// is page `first_gfn + 64 j + i`. Clears nothing. Allocates nothing. Bits past a region's end
+    /// are 0.
     ///
     /// # Errors
     /// [`DirtyLogError::Off`] or the kernel's refusal; what was dirty stays dirty.
@@ -236,14 +242,16 @@ impl DirtyLog {
     ///
     /// # Errors
     /// [`DirtyLogError::Range`], [`DirtyLogError::Off`], or the kernel's refusal. Pages may then be
-    /// cleared in part: whoever fails between `clear` and having sent must count them as dirty himself.
+    /// cleared in part: whoever fails between `clear` and having sent must count them as dirty
+    /// himself.
     pub fn clear(&self, first_gfn: u64, words: &[u64]) -> Result<(), DirtyLogError> {
         if !self.is_on() {
             return Err(DirtyLogError::Off);
         }
         let ram = self.vm.ram();
         let (index, word) = ram.layout().find_words(first_gfn, words.len())?;
-        // Clean words at the ends need no clearing: KVM takes a lock and walks page tables for them.
+        // Clean words at the ends need no clearing: KVM takes a lock and walks page tables for
+        // them.
         let Some(start) = words.iter().position(|w| *w != 0) else {
             return Ok(());
         };
@@ -270,7 +278,8 @@ impl DirtyLog {
         }
     }
 
-    /// How often a vCPU had to stop to empty its own ring since the machine was built; 0 where there are none.
+    /// How often a vCPU had to stop to empty its own ring since the machine was built; 0 where
+    /// there are none.
     #[must_use]
     pub fn full_rings(&self) -> u64 {
         self.vm.dirty_rings().map_or(0, |rings| rings.full_exits())
@@ -284,8 +293,8 @@ impl DirtyLog {
                 dirty_bitmap: words.as_mut_ptr().cast(),
             },
         };
-        // SAFETY: KVM writes one bit for each page of the slot, rounded up to 64-bit words; the slot is
-        // the region that `words` was cut for, and slots never change their size.
+        // SAFETY: KVM writes one bit for each page of the slot, rounded up to 64-bit words; the
+        // slot is the region that `words` was cut for, and slots never change their size.
         let r = unsafe { ioctl_with_ref(&VmRef(&self.vm), KVM_GET_DIRTY_LOG(), &request) };
         if r < 0 {
             Err(IoctlError::last("KVM_GET_DIRTY_LOG"))

@@ -10,25 +10,26 @@
 //! ```
 //!
 //! What was harvested goes into the bitmap of the VMM's own writes, which is where
-//! [`DirtyLog`](super::DirtyLog) looks and clears. **In this order: harvest, reset, and only then set
-//! the bit.** Between harvest and reset the page is still writable, and writes to it are told to nobody.
-//! A sender that clears the bit *before* it is set reads the page too early perhaps, but the bit comes
-//! after that and the page is sent again. A sender that clears the bit *after* it is set reads the page
-//! when it is protected: a write after the reading is told by the ring, one before it is read. Were the
-//! bit set before the reset, a sender could clear and read in between, and the next write would be lost.
+//! [`DirtyLog`](super::DirtyLog) looks and clears. **In this order: harvest, reset, and only then
+//! set the bit.** Between harvest and reset the page is still writable, and writes to it are told
+//! to nobody. A sender that clears the bit *before* it is set reads the page too early perhaps, but
+//! the bit comes after that and the page is sent again. A sender that clears the bit *after* it is
+//! set reads the page when it is protected: a write after the reading is told by the ring, one
+//! before it is read. Were the bit set before the reset, a sender could clear and read in between,
+//! and the next write would be lost.
 //!
-//! A vCPU whose ring is full comes out of KVM_RUN until some of it was reset. Its own thread harvests
-//! its own ring then and goes on: there is no thread that has to be woken for it, nobody else's vCPU
-//! stands still, and a pause, which waits for the vCPU threads to come out, waits for one harvest at
-//! most. A burst larger than the ring costs such exits, and loses nothing.
+//! A vCPU whose ring is full comes out of KVM_RUN until some of it was reset. Its own thread
+//! harvests its own ring then and goes on: there is no thread that has to be woken for it, nobody
+//! else's vCPU stands still, and a pause, which waits for the vCPU threads to come out, waits for
+//! one harvest at most. A burst larger than the ring costs such exits, and loses nothing.
 //!
 //! Complete is a harvest only while the vCPUs are outside of KVM_RUN: where the processor collects
 //! dirty pages itself (Intel's PML) KVM moves them to the ring on each exit. A pause gets all of
 //! them out.
 //!
-//! KVM writes to guest memory on its own only for a vCPU (its clock, its steal time), and puts that into
-//! the vCPU's ring. The writes without a vCPU, for which KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP keeps a
-//! bitmap beside the rings, are those of arm64's interrupt controller; x86 has neither.
+//! KVM writes to guest memory on its own only for a vCPU (its clock, its steal time), and puts that
+//! into the vCPU's ring. The writes without a vCPU, for which KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP
+//! keeps a bitmap beside the rings, are those of arm64's interrupt controller; x86 has neither.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -63,13 +64,14 @@ pub(super) const MIN_ENTRIES: u32 = 1024;
 /// Harvested at most before they are reset and marked, so that memory is bounded on any machine.
 const STAGED: usize = 64 << 10;
 
-/// How many entries the ring of each vCPU has, of `max` that the host can: as many as it can on a machine of
-/// up to 16 vCPUs, and fewer each on larger ones.
+/// How many entries the ring of each vCPU has, of `max` that the host can: as many as it can on a
+/// machine of up to 16 vCPUs, and fewer each on larger ones.
 pub(super) fn default_entries(max: u32, cpus: u32) -> u32 {
     fit(TOTAL_ENTRIES / cpus.max(1), max)
 }
 
-/// The nearest number of entries below `wish` that KVM takes (a power of two), at least [`MIN_ENTRIES`].
+/// The nearest number of entries below `wish` that KVM takes (a power of two), at least
+/// [`MIN_ENTRIES`].
 pub(super) fn fit(wish: u32, max: u32) -> u32 {
     let wish = wish.min(max).max(MIN_ENTRIES);
     1 << wish.ilog2()
@@ -124,12 +126,12 @@ impl DirtyRings {
         Ok(state.rings.len() - 1)
     }
 
-    /// Marks what is in all rings as dirty in the RAM's own bitmaps, and has KVM watch those pages again. The
-    /// guest may be running. At most a ring's worth of each ring, so that it ends.
+    /// Marks what is in all rings as dirty in the RAM's own bitmaps, and has KVM watch those pages
+    /// again. The guest may be running. At most a ring's worth of each ring, so that it ends.
     ///
     /// # Errors
-    /// The kernel's refusal to reset. What was harvested is marked, but writes to it may go unnoticed from
-    /// now on.
+    /// The kernel's refusal to reset. What was harvested is marked, but writes to it may go
+    /// unnoticed from now on.
     pub(super) fn harvest(&self, vm: &Vm) -> Result<(), IoctlError> {
         let mut state = self.lock();
         for ring in 0..state.rings.len() {
@@ -150,7 +152,8 @@ impl DirtyRings {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Each step leaves the state whole: a harvested page is staged, and a staged one gets marked.
+        // Each step leaves the state whole: a harvested page is staged, and a staged one gets
+        // marked.
         lock(&self.state)
     }
 }
@@ -197,7 +200,8 @@ impl State {
     fn reset(&mut self, vm: &Vm) -> Result<(), IoctlError> {
         let mut idle = 0;
         while self.unreset > 0 {
-            // SAFETY: takes no argument; KVM reads and writes only the rings, which are its own memory.
+            // SAFETY: takes no argument; KVM reads and writes only the rings, which are its own
+            // memory.
             let done = unsafe { ioctl(&VmRef(vm), KVM_RESET_DIRTY_RINGS()) };
             if done < 0 {
                 let error = IoctlError::last("KVM_RESET_DIRTY_RINGS");
@@ -265,14 +269,16 @@ impl Ring {
         let index = usize::try_from(self.next % self.entries).ok()?;
         // SAFETY: the index is below `entries`, which is what is mapped.
         let entry = unsafe { self.base.add(index) }.as_ptr();
-        // SAFETY: `flags` lies inside the mapping, which lives as long as `self`, is aligned as a u32, and is
-        // accessed by this process only here, as an atomic; the kernel disks to it as a whole.
+        // SAFETY: `flags` lies inside the mapping, which lives as long as `self`, is aligned as a
+        // u32, and is accessed by this process only here, as an atomic; the kernel disks to it as a
+        // whole.
         let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) };
         // KVM writes the page first, and then this with release order.
         if flags.load(Ordering::Acquire) != DIRTY {
             return None;
         }
-        // SAFETY: inside the mapping; KVM leaves an entry that is dirty alone until it is harvested.
+        // SAFETY: inside the mapping; KVM leaves an entry that is dirty alone until it is
+        // harvested.
         let page = unsafe {
             (
                 (&raw const (*entry).slot).read_volatile(),

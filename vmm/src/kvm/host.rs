@@ -218,8 +218,8 @@ impl Host {
         Ok(cpuid.as_slice().iter().map(CpuidEntry::from).collect())
     }
 
-    /// The CPUID that a new guest on this host is given: what the host supports, less what cannot be
-    /// migrated. The same for all vCPUs; see [`CpuidEntry`].
+    /// The CPUID that a new guest on this host is given: what the host supports, less what cannot
+    /// be migrated. The same for all vCPUs; see [`CpuidEntry`].
     ///
     /// # Errors
     /// The kernel's.

@@ -3,10 +3,11 @@ use std::io;
 use ferry_devices::Trigger;
 use vmm_sys_util::eventfd::EventFd;
 
-/// An interrupt line of the in-kernel controller, raised through an irqfd: an edge for each trigger.
+/// An interrupt line of the in-kernel controller, raised through an irqfd: an edge for each
+/// trigger.
 ///
-/// The kernel injects from a work queue, so an edge may still be on its way when the triggering vCPU
-/// stops; devices raise what is pending again when they are restored.
+/// The kernel injects from a work queue, so an edge may still be on its way when the triggering
+/// vCPU stops; devices raise what is pending again when they are restored.
 #[derive(Debug)]
 pub struct IrqLine(pub(super) EventFd);
 

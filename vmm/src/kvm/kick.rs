@@ -2,8 +2,9 @@
 //!
 //! Two things are needed. `immediate_exit` in the shared `kvm_run` page makes the *next* KVM_RUN
 //! return at once; a signal makes the *current* one return. The flag is set first: a thread that is
-//! between two KVM_RUNs sees the flag, one that is inside is hit by the signal, and there is no third
-//! place. The handler does nothing; it exists because the default action would kill the process.
+//! between two KVM_RUNs sees the flag, one that is inside is hit by the signal, and there is no
+//! third place. The handler does nothing; it exists because the default action would kill the
+//! process.
 
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -27,7 +28,8 @@ impl Kicker {
         }
     }
 
-    /// Makes the vCPU leave KVM_RUN, now and at each further attempt, until [`release`](Self::release).
+    /// Makes the vCPU leave KVM_RUN, now and at each further attempt, until
+    /// [`release`](Self::release).
     pub fn kick(&self) {
         self.page.immediate_exit().store(1, Ordering::SeqCst);
         let tid = self.tid.load(Ordering::SeqCst);
@@ -64,9 +66,9 @@ fn kick_signal() -> libc::c_int {
 }
 
 fn signal(tid: i32) {
-    // tgkill names the process too: a thread that has ended gives ESRCH, and a number that was given
-    // to another thread of ours meanwhile gets a signal that does nothing.
-    // SAFETY: integers by value; our handler for this signal is installed before any tid is stored.
+    // tgkill names the process too: a thread that has ended gives ESRCH, and a number that was
+    // given to another thread of ours meanwhile gets a signal that does nothing. SAFETY: integers
+    // by value; our handler for this signal is installed before any tid is stored.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
 }
 
@@ -79,7 +81,8 @@ fn install_handler() -> io::Result<()> {
         // SAFETY: sigaction is a plain C struct for which all zeroes is a valid value.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as usize;
-        // KVM_RUN returns EINTR all the same; a device's write() that the kick happens to hit goes on.
+        // KVM_RUN returns EINTR all the same; a device's write() that the kick happens to hit goes
+        // on.
         action.sa_flags = libc::SA_RESTART;
         // SAFETY: `action` is initialised, the handler is async-signal-safe since it does nothing,
         // and no old action is asked for.

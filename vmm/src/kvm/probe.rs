@@ -21,7 +21,8 @@ pub struct KvmFacts {
     pub lacks: Vec<&'static str>,
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
     pub manual_dirty_log: bool,
-    /// Its second flag: all pages begin dirty, so enabling the log costs no write protection of everything.
+    /// Its second flag: all pages begin dirty, so enabling the log costs no write protection of
+    /// everything.
     pub dirty_log_initially_set: bool,
     /// Entries of the largest dirty ring; 0 for none.
     pub dirty_ring_entries: u32,
@@ -131,8 +132,8 @@ pub fn run_instructions() -> Result<(), ProbeError> {
     let host = memory
         .get_host_address(GuestAddress(PAGE))
         .map_err(|e| ProbeError::Odd(format!("no memory to run in ({e})")))?;
-    // Three pages that KVM on Intel processors needs for real mode; anywhere outside the guest's memory. Others have
-    // no such call, so its failure decides nothing.
+    // Three pages that KVM on Intel processors needs for real mode; anywhere outside the guest's
+    // memory. Others have no such call, so its failure decides nothing.
     let _ = vm.set_tss_address(0xfffb_d000);
     let region = kvm_userspace_memory_region {
         slot: 0,
@@ -141,8 +142,9 @@ pub fn run_instructions() -> Result<(), ProbeError> {
         memory_size: 4096,
         userspace_addr: host as u64,
     };
-    // SAFETY: the region is one page-aligned page that `memory` maps; `memory` is declared before `cpu`, so it is
-    // unmapped after the last KVM_RUN, and nothing else uses it while the guest may write to it.
+    // SAFETY: the region is one page-aligned page that `memory` maps; `memory` is declared before
+    // `cpu`, so it is unmapped after the last KVM_RUN, and nothing else uses it while the guest may
+    // write to it.
     unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
     let mut cpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
     let mut sregs = cpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;

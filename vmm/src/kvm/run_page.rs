@@ -7,9 +7,9 @@ use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::kvm_run;
 
-/// A mapping of a vCPU's `kvm_run`, of our own beside the one inside `VcpuFd`: other threads disk to
-/// `immediate_exit` here while the vCPU's thread is at work, and a `&mut kvm_run` of kvm-ioctls over
-/// the same address would alias that. Nobody makes a Rust reference to the whole of this one.
+/// A mapping of a vCPU's `kvm_run`, of our own beside the one inside `VcpuFd`: other threads disk
+/// to `immediate_exit` here while the vCPU's thread is at work, and a `&mut kvm_run` of kvm-ioctls
+/// over the same address would alias that. Nobody makes a Rust reference to the whole of this one.
 #[derive(Debug)]
 pub(super) struct RunPage {
     page: NonNull<kvm_run>,
@@ -55,9 +55,9 @@ impl RunPage {
     }
 
     pub(super) fn immediate_exit(&self) -> &AtomicU8 {
-        // SAFETY: the byte lies inside the mapping, which lives as long as `self`; an AtomicU8 has the
-        // size and alignment of a u8; and everybody in this process accesses it through here. The
-        // kernel reads it once, as a byte.
+        // SAFETY: the byte lies inside the mapping, which lives as long as `self`; an AtomicU8 has
+        // the size and alignment of a u8; and everybody in this process accesses it through here.
+        // The kernel reads it once, as a byte.
         unsafe { AtomicU8::from_ptr(&raw mut (*self.page.as_ptr()).immediate_exit) }
     }
 
@@ -77,8 +77,8 @@ impl RunPage {
 
 impl Drop for RunPage {
     fn drop(&mut self) {
-        // SAFETY: our own mapping, of this size; `self` is going, and pointers from `get` and `data`
-        // do not outlive the methods of `Vcpu`, which holds an Arc of this.
+        // SAFETY: our own mapping, of this size; `self` is going, and pointers from `get` and
+        // `data` do not outlive the methods of `Vcpu`, which holds an Arc of this.
         unsafe { libc::munmap(self.page.as_ptr().cast(), self.size) };
     }
 }

@@ -1,9 +1,10 @@
 //! The state of vCPUs and VM: read from KVM on one host, written to KVM on another.
 //!
 //! The order of the ioctls is argued where they are made ([`vcpu`], [`vm`]); across the two it is:
-//! vCPUs first, then the VM's interrupt controllers, then the clock, then devices. Setting the IOAPIC
-//! makes KVM deliver what is pending on its pins into the local APICs, and setting a local APIC
-//! afterwards would wipe that out. The clock comes late, since it runs from the moment it is set.
+//! vCPUs first, then the VM's interrupt controllers, then the clock, then devices. Setting the
+//! IOAPIC makes KVM deliver what is pending on its pins into the local APICs, and setting a local
+//! APIC afterwards would wipe that out. The clock comes late, since it runs from the moment it is
+//! set.
 
 mod error;
 mod known;

@@ -108,8 +108,8 @@ impl Vcpu {
 
     /// Runs guest code until KVM comes back once, and lets the buses answer if it was for a device.
     ///
-    /// An access to a device is only complete in KVM when KVM_RUN is entered again: for `in` and loads
-    /// that is when the data reaches the guest's register and RIP moves on. So after
+    /// An access to a device is only complete in KVM when KVM_RUN is entered again: for `in` and
+    /// loads that is when the data reaches the guest's register and RIP moves on. So after
     /// [`VmExit::Handled`] the state of the vCPU is not its architectural state yet.
     /// [`VmExit::Interrupted`] tells that it is: KVM completes what is pending before it looks at
     /// `immediate_exit` or at signals. Hence the way to stop is to kick and to go on calling `run`
@@ -153,7 +153,8 @@ impl Vcpu {
             // A vCPU that waited for INIT or SIPI and got it: enter again.
             Some(libc::EAGAIN) => VmExit::Handled,
             Some(libc::EFAULT | libc::EHWPOISON) => {
-                // SAFETY: the page is mapped; the union's member is only read when the reason names it.
+                // SAFETY: the page is mapped; the union's member is only read when the reason names
+                // it.
                 let place = unsafe {
                     let run = self.page.get();
                     ((*run).exit_reason == KVM_EXIT_MEMORY_FAULT)
@@ -180,8 +181,8 @@ impl Vcpu {
         let Some(data) = data.filter(|_| size > 0) else {
             return self.failure("KVM described a port access that lies outside its own page");
         };
-        // SAFETY: the bytes are inside the mapping. Until the next KVM_RUN, which takes `&mut self`,
-        // the kernel leaves them alone and no other thread has a pointer to them.
+        // SAFETY: the bytes are inside the mapping. Until the next KVM_RUN, which takes
+        // `&mut self`, the kernel leaves them alone and no other thread has a pointer to them.
         let data = unsafe { &mut *data };
         // INS and OUTS come in a batch: that many accesses to the same port.
         for access in data.chunks_exact_mut(size) {

@@ -25,7 +25,8 @@ use crate::memory::{GuestRam, RangeError};
 /// The most vCPUs a machine can have: what 8-bit APIC ids can name, less the broadcast id.
 pub const MAX_CPUS: u32 = 254;
 
-/// Three pages that kvm_intel wants for a TSS, and one for an identity map, in the hole below 4 GiB.
+/// Three pages that kvm_intel wants for a TSS, and one for an identity map, in the hole below 4
+/// GiB.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
@@ -75,8 +76,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM over `ram`, with the interrupt controllers and, where there is one, the timer. Its dirty pages are found by
-    /// KVM's log.
+    /// A VM over `ram`, with the interrupt controllers and, where there is one, the timer. Its
+    /// dirty pages are found by KVM's log.
     ///
     /// # Errors
     /// [`VmError`].
@@ -84,8 +85,9 @@ impl Vm {
         Self::with_dirty_rings(host, ram, 0)
     }
 
-    /// As [`new`](Self::new); dirty pages are found by a ring of about `entries` for each vCPU, where that is not 0 and
-    /// the host has rings. KVM wants to know before there is a vCPU, and it is for good.
+    /// As [`new`](Self::new); dirty pages are found by a ring of about `entries` for each vCPU,
+    /// where that is not 0 and the host has rings. KVM wants to know before there is a vCPU, and it
+    /// is for good.
     ///
     /// # Errors
     /// As there.
@@ -110,7 +112,8 @@ impl Vm {
             msr_indices: list.as_slice().to_vec(),
             ram,
         };
-        // These three before any vCPU: kvm_intel fixes the addresses and the APICs when it makes one.
+        // These three before any vCPU: kvm_intel fixes the addresses and the APICs when it makes
+        // one.
         if vm.caps.set_identity_map_addr {
             vm.fd
                 .set_identity_map_address(IDENTITY_MAP_ADDRESS)
@@ -136,7 +139,8 @@ impl Vm {
             vm.enable(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)?;
         }
         if let Some(rings) = &vm.rings {
-            // They differ in what user space owes to weakly ordered processors, which it does anyway.
+            // They differ in what user space owes to weakly ordered processors, which it does
+            // anyway.
             let cap = if vm.caps.dirty_ring_acq_rel {
                 KVM_CAP_DIRTY_LOG_RING_ACQ_REL
             } else {
@@ -172,8 +176,8 @@ impl Vm {
         &self.caps
     }
 
-    /// Makes vCPU number `id` of `count`, as it is after reset: number 0 can run, the others wait for
-    /// INIT and SIPI.
+    /// Makes vCPU number `id` of `count`, as it is after reset: number 0 can run, the others wait
+    /// for INIT and SIPI.
     ///
     /// # Errors
     /// [`VmError`].
@@ -212,7 +216,8 @@ impl Vm {
         Ok(IrqLine(event))
     }
 
-    /// Has KVM signal `event` when the guest writes `value`, 4 bytes, to `address`: no exit to the vCPU's thread.
+    /// Has KVM signal `event` when the guest writes `value`, 4 bytes, to `address`: no exit to the
+    /// vCPU's thread.
     ///
     /// # Errors
     /// [`VmError`].
@@ -243,8 +248,8 @@ impl Vm {
     /// The flags of manual dirty log protection that this VM runs with; 0 for the plain log.
     pub(super) fn manual_dirty_log_flags(&self) -> u32 {
         if self.rings.is_some() {
-            // Then there is no log to protect by hand; and with INITIALLY_SET turning tracking on would protect nothing,
-            // so that no write would ever get into a ring.
+            // Then there is no log to protect by hand; and with INITIALLY_SET turning tracking on
+            // would protect nothing, so that no write would ever get into a ring.
             return 0;
         }
         let known = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
@@ -276,9 +281,9 @@ impl Vm {
                 memory_size: region.bytes(),
                 userspace_addr: u64::try_from(base.as_ptr().addr()).unwrap_or(0),
             };
-            // SAFETY: `host_address` vouches for `region.pages` pages at `base`, and `self` keeps that
-            // mapping for as long as the VM exists. The regions do not overlap. The guest's accesses
-            // go through vm-memory's volatile accesses and raw pointers on our side only.
+            // SAFETY: `host_address` vouches for `region.pages` pages at `base`, and `self` keeps
+            // that mapping for as long as the VM exists. The regions do not overlap. The guest's
+            // accesses go through vm-memory's volatile accesses and raw pointers on our side only.
             unsafe { self.fd.set_user_memory_region(slot) }.named("KVM_SET_USER_MEMORY_REGION")?;
         }
         Ok(())

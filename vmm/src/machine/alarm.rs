@@ -6,7 +6,8 @@ use ferry_devices::sync::lock;
 
 use super::control::{Control, Exit};
 
-/// Ends a machine with a sentence. Made before the machine is: devices need it, and the machine needs its devices.
+/// Ends a machine with a sentence. Made before the machine is: devices need it, and the machine
+/// needs its devices.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Alarm(Arc<Mutex<State>>);
 

@@ -126,7 +126,8 @@ impl std::fmt::Debug for Builder {
 }
 
 impl Builder {
-    /// RAM in bytes; a multiple of 4 KiB, of 2 MiB with [`Backing::Hugetlb`](crate::memory::Backing::Hugetlb). There is no default.
+    /// RAM in bytes; a multiple of 4 KiB, of 2 MiB with
+    /// [`Backing::Hugetlb`](crate::memory::Backing::Hugetlb). There is no default.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory = bytes;
@@ -147,40 +148,41 @@ impl Builder {
         self
     }
 
-    /// Where the serial port's output goes; nowhere by default. The writer should not block for long:
-    /// the vCPU waits for it, and so does a pause.
+    /// Where the serial port's output goes; nowhere by default. The writer should not block for
+    /// long: the vCPU waits for it, and so does a pause.
     #[must_use]
     pub fn serial(mut self, output: Box<dyn Write + Send>) -> Self {
         self.serial = output;
         self
     }
 
-    /// What is behind the memory, the virtio devices, and what is behind them here. For a machine from a description: what
-    /// is behind the devices that it has.
+    /// What is behind the memory, the virtio devices, and what is behind them here. For a machine
+    /// from a description: what is behind the devices that it has.
     #[must_use]
     pub fn devices(mut self, backends: Backends) -> Self {
         self.backends = backends;
         self
     }
 
-    /// How the pages that the guest dirties are found while it is migrated. By default as [`DirtyLog`] finds better on
-    /// this host. A machine has it for good.
+    /// How the pages that the guest dirties are found while it is migrated. By default as
+    /// [`DirtyLog`] finds better on this host. A machine has it for good.
     #[must_use]
     pub fn dirty(mut self, tracking: Tracking) -> Self {
         self.dirty = tracking;
         self
     }
 
-    /// Entries of each vCPU's dirty ring, where there are rings: a power of two, 16 bytes of the kernel's memory each.
-    /// By default as many as KVM takes on a small machine, and fewer on large ones. A vCPU whose ring is full stops for
-    /// as long as it takes to empty it.
+    /// Entries of each vCPU's dirty ring, where there are rings: a power of two, 16 bytes of the
+    /// kernel's memory each. By default as many as KVM takes on a small machine, and fewer on large
+    /// ones. A vCPU whose ring is full stops for as long as it takes to empty it.
     #[must_use]
     pub fn dirty_ring_entries(mut self, entries: u32) -> Self {
         self.ring_entries = Some(entries);
         self
     }
 
-    /// The disks, where they are open already: those of [`devices`](Self::devices) are not opened then.
+    /// The disks, where they are open already: those of [`devices`](Self::devices) are not opened
+    /// then.
     #[must_use]
     pub fn opened_disks(mut self, disks: Option<Vec<Arc<Disk>>>) -> Self {
         self.opened_disks = disks;
@@ -199,16 +201,18 @@ impl Builder {
         self
     }
 
-    /// The memory of a guest that runs in another process of this host, instead of new memory: for a machine from that
-    /// guest's description. Until the machine is resumed it changes nothing there.
+    /// The memory of a guest that runs in another process of this host, instead of new memory: for
+    /// a machine from that guest's description. Until the machine is resumed it changes nothing
+    /// there.
     #[must_use]
     pub fn shared_memory(mut self, memory: SharedRam) -> Self {
         self.shared = Some(memory);
         self
     }
 
-    /// Taps that came with the [shared memory](Self::shared_memory), in the order of the guest's cards. They are behind its
-    /// cards where [`devices`](Self::devices) has none, and in the place of those of the same name; others are closed.
+    /// Taps that came with the [shared memory](Self::shared_memory), in the order of the guest's
+    /// cards. They are behind its cards where [`devices`](Self::devices) has none, and in the place
+    /// of those of the same name; others are closed.
     #[must_use]
     pub fn shared_taps(mut self, taps: Vec<OwnedFd>) -> Self {
         self.shared_taps = taps;

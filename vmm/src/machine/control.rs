@@ -1,9 +1,9 @@
 //! Running and stopping the vCPU threads.
 //!
-//! A pause is: say that vCPUs shall stop, kick them all, wait until all are parked. A vCPU parks only
-//! after KVM_RUN has said EINTR, by which time KVM has completed any device access
-//! ([`Vcpu::run`](crate::kvm::Vcpu::run)). All kicks are out before the first wait, so the vCPUs stop
-//! in parallel.
+//! A pause is: say that vCPUs shall stop, kick them all, wait until all are parked. A vCPU parks
+//! only after KVM_RUN has said EINTR, by which time KVM has completed any device access
+//! ([`Vcpu::run`](crate::kvm::Vcpu::run)). All kicks are out before the first wait, so the vCPUs
+//! stop in parallel.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -27,7 +27,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 pub enum Exit {
     /// The guest shut down: it switched the machine off or asked KVM for it.
     Shutdown,
-    /// A fault could not be delivered, nor the double fault that followed: a crash, or a guest's last way to ask for a reset.
+    /// A fault could not be delivered, nor the double fault that followed: a crash, or a guest's
+    /// last way to ask for a reset.
     TripleFault,
     /// The guest asked for a reset.
     Reset,
@@ -124,8 +125,8 @@ pub(super) struct Control {
     virtio: Arc<VirtioSet>,
     /// Claimed before the vCPUs run: another process may have it too.
     ram: Arc<GuestRam>,
-    /// Entry times are nanoseconds after this, plus one; 0 is none. Stored without a lock as the last
-    /// thing before KVM_RUN.
+    /// Entry times are nanoseconds after this, plus one; 0 is none. Stored without a lock as the
+    /// last thing before KVM_RUN.
     origin: Instant,
     entered: Vec<AtomicU64>,
 }
@@ -200,7 +201,8 @@ impl Control {
             self.changed.notify_all();
             return Err(PauseError::Ended(exit));
         }
-        // The guard keeps others out, so the lock need not: a disk may take its time, and the state can be asked for.
+        // The guard keeps others out, so the lock need not: a disk may take its time, and the state
+        // can be asked for.
         drop(inner);
         if let Err(error) = self.virtio.pause() {
             let mut inner = self.lock();
@@ -240,8 +242,8 @@ impl Control {
         Ok(())
     }
 
-    /// Sets the devices going, and then the vCPUs: the guest must not wait for a device at rest. A guest whose memory or
-    /// disk somebody else has must not run at all.
+    /// Sets the devices going, and then the vCPUs: the guest must not wait for a device at rest. A
+    /// guest whose memory or disk somebody else has must not run at all.
     fn start(&self, inner: &mut Inner) -> Result<(), ResumeError> {
         let claim = self.ram.claim();
         let news = claim.map_err(|e| ResumeError::Memory(e.to_string()))?;
@@ -399,8 +401,9 @@ impl Control {
     }
 }
 
-/// How a guest has asked a device for its end, if it has. Devices are told in the middle of an access, with the vCPU and
-/// the device locked, so they only leave word here: the vCPU's thread looks right after the access.
+/// How a guest has asked a device for its end, if it has. Devices are told in the middle of an
+/// access, with the vCPU and the device locked, so they only leave word here: the vCPU's thread
+/// looks right after the access.
 #[derive(Debug, Clone, Default)]
 pub(super) struct EndWish(Arc<AtomicU8>);
 

@@ -12,8 +12,8 @@ pub(super) const FORMAT: u32 = 2;
 /// The longest name, in bytes.
 const MAX_NAME: usize = 255;
 
-/// All that has to be known to build the same machine on another host. It goes ahead of a migration, so
-/// that a host that cannot run the guest says so before anything else is sent.
+/// All that has to be known to build the same machine on another host. It goes ahead of a
+/// migration, so that a host that cannot run the guest says so before anything else is sent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineDescription {
     /// Version of this description.
@@ -136,7 +136,8 @@ impl MachineDescription {
         Ok(())
     }
 
-    /// Checks that this host can run the machine. Whether it has the memory is found when that is made.
+    /// Checks that this host can run the machine. Whether it has the memory is found when that is
+    /// made.
     ///
     /// # Errors
     /// [`UnfitHost`], with the names of missing CPU features.

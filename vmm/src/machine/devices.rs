@@ -1,8 +1,10 @@
-//! The machine's virtio devices: which there are, where they are, and what is behind them on this host.
+//! The machine's virtio devices: which there are, where they are, and what is behind them on this
+//! host.
 //!
-//! A device's place, its registers' address and its interrupt line, follows from its number alone, so that both ends of a
-//! migration agree. What is behind it belongs to the host: a disk's path and a tap's name are given anew at the
-//! destination, unless the tap itself comes, open, from a process on the same host.
+//! A device's place, its registers' address and its interrupt line, follows from its number alone,
+//! so that both ends of a migration agree. What is behind it belongs to the host: a disk's path and
+//! a tap's name are given anew at the destination, unless the tap itself comes, open, from a
+//! process on the same host.
 
 mod announcing;
 mod backing;
@@ -72,8 +74,8 @@ pub struct Backends {
     pub balloon: bool,
     /// Whether there is a source of random numbers. As for the balloon.
     pub rng: bool,
-    /// An operator insists: a guest that arrives is taken although a disk is not the file that it used on this host, or the
-    /// CPU not the one that it counts on.
+    /// An operator insists: a guest that arrives is taken although a disk is not the file that it
+    /// used on this host, or the CPU not the one that it counts on.
     pub insist: bool,
 }
 
@@ -119,9 +121,10 @@ pub(super) struct VirtioSet {
 }
 
 impl VirtioSet {
-    /// Makes the devices and puts them on `bus`: those of `described`, or, for a new machine, those that `backends` asks
-    /// for. A new machine's disks are locked; those of one that arrives belong to its source still. Disks that are `opened`
-    /// already are taken as they are, and so are taps that are `shared` by the guest's process. `on_failure` ends the guest.
+    /// Makes the devices and puts them on `bus`: those of `described`, or, for a new machine, those
+    /// that `backends` asks for. A new machine's disks are locked; those of one that arrives belong
+    /// to its source still. Disks that are `opened` already are taken as they are, and so are taps
+    /// that are `shared` by the guest's process. `on_failure` ends the guest.
     pub(super) fn build(
         vm: &Arc<Vm>,
         (backends, opened, shared): (&Backends, Option<Vec<Arc<Disk>>>, Vec<OwnedFd>),
@@ -243,7 +246,8 @@ impl VirtioSet {
         &self.disks
     }
 
-    /// All locks, or an error and those that were held before: the other side may take back the guest, and its disks.
+    /// All locks, or an error and those that were held before: the other side may take back the
+    /// guest, and its disks.
     pub(super) fn lock_disks(&self) -> Result<(), DeviceError> {
         let mut taken = Vec::new();
         for disk in &self.disks {
@@ -355,8 +359,8 @@ impl Card<'_> {
     }
 }
 
-/// What is behind the cards, in order: what is given here, and where that is a tap that came, or nothing is given at all,
-/// what came.
+/// What is behind the cards, in order: what is given here, and where that is a tap that came, or
+/// nothing is given at all, what came.
 fn cards(backends: &Backends, shared: Vec<OwnedFd>) -> Result<Vec<Card<'_>>, DeviceError> {
     let shared = shared.into_iter().map(Tap::adopt);
     let mut shared = shared

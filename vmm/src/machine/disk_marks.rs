@@ -1,7 +1,8 @@
 //! Whether the guest's disks were written since its state was saved.
 //!
-//! Memory of that state over newer disks destroys their file systems. The disks may be shared with another host, where
-//! no lock tells, so each is known again by its file's size and times. Of a block device these tell nothing.
+//! Memory of that state over newer disks destroys their file systems. The disks may be shared with
+//! another host, where no lock tells, so each is known again by its file's size and times. Of a
+//! block device these tell nothing.
 
 use std::fs::File;
 use std::io;
@@ -38,7 +39,8 @@ impl FileMark {
 pub(super) struct DiskMarks(Mutex<Vec<(PathBuf, Option<FileMark>)>>);
 
 impl DiskMarks {
-    /// Notes the disks as they are now. The guest is paused, and all that it wrote was handed to the file.
+    /// Notes the disks as they are now. The guest is paused, and all that it wrote was handed to
+    /// the file.
     pub(super) fn note(&self, disks: &[Arc<Disk>]) {
         let mark = |disk: &Arc<Disk>| {
             let path = disk.path().to_owned();

@@ -13,8 +13,8 @@ enum Reg {
 }
 use Reg::{Eax, Ebx, Ecx, Edx};
 
-/// A register whose bits are features, the bits that are not, and the names of the others from bit 0
-/// on (`_` where a bit has none here).
+/// A register whose bits are features, the bits that are not, and the names of the others from bit
+/// 0 on (`_` where a bit has none here).
 struct Word {
     function: u32,
     index: u32,

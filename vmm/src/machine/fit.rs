@@ -1,19 +1,21 @@
 //! Whether a guest's CPU, as it was described at its source, is what a vCPU of this host is.
 //!
-//! Two things that CPUID does not tell: the frequency of the TSC, which a guest measures once and counts on for good, and
-//! IA32_ARCH_CAPABILITIES, by which a guest decides which of the CPU's faults it need not work around.
+//! Two things that CPUID does not tell: the frequency of the TSC, which a guest measures once and
+//! counts on for good, and IA32_ARCH_CAPABILITIES, by which a guest decides which of the CPU's
+//! faults it need not work around.
 
 use super::MachineDescription;
 
-/// How far two frequencies of one kind of CPU may be apart, in millionths: what KVM itself takes for equal
-/// (`tsc_tolerance_ppm` of kvm.ko).
+/// How far two frequencies of one kind of CPU may be apart, in millionths: what KVM itself takes
+/// for equal (`tsc_tolerance_ppm` of kvm.ko).
 const TOLERANCE_PPM: u64 = 250;
 
 /// The CPUID bit by which a guest knows of IA32_ARCH_CAPABILITIES: leaf 7, EDX.
 const HAS_ARCH_CAPABILITIES: u32 = 1 << 29;
 
-/// Bits of IA32_ARCH_CAPABILITIES by which a CPU says that it does *not* have a fault (Intel SDM vol. 4, and Linux's
-/// msr-index.h), or that it has a way around one. A guest relies on each of them.
+/// Bits of IA32_ARCH_CAPABILITIES by which a CPU says that it does *not* have a fault (Intel SDM
+/// vol. 4, and Linux's msr-index.h), or that it has a way around one. A guest relies on each of
+/// them.
 const CAPABILITIES: [(u32, &str); 24] = [
     (0, "RDCL_NO"),
     (1, "IBRS_ALL"),

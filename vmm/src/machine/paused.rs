@@ -55,8 +55,8 @@ pub enum RestoreMachineError {
 /// What is worth knowing about a restore that succeeded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Restored {
-    /// MSRs whose saved value this host would not take. Their names are in the CPU's manual; most are
-    /// read-only descriptions of the host that guests do not look at twice.
+    /// MSRs whose saved value this host would not take. Their names are in the CPU's manual; most
+    /// are read-only descriptions of the host that guests do not look at twice.
     pub skipped_msrs: Vec<SkippedMsr>,
 }
 
@@ -94,9 +94,10 @@ impl<'a> PausedMachine<'a> {
 
     /// Reads the state of everything but the memory.
     ///
-    /// From the sources of interrupts to their sinks: timers in the kernel go on while the vCPUs stand
-    /// still, so an interrupt may pass from one part to the next between two reads. In this order it
-    /// is then in both, and the guest sees one too many; in the other order it would be in neither.
+    /// From the sources of interrupts to their sinks: timers in the kernel go on while the vCPUs
+    /// stand still, so an interrupt may pass from one part to the next between two reads. In this
+    /// order it is then in both, and the guest sees one too many; in the other order it would be in
+    /// neither.
     ///
     /// # Errors
     /// [`SaveError`]; the machine is unharmed.
@@ -117,8 +118,8 @@ impl<'a> PausedMachine<'a> {
         Ok(MachineState { devices, vm, vcpus })
     }
 
-    /// Takes over a state that was saved from a machine with the same description. Memory is not part
-    /// of it, and may come before or after.
+    /// Takes over a state that was saved from a machine with the same description. Memory is not
+    /// part of it, and may come before or after.
     ///
     /// From the sinks of interrupts to their sources: see the module [`kvm::state`](crate::kvm).
     ///

@@ -5,8 +5,8 @@
 //! devices and VM (postcard)   vCPU 0 (postcard)   vCPU 1 …
 //! ```
 //!
-//! Little-endian. The number of vCPUs is in the header and each is decoded by itself, so that a sender
-//! cannot make the receiver allocate more than a machine of that size has.
+//! Little-endian. The number of vCPUs is in the header and each is decoded by itself, so that a
+//! sender cannot make the receiver allocate more than a machine of that size has.
 
 use ferry_devices::acpi_pm::AcpiPmState;
 use ferry_devices::i8042::I8042State;
@@ -91,8 +91,9 @@ impl MachineState {
         &self.vcpus
     }
 
-    /// For a guest that was away: its clock goes on from where it stood when the state was saved. Otherwise it counts the time
-    /// since, where KVM can tell it on both hosts (`KVM_CLOCK_REALTIME`), as it does for the pause of a migration.
+    /// For a guest that was away: its clock goes on from where it stood when the state was saved.
+    /// Otherwise it counts the time since, where KVM can tell it on both hosts
+    /// (`KVM_CLOCK_REALTIME`), as it does for the pause of a migration.
     pub fn stop_clock(&mut self) {
         self.vm.stop_clock();
     }
@@ -120,8 +121,8 @@ impl MachineState {
         Ok(bytes)
     }
 
-    /// Reads a state. Bytes of any origin are safe: they give a state that KVM still has to accept, or
-    /// an error.
+    /// Reads a state. Bytes of any origin are safe: they give a state that KVM still has to accept,
+    /// or an error.
     ///
     /// # Errors
     /// [`StateError`].

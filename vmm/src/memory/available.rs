@@ -1,4 +1,5 @@
-//! How much memory this process can still have: of the host, and of the memory cgroups that it is in.
+//! How much memory this process can still have: of the host, and of the memory cgroups that it is
+//! in.
 
 use std::fs;
 use std::path::Path;
@@ -90,7 +91,8 @@ enum Version {
 }
 
 impl Version {
-    /// Where a line of mountinfo mounts this hierarchy, and which of its directories is the top there.
+    /// Where a line of mountinfo mounts this hierarchy, and which of its directories is the top
+    /// there.
     fn mount(self, line: &str) -> Option<(String, String)> {
         let (mount, system) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
@@ -125,7 +127,8 @@ impl Version {
         // "max" is no number. Version 1 has a huge one instead, which the host's memory is below.
         let bytes = number(limit)?;
         let used = number(usage)?;
-        // The page cache goes before anything is killed; a guest's own memory does not count as such.
+        // The page cache goes before anything is killed; a guest's own memory does not count as
+        // such.
         let stat = read("memory.stat").unwrap_or_default();
         let cached: u64 = stat
             .lines()

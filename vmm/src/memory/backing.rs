@@ -6,8 +6,8 @@
 //! | `4k` | a memfd | 4 KiB |
 //! | `hugetlb` | a memfd of the host's pool | 2 MiB, reserved |
 //!
-//! All of them are files, so that the memory can be handed to another process, can be punched, and can be received
-//! page by page. Anonymous memory is none of that.
+//! All of them are files, so that the memory can be handed to another process, can be punched, and
+//! can be received page by page. Anonymous memory is none of that.
 
 use std::fmt;
 use std::fs::File;
@@ -22,7 +22,8 @@ const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Backing {
-    /// The best that the host has. A guest that arrives from a hugetlb pool gets the pool's pages, if there are enough.
+    /// The best that the host has. A guest that arrives from a hugetlb pool gets the pool's pages,
+    /// if there are enough.
     #[default]
     Auto,
     /// Transparent 2 MiB pages.
@@ -76,7 +77,8 @@ pub struct MemoryOptions {
 }
 
 impl MemoryOptions {
-    /// Mounts the private tmpfs now, if it will be wanted: for a process that soon may not, or has few threads yet.
+    /// Mounts the private tmpfs now, if it will be wanted: for a process that soon may not, or has
+    /// few threads yet.
     pub fn prepare(&self) {
         if matches!(self.backing, Backing::Auto | Backing::Transparent) {
             // A refusal is told when the memory is made.
@@ -191,7 +193,8 @@ pub(super) fn transparent_file(bytes: u64) -> Result<(File, Pages), RamError> {
     Ok((memfd::create(bytes, false)?, pages))
 }
 
-/// Whether a memory file that another process made may have 2 MiB pages: it lies in a private tmpfs, or memfds have them.
+/// Whether a memory file that another process made may have 2 MiB pages: it lies in a private
+/// tmpfs, or memfds have them.
 pub(super) fn adopted_kind(sealed: bool) -> PageKind {
     let enabled = || std::fs::read_to_string(SHMEM_ENABLED).unwrap_or_default();
     match !sealed || memfd_is_huge(&enabled()) {

@@ -7,8 +7,9 @@ use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 
 use super::PAGE_SIZE;
 
-/// Pages of a region that were dirtied: an [`AtomicPageSet`] that `vm-memory` marks. `vm-memory`'s own bitmap can only
-/// be read bit by bit or drained into a new vector; a migration reads and clears it by words, in place, many times.
+/// Pages of a region that were dirtied: an [`AtomicPageSet`] that `vm-memory` marks. `vm-memory`'s
+/// own bitmap can only be read bit by bit or drained into a new vector; a migration reads and
+/// clears it by words, in place, many times.
 ///
 /// Clones share the bits. Pages are counted from the region's first.
 #[derive(Debug, Clone, Default)]

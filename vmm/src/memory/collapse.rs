@@ -1,7 +1,7 @@
 //! Puts 2 MiB pages back together that post-copy has filled page by page.
 //!
-//! A thread of low priority goes over the memory once. It sleeps three times as long as it works, since while a
-//! 2 MiB page is put together the guest waits that touches it.
+//! A thread of low priority goes over the memory once. It sleeps three times as long as it works,
+//! since while a 2 MiB page is put together the guest waits that touches it.
 
 use std::io;
 use std::sync::{Arc, Weak};
@@ -18,8 +18,9 @@ const REST: u32 = 3;
 const SHORTEST: Duration = Duration::from_micros(200);
 
 impl GuestRam {
-    /// Starts to put the memory's 2 MiB pages together, if it is made of such. Ends by itself: at the end of the memory,
-    /// with the memory, or when 2 MiB pages are [forbidden](Self::fills_huge) again.
+    /// Starts to put the memory's 2 MiB pages together, if it is made of such. Ends by itself: at
+    /// the end of the memory, with the memory, or when 2 MiB pages are
+    /// [forbidden](Self::fills_huge) again.
     pub(super) fn collapse_in_background(self: &Arc<Self>) {
         if !self.fills_huge() {
             return;
@@ -35,7 +36,8 @@ impl GuestRam {
         }
     }
 
-    /// Puts the 2 MiB page from `first_gfn` on together. `false` when nothing is there to be put together.
+    /// Puts the 2 MiB page from `first_gfn` on together. `false` when nothing is there to be put
+    /// together.
     ///
     /// # Errors
     /// The kernel's: `InvalidInput` where it cannot do so at all.
@@ -47,7 +49,8 @@ impl GuestRam {
             .host_address(first_gfn, TOGETHER)
             .map_err(io::Error::other)?;
         let size = usize::try_from(HUGE_PAGE_SIZE).map_err(io::Error::other)?;
-        // SAFETY: `host_address` has checked that as much is mapped there; collapsing changes no contents.
+        // SAFETY: `host_address` has checked that as much is mapped there; collapsing changes no
+        // contents.
         match unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_COLLAPSE) } {
             0 => Ok(true),
             _ => Err(io::Error::last_os_error()),

@@ -1,11 +1,12 @@
 //! A private tmpfs whose files are made of 2 MiB pages.
 //!
-//! Most hosts give memfds 4 KiB pages only (`shmem_enabled` is `never`), and that is the administrator's to change. A
-//! tmpfs of one's own is not: its `huge=` option decides. It is mounted nowhere (fsmount(2) without
-//! move_mount(2)), so that no other process sees it, and it ends with its last file.
+//! Most hosts give memfds 4 KiB pages only (`shmem_enabled` is `never`), and that is the
+//! administrator's to change. A tmpfs of one's own is not: its `huge=` option decides. It is
+//! mounted nowhere (fsmount(2) without move_mount(2)), so that no other process sees it, and it
+//! ends with its last file.
 //!
-//! Mounting needs CAP_SYS_ADMIN over the mount namespace. A process without asks a child in a user namespace of its own,
-//! which leaves the mount in the descriptor table that the two share.
+//! Mounting needs CAP_SYS_ADMIN over the mount namespace. A process without asks a child in a user
+//! namespace of its own, which leaves the mount in the descriptor table that the two share.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -50,7 +51,8 @@ fn new_mount() -> io::Result<OwnedFd> {
     }
 }
 
-/// Options of the tmpfs: 2 MiB pages, no limit of its own (the default is half of the host's memory), nobody else's.
+/// Options of the tmpfs: 2 MiB pages, no limit of its own (the default is half of the host's
+/// memory), nobody else's.
 const OPTIONS: [(&CStr, &CStr); 3] = [(c"huge", c"always"), (c"size", c"0"), (c"mode", c"0700")];
 
 /// Allocates nothing: called in a forked child, too.
@@ -80,9 +82,10 @@ fn mount_in_user_namespace() -> io::Result<OwnedFd> {
     ];
     let flags = libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_FILES | libc::SIGCHLD;
     let (none, flags) = (0 as libc::c_long, libc::c_long::from(flags));
-    // SAFETY: without CLONE_VM and with a null stack this is a fork: the child has a copy of this thread's stack and of
-    // all memory, and no other thread. It calls only `in_child`, which makes system calls, neither allocates nor
-    // takes a lock that another thread may have held, and never returns.
+    // SAFETY: without CLONE_VM and with a null stack this is a fork: the child has a copy of this
+    // thread's stack and of all memory, and no other thread. It calls only `in_child`, which makes
+    // system calls, neither allocates nor takes a lock that another thread may have held, and never
+    // returns.
     let child = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
     match child {
         0 => in_child(place.as_raw_fd(), &maps),
@@ -104,8 +107,8 @@ fn in_child(place: RawFd, maps: &[String; 2]) -> ! {
         .and_then(|()| write(c"/proc/self/gid_map", maps[1].as_bytes()))
         .and_then(|()| mount())
         .and_then(|mount| {
-            // SAFETY: both are open descriptors of the table that is shared with the parent, which waits; the parent
-            // owns `place`, whatever is behind it.
+            // SAFETY: both are open descriptors of the table that is shared with the parent, which
+            // waits; the parent owns `place`, whatever is behind it.
             let moved = unsafe { libc::dup3(mount.as_raw_fd(), place, libc::O_CLOEXEC) };
             match moved {
                 -1 => Err(rustix::io::Errno::BADF),
@@ -113,7 +116,8 @@ fn in_child(place: RawFd, maps: &[String; 2]) -> ! {
             }
         });
     let code = result.map_or_else(rustix::io::Errno::raw_os_error, |()| 0);
-    // SAFETY: ends the child at once, without anything of the parent's that a normal exit would flush or free.
+    // SAFETY: ends the child at once, without anything of the parent's that a normal exit would
+    // flush or free.
     unsafe { libc::_exit(code) }
 }
 

@@ -47,7 +47,8 @@ impl RamRegion {
     }
 }
 
-/// The regions of a guest's RAM; a function of its size alone, so that both ends of a migration agree.
+/// The regions of a guest's RAM; a function of its size alone, so that both ends of a migration
+/// agree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamLayout {
     size: u64,
@@ -58,7 +59,8 @@ impl RamLayout {
     /// The layout of `bytes` of RAM.
     ///
     /// # Errors
-    /// [`RamError`] when the size is 0, no multiple of the page size (2 MiB with `hugepages`) or absurd.
+    /// [`RamError`] when the size is 0, no multiple of the page size (2 MiB with `hugepages`) or
+    /// absurd.
     pub fn new(bytes: u64, hugepages: bool) -> Result<Self, RamError> {
         if bytes == 0 {
             return Err(RamError::Zero);
@@ -129,8 +131,8 @@ impl RamLayout {
             .ok_or(error)
     }
 
-    /// Index of the region and of the word in its bitmap for `words` words from `first_gfn`; the last
-    /// word may reach past the region's last page, as bitmaps do.
+    /// Index of the region and of the word in its bitmap for `words` words from `first_gfn`; the
+    /// last word may reach past the region's last page, as bitmaps do.
     pub(crate) fn find_words(
         &self,
         first_gfn: u64,

@@ -54,26 +54,30 @@ pub(super) fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A core dump of the VMM is about the VMM: without this it would hold the guest's whole memory, and
-/// its secrets. Advice only, so a refusal is no error.
+/// A core dump of the VMM is about the VMM: without this it would hold the guest's whole memory,
+/// and its secrets. Advice only, so a refusal is no error.
 pub(super) fn exclude_from_core_dumps(base: NonNull<u8>, size: usize) {
-    // SAFETY: the caller has just mapped `size` bytes at `base`; the advice changes no byte of them.
+    // SAFETY: the caller has just mapped `size` bytes at `base`; the advice changes no byte of
+    // them.
     unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
 }
 
-/// Keeps the kernel from filling more than one page at a time. Advice only, so a refusal is no error.
+/// Keeps the kernel from filling more than one page at a time. Advice only, so a refusal is no
+/// error.
 pub(super) fn forbid_transparent_hugepages(base: NonNull<u8>, bytes: u64) {
     advise(base, bytes, libc::MADV_NOHUGEPAGE);
 }
 
-/// Lets the kernel fill 2 MiB at a time, and look for such a page. Advice only, so a refusal is no error.
+/// Lets the kernel fill 2 MiB at a time, and look for such a page. Advice only, so a refusal is no
+/// error.
 pub(super) fn allow_transparent_hugepages(base: NonNull<u8>, bytes: u64) {
     advise(base, bytes, libc::MADV_HUGEPAGE);
 }
 
 fn advise(base: NonNull<u8>, bytes: u64, advice: libc::c_int) {
     let size = usize::try_from(bytes).unwrap_or(0);
-    // SAFETY: the caller has mapped `bytes` bytes at `base`; neither advice that is given here changes a byte of them.
+    // SAFETY: the caller has mapped `bytes` bytes at `base`; neither advice that is given here
+    // changes a byte of them.
     unsafe { libc::madvise(base.as_ptr().cast(), size, advice) };
 }
 
@@ -84,8 +88,8 @@ pub(super) fn populate(base: NonNull<u8>, bytes: u64) -> io::Result<()> {
     let mut done = 0;
     while done < size {
         let piece = PIECE.min(size - done);
-        // SAFETY: the caller has mapped `bytes` bytes at `base`, and `done + piece` is within; populating changes no
-        // contents.
+        // SAFETY: the caller has mapped `bytes` bytes at `base`, and `done + piece` is within;
+        // populating changes no contents.
         let result = unsafe {
             libc::madvise(
                 base.add(done).as_ptr().cast(),

@@ -1,4 +1,5 @@
-//! Guest memory that two processes map: handed to another VMM of this host, and who of the two may run the guest.
+//! Guest memory that two processes map: handed to another VMM of this host, and who of the two may
+//! run the guest.
 //!
 //! ```text
 //!          share                       adopt
@@ -8,13 +9,15 @@
 //!  commit:  give the file's lock up
 //! ```
 //!
-//! Two copies of a guest that run are a nuisance; two machines that run in one memory destroy it. So the kernel is
-//! asked to keep them apart, by two things that do not depend on what either side believes of the other:
+//! Two copies of a guest that run are a nuisance; two machines that run in one memory destroy it.
+//! So the kernel is asked to keep them apart, by two things that do not depend on what either side
+//! believes of the other:
 //!
-//! - a **lock** on the memory file (flock(2)), held by whoever runs the guest. It belongs to an open file, so each side
-//!   has one of its own, and it goes when its process dies.
-//! - a **word** (an eventfd(2)) for each time that the memory was shared: whoever runs the guest first says so on it.
-//!   The saved state of the other side is then older than the memory, and must not be run in it.
+//! - a **lock** on the memory file (flock(2)), held by whoever runs the guest. It belongs to an
+//!   open file, so each side has one of its own, and it goes when its process dies.
+//! - a **word** (an eventfd(2)) for each time that the memory was shared: whoever runs the guest
+//!   first says so on it. The saved state of the other side is then older than the memory, and must
+//!   not be run in it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -121,14 +124,15 @@ impl Tenure {
 }
 
 impl GuestRam {
-    /// Makes what another process needs in order to map this memory. The guest may run on. Whoever was given it before
-    /// has lost its claim.
+    /// Makes what another process needs in order to map this memory. The guest may run on. Whoever
+    /// was given it before has lost its claim.
     ///
     /// # Errors
     /// [`ShareError`]; nothing has changed.
     pub fn share(&self) -> Result<SharedRam, ShareError> {
         let path = format!("/proc/self/fd/{}", self.file().as_raw_fd());
-        // Not a duplicate: a lock belongs to an open file, and the two sides must not have one in common.
+        // Not a duplicate: a lock belongs to an open file, and the two sides must not have one in
+        // common.
         let memory = OpenOptions::new()
             .read(true)
             .write(true)
@@ -145,8 +149,8 @@ impl GuestRam {
         })
     }
 
-    /// The memory of a guest of `bytes` bytes that another process has shared. Nothing of it is believed, and no byte
-    /// of it is changed.
+    /// The memory of a guest of `bytes` bytes that another process has shared. Nothing of it is
+    /// believed, and no byte of it is changed.
     ///
     /// # Errors
     /// [`ShareError`]: it is not what the guest needs, or cannot be mapped.
@@ -167,8 +171,8 @@ impl GuestRam {
         Ok(ram)
     }
 
-    /// Takes the right to run the guest in this memory: to be called before each start. Returns whether it is news.
-    /// [`begin`](Self::begin) follows, or [`give_up`](Self::give_up).
+    /// Takes the right to run the guest in this memory: to be called before each start. Returns
+    /// whether it is news. [`begin`](Self::begin) follows, or [`give_up`](Self::give_up).
     ///
     /// # Errors
     /// [`ClaimError`]; the guest must not run here.
@@ -193,19 +197,20 @@ impl GuestRam {
         Ok(news)
     }
 
-    /// Says to everybody who was given this memory that the guest has run here since: after [`claim`](Self::claim), at
-    /// the last moment.
+    /// Says to everybody who was given this memory that the guest has run here since: after
+    /// [`claim`](Self::claim), at the last moment.
     pub fn begin(&self) {
         for word in self.tenure.lock().words.drain(..) {
-            // An eventfd that was just found at zero takes a one. Of another thing, from a peer that means no good,
-            // nothing is expected.
+            // An eventfd that was just found at zero takes a one. Of another thing, from a peer
+            // that means no good, nothing is expected.
             if let Err(error) = rustix::io::write(&word, &1_u64.to_ne_bytes()) {
                 tracing::warn!(%error, "the other side of a memory hand-over cannot be told that the guest runs here");
             }
         }
     }
 
-    /// Gives the right to run the guest up: whoever maps this memory may take it. No effect where it is not held.
+    /// Gives the right to run the guest up: whoever maps this memory may take it. No effect where
+    /// it is not held.
     ///
     /// # Errors
     /// The kernel's refusal; it is then held still.
@@ -228,10 +233,12 @@ impl GuestRam {
 const TMPFS: u64 = 0x0102_1994;
 const HUGETLBFS: u64 = 0x9584_58f6;
 
-/// Whether what was given is memory for this guest, and stays so. Returns whether seals say the latter.
+/// Whether what was given is memory for this guest, and stays so. Returns whether seals say the
+/// latter.
 ///
-/// Files of a tmpfs know no seals. Whoever has such a file writable could cut it; who that is depends on its owner: a
-/// nameless file of this user (or of root) was given to this process by one that could end it anyway.
+/// Files of a tmpfs know no seals. Whoever has such a file writable could cut it; who that is
+/// depends on its owner: a nameless file of this user (or of root) was given to this process by one
+/// that could end it anyway.
 fn check(memory: &OwnedFd, bytes: u64, hugepages: bool) -> Result<bool, ShareError> {
     let examine = |e: Errno| ShareError::Examine(e.into());
     // Only files in memory know seals.

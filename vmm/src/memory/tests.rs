@@ -109,7 +109,8 @@ fn word(ram: &GuestRam, gfn: u64) -> u64 {
         .unwrap()
 }
 
-/// Memory that `auto` gives, each page of which holds its own number plus one; `None` where this host has no 2 MiB pages.
+/// Memory that `auto` gives, each page of which holds its own number plus one; `None` where this
+/// host has no 2 MiB pages.
 fn transparent(bytes: u64) -> Option<GuestRam> {
     let ram = GuestRam::new(bytes, Backing::Auto).unwrap();
     if ram.backing() != Backing::Transparent {

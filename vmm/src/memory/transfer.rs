@@ -133,9 +133,10 @@ impl GuestRam {
             let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
             message.msg_iov = rest.as_mut_ptr();
             message.msg_iovlen = rest.len();
-            // SAFETY: each segment is `head`, which outlives the call, or a range of guest memory that
-            // `host_address` has bounds-checked within a mapping that `self` keeps alive. The kernel only
-            // reads it; that the guest may write meanwhile concerns the contents, not the validity.
+            // SAFETY: each segment is `head`, which outlives the call, or a range of guest memory
+            // that `host_address` has bounds-checked within a mapping that `self` keeps alive. The
+            // kernel only reads it; that the guest may write meanwhile concerns the contents, not
+            // the validity.
             let n = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
             match usize::try_from(n) {
                 Ok(n) => {
@@ -168,8 +169,9 @@ impl GuestRam {
             let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
             message.msg_iov = rest.as_mut_ptr();
             message.msg_iovlen = rest.len();
-            // SAFETY: each segment is a range of guest memory that `host_address` has bounds-checked
-            // within a mapping that `self` keeps alive; nobody holds a reference into it.
+            // SAFETY: each segment is a range of guest memory that `host_address` has
+            // bounds-checked within a mapping that `self` keeps alive; nobody holds a reference
+            // into it.
             let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_WAITALL) };
             match usize::try_from(n) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -182,7 +184,8 @@ impl GuestRam {
         }
     }
 
-    /// Reads runs of pages that hold nothing yet from a socket, through a pipe, into the memory file.
+    /// Reads runs of pages that hold nothing yet from a socket, through a pipe, into the memory
+    /// file.
     ///
     /// `recvmsg` into fresh memory takes a fault for each page, in which the kernel zeroes what the
     /// very next copy overwrites. A write to the file needs neither, and `splice` copies from the
@@ -209,7 +212,8 @@ impl GuestRam {
         let (read_end, write_end) = (pipe.read.as_raw_fd(), pipe.write.as_raw_fd());
         let flags = libc::SPLICE_F_MOVE | libc::SPLICE_F_MORE;
         while left > 0 {
-            // SAFETY: no memory of this process is involved; null offsets mean the descriptors' own.
+            // SAFETY: no memory of this process is involved; null offsets mean the descriptors'
+            // own.
             let n = unsafe { libc::splice(socket.as_raw_fd(), none, write_end, none, left, flags) };
             let mut waiting = match usize::try_from(n) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -227,8 +231,9 @@ impl GuestRam {
                     };
                     (offset, of_run) = self.in_file(*first, *count)?;
                 }
-                // SAFETY: `offset` is a valid loff_t that the kernel reads and advances; it stays within the
-                // run's part of the file, since no more than the rest of the run is asked for.
+                // SAFETY: `offset` is a valid loff_t that the kernel reads and advances; it stays
+                // within the run's part of the file, since no more than the rest of the run is
+                // asked for.
                 let n = unsafe {
                     libc::splice(
                         read_end,
@@ -264,7 +269,8 @@ impl GuestRam {
         ))
     }
 
-    /// Whether a page holds only zeros, as seen now. Reads no further than the first group of bytes that are not.
+    /// Whether a page holds only zeros, as seen now. Reads no further than the first group of bytes
+    /// that are not.
     ///
     /// # Errors
     /// [`RangeError`] when it is not RAM.
@@ -276,10 +282,10 @@ impl GuestRam {
         for group in 0..PAGE_SIZE_USIZE / VECTOR / STEP {
             let mut or = ZERO;
             for vector in 0..STEP {
-                // SAFETY: the index stays below PAGE_SIZE / VECTOR, so the vector lies within the page, which
-                // `host_address` has checked to be mapped; page starts are aligned. Volatile, since the
-                // guest may write at the same time: any value is then as good as another (the page is
-                // in the dirty log again).
+                // SAFETY: the index stays below PAGE_SIZE / VECTOR, so the vector lies within the
+                // page, which `host_address` has checked to be mapped; page starts are aligned.
+                // Volatile, since the guest may write at the same time: any value is then as good
+                // as another (the page is in the dirty log again).
                 or = unite(or, unsafe {
                     vectors.add(group * STEP + vector).read_volatile()
                 });
@@ -291,12 +297,12 @@ impl GuestRam {
         Ok(true)
     }
 
-    /// Writes decoded pages to `first_gfn` and those after it; `bytes` are whole pages. Nobody runs this guest yet, so
-    /// that nothing is marked as dirty.
+    /// Writes decoded pages to `first_gfn` and those after it; `bytes` are whole pages. Nobody runs
+    /// this guest yet, so that nothing is marked as dirty.
     ///
-    /// `fresh` pages hold nothing yet: of 4 KiB, they are written to the memory file, so that they are neither faulted in
-    /// one by one nor zeroed before they are overwritten (two thirds of the time). Others are overwritten where they are
-    /// mapped: there one fault brings 2 MiB.
+    /// `fresh` pages hold nothing yet: of 4 KiB, they are written to the memory file, so that they
+    /// are neither faulted in one by one nor zeroed before they are overwritten (two thirds of the
+    /// time). Others are overwritten where they are mapped: there one fault brings 2 MiB.
     ///
     /// # Errors
     /// `InvalidInput` when a page is not RAM or `bytes` are no whole pages; the file's own error.
@@ -314,15 +320,16 @@ impl GuestRam {
             return self.file.write_all_at(bytes, start);
         }
         let into = self.host_address(first_gfn, count).map_err(bad_range)?;
-        // SAFETY: `host_address` has checked that as many pages as `bytes` has are mapped at `into`, and nobody holds a
-        // reference into guest memory; `bytes` lie elsewhere.
+        // SAFETY: `host_address` has checked that as many pages as `bytes` has are mapped at
+        // `into`, and nobody holds a reference into guest memory; `bytes` lie elsewhere.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into.as_ptr(), bytes.len()) };
         Ok(())
     }
 
-    /// Whether pages that hold nothing yet are better written to the memory file than where they are mapped. A file of the
-    /// pool cannot be written to at all. A write may fill 2 MiB where a host has such for every memfd, whatever the
-    /// mapping was advised: so none is made while holes mean something.
+    /// Whether pages that hold nothing yet are better written to the memory file than where they
+    /// are mapped. A file of the pool cannot be written to at all. A write may fill 2 MiB where a
+    /// host has such for every memfd, whatever the mapping was advised: so none is made while holes
+    /// mean something.
     #[must_use]
     pub fn takes_writes(&self) -> bool {
         self.pages.kind == PageKind::Small && !self.keeps_holes.load(Ordering::Acquire)
@@ -334,13 +341,15 @@ impl GuestRam {
     /// [`RangeError`] when it is not RAM.
     pub fn copy_page(&self, gfn: u64, into: &mut [u8; PAGE_SIZE_USIZE]) -> Result<(), RangeError> {
         let from = self.host_address(gfn, 1)?;
-        // SAFETY: a whole page is mapped at `from`, and `into` is a page long and elsewhere. A running guest
-        // may write meanwhile: then the copy is a mixture of old and new bytes, as it would be on a wire.
+        // SAFETY: a whole page is mapped at `from`, and `into` is a page long and elsewhere. A
+        // running guest may write meanwhile: then the copy is a mixture of old and new bytes, as it
+        // would be on a wire.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), PAGE_SIZE_USIZE) };
         Ok(())
     }
 
-    /// Lets the host find memory for the pages now, so that no page fault is left for later. Best effort.
+    /// Lets the host find memory for the pages now, so that no page fault is left for later. Best
+    /// effort.
     pub fn populate(&self, first_gfn: u64, count: u64) {
         let Ok(base) = self.host_address(first_gfn, count) else {
             return;
@@ -354,8 +363,9 @@ impl GuestRam {
     /// Exact at the time of the call; a long part may come in pieces.
     ///
     /// Two questions, since neither answers alone: `mincore` is quick for memory that is there, but
-    /// takes a page that was swapped out for absent; `SEEK_DATA` knows, and is quick where nothing is. Huge pages are never
-    /// swapped out, and their files take all for data: there `mincore` answers, unless pages may have come by another mapping.
+    /// takes a page that was swapped out for absent; `SEEK_DATA` knows, and is quick where nothing
+    /// is. Huge pages are never swapped out, and their files take all for data: there `mincore`
+    /// answers, unless pages may have come by another mapping.
     #[must_use]
     pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
         const CHUNK: usize = 512;
@@ -370,8 +380,8 @@ impl GuestRam {
             let resident = &mut resident[..usize::try_from(pages).unwrap_or(CHUNK)];
             let base = self.host_address(at, pages).ok()?;
             let len = resident.len() * PAGE_SIZE_USIZE;
-            // SAFETY: the range is mapped (checked by `host_address`), and the kernel writes one byte for each
-            // of its pages into `resident`, which is as long.
+            // SAFETY: the range is mapped (checked by `host_address`), and the kernel writes one
+            // byte for each of its pages into `resident`, which is as long.
             if unsafe { libc::mincore(base.as_ptr().cast(), len, resident.as_mut_ptr()) } != 0 {
                 return None;
             }
@@ -428,8 +438,8 @@ impl GuestRam {
         let (region, page) = self.layout.find(gfn, 1).ok()?;
         let region = &self.layout.regions()[region];
         let from = libc::off_t::try_from(region.file_offset + page * PAGE_SIZE).ok()?;
-        // SAFETY: lseek takes no pointers. The file's position, which it moves, is used by nobody: all access is
-        // by mapping and by offset.
+        // SAFETY: lseek takes no pointers. The file's position, which it moves, is used by nobody:
+        // all access is by mapping and by offset.
         let at = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
         match u64::try_from(at) {
             Ok(at) => Some(
@@ -449,7 +459,8 @@ const PAGE_SIZE_USIZE: usize = 4096;
 #[cfg(target_arch = "x86_64")]
 use sse2::{Vector, ZERO, is_zero, unite};
 
-/// Vectors of the zero check: every x86-64 has SSE2. The compiler may not join volatile reads of words into such.
+/// Vectors of the zero check: every x86-64 has SSE2. The compiler may not join volatile reads of
+/// words into such.
 #[cfg(target_arch = "x86_64")]
 mod sse2 {
     use std::arch::x86_64::{__m128i, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128};

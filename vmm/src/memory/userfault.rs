@@ -1,4 +1,5 @@
-//! Page faults of guest RAM that has not arrived yet: the destination of post-copy, over userfaultfd(2).
+//! Page faults of guest RAM that has not arrived yet: the destination of post-copy, over
+//! userfaultfd(2).
 //!
 //! ```text
 //!              touch                  wait()            the source           place()
@@ -6,23 +7,26 @@
 //!                     in the kernel                                                    thread goes on
 //! ```
 //!
-//! Whoever touches an absent page sleeps: a vCPU in ring 3, KVM on its behalf (also when it walks the guest's page
-//! tables), a system call that reads or writes guest memory. So the threads that serve faults must not touch
-//! guest memory before it is there, nor hold a lock that a sleeper's progress depends on.
+//! Whoever touches an absent page sleeps: a vCPU in ring 3, KVM on its behalf (also when it walks
+//! the guest's page tables), a system call that reads or writes guest memory. So the threads that
+//! serve faults must not touch guest memory before it is there, nor hold a lock that a sleeper's
+//! progress depends on.
 //!
-//! "Absent" means that the memory file has no page there. A page that is in the file but not yet mapped (it came
-//! through [`GuestRam::splice_pages`], say) does not fault.
+//! "Absent" means that the memory file has no page there. A page that is in the file but not yet
+//! mapped (it came through [`GuestRam::splice_pages`], say) does not fault.
 //!
 //! What the kernel's interface leaves to its user, and how it is answered here:
-//! - A page may be reported more than once: by several threads, or by one that looks again. Whoever asks the source
-//!   for pages has to remember what was asked for.
-//! - A vCPU whose own access waits leaves KVM_RUN when it is kicked (since Linux 6.2). One for which KVM emulates the
-//!   access does not: with a signal pending the kernel starts that access anew, over and over, each time with a
-//!   report, on a full processor, until the page comes. So a pause may have to wait for a page, and a machine can
-//!   only be ended after its [`Userfault`] was dropped.
-//! - A report can be read after the page has come. Placing wakes those who wait, so nothing is to be done;
-//!   [`Userfault::wake`] is for a page that came another way.
-//! - Filling stops at a page that is there (EEXIST) and, now and then, half way (EAGAIN): one loop goes on.
+//! - A page may be reported more than once: by several threads, or by one that looks again. Whoever
+//!   asks the source for pages has to remember what was asked for.
+//! - A vCPU whose own access waits leaves KVM_RUN when it is kicked (since Linux 6.2). One for
+//!   which KVM emulates the access does not: with a signal pending the kernel starts that access
+//!   anew, over and over, each time with a report, on a full processor, until the page comes. So a
+//!   pause may have to wait for a page, and a machine can only be ended after its [`Userfault`] was
+//!   dropped.
+//! - A report can be read after the page has come. Placing wakes those who wait, so nothing is to
+//!   be done; [`Userfault::wake`] is for a page that came another way.
+//! - Filling stops at a page that is there (EEXIST) and, now and then, half way (EAGAIN): one loop
+//!   goes on.
 
 mod error;
 mod sys;
@@ -60,8 +64,9 @@ pub fn check_userfault() -> Result<UserfaultBy, UserfaultError> {
 pub struct Fault {
     /// The page's frame number.
     pub gfn: u64,
-    /// The thread that waits, by its ID (gettid(2)). Usually the vCPU's; it may be a kernel thread that works for
-    /// KVM (asynchronous page faults). `None` when it is not of this process' PID namespace.
+    /// The thread that waits, by its ID (gettid(2)). Usually the vCPU's; it may be a kernel thread
+    /// that works for KVM (asynchronous page faults). `None` when it is not of this process' PID
+    /// namespace.
     pub thread: Option<u32>,
     /// Whether it wants to write.
     pub write: bool,
@@ -87,10 +92,11 @@ pub struct Placed {
     pub present: u64,
 }
 
-/// The missing pages of a guest's RAM. All methods may be called from several threads at once, while the guest runs.
+/// The missing pages of a guest's RAM. All methods may be called from several threads at once,
+/// while the guest runs.
 ///
-/// Dropping it ends the reports: absent pages are zero again, and whoever waited for one goes on with zeros. So it
-/// may only be dropped when all pages have come, or when no vCPU will run again.
+/// Dropping it ends the reports: absent pages are zero again, and whoever waited for one goes on
+/// with zeros. So it may only be dropped when all pages have come, or when no vCPU will run again.
 #[derive(Debug)]
 pub struct Userfault {
     fd: OwnedFd,
@@ -102,7 +108,8 @@ pub struct Userfault {
 impl Userfault {
     /// From now on, whoever touches a page that is absent waits for it.
     ///
-    /// Transparent huge pages are switched off for the RAM until this is dropped: they would fill 2 MiB where one page came.
+    /// Transparent huge pages are switched off for the RAM until this is dropped: they would fill 2
+    /// MiB where one page came.
     ///
     /// # Errors
     /// [`UserfaultError`]; then nothing is changed.
@@ -191,11 +198,13 @@ impl Userfault {
         }
     }
 
-    /// Gives pages of one region their contents, `count` × 4096 `bytes`, and wakes who waits for them. A page that is
-    /// there already keeps what it has: it came before, and the guest may have written to it since.
+    /// Gives pages of one region their contents, `count` × 4096 `bytes`, and wakes who waits for
+    /// them. A page that is there already keeps what it has: it came before, and the guest may have
+    /// written to it since.
     ///
     /// # Errors
-    /// [`PlaceError`], which is also an [`io::Error`] by `?`. The pages before the one that it names are there.
+    /// [`PlaceError`], which is also an [`io::Error`] by `?`. The pages before the one that it
+    /// names are there.
     pub fn place(&self, first_gfn: u64, count: u64, bytes: &[u8]) -> Result<Placed, PlaceError> {
         let fits =
             u64::try_from(bytes.len()).is_ok_and(|n| Some(n) == count.checked_mul(PAGE_SIZE));
@@ -212,8 +221,8 @@ impl Userfault {
         })
     }
 
-    /// Gives pages of one region zeros, as [`place`](Self::place) does bytes. Each takes a page of the host's memory;
-    /// [`release`](Self::release) takes none.
+    /// Gives pages of one region zeros, as [`place`](Self::place) does bytes. Each takes a page of
+    /// the host's memory; [`release`](Self::release) takes none.
     ///
     /// # Errors
     /// As [`place`](Self::place).
@@ -250,15 +259,16 @@ impl Userfault {
             }
         }
         if result.present > 0 {
-            // If such a page came another way than by this descriptor, nobody has told those who wait.
+            // If such a page came another way than by this descriptor, nobody has told those who
+            // wait.
             let woken = sys::wake(&self.fd, start, done);
             error = error.or(woken.err().map(|e| PlaceError::kernel(first_gfn, e)));
         }
         error.map_or(Ok(result), Err)
     }
 
-    /// Lets those who wait for pages of one region look again: for pages that came another way than by
-    /// [`place`](Self::place). Who finds the page absent still is reported again.
+    /// Lets those who wait for pages of one region look again: for pages that came another way than
+    /// by [`place`](Self::place). Who finds the page absent still is reported again.
     ///
     /// # Errors
     /// `InvalidInput` when it is not RAM; the kernel's, none of which is expected.
@@ -266,13 +276,14 @@ impl Userfault {
         self.ranged(first_gfn, count, sys::wake)
     }
 
-    /// Ends the reports for pages of one region: those that are absent are zero from now on, at no cost in memory until
-    /// the guest writes to them. Who waits for one goes on. For long runs: each splits the mapping, of whose
-    /// pieces a process has 65,530 (`vm.max_map_count`), and stops all other faults for a moment.
+    /// Ends the reports for pages of one region: those that are absent are zero from now on, at no
+    /// cost in memory until the guest writes to them. Who waits for one goes on. For long runs:
+    /// each splits the mapping, of whose pieces a process has 65,530 (`vm.max_map_count`), and
+    /// stops all other faults for a moment.
     ///
     /// # Errors
-    /// `InvalidInput` when it is not RAM; the kernel's, `OutOfMemory` when there are too many pieces:
-    /// [`place_zero`](Self::place_zero) then.
+    /// `InvalidInput` when it is not RAM; the kernel's, `OutOfMemory` when there are too many
+    /// pieces: [`place_zero`](Self::place_zero) then.
     pub fn release(&self, first_gfn: u64, count: u64) -> io::Result<()> {
         self.ranged(first_gfn, count, sys::unregister)
     }
@@ -302,7 +313,8 @@ impl Userfault {
 
 impl Drop for Userfault {
     fn drop(&mut self) {
-        // Closing the descriptor would do it, unless a child process that is just being started has a copy.
+        // Closing the descriptor would do it, unless a child process that is just being started has
+        // a copy.
         for region in self.ram.regions() {
             if let Ok((start, len)) = self.bytes_of(region.first_gfn, region.pages) {
                 let _ = sys::unregister(&self.fd, start, len);

@@ -9,8 +9,9 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// Who the guest of a receiver is for. Its methods are called on the thread that receives, and must not wait for anything
-/// that the source does: a source is told that its guest has arrived after [`arrival`](Self::arrival) has returned.
+/// Who the guest of a receiver is for. Its methods are called on the thread that receives, and must
+/// not wait for anything that the source does: a source is told that its guest has arrived after
+/// [`arrival`](Self::arrival) has returned.
 ///
 /// A function that takes arrivals is an owner that wants every guest.
 pub trait Owner: Send + Sync {
@@ -22,8 +23,8 @@ pub trait Owner: Send + Sync {
         Ok(())
     }
 
-    /// The source has committed, or an operator takes over: from now on the guest belongs here, although it does not run
-    /// yet. After an error it never runs here, and the source is told so.
+    /// The source has committed, or an operator takes over: from now on the guest belongs here,
+    /// although it does not run yet. After an error it never runs here, and the source is told so.
     ///
     /// # Errors
     /// Why it is not wanted any more; a sentence.
@@ -46,10 +47,11 @@ impl<F: Fn(Arrival) + Send + Sync> Owner for F {
 pub enum Arrival {
     /// A connection was no migration's; nothing has changed. A sentence.
     Refused(String),
-    /// A migration failed or was cancelled; the source has its guest; waiting for the next. A sentence.
+    /// A migration failed or was cancelled; the source has its guest; waiting for the next. A
+    /// sentence.
     Failed(String),
-    /// The guest is complete here and does not run: the source has fallen silent before its commit was read. The source's
-    /// word, whenever it comes, or an operator's ends that.
+    /// The guest is complete here and does not run: the source has fallen silent before its commit
+    /// was read. The source's word, whenever it comes, or an operator's ends that.
     InDoubt {
         /// A sentence.
         why: String,
@@ -65,7 +67,8 @@ pub enum Arrival {
     },
     /// Every page that was to follow is here.
     Complete,
-    /// The connection to the source was lost while pages follow. A sentence. The source's `recover` mends it.
+    /// The connection to the source was lost while pages follow. A sentence. The source's `recover`
+    /// mends it.
     Interrupted(String),
 }
 
@@ -141,8 +144,8 @@ impl Following {
         self.0.file()
     }
 
-    /// For a machine that has ended: whoever waits for a page goes on, with zeros, and the source is told that
-    /// nothing more is needed, if it can be at once.
+    /// For a machine that has ended: whoever waits for a page goes on, with zeros, and the source
+    /// is told that nothing more is needed, if it can be at once.
     pub fn abandon(&self) {
         self.0.abandon();
     }

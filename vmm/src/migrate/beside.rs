@@ -1,5 +1,5 @@
-//! Open files beside the bytes of a Unix socket (`SCM_RIGHTS`, unix(7)): how a guest's memory goes to another process, and
-//! what its devices have open.
+//! Open files beside the bytes of a Unix socket (`SCM_RIGHTS`, unix(7)): how a guest's memory goes
+//! to another process, and what its devices have open.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -115,7 +115,8 @@ impl Beside {
         Ok(sent)
     }
 
-    /// Receives bytes, and keeps the files that come beside them: as many as can be meant, and no more.
+    /// Receives bytes, and keeps the files that come beside them: as many as can be meant, and no
+    /// more.
     pub(super) fn receive(&mut self, socket: &UnixStream, into: &mut [u8]) -> io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
         let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -1,4 +1,5 @@
-//! Pages through a link that codes its bytes: they cannot go from the socket to guest memory by themselves.
+//! Pages through a link that codes its bytes: they cannot go from the socket to guest memory by
+//! themselves.
 
 use std::io;
 
@@ -8,7 +9,8 @@ use ferry_migration::port::Link;
 use super::StreamLink;
 use crate::memory::{GuestRam, PageRun};
 
-/// Pages that are copied at once: 16 records of TLS (256 KiB), which stay in a processor's second-level cache.
+/// Pages that are copied at once: 16 records of TLS (256 KiB), which stay in a processor's
+/// second-level cache.
 const PAGES: usize = 64;
 
 /// Sends `head` and then the pages of `runs`.

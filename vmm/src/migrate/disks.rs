@@ -1,4 +1,5 @@
-//! A machine's disks as the engine's disks: those of a guest that leaves, and those made for one that arrives.
+//! A machine's disks as the engine's disks: those of a guest that leaves, and those made for one
+//! that arrives.
 
 use std::sync::Arc;
 

@@ -51,8 +51,8 @@ impl<'g> PausedVm<'g> for StoppedMachine<'g> {
     }
 
     fn commit(self: Box<Self>, session: SessionId) -> Result<Committed<'g>, PortError> {
-        // From here on the other side may take the disks and the memory. Where that fails the guest stays: the guard is
-        // dropped and takes them again.
+        // From here on the other side may take the disks and the memory. Where that fails the guest
+        // stays: the guard is dropped and takes them again.
         self.machine.release_disks()?;
         self.machine.ram().give_up()?;
         tracing::info!(%session, "the guest is handed over");
@@ -193,7 +193,8 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
         Ok(Box::new(StoppedMachine {
             machine: self.machine,
             paused,
-            // Each vCPU stops when its kick arrives; the first may have stopped when they were sent.
+            // Each vCPU stops when its kick arrives; the first may have stopped when they were
+            // sent.
             ran: last.map_or(asked, |last| last.min(asked)),
         }))
     }

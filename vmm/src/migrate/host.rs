@@ -1,4 +1,5 @@
-//! A destination: the engine's [`DestinationVm`] and [`PageSink`] over a machine that is built for the guest.
+//! A destination: the engine's [`DestinationVm`] and [`PageSink`] over a machine that is built for
+//! the guest.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -46,7 +47,8 @@ impl RamSink {
         let filled = AtomicPageSet::new(layout.end());
         for region in layout.runs() {
             if ram.is_adopted() {
-                // To ask what of it holds something takes a system call for each hole, while its guest runs, and no page comes.
+                // To ask what of it holds something takes a system call for each hole, while its
+                // guest runs, and no page comes.
                 filled.insert_run(*region);
                 continue;
             }
@@ -63,8 +65,8 @@ impl RamSink {
         }
     }
 
-    /// Where to place pages of a running guest; `None` when nobody waits for any: one that comes late, because the guest has
-    /// ended while it was on its way, has no place any more.
+    /// Where to place pages of a running guest; `None` when nobody waits for any: one that comes
+    /// late, because the guest has ended while it was on its way, has no place any more.
     fn faults(&self) -> Result<Option<Arc<Userfault>>, PortError> {
         match &*lock(&self.faults) {
             Faults::NotBegun => Err("no page of this guest is missing".into()),
@@ -90,8 +92,8 @@ impl RamSink {
             .read_pages(fd, runs, |progress| timeout.tick(progress))
     }
 
-    /// Whether nothing was written to any page of a run. What was, is remembered: to ask the memory file would mean waiting
-    /// for another data channel that writes to it.
+    /// Whether nothing was written to any page of a run. What was, is remembered: to ask the memory
+    /// file would mean waiting for another data channel that writes to it.
     fn is_fresh(&self, (first, count): PageRun) -> bool {
         self.ram.takes_writes() && self.filled.first_run(Run::new(first, count)).is_none()
     }
@@ -101,8 +103,8 @@ impl PageSink<StreamLink> for RamSink {
     fn receive(&self, link: &mut StreamLink, runs: &[Run]) -> io::Result<()> {
         let mut buffer = [(0, 0); MAX_RUNS as usize];
         let mut rest = page_runs(runs, &mut buffer)?;
-        // Memory that holds nothing yet has a shorter way; all else is read straight into place. As many runs at once as
-        // lie together.
+        // Memory that holds nothing yet has a shorter way; all else is read straight into place. As
+        // many runs at once as lie together.
         while let Some(first) = rest.first() {
             let fresh = self.is_fresh(*first);
             let alike = rest.iter().take_while(|run| self.is_fresh(**run) == fresh);
@@ -146,8 +148,8 @@ impl PageSink<StreamLink> for RamSink {
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {
-        // Comparing memory must not make the host find memory for empty pages; what a running guest has made of others, the
-        // memory file knows.
+        // Comparing memory must not make the host find memory for empty pages; what a running guest
+        // has made of others, the memory file knows.
         let holds = self.filled.contains(gfn) && !self.ram.is_adopted();
         if !holds && self.ram.unpopulated(gfn, 1).is_some() {
             into.fill(0);
@@ -328,8 +330,9 @@ impl DestinationVm<StreamLink> for MachineHost {
         let Some(memory) = memory else {
             return Ok(None);
         };
-        // Page tables are left to be made as the guest touches its pages. Made here for all of them they cost three times
-        // as much for each (3.7 µs against 1.3 µs measured) while the guest needs the processors, and it gained nothing.
+        // Page tables are left to be made as the guest touches its pages. Made here for all of them
+        // they cost three times as much for each (3.7 µs against 1.3 µs measured) while the guest
+        // needs the processors, and it gained nothing.
         match self.build(layout, machine, Some((memory, taps))) {
             Ok(sink) => Ok(Some(sink)),
             // The source takes this for an answer, unless it was told not to copy.
@@ -368,9 +371,11 @@ impl DestinationVm<StreamLink> for MachineHost {
         if sink.ram.is_preallocated() {
             self.drop_stale(missing)?;
         }
-        // Pre-copy finds a shortage while the source still has the guest; here it would come too late.
+        // Pre-copy finds a shortage while the source still has the guest; here it would come too
+        // late.
         check_available(missing.len() * PAGE_SIZE as u64)?;
-        // A page that the guest gives back would fault again, and the source would be asked for it in vain.
+        // A page that the guest gives back would fault again, and the source would be asked for it
+        // in vain.
         if let Some(machine) = &self.machine {
             machine.keep_free_pages(true);
         }
@@ -531,8 +536,9 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Whatever order pages come in and however, the last is what lies there, and what never came takes no memory. Twice:
-        /// what the second sink finds in the memory is as good as what it placed itself.
+        /// Whatever order pages come in and however, the last is what lies there, and what never
+        /// came takes no memory. Twice: what the second sink finds in the memory is as good as what
+        /// it placed itself.
         #[test]
         fn the_last_that_came_lies_there(steps in proptest::collection::vec(step(), 0..30), cut in 0..30_usize) {
             for backing in [Backing::Small, Backing::Auto] {

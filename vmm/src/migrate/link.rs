@@ -1,5 +1,5 @@
-//! A TCP or Unix socket as a migration's link: [`net::StreamLink`], and what only this VMM does with the socket:
-//! moving pages by splice, and passing files over a Unix socket.
+//! A TCP or Unix socket as a migration's link: [`net::StreamLink`], and what only this VMM does
+//! with the socket: moving pages by splice, and passing files over a Unix socket.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
@@ -97,7 +97,8 @@ impl net::Socket for Socket {
 
     fn bound_queue(&mut self, bytes: u32) {
         let result = match &self.stream {
-            // Bytes sent and not acknowledged belong to the congestion window: a bound on them makes long links slow.
+            // Bytes sent and not acknowledged belong to the congestion window: a bound on them
+            // makes long links slow.
             Stream::Tcp(s) => SockRef::from(s).set_tcp_notsent_lowat(bytes),
             Stream::Unix(s) => {
                 SockRef::from(s).set_send_buffer_size(usize::try_from(bytes).unwrap_or(usize::MAX))
@@ -191,7 +192,8 @@ impl StreamLink {
         self.inner.secure_as_source(tls, session)
     }
 
-    /// Secures the connection from the receiver's side; see [`net::StreamLink::secure_as_receiver`].
+    /// Secures the connection from the receiver's side; see
+    /// [`net::StreamLink::secure_as_receiver`].
     ///
     /// # Errors
     /// As there.
@@ -248,7 +250,8 @@ impl StreamLink {
             .map(|pipe| (fd, wait, pipe))
     }
 
-    /// What goes, and came, beside the bytes; `None` where the connection carries nothing but bytes.
+    /// What goes, and came, beside the bytes; `None` where the connection carries nothing but
+    /// bytes.
     pub(super) const fn beside(&mut self) -> Option<&mut Beside> {
         self.inner.socket_mut().beside.as_mut()
     }
@@ -280,8 +283,8 @@ impl Link for StreamLink {
     }
 }
 
-/// Connects on a thread of its own: neither the name's resolver nor a host that says nothing can be interrupted. Where it is
-/// cancelled the thread ends by itself, some seconds later.
+/// Connects on a thread of its own: neither the name's resolver nor a host that says nothing can be
+/// interrupted. Where it is cancelled the thread ends by itself, some seconds later.
 fn connect_tcp(host: &str, port: u16, cancelled: &dyn Fn() -> bool) -> io::Result<TcpStream> {
     let to = host.to_owned();
     let (done, connected) = mpsc::channel();

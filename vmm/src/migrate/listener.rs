@@ -13,7 +13,8 @@ use super::newcomers::Address;
 use super::{StreamLink, Uri};
 use crate::socket::{self, BindError};
 
-/// A receiver that has its guest stops listening once its source knows that; the next receiver may be started before.
+/// A receiver that has its guest stops listening once its source knows that; the next receiver may
+/// be started before.
 const SETTLING: Duration = Duration::from_secs(2);
 
 /// Why nothing can be received.

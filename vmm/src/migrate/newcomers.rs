@@ -1,7 +1,8 @@
 //! Connections that have not said yet what they are for.
 //!
-//! One that says it leaves this list and is not limited by it, so a source gets through whatever else connects: when there
-//! are too many, the oldest silent one is closed, and not the newest refused.
+//! One that says it leaves this list and is not limited by it, so a source gets through whatever
+//! else connects: when there are too many, the oldest silent one is closed, and not the newest
+//! refused.
 
 use std::collections::VecDeque;
 use std::io;
@@ -43,7 +44,8 @@ impl Newcomers {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes one more in, and closes the oldest where there are too many; returns what [`leave`](Self::leave) needs.
+    /// Takes one more in, and closes the oldest where there are too many; returns what
+    /// [`leave`](Self::leave) needs.
     pub(super) fn admit(&self, address: Address, socket: OwnedFd) -> u64 {
         let mut list = self.lock();
         if let Some(at) = list.in_excess(address)

@@ -22,7 +22,8 @@ struct Secured {
     tls: ClientTls,
     /// What was asked for, to do it again for a recovery.
     how: Security,
-    /// The control channel's secret, once there is one: later channels prove by it that they belong to the session.
+    /// The control channel's secret, once there is one: later channels prove by it that they belong
+    /// to the session.
     session: Mutex<Option<Secret>>,
 }
 
@@ -80,7 +81,8 @@ impl Peer {
         })
     }
 
-    /// The receiver of the same migration at `uri`, where it listens now: secured as before, or as `how` asks for.
+    /// The receiver of the same migration at `uri`, where it listens now: secured as before, or as
+    /// `how` asks for.
     ///
     /// # Errors
     /// As [`Peer::new`].

@@ -7,13 +7,15 @@
 //!                                              └▶ role recover: handed to the engine that has lost its connection
 //! ```
 //!
-//! While a guest is in doubt its engine is *parked* ([`Active::parked`]): the thread that drove it polls its connection, on
-//! which a slow source may still commit; a source that reconnects takes it, and so does an operator, in that order.
+//! While a guest is in doubt its engine is *parked* ([`Active::parked`]): the thread that drove it
+//! polls its connection, on which a slow source may still commit; a source that reconnects takes
+//! it, and so does an operator, in that order.
 //!
 //! One migration at a time: a second is told that the receiver is busy. After a failure that leaves
 //! the guest with the source, the next may come. After the guest runs here the receiver goes on
 //! answering sources of *that* session that ask whether it does, until the source says that it
-//! knows. The receiver stops listening then: the next one, of a newer ferry, can use the same place.
+//! knows. The receiver stops listening then: the next one, of a newer ferry, can use the same
+//! place.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -42,7 +44,8 @@ pub use super::host::SerialFactory;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long a new migration waits for one that is ending.
 const SETTLING: Duration = Duration::from_secs(2);
-/// How often a parked engine's connection is polled: far less often than a source waits for an answer.
+/// How often a parked engine's connection is polled: far less often than a source waits for an
+/// answer.
 const POLL: Duration = Duration::from_millis(50);
 
 /// Where a receiver stands.
@@ -103,8 +106,8 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Listens on `uri` for a guest without disks and network cards; `serial` makes its console. What happens is heard by
-    /// [`wait`](Self::wait).
+    /// Listens on `uri` for a guest without disks and network cards; `serial` makes its console.
+    /// What happens is heard by [`wait`](Self::wait).
     ///
     /// # Errors
     /// [`ReceiveError`].
@@ -112,8 +115,9 @@ impl Receiver {
         Self::bind_with(uri, serial, Backends::default(), Tracking::Auto)
     }
 
-    /// Listens on `uri`; `serial` makes the console of an arriving guest, `backends` is what is behind its disks and
-    /// network cards here, and `dirty` how the pages that it dirties will be found here.
+    /// Listens on `uri`; `serial` makes the console of an arriving guest, `backends` is what is
+    /// behind its disks and network cards here, and `dirty` how the pages that it dirties will be
+    /// found here.
     ///
     /// # Errors
     /// [`ReceiveError`].
@@ -134,7 +138,8 @@ impl Receiver {
         Ok(receiver)
     }
 
-    /// Takes what comes to `listener`, and tells `owner`; the rest is as for [`bind_with`](Self::bind_with).
+    /// Takes what comes to `listener`, and tells `owner`; the rest is as for
+    /// [`bind_with`](Self::bind_with).
     ///
     /// # Errors
     /// [`ReceiveError::Thread`].
@@ -182,7 +187,8 @@ impl Receiver {
         &self.uri
     }
 
-    /// Waits for the next thing to happen; `None` when nothing did in time, and where an owner hears of it instead.
+    /// Waits for the next thing to happen; `None` when nothing did in time, and where an owner
+    /// hears of it instead.
     #[must_use]
     pub fn wait(&self, timeout: Duration) -> Option<Arrival> {
         self.arrivals
@@ -211,12 +217,14 @@ impl Receiver {
             .map(|active| active.session.to_string())
     }
 
-    /// An operator's word that the source does not run the guest and never will: runs it here. The machine comes as
-    /// [`Arrival::Arrived`]. What the source has said meanwhile counts first. `force` insists where nothing tells whether
-    /// the guest's disks have been written since its state was saved.
+    /// An operator's word that the source does not run the guest and never will: runs it here. The
+    /// machine comes as [`Arrival::Arrived`]. What the source has said meanwhile counts first.
+    /// `force` insists where nothing tells whether the guest's disks have been written since its
+    /// state was saved.
     ///
     /// # Errors
-    /// No guest is in doubt here, the source keeps it, its disks have been written, or it cannot be started; a sentence.
+    /// No guest is in doubt here, the source keeps it, its disks have been written, or it cannot be
+    /// started; a sentence.
     pub fn take_over(&self, force: bool) -> Result<(), String> {
         self.shared.take_over(force)
     }
@@ -274,8 +282,8 @@ impl Shared {
         }
     }
 
-    /// Takes the engine whose guest is in doubt. Waits while another thread has it, or while its source has said something
-    /// that has not been read.
+    /// Takes the engine whose guest is in doubt. Waits while another thread has it, or while its
+    /// source has said something that has not been read.
     fn in_doubt(&self) -> Result<Box<Engine>, String> {
         let mut active = self.active();
         loop {
@@ -446,8 +454,8 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
         Err(error) => return refuse(channel, AbortCode::GaveUp, &error.to_string()),
     };
     let busy = {
-        // A migration that failed is heard of at its source before its memory here is freed: whoever tries again at once
-        // waits for that instead of being refused.
+        // A migration that failed is heard of at its source before its memory here is freed:
+        // whoever tries again at once waits for that instead of being refused.
         let until = Instant::now() + SETTLING;
         let mut active = shared.active();
         loop {
@@ -499,8 +507,9 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
     await_source(shared, preamble.session);
 }
 
-/// Waits until the source says that it knows that the guest runs here, and ends the listening: no question comes any more.
-/// A connection that is lost before says nothing, and the source may ask on another.
+/// Waits until the source says that it knows that the guest runs here, and ends the listening: no
+/// question comes any more. A connection that is lost before says nothing, and the source may ask
+/// on another.
 fn await_source(shared: &Shared, session: SessionId) {
     while !shared.stop.load(Ordering::SeqCst) {
         let mut active = shared.active();
@@ -559,7 +568,8 @@ fn drive(shared: &Arc<Shared>, mut engine: Box<Engine>) {
                     let state = guard.as_mut().map(|a| &mut a.state);
                     state.map(|s| std::mem::replace(s, now))
                 };
-                // The source is told by the next step: it must not hear of the guest before its owner here does.
+                // The source is told by the next step: it must not hear of the guest before its
+                // owner here does.
                 if matches!(known, Some(ReceiveState::Receiving | ReceiveState::InDoubt)) {
                     shared.arrived(&mut engine);
                 }
@@ -628,8 +638,8 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
     }
 }
 
-/// A source that was only slow commits, or gives up, on the connection that it has: polls the parked engine's connection
-/// until the guest is no longer in doubt or the connection is gone.
+/// A source that was only slow commits, or gives up, on the connection that it has: polls the
+/// parked engine's connection until the guest is no longer in doubt or the connection is gone.
 fn poll_parked(shared: &Arc<Shared>, session: SessionId) {
     loop {
         std::thread::sleep(POLL);
@@ -709,8 +719,8 @@ fn wait_for<T>(
     }
 }
 
-/// A fault channel: waits until its migration's handshake was taken, then asks for the pages that the
-/// guest waits for.
+/// A fault channel: waits until its migration's handshake was taken, then asks for the pages that
+/// the guest waits for.
 fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
     let Some(missing_pages) = wait_for(shared, preamble.session, |active| {
         active.missing_pages.clone()

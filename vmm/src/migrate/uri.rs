@@ -68,15 +68,16 @@ impl Uri {
     }
 }
 
-/// A place as a client is to send it to a VMM, which has another working directory: a relative `unix:` path becomes
-/// absolute. Other text stays as it is, for the VMM to judge.
+/// A place as a client is to send it to a VMM, which has another working directory: a relative
+/// `unix:` path becomes absolute. Other text stays as it is, for the VMM to judge.
 #[must_use]
 pub fn absolute_uri(text: &str) -> String {
     let uri = text.parse::<Uri>().ok().and_then(|uri| uri.absolute().ok());
     uri.map_or_else(|| text.to_owned(), |uri| uri.to_string())
 }
 
-/// Whether a socket can be reached there: a long path goes by way of its directory ([`crate::socket::dial`]).
+/// Whether a socket can be reached there: a long path goes by way of its directory
+/// ([`crate::socket::dial`]).
 fn fits(path: &str) -> bool {
     let name = Path::new(path).file_name();
     path.len() <= MAX_PATH || path.starts_with('/') && name.is_some_and(|n| n.len() <= 80)

@@ -1,4 +1,5 @@
-//! A guest from a file: at once, its memory following on demand, or after all of its memory was read.
+//! A guest from a file: at once, its memory following on demand, or after all of its memory was
+//! read.
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,7 +26,8 @@ pub struct RestoreOptions {
     pub path: PathBuf,
     /// All memory is read before the guest runs.
     pub eager: bool,
-    /// Disks that are not as they were, and a CPU that the guest does not count on, are taken all the same.
+    /// Disks that are not as they were, and a CPU that the guest does not count on, are taken all
+    /// the same.
     pub force: bool,
     /// How the pages that the guest dirties are found when it is migrated on.
     pub dirty: Tracking,
@@ -174,9 +176,10 @@ impl Awaited for FromFile {
 
 /// Builds the machine of a snapshot and lets its guest run on, if it ran when it was saved.
 ///
-/// Unless all is to be read first, memory is read while the guest runs; it waits where it touches what has not been read.
-/// If that cannot be done here (userfaultfd is not allowed, huge pages), all is read first, and the report says why. If the
-/// file turns out to be damaged later the machine [fails](Machine::fail), before the guest has seen any of that.
+/// Unless all is to be read first, memory is read while the guest runs; it waits where it touches
+/// what has not been read. If that cannot be done here (userfaultfd is not allowed, huge pages),
+/// all is read first, and the report says why. If the file turns out to be damaged later the
+/// machine [fails](Machine::fail), before the guest has seen any of that.
 ///
 /// Reading all of it first ends when `cancelled` says so.
 ///
@@ -258,8 +261,8 @@ pub fn restore(
     })
 }
 
-/// The saved state, with a clock that goes on from where it stood: what is restored is the guest as it was, however long
-/// that is ago.
+/// The saved state, with a clock that goes on from where it stood: what is restored is the guest as
+/// it was, however long that is ago.
 fn stopped_clock(state: &[u8]) -> Result<Vec<u8>, PortError> {
     let (running, state) = state.split_first().ok_or("the state is empty")?;
     let mut state = MachineState::from_bytes(state)?;

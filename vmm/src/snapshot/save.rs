@@ -46,14 +46,17 @@ pub enum SnapshotError {
     },
 }
 
-/// Writes the machine's guest to a file, unless `cancelled` is set meanwhile. Blocks. The guest stands still while it is
-/// written, or for the last part of it only (live). Afterwards it is as the request says: as before, or paused; a guest
-/// that is to be stopped is left paused for the caller to stop.
+/// Writes the machine's guest to a file, unless `cancelled` is set meanwhile. Blocks. The guest
+/// stands still while it is written, or for the last part of it only (live). Afterwards it is as
+/// the request says: as before, or paused; a guest that is to be stopped is left paused for the
+/// caller to stop.
 ///
-/// The file has its name only when it is complete and on the disk, and can be read by this user alone.
+/// The file has its name only when it is complete and on the disk, and can be read by this user
+/// alone.
 ///
 /// # Errors
-/// [`SnapshotError`]: there is no file then (a file that was to be replaced is untouched), and the guest goes on as before.
+/// [`SnapshotError`]: there is no file then (a file that was to be replaced is untouched), and the
+/// guest goes on as before.
 pub fn save(
     machine: &Arc<Machine>,
     request: &SnapshotRequest,
@@ -86,7 +89,8 @@ pub fn save(
         clock: &clock,
         cancelled: &|| cancelled.load(Ordering::Relaxed),
         describe: &mut || {
-            // The disks as of this pause belong to the snapshot, and must outlast a crash as it does.
+            // The disks as of this pause belong to the snapshot, and must outlast a crash as it
+            // does.
             flush(machine)?;
             let marks = machine.disks().iter().map(|disk| DiskMark::of(disk));
             let contents = Contents {

@@ -1,7 +1,8 @@
 //! The ioctls of /dev/net/tun (`include/uapi/linux/if_tun.h`).
 //!
-//! Beside `kvm` and `memory` the only module with `unsafe`: there is no safe wrapper of them that neither needs more than a C
-//! compiler nor does more than this. Every file here is one of the tun driver's.
+//! Beside `kvm` and `memory` the only module with `unsafe`: there is no safe wrapper of them that
+//! neither needs more than a C compiler nor does more than this. Every file here is one of the tun
+//! driver's.
 
 #![allow(unsafe_code)]
 
@@ -27,15 +28,16 @@ pub(super) fn attach(file: &File, name: &str, flags: libc::c_int) -> io::Result<
         *to = libc::c_char::from_ne_bytes([from]);
     }
     request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
-    // SAFETY: TUNSETIFF reads an ifreq, whose name ends in a zero, and writes the name back into it; `request` is one and
-    // outlives the call.
+    // SAFETY: TUNSETIFF reads an ifreq, whose name ends in a zero, and writes the name back into
+    // it; `request` is one and outlives the call.
     check(unsafe { ioctl_with_mut_ref(file, TUNSETIFF(), &mut request) })
 }
 
 /// The interface that the file is attached to: its name and flags.
 pub(super) fn interface(file: &File) -> io::Result<(String, libc::c_int)> {
     let mut request = empty_request();
-    // SAFETY: TUNGETIFF writes an ifreq, whatever its number says; `request` is one and outlives the call.
+    // SAFETY: TUNGETIFF writes an ifreq, whatever its number says; `request` is one and outlives
+    // the call.
     check(unsafe { ioctl_with_mut_ref(file, TUNGETIFF(), &mut request) })?;
     let name = request.ifr_name.iter().map(|c| c.to_ne_bytes()[0]);
     let name: Vec<u8> = name.take_while(|byte| *byte != 0).collect();

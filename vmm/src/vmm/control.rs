@@ -52,7 +52,8 @@ pub(super) fn explanation(state: &State, lacks: Option<&Lacks>) -> String {
 
 impl Control for Vmm {
     fn status(&self) -> Status {
-        // What a guest says of itself is asked without the lock: it may take a moment, and a status waits for nothing.
+        // What a guest says of itself is asked without the lock: it may take a moment, and a status
+        // waits for nothing.
         let guest = self.core.lock().guest.clone();
         let balloon = guest.as_ref().and_then(|guest| guest.balloon());
         let serial_output_lost = guest.map_or(0, |guest| guest.serial_output_lost());

@@ -1,7 +1,8 @@
 //! A guest in doubt: who decides, and asking the destination until it answers.
 //!
-//! COMMIT is idempotent. The VMM repeats it by itself, less and less often; `ferry recover` asks at once, and `--take-over`
-//! waits for a question that is under way: the commit may be on its way with it.
+//! COMMIT is idempotent. The VMM repeats it by itself, less and less often; `ferry recover` asks at
+//! once, and `--take-over` waits for a question that is under way: the commit may be on its way
+//! with it.
 
 use super::control::{conflict, explanation};
 use super::state::{Asking, Lost, State};

@@ -63,8 +63,8 @@ impl MachineGuest {
         })
     }
 
-    /// Books what a [`Receiver`](crate::migrate::Receiver) at `listening` tells: the state is the new one when this
-    /// returns. Returns what happened, a sentence for people.
+    /// Books what a [`Receiver`](crate::migrate::Receiver) at `listening` tells: the state is the
+    /// new one when this returns. Returns what happened, a sentence for people.
     pub fn book(vmm: &Vmm, listening: &str, arrival: Arrival) -> String {
         match arrival {
             Arrival::Refused(sentence) | Arrival::Interrupted(sentence) => sentence,
@@ -119,7 +119,8 @@ impl MachineGuest {
     }
 }
 
-/// What the exit of a machine says of its guest; `None` when the VMM itself has stopped it, and knows.
+/// What the exit of a machine says of its guest; `None` when the VMM itself has stopped it, and
+/// knows.
 fn ending(exit: Exit) -> Option<Ending> {
     match exit {
         Exit::Shutdown => Some(Ending::Shutdown),
@@ -170,7 +171,8 @@ impl Guest for MachineGuest {
 
     fn stop(&self) {
         self.machine.stop();
-        // In this order: a vCPU that waits for a page goes on with zeros, straight out of the guest.
+        // In this order: a vCPU that waits for a page goes on with zeros, straight out of the
+        // guest.
         if let Some(following) = self.following.as_ref().filter(|f| f.left() > 0) {
             following.abandon();
         }
@@ -326,7 +328,8 @@ impl TakeOver for GuestInDoubt {
     }
 }
 
-/// Books what a [`Receiver`](crate::migrate::Receiver) tells with a VMM, whose state decides whether a guest is wanted.
+/// Books what a [`Receiver`](crate::migrate::Receiver) tells with a VMM, whose state decides
+/// whether a guest is wanted.
 pub struct Arrivals<F> {
     vmm: Vmm,
     listening: String,
@@ -334,7 +337,8 @@ pub struct Arrivals<F> {
 }
 
 impl<F: Fn(String) + Send + Sync> Arrivals<F> {
-    /// For a receiver at `listening`; `say` takes a sentence for people about each arrival, and must not block.
+    /// For a receiver at `listening`; `say` takes a sentence for people about each arrival, and
+    /// must not block.
     pub const fn new(vmm: Vmm, listening: String, say: F) -> Self {
         Self {
             vmm,

@@ -1,7 +1,7 @@
 //! Recording a guest's dirty trace, as a stream of bytes for the client that asked for it.
 //!
-//! The recording has no thread of its own: it is made while its bytes are taken. A client that stops taking them ends it,
-//! and the guest runs on without a dirty log.
+//! The recording has no thread of its own: it is made while its bytes are taken. A client that
+//! stops taking them ends it, and the guest runs on without a dirty log.
 
 use super::state::State;
 use super::{Core, Guest};
@@ -17,7 +17,8 @@ pub trait Recording: Send {
     /// What is recorded, all but the interval.
     fn header(&self) -> Header;
 
-    /// Puts the pages that were dirtied since the last call (the first time: since the recording began) into the set.
+    /// Puts the pages that were dirtied since the last call (the first time: since the recording
+    /// began) into the set.
     ///
     /// # Errors
     /// A sentence; the recording is over.

@@ -1,4 +1,5 @@
-//! Writing a guest to a file, beside the VMM's states: meanwhile it is neither paused, resumed, migrated nor recorded.
+//! Writing a guest to a file, beside the VMM's states: meanwhile it is neither paused, resumed,
+//! migrated nor recorded.
 
 use super::control::conflict;
 use super::state::State;

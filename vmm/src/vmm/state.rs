@@ -79,7 +79,8 @@ pub(super) struct Lost {
     pub session: String,
     /// The user was told that ending would discard what is here.
     pub warned: bool,
-    /// The destination is being asked, or sent missing pages: taking over meanwhile might make a second copy.
+    /// The destination is being asked, or sent missing pages: taking over meanwhile might make a
+    /// second copy.
     pub asking: Option<Asking>,
 }
 

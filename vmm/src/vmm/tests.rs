@@ -615,7 +615,8 @@ fn an_interrupted_guest_is_kept_until_its_pages_are_there() {
     assert_eq!(rig.state(), StateName::Moved);
 }
 
-/// A receiver that was told to stop takes no guest: the source is told before it commits, or that it was not started.
+/// A receiver that was told to stop takes no guest: the source is told before it commits, or that
+/// it was not started.
 #[test]
 fn a_stopped_receiver_claims_no_guest() {
     let vmm = Vmm::receiving("tcp:0.0.0.0:7".into()).unwrap();
@@ -626,8 +627,8 @@ fn a_stopped_receiver_claims_no_guest() {
     assert_eq!(vmm.status().state, StateName::Ended);
 }
 
-/// From the commit on the guest is this VMM's: a stop waits until it runs and ends it then, and is not the end of a
-/// receiver without a guest.
+/// From the commit on the guest is this VMM's: a stop waits until it runs and ends it then, and is
+/// not the end of a receiver without a guest.
 #[test]
 fn a_stop_while_the_guest_starts_is_about_the_guest() {
     let journal = Arc::new(Journal::default());

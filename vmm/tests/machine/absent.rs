@@ -51,7 +51,8 @@ pub fn thread_name(id: u32) -> String {
         .map_or_else(|_| "a kernel thread".into(), |name| name.trim().into())
 }
 
-/// The processor's tables, the page tables, code, stack and data all come by faults, in ring 0 and in ring 3.
+/// The processor's tables, the page tables, code, stack and data all come by faults, in ring 0 and
+/// in ring 3.
 #[test]
 fn a_guest_runs_before_its_memory_is_there() {
     if !kvm() {
@@ -91,7 +92,8 @@ fn a_guest_runs_before_its_memory_is_there() {
     progresses(&m, COUNTER);
 }
 
-/// A vCPU that waits for a page can be paused, at once or when the page has come; in no case is anything lost.
+/// A vCPU that waits for a page can be paused, at once or when the page has come; in no case is
+/// anything lost.
 #[test]
 fn a_pause_and_a_missing_page() {
     if !kvm() {
@@ -117,7 +119,8 @@ fn a_pause_and_a_missing_page() {
         let interruptible = std::thread::scope(|s| {
             let pause = s.spawn(|| m.pause().map(|paused| paused.save().map(drop)));
             let mut reports = 0;
-            // A signal makes an access in kernel mode start anew, and each time it is reported anew.
+            // A signal makes an access in kernel mode start anew, and each time it is reported
+            // anew.
             while !pause.is_finished() && reports < 100 {
                 let waited = userfault.wait(Duration::from_millis(10)).unwrap();
                 reports += u32::from(matches!(waited, Waited::Fault(_)));

@@ -1,4 +1,5 @@
-//! A source hears that its guest has arrived when the destination's owner has it in its books, and not before.
+//! A source hears that its guest has arrived when the destination's owner has it in its books, and
+//! not before.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,7 +15,8 @@ use ferry_vmm::vmm::{MachineGuest, Vmm};
 
 use crate::support::{COUNT, COUNTER, kvm, machine, progresses};
 
-/// How long an owner may take over its books here: far longer than a message takes to get from one side to the other.
+/// How long an owner may take over its books here: far longer than a message takes to get from one
+/// side to the other.
 const SLOW: Duration = Duration::from_millis(300);
 
 fn moves(uri: &Uri, options: &Options) {
@@ -115,8 +117,8 @@ impl Owner for Stopped {
     }
 }
 
-/// A receiver that is stopped in the pause takes no guest: the source is told before its commit, or that its guest was
-/// not started.
+/// A receiver that is stopped in the pause takes no guest: the source is told before its commit, or
+/// that its guest was not started.
 #[test]
 fn a_stopped_receiver_starts_no_guest() {
     if !kvm() {

@@ -28,7 +28,8 @@ fn byte(gfn: u64) -> u8 {
     u8::try_from(gfn % 251).unwrap() + 1
 }
 
-/// What the destination has, after the source gave back (by what a balloon's pages go through) what it had sent.
+/// What the destination has, after the source gave back (by what a balloon's pages go through) what
+/// it had sent.
 fn moves(policy: PolicyKind) {
     let source = Arc::new(machine(Machine::builder(), &COUNT));
     HELD.for_each(|gfn| fill(&source, gfn, byte(gfn)));
@@ -52,7 +53,8 @@ fn moves(policy: PolicyKind) {
         let ram = source.ram();
         ram.discard(GIVEN.start, GIVEN.end - GIVEN.start).unwrap();
         fill(&source, AGAIN, 7);
-        // The guest counts on in this one all the while: its next write finds a hole, and must be in the log.
+        // The guest counts on in this one all the while: its next write finds a hole, and must be
+        // in the log.
         ram.discard(COUNTER / 4096, 1).unwrap();
         given = true;
     };

@@ -128,7 +128,8 @@ fn no_frame_is_lost_when_the_tap_goes_along() {
     progresses(&here, COUNTER);
     let links = tap.says("carrier_changes");
     let mut past = Vec::new();
-    // With nothing given, and with the tap's own name; and in between one that comes to nothing after the tap has passed.
+    // With nothing given, and with the tap's own name; and in between one that comes to nothing
+    // after the tap has passed.
     for backends in [Backends::default(), with(&tap), Backends::default()] {
         let mut strange = with(&tap);
         strange.nets[0].mac = Some("02:00:00:00:00:77".parse().unwrap());

@@ -16,7 +16,8 @@ use crate::virtio::{HEADER, backends, disk, status, writer};
 
 const SECTORS: u64 = 2048;
 
-/// Sends the guest's writes all over the disk, by changing the request that it repeats; ends with the last sector.
+/// Sends the guest's writes all over the disk, by changing the request that it repeats; ends with
+/// the last sector.
 fn scatter(machine: &Machine, ended: &Mutex<bool>) {
     let at = GuestAddress(u64::from(HEADER) + 8);
     let mut sector = 1u64;

@@ -122,9 +122,9 @@ fn exactly_what_was_written_is_dirty(m: &Machine) {
     let rest: BTreeSet<u64> = oracle.difference(&some).copied().collect();
     assert_eq!(dirty(m), rest);
 
-    // Written again after it was cleared: dirty again. Between collect and clear: cleared, since the
-    // sender reads the page after clearing it, and so sends this write too. Rings tell of it all the
-    // same, for they protect what was collected: it is sent once more than need be.
+    // Written again after it was cleared: dirty again. Between collect and clear: cleared, since
+    // the sender reads the page after clearing it, and so sends this write too. Rings tell of it
+    // all the same, for they protect what was collected: it is sent once more than need be.
     guest_writes(m, &[639]);
     let seen = dirty(m);
     assert!(seen.contains(&639));
@@ -157,8 +157,8 @@ fn exactly_what_was_written_is_dirty(m: &Machine) {
     assert_eq!(dirty(m), everything);
 }
 
-/// A sender copies the counter's page whenever it is dirty, while the guest counts. What it copied last
-/// must be what is there once the guest stands still: a lost bit would show as an old number.
+/// A sender copies the counter's page whenever it is dirty, while the guest counts. What it copied
+/// last must be what is there once the guest stands still: a lost bit would show as an old number.
 #[test]
 fn a_racing_sender_never_misses_the_last_write() {
     each_tracking(|builder| racing_sender_never_misses(&machine(builder, &COUNT)));
@@ -203,7 +203,8 @@ fn racing_sender_never_misses(m: &Machine) {
     }
 }
 
-/// Writes the number of the sweep to each page from 4 MiB to 16 MiB, over and over; the number is in the mailbox.
+/// Writes the number of the sweep to each page from 4 MiB to 16 MiB, over and over; the number is
+/// in the mailbox.
 ///
 /// ```text
 /// 1: mov rbx, 0x400000
@@ -223,8 +224,9 @@ const SWEEP: [u8; 48] = [
 ];
 const SWEPT: std::ops::Range<u64> = 1024..4096;
 
-/// A guest that dirties three times as many pages as its ring has entries, and nobody to take them: it stops for its
-/// own ring, goes on, and every page is known. A sender that then copies what is dirty has what the guest has.
+/// A guest that dirties three times as many pages as its ring has entries, and nobody to take them:
+/// it stops for its own ring, goes on, and every page is known. A sender that then copies what is
+/// dirty has what the guest has.
 #[test]
 fn a_burst_larger_than_the_ring_loses_nothing() {
     if !rings() {

@@ -1,7 +1,7 @@
 //! The machine on a real KVM, with guests of a few dozen bytes.
 //!
-//! The guests enter long mode's ring 0, drop to ring 3 by IRETQ and live there, with IOPL 3: a software
-//! KVM runs that natively, and a hardware KVM does not care.
+//! The guests enter long mode's ring 0, drop to ring 3 by IRETQ and live there, with IOPL 3: a
+//! software KVM runs that natively, and a hardware KVM does not care.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod absent;

@@ -1,4 +1,5 @@
-//! A guest in doubt that the destination never started is at the source again as it was before its migration.
+//! A guest in doubt that the destination never started is at the source again as it was before its
+//! migration.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

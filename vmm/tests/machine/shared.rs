@@ -1,4 +1,5 @@
-//! A machine over the memory of another: nothing there changes before it is resumed, and one of the two runs.
+//! A machine over the memory of another: nothing there changes before it is resumed, and one of the
+//! two runs.
 
 use ferry_vmm::machine::{Machine, MachineState, ResumeError};
 
@@ -60,7 +61,8 @@ fn a_guest_goes_on_in_the_same_memory_without_a_copy() {
     }
 }
 
-/// A hand-over that fails before the commit: the source goes on, and what the destination restored is void.
+/// A hand-over that fails before the commit: the source goes on, and what the destination restored
+/// is void.
 #[test]
 fn a_source_that_resumes_keeps_its_guest() {
     if !kvm() {

@@ -80,8 +80,8 @@ pub fn image(ring0: &[u8], ring3: &[u8]) -> BootImage {
         0x0000_8900_1000_00e8, // 0x38: the TSS at 0x1000
         0,
     ];
-    // Ports below 0x400 are free to ring 3 by the TSS as well: a software KVM that runs ring 3 natively
-    // may run it with IOPL 0.
+    // Ports below 0x400 are free to ring 3 by the TSS as well: a software KVM that runs ring 3
+    // natively may run it with IOPL 0.
     let mut tss = vec![0; 0xe9];
     tss[0x66] = 0x68;
     tss[0xe8] = 0xff;

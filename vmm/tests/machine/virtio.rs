@@ -1,4 +1,5 @@
-//! A guest in ring 3 that drives a virtio disk by itself: registers, ring, notifications, and no interrupt.
+//! A guest in ring 3 that drives a virtio disk by itself: registers, ring, notifications, and no
+//! interrupt.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -16,7 +17,8 @@ use crate::support::{
     COUNTER, MIB, TO_RING_3, copy_memory, eventually, image, kvm, progresses, read,
 };
 
-/// Writes to registers as a table at 0x300000 says, then writes the sector at 0x200000 to the disk, counts in it, and so on.
+/// Writes to registers as a table at 0x300000 says, then writes the sector at 0x200000 to the disk,
+/// counts in it, and so on.
 ///
 /// ```text
 ///    mov esi, 0x300000
@@ -108,7 +110,8 @@ pub fn descriptor(address: u32, len: u32, flags: u16, next: u16) -> Vec<u8> {
     .concat()
 }
 
-/// A machine whose guest offers one chain of descriptors to a queue of its first virtio device, again and again, and counts.
+/// A machine whose guest offers one chain of descriptors to a queue of its first virtio device,
+/// again and again, and counts.
 pub fn driver(
     builder: Builder,
     queue: u8,
@@ -141,7 +144,8 @@ pub fn driver(
     let tables: Vec<u8> = (0u64..512)
         .flat_map(|i| (3 << 30 | i << 21 | 0xf7).to_le_bytes())
         .collect();
-    // After `xor ecx, ecx`, `inc ecx` as often as it takes: jumps before and after are within their parts.
+    // After `xor ecx, ecx`, `inc ecx` as often as it takes: jumps before and after are within their
+    // parts.
     let (before, after) = WRITER.split_at(33);
     let select = [0xff, 0xc1].repeat(queue.into());
     let mut image = image(&TO_RING_3, &[before, &select, after].concat());
@@ -186,7 +190,8 @@ fn a_guest_writes_to_its_disk_and_goes_on_elsewhere() {
         assert_eq!(status(&m), 0);
         let bytes = paused.save().unwrap().to_bytes().unwrap();
         let state = MachineState::from_bytes(&bytes).unwrap();
-        // Built and restored while the source still owns the disk; run only when it has given it up.
+        // Built and restored while the source still owns the disk; run only when it has given it
+        // up.
         let next = Machine::builder()
             .from_description(m.description())
             .devices(backends(file.path()))
@@ -293,7 +298,8 @@ fn what_a_device_writes_is_in_the_dirty_log() {
     }
 }
 
-/// The device reads rings, a header and data that have not arrived, as the guest after a post-copy has them.
+/// The device reads rings, a header and data that have not arrived, as the guest after a post-copy
+/// has them.
 #[test]
 fn a_device_waits_for_memory_that_has_not_arrived() {
     if !kvm() {

@@ -12,8 +12,8 @@ use std::time::Duration;
 #[group(skip)]
 #[command(next_help_heading = "Policy")]
 pub struct PolicyFlags {
-    /// Which algorithm decides what is sent when. auto measures during the first pass, predicts what
-    /// each would come to, takes the best that keeps --downtime and --timeout, and says why.
+    /// Which algorithm decides what is sent when. auto measures during the first pass, predicts
+    /// what each would come to, takes the best that keeps --downtime and --timeout, and says why.
     #[arg(long, value_name = "POLICY", value_parser = choice::<PolicyKind>(), default_value = "precopy")]
     policy: PolicyKind,
     /// STORD: pieces into which a set of pages is split.

@@ -3,13 +3,15 @@ use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
 
-/// A guest as the controller sees one: memory that is used, the rest is available, and a balloon that follows its target.
+/// A guest as the controller sees one: memory that is used, the rest is available, and a balloon
+/// that follows its target.
 struct Guest {
     ram: u64,
     used: u64,
     actual: u32,
     target: u32,
-    /// Pages that the driver gives between two samples. Taking back is only freeing, and done at once.
+    /// Pages that the driver gives between two samples. Taking back is only freeing, and done at
+    /// once.
     pace: u32,
     statistics: Statistics,
     controller: Controller,
@@ -35,7 +37,8 @@ impl Guest {
         self.ram - self.used - u64::from(self.actual)
     }
 
-    /// What is used becomes another amount; where there is not enough, the driver deflates by itself before a process dies.
+    /// What is used becomes another amount; where there is not enough, the driver deflates by
+    /// itself before a process dies.
     fn use_pages(&mut self, used: u64) {
         self.used = used.min(self.ram);
         let over = (self.used + u64::from(self.actual)).saturating_sub(self.ram);
@@ -157,8 +160,9 @@ fn without_statistics_nothing_is_done() {
     }
 }
 
-/// For whatever a guest needs, as long as it needs that: the reserve is available again after an interval at most, as
-/// far as the balloon can give it; the balloon comes to rest; and on its way there it goes in one direction.
+/// For whatever a guest needs, as long as it needs that: the reserve is available again after an
+/// interval at most, as far as the balloon can give it; the balloon comes to rest; and on its way
+/// there it goes in one direction.
 fn keeps_the_reserve_and_rests(
     ram_mib: u64,
     needs: &[(u64, u64)],
@@ -173,11 +177,12 @@ fn keeps_the_reserve_and_rests(
         let mut moves = guest.samples(SAMPLES);
         let promised = guest.controller.reserve.min(guest.ram - used);
         let keeps = |guest: &Guest| guest.available() >= promised || guest.actual == 0;
-        // A driver that is still on its way to what it was asked for before runs into the reserve later: the same sample
-        // takes back what is missing, and the next one finds it.
+        // A driver that is still on its way to what it was asked for before runs into the reserve
+        // later: the same sample takes back what is missing, and the next one finds it.
         let mut short = u32::from(!keeps(&guest));
         for sample in 0..2000u64 {
-            // Noise that is smaller than the band, and reaches both its ends in any hundred samples.
+            // Noise that is smaller than the band, and reaches both its ends in any hundred
+            // samples.
             let band = guest.controller.band();
             guest.used = used.saturating_sub((sample * 7919 + noise) % 100 * (band / 2) / 99);
             moves.push(guest.sample());

@@ -1,4 +1,5 @@
-//! Reading and writing past the page cache (`O_DIRECT`, open(2)): offsets, lengths and memory must be aligned.
+//! Reading and writing past the page cache (`O_DIRECT`, open(2)): offsets, lengths and memory must
+//! be aligned.
 
 use std::fs::File;
 use std::io;
@@ -35,7 +36,8 @@ impl AlignedBuffer {
 pub(super) struct Direct {
     /// Bytes of its logical block.
     block: u64,
-    /// Held exclusively while a block is read, changed and written back, so that no other write to it is lost.
+    /// Held exclusively while a block is read, changed and written back, so that no other write to
+    /// it is lost.
     writing: RwLock<()>,
 }
 
@@ -57,8 +59,8 @@ impl Direct {
         offset.is_multiple_of(self.block) && len.is_multiple_of(self.block)
     }
 
-    /// The blocks around a range, as much of it as goes through a bounce buffer at once: their first byte, their length,
-    /// and how many bytes of the range are in them.
+    /// The blocks around a range, as much of it as goes through a bounce buffer at once: their
+    /// first byte, their length, and how many bytes of the range are in them.
     fn blocks(&self, offset: u64, len: usize) -> (u64, usize, usize) {
         let block = usize::try_from(self.block).unwrap_or(BOUNCE);
         let first = offset - offset % self.block;
@@ -126,7 +128,8 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Whatever is read and written, of blocks of any size, is what a plain array of bytes holds.
+        /// Whatever is read and written, of blocks of any size, is what a plain array of bytes
+        /// holds.
         #[test]
         fn is_an_array_of_bytes(
             shift in 9_u32..13,

@@ -1,12 +1,13 @@
 //! A disk that is copied to another host, or arrives as a copy.
 //!
-//! The source reads it past the device while the guest uses it: every write is marked in [`WrittenBlocks`] when it is done
-//! and before the guest hears of it, so what was read too early, or half, is found marked later and read again; a pause
-//! waits for the requests that have begun, and with them for their marks.
+//! The source reads it past the device while the guest uses it: every write is marked in
+//! [`WrittenBlocks`] when it is done and before the guest hears of it, so what was read too early,
+//! or half, is found marked later and read again; a pause waits for the requests that have begun,
+//! and with them for their marks.
 //!
-//! The destination's file is made where there is none. One that is there must have exactly the disk's size and is
-//! overwritten; its lock is held from the first moment, so that the source's own file, which the source has locked, is
-//! never taken for a place to copy to.
+//! The destination's file is made where there is none. One that is there must have exactly the
+//! disk's size and is overwritten; its lock is held from the first moment, so that the source's own
+//! file, which the source has locked, is never taken for a place to copy to.
 
 use super::{Disk, DiskError};
 use nix::libc;
@@ -18,8 +19,8 @@ use std::path::Path;
 use std::sync::PoisonError;
 
 impl Disk {
-    /// Opens, or makes, the file that a disk of `bytes` is copied into, and locks it. `read_only` is for the guest.
-    /// Says whether the file was made.
+    /// Opens, or makes, the file that a disk of `bytes` is copied into, and locks it. `read_only`
+    /// is for the guest. Says whether the file was made.
     ///
     /// # Errors
     /// [`DiskError`]; a file that was made is removed again.
@@ -161,7 +162,8 @@ impl Disk {
         self.write(offset, from)
     }
 
-    /// Makes bytes zero, as a hole where the file system has holes: for a disk that no guest uses yet.
+    /// Makes bytes zero, as a hole where the file system has holes: for a disk that no guest uses
+    /// yet.
     ///
     /// # Errors
     /// The file system's.
@@ -175,8 +177,8 @@ impl Disk {
         self.write_zeroes(offset, len)
     }
 
-    /// How many bytes from `offset` on, at most `len`, are a hole: they read as zero, and need not be read. 0 where the
-    /// file system does not tell.
+    /// How many bytes from `offset` on, at most `len`, are a hole: they read as zero, and need not
+    /// be read. 0 where the file system does not tell.
     #[must_use]
     pub fn hole(&self, offset: u64, len: u64) -> u64 {
         match rustix::fs::seek(&self.file, Seek::Data(offset)) {

@@ -165,7 +165,8 @@ pub(super) fn vector_subtract<const L: usize>(
     }
 }
 
-/// Solves a·X = c and a·x = r in place, by elimination without pivoting: the diagonal dominates. Leaves nothing useful in `a`.
+/// Solves a·X = c and a·x = r in place, by elimination without pivoting: the diagonal dominates.
+/// Leaves nothing useful in `a`.
 #[inline(always)]
 pub(super) fn solve<const L: usize>(
     a: &mut Block<L>,

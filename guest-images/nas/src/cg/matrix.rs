@@ -1,5 +1,6 @@
-//! The random matrix: a sum of outer products of sparse random vectors, weighted so that the eigenvalues spread over a
-//! known range, with a shifted diagonal (NAS-95-020, section 2.3; the order in which NPB draws the numbers).
+//! The random matrix: a sum of outer products of sparse random vectors, weighted so that the
+//! eigenvalues spread over a known range, with a shifted diagonal (NAS-95-020, section 2.3; the
+//! order in which NPB draws the numbers).
 
 use super::Parameters;
 use crate::math::exp;
@@ -48,7 +49,8 @@ struct Sparse {
 }
 
 impl Sparse {
-    /// Vector `own` in the sequence: `nonzeros` numbers at places drawn until they differ, and its own element.
+    /// Vector `own` in the sequence: `nonzeros` numbers at places drawn until they differ, and its
+    /// own element.
     fn draw(random: &mut Random, own: u32, order: usize, nonzeros: usize) -> Self {
         let mut vector = Self {
             places: [0; MAX_ELEMENTS],
@@ -82,7 +84,8 @@ impl Sparse {
 }
 
 impl<'a> Matrix<'a> {
-    /// Makes the matrix of a class. `sums` is a vector to work in, of as many elements as the matrix has rows.
+    /// Makes the matrix of a class. `sums` is a vector to work in, of as many elements as the
+    /// matrix has rows.
     pub(super) fn make(
         p: &Parameters,
         floats: &'a mut [f64],
@@ -141,7 +144,8 @@ impl<'a> Matrix<'a> {
             }
         }
 
-        // Each row's elements of equal columns summed, in the order of the columns; rows move up to where there is room.
+        // Each row's elements of equal columns summed, in the order of the columns; rows move up to
+        // where there is room.
         seen.fill(0);
         let (mut from, mut to) = (0, 0);
         for (row, mark) in (0..order).zip(1..) {

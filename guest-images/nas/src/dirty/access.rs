@@ -58,7 +58,8 @@ impl Access {
                     }
                     random = mix(random);
                 };
-                // Popular pages must not be neighbours: a step that shares no factor with the length permutes them.
+                // Popular pages must not be neighbours: a step that shares no factor with the
+                // length permutes them.
                 index(scale_product(rank - 1, *stride, len))
             }
         }
@@ -93,8 +94,9 @@ fn coprime(n: u64) -> u64 {
         .unwrap_or(1)
 }
 
-/// Zipf-distributed ranks by rejection-inversion (W. Hörmann, G. Derflinger, "Rejection-inversion to generate
-/// variates from monotone discrete distributions", 1996): no table, so it costs no memory of the guest.
+/// Zipf-distributed ranks by rejection-inversion (W. Hörmann, G. Derflinger, "Rejection-inversion
+/// to generate variates from monotone discrete distributions", 1996): no table, so it costs no
+/// memory of the guest.
 struct Zipf {
     n: f64,
     exponent: f64,

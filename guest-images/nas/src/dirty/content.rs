@@ -7,7 +7,8 @@ use super::Page;
 pub enum Fill {
     /// Incompressible words in every page.
     Random,
-    /// Seven of eight filled pages are zero, the eighth incompressible; pages of the working set are 7/8 zeros.
+    /// Seven of eight filled pages are zero, the eighth incompressible; pages of the working set
+    /// are 7/8 zeros.
     ZeroRich,
     /// Every other filled page is zero, the rest compress 2:1, as do the pages of the working set.
     Half,
@@ -94,7 +95,8 @@ impl Shape {
         mix(mix(mix(seed).wrapping_add(number)).wrapping_add(u64::from(generation)))
     }
 
-    /// Word `i` of the body. Cheaper than `mix`: one multiplication, as every word of every write goes through it.
+    /// Word `i` of the body. Cheaper than `mix`: one multiplication, as every word of every write
+    /// goes through it.
     #[inline(always)]
     fn word(self, key: u64, i: u64) -> u64 {
         let present = match self {
@@ -118,7 +120,8 @@ impl Shape {
         }
     }
 
-    /// Writes the page's first `part` words, all of them in its first generation: the words behind stay as that left them.
+    /// Writes the page's first `part` words, all of them in its first generation: the words behind
+    /// stay as that left them.
     pub(super) fn write(
         self,
         page: &mut Page,
@@ -148,7 +151,8 @@ impl Shape {
         let keys = [generation, 0].map(|generation| Self::key(seed, number, generation));
         let (head, body) = page.split_at(2);
         let (changed, kept) = body.split_at(part.saturating_sub(2).min(body.len()));
-        // No early exit in the loops: in the common case nothing differs, and this way they are branch-free.
+        // No early exit in the loops: in the common case nothing differs, and this way they are
+        // branch-free.
         let expected = self.header(number, generation);
         let mut difference = (head[0] ^ expected[0]) | (head[1] ^ expected[1]);
         for (i, &word) in (2..).zip(changed) {

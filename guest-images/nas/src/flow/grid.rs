@@ -27,8 +27,8 @@ pub(crate) fn diffusion(axis: usize) -> f64 {
 /// The artificial fourth-order dissipation: a quarter of the largest diffusion.
 pub(crate) const DISSIPATION: f64 = 0.25;
 
-/// Coefficients of the exact solution, by component: the constant, then those of x, y, z to the first, second, third and
-/// fourth power.
+/// Coefficients of the exact solution, by component: the constant, then those of x, y, z to the
+/// first, second, third and fourth power.
 const EXACT: [[f64; 13]; COMPONENTS] = [
     [
         2.0, 0.0, 0.0, 4.0, 5.0, 3.0, 0.5, 0.02, 0.01, 0.03, 0.5, 0.4, 0.3,
@@ -76,7 +76,8 @@ impl Grid {
         exact([i, j, k].map(|at| at as f64 / cells))
     }
 
-    /// The field that a run begins with: the exact solution on the boundary, and inside what NPB blends of the six faces.
+    /// The field that a run begins with: the exact solution on the boundary, and inside what NPB
+    /// blends of the six faces.
     pub(super) fn initial(&self, i: usize, j: usize, k: usize) -> Five {
         let last = self.points - 1;
         if [i, j, k].iter().any(|&at| at == 0 || at == last) {
@@ -107,10 +108,12 @@ fn exact(point: [f64; AXES]) -> Five {
     })
 }
 
-/// The weights of a fourth difference: of the point two before, one before, of itself, one and two behind.
+/// The weights of a fourth difference: of the point two before, one before, of itself, one and two
+/// behind.
 pub(crate) type Damping = [f64; 5];
 
-/// The weights at inner point `at` of a line of `points`: one-sided at its ends, where there are no two neighbours inside.
+/// The weights at inner point `at` of a line of `points`: one-sided at its ends, where there are no
+/// two neighbours inside.
 pub(crate) fn dissipation(at: usize, points: usize) -> Damping {
     let (from_start, from_end) = (at, points - 1 - at);
     let centre = if from_start == 1 || from_end == 1 {

@@ -9,7 +9,8 @@ use crate::team::{Hooks, Team, over_strips, over_units_with};
 /// All components of a right side.
 const ALL: [usize; COMPONENTS] = [0, 1, 2, 3, 4];
 
-/// Memory of each rank's own, in elements: a pack's properties, right sides and what the method works in.
+/// Memory of each rank's own, in elements: a pack's properties, right sides and what the method
+/// works in.
 pub(super) fn scratch<const P: usize, const L: usize, M: Method<P, L>>(points: usize) -> usize {
     points * (P + COMPONENTS + M::WORK) * L
 }

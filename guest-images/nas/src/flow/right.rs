@@ -1,4 +1,5 @@
-//! The right side: fluxes, viscosity, diffusion and dissipation along the three directions, and the forcing.
+//! The right side: fluxes, viscosity, diffusion and dissipation along the three directions, and the
+//! forcing.
 
 use super::grid::{AXES, diffusion, dissipation, gas};
 use super::{COMPONENTS, Five, Flow, Grid, Method, aux};
@@ -236,7 +237,8 @@ where
         self.set(|i, j, k| grid.exact(i, j, k));
         self.derive();
         self.forcing.fill(0.0);
-        // With nothing else to force it, the right side of a unit of time is what the exact solution would change by.
+        // With nothing else to force it, the right side of a unit of time is what the exact
+        // solution would change by.
         self.grid.dt = -1.0;
         self.right_side(|_, _| ());
         self.grid.dt = grid.dt;
@@ -266,7 +268,8 @@ where
         );
     }
 
-    /// The right side of the inner points, by time; `finish` is given each row, and its auxiliary one.
+    /// The right side of the inner points, by time; `finish` is given each row, and its auxiliary
+    /// one.
     pub(super) fn right_side(&mut self, finish: impl Fn(&mut [f64], &[f64]) + Sync) {
         let (row, plane) = self.sizes();
         let (points, hooks, ranks) = (self.grid.points, self.hooks, self.ranks());

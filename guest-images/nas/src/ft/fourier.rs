@@ -1,4 +1,5 @@
-//! The fast Fourier transform of a pack of lines, by Stockham's radix-2 algorithm: it leaves the results in order.
+//! The fast Fourier transform of a pack of lines, by Stockham's radix-2 algorithm: it leaves the
+//! results in order.
 
 use crate::lines::Point;
 use crate::math::turn;
@@ -10,7 +11,8 @@ pub(super) enum Direction {
     Back,
 }
 
-/// The roots of unity of the longest line, and so of all shorter ones: cosines and sines of the first half turn.
+/// The roots of unity of the longest line, and so of all shorter ones: cosines and sines of the
+/// first half turn.
 pub(super) struct Roots<'a>(&'a [[f64; 2]]);
 
 impl<'a> Roots<'a> {
@@ -29,8 +31,8 @@ impl<'a> Roots<'a> {
     }
 }
 
-/// Transforms the lines of `pack`, whose number of points is a power of two, with `other` to work in; the result is in the
-/// one that is returned.
+/// Transforms the lines of `pack`, whose number of points is a power of two, with `other` to work
+/// in; the result is in the one that is returned.
 pub(super) fn transform<'p, const L: usize>(
     pack: &'p mut [Point<2, L>],
     other: &'p mut [Point<2, L>],

@@ -38,8 +38,8 @@ impl Extremes {
 
 /// Sets `v` to +1 at the ten largest numbers of the field, −1 at the ten smallest, 0 elsewhere.
 ///
-/// The field is the random sequence in memory order of the interior points; only its extremes are needed, so it is
-/// never stored.
+/// The field is the random sequence in memory order of the interior points; only its extremes are
+/// needed, so it is never stored.
 pub(super) fn charges<T: Team, H: Hooks>(grid: Grid<'_, T, H>, v: &mut [f64]) {
     let n = grid.interior;
     let ranks = grid.ranks();

@@ -1,5 +1,6 @@
-//! The sweeps over a grid. All work row by row on sums across the four rows that share a face (`near`) and the four
-//! that share an edge (`far`) with the row in hand, so that each neighbour is added once, not three times.
+//! The sweeps over a grid. All work row by row on sums across the four rows that share a face
+//! (`near`) and the four that share an edge (`far`) with the row in hand, so that each neighbour is
+//! added once, not three times.
 
 use super::MAX_LEVEL;
 use crate::team::{Hooks, Team, over_units, ranks_for};
@@ -41,7 +42,8 @@ impl<T: Team, H: Hooks> Grid<'_, T, H> {
         ranks_for(self.team, self.interior, PLANES)
     }
 
-    /// Runs `row` on every interior row of `out`, with its plane and row number, and fills in the periodic copies.
+    /// Runs `row` on every interior row of `out`, with its plane and row number, and fills in the
+    /// periodic copies.
     fn sweep(self, out: &mut [f64], row: impl Fn(&mut Scratch, usize, usize, &mut [f64]) + Sync) {
         let edge = self.edge();
         let interior = &mut out[edge * edge..][..self.interior * edge * edge];
@@ -200,7 +202,8 @@ pub(super) fn restrict<T: Team, H: Hooks>(grid: Grid<'_, T, H>, coarse: &mut [f6
     });
 }
 
-/// Adds the trilinear interpolation of `coarse` to `fine` (`grid` is the fine one), periodic copies included.
+/// Adds the trilinear interpolation of `coarse` to `fine` (`grid` is the fine one), periodic copies
+/// included.
 pub(super) fn interpolate<T: Team, H: Hooks>(
     grid: Grid<'_, T, H>,
     fine: &mut [f64],
@@ -257,7 +260,8 @@ pub(super) fn interpolate<T: Team, H: Hooks>(
     );
 }
 
-/// Adds `weight` times each coarse value to the point on it, and half the weight times each pair's sum between them.
+/// Adds `weight` times each coarse value to the point on it, and half the weight times each pair's
+/// sum between them.
 #[inline(always)]
 fn spread(fine: &mut [f64], coarse: &[f64], weight: f64) {
     let pairs = coarse.iter().zip(&coarse[1..]);
@@ -310,7 +314,8 @@ pub(super) fn zero<T: Team, H: Hooks>(grid: Grid<'_, T, H>, data: &mut [f64]) {
     );
 }
 
-/// Fills in the periodic copies within a plane: left and right first, so that the corners come out right.
+/// Fills in the periodic copies within a plane: left and right first, so that the corners come out
+/// right.
 pub(super) fn wrap_faces(plane: &mut [f64], edge: usize) {
     for row in plane.chunks_exact_mut(edge).skip(1).take(edge - 2) {
         row[0] = row[edge - 2];

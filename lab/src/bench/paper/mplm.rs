@@ -43,8 +43,8 @@ const KERNELS: [&str; 4] = ["mg.B", "is.B", "sp.A", "bt.A"];
 /// The paper's guest and link: 8 GB over 1 Gbit/s.
 const PAPER_MEMORY: u64 = 8 << 30;
 const PAPER_LINK: u64 = 125_000_000;
-/// Downtime targets of the paper's guest in seconds; 0.3 is QEMU's default. They are scaled with the
-/// guest, so that they stay the same share of a pass.
+/// Downtime targets of the paper's guest in seconds; 0.3 is QEMU's default. They are scaled with
+/// the guest, so that they stay the same share of a pass.
 const TARGETS: [f64; 5] = [0.3, 3.0, 10.0, 20.0, 40.0];
 /// Pre-copy that has not ended after so many passes is stopped.
 const PASSES: f64 = 8.0;

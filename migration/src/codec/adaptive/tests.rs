@@ -23,8 +23,8 @@ impl Guest {
     }
 }
 
-/// Bytes that sockets hold: what Linux's begin with, and what both sides' were seen to hold on loopback.
-/// Each in two runs.
+/// Bytes that sockets hold: what Linux's begin with, and what both sides' were seen to hold on
+/// loopback. Each in two runs.
 const BUFFERS: [(f64, u64); 4] = [(4e6, 1), (4e6, 2), (13e6, 3), (13e6, 4)];
 
 const HALF: Guest = Guest {
@@ -155,7 +155,8 @@ fn pages_bytes(pages: f64) -> u64 {
     (pages * 4096.0) as u64
 }
 
-/// 1 GiB over links from 100 Mbit/s to loopback: `auto` is never slower than nothing by more than 3 %.
+/// 1 GiB over links from 100 Mbit/s to loopback: `auto` is never slower than nothing by more than 3
+/// %.
 #[test]
 fn never_slower_than_nothing() {
     for guest in [HALF, TEXT, NOISE] {
@@ -171,7 +172,8 @@ fn never_slower_than_nothing() {
     }
 }
 
-/// A receiver at work, which takes `drain` microseconds for a raw page and `part` of that for a coded one.
+/// A receiver at work, which takes `drain` microseconds for a raw page and `part` of that for a
+/// coded one.
 fn receiver(guest: Guest, drain: f64, part: f64, (buffer, seed): (f64, u64)) -> Wire {
     let ratio = guest.ratio[guest.level().index()];
     Wire {
@@ -183,9 +185,9 @@ fn receiver(guest: Guest, drain: f64, part: f64, (buffer, seed): (f64, u64)) -> 
     }
 }
 
-/// A "link" that is a receiver at work, as loopback is to a busy machine: it takes a coded page off the socket sooner, and loses
-/// more than that by decoding it. What is lost is what it takes to find out: of a GiB coded throughout, a
-/// third, and half of it by who begins with coders.
+/// A "link" that is a receiver at work, as loopback is to a busy machine: it takes a coded page off
+/// the socket sooner, and loses more than that by decoding it. What is lost is what it takes to
+/// find out: of a GiB coded throughout, a third, and half of it by who begins with coders.
 #[test]
 fn never_much_slower_than_nothing_at_a_busy_receiver() {
     for (guest, drains) in [
@@ -207,7 +209,8 @@ fn never_much_slower_than_nothing_at_a_busy_receiver() {
     }
 }
 
-/// Where it gains by coded pages, a good part of that is gained, however much lies in the buffers between them.
+/// Where it gains by coded pages, a good part of that is gained, however much lies in the buffers
+/// between them.
 #[test]
 fn a_receiver_that_gains_is_relieved() {
     for (guest, drains) in [(HALF, &[4.0, 8.0, 16.0][..]), (TEXT, &[16.0])] {
@@ -233,7 +236,8 @@ fn a_slow_link_is_relieved() {
     }
 }
 
-/// On loopback it stays with raw pages, whatever the pages hold; and so it does where nothing compresses.
+/// On loopback it stays with raw pages, whatever the pages hold; and so it does where nothing
+/// compresses.
 #[test]
 fn a_fast_link_is_left_alone() {
     for (guest, wire) in [(TEXT, LOOPBACK), (NOISE, LOOPBACK), (NOISE, gigabit(1.0))] {

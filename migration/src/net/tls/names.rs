@@ -25,8 +25,8 @@ impl Name {
         })
     }
 
-    /// Whether a certificate carries it: as an alternative name, or as the common name, which is all that many clients'
-    /// certificates have.
+    /// Whether a certificate carries it: as an alternative name, or as the common name, which is
+    /// all that many clients' certificates have.
     pub(super) fn is_in(&self, certificate: &CertificateDer<'_>) -> Result<bool, TlsError> {
         let parsed = ParsedCertificate::try_from(certificate).map_err(TlsError::Config)?;
         Ok(
@@ -48,7 +48,8 @@ fn identity(certificate: &CertificateDer<'_>) -> Option<(Vec<u8>, Vec<u8>)> {
     ))
 }
 
-/// What tells authorities apart: the subject and the public key of the first certificate of a PEM text.
+/// What tells authorities apart: the subject and the public key of the first certificate of a PEM
+/// text.
 #[must_use]
 pub fn identity_of(pem: &str) -> Option<(Vec<u8>, Vec<u8>)> {
     identity(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)

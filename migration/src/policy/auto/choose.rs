@@ -249,8 +249,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is predicted: where something keeps the goal, what is chosen does too, and nothing that keeps it is
-        /// cheaper by more than the tenth and the share of post-copy.
+        /// Whatever is predicted: where something keeps the goal, what is chosen does too, and
+        /// nothing that keeps it is cheaper by more than the tenth and the share of post-copy.
         #[test]
         fn nothing_infeasible_is_chosen_where_something_is_feasible(
             list in proptest::collection::vec(

@@ -9,7 +9,8 @@ use crate::rng::Rng;
 
 /// Pages of the sample: what is pending is then known to 1 %, and a prediction takes milliseconds.
 pub(super) const SAMPLE: u64 = 4096;
-/// Of the pages written only once, this share of what chance would write twice: fewer, and the guest walks.
+/// Of the pages written only once, this share of what chance would write twice: fewer, and the
+/// guest walks.
 const REPEATED: f64 = 0.5;
 
 /// A sample of a guest, and where its migration stands.
@@ -132,7 +133,8 @@ fn ram_of(view: &View<'_>) -> PageSet {
     ram
 }
 
-/// Pages per second of a guest that writes one page after the other; `None` where chance explains what was seen.
+/// Pages per second of a guest that writes one page after the other; `None` where chance explains
+/// what was seen.
 fn walks(counts: &[f64; 1 << INTERVALS], lengths: &[f64]) -> Option<f64> {
     let all: f64 = lengths.iter().sum();
     let (mut once, mut twice) = (0.0, 0.0);
@@ -146,7 +148,8 @@ fn walks(counts: &[f64; 1 << INTERVALS], lengths: &[f64]) -> Option<f64> {
     if once < 64.0 || lengths.len() < 2 || all <= 0.0 {
         return None;
     }
-    // Pages of the same regions that were written never, once and twice: Poisson's λ by the first two, and the third.
+    // Pages of the same regions that were written never, once and twice: Poisson's λ by the first
+    // two, and the third.
     let mean = once / counts[0].max(once / 4.0);
     let expected = once * mean / 2.0;
     // Intervals hide that a page was written twice in one of them.

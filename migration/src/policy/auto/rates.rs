@@ -1,5 +1,6 @@
-//! How often pages are written, from the intervals in which they were: a mixture of a few rates, fitted by
-//! expectation maximisation. Bookkeeping by page would take each page for what it happened to do.
+//! How often pages are written, from the intervals in which they were: a mixture of a few rates,
+//! fitted by expectation maximisation. Bookkeeping by page would take each page for what it
+//! happened to do.
 
 use super::observe::INTERVALS;
 use crate::rng::Rng;
@@ -7,8 +8,8 @@ use crate::rng::Rng;
 /// Rates of the mixture, beside 0.
 const RATES: usize = 14;
 const STEPS: usize = 60;
-/// The fastest rate has a page written in the shortest interval with probability 1 − e⁻³ = 95 %, the slowest in all
-/// intervals together with 5 %.
+/// The fastest rate has a page written in the shortest interval with probability 1 − e⁻³ = 95 %,
+/// the slowest in all intervals together with 5 %.
 const FASTEST: f64 = 3.0;
 const SLOWEST: f64 = 0.05;
 

@@ -41,7 +41,8 @@ fn a_calm_guest_is_moved_by_pre_copy() {
     assert!(outcome.total.as_secs_f64() < 1.1 * pass, "{outcome:?}");
 }
 
-/// Pre-copy cannot end here: the guest writes to half of its memory faster than the link carries it.
+/// Pre-copy cannot end here: the guest writes to half of its memory faster than the link carries
+/// it.
 #[test]
 fn a_busy_guest_is_followed_by_its_pages() {
     let busy = |setup: &Setup, no_postcopy| {
@@ -128,7 +129,8 @@ fn it_changes_its_mind_when_the_guest_does() {
     assert!(outcome.faults.is_some(), "{}", outcome.why);
 }
 
-/// Passes decisions on, and holds that after the guest was handed over or stopped nothing else is wanted.
+/// Passes decisions on, and holds that after the guest was handed over or stopped nothing else is
+/// wanted.
 struct Held<'a>(&'a mut Auto, Option<bool>);
 
 impl Policy for Held<'_> {

@@ -1,7 +1,8 @@
 //! The simulated guest's disk: a version for each block, written while it is copied.
 //!
-//! A write is done first and counted as written a moment later, as a device does it; so a copy may read it before it counts,
-//! or half. At the destination a block that is no version of anything is [`TORN`]: it must be gone when the guest starts.
+//! A write is done first and counted as written a moment later, as a device does it; so a copy may
+//! read it before it counts, or half. At the destination a block that is no version of anything is
+//! [`TORN`]: it must be gone when the guest starts.
 
 use super::fault::PortFault;
 use super::lock;

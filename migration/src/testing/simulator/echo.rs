@@ -6,7 +6,8 @@ use super::world::World;
 use crate::wire::{Channel, FrameType, Header, Role, SessionId, WireError};
 use std::sync::{Arc, Mutex};
 
-/// Repeats COMMIT, where the guest was committed, or ABORT, where the source runs it, on a new connection.
+/// Repeats COMMIT, where the guest was committed, or ABORT, where the source runs it, on a new
+/// connection.
 pub(super) fn last_word(
     world: &Arc<Mutex<World>>,
     peer: &Arc<Mutex<Peer>>,

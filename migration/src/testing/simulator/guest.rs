@@ -30,8 +30,8 @@ fn index(gfn: Gfn) -> usize {
     usize::try_from(gfn).unwrap_or(usize::MAX)
 }
 
-/// What a page of this version looks like: the version, and then one of a few bodies of different kinds, so that every
-/// coder has its pages and a page often differs little from what it was.
+/// What a page of this version looks like: the version, and then one of a few bodies of different
+/// kinds, so that every coder has its pages and a page often differs little from what it was.
 pub(super) fn page_of(version: u64, into: &mut [u8; PAGE_SIZE]) {
     static BODIES: LazyLock<Vec<[u8; PAGE_SIZE]>> = LazyLock::new(|| {
         let kinds = [

@@ -77,7 +77,8 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
     }
 }
 
-/// `auto` chooses by what it measures, and its choices break no promise, whatever goes wrong meanwhile.
+/// `auto` chooses by what it measures, and its choices break no promise, whatever goes wrong
+/// meanwhile.
 #[test]
 fn no_seed_of_auto_loses_a_write_or_makes_two_owners() {
     let mut ends = std::collections::BTreeMap::new();
@@ -263,8 +264,8 @@ fn a_trickle_does_not_hold_the_pause_open() {
     assert!(ended > 5, "{ended}");
 }
 
-/// What the guest was told is on its disk is there before another host can have it; a disk that cannot be flushed
-/// keeps the guest here.
+/// What the guest was told is on its disk is there before another host can have it; a disk that
+/// cannot be flushed keeps the guest here.
 #[test]
 fn disks_are_flushed_before_the_guest_leaves() {
     for n in 0..3 {
@@ -325,8 +326,8 @@ fn shared_memory_is_not_sent() {
     assert!(why.contains("unix:PATH"), "{why}");
 }
 
-/// Every fault at every message of a hand-over of memory: the source runs on, or the doubt is said, and whoever runs the
-/// guest does so in the memory that belongs to its state.
+/// Every fault at every message of a hand-over of memory: the source runs on, or the doubt is said,
+/// and whoever runs the guest does so in the memory that belongs to its state.
 #[test]
 fn every_fault_at_every_message_of_a_memory_hand_over() {
     let (mut doubts, mut failures) = (0, 0);
@@ -367,7 +368,8 @@ fn every_fault_at_every_message() {
     }
 }
 
-/// A guest that writes the same pages over and over is moved with fewer bytes by each coder, and whole.
+/// A guest that writes the same pages over and over is moved with fewer bytes by each coder, and
+/// whole.
 #[test]
 fn coders_save_bytes() {
     let wire = |compress, cache_pages: u64| {
@@ -566,8 +568,8 @@ fn bubbling_takes_fewer_faults_than_demand() {
             outcome.faults
         };
         let (demand, bubble) = (faults(PushOrder::Demand), faults(PushOrder::Bubble));
-        // Here each message, and each word about what is in place, stops everything for 20 µs: by far more are hidden elsewhere
-        // (see the model's tests, and `ferry bench goals`).
+        // Here each message, and each word about what is in place, stops everything for 20 µs: by
+        // far more are hidden elsewhere (see the model's tests, and `ferry bench goals`).
         assert!(
             bubble * 3 < demand * 2,
             "walk {walk}: {bubble} against {demand}"
@@ -596,7 +598,8 @@ fn every_fault_at_every_message_of_post_copy() {
     assert!(interrupted > 100, "{interrupted}");
 }
 
-/// A balloon and a free-page reporter at work while the guest moves: pages that were sent are given back, and used again.
+/// A balloon and a free-page reporter at work while the guest moves: pages that were sent are given
+/// back, and used again.
 #[test]
 fn what_the_guest_gives_back_is_neither_read_nor_stale() {
     for &policy in PolicyKind::ALL {
@@ -611,7 +614,8 @@ fn what_the_guest_gives_back_is_neither_read_nor_stale() {
             scenario.options.compress =
                 [Compress::None, Compress::Delta, Compress::Adaptive][seed as usize % 3];
             let outcome = run(&scenario);
-            // No page that holds nothing was read, the destination has what the source had, and both said so.
+            // No page that holds nothing was read, the destination has what the source had, and
+            // both said so.
             assert_eq!(outcome.violations, Vec::<String>::new(), "{policy:?}");
             let report = &outcome.report;
             assert_eq!(report.status, Status::Completed, "{report:?}");
@@ -679,7 +683,8 @@ fn without_being_asked_for_a_disk_stays_and_nothing_is_said_of_it() {
     );
 }
 
-/// The checks can fail: a device that forgets to count its writes is found out, by the guest and by `--verify`.
+/// The checks can fail: a device that forgets to count its writes is found out, by the guest and by
+/// `--verify`.
 #[test]
 fn a_lost_write_to_the_disk_is_noticed() {
     let mut found = 0;
@@ -702,7 +707,8 @@ fn a_lost_write_to_the_disk_is_noticed() {
     assert!(found >= 15, "only {found} of 20 noticed");
 }
 
-/// Every fault at every message of a migration with a disk: the source's guest runs on, or the destination's has all of it.
+/// Every fault at every message of a migration with a disk: the source's guest runs on, or the
+/// destination's has all of it.
 #[test]
 fn every_fault_at_every_message_with_a_disk() {
     for (policy, verify, compress) in [

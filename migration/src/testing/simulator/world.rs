@@ -86,7 +86,8 @@ pub(super) struct World {
     pub faults: Vec<super::Fault>,
     pub port_fault: Option<PortFault>,
     port_calls: [u64; 6],
-    /// Post-copy: pages that the destination lacks, what the guest waits for, and whom that was told.
+    /// Post-copy: pages that the destination lacks, what the guest waits for, and whom that was
+    /// told.
     pub missing: Option<PageSet>,
     blocked: Option<Gfn>,
     pub faults_heard: VecDeque<Gfn>,
@@ -345,7 +346,8 @@ impl World {
         }
     }
 
-    /// Somebody reads a page of the running or resting source. Without races the engine knows beforehand that it is empty.
+    /// Somebody reads a page of the running or resting source. Without races the engine knows
+    /// beforehand that it is empty.
     pub fn read(&mut self, gfn: Gfn) -> u64 {
         if self.racing_writes == 0.0 && self.holes.contains(gfn) {
             self.violations
@@ -526,7 +528,8 @@ impl World {
         }
     }
 
-    /// What the guest may stand still for when the source ends the pause: its deadline, and the messages under way.
+    /// What the guest may stand still for when the source ends the pause: its deadline, and the
+    /// messages under way.
     fn check_pause(&mut self) {
         let Some(paused_at) = self.paused_at.take() else {
             return;

@@ -1,5 +1,5 @@
-//! All kinds of log, and rings, on one KVM, by hiding what it has. `tests/machine/dirty.rs` has the log of
-//! this host under a running guest.
+//! All kinds of log, and rings, on one KVM, by hiding what it has. `tests/machine/dirty.rs` has the
+//! log of this host under a running guest.
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -128,7 +128,8 @@ fn a_ring_forgets_what_an_earlier_migration_left() {
         log.start().unwrap();
         log.clear(0, &[u64::MAX; 8]).unwrap();
         guest_writes(&mut vcpu, page);
-        // Not collected. The VM is told to report no more, past the log, so that this stays in the ring.
+        // Not collected. The VM is told to report no more, past the log, so that this stays in the
+        // ring.
         vm.log_dirty_pages(false).unwrap();
         guest_writes(&mut vcpu, page + 1);
         log.stop().unwrap();

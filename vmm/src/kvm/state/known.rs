@@ -1,8 +1,9 @@
 //! The MSRs that ferry carries, by name.
 //!
-//! KVM's own list (KVM_GET_MSR_INDEX_LIST) is the host's and grows with its kernel: what is in it today without a meaning
-//! here is not read, and a saved state that has it is refused by name. The numbers are those of the Intel SDM vol. 4, the
-//! AMD APM vol. 2 appendix A, and `arch/x86/include/asm/msr-index.h`, `kvm_para.h` and `hyperv-tlfs.h` of Linux.
+//! KVM's own list (KVM_GET_MSR_INDEX_LIST) is the host's and grows with its kernel: what is in it
+//! today without a meaning here is not read, and a saved state that has it is refused by name. The
+//! numbers are those of the Intel SDM vol. 4, the AMD APM vol. 2 appendix A, and
+//! `arch/x86/include/asm/msr-index.h`, `kvm_para.h` and `hyperv-tlfs.h` of Linux.
 
 /// What is done with an MSR of a saved state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +23,8 @@ use Kind::{Description, Request, State, Unused};
 /// First and last index, what they are, and their name.
 const KNOWN: [(u32, u32, Kind, &str); 58] = [
     (0x10, 0x10, State, "IA32_TIME_STAMP_COUNTER"),
-    // KVM writes the time into guest memory at once, which may still belong to the guest at its source.
+    // KVM writes the time into guest memory at once, which may still belong to the guest at its
+    // source.
     (0x11, 0x11, Request, "MSR_KVM_WALL_CLOCK"),
     (0x12, 0x12, State, "MSR_KVM_SYSTEM_TIME"),
     (0x1b, 0x1b, State, "IA32_APIC_BASE"),

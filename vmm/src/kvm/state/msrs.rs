@@ -1,10 +1,10 @@
 //! Model-specific registers.
 //!
-//! KVM tells which it keeps (KVM_GET_MSR_INDEX_LIST), but the list is of the host, not of the guest's
-//! CPU: some of it cannot be read for this guest, and more of it reads but cannot be written. Of the
-//! list those are carried that ferry [knows](super::known). Both KVM_GET_MSRS and KVM_SET_MSRS stop at
-//! the first they do not like and return how far they came, so the rest is tried after skipping that
-//! one, which is remembered.
+//! KVM tells which it keeps (KVM_GET_MSR_INDEX_LIST), but the list is of the host, not of the
+//! guest's CPU: some of it cannot be read for this guest, and more of it reads but cannot be
+//! written. Of the list those are carried that ferry [knows](super::known). Both KVM_GET_MSRS and
+//! KVM_SET_MSRS stop at the first they do not like and return how far they came, so the rest is
+//! tried after skipping that one, which is remembered.
 
 use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
 
@@ -19,8 +19,8 @@ const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 
-/// The MSRs that this vCPU lets itself be read; found out once, so that saving, which happens in the
-/// guest's pause, is one ioctl for each 256 of them.
+/// The MSRs that this vCPU lets itself be read; found out once, so that saving, which happens in
+/// the guest's pause, is one ioctl for each 256 of them.
 #[derive(Debug, Default)]
 pub struct MsrList(Vec<u32>);
 
@@ -105,8 +105,9 @@ impl Vcpu {
     /// the TSC must be right by then (and the local APIC's timer in deadline mode, which the caller
     /// sees to). Returns what could not be written and matters.
     ///
-    /// The wall clock is left out. It is a request rather than a state: a guest writes the register each time that it wants
-    /// to know. And nothing may be written into guest memory here, which may still belong to the guest at its source.
+    /// The wall clock is left out. It is a request rather than a state: a guest writes the register
+    /// each time that it wants to know. And nothing may be written into guest memory here, which
+    /// may still belong to the guest at its source.
     pub(super) fn restore_msrs(&self, saved: &[(u32, u64)]) -> Result<Vec<SkippedMsr>, IoctlError> {
         let entry = |&(index, data): &(u32, u64)| kvm_msr_entry {
             index,

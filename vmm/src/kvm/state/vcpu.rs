@@ -17,8 +17,8 @@ ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 
 /// Everything that KVM knows about a stopped vCPU. Its CPUID is not in here: that belongs to the
-/// machine's description, which the machine is built from before any state arrives. Nor is the state
-/// of a nested hypervisor: ferry offers guests no VMX or SVM, so there is none.
+/// machine's description, which the machine is built from before any state arrives. Nor is the
+/// state of a nested hypervisor: ferry offers guests no VMX or SVM, so there is none.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VcpuState {
     mp_state: kvm_mp_state,
@@ -36,8 +36,8 @@ pub struct VcpuState {
 }
 
 impl VcpuState {
-    /// Checks what a hostile sender could have made absurd, before any of it reaches KVM. KVM checks
-    /// the values themselves.
+    /// Checks what a hostile sender could have made absurd, before any of it reaches KVM. KVM
+    /// checks the values themselves.
     ///
     /// # Errors
     /// What is absurd, to complete the sentence "the state has …".
@@ -98,8 +98,8 @@ impl Vcpu {
             .named("KVM_GET_DEBUGREGS")?;
         // The MSRs before the local APIC: on hosts where a timer expires without the vCPU, its
         // deadline may run out right here. In this order the deadline and the interrupt may both be
-        // in the state, and the guest gets one tick too many. The other way round neither may be, and
-        // the guest waits for its next tick for ever.
+        // in the state, and the guest gets one tick too many. The other way round neither may be,
+        // and the guest waits for its next tick for ever.
         let msrs = self.save_msrs()?;
         let lapic = fd.get_lapic().named("KVM_GET_LAPIC")?;
         let tsc_khz = self.tsc_khz();
@@ -120,8 +120,8 @@ impl Vcpu {
         })
     }
 
-    /// Writes a state that was saved elsewhere (and [checked](VcpuState::check)). Returns the MSRs that
-    /// this KVM would not take.
+    /// Writes a state that was saved elsewhere (and [checked](VcpuState::check)). Returns the MSRs
+    /// that this KVM would not take.
     ///
     /// # Errors
     /// [`RestoreError`]; the vCPU's state is then a mixture, and it must not run.
@@ -150,8 +150,8 @@ impl Vcpu {
         fd.set_sregs(&state.sregs)
             .named("KVM_SET_SREGS")
             .map_err(error)?;
-        // Without SREGS2, KVM has just loaded the PDPTRs from guest memory, where they still are unless
-        // the guest changed them there without reloading CR3.
+        // Without SREGS2, KVM has just loaded the PDPTRs from guest memory, where they still are
+        // unless the guest changed them there without reloading CR3.
         if let (true, Some(pdptrs)) = (caps.sregs2, state.pdptrs) {
             self.set_pdptrs(&state.sregs, pdptrs).map_err(error)?;
         }

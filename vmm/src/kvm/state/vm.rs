@@ -45,12 +45,14 @@ impl Vm {
     pub fn save(&self) -> Result<VmState, IoctlError> {
         let caps = self.capabilities();
         // The clock first: where it carries the wall-clock time, the destination adds what passed
-        // since, and where it does not, every microsecond here is one that the guest's clock has seen.
+        // since, and where it does not, every microsecond here is one that the guest's clock has
+        // seen.
         let clock = (caps.adjust_clock != 0)
             .then(|| self.fd().get_clock())
             .transpose()
             .named("KVM_GET_CLOCK")?;
-        // The timer before the controllers it interrupts, so that an edge on its way is seen in one.
+        // The timer before the controllers it interrupts, so that an edge on its way is seen in
+        // one.
         let pit = caps
             .pit2
             .then(|| self.fd().get_pit2())

@@ -1,4 +1,5 @@
-//! The FPU and vector registers: KVM_GET_XSAVE2 where there is one, KVM_GET_XSAVE's 4 KiB elsewhere.
+//! The FPU and vector registers: KVM_GET_XSAVE2 where there is one, KVM_GET_XSAVE's 4 KiB
+//! elsewhere.
 
 use kvm_bindings::{Xsave, kvm_xsave};
 
@@ -41,8 +42,8 @@ impl Vcpu {
         let vcpu = self.id();
         let error = |source| RestoreError::Vcpu { vcpu, source };
         let room = self.xsave_size();
-        // A host with more extensions has a larger area, and the surplus is in its initial state, all
-        // zeroes. A host with fewer can only take it if nothing is in the surplus.
+        // A host with more extensions has a larger area, and the surplus is in its initial state,
+        // all zeroes. A host with fewer can only take it if nothing is in the surplus.
         if saved.len() > room && saved[room..].iter().any(|b| *b != 0) {
             return Err(RestoreError::Xsave {
                 vcpu,

@@ -1,4 +1,5 @@
-//! Telling the network where a guest is that was put here: when it runs here for the first time, however it came.
+//! Telling the network where a guest is that was put here: when it runs here for the first time,
+//! however it came.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -6,7 +7,8 @@ use std::time::Duration;
 
 use super::VirtioSet;
 
-/// Before each announcement: more than one, for the first frame may be lost while a bridge still learns.
+/// Before each announcement: more than one, for the first frame may be lost while a bridge still
+/// learns.
 const PAUSES: [Duration; 4] = [
     Duration::ZERO,
     Duration::from_millis(50),

@@ -1,7 +1,8 @@
 //! Which file is behind a disk, so that another of the same size is not taken for it.
 //!
-//! Between two hosts nothing tells two files apart: paths differ, and so do inodes of copies that are meant to be the same
-//! disk. On one host (the same boot of one kernel) a file is known by its device and inode, whatever its path.
+//! Between two hosts nothing tells two files apart: paths differ, and so do inodes of copies that
+//! are meant to be the same disk. On one host (the same boot of one kernel) a file is known by its
+//! device and inode, whatever its path.
 
 use std::sync::Arc;
 

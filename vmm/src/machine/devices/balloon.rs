@@ -15,7 +15,8 @@ pub struct BalloonInfo {
     pub target_bytes: u64,
     /// Bytes in the balloon, as the guest says.
     pub actual_bytes: u64,
-    /// Bytes that were given back to the host so far, inflated or reported free, each time that they were.
+    /// Bytes that were given back to the host so far, inflated or reported free, each time that
+    /// they were.
     pub discarded_bytes: u64,
     /// Whether and how the size is moved automatically.
     pub auto: Option<Settings>,
@@ -40,28 +41,31 @@ impl BalloonInfo {
 
 /// Gives the guest's free pages back to the host.
 ///
-/// A page that was given back is a hole in the memory file until the guest touches it again, and what is a hole the
-/// migration knows without reading ([`GuestRam::unpopulated`]) and does not send. So the file itself is the set of pages
-/// known to be free; a set beside it would have to be told of pages that the guest takes back without a word, which
-/// the balloon allows.
+/// A page that was given back is a hole in the memory file until the guest touches it again, and
+/// what is a hole the migration knows without reading ([`GuestRam::unpopulated`]) and does not
+/// send. So the file itself is the set of pages known to be free; a set beside it would have to be
+/// told of pages that the guest takes back without a word, which the balloon allows.
 ///
 /// # Around a migration's pause
 ///
-/// A page goes through these steps, in this order, and the device's worker does the first three under the device's lock:
+/// A page goes through these steps, in this order, and the device's worker does the first three
+/// under the device's lock:
 /// 1. its contents go: a hole is punched;
 /// 2. it is marked as written by the VMM, so that what was sent of it before is out of date;
-/// 3. the driver gets its request back, and only from here on may the guest use a page that it *reported* (one that it
-///    *inflated* stays unused until it deflates);
+/// 3. the driver gets its request back, and only from here on may the guest use a page that it
+///    *reported* (one that it *inflated* stays unused until it deflates);
 /// 4. the guest uses the page: the touch brings a zero page, and the write is in the dirty log.
 ///
-/// The sender clears a page's dirty bits first and looks at the page afterwards. Whatever it sees, then, is either what
-/// the page still holds in the end or is followed by 2 or by 4, which make it dirty again: contents that were read before
-/// 1 are overwritten by zeros, zeros that were read before 4 by what the guest wrote. The order of 1 and 2 matters: were
-/// the mark first, a sender could clear it, read the old contents, and never hear of the hole.
+/// The sender clears a page's dirty bits first and looks at the page afterwards. Whatever it sees,
+/// then, is either what the page still holds in the end or is followed by 2 or by 4, which make it
+/// dirty again: contents that were read before 1 are overwritten by zeros, zeros that were read
+/// before 4 by what the guest wrote. The order of 1 and 2 matters: were the mark first, a sender
+/// could clear it, read the old contents, and never hear of the hole.
 ///
-/// The pause stops the vCPUs, then the device, then collects dirt for the last time: so a request has either come through
-/// to 3, and its marks are collected, or it lies in the queue untouched and moves there with the guest, which does not use
-/// these pages before the destination's device has answered. Nothing is punched in between, for the worker rests.
+/// The pause stops the vCPUs, then the device, then collects dirt for the last time: so a request
+/// has either come through to 3, and its marks are collected, or it lies in the queue untouched and
+/// moves there with the guest, which does not use these pages before the destination's device has
+/// answered. Nothing is punched in between, for the worker rests.
 #[derive(Debug)]
 pub(super) struct HostPages {
     ram: Arc<GuestRam>,

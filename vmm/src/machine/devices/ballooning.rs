@@ -1,4 +1,5 @@
-//! The balloon's size: as it is set, or moved automatically by a thread that asks the guest about its memory.
+//! The balloon's size: as it is set, or moved automatically by a thread that asks the guest about
+//! its memory.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -14,7 +15,8 @@ use ferry_devices::virtio::VirtioDevice;
 use super::balloon::{BalloonInfo, HostPages};
 use crate::memory::GuestMemory;
 
-/// A balloon and the thread that moves it. The thread sleeps unless the size is to be moved automatically.
+/// A balloon and the thread that moves it. The thread sleeps unless the size is to be moved
+/// automatically.
 #[derive(Debug)]
 pub(super) struct Ballooning {
     shared: Arc<Shared>,
@@ -130,7 +132,8 @@ impl Shared {
         lock(&self.news)
     }
 
-    /// Asks the guest for newer statistics. One that is paused, has no driver, or still owes an answer is not asked.
+    /// Asks the guest for newer statistics. One that is paused, has no driver, or still owes an
+    /// answer is not asked.
     fn ask(&self) {
         let _ = self.balloon.with_queues(Balloon::ask_statistics);
     }

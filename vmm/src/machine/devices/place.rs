@@ -9,8 +9,8 @@ const SIZE: u32 = 0x1000;
 
 const _: () = assert!(BASE as u64 >= LOW_RAM_END && SIZE as u64 == MMIO_LEN);
 
-/// Interrupt lines that no other device has: first those that only an IOAPIC has, then those of ISA that a PC leaves to
-/// expansion cards.
+/// Interrupt lines that no other device has: first those that only an IOAPIC has, then those of ISA
+/// that a PC leaves to expansion cards.
 const LINES: [u32; 13] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11];
 
 /// The most virtio devices that a machine can have.

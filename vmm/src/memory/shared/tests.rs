@@ -81,7 +81,8 @@ fn one_side_at_a_time_runs_the_guest() {
     assert!(matches!(runs(&b), Err(ClaimError::Held)));
 }
 
-/// The way of a hand-over that works: the source gives it up, the destination takes it, and the source has nothing left.
+/// The way of a hand-over that works: the source gives it up, the destination takes it, and the
+/// source has nothing left.
 #[test]
 fn after_a_commit_the_destination_runs_the_guest_and_the_source_never_again() {
     let a = GuestRam::new(BYTES, Backing::Small).unwrap();
@@ -107,7 +108,8 @@ fn a_commit_that_nobody_read_can_be_taken_back() {
     assert!(runs(&a).unwrap());
 }
 
-/// The source resumed its guest and died later: what the destination kept of it is older than the memory.
+/// The source resumed its guest and died later: what the destination kept of it is older than the
+/// memory.
 #[test]
 fn a_source_that_went_on_leaves_nothing_to_run() {
     let a = GuestRam::new(BYTES, Backing::Small).unwrap();
@@ -190,7 +192,8 @@ fn what_is_not_the_guests_memory_is_refused() {
     assert!(matches!(wrong, ShareError::Ram(RamError::Zero)), "{wrong}");
 }
 
-/// A word that is no event, from a source that means no good, costs it its own guest and stops nobody here.
+/// A word that is no event, from a source that means no good, costs it its own guest and stops
+/// nobody here.
 #[test]
 fn a_word_that_is_no_event_stops_nobody() {
     let (read, write) = rustix::pipe::pipe().unwrap();

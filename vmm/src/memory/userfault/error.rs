@@ -60,8 +60,8 @@ impl UserfaultError {
     }
 }
 
-/// Why pages could not be placed. Those before the page that is named are there; the same call made again skips
-/// them and goes on.
+/// Why pages could not be placed. Those before the page that is named are there; the same call made
+/// again skips them and goes on.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
     /// Not RAM.

@@ -1,4 +1,5 @@
-//! The kernel's interface (`linux/userfaultfd.h`), as far as missing pages of shared memory need it.
+//! The kernel's interface (`linux/userfaultfd.h`), as far as missing pages of shared memory need
+//! it.
 
 use std::fs::File;
 use std::io;
@@ -83,7 +84,8 @@ struct uffdio_zeropage {
     zeropage: i64,
 }
 
-/// `uffd_msg` as a page fault fills it. The kernel's is packed; here every field is aligned by itself.
+/// `uffd_msg` as a page fault fills it. The kernel's is packed; here every field is aligned by
+/// itself.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Debug, Default)]
@@ -137,7 +139,8 @@ pub(super) fn open() -> Result<(OwnedFd, UserfaultBy), UserfaultError> {
     match agree(&fd, wanted) {
         Ok(_) => Ok((fd, by)),
         Err(source) if source.raw_os_error() == Some(libc::EINVAL) => {
-            // It refuses what it does not have, and does not say which; a fresh one tells what there is.
+            // It refuses what it does not have, and does not say which; a fresh one tells what
+            // there is.
             let has = new_fd().ok().and_then(|(fd, _)| agree(&fd, 0).ok());
             let missing = FEATURES
                 .iter()
@@ -195,8 +198,8 @@ pub(super) fn register(fd: &OwnedFd, start: u64, len: u64) -> io::Result<bool> {
         mode: UFFDIO_REGISTER_MODE_MISSING,
         ioctls: 0,
     };
-    // SAFETY: the ioctl reads and writes one uffdio_register, whose layout is asserted above. It changes no
-    // byte of the range, only who is asked when a page of it is absent.
+    // SAFETY: the ioctl reads and writes one uffdio_register, whose layout is asserted above. It
+    // changes no byte of the range, only who is asked when a page of it is absent.
     done(unsafe { ioctl_with_mut_ref(fd, UFFDIO_REGISTER(), &mut register) })?;
     Ok(register.ioctls & RANGE_IOCTLS == RANGE_IOCTLS)
 }
@@ -204,18 +207,21 @@ pub(super) fn register(fd: &OwnedFd, start: u64, len: u64) -> io::Result<bool> {
 /// Ends the reports of a range; who waits for a page of it goes on.
 pub(super) fn unregister(fd: &OwnedFd, start: u64, len: u64) -> io::Result<()> {
     let range = uffdio_range { start, len };
-    // SAFETY: the ioctl reads one uffdio_range, whose layout is asserted above, and changes no byte there.
+    // SAFETY: the ioctl reads one uffdio_range, whose layout is asserted above, and changes no byte
+    // there.
     done(unsafe { ioctl_with_ref(fd, UFFDIO_UNREGISTER(), &range) })
 }
 
 /// Lets those who wait for a page of a range look again.
 pub(super) fn wake(fd: &OwnedFd, start: u64, len: u64) -> io::Result<()> {
     let range = uffdio_range { start, len };
-    // SAFETY: the ioctl reads one uffdio_range, whose layout is asserted above, and changes no byte there.
+    // SAFETY: the ioctl reads one uffdio_range, whose layout is asserted above, and changes no byte
+    // there.
     done(unsafe { ioctl_with_ref(fd, UFFDIO_WAKE(), &range) })
 }
 
-/// Places `bytes`, whole pages, from `dst` on; returns how many bytes until something was in the way.
+/// Places `bytes`, whole pages, from `dst` on; returns how many bytes until something was in the
+/// way.
 pub(super) fn copy(fd: &OwnedFd, dst: u64, bytes: &[u8]) -> io::Result<u64> {
     let mut copy = uffdio_copy {
         dst,
@@ -224,9 +230,9 @@ pub(super) fn copy(fd: &OwnedFd, dst: u64, bytes: &[u8]) -> io::Result<u64> {
         mode: 0,
         copy: 0,
     };
-    // SAFETY: the ioctl reads and writes one uffdio_copy, whose layout is asserted above, and reads `bytes`,
-    // which is borrowed for as long. It only writes to absent pages of ranges that are registered with this
-    // descriptor: guest memory, to which Rust holds no references.
+    // SAFETY: the ioctl reads and writes one uffdio_copy, whose layout is asserted above, and reads
+    // `bytes`, which is borrowed for as long. It only writes to absent pages of ranges that are
+    // registered with this descriptor: guest memory, to which Rust holds no references.
     let status = unsafe { ioctl_with_mut_ref(fd, UFFDIO_COPY(), &mut copy) };
     filled(status, copy.copy, copy.len)
 }
@@ -238,8 +244,8 @@ pub(super) fn zeropage(fd: &OwnedFd, start: u64, len: u64) -> io::Result<u64> {
         mode: 0,
         zeropage: 0,
     };
-    // SAFETY: the ioctl reads and writes one uffdio_zeropage, whose layout is asserted above; for what it fills
-    // see `copy`.
+    // SAFETY: the ioctl reads and writes one uffdio_zeropage, whose layout is asserted above; for
+    // what it fills see `copy`.
     let status = unsafe { ioctl_with_mut_ref(fd, UFFDIO_ZEROPAGE(), &mut zero) };
     filled(status, zero.zeropage, len)
 }
@@ -279,8 +285,8 @@ fn done(status: c_int) -> io::Result<()> {
     }
 }
 
-/// What an ioctl that fills pages did: `reported` is the number of bytes it filled, or what kept it from the
-/// first page, or untouched when it never began.
+/// What an ioctl that fills pages did: `reported` is the number of bytes it filled, or what kept it
+/// from the first page, or untouched when it never began.
 fn filled(status: c_int, reported: i64, len: u64) -> io::Result<u64> {
     if status >= 0 {
         return Ok(len);

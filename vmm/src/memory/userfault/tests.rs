@@ -311,7 +311,8 @@ fn the_end_releases_who_waits() {
     assert_eq!(again.place_zero(8, 1).unwrap().present, 1);
 }
 
-/// Threads of a guest touch all pages in orders of their own, several threads serve, and nothing is lost.
+/// Threads of a guest touch all pages in orders of their own, several threads serve, and nothing is
+/// lost.
 #[test]
 fn many_fault_and_many_serve() {
     const PAGES: u64 = 2048;
@@ -419,7 +420,8 @@ fn who_may_not_is_told() {
         return;
     }
     std::thread::spawn(|| {
-        // Not libc's setresuid, which would change all threads: this thread alone becomes nobody, and ends.
+        // Not libc's setresuid, which would change all threads: this thread alone becomes nobody,
+        // and ends.
         let nobody = libc::c_long::from(65534);
         // SAFETY: the system call takes integers by value and touches no memory.
         let status = unsafe { libc::syscall(libc::SYS_setresuid, nobody, nobody, nobody) };
@@ -436,7 +438,8 @@ fn who_may_not_is_told() {
     .unwrap();
 }
 
-/// RAM over a file on a host that has `limit` bytes for it: a tmpfs in a mount namespace of the calling thread's own.
+/// RAM over a file on a host that has `limit` bytes for it: a tmpfs in a mount namespace of the
+/// calling thread's own.
 fn ram_on_a_small_host(at: &std::path::Path, bytes: u64, limit: u64) -> io::Result<Arc<GuestRam>> {
     let path = at.to_str().unwrap();
     let [root, tmpfs, path_c, size] =
@@ -446,9 +449,11 @@ fn ram_on_a_small_host(at: &std::path::Path, bytes: u64, limit: u64) -> io::Resu
         _ => Err(io::Error::last_os_error()),
     };
     let (none, private) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
-    // SAFETY: this call takes flags by value; it gives the calling thread a file system view of its own.
+    // SAFETY: this call takes flags by value; it gives the calling thread a file system view of its
+    // own.
     ok(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
-    // SAFETY: the strings are NUL-terminated and outlive the call; what is null may be for this operation.
+    // SAFETY: the strings are NUL-terminated and outlive the call; what is null may be for this
+    // operation.
     ok(unsafe { libc::mount(none, root.as_ptr(), none, private, none.cast()) })?;
     // SAFETY: as above.
     ok(unsafe {
@@ -554,7 +559,8 @@ fn what_it_costs() {
     );
 }
 
-/// Memory of 2 MiB pages, of which some pages are dropped: these alone fault, and the end allows 2 MiB pages again.
+/// Memory of 2 MiB pages, of which some pages are dropped: these alone fault, and the end allows 2
+/// MiB pages again.
 #[test]
 fn pages_of_a_2_mib_page_fault_alone() {
     let ram = Arc::new(GuestRam::new(4 * MIB, Backing::Auto).unwrap());
