@@ -200,8 +200,8 @@ mod tests {
             downtime_ms: 12.3,
             downtime: Downtime {
                 quiesce_ms: 0.4,
-                last_pages_ms: 9.1,
-                verify_ms: 0.0,
+                last_pages_ms: 8.6,
+                verify_ms: 0.5,
                 state_ms: 1.9,
                 start_ms: 0.9,
             },
@@ -264,7 +264,7 @@ round        pages         wire         time      dirtied
     1      131,072     412.3 MB       1.92 s        4,210
     2        4,210      17.3 MB      80.2 ms          311
  stop          311       1.3 MB       9.1 ms            –
-downtime   12.3 ms = quiesce 0.40 ms + last pages 9.1 ms + state 1.9 ms + start 0.90 ms
+downtime   12.3 ms = quiesce 0.40 ms + last pages 8.6 ms + verify 0.50 ms + state 1.9 ms + start 0.90 ms
 pages      37,289 sent and 98,304 zero (4,521 of them again), 0 skipped, of 131,072
 wire       430.9 MB at 214.1 MB/s
 verified   yes, all memory is equal on both sides
