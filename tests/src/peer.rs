@@ -44,6 +44,11 @@ pub fn ready_at() -> u64 {
     answered(Features::SUPPORTED.without(Features::SHARED_MEMORY)) + 2 * HEADER_BYTES as u64
 }
 
+/// The same with `--verify`: the live comparison is acknowledged as well.
+pub fn verified_ready_at() -> u64 {
+    ready_at() + HEADER_BYTES as u64
+}
+
 /// Where "ready" begins in the stream of answers of a migration whose memory is handed over.
 pub fn shared_ready_at() -> u64 {
     answered(Features::SUPPORTED)

@@ -45,9 +45,10 @@ fn moves_with_its_disk(options: &Options) {
     let mut source = Host::run_with(WORK, "64M", 1, &["--disk", &disk, "--balloon"]);
     assert!(refused(&disk).contains("in use"));
     // Nothing was sent to a receiver that has no disk, or another: the guest stays.
-    let wrong: [(&[&str], &str); 3] = [
+    let wrong: [(&[&str], &str); 4] = [
         (&[], "1 disks, but 0"),
-        (&["--disk", &other], "524288 bytes"),
+        (&["--disk", &other], "is not the file that the guest uses"),
+        (&["--disk", &other, "--force"], "524288 bytes"),
         (&["--disk", &format!("{disk},ro")], "read-only"),
     ];
     for (args, sentence) in wrong {

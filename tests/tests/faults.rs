@@ -7,7 +7,7 @@
 use ferry_migration::options::{Compress, Options};
 use ferry_migration::report::{Report, Status};
 use ferry_migration::wire::HEADER_BYTES;
-use ferry_tests::peer::{Opening, ready_at};
+use ferry_tests::peer::{Opening, verified_ready_at};
 use ferry_tests::{Action, Host, Proxy, State, Way, guests_run};
 use ferry_vmm::api::client::Action as Ask;
 use std::time::Duration;
@@ -43,7 +43,7 @@ fn stays(source: &Host, destination: &Host, report: &Report, paused: bool, mark:
 fn measure(source: &Host, destination: &Host) -> (u64, u64) {
     let (before, mark) = (source.state(), destination.mark());
     let proxy = Proxy::to(destination.address());
-    proxy.plan(Way::Back, ready_at(), Action::Cut);
+    proxy.plan(Way::Back, verified_ready_at(), Action::Cut);
     let report = source.migrate(&proxy.uri(), &two_rounds());
     assert_eq!(proxy.hits(), 1, "{report:#?}");
     assert_eq!(report.rounds.len(), 2, "{report:#?}");
@@ -66,7 +66,7 @@ fn a_cut_before_the_commit_leaves_the_guest() {
     let destination = Host::receive();
     let (forth, frames) = measure(&source, &destination);
     let head = HEADER_BYTES as u64;
-    let ready = ready_at();
+    let ready = verified_ready_at();
     let cut = |way, at, paused| {
         let mark = destination.mark();
         let proxy = Proxy::to(destination.address());
@@ -132,7 +132,7 @@ fn a_truncated_direction_leaves_the_guest() {
         (Way::Forth, 1 << 20),
         (Way::Forth, 40 << 20),
         (Way::Back, 64),
-        (Way::Back, ready_at() - 10),
+        (Way::Back, verified_ready_at() - 10),
     ] {
         let mark = destination.mark();
         let proxy = Proxy::to(destination.address());
@@ -155,7 +155,7 @@ fn flipped_bits_are_found() {
     if !guests_run() {
         return;
     }
-    let ready = ready_at();
+    let ready = verified_ready_at();
     let mut source = Host::run(WORK, "64M", 1);
     let destination = Host::receive();
     // A guest that stands still is sent in the same bytes every time.
@@ -223,7 +223,7 @@ fn injected_garbage_is_refused() {
         (Way::Forth, frames, 4096),
         (Way::Back, 0, 64),
         (Way::Back, 64, 33),
-        (Way::Back, ready_at(), 100),
+        (Way::Back, verified_ready_at(), 100),
     ] {
         let mark = destination.mark();
         let proxy = Proxy::to(destination.address());
@@ -253,7 +253,7 @@ fn delays_and_stalls() {
         (Way::Forth, 64),
         (Way::Forth, 20 << 20),
         (Way::Back, 64),
-        (Way::Back, ready_at() - 32),
+        (Way::Back, verified_ready_at() - 32),
     ] {
         let mark = destination.mark();
         let proxy = Proxy::to(destination.address());

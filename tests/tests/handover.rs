@@ -7,7 +7,7 @@
 
 use ferry_migration::options::Options;
 use ferry_migration::report::Status;
-use ferry_tests::peer::ready_at;
+use ferry_tests::peer::verified_ready_at;
 use ferry_tests::{Action, Host, Migration, Proxy, State, Way, guests_run, is_locked, until};
 
 const WORK: &str = "dirty:wss=4M,rate=1000";
@@ -29,7 +29,7 @@ fn committed_with(devices: &[&str]) -> Pair {
     let source = Host::run_with(WORK, "64M", 1, devices);
     let destination = Host::receive_with(devices);
     let proxy = Proxy::to(destination.address());
-    proxy.plan(Way::Back, ready_at(), Action::Freeze(Way::Forth));
+    proxy.plan(Way::Back, verified_ready_at(), Action::Freeze(Way::Forth));
     let options = Options {
         max_rounds: Some(1),
         ..Host::options()
@@ -179,7 +179,7 @@ fn a_destination_that_hears_nothing_holds_still() {
     let mut destination = Host::receive();
     let proxy = Proxy::to(destination.address());
     proxy.allow(1);
-    proxy.plan(Way::Back, ready_at(), Action::Cut);
+    proxy.plan(Way::Back, verified_ready_at(), Action::Cut);
     let options = Options {
         max_rounds: Some(1),
         ..Host::options()
@@ -399,7 +399,7 @@ fn a_killed_destination_leaves_the_disk_to_the_source() {
     let source = Host::run_with(WORK, "64M", 1, &devices);
     let mut destination = Host::receive_with(&devices);
     let proxy = Proxy::to(destination.address());
-    proxy.plan(Way::Back, ready_at(), Action::Freeze(Way::Back));
+    proxy.plan(Way::Back, verified_ready_at(), Action::Freeze(Way::Back));
     let options = Options {
         max_rounds: Some(1),
         ..Host::options()
