@@ -372,16 +372,19 @@ fn a_recorder_that_dies_leaves_the_guest_and_a_usable_trace() {
         .args(["--duration", "10m", "--interval", "20ms"])
         .spawn()
         .unwrap();
+    let pid = recorder.id().to_string();
+    // The file has its name when the recording ends: until then it is one of the recorder's only.
+    until("its header and a few frames are there", || {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd"));
+        files.into_iter().flatten().flatten().any(|file| {
+            let here = std::fs::read_link(file.path()).is_ok_and(|to| to.starts_with(dir.path()));
+            here && std::fs::metadata(file.path()).is_ok_and(|m| m.len() > 600)
+        })
+    });
+    assert!(!path.exists());
     // While it records, no migration.
     let migrate = ["migrate", "--api", &guest.api, "tcp:127.0.0.1:1"];
-    until("it records", || {
-        stderr(&ferry(&migrate)).contains("being recorded")
-    });
-    // Some 25 intervals; fewer would do.
-    std::thread::sleep(Duration::from_millis(500));
-    // The file has its name when the recording ends: until then it has none.
-    assert!(!path.exists());
-    let pid = recorder.id().to_string();
+    fails(&migrate, 1, "being recorded");
     let killed = Command::new("kill").args(["-TERM", &pid]).status();
     assert!(killed.unwrap().success());
     recorder.wait().unwrap();
