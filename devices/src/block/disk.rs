@@ -33,7 +33,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -42,6 +42,7 @@ use rustix::fs::{FallocateFlags, fallocate, ioctl_blksszget};
 use serde::{Deserialize, Serialize};
 
 use super::WrittenBlocks;
+use crate::sync::lock;
 pub(super) use aligned::AlignedBuffer;
 use aligned::Direct;
 pub use error::DiskError;
@@ -231,7 +232,7 @@ impl Disk {
     /// # Errors
     /// [`DiskError::Locked`], or the file system's refusal.
     pub fn lock(&self) -> Result<bool, DiskError> {
-        let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut locked = lock(&self.locked);
         if *locked {
             return Ok(false);
         }
@@ -258,7 +259,7 @@ impl Disk {
     /// # Errors
     /// [`DiskError::Io`]; the lock is still held.
     pub fn unlock(&self) -> Result<(), DiskError> {
-        let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut locked = lock(&self.locked);
         if !*locked {
             return Ok(());
         }

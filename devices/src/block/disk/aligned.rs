@@ -4,7 +4,9 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{PoisonError, RwLock};
+use std::sync::RwLock;
+
+use crate::sync;
 
 /// Alignment of memory: no Linux block device asks for more than a page.
 const MEMORY: usize = 4096;
@@ -90,7 +92,7 @@ impl Direct {
     pub(super) fn write(&self, file: &File, mut offset: u64, from: &[u8]) -> io::Result<()> {
         let len = u64::try_from(from.len()).unwrap_or(u64::MAX);
         if self.whole(offset, len) {
-            let _shared = self.writing.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = sync::read(&self.writing);
             if self.fits(offset, from) {
                 return file.write_all_at(from, offset);
             }
@@ -102,7 +104,7 @@ impl Direct {
             }
             return Ok(());
         }
-        let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+        let _alone = sync::write(&self.writing);
         let mut rest = from;
         while !rest.is_empty() {
             let (first, len, part) = self.blocks(offset, rest.len());

@@ -10,13 +10,13 @@
 //! file, which the source has locked, is never taken for a place to copy to.
 
 use super::{Disk, DiskError};
+use crate::sync::lock;
 use nix::libc;
 use rustix::fs::SeekFrom as Seek;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::PoisonError;
 
 impl Disk {
     /// Opens, or makes, the file that a disk of `bytes` is copied into, and locks it. `read_only`
@@ -85,7 +85,7 @@ impl Disk {
             });
         }
         match self.set_lock(libc::F_WRLCK) {
-            Ok(()) => *self.locked.lock().unwrap_or_else(PoisonError::into_inner) = true,
+            Ok(()) => *lock(&self.locked) = true,
             Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => {
                 return Err(DiskError::Target {
                     path: self.path.clone(),

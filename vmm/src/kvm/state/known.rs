@@ -99,20 +99,21 @@ const KNOWN: [(u32, u32, Kind, &str); 58] = [
     (0xc001_1020, 0xc001_102b, State, "AMD's LS_CFG to DE_CFG"),
 ];
 
+/// The range that the MSR is of.
+fn range(index: u32) -> Option<&'static (u32, u32, Kind, &'static str)> {
+    KNOWN
+        .iter()
+        .find(|(first, last, ..)| (*first..=*last).contains(&index))
+}
+
 /// What is done with the MSR, if ferry knows it.
 pub(super) fn kind(index: u32) -> Option<Kind> {
-    let range = KNOWN
-        .iter()
-        .find(|(first, last, ..)| (*first..=*last).contains(&index))?;
-    Some(range.2)
+    range(index).map(|range| range.2)
 }
 
 /// The name of the MSR's range.
 pub(super) fn name(index: u32) -> Option<&'static str> {
-    let range = KNOWN
-        .iter()
-        .find(|(first, last, ..)| (*first..=*last).contains(&index))?;
-    Some(range.3)
+    range(index).map(|range| range.3)
 }
 
 #[cfg(test)]
