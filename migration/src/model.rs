@@ -153,6 +153,15 @@ pub struct Outcome {
     pub faults: Option<Faults>,
 }
 
+impl Outcome {
+    /// How long the guest has waited for pages; zero for the pre-copy family.
+    #[must_use]
+    pub fn stalled(&self) -> Duration {
+        let faults = self.faults.as_ref();
+        faults.map_or(Duration::ZERO, |faults| faults.stalled)
+    }
+}
+
 fn millis<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_f64(time.as_secs_f64() * 1e3)
 }

@@ -29,6 +29,9 @@ use std::time::Duration;
 /// migration has measured it: a prior for the estimate, not a claim.
 pub(crate) const STOP_AND_START: Duration = Duration::from_micros(1500);
 
+/// Beyond this round trip a page fault over the network stalls the guest for too long.
+pub(crate) const LONGEST_ROUND_TRIP: Duration = Duration::from_millis(20);
+
 /// What a policy may look at.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]

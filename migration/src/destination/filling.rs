@@ -8,7 +8,7 @@ use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
 use super::phase::{End, Phase, Stepped};
 use super::push::Push;
-use super::session::{Parts, Session};
+use super::session::{Parts, Session, micros};
 use super::{DestinationError, Step, TICK};
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
 use crate::port::{DestinationVm, Link, PageSink};
@@ -347,7 +347,3 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
 
 const EXPECTED: &str =
     "pages, blocks, the end of the next round, hashes, missing pages or the state";
-
-fn micros(took: Duration) -> u64 {
-    u64::try_from(took.as_micros()).unwrap_or(u64::MAX)
-}

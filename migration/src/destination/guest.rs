@@ -3,7 +3,7 @@
 use super::data_channels::DataChannelSet;
 use super::phase::{End, Phase, Stepped};
 use super::push::Push;
-use super::session::{Parts, Session};
+use super::session::{Parts, Session, micros};
 use super::{DestinationError, Step};
 use crate::page::PageSet;
 use crate::port::{DestinationVm, Link, PageSink};
@@ -150,7 +150,6 @@ fn running<L: Link>(
     missing: u64,
     verify: bool,
 ) -> Result<(), DestinationError> {
-    let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     let running = Running {
         start_us: micros(started.ran.saturating_sub(started.asked)),
         since_us: micros(session.now().saturating_sub(started.ran)),

@@ -66,7 +66,7 @@ impl Hashes {
         layout: &RamLayout,
         to_follow: Option<&PageSet>,
     ) -> Result<(), Unequal> {
-        let mut different = self.all(&self.different);
+        let mut different = self.different.to_set();
         let mut here = layout.all();
         if let Some(pages) = to_follow {
             different.subtract(pages);
@@ -76,23 +76,12 @@ impl Hashes {
             let pages = different.len();
             return Err(Unequal::Differs { pages, first });
         }
-        here.subtract(&self.all(&self.equal));
+        here.subtract(&self.equal.to_set());
         if here.is_empty() {
             Ok(())
         } else {
             Err(Unequal::NotCompared)
         }
-    }
-
-    fn all(&self, set: &AtomicPageSet) -> PageSet {
-        let end = set.end();
-        let mut pages = PageSet::new(end);
-        let mut at = 0;
-        while let Some(run) = set.first_run(Run::new(at, end - at)) {
-            pages.insert_run(run);
-            at = run.end();
-        }
-        pages
     }
 }
 

@@ -79,3 +79,8 @@ impl<L: Link, H: DestinationVm<L>> Parts<'_, L, H> {
         self.host.discard();
     }
 }
+
+/// For a frame.
+pub(super) fn micros(took: Duration) -> u64 {
+    u64::try_from(took.as_micros()).unwrap_or(u64::MAX)
+}

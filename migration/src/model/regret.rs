@@ -9,6 +9,7 @@
 use super::{Outcome, Replay, Setup, migrate};
 use crate::options::{OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
+use crate::policy::LONGEST_ROUND_TRIP;
 use crate::trace::Trace;
 use serde::Serialize;
 use std::time::Duration;
@@ -34,8 +35,6 @@ pub const LINKS: [f64; 4] = [100e6, 250e6, 1e9, 10e9];
 pub const ROUND_TRIPS: [Duration; 2] = [Duration::from_micros(200), Duration::from_millis(30)];
 /// The longest acceptable pauses.
 pub const DOWNTIMES: [Duration; 2] = [Duration::from_millis(30), Duration::from_millis(300)];
-/// Beyond this round trip nobody uses post-copy.
-const POST_COPY_WITHIN: Duration = Duration::from_millis(20);
 
 /// All links and goals, at so many places of a trace.
 #[must_use]
@@ -134,11 +133,7 @@ pub fn option_sets(downtime: Duration) -> Vec<(String, Options)> {
 /// What a migration costs its user, in seconds.
 #[must_use]
 pub fn cost(outcome: &Outcome) -> f64 {
-    let stall = outcome
-        .faults
-        .as_ref()
-        .map_or(Duration::ZERO, |faults| faults.stalled);
-    (outcome.total + outcome.downtime + stall).as_secs_f64()
+    (outcome.total + outcome.downtime + outcome.stalled()).as_secs_f64()
 }
 
 /// Whether it keeps the goals.
@@ -182,7 +177,7 @@ pub fn compare(trace: &Trace, case: Case) -> Vec<Comparison> {
     };
     let outcomes: Vec<(String, Options, Outcome)> = option_sets(case.downtime)
         .into_iter()
-        .filter(|(_, options)| !options.may_post_copy() || case.round_trip <= POST_COPY_WITHIN)
+        .filter(|(_, options)| !options.may_post_copy() || case.round_trip <= LONGEST_ROUND_TRIP)
         .map(|(name, options)| {
             let outcome = run(&options);
             (name, options, outcome)

@@ -1,6 +1,6 @@
 //! A set of pages that several threads change at once.
 
-use super::{Gfn, Run};
+use super::{Gfn, PageSet, Run};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A set of pages `0..end`, one bit each, laid out like a [`PageSet`](super::PageSet).
@@ -113,6 +113,16 @@ impl AtomicPageSet {
         self.words.iter().skip(skip)
     }
 
+    /// The pages that are in the set now.
+    #[must_use]
+    pub fn to_set(&self) -> PageSet {
+        let mut words = vec![0; self.words.len()];
+        self.or_into(0, &mut words);
+        let mut set = PageSet::new(self.end);
+        set.insert_words(0, &words);
+        set
+    }
+
     /// Unites `words`, whose first bit is the frame `first`, a multiple of 64, with this set.
     pub fn or_into(&self, first: Gfn, words: &mut [u64]) {
         for (own, word) in self.words_from(first).zip(words) {
@@ -197,6 +207,7 @@ mod tests {
                 let together = inside.iter().zip(inside.first().copied().unwrap_or(0)..).take_while(|(a, b)| *a == b).count();
                 let expected = inside.first().map(|first| Run::new(*first, together as u64));
                 prop_assert_eq!(set.first_run(run), expected);
+                prop_assert!(set.to_set().iter().eq(naive.iter().copied()));
             }
             prop_assert!(!set.contains(u64::MAX) && !set.insert(1 << 40));
             set.insert_run(Run::new(190, u64::MAX));

@@ -23,11 +23,11 @@ mod observe;
 mod predict;
 mod rates;
 
-use super::{Decision, Policy, PreCopy, SendOrder, View};
+use super::{Decision, LONGEST_ROUND_TRIP, Policy, PreCopy, SendOrder, View};
 use crate::first_pass::FirstPass;
 use crate::options::{OnTimeout, Options, PolicyKind};
 use crate::page::PAGE_BYTES;
-use choose::{Goal, Kind, LONGEST_ROUND_TRIP, Prediction, choose, sentence};
+use choose::{Goal, Kind, Prediction, choose, sentence};
 use guest::Sample;
 use observe::Observed;
 
@@ -352,11 +352,8 @@ impl Policy for Auto {
         let again = std::mem::replace(&mut self.round, view.round) == view.round;
         // A link that is being drained for the pause is no time for second thoughts.
         let leaving = self.chosen.as_ref().is_some_and(|chosen| {
-            chosen.left
-                && matches!(
-                    chosen.prediction.kind,
-                    Kind::PostCopy | Kind::ColdThenPostCopy | Kind::Hybrid | Kind::Stop
-                )
+            let kind = chosen.prediction.kind;
+            chosen.left && (kind.follows() || kind == Kind::Stop)
         });
         if !leaving
             && self

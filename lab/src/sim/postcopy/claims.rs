@@ -36,8 +36,8 @@ pub fn findings(r: &Results) -> Vec<Finding> {
     let batches = shares(best, Faults::hidden_share);
     let stalled = |way: Way| {
         let at = SETS.iter().position(|set| *set == 64).unwrap_or(0);
-        let faults = r.of(way).get(at).and_then(|o| o.faults.as_ref());
-        faults.map_or(0.0, |f| f.stalled.as_secs_f64())
+        let outcome = r.of(way).get(at);
+        outcome.map_or(0.0, |o| o.stalled().as_secs_f64())
     };
     let verdict = |holds: bool| {
         if holds {

@@ -5,8 +5,6 @@ use std::time::Duration;
 
 /// A feasible pre-copy is taken when it costs at most this much more than the best.
 const WORTH: f64 = 1.10;
-/// Beyond this round trip a page fault over the network stalls the guest for too long.
-pub(super) const LONGEST_ROUND_TRIP: Duration = Duration::from_millis(20);
 
 /// What `auto` can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,6 @@ use crate::model::{self, Setup};
 use crate::options::{OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, PageSet};
-use std::time::Duration;
 
 /// The guest's writes are taken in so many steps of a pass, and in four of the longest pause.
 const STEPS: f64 = 512.0;
@@ -145,15 +144,12 @@ pub(super) fn all(view: &View<'_>, sample: &Sample, options: &Options) -> Vec<Pr
             &mut guest,
             Some(sample.start.clone()),
         );
-        let stall = outcome
-            .faults
-            .map_or(Duration::ZERO, |faults| faults.stalled);
         Prediction {
+            stall: outcome.stalled().as_secs_f64(),
             kind,
             options,
             total: (view.elapsed + outcome.total).as_secs_f64(),
             pause: outcome.downtime.as_secs_f64(),
-            stall: stall.as_secs_f64(),
             completes: outcome.completed,
         }
     };
