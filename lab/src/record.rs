@@ -94,7 +94,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
 /// # Errors
 /// The guest cannot be recorded, or the file cannot be written.
 pub fn record(client: &Client, request: &RecordRequest, path: &Path) -> Result<(), Failure> {
-    let file = NewFile::create(path, REPLACE)?;
+    let file = NewFile::create(path, Making::REPLACE)?;
     let mut output = file.file().try_clone()?;
     let unfinished = Arc::new(Mutex::new(Some(file)));
     keep_on_signal(Arc::clone(&unfinished))?;
@@ -112,11 +112,6 @@ pub fn record(client: &Client, request: &RecordRequest, path: &Path) -> Result<(
     }
     Ok(())
 }
-
-const REPLACE: Making = Making {
-    replace: true,
-    private: false,
-};
 
 type Unfinished = Mutex<Option<NewFile>>;
 
@@ -143,7 +138,7 @@ fn keep(file: NewFile) -> Result<(), Failure> {
     }
     let mut name = path.as_os_str().to_owned();
     name.push(".partial");
-    let partial = NewFile::create(Path::new(&name), REPLACE)?;
+    let partial = NewFile::create(Path::new(&name), Making::REPLACE)?;
     from.rewind()?;
     io::copy(&mut from, &mut partial.file())?;
     say(&format!(

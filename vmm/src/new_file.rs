@@ -35,6 +35,14 @@ pub struct Making {
     pub private: bool,
 }
 
+impl Making {
+    /// For all to read that may, in place of a regular file of that name.
+    pub const REPLACE: Self = Self {
+        replace: true,
+        private: false,
+    };
+}
+
 /// Why there is no file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -206,11 +214,7 @@ impl Drop for NewFile {
 /// # Errors
 /// [`NewFileError`]; what was there is untouched.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<(), NewFileError> {
-    let making = Making {
-        replace: true,
-        private: false,
-    };
-    let file = NewFile::create(path, making)?;
+    let file = NewFile::create(path, Making::REPLACE)?;
     io::Write::write_all(&mut file.file(), bytes).map_err(|source| NewFileError::System {
         path: path.to_owned(),
         what: "written",
@@ -256,7 +260,8 @@ fn check(path: &Path, making: Making) -> Result<Option<Metadata>, NewFileError> 
     })
 }
 
-fn directory(path: &Path) -> &Path {
+/// The directory that a file is in.
+pub(crate) fn directory(path: &Path) -> &Path {
     match path.parent() {
         Some(d) if !d.as_os_str().is_empty() => d,
         _ => Path::new("."),
@@ -339,10 +344,7 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    const REPLACE: Making = Making {
-        replace: true,
-        private: false,
-    };
+    const REPLACE: Making = Making::REPLACE;
     const NEW: Making = Making {
         replace: false,
         private: true,

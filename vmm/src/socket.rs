@@ -9,6 +9,7 @@
 //! - Two starters on one path are kept apart by a lock on the directory.
 //! - Dropping the socket removes its own file only: device and inode are compared.
 
+use crate::new_file::directory;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
@@ -103,7 +104,8 @@ impl Socket {
         // Of two that find the same dead socket, the second would remove the first one's new one.
         let _lock = lock_directory(directory);
         clear(path)?;
-        let fd = new_socket(SockFlag::SOCK_NONBLOCK).map_err(|e| system(e.into()))?;
+        let fd =
+            new_socket(SockType::Stream, SockFlag::SOCK_NONBLOCK).map_err(|e| system(e.into()))?;
         // Linux gives the file the mode of the unbound socket: there is no moment with a wider one.
         fchmod(fd.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR).map_err(|e| system(e.into()))?;
         bind(fd.as_raw_fd(), &address).map_err(|e| match e {
@@ -165,13 +167,6 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((metadata.dev(), metadata.ino()))
 }
 
-fn directory(path: &Path) -> &Path {
-    match path.parent() {
-        Some(d) if !d.as_os_str().is_empty() => d,
-        _ => Path::new("."),
-    }
-}
-
 fn address(path: &Path) -> Result<UnixAddr, BindError> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
@@ -218,19 +213,14 @@ fn clear(path: &Path) -> Result<(), BindError> {
     }
 }
 
-fn new_socket(flags: SockFlag) -> nix::Result<OwnedFd> {
-    socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC | flags,
-        None,
-    )
+fn new_socket(kind: SockType, flags: SockFlag) -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | flags;
+    socket(AddressFamily::Unix, kind, flags, None)
 }
 
 fn probe(path: &Path) -> Probe {
     let attempt = |kind| -> nix::Result<()> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Unix, kind, flags, None)?;
+        let fd = new_socket(kind, SockFlag::SOCK_NONBLOCK)?;
         connect(fd.as_raw_fd(), &UnixAddr::new(path)?)
     };
     match attempt(SockType::Stream) {
@@ -293,7 +283,7 @@ pub fn dial_unless(
     })?;
     let deadline = Instant::now().checked_add(timeout);
     loop {
-        let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
+        let fd = new_socket(SockType::Stream, SockFlag::SOCK_NONBLOCK)?;
         match connect(fd.as_raw_fd(), &address) {
             Ok(()) => {
                 let stream = UnixStream::from(fd);
@@ -331,7 +321,16 @@ struct Reach {
     _directory: Option<File>,
 }
 
+/// Whether [`dial`] can address a socket there.
+pub(crate) fn is_addressable(path: &Path) -> bool {
+    let name = path.file_name().map_or(usize::MAX, |name| name.len());
+    path.as_os_str().len() <= MAX_PATH || path.is_absolute() && name <= Reach::MAX_NAME
+}
+
 impl Reach {
+    /// Of a name that goes by way of its directory: what `/proc/self/fd/N/` leaves of an address.
+    const MAX_NAME: usize = 80;
+
     fn of(path: &Path) -> io::Result<Self> {
         let plain = || Self {
             path: path.to_owned(),
@@ -449,7 +448,7 @@ mod tests {
         std::os::unix::fs::symlink(&dead, at("to-dead")).unwrap();
         // Sockets of living processes that a stream connection does not reach.
         let _datagram = std::os::unix::net::UnixDatagram::bind(at("datagram")).unwrap();
-        let quiet = new_socket(SockFlag::empty()).unwrap();
+        let quiet = new_socket(SockType::Stream, SockFlag::empty()).unwrap();
         bind(
             quiet.as_raw_fd(),
             &UnixAddr::new(at("quiet").as_path()).unwrap(),
@@ -503,7 +502,7 @@ mod tests {
     fn connecting_to_a_server_that_accepts_nobody_is_bounded_and_can_be_cancelled() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let fd = new_socket(SockFlag::empty()).unwrap();
+        let fd = new_socket(SockType::Stream, SockFlag::empty()).unwrap();
         bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
         listen(&fd, Backlog::new(0).unwrap()).unwrap();
         // Linux queues one connection more than it was asked to.

@@ -6,7 +6,7 @@ use std::net::ToSocketAddrs;
 use std::path::{Path, PathBuf, absolute};
 use std::str::FromStr;
 
-use crate::socket::MAX_PATH;
+use crate::socket::is_addressable;
 
 /// Where a migration goes to or comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,13 +76,6 @@ pub fn absolute_uri(text: &str) -> String {
     uri.map_or_else(|| text.to_owned(), |uri| uri.to_string())
 }
 
-/// Whether a socket can be reached there: a long path goes by way of its directory
-/// ([`crate::socket::dial`]).
-fn fits(path: &str) -> bool {
-    let name = Path::new(path).file_name();
-    path.len() <= MAX_PATH || path.starts_with('/') && name.is_some_and(|n| n.len() <= 80)
-}
-
 impl FromStr for Uri {
     type Err = UriError;
 
@@ -108,7 +101,7 @@ impl FromStr for Uri {
             return Err(UriError::File(path.into()));
         }
         match text.strip_prefix("unix:") {
-            Some(path) if !fits(path) => Err(UriError::Long(path.into())),
+            Some(path) if !is_addressable(Path::new(path)) => Err(UriError::Long(path.into())),
             Some(path) if !path.is_empty() => Ok(Self::Unix(path.into())),
             _ => Err(UriError::Form(text.into())),
         }
