@@ -201,6 +201,8 @@ pub struct MachineHost {
     memory: Option<SharedRam>,
     run_after: bool,
     started: bool,
+    /// The guest's clock goes on from where it stood when the state was saved.
+    stopped_clock: bool,
     /// How large a guest may be.
     gate: Gate,
     /// Who the guest is for; `None` where that cannot change its mind.
@@ -219,6 +221,7 @@ impl MachineHost {
             memory: None,
             run_after: true,
             started: false,
+            stopped_clock: false,
             gate: Gate::default(),
             owner: None,
         }
@@ -227,6 +230,12 @@ impl MachineHost {
     /// Asks this owner before it takes the guest.
     pub(super) fn owned_by(mut self, owner: Arc<dyn Owner>) -> Self {
         self.owner = Some(owner);
+        self
+    }
+
+    /// Restores the guest as it was, however long that is ago: its clock does not count the time since.
+    pub(crate) fn with_stopped_clock(mut self) -> Self {
+        self.stopped_clock = true;
         self
     }
 
@@ -399,7 +408,10 @@ impl DestinationVm<StreamLink> for MachineHost {
         }
         let machine = self.machine.as_ref().ok_or("there is no machine")?;
         let (&running, state) = state.split_first().ok_or("the state is empty")?;
-        let state = MachineState::from_bytes(state)?;
+        let mut state = MachineState::from_bytes(state)?;
+        if self.stopped_clock {
+            state.stop_clock();
+        }
         let paused = machine.pause()?;
         let restored = paused.restore(&state);
         paused.keep_paused();

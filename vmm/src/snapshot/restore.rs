@@ -15,7 +15,7 @@ use ferry_migration::snapshot::{Filling, Snapshot, SnapshotError as FormatError,
 use serde::{Deserialize, Serialize};
 
 use super::{Contents, modified, ms, threads};
-use crate::machine::{Backends, Machine, MachineState, RunState};
+use crate::machine::{Backends, Machine, RunState};
 use crate::migrate::host::{MachineHost, RamSink};
 use crate::migrate::{Awaited, Following, MonotonicClock, SerialFactory, StreamLink};
 
@@ -219,7 +219,7 @@ pub fn restore(
         insist: options.force,
         ..backends
     };
-    let mut host = MachineHost::new(serial, backends, options.dirty);
+    let mut host = MachineHost::new(serial, backends, options.dirty).with_stopped_clock();
     let sink = host
         .prepare(snapshot.layout(), &description)
         .map_err(refused)?;
@@ -234,20 +234,18 @@ pub fn restore(
         eager: true,
         ..RestoreReport::default()
     };
-    let state = stopped_clock(snapshot.state()).map_err(refused)?;
     if !options.eager {
         match host.begin_post_copy(&snapshot.data()) {
             Ok(()) => {
                 report.eager = false;
-                return on_demand(began, host, (snapshot, state), &sink, machine, report)
-                    .map_err(refused);
+                return on_demand(began, host, snapshot, &sink, machine, report).map_err(refused);
             }
             Err(error) => report.why_eager = Some(error.to_string()),
         }
     }
     report.bytes_read = fill_all(&snapshot, &*sink, threads(), cancelled).map_err(format)?;
     let start = host
-        .restore(&state)
+        .restore(snapshot.state())
         .and_then(|()| host.run())
         .map_err(refused)?;
     let total = began.elapsed();
@@ -261,26 +259,16 @@ pub fn restore(
     })
 }
 
-/// The saved state, with a clock that goes on from where it stood: what is restored is the guest as
-/// it was, however long that is ago.
-fn stopped_clock(state: &[u8]) -> Result<Vec<u8>, PortError> {
-    let (running, state) = state.split_first().ok_or("the state is empty")?;
-    let mut state = MachineState::from_bytes(state)?;
-    state.stop_clock();
-    let mut bytes = vec![*running];
-    bytes.extend(state.to_bytes()?);
-    Ok(bytes)
-}
-
 /// The guest runs; its pages follow.
 fn on_demand(
     began: Instant,
     mut host: MachineHost,
-    (snapshot, state): (Snapshot<File>, Vec<u8>),
+    snapshot: Snapshot<File>,
     sink: &Arc<RamSink>,
     machine: Arc<Machine>,
     mut report: RestoreReport,
 ) -> Result<Restored, PortError> {
+    let state = snapshot.state().to_vec();
     let clock = Arc::new(MonotonicClock::new());
     let pages = Arc::new(Pages::new(snapshot, Arc::clone(sink), clock));
     let servers = usize::try_from(machine.description().cpus).map_or(1, |cpus| cpus.clamp(1, 8));
