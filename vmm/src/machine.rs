@@ -84,8 +84,8 @@ pub struct Machine {
     devices: Devices,
     virtio: Arc<VirtioSet>,
     disk_marks: disk_marks::DiskMarks,
-    /// The guest stood still when it was handed over.
-    left_paused: AtomicBool,
+    /// The guest ran when the pause began in which it is handed over.
+    ran_before: AtomicBool,
     dirty_log: DirtyLog,
     vm: Arc<Vm>,
     description: MachineDescription,
@@ -283,12 +283,12 @@ impl Machine {
 
     /// Notes whether the guest ran before the pause in which it is handed over.
     pub(crate) fn note_run(&self, ran: bool) {
-        self.left_paused.store(!ran, Ordering::SeqCst);
+        self.ran_before.store(ran, Ordering::SeqCst);
     }
 
     /// Whether the guest ran before it was handed over: if it comes back, it does as it did.
     pub(crate) fn ran_before(&self) -> bool {
-        !self.left_paused.load(Ordering::SeqCst)
+        self.ran_before.load(Ordering::SeqCst)
     }
 
     /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it

@@ -343,7 +343,7 @@ impl Builder {
             },
             virtio,
             disk_marks: DiskMarks::default(),
-            left_paused: std::sync::atomic::AtomicBool::new(false),
+            ran_before: std::sync::atomic::AtomicBool::new(true),
             dirty_log: DirtyLog::new(vm.clone()),
             vm,
             description,

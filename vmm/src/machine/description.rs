@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::devices::{DeviceDescription, MAX_DEVICES};
+use super::devices::{self, DeviceDescription, MAX_DEVICES};
 use super::features;
 use crate::kvm::{CpuidEntry, Host, IoctlError, MAX_CPUID_ENTRIES, MAX_CPUS, OpenError};
 use crate::memory::{RamError, RamLayout};
@@ -100,14 +100,8 @@ impl MachineDescription {
     /// Without what is true within one boot of one kernel: for a file that may be read anywhere.
     #[must_use]
     pub fn anywhere(mut self) -> Self {
-        for device in &mut self.devices {
-            if let DeviceDescription::Disk {
-                backing: Some(backing),
-                ..
-            } = device
-            {
-                backing.boot = None;
-            }
+        for backing in devices::backings(&mut self.devices).flatten() {
+            backing.boot = None;
         }
         self
     }

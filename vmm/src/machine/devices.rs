@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::boot::MmioDevice;
 pub use backing::DiskBacking;
-pub(super) use backing::with as with_backing;
+pub(super) use backing::{backings, with as with_backing};
 pub use balloon::BalloonInfo;
 pub use error::DeviceError;
 pub use place::{MAX_DEVICES, place};
@@ -141,7 +141,7 @@ impl VirtioSet {
             Some(devices) => {
                 check(devices, (&cards, backends), &disks)?;
                 // What was behind a disk at the source is of no more use.
-                devices.iter().map(backing::without).collect()
+                backing::without(devices)
             }
             None => {
                 let devices = wanted(backends, &disks)?;
@@ -440,12 +440,9 @@ fn check(
         });
     }
     for (disk, device) in disks.iter().zip(devices.iter().filter(theirs)) {
-        let here = DeviceDescription::Disk {
-            bytes: disk.bytes(),
-            read_only: disk.read_only(),
-            backing: None,
-        };
-        if here != backing::without(device) {
+        let same = matches!(device, DeviceDescription::Disk { bytes, read_only, .. }
+            if (*bytes, *read_only) == (disk.bytes(), disk.read_only()));
+        if !same {
             return Err(DeviceError::other_disk(disk, device));
         }
     }

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use ferry_devices::thread;
+
 use super::VirtioSet;
 
 /// Before each announcement: more than one, for the first frame may be lost while a bridge still
@@ -41,8 +43,12 @@ pub(super) fn begin(set: &Arc<VirtioSet>) {
         return;
     }
     let weak = Arc::downgrade(set);
-    let thread = std::thread::Builder::new().name("ferry-announce".into());
-    if let Err(error) = thread.spawn(move || announce(&weak)) {
+    let work = move || {
+        announce(&weak);
+        Ok(())
+    };
+    let failed = |why| tracing::error!("{why}");
+    if let Err(error) = thread::spawn("ferry-announce", work, failed) {
         tracing::warn!(%error, "the network is told only once where the guest is");
         set.announce();
     }

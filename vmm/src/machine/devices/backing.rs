@@ -41,18 +41,21 @@ fn boot() -> Option<String> {
     Some(id.trim().to_owned())
 }
 
-/// The device, without what is behind it.
-pub(super) fn without(device: &DeviceDescription) -> DeviceDescription {
-    match device {
-        DeviceDescription::Disk {
-            bytes, read_only, ..
-        } => DeviceDescription::Disk {
-            bytes: *bytes,
-            read_only: *read_only,
-            backing: None,
-        },
-        other => other.clone(),
-    }
+/// What is behind each disk of these devices, in order.
+pub(in crate::machine) fn backings(
+    devices: &mut [DeviceDescription],
+) -> impl Iterator<Item = &mut Option<DiskBacking>> {
+    devices.iter_mut().filter_map(|device| match device {
+        DeviceDescription::Disk { backing, .. } => Some(backing),
+        _ => None,
+    })
+}
+
+/// The devices, without what is behind the disks.
+pub(super) fn without(devices: &[DeviceDescription]) -> Vec<DeviceDescription> {
+    let mut bare = devices.to_vec();
+    backings(&mut bare).for_each(|backing| *backing = None);
+    bare
 }
 
 /// The devices, with what is behind the disks now.
@@ -60,18 +63,12 @@ pub(in crate::machine) fn with(
     devices: &[DeviceDescription],
     disks: &[Arc<Disk>],
 ) -> Vec<DeviceDescription> {
+    let mut told = devices.to_vec();
     let mut disks = disks.iter();
-    let told = |device: &DeviceDescription| match device {
-        DeviceDescription::Disk {
-            bytes, read_only, ..
-        } => DeviceDescription::Disk {
-            bytes: *bytes,
-            read_only: *read_only,
-            backing: disks.next().and_then(|disk| DiskBacking::of(disk)),
-        },
-        other => other.clone(),
-    };
-    devices.iter().map(told).collect()
+    for backing in backings(&mut told) {
+        *backing = disks.next().and_then(|disk| DiskBacking::of(disk));
+    }
+    told
 }
 
 /// Opens the disks that are given here; those of a guest that exists already must be its own.
