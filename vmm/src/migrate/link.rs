@@ -6,9 +6,9 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
 use std::time::Duration;
 
+use ferry_devices::thread;
 use ferry_migration::net::tls::{Admission, ClientTls, Secret, ServerTls};
 use ferry_migration::net::{self, Wait};
 use ferry_migration::port::Link;
@@ -162,7 +162,7 @@ impl StreamLink {
         Ok(link)
     }
 
-    /// Connects to a receiver; ends early where `cancelled` says so.
+    /// Connects to a receiver.
     ///
     /// # Errors
     /// Nothing listens there, or it does not answer in time.
@@ -288,10 +288,13 @@ impl Link for StreamLink {
 fn connect_tcp(host: &str, port: u16, cancelled: &dyn Fn() -> bool) -> io::Result<TcpStream> {
     let to = host.to_owned();
     let (done, connected) = mpsc::channel();
-    let aside = thread::Builder::new()
-        .name("ferry-connect".into())
-        .spawn(move || done.send(net::connect((to.as_str(), port))));
-    if aside.is_err() {
+    let work = move || {
+        // Where it was cancelled no thread waits for it.
+        let _ = done.send(net::connect((to.as_str(), port)));
+        Ok(())
+    };
+    let failed = |why| tracing::error!("{why}");
+    if thread::spawn("ferry-connect", work, failed).is_err() {
         // Under a limit of threads a cancel waits instead.
         return net::connect((host, port));
     }
