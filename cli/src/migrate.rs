@@ -13,6 +13,7 @@ use ferry_terminal::units::{duration, rate, size};
 use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::MigrateRequest;
 use ferry_vmm::migrate::absolute_uri;
+use ferry_vmm::thread;
 use nix::sys::signal::{SigSet, Signal};
 use std::io;
 use std::path::PathBuf;
@@ -207,9 +208,7 @@ pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Fa
     // Blocked here before any other thread starts, so that only the thread below gets them.
     signals.thread_block().map_err(|e| failed(e.into()))?;
     let watch = move || {
-        if signals.wait().is_err() {
-            return;
-        }
+        signals.wait().map_err(|e| e.to_string())?;
         say(sentence);
         // Before the migration begins and after it ends, there is nothing to cancel; the report
         // says so.
@@ -227,11 +226,10 @@ pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Fa
                 std::process::exit(130);
             }
         }
+        Ok(())
     };
-    std::thread::Builder::new()
-        .name("ferry-signals".into())
-        .spawn(watch)
-        .map_err(failed)?;
+    let ended = |why: String| say(&format!("Ctrl-C cancels nothing any more: {why}"));
+    thread::spawn("ferry-signals", watch, ended).map_err(failed)?;
     Ok(())
 }
 

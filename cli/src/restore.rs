@@ -5,10 +5,11 @@ use super::serve::{Place, Signals, bind, serve};
 use ferry_terminal::output::{Failure, put_json, say};
 use ferry_terminal::units::{grouped, span};
 use ferry_vmm::snapshot::{RestoreOptions, RestoreReport, restore};
+use ferry_vmm::thread;
 use ferry_vmm::vmm::{MachineGuest, Vmm};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 /// Run a guest from a snapshot, and be its VMM.
@@ -75,11 +76,14 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
 }
 
 fn tell_when_done(
-    report: JoinHandle<RestoreReport>,
+    report: mpsc::Receiver<RestoreReport>,
     json: bool,
 ) -> Result<JoinHandle<()>, Failure> {
     let tell = move || {
-        let Ok(report) = report.join() else { return };
+        // Without one the guest was ended, with a sentence of its own.
+        let Ok(report) = report.recv() else {
+            return Ok(());
+        };
         if let Some(why) = &report.why_eager {
             say(&format!("all memory was read before the guest ran: {why}"));
         }
@@ -88,9 +92,10 @@ fn tell_when_done(
         } else if let Err(Failure(why)) = put_json(&report) {
             say(&why);
         }
+        Ok(())
     };
-    let thread = std::thread::Builder::new().name("ferry-report".into());
-    Ok(thread.spawn(tell)?)
+    let failed = |why: String| say(&why);
+    Ok(thread::spawn("ferry-report", tell, failed)?)
 }
 
 fn sentence(report: &RestoreReport) -> String {

@@ -6,6 +6,7 @@ use ferry_terminal::units::{duration, grouped, memory, span};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::RecordRequest;
 use ferry_vmm::new_file::{Making, NewFile};
+use ferry_vmm::thread;
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use std::fs::File;
@@ -156,9 +157,7 @@ fn keep_on_signal(unfinished: Arc<Unfinished>) -> Result<(), Failure> {
     signals.add(Signal::SIGTERM);
     signals.thread_block()?;
     let wait = move || {
-        let Ok(signal) = signals.wait() else {
-            return;
-        };
+        let signal = signals.wait().map_err(|e| e.to_string())?;
         if let Some(file) = take(&unfinished)
             && let Err(error) = keep(file)
         {
@@ -167,9 +166,8 @@ fn keep_on_signal(unfinished: Arc<Unfinished>) -> Result<(), Failure> {
         // As a shell reports a command that a signal has ended.
         std::process::exit(128 + signal as i32);
     };
-    std::thread::Builder::new()
-        .name("ferry-signals".into())
-        .spawn(wait)?;
+    let ended = |why: String| say(&format!("Ctrl-C keeps nothing of a recording now: {why}"));
+    thread::spawn("ferry-signals", wait, ended)?;
     Ok(())
 }
 

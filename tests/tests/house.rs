@@ -136,6 +136,29 @@ fn unsafe_is_found_where_it_is() {
     }
 }
 
+/// A thread that nothing guards hangs what waits for it when it panics. (The scoped threads of
+/// ferry-migration are joined where they are started, and a panic goes on from there.)
+#[test]
+fn threads_start_in_one_place() {
+    let product = ["devices/src/", "vmm/src/", "cli/src/"];
+    let guarded = |path: &String| {
+        product.iter().any(|room| path.starts_with(room))
+            && path != "devices/src/thread.rs"
+            && !path.ends_with("tests.rs")
+            && !path.contains("/tests/")
+    };
+    let mut read = 0;
+    for path in sources().iter().filter(|path| guarded(path)) {
+        let text = fs::read_to_string(root().join(path)).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for way in ["std::thread::spawn", "thread::Builder"] {
+            assert!(!code.contains(way), "{path}: {way} beside thread::spawn");
+        }
+        read += code.lines().count();
+    }
+    assert!(read > 10_000, "{read} lines");
+}
+
 #[test]
 fn unsafe_stands_only_where_the_design_has_it() {
     const ROOMS: [&str; 7] = [
@@ -160,10 +183,16 @@ fn unsafe_stands_only_where_the_design_has_it() {
 }
 
 /// The laboratory reaches a VMM through its control socket, reads what `ferry doctor` finds, and
-/// makes files as a VMM does.
+/// makes files and starts threads as a VMM does.
 #[test]
-fn the_laboratory_uses_nothing_of_the_vmm_but_its_client_its_files_and_the_doctor() {
-    const DOORS: [&str; 4] = ["api::client::", "api::types::", "doctor", "new_file::"];
+fn the_laboratory_uses_nothing_of_the_vmm_but_a_few_doors() {
+    const DOORS: [&str; 5] = [
+        "api::client::",
+        "api::types::",
+        "doctor",
+        "new_file::",
+        "thread",
+    ];
     // It takes memory as a guest's RAM does, to have the host's 2 MiB pages at hand.
     const WARM: (&str, &str) = ("lab/src/bench/warm.rs", "memory::");
     for path in sources().iter().filter(|path| path.starts_with("lab/src/")) {

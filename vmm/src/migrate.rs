@@ -32,6 +32,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ferry_devices::sync::lock;
+use ferry_devices::thread;
 pub(crate) use ferry_migration::net::{MonotonicClock, session_id};
 use ferry_migration::options::{Options, Tracking};
 use ferry_migration::report::{Event, Progress, Report, Status};
@@ -198,12 +199,12 @@ fn keep_telling(peer: Peer, session: SessionId, options: Options, reason: String
             };
             if source::tell_abort(&mut setup, &reason) == AbortTold::Answered {
                 tracing::info!(%session, to = %peer.uri(), "the destination knows that the guest stays here");
-                return;
+                return Ok(());
             }
         }
     };
-    let thread = std::thread::Builder::new().name("ferry-abort".into());
-    if let Err(error) = thread.spawn(tell) {
+    let failed = |why| tracing::error!("{why}");
+    if let Err(error) = thread::spawn("ferry-abort", tell, failed) {
         tracing::warn!(%error, "the destination is not told again that the guest stays here");
     }
 }

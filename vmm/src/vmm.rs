@@ -343,6 +343,15 @@ impl Vmm {
         }
     }
 
+    /// No guest can arrive any more; the text is a sentence. One that has arrived goes on.
+    pub fn listening_ended(&self, why: &str) {
+        let mut inner = self.core.lock();
+        if matches!(inner.state, State::Receiving { .. }) {
+            let ending = Ending::NotReceived(why.to_owned());
+            self.core.finish(&mut inner, State::Ended(ending));
+        }
+    }
+
     /// The guest has ended by itself.
     pub fn guest_ended(&self, ending: Ending) {
         let mut inner = self.core.lock();

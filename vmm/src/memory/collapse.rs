@@ -7,6 +7,8 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use ferry_devices::thread;
+
 use super::{GuestRam, HUGE_PAGE_SIZE, PAGE_SIZE};
 use crate::priority::in_background;
 
@@ -26,12 +28,13 @@ impl GuestRam {
             return;
         }
         let ram = Arc::downgrade(self);
-        let thread = std::thread::Builder::new().name("ferry-collapse".into());
         let work = move || {
             in_background();
             collapse_all(&ram);
+            Ok(())
         };
-        if let Err(error) = thread.spawn(work) {
+        let failed = |why| tracing::error!("{why}");
+        if let Err(error) = thread::spawn("ferry-collapse", work, failed) {
             tracing::warn!(%error, "the guest's memory stays in 4 KiB pages");
         }
     }

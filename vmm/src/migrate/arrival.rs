@@ -70,6 +70,8 @@ pub enum Arrival {
     /// The connection to the source was lost while pages follow. A sentence. The source's `recover`
     /// mends it.
     Interrupted(String),
+    /// No connection is accepted any more. A sentence.
+    Unreachable(String),
 }
 
 /// A guest that is complete at a receiver and was not handed over.

@@ -2,11 +2,13 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::gate::Gate;
 use super::newcomers::Address;
@@ -38,7 +40,7 @@ pub enum ReceiveError {
         /// Why, and what to do.
         error: BindError,
     },
-    /// A thread cannot be started.
+    /// A thread cannot be started, or there is no descriptor for it.
     #[error("cannot start a thread for migrations: {0}")]
     Thread(io::Error),
 }
@@ -130,33 +132,97 @@ impl Listener {
     }
 
     /// Takes connections until it is told to stop.
-    pub(super) fn accept_until(&self, stop: impl Fn() -> bool, take: impl Fn(Incoming)) {
-        let tick = Timespec {
-            tv_sec: 0,
-            tv_nsec: 100_000_000,
-        };
-        while !stop() {
-            let ready = match &self.socket {
-                Socket::Tcp(l) => poll(&mut [PollFd::new(l, PollFlags::IN)], Some(&tick)),
-                Socket::Unix(s) => {
-                    poll(&mut [PollFd::new(s.listener(), PollFlags::IN)], Some(&tick))
-                }
-            };
-            if !matches!(ready, Ok(n) if n > 0) {
-                continue;
+    ///
+    /// # Errors
+    /// They cannot be waited for.
+    pub(super) fn accept_until(
+        &self,
+        stop: &Stop,
+        take: impl Fn(Incoming),
+    ) -> Result<(), event_manager::Error> {
+        let mut manager = EventManager::new()?;
+        let id = manager.add_subscriber(Accepting {
+            listener: self,
+            take,
+        });
+        let mut ops = manager.event_ops(id)?;
+        for (fd, data) in [(self.as_raw_fd(), LISTENER), (stop.event.as_raw_fd(), STOP)] {
+            ops.add(Events::with_data_raw(fd, data, EventSet::IN))?;
+        }
+        while !stop.is_set() {
+            manager.run()?;
+        }
+        Ok(())
+    }
+
+    fn accept(&self) -> io::Result<Incoming> {
+        match &self.socket {
+            Socket::Tcp(l) => l.accept().and_then(|(s, from)| Incoming::tcp(s, from)),
+            Socket::Unix(s) => s.listener().accept().and_then(|(s, _)| Incoming::unix(s)),
+        }
+    }
+
+    fn as_raw_fd(&self) -> RawFd {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.as_raw_fd(),
+            Socket::Unix(socket) => socket.listener().as_raw_fd(),
+        }
+    }
+}
+
+/// What an event's data says.
+const LISTENER: u32 = 0;
+const STOP: u32 = 1;
+
+struct Accepting<'a, F> {
+    listener: &'a Listener,
+    take: F,
+}
+
+impl<F: Fn(Incoming)> MutEventSubscriber for Accepting<'_, F> {
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        // A stop is seen by the loop.
+        if events.data() != LISTENER {
+            return;
+        }
+        match self.listener.accept() {
+            Ok(incoming) => (self.take)(incoming),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                // It is still there: without descriptors this would go round and round.
+                std::thread::sleep(Duration::from_millis(50));
             }
-            let incoming = match &self.socket {
-                Socket::Tcp(l) => l.accept().and_then(|(s, from)| Incoming::tcp(s, from)),
-                Socket::Unix(s) => s.listener().accept().and_then(|(s, _)| Incoming::unix(s)),
-            };
-            match incoming {
-                Ok(incoming) => take(incoming),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    std::thread::sleep(Duration::from_millis(50));
-                }
-            }
+        }
+    }
+
+    /// The loop adds what there is to wait for, and hears where that fails.
+    fn init(&mut self, _: &mut EventOps) {}
+}
+
+/// Ends [`Listener::accept_until`].
+#[derive(Debug)]
+pub(super) struct Stop {
+    set: AtomicBool,
+    event: EventFd,
+}
+
+impl Stop {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            set: AtomicBool::new(false),
+            event: EventFd::new(EFD_NONBLOCK)?,
+        })
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        self.set.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set(&self) {
+        self.set.store(true, Ordering::SeqCst);
+        if let Err(error) = self.event.write(1) {
+            tracing::error!(%error, "the receiver is not told to stop");
         }
     }
 }

@@ -20,12 +20,12 @@
 mod connections;
 mod engine;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ferry_devices::sync::{lock, wait_timeout};
+use ferry_devices::thread;
 use ferry_migration::destination::{DataChannelSet, Destination, MissingPages};
 use ferry_migration::net::tls::Secret;
 use ferry_migration::options::Tracking;
@@ -34,7 +34,7 @@ use ferry_migration::wire::SessionId;
 use super::arrival::{Arrival, Following, GuestInDoubt, Owner, Sent};
 use super::gate::Gate;
 use super::host::{MachineHost, RamSink};
-use super::listener::{Listener, ReceiveError};
+use super::listener::{Listener, ReceiveError, Stop};
 use super::newcomers::Newcomers;
 use super::{StreamLink, Uri};
 use crate::machine::Backends;
@@ -87,9 +87,9 @@ pub(super) struct Shared {
     backends: Backends,
     dirty: Tracking,
     owner: Arc<dyn Owner>,
-    stop: AtomicBool,
-    /// The source knows that the guest runs here: no question comes any more.
-    settled: AtomicBool,
+    /// The receiver is dropped, or its source knows that the guest runs here: no question comes any
+    /// more.
+    stop: Stop,
     newcomers: Newcomers,
     gate: Gate,
 }
@@ -157,20 +157,19 @@ impl Receiver {
             backends,
             dirty,
             owner,
-            stop: AtomicBool::new(false),
-            settled: AtomicBool::new(false),
+            stop: Stop::new().map_err(ReceiveError::Thread)?,
             newcomers: Newcomers::default(),
             gate: listener.gate().clone(),
         });
         let worker = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("ferry-accept".into())
-            .spawn(move || {
-                let stop =
-                    || worker.stop.load(Ordering::SeqCst) || worker.settled.load(Ordering::SeqCst);
-                listener.accept_until(stop, |link| connections::spawn(&worker, link));
-            })
-            .map_err(ReceiveError::Thread)?;
+        let accept = move || {
+            let take = |incoming| connections::spawn(&worker, incoming);
+            let done = listener.accept_until(&worker.stop, take);
+            done.map_err(|e| format!("connections cannot be waited for ({e})"))
+        };
+        let deaf = Arc::clone(&shared);
+        let failed = move |why| deaf.tell(Arrival::Unreachable(why));
+        let thread = thread::spawn("ferry-accept", accept, failed).map_err(ReceiveError::Thread)?;
         Ok(Self {
             shared,
             arrivals: None,
@@ -239,7 +238,7 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.stop.set();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

@@ -2,12 +2,11 @@
 //! read.
 
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
+use ferry_devices::thread;
 use ferry_migration::options::Tracking;
 use ferry_migration::port::{DestinationVm, PortError};
 use ferry_migration::report::Faults;
@@ -130,8 +129,9 @@ pub struct Restored {
     pub machine: Arc<Machine>,
     /// Pages that are still to be read.
     pub following: Option<Following>,
-    /// The report, once all memory is there.
-    pub report: JoinHandle<RestoreReport>,
+    /// Brings the report, once all memory is there; closed without one if that failed inside, which
+    /// has ended the guest.
+    pub report: mpsc::Receiver<RestoreReport>,
 }
 
 impl Restored {
@@ -251,11 +251,13 @@ pub fn restore(
     let total = began.elapsed();
     report.total_ms = ms(total);
     report.start_ms = ms(total.saturating_sub(start));
-    let report = std::thread::Builder::new().spawn(move || report)?;
+    let (done, reported) = mpsc::channel();
+    // Its other end is here.
+    let _ = done.send(report);
     Ok(Restored {
         machine,
         following: None,
-        report,
+        report: reported,
     })
 }
 
@@ -274,14 +276,11 @@ fn on_demand(
     let servers = usize::try_from(machine.description().cpus).map_or(1, |cpus| cpus.clamp(1, 8));
     let mut threads = Vec::new();
     let thread = |name: &str, work: fn(&Pages) -> Result<(), FormatError>| {
-        let pages = Arc::clone(&pages);
-        let thread = std::thread::Builder::new().name(name.into());
-        thread.spawn(move || {
-            // A thread that did not say that it ended would be waited for.
-            if catch_unwind(AssertUnwindSafe(|| work(&pages))).is_err() {
-                pages.fail("a thread that reads it failed inside; the output says where");
-            }
-        })
+        let (pages, failed) = (Arc::clone(&pages), Arc::clone(&pages));
+        // It has noted its error itself.
+        let work = move || work(&pages).or(Ok(()));
+        // A thread that did not say that it ended would be waited for.
+        thread::spawn(name, work, move |why| failed.fail(&why))
     };
     let started = (|| {
         // KVM itself may touch memory when it takes the state: faults are served from here on.
@@ -308,7 +307,8 @@ fn on_demand(
         sink: Arc::clone(sink),
         path: report.path.clone(),
     });
-    let ending = Arc::clone(&machine);
+    let (ending, failed) = (Arc::clone(&machine), Arc::clone(&machine));
+    let (done, reported) = mpsc::channel();
     let finish = move || {
         for thread in threads {
             // It has said why, if it did not get to the end.
@@ -331,15 +331,15 @@ fn on_demand(
         report.bytes_read = filled.bytes;
         report.faults = filled.faults;
         report.zero_faults = filled.zero_faults;
-        report
+        // The embedder may not want it.
+        let _ = done.send(report);
+        Ok(())
     };
-    let report = std::thread::Builder::new()
-        .name("ferry-restore".into())
-        .spawn(finish)?;
+    thread::spawn("ferry-restore", finish, move |why| failed.fail(why))?;
     Ok(Restored {
         machine,
         following: Some(following),
-        report,
+        report: reported,
     })
 }
 

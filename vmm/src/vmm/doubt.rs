@@ -9,6 +9,7 @@ use super::state::{Asking, Lost, State};
 use super::{Core, Inner, Migration};
 use crate::api::Refusal;
 use crate::api::types::{RecoverRequest, Security};
+use ferry_devices::thread;
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Report};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -188,14 +189,15 @@ impl Core {
             loop {
                 std::thread::sleep(pause);
                 pause = (pause * 2).min(AGAIN[1]);
-                let Some(core) = core.upgrade() else { return };
-                if !core.ask_in_background() {
-                    return;
+                match core.upgrade() {
+                    Some(core) if core.ask_in_background() => {}
+                    _ => return Ok(()),
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("ferry-ask".into());
-        if let Err(error) = thread.spawn(ask) {
+        let failed =
+            |why| tracing::error!("only `ferry recover` asks the destination again: {why}");
+        if let Err(error) = thread::spawn("ferry-ask", ask, failed) {
             tracing::warn!(%error, "only `ferry recover` asks the destination again");
         }
     }

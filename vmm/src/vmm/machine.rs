@@ -72,6 +72,11 @@ impl MachineGuest {
                 vmm.arrival_failed(listening.to_owned());
                 sentence
             }
+            Arrival::Unreachable(why) => {
+                let sentence = format!("no guest can arrive at {listening} any more: {why}");
+                vmm.listening_ended(&sentence);
+                sentence
+            }
             Arrival::InDoubt { why, guest } => {
                 vmm.arrival_in_doubt(why.clone(), Arc::new(guest));
                 why

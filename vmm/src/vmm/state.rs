@@ -18,6 +18,8 @@ pub enum Ending {
     Stopped(String),
     /// It cannot go on; the text is a sentence.
     Failed(String),
+    /// None can arrive any more; the text is a sentence.
+    NotReceived(String),
 }
 
 impl Ending {
@@ -28,6 +30,7 @@ impl Ending {
             Self::TripleFault => "the guest has crashed: its processor triple-faulted".into(),
             Self::Stopped(how) => format!("the guest was ended {how}"),
             Self::Failed(why) => format!("the guest cannot go on: {why}"),
+            Self::NotReceived(why) => why.clone(),
         }
     }
 }
@@ -167,7 +170,10 @@ impl State {
             }
             Self::Ended(ending) => Some(Outcome {
                 sentence: ending.sentence(),
-                success: !matches!(ending, Ending::Failed(_) | Ending::TripleFault),
+                success: !matches!(
+                    ending,
+                    Ending::Failed(_) | Ending::NotReceived(_) | Ending::TripleFault
+                ),
             }),
             _ => None,
         }

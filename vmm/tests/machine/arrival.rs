@@ -157,3 +157,37 @@ fn a_stopped_receiver_starts_no_guest() {
         }
     }
 }
+
+/// A panic while a guest arrives fails its migration, the owner hears of it, and the next comes.
+#[test]
+fn a_panic_of_the_receiver_costs_one_migration() {
+    if !kvm() {
+        return;
+    }
+    let source = Arc::new(machine(Machine::builder(), &COUNT));
+    source.resume().unwrap();
+    progresses(&source, COUNTER);
+    let first = AtomicBool::new(true);
+    let serial = move || {
+        assert!(!first.swap(false, Ordering::SeqCst), "no console today");
+        Ok(Box::new(std::io::sink()) as _)
+    };
+    let uri = "tcp:127.0.0.1:0".parse().unwrap();
+    let receiver = Receiver::bind(&uri, Arc::new(serial)).unwrap();
+    let to = receiver.local_uri().clone();
+    let options = Options::default();
+    let report = migrate(&source, &to, &options, &Handle::new(), &mut |_| {});
+    assert_eq!(report.status, Status::Failed, "{report:#?}");
+    progresses(&source, COUNTER);
+    match receiver.wait(Duration::from_secs(30)) {
+        Some(Arrival::Failed(why)) => assert!(why.contains("no console today"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    let report = migrate(&source, &to, &options, &Handle::new(), &mut |_| {});
+    assert_eq!(report.status, Status::Completed, "{report:#?}");
+    let Some(Arrival::Arrived { machine, .. }) = receiver.wait(Duration::from_secs(30)) else {
+        panic!("no guest");
+    };
+    progresses(&machine, COUNTER);
+    machine.stop();
+}

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_devices::sync::wait_timeout;
+use ferry_devices::thread;
 use ferry_migration::destination::{self, Destination};
 use ferry_migration::net::Unsecured;
 use ferry_migration::net::tls::Admission;
@@ -30,10 +31,19 @@ pub(super) fn spawn(shared: &Arc<Shared>, incoming: Incoming) {
     } = incoming;
     let id = shared.newcomers.admit(address, socket);
     let worker = Arc::clone(shared);
-    let result = std::thread::Builder::new()
-        .name("ferry-receive".into())
-        .spawn(move || connection(&worker, link, (id, address)));
-    if let Err(error) = result {
+    let work = move || {
+        connection(&worker, link, (id, address));
+        Ok(())
+    };
+    let failed = {
+        let shared = Arc::clone(shared);
+        move |why| {
+            shared.newcomers.leave(id);
+            shared.restore_token();
+            shared.tell(Arrival::Failed(why));
+        }
+    };
+    if let Err(error) = thread::spawn("ferry-receive", work, failed) {
         shared.newcomers.leave(id);
         tracing::warn!(%error, "a connection was closed");
     }

@@ -1,7 +1,6 @@
 //! Driving the engine of an arriving migration, and keeping it while it has no connection to drive.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use ferry_migration::destination::{DestinationError, State, Step};
 use ferry_migration::wire::SessionId;
@@ -22,7 +21,7 @@ pub(super) fn await_source(shared: &Shared, session: SessionId) {
         park(&mut shared.active(), engine, ReceiveState::Done);
         shared.changed.notify_all();
         if known {
-            shared.settled.store(true, Ordering::SeqCst);
+            shared.stop.set();
         }
     }
 }
@@ -34,7 +33,7 @@ fn next_word(
     session: SessionId,
     waits: impl Fn(&Active) -> bool,
 ) -> Option<Box<Engine>> {
-    while !shared.stop.load(Ordering::SeqCst) {
+    while !shared.stop.is_set() {
         {
             let mut active = shared.active();
             let waiting = active
@@ -52,8 +51,34 @@ fn next_word(
     None
 }
 
+/// A panic while an engine is driven ends its migration, and keeps no place: the next may come
+/// where no guest runs here.
+struct Driving<'a>(&'a Shared);
+
+impl Drop for Driving<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let mut active = self.0.active();
+        if let Some(a) = active.as_mut() {
+            match a.state {
+                ReceiveState::Following => a.state = ReceiveState::Interrupted,
+                ReceiveState::Interrupted | ReceiveState::Done => {}
+                ReceiveState::Waiting | ReceiveState::Receiving | ReceiveState::InDoubt => {
+                    *active = None;
+                }
+            }
+        }
+        self.0.changed.notify_all();
+    }
+}
+
 /// Runs an engine that has a connection, and does what its end means.
-pub(super) fn drive(shared: &Arc<Shared>, mut engine: Box<Engine>) {
+pub(super) fn drive(shared: &Arc<Shared>, engine: Box<Engine>) {
+    let _driving = Driving(shared);
+    // Declared after the guard, so that its memory is free when the next migration may come.
+    let mut engine = engine;
     let result = loop {
         match engine.step() {
             Ok(Step::Continue) => {
