@@ -27,7 +27,7 @@
 //! ```
 //!
 //! Entering Running is a step of its own: RUNNING is sent by the one after it, so that at this end
-//! the guest is booked before anybody at the other can know that it has arrived.
+//! the guest is booked before the source can know that it has arrived.
 //!
 //! The guest runs only after a commit was read, and after the host has claimed it. Between Ready
 //! and the commit nothing but the source's word (or an operator's) resolves it: the machine is
@@ -134,7 +134,10 @@ pub enum Step {
 ///
 /// # Errors
 /// When the peer does not speak the protocol or is of another version; it was told ours.
-pub fn greet<L: Link>(mut link: L, timeout: Duration) -> Result<(Channel<L>, Preamble), WireError> {
+pub fn exchange_preamble<L: Link>(
+    mut link: L,
+    timeout: Duration,
+) -> Result<(Channel<L>, Preamble), WireError> {
     link.set_timeout(Some(timeout));
     link.set_deadline(Some(timeout));
     let mut channel = Channel::new(link);
@@ -180,7 +183,7 @@ pub struct Destination<L: Link, H: DestinationVm<L>> {
 }
 
 impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
-    /// Takes a control channel whose preamble was answered by [`greet`].
+    /// Takes a control channel whose preamble was answered by [`exchange_preamble`].
     pub fn new(
         mut channel: Channel<L>,
         preamble: &Preamble,

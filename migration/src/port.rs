@@ -14,7 +14,10 @@ mod destination;
 mod source;
 
 pub use blocks::{BLOCK_BYTES, BlockSink, BlockSource, blocks_in};
-pub use destination::{DestinationVm, PageFault, PageSink};
+pub use destination::{
+    AdoptMemory, DestinationDisks, DestinationVm, PageFault, PageSink, PostCopySink, PostCopyVm,
+};
+pub(crate) use destination::{post_copy, post_copy_vm};
 pub use source::{
     Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, ShareMemory, SourceDisks,
     SourceVm,

@@ -2,11 +2,39 @@
 //! over a [`Machine`].
 //!
 //! The source side is [`migrate`]; the destination side is a [`Receiver`].
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use std::time::Duration;
+//!
+//! use ferry_migration::options::Options;
+//! use ferry_vmm::machine::Machine;
+//! use ferry_vmm::migrate::{Arrival, Handle, Receiver, Uri, migrate};
+//!
+//! # type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+//! fn at_the_source(machine: &Arc<Machine>) -> Result<()> {
+//!     let to: Uri = "tcp:192.0.2.7:7000".parse()?;
+//!     let report = migrate(machine, &to, &Options::default(), &Handle::new(), &mut |_| {});
+//!     println!("{:?}: {:.1} ms of downtime", report.status, report.downtime_ms);
+//!     Ok(())
+//! }
+//!
+//! fn at_the_destination() -> Result<()> {
+//!     let console = || Ok(Box::new(std::io::stdout()) as _);
+//!     let receiver = Receiver::bind(&"tcp:192.0.2.7:7000".parse()?, Arc::new(console))?;
+//!     while let Some(arrival) = receiver.wait(Duration::from_secs(600)) {
+//!         if let Arrival::Arrived { machine, .. } = arrival {
+//!             println!("{:?}", machine.wait());
+//!         }
+//!     }
+//!     Ok(())
+//! }
+//! ```
 
 mod arrival;
-mod beside;
 mod copied;
 mod disks;
+mod fd_passing;
 mod gate;
 
 pub(crate) mod guest;
@@ -337,7 +365,7 @@ mod tests {
             "{refused}"
         );
         assert!(refused.contains("--delta-cache"), "{refused}");
-        // Never larger than the guest; and nobody needs one who sends no differences.
+        // Never larger than the guest; and without differences there is none.
         assert_eq!(
             check(Compress::Auto, u64::MAX, 1 << 29, Some(1 << 30)),
             Ok(())

@@ -13,6 +13,7 @@ use zstd::bulk::Decompressor;
 
 /// Why blocks of a disk were refused, or could not be kept. Disks are counted from 0.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BlocksError {
     /// A handshake that cannot be meant.
     #[error(

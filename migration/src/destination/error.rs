@@ -8,6 +8,7 @@ use crate::wire::WireError;
 
 /// Why a migration ended here other than by completing.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DestinationError {
     /// The connection or the peer.
     #[error(transparent)]
@@ -87,7 +88,7 @@ pub enum DestinationError {
         /// Which.
         index: u16,
     },
-    /// More channels than anybody needs.
+    /// More channels than the protocol allows.
     #[error(
         "the source announces {0} channels of one kind; a migration has at most {max} here, ask for fewer",
         max = Options::MAX_CHANNELS

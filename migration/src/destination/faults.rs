@@ -7,7 +7,7 @@ use super::DestinationError;
 use super::missing_pages::{FaultIs, MissingPages};
 use super::pages::PageReceiver;
 use crate::page::{Gfn, Run};
-use crate::port::{Link, PageSink};
+use crate::port::{Link, PageSink, post_copy};
 use crate::wire::{Channel, FrameType, Header};
 use std::sync::Arc;
 use std::time::Duration;
@@ -70,16 +70,15 @@ impl<L: Link, S: PageSink<L>> FaultChannel<L, S> {
             ..
         } = self;
         drop(channel);
-        // Nobody can be asked now; but who waits is to be known, and asked for when the source is
+        // No source can be asked now. Faults are noted, and requested when the source is
         // back.
         while missing_pages.is_lost(era) {
-            let heard = match sink.next_fault(TICK) {
-                Ok(Some(fault)) if missing_pages.fault(fault, era) == FaultIs::Local => {
-                    sink.place_zero(Run::new(fault.gfn, 1))
+            let heard = post_copy(&*sink).and_then(|memory| match memory.next_fault(TICK)? {
+                Some(fault) if missing_pages.fault(fault, era) == FaultIs::Local => {
+                    memory.place_zero(Run::new(fault.gfn, 1))
                 }
-                Ok(_) => Ok(()),
-                Err(error) => Err(error),
-            };
+                _ => Ok(()),
+            });
             if let Err(error) = heard {
                 tracing::warn!(%error, "page faults are not heard of until the source reconnects");
                 return;
@@ -109,12 +108,13 @@ impl<L: Link, S: PageSink<L>> FaultChannel<L, S> {
         if let Some(gfn) = self.missing_pages.next_unasked(self.era) {
             return self.ask(gfn);
         }
-        let fault = sink.next_fault(wait).map_err(DestinationError::Memory)?;
+        let memory = post_copy(sink).map_err(DestinationError::Memory)?;
+        let fault = memory.next_fault(wait).map_err(DestinationError::Memory)?;
         let Some(fault) = fault else { return Ok(()) };
         match self.missing_pages.fault(fault, self.era) {
             FaultIs::New => self.ask(fault.gfn),
             FaultIs::Known => Ok(()),
-            FaultIs::Local => sink
+            FaultIs::Local => memory
                 .place_zero(Run::new(fault.gfn, 1))
                 .map_err(DestinationError::Memory),
         }

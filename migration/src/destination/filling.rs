@@ -11,7 +11,7 @@ use super::push::Push;
 use super::session::{Parts, Session, micros};
 use super::{DestinationError, Step, TICK};
 use crate::page::{PAGE_SIZE, PageSet, RamLayout};
-use crate::port::{DestinationVm, Link, PageSink};
+use crate::port::{DestinationVm, Link, PageSink, post_copy_vm};
 use crate::wire::{FrameType, Header, Ready, WireError, recv_set};
 use std::io;
 use std::sync::Arc;
@@ -210,7 +210,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         let end = self.layout.end();
         let mut part = PageSet::new(end);
         recv_set(&mut parts.session.channel, header, &self.layout, &mut part)?;
-        let dropped = parts.host.drop_stale(&part);
+        let dropped = post_copy_vm(parts.host).and_then(|vm| vm.drop_stale(&part));
         dropped.map_err(DestinationError::Unfit)?;
         let listed = to_follow.listed.get_or_insert_with(|| PageSet::new(end));
         listed.union_with(&part);
@@ -257,7 +257,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
             listed: Some(missing),
         }) = &self.to_follow
         {
-            let begun = parts.host.begin_post_copy(missing);
+            let begun = post_copy_vm(parts.host).and_then(|vm| vm.begin(missing));
             begun.map_err(DestinationError::Unfit)?;
             missing_pages.begin(Arc::clone(&self.sink), missing.clone());
             if let Some(data_channels) = &self.data_channels {

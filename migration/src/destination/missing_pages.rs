@@ -12,7 +12,7 @@
 
 use super::DestinationError;
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{Clock, Link, PageFault, PageSink};
+use crate::port::{Clock, Link, PageFault, PageSink, post_copy};
 use crate::report::{Faults, Latencies};
 use crate::verify::page_hash;
 use std::marker::PhantomData;
@@ -38,7 +38,7 @@ struct Pages<S> {
     expected: PageSet,
     missing: PageSet,
     left: u64,
-    /// Pages that somebody waits for, and since when.
+    /// Pages that are waited for, and since when.
     waiting: Vec<Waiting>,
     latencies: Latencies,
     on_their_way: u64,
@@ -56,7 +56,7 @@ struct Pages<S> {
     different: u64,
     /// Why no more comes: the connection is lost.
     lost: Option<String>,
-    /// Counts connections: what an older one still does concerns nobody.
+    /// Counts connections: what an older one still does is ignored.
     era: u64,
     /// The guest has ended: nothing more is needed.
     dismissed: bool,
@@ -249,7 +249,7 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
         self.lock().as_ref().is_some_and(|pages| pages.dismissed)
     }
 
-    /// Somebody waits for a page, as a fault channel of this era has heard. One whose connection is
+    /// A thread waits for a page, as a fault channel of this era has heard. One whose connection is
     /// lost cannot ask: it leaves that to the next.
     pub(super) fn fault(&self, fault: PageFault, era: u64) -> FaultIs {
         let gfn = fault.gfn;
@@ -291,7 +291,7 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
             .is_some_and(|p| p.era > 0 && p.waiting.iter().any(|w| w.asked != Some(p.era)))
     }
 
-    /// A page that somebody waits for since before this connection: it has to be asked for again.
+    /// A page that is waited for since before this connection: it has to be requested again.
     pub(super) fn next_unasked(&self, era: u64) -> Option<Gfn> {
         let mut guard = self.lock();
         let pages = guard.as_mut().filter(|p| p.era == era && era > 0)?;
@@ -310,6 +310,7 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
     /// Puts received pages in place: `bytes` are theirs, or they are zero.
     pub(super) fn place(&self, runs: &[Run], bytes: Option<&[u8]>) -> Result<(), DestinationError> {
         let sink = self.receive(runs)?;
+        let memory = post_copy(&*sink);
         let mut rest = bytes.unwrap_or_default();
         let mut hashes = Vec::new();
         for (at, run) in runs.iter().enumerate() {
@@ -319,12 +320,13 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
                 hashes.clear();
                 hash_run(*run, body.map(|(body, _)| body), &mut hashes);
             }
-            let placed = match body {
-                Some((body, more)) => {
+            let placed = match (&memory, body) {
+                (Err(error), _) => Err(error.to_string().into()),
+                (Ok(memory), Some((body, more))) => {
                     rest = more;
-                    sink.place(*run, body)
+                    memory.place(*run, body)
                 }
-                None => sink.place_zero(*run),
+                (Ok(memory), None) => memory.place_zero(*run),
             };
             if let Err(error) = placed {
                 // Not in place: the source has to send them again.

@@ -198,7 +198,9 @@ impl<L: Link, S: PageSink<L> + 'static> Push<L, S> {
     /// Nothing is missing any more.
     pub fn finish<H: DestinationVm<L, Sink = S>>(self, host: &mut H) {
         self.missing_pages.end();
-        host.end_post_copy();
+        if let Some(vm) = host.post_copy() {
+            vm.end();
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use super::{DestinationError, Step};
 use crate::codec::Decoder;
 use crate::options::Options;
 use crate::page::AtomicPageSet;
-use crate::port::{BlockSink, DestinationVm, Link};
+use crate::port::{BlockSink, DestinationVm, Link, post_copy_vm};
 use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,12 +57,11 @@ impl Waiting {
         // No other source knows the question.
         let files = Features::SHARED_MEMORY.or(Features::SHARED_FILES);
         let channel = &mut parts.session.channel;
-        if hello.offered.has(files)
-            && parts
-                .host
-                .wants_files(channel.link())
-                .map_err(DestinationError::Unfit)?
-        {
+        let wanted = match parts.host.sharing().filter(|_| hello.offered.has(files)) {
+            Some(sharing) => sharing.wants_files(channel.link()),
+            None => Ok(false),
+        };
+        if wanted.map_err(DestinationError::Unfit)? {
             channel.send(Header::bare(FrameType::FilesWanted, 0), &[])?;
             return Ok(Phase::Waiting(Self { offer: Some(hello) }));
         }
@@ -98,13 +97,13 @@ fn accept<L: Link, H: DestinationVm<L>>(
     let policy = hello.policy.chars().filter(|c| c.is_ascii_graphic());
     parts.session.policy = policy.take(32).collect();
     let mut agreed = hello.offered.and(Features::SUPPORTED);
-    let adopted = if agreed.has(Features::SHARED_MEMORY) {
-        let link = parts.session.channel.link();
-        let adopted = parts.host.adopt(link, &hello.layout, &hello.machine);
-        adopted.map_err(DestinationError::Unfit)?
-    } else {
-        None
+    let link = parts.session.channel.link();
+    let sharing = parts.host.sharing();
+    let adopted = match sharing.filter(|_| agreed.has(Features::SHARED_MEMORY)) {
+        Some(sharing) => sharing.adopt(link, &hello.layout, &hello.machine),
+        None => Ok(None),
     };
+    let adopted = adopted.map_err(DestinationError::Unfit)?;
     let shared = adopted.is_some();
     let to_follow = to_follow(&hello, shared, parts)?;
     if to_follow.is_none() && !hello.required.has(Features::POST_COPY) {
@@ -171,7 +170,7 @@ fn accept<L: Link, H: DestinationVm<L>>(
 fn to_follow<L: Link, H: DestinationVm<L>>(
     hello: &Hello,
     shared: bool,
-    parts: &Parts<'_, L, H>,
+    parts: &mut Parts<'_, L, H>,
 ) -> Result<Option<ToFollow<L, H::Sink>>, DestinationError> {
     let required = hello.required.has(Features::POST_COPY);
     // A source that only may need it opens fault channels where this side agrees.
@@ -182,7 +181,7 @@ fn to_follow<L: Link, H: DestinationVm<L>>(
     if hello.faults == 0 {
         return Err(DestinationError::NoFaultChannel);
     }
-    match parts.host.check_post_copy() {
+    match post_copy_vm(parts.host).and_then(|vm| vm.check()) {
         Ok(()) => {}
         Err(error) if required => return Err(DestinationError::Unfit(error)),
         Err(error) => {
@@ -208,6 +207,9 @@ fn take_disks<L: Link, H: DestinationVm<L>>(
         return Ok(None);
     }
     Disks::check(&hello.disks)?;
-    let sinks = host.take_disks(&hello.disks);
+    let sinks = match host.disks() {
+        Some(disks) => disks.take_disks(&hello.disks),
+        None => Err("this destination takes no copies of disks".into()),
+    };
     sinks.map(Some).map_err(DestinationError::Unfit)
 }

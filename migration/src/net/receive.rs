@@ -1,7 +1,7 @@
 //! Receives one guest: accepts the channels of its migration and drives the engine.
 //!
 //! ```text
-//!  accept ── each connection ──▶ greet ──▶ control, recover: to the engine, in the caller's thread
+//!  accept ── each connection ──▶ preamble ──▶ control, recover: to the engine, in the caller's thread
 //!                                       └▶ data, fault:      in a thread of their own
 //! ```
 
@@ -164,10 +164,11 @@ impl<L: Link, V: DestinationVm<L>> Shared<L, V> {
 
     /// Answers a connection and does what it is for.
     fn connection(&self, link: L, engine: &mpsc::Sender<Connection<L>>) {
-        let (mut channel, preamble) = match destination::greet(link, self.timeouts.handshake) {
-            Ok(connection) => connection,
-            Err(error) => return tracing::warn!(%error, "a connection was refused"),
-        };
+        let (mut channel, preamble) =
+            match destination::exchange_preamble(link, self.timeouts.handshake) {
+                Ok(connection) => connection,
+                Err(error) => return tracing::warn!(%error, "a connection was refused"),
+            };
         let known = {
             let mut announced = self.announced();
             match (preamble.role, announced.session) {

@@ -41,7 +41,7 @@ const VERSIONS: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13];
 /// Bytes of the exported secret and of a pairing token.
 pub const SECRET_BYTES: usize = 32;
 
-/// What the two ends of a control channel know, and nobody else.
+/// What only the two ends of a control channel know.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Secret([u8; SECRET_BYTES]);
 
@@ -216,7 +216,7 @@ impl ServerTls {
         Ok(Self::new(config, allowed, None))
     }
 
-    /// Whoever knows the pairing line may come, once.
+    /// A source that has the pairing line may come, once.
     ///
     /// # Errors
     /// [`TlsError::Config`].

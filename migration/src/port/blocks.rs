@@ -28,7 +28,7 @@ pub trait BlockSource: Send + Sync {
     /// Remembers nothing any more.
     fn stop(&self);
     /// The blocks written since the last time, as words: bit `i` of word `j` is block `64 j + i`.
-    /// They count as not written afterwards: whoever took them answers for them.
+    /// They count as not written afterwards: the caller answers for them.
     ///
     /// # Errors
     /// When it was not started.

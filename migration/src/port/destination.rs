@@ -6,24 +6,17 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Somebody has begun to wait for a page.
+/// A thread of the guest, or of its host, has begun to wait for a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageFault {
     /// The page.
     pub gfn: Gfn,
-    /// Who waits: any number that tells threads apart. One that looks again is told of again.
+    /// What waits: any number that tells threads apart. One that looks again is told of again.
     pub waiter: u32,
 }
 
-fn no_post_copy<T>() -> Result<T, PortError> {
-    Err("this destination has no post-copy".into())
-}
-
 /// Guest memory at the destination. Data channels fill it in parallel: pages of one round are
-/// disjoint.
-///
-/// The last three methods are post-copy's, after [`DestinationVm::begin_post_copy`]: whoever
-/// touches a page that is not in place waits for it.
+/// disjoint. What only post-copy needs is a trait of its own: [`PostCopySink`].
 pub trait PageSink<L: Link>: Send + Sync {
     /// Receives the pages of `runs` from the link straight into guest memory. The engine has
     /// checked that the runs are RAM.
@@ -76,48 +69,48 @@ pub trait PageSink<L: Link>: Send + Sync {
         }
         Ok(())
     }
-    /// Puts pages in place, each as a whole: nobody sees a part of it. Those who wait go on.
+    /// The same memory for a guest that runs before all of it is here; `None` where that cannot be.
+    fn post_copy(&self) -> Option<&dyn PostCopySink> {
+        None
+    }
+}
+
+/// Guest memory of which pages are missing ([`PostCopyVm::begin`]): what touches one waits for it.
+pub trait PostCopySink: Send + Sync {
+    /// Puts pages in place, each as a whole: no part of one is ever seen. What waits for them goes
+    /// on.
     ///
     /// # Errors
     /// When there is no memory for them; none of them is lost then, and it can be tried again.
-    fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
-        let _ = (run, bytes);
-        no_post_copy()
-    }
+    fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError>;
     /// As [`place`](Self::place), with zeros; pages that are in place already stay as they are.
     ///
     /// # Errors
     /// As there.
-    fn place_zero(&self, run: Run) -> Result<(), PortError> {
-        let _ = run;
-        no_post_copy()
-    }
-    /// The next page that somebody has begun to wait for; `None` after the time. Called from
-    /// several threads.
+    fn place_zero(&self, run: Run) -> Result<(), PortError>;
+    /// The next page that is waited for since now; `None` after the time. Called from several
+    /// threads.
     ///
     /// # Errors
     /// When faults cannot be heard of.
-    fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError> {
-        let _ = timeout;
-        no_post_copy()
-    }
+    fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError>;
 }
 
-/// The destination host.
+/// A sink's memory for post-copy.
+///
+/// # Errors
+/// It has none.
+pub(crate) fn post_copy<L: Link>(sink: &impl PageSink<L>) -> Result<&dyn PostCopySink, PortError> {
+    sink.post_copy()
+        .ok_or_else(|| "this destination has no post-copy".into())
+}
+
+/// The destination host. What only some hosts can do is a trait of its own: [`DestinationDisks`],
+/// [`AdoptMemory`], [`PostCopyVm`].
 pub trait DestinationVm<L: Link> {
     /// The guest's memory here.
     type Sink: PageSink<L> + 'static;
 
-    /// Makes room for copies of the guest's disks, of so many bytes each, or refuses in one
-    /// sentence. Called before [`DestinationVm::prepare`], if the disks are to move; what was made
-    /// is to go with [`DestinationVm::discard`].
-    ///
-    /// # Errors
-    /// Why this host cannot take them.
-    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
-        let _ = bytes;
-        Err("this destination takes no copies of disks".into())
-    }
     /// Builds the machine, paused, with empty memory, or refuses in one sentence: everything
     /// that can be checked before a page is sent is checked here (CPU features, memory).
     ///
@@ -125,60 +118,6 @@ pub trait DestinationVm<L: Link> {
     /// Why this host cannot take the guest.
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8])
     -> Result<Arc<Self::Sink>, PortError>;
-
-    /// Whether the files that the guest's devices use are wanted, which the source offers: they
-    /// come beside what is received next on `link`, and [`adopt`](Self::adopt) follows.
-    ///
-    /// # Errors
-    /// What came so far is not this guest's memory.
-    fn wants_files(&mut self, link: &mut L) -> Result<bool, PortError> {
-        let _ = link;
-        Ok(false)
-    }
-
-    /// As [`prepare`](Self::prepare), over the memory itself, which came beside what was received
-    /// last on `link`; `None` where none came. Until [`run`](Self::run) no byte of it may be
-    /// changed: the guest runs in it, at the source.
-    ///
-    /// # Errors
-    /// As there, and that what came is not this guest's memory.
-    fn adopt(
-        &mut self,
-        link: &mut L,
-        layout: &RamLayout,
-        machine: &[u8],
-    ) -> Result<Option<Arc<Self::Sink>>, PortError> {
-        let _ = (link, layout, machine);
-        Ok(None)
-    }
-    /// Whether this host can run a guest whose memory is not there yet; asked before anything is
-    /// sent.
-    ///
-    /// # Errors
-    /// Why not, and what to do.
-    fn check_post_copy(&self) -> Result<(), PortError> {
-        no_post_copy()
-    }
-    /// What memory holds of these pages is stale, and is dropped. Called for all pages that will
-    /// follow the guest, for most of them before the guest's pause.
-    ///
-    /// # Errors
-    /// Why that cannot be.
-    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
-        let _ = pages;
-        no_post_copy()
-    }
-    /// From now on these pages are missing, and whoever touches one waits. Called before
-    /// [`DestinationVm::restore`].
-    ///
-    /// # Errors
-    /// Why that cannot be.
-    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
-        let _ = missing;
-        no_post_copy()
-    }
-    /// All pages are in place.
-    fn end_post_copy(&mut self) {}
     /// Puts the state into the machine and checks it.
     ///
     /// # Errors
@@ -200,4 +139,83 @@ pub trait DestinationVm<L: Link> {
     fn run(&mut self) -> Result<Duration, PortError>;
     /// Throws the machine away; the source still owns the guest.
     fn discard(&mut self);
+    /// For disks that move with the guest; `None` where this host takes no copies.
+    fn disks(&mut self) -> Option<&mut dyn DestinationDisks> {
+        None
+    }
+    /// For memory that is handed over on one host; `None` where it is always copied.
+    fn sharing(&mut self) -> Option<&mut dyn AdoptMemory<L, Self::Sink>> {
+        None
+    }
+    /// For a guest that runs before its memory is here; `None` where that cannot be. A host that
+    /// has this has [`PageSink::post_copy`] as well.
+    fn post_copy(&mut self) -> Option<&mut dyn PostCopyVm> {
+        None
+    }
+}
+
+/// Takes copies of the guest's disks.
+pub trait DestinationDisks {
+    /// Makes room for copies of so many bytes each, or refuses in one sentence. Called before
+    /// [`DestinationVm::prepare`]; what was made is to go with [`DestinationVm::discard`].
+    ///
+    /// # Errors
+    /// Why this host cannot take them.
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError>;
+}
+
+/// Takes the source's memory itself, on one host.
+pub trait AdoptMemory<L: Link, S> {
+    /// Whether the files that the guest's devices use are wanted, which the source offers: they
+    /// come beside what is received next on `link`, and [`adopt`](Self::adopt) follows.
+    ///
+    /// # Errors
+    /// What came so far is not this guest's memory.
+    fn wants_files(&mut self, link: &mut L) -> Result<bool, PortError>;
+    /// As [`prepare`](DestinationVm::prepare), over the memory itself, which came beside what was
+    /// received last on `link`; `None` where none came. Until [`run`](DestinationVm::run) no byte
+    /// of it may be changed: the guest runs in it, at the source.
+    ///
+    /// # Errors
+    /// As there, and that what came is not this guest's memory.
+    fn adopt(
+        &mut self,
+        link: &mut L,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<Option<Arc<S>>, PortError>;
+}
+
+/// Runs a guest whose memory is not there yet.
+pub trait PostCopyVm {
+    /// Whether that can be here; asked before anything is sent.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    fn check(&self) -> Result<(), PortError>;
+    /// What memory holds of these pages is stale, and is dropped. Called for all pages that will
+    /// follow the guest, for most of them before the guest's pause.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError>;
+    /// From now on these pages are missing, and what touches one waits. Called before
+    /// [`DestinationVm::restore`].
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    fn begin(&mut self, missing: &PageSet) -> Result<(), PortError>;
+    /// All pages are in place.
+    fn end(&mut self);
+}
+
+/// A host's post-copy.
+///
+/// # Errors
+/// It has none.
+pub(crate) fn post_copy_vm<L: Link, H: DestinationVm<L>>(
+    host: &mut H,
+) -> Result<&mut dyn PostCopyVm, PortError> {
+    host.post_copy()
+        .ok_or_else(|| "this destination has no post-copy".into())
 }

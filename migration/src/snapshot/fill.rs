@@ -15,7 +15,7 @@
 use super::{Block, BlockReader, ReadAt, Snapshot, SnapshotError};
 use crate::order::{Push, PushOrder};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, Run};
-use crate::port::{Clock, Link, PageFault, PageSink};
+use crate::port::{Clock, Link, PageFault, PageSink, post_copy};
 use crate::report::{Faults, Latencies};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,7 +29,7 @@ const PUSH_PAGES: u64 = super::BLOCK_PAGES;
 /// Fault streams that are bubbled around.
 const PIVOTS: usize = 8;
 
-/// Writes all pages of a snapshot into memory that nobody uses yet, unless `cancelled` says so
+/// Writes all pages of a snapshot into memory that is not used yet, unless `cancelled` says so
 /// meanwhile; returns the bytes that were read.
 ///
 /// # Errors
@@ -108,7 +108,7 @@ pub struct Filling<L, S, F> {
 }
 
 struct Pages {
-    /// Pages whose frame nobody reads yet.
+    /// Pages whose frame no thread reads yet.
     unclaimed: PageSet,
     /// Pages that are not in place.
     missing: PageSet,
@@ -211,7 +211,7 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
     pub fn serve(&self) -> Result<(), SnapshotError> {
         let mut reader = BlockReader::default();
         while !self.is_over() {
-            let fault = self.sink.next_fault(TICK);
+            let fault = post_copy(&*self.sink).and_then(|memory| memory.next_fault(TICK));
             let fault = fault.map_err(|source| SnapshotError::Place { gfn: 0, source });
             let done = match fault {
                 Ok(Some(fault)) => self.fault(fault, &mut reader),
@@ -223,7 +223,7 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
         Ok(())
     }
 
-    /// Reads what nobody waits for yet, the neighbourhood of the faults first, until every page is
+    /// Reads what is not waited for yet, the neighbourhood of the faults first, until every page is
     /// claimed: the work of one thread.
     ///
     /// # Errors
@@ -271,9 +271,8 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
         match self.note_fault(fault) {
             FaultIs::Claimed(frame) => self.read(frame, fault.gfn, reader),
             FaultIs::Known => Ok(()),
-            FaultIs::Empty => self
-                .sink
-                .place_zero(Run::new(fault.gfn, 1))
+            FaultIs::Empty => post_copy(&*self.sink)
+                .and_then(|memory| memory.place_zero(Run::new(fault.gfn, 1)))
                 .map_err(|source| SnapshotError::Place {
                     gfn: fault.gfn,
                     source,
@@ -336,8 +335,8 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
 
     /// A page that is there keeps what it has: the guest may have written to it since.
     fn place(&self, run: Run, bytes: &[u8]) -> Result<(), SnapshotError> {
-        self.sink
-            .place(run, bytes)
+        post_copy(&*self.sink)
+            .and_then(|memory| memory.place(run, bytes))
             .map_err(|source| SnapshotError::Place {
                 gfn: run.first,
                 source,

@@ -90,7 +90,7 @@ pub enum SaveError {
         /// How long it is.
         bytes: usize,
     },
-    /// Somebody did not want it any more.
+    /// The caller cancelled it.
     #[error("the snapshot was cancelled")]
     Cancelled,
     /// A data channel failed inside.
@@ -381,7 +381,7 @@ pub struct SaveSetup<'a> {
     pub options: SaveOptions,
     /// Time.
     pub clock: &'a dyn Clock,
-    /// Whether somebody wants it to end.
+    /// Whether the caller wants it to end.
     pub cancelled: &'a (dyn Fn() -> bool + Sync),
     /// The machine's configuration; asked for in the pause.
     pub describe: &'a mut dyn FnMut() -> Result<Vec<u8>, PortError>,

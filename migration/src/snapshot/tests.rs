@@ -3,7 +3,7 @@ use crate::codec::content::{self, Content};
 use crate::options::Compress;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{
-    Committed, PageFault, PageSink, PageSource, Paused, PausedVm, PortError, SourceVm,
+    Committed, PageFault, PageSink, PageSource, Paused, PausedVm, PortError, PostCopySink, SourceVm,
 };
 use crate::testing::{Loopback, TestClock};
 use proptest::prelude::*;
@@ -172,8 +172,14 @@ impl PageSink<Loopback> for Sink {
         Ok(())
     }
     fn copy_page(&self, _: Gfn, _: &mut Page) -> Result<(), PortError> {
-        Err("nobody looks".into())
+        Err("not read".into())
     }
+    fn post_copy(&self) -> Option<&dyn PostCopySink> {
+        Some(self)
+    }
+}
+
+impl PostCopySink for Sink {
     fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
         self.put(run, bytes, true);
         Ok(())
@@ -449,7 +455,7 @@ fn a_damaged_page_names_itself_and_its_place_and_ends_the_filling() {
     assert!(error.contains(&format!("byte {}", frame + 32)), "{error}");
     assert!(error.starts_with("page 0x"), "{error}");
     assert!(filling.is_over() && filling.failed().as_deref() == Some(&error));
-    // Whoever serves faults ends too, and nothing wrong was placed.
+    // Serving faults ends too, and nothing wrong was placed.
     filling.serve().unwrap();
     let (_, memory) = small();
     assert!(

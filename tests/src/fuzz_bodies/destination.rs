@@ -1,11 +1,14 @@
 //! A destination that is told anything at all.
 
 use super::link::{channels, mend};
-use ferry_migration::destination::{Destination, FaultChannel, State, Step, Timeouts, greet};
+use ferry_migration::destination::{
+    Destination, FaultChannel, State, Step, Timeouts, exchange_preamble,
+};
 use ferry_migration::net::MonotonicClock;
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
-    BlockSink, DestinationVm, Link, PageFault, PageSink, PortError, blocks_in,
+    BlockSink, DestinationDisks, DestinationVm, Link, PageFault, PageSink, PortError, PostCopySink,
+    PostCopyVm, blocks_in,
 };
 use ferry_migration::testing::{Gate, RecordedPeer, Seen, TestClock};
 use ferry_migration::wire::{
@@ -36,7 +39,7 @@ pub fn handshake(bytes: &[u8]) -> Option<State> {
     let stream = mend(stream, mode & 1 == 1);
     let length = stream.len();
     let link = RecordedPeer::new(stream, Seen::AtOnce);
-    let (channel, preamble) = greet(link, Duration::ZERO).ok()?;
+    let (channel, preamble) = exchange_preamble(link, Duration::ZERO).ok()?;
     let mut destination = Destination::new(
         channel,
         &preamble,
@@ -111,7 +114,7 @@ pub fn data_channels(bytes: &[u8], timeout: Duration) -> Option<State> {
     stream.extend(payload);
     stream.extend(next());
     let link = RecordedPeer::new(stream, Seen::AtOnce);
-    let (channel, preamble) = greet(link, Duration::ZERO).unwrap();
+    let (channel, preamble) = exchange_preamble(link, Duration::ZERO).unwrap();
     let timeouts = Timeouts {
         transfer: timeout,
         ..Timeouts::default()
@@ -168,7 +171,7 @@ pub fn data_channels(bytes: &[u8], timeout: Duration) -> Option<State> {
         let mut stream = Preamble::new(Role::Recover, 0, SESSION).encode().to_vec();
         stream.extend(next());
         let link = RecordedPeer::new(stream, Seen::AtOnce);
-        let (channel, preamble) = greet(link, Duration::ZERO).unwrap();
+        let (channel, preamble) = exchange_preamble(link, Duration::ZERO).unwrap();
         destination.reattach(channel, &preamble);
         play(&mut destination, asks(next()));
     }
@@ -237,6 +240,12 @@ impl PageSink<RecordedPeer> for FuzzSink {
         Ok(())
     }
 
+    fn post_copy(&self) -> Option<&dyn PostCopySink> {
+        Some(self)
+    }
+}
+
+impl PostCopySink for FuzzSink {
     fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
         assert_eq!(run.bytes(), bytes.len() as u64);
         assert!(self.layout.contains(run), "{run:?} is not RAM");
@@ -316,17 +325,6 @@ impl BlockSink for FuzzDisk {
 impl DestinationVm<RecordedPeer> for FuzzHost {
     type Sink = FuzzSink;
 
-    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
-        if bytes.iter().map(|bytes| blocks_in(*bytes)).sum::<u64>() > FuzzDisk::MOST {
-            return Err("too large".into());
-        }
-        let make = |bytes: &u64| {
-            let disk = vec![0; usize::try_from(*bytes).unwrap()];
-            Arc::new(FuzzDisk(Mutex::new(disk))) as _
-        };
-        Ok(bytes.iter().map(make).collect())
-    }
-
     fn prepare(&mut self, layout: &RamLayout, _: &[u8]) -> Result<Arc<FuzzSink>, PortError> {
         if layout.pages() > MOST_PAGES {
             return Err("too large".into());
@@ -340,20 +338,6 @@ impl DestinationVm<RecordedPeer> for FuzzHost {
         });
         self.sink = Some(Arc::clone(&sink));
         Ok(sink)
-    }
-
-    fn check_post_copy(&self) -> Result<(), PortError> {
-        Ok(())
-    }
-
-    fn drop_stale(&mut self, _: &PageSet) -> Result<(), PortError> {
-        Ok(())
-    }
-
-    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
-        assert!(!self.restored && !self.ran);
-        *self.missing.lock().unwrap() = Some(missing.clone());
-        Ok(())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
@@ -373,4 +357,43 @@ impl DestinationVm<RecordedPeer> for FuzzHost {
     fn discard(&mut self) {
         assert!(!self.ran, "a running guest was discarded");
     }
+
+    fn disks(&mut self) -> Option<&mut dyn DestinationDisks> {
+        Some(self)
+    }
+
+    fn post_copy(&mut self) -> Option<&mut dyn PostCopyVm> {
+        Some(self)
+    }
+}
+
+impl DestinationDisks for FuzzHost {
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        if bytes.iter().map(|bytes| blocks_in(*bytes)).sum::<u64>() > FuzzDisk::MOST {
+            return Err("too large".into());
+        }
+        let make = |bytes: &u64| {
+            let disk = vec![0; usize::try_from(*bytes).unwrap()];
+            Arc::new(FuzzDisk(Mutex::new(disk))) as _
+        };
+        Ok(bytes.iter().map(make).collect())
+    }
+}
+
+impl PostCopyVm for FuzzHost {
+    fn check(&self) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    fn drop_stale(&mut self, _: &PageSet) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    fn begin(&mut self, missing: &PageSet) -> Result<(), PortError> {
+        assert!(!self.restored && !self.ran);
+        *self.missing.lock().unwrap() = Some(missing.clone());
+        Ok(())
+    }
+
+    fn end(&mut self) {}
 }

@@ -44,6 +44,7 @@ impl<F: Fn(Arrival) + Send + Sync> Owner for F {
 
 /// What a receiver tells its owner.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Arrival {
     /// A connection was no migration's; nothing has changed. A sentence.
     Refused(String),
@@ -146,8 +147,8 @@ impl Following {
         self.0.file()
     }
 
-    /// For a machine that has ended: whoever waits for a page goes on, with zeros, and the source
-    /// is told that nothing more is needed, if it can be at once.
+    /// For a machine that has ended: a thread that waits for a page goes on, with zeros, and the
+    /// source is told that nothing more is needed, if it can be at once.
     pub fn abandon(&self) {
         self.0.abandon();
     }

@@ -38,7 +38,7 @@ impl BlockSource for DiskCopy {
     fn take_written(&self) -> Result<Vec<u64>, PortError> {
         let path = self.0.path().display();
         let words = self.0.written().take();
-        words.ok_or_else(|| format!("nobody watches what is written to {path}").into())
+        words.ok_or_else(|| format!("writes to {path} are not tracked").into())
     }
 
     fn hole(&self, offset: u64, len: u64) -> u64 {

@@ -8,7 +8,8 @@ use ferry_migration::net::tls::ServerTls;
 
 use crate::machine::MachineDescription;
 
-/// Whom a receiver lets in, and how large a guest it takes. The default lets in whoever reaches it.
+/// Which sources a receiver lets in, and how large a guest it takes. The default lets in every
+/// source.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Gate {

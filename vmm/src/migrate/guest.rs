@@ -236,10 +236,10 @@ impl SourceDisks for MachineGuest<'_> {
 
 impl ShareMemory<StreamLink> for MachineGuest<'_> {
     fn share_memory(&self, link: &mut StreamLink) -> Result<bool, PortError> {
-        let Some(beside) = link.beside() else {
+        let Some(fd_passing) = link.fd_passing() else {
             return Ok(false);
         };
-        beside.put(self.machine.ram().share()?);
+        fd_passing.put(self.machine.ram().share()?);
         Ok(true)
     }
 
@@ -248,8 +248,8 @@ impl ShareMemory<StreamLink> for MachineGuest<'_> {
     }
 
     fn share_files(&self, link: &mut StreamLink) -> Result<(), PortError> {
-        let beside = link.beside().ok_or("the link carries no files")?;
-        beside.put_files(self.machine.share_taps()?);
+        let fd_passing = link.fd_passing().ok_or("the link carries no files")?;
+        fd_passing.put_files(self.machine.share_taps()?);
         Ok(())
     }
 }

@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use ferry_migration::options::Tracking;
 use ferry_migration::page::{AtomicPageSet, Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{BlockSink, DestinationVm, PageFault, PageSink, PortError};
+use ferry_migration::port::{
+    AdoptMemory, BlockSink, DestinationDisks, DestinationVm, PageFault, PageSink, PortError,
+    PostCopySink, PostCopyVm,
+};
 use ferry_migration::wire::MAX_RUNS;
 
 use super::arrival::Owner;
@@ -38,7 +41,7 @@ enum Faults {
     /// No page of a running guest has been missing.
     NotBegun,
     Served(Arc<Userfault>),
-    /// Nobody waits for a page any more.
+    /// No page is missing any more.
     Over,
 }
 
@@ -65,7 +68,7 @@ impl RamSink {
         }
     }
 
-    /// Where to place pages of a running guest; `None` when nobody waits for any: one that comes
+    /// Where to place pages of a running guest; `None` when none is missing: one that comes
     /// late, because the guest has ended while it was on its way, has no place any more.
     fn faults(&self) -> Result<Option<Arc<Userfault>>, PortError> {
         match &*lock(&self.faults) {
@@ -75,7 +78,7 @@ impl RamSink {
         }
     }
 
-    /// Nobody waits for a page any more: all are in place, or the guest is at its end.
+    /// No page is waited for any more: all are in place, or the guest is at its end.
     pub(crate) fn end_faults(&self) {
         let before = std::mem::replace(&mut *lock(&self.faults), Faults::Over);
         // Who waits in there holds it too, and drops it when the wait ends.
@@ -158,6 +161,12 @@ impl PageSink<StreamLink> for RamSink {
         Ok(self.ram.copy_page(gfn, into)?)
     }
 
+    fn post_copy(&self) -> Option<&dyn PostCopySink> {
+        Some(self)
+    }
+}
+
+impl PostCopySink for RamSink {
     fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
         if let Some(faults) = self.faults()? {
             faults.place(run.first, run.count, bytes)?;
@@ -233,7 +242,8 @@ impl MachineHost {
         self
     }
 
-    /// Restores the guest as it was, however long that is ago: its clock does not count the time since.
+    /// Restores the guest as it was, however long that is ago: its clock does not count the time
+    /// since.
     pub(crate) fn with_stopped_clock(mut self) -> Self {
         self.stopped_clock = true;
         self
@@ -303,103 +313,8 @@ impl MachineHost {
 impl DestinationVm<StreamLink> for MachineHost {
     type Sink = RamSink;
 
-    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
-        self.disks.make(&self.backends.disks, bytes)?;
-        Ok(self.disks.sinks())
-    }
-
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<RamSink>, PortError> {
         self.build(layout, machine, None)
-    }
-
-    fn wants_files(&mut self, link: &mut StreamLink) -> Result<bool, PortError> {
-        let Some(beside) = link.beside() else {
-            return Ok(false);
-        };
-        self.memory = beside.take()?;
-        if self.memory.is_some() {
-            beside.expect_files();
-        }
-        Ok(self.memory.is_some())
-    }
-
-    fn adopt(
-        &mut self,
-        link: &mut StreamLink,
-        layout: &RamLayout,
-        machine: &[u8],
-    ) -> Result<Option<Arc<RamSink>>, PortError> {
-        let Some(beside) = link.beside() else {
-            return Ok(None);
-        };
-        let (memory, taps) = match self.memory.take() {
-            Some(memory) => (Some(memory), beside.take_files()?),
-            None => (beside.take()?, Vec::new()),
-        };
-        let Some(memory) = memory else {
-            return Ok(None);
-        };
-        // Page tables are left to be made as the guest touches its pages. Made here for all of them
-        // they cost three times as much for each (3.7 µs against 1.3 µs measured) while the guest
-        // needs the processors, and it gained nothing.
-        match self.build(layout, machine, Some((memory, taps))) {
-            Ok(sink) => Ok(Some(sink)),
-            // The source takes this for an answer, unless it was told not to copy.
-            Err(error) if is_unsealed(&error) => {
-                tracing::info!(%error, "the guest's memory is copied");
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn check_post_copy(&self) -> Result<(), PortError> {
-        if self.backends.memory.backing == Backing::Hugetlb {
-            return Err(UserfaultError::Hugepages.into());
-        }
-        check_userfault()?;
-        Ok(())
-    }
-
-    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
-        let sink = self.sink.as_ref().ok_or("there is no machine")?;
-        if sink.ram.hugepages() {
-            return Err(UserfaultError::Hugepages.into());
-        }
-        // What comes after this must not fill the holes beside it.
-        sink.ram.forbid_transparent_hugepages();
-        for run in pages.runs() {
-            sink.ram.drop_pages(run.first, run.count)?;
-            sink.filled.remove_run(run);
-        }
-        Ok(())
-    }
-
-    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
-        let sink = Arc::clone(self.sink.as_ref().ok_or("there is no machine")?);
-        if sink.ram.is_preallocated() {
-            self.drop_stale(missing)?;
-        }
-        // Pre-copy finds a shortage while the source still has the guest; here it would come too
-        // late.
-        check_available(missing.len() * PAGE_SIZE as u64)?;
-        // A page that the guest gives back would fault again, and the source would be asked for it
-        // in vain.
-        if let Some(machine) = &self.machine {
-            machine.keep_free_pages(true);
-        }
-        let faults = Userfault::register(Arc::clone(&sink.ram))?;
-        *lock(&sink.faults) = Faults::Served(Arc::new(faults));
-        Ok(())
-    }
-
-    fn end_post_copy(&mut self) {
-        if let Some(sink) = &self.sink {
-            sink.end_faults();
-        }
-        if let Some(machine) = &self.machine {
-            machine.keep_free_pages(false);
-        }
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
@@ -449,10 +364,123 @@ impl DestinationVm<StreamLink> for MachineHost {
     fn discard(&mut self) {
         if !self.started {
             // A machine ends only when none of its vCPUs waits for a page.
-            self.end_post_copy();
+            self.end();
             self.sink = None;
             self.machine = None;
             self.disks.remove();
+        }
+    }
+
+    fn disks(&mut self) -> Option<&mut dyn DestinationDisks> {
+        Some(self)
+    }
+
+    fn sharing(&mut self) -> Option<&mut dyn AdoptMemory<StreamLink, RamSink>> {
+        Some(self)
+    }
+
+    fn post_copy(&mut self) -> Option<&mut dyn PostCopyVm> {
+        Some(self)
+    }
+}
+
+impl DestinationDisks for MachineHost {
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        self.disks.make(&self.backends.disks, bytes)?;
+        Ok(self.disks.sinks())
+    }
+}
+
+impl AdoptMemory<StreamLink, RamSink> for MachineHost {
+    fn wants_files(&mut self, link: &mut StreamLink) -> Result<bool, PortError> {
+        let Some(fd_passing) = link.fd_passing() else {
+            return Ok(false);
+        };
+        self.memory = fd_passing.take()?;
+        if self.memory.is_some() {
+            fd_passing.expect_files();
+        }
+        Ok(self.memory.is_some())
+    }
+
+    fn adopt(
+        &mut self,
+        link: &mut StreamLink,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<Option<Arc<RamSink>>, PortError> {
+        let Some(fd_passing) = link.fd_passing() else {
+            return Ok(None);
+        };
+        let (memory, taps) = match self.memory.take() {
+            Some(memory) => (Some(memory), fd_passing.take_files()?),
+            None => (fd_passing.take()?, Vec::new()),
+        };
+        let Some(memory) = memory else {
+            return Ok(None);
+        };
+        // Page tables are left to be made as the guest touches its pages. Made here for all of them
+        // they cost three times as much for each (3.7 µs against 1.3 µs measured) while the guest
+        // needs the processors, and it gained nothing.
+        match self.build(layout, machine, Some((memory, taps))) {
+            Ok(sink) => Ok(Some(sink)),
+            // The source takes this for an answer, unless it was told not to copy.
+            Err(error) if is_unsealed(&error) => {
+                tracing::info!(%error, "the guest's memory is copied");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl PostCopyVm for MachineHost {
+    fn check(&self) -> Result<(), PortError> {
+        if self.backends.memory.backing == Backing::Hugetlb {
+            return Err(UserfaultError::Hugepages.into());
+        }
+        check_userfault()?;
+        Ok(())
+    }
+
+    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
+        let sink = self.sink.as_ref().ok_or("there is no machine")?;
+        if sink.ram.hugepages() {
+            return Err(UserfaultError::Hugepages.into());
+        }
+        // What comes after this must not fill the holes beside it.
+        sink.ram.forbid_transparent_hugepages();
+        for run in pages.runs() {
+            sink.ram.drop_pages(run.first, run.count)?;
+            sink.filled.remove_run(run);
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, missing: &PageSet) -> Result<(), PortError> {
+        let sink = Arc::clone(self.sink.as_ref().ok_or("there is no machine")?);
+        if sink.ram.is_preallocated() {
+            self.drop_stale(missing)?;
+        }
+        // Pre-copy finds a shortage while the source still has the guest; here it would come too
+        // late.
+        check_available(missing.len() * PAGE_SIZE as u64)?;
+        // A page that the guest gives back would fault again, and the source would be asked for it
+        // in vain.
+        if let Some(machine) = &self.machine {
+            machine.keep_free_pages(true);
+        }
+        let faults = Userfault::register(Arc::clone(&sink.ram))?;
+        *lock(&sink.faults) = Faults::Served(Arc::new(faults));
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        if let Some(sink) = &self.sink {
+            sink.end_faults();
+        }
+        if let Some(machine) = &self.machine {
+            machine.keep_free_pages(false);
         }
     }
 }
@@ -466,119 +494,4 @@ fn is_unsealed(error: &PortError) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::os::unix::net::UnixStream;
-
-    /// What comes to a page: all of it in one of the three ways in which pages come.
-    #[derive(Clone, Debug)]
-    enum Step {
-        Decoded(Run, u8),
-        Zero(Run),
-        Raw(Vec<Run>, u8),
-    }
-
-    fn step() -> impl Strategy<Value = Step> {
-        let run = || (400..640_u64, 1..16_u64).prop_map(|(first, count)| Run::new(first, count));
-        prop_oneof![
-            (run(), any::<u8>()).prop_map(|(run, byte)| Step::Decoded(run, byte)),
-            run().prop_map(Step::Zero),
-            (proptest::collection::vec(run(), 1..20), any::<u8>())
-                .prop_map(|(runs, byte)| Step::Raw(runs, byte)),
-        ]
-    }
-
-    /// Plays `steps`, and looks at what lies there; before step `cut` a second sink takes over.
-    fn arrives(steps: Vec<Step>, cut: usize, backing: Backing) -> Result<(), TestCaseError> {
-        let ram = Arc::new(GuestRam::new(4 << 20, backing).unwrap());
-        // Of 2 MiB pages more may be there than came.
-        let exact = ram.backing() == Backing::Small;
-        let layout = engine_layout(&ram).unwrap();
-        let mut sink = RamSink::new(Arc::clone(&ram), &layout);
-        let (here, there) = UnixStream::pair().unwrap();
-        let mut link = StreamLink::unix(here).unwrap();
-        let mut naive = vec![None; 1024];
-        let page = |gfn: Gfn, byte: u8| [byte ^ gfn.to_le_bytes()[0]; PAGE_SIZE];
-        let bytes = |run: Run, byte| -> Vec<u8> {
-            (run.first..run.end())
-                .flat_map(|gfn| page(gfn, byte))
-                .collect()
-        };
-        for (n, step) in steps.into_iter().enumerate() {
-            if n == cut {
-                sink = RamSink::new(Arc::clone(&ram), &layout);
-            }
-            let (runs, now) = match step {
-                Step::Decoded(run, byte) => {
-                    sink.write(run, &bytes(run, byte)).unwrap();
-                    (vec![run], Some(byte))
-                }
-                Step::Zero(run) => {
-                    sink.zero(run).unwrap();
-                    (vec![run], None)
-                }
-                Step::Raw(runs, byte) => {
-                    let body: Vec<u8> = runs.iter().flat_map(|run| bytes(*run, byte)).collect();
-                    std::thread::scope(|scope| {
-                        scope.spawn(|| (&there).write_all(&body).unwrap());
-                        sink.receive(&mut link, &runs).unwrap();
-                    });
-                    (runs, Some(byte))
-                }
-            };
-            for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
-                naive[usize::try_from(gfn).unwrap()] = now;
-            }
-        }
-        let mut found = [0; PAGE_SIZE];
-        for (gfn, expected) in (0..).zip(&naive) {
-            let absent = || ram.unpopulated(gfn, 1).is_some();
-            prop_assert!(!exact || absent() == expected.is_none(), "page {}", gfn);
-            sink.copy_page(gfn, &mut found).unwrap();
-            prop_assert!(
-                found == expected.map_or([0; PAGE_SIZE], |byte| page(gfn, byte)),
-                "page {}",
-                gfn
-            );
-            prop_assert!(!exact || absent() == expected.is_none(), "page {}", gfn);
-        }
-        Ok(())
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Whatever order pages come in and however, the last is what lies there, and what never
-        /// came takes no memory. Twice: what the second sink finds in the memory is as good as what
-        /// it placed itself.
-        #[test]
-        fn the_last_that_came_lies_there(steps in proptest::collection::vec(step(), 0..30), cut in 0..30_usize) {
-            for backing in [Backing::Small, Backing::Auto] {
-                arrives(steps.clone(), cut, backing)?;
-            }
-        }
-    }
-
-    #[test]
-    fn memory_that_its_source_could_cut_is_copied() {
-        let of = |error: ShareError| PortError::from(BuildError::from(error));
-        assert!(is_unsealed(&of(ShareError::Unsealed)));
-        assert!(!is_unsealed(&of(ShareError::Kind)));
-        assert!(!is_unsealed(&"a sentence".into()));
-    }
-
-    #[test]
-    fn a_page_that_comes_after_the_end_is_not_an_error() {
-        let ram = Arc::new(GuestRam::new(1 << 20, Backing::Small).unwrap());
-        let layout = engine_layout(&ram).unwrap();
-        let sink = RamSink::new(ram, &layout);
-        let bytes = [1; PAGE_SIZE];
-        let run = Run::new(3, 1);
-        assert!(sink.place(run, &bytes).is_err());
-        assert!(sink.place_zero(run).is_err());
-        sink.end_faults();
-        sink.place(run, &bytes).unwrap();
-        sink.place_zero(run).unwrap();
-        assert!(sink.next_fault(Duration::ZERO).unwrap().is_none());
-    }
-}
+mod tests;

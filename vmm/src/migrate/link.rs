@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use socket2::SockRef;
 
-use super::beside::Beside;
+use super::fd_passing::FdPassing;
 use super::{Handle, Peer, Uri};
 use crate::memory::SplicePipe;
 use crate::socket::dial_unless;
@@ -39,7 +39,7 @@ struct Socket {
     stream: Stream,
     pipe: Option<SplicePipe>,
     /// Files on their way beside the bytes; over Unix sockets only.
-    beside: Option<Beside>,
+    fd_passing: Option<FdPassing>,
 }
 
 impl Socket {
@@ -68,17 +68,19 @@ impl net::Socket for Socket {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match (&self.stream, &mut self.beside) {
+        match (&self.stream, &mut self.fd_passing) {
             (Stream::Tcp(s), _) => (&mut &*s).read(buf),
-            (Stream::Unix(s), Some(beside)) if beside.expected() => beside.receive(s, buf),
+            (Stream::Unix(s), Some(fd_passing)) if fd_passing.expected() => {
+                fd_passing.receive(s, buf)
+            }
             (Stream::Unix(s), _) => (&mut &*s).read(buf),
         }
     }
 
     fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        match (&self.stream, &mut self.beside) {
+        match (&self.stream, &mut self.fd_passing) {
             (Stream::Tcp(s), _) => (&mut &*s).write_vectored(parts),
-            (Stream::Unix(s), Some(beside)) if beside.leaves() => beside.send(s, parts),
+            (Stream::Unix(s), Some(fd_passing)) if fd_passing.leaves() => fd_passing.send(s, parts),
             (Stream::Unix(s), _) => (&mut &*s).write_vectored(parts),
         }
     }
@@ -134,15 +136,15 @@ impl StreamLink {
     /// # Errors
     /// When its options cannot be set.
     pub fn unix(stream: UnixStream) -> io::Result<Self> {
-        Self::over(Stream::Unix(stream), Some(Beside::default()))
+        Self::over(Stream::Unix(stream), Some(FdPassing::default()))
     }
 
-    fn over(stream: Stream, beside: Option<Beside>) -> io::Result<Self> {
+    fn over(stream: Stream, fd_passing: Option<FdPassing>) -> io::Result<Self> {
         let pipe = None;
         let socket = Socket {
             stream,
             pipe,
-            beside,
+            fd_passing,
         };
         Ok(Self {
             inner: net::StreamLink::new(socket)?,
@@ -156,8 +158,8 @@ impl StreamLink {
     /// When its options cannot be set.
     pub(super) fn accepted(stream: UnixStream) -> io::Result<Self> {
         let mut link = Self::unix(stream)?;
-        if let Some(beside) = link.beside() {
-            beside.expect();
+        if let Some(fd_passing) = link.fd_passing() {
+            fd_passing.expect();
         }
         Ok(link)
     }
@@ -204,7 +206,7 @@ impl StreamLink {
 
     /// Files cannot go beside coded bytes.
     fn bytes_alone(&mut self) {
-        self.inner.socket_mut().beside = None;
+        self.inner.socket_mut().fd_passing = None;
     }
 
     /// What only the two ends of a secured connection know.
@@ -252,8 +254,8 @@ impl StreamLink {
 
     /// What goes, and came, beside the bytes; `None` where the connection carries nothing but
     /// bytes.
-    pub(super) const fn beside(&mut self) -> Option<&mut Beside> {
-        self.inner.socket_mut().beside.as_mut()
+    pub(super) const fn fd_passing(&mut self) -> Option<&mut FdPassing> {
+        self.inner.socket_mut().fd_passing.as_mut()
     }
 }
 

@@ -21,6 +21,7 @@ const SETTLING: Duration = Duration::from_secs(2);
 
 /// Why nothing can be received.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReceiveError {
     /// The place cannot be listened on.
     #[error("cannot listen on {uri}: {error}; {hint}")]

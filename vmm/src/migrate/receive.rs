@@ -1,7 +1,7 @@
 //! Waiting for a guest: accepting a migration's channels and building its machine.
 //!
 //! ```text
-//!  accept thread ── each connection ──▶ greet ──▶ role control: runs the engine, in its own thread
+//!  accept thread ── each connection ──▶ preamble ──▶ role control: runs the engine, in its own thread
 //!                                              ├▶ role data:    fills memory, in its own thread
 //!                                              ├▶ role fault:   asks for pages, in its own thread
 //!                                              └▶ role recover: handed to the engine that has lost its connection
@@ -53,7 +53,7 @@ pub enum ReceiveState {
     Waiting,
     /// One arrives.
     Receiving,
-    /// A guest is complete here, and nobody knows whether it may run.
+    /// A guest is complete here, and whether it may run is unknown.
     InDoubt,
     /// A guest runs here, and its pages follow.
     Following,
@@ -127,7 +127,7 @@ impl Receiver {
     ) -> Result<Self, ReceiveError> {
         let (sender, arrivals) = mpsc::channel();
         let owner = move |arrival| {
-            // Nobody listens any more while the receiver is being dropped.
+            // The other end goes first when the receiver is dropped.
             let _ = sender.send(arrival);
         };
         let listener = Listener::bind(uri)?;

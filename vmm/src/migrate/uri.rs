@@ -24,6 +24,7 @@ pub enum Uri {
 
 /// Why a text is no such place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum UriError {
     /// Not one of the forms.
     #[error("'{0}' is no place to migrate to; write tcp:HOST:PORT or unix:PATH")]

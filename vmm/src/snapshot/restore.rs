@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use ferry_devices::thread;
 use ferry_migration::options::Tracking;
-use ferry_migration::port::{DestinationVm, PortError};
+use ferry_migration::port::{DestinationVm, PortError, PostCopyVm};
 use ferry_migration::report::Faults;
 use ferry_migration::snapshot::{Filling, Snapshot, SnapshotError as FormatError, fill_all};
 use serde::{Deserialize, Serialize};
@@ -34,6 +34,7 @@ pub struct RestoreOptions {
 
 /// Why a guest was not restored.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RestoreError {
     /// There is no such file.
     #[error("the snapshot {} cannot be opened: {source}", path.display())]
@@ -235,7 +236,7 @@ pub fn restore(
         ..RestoreReport::default()
     };
     if !options.eager {
-        match host.begin_post_copy(&snapshot.data()) {
+        match host.begin(&snapshot.data()) {
             Ok(()) => {
                 report.eager = false;
                 return on_demand(began, host, snapshot, &sink, machine, report).map_err(refused);
@@ -296,7 +297,7 @@ fn on_demand(
     if let Err(error) = started {
         pages.dismiss();
         machine.stop();
-        host.end_post_copy();
+        host.end();
         for thread in threads {
             let _ = thread.join();
         }
@@ -324,7 +325,7 @@ fn on_demand(
             pages.dismiss();
             report.error = Some(why);
         }
-        host.end_post_copy();
+        host.end();
         let filled = pages.filled();
         report.total_ms = ms(began.elapsed());
         report.unread_pages = pages.left();
@@ -343,7 +344,7 @@ fn on_demand(
     })
 }
 
-/// The disks that are given here are those of the snapshot, and nobody has written to them since.
+/// The disks that are given here are those of the snapshot, and were not written to since.
 fn check_disks(path: &Path, contents: &Contents, backends: &Backends) -> Result<(), RestoreError> {
     // How many there must be is checked with the machine.
     for (mark, disk) in contents.disks.iter().zip(&backends.disks) {
@@ -365,7 +366,7 @@ fn check_disks(path: &Path, contents: &Contents, backends: &Backends) -> Result<
             _ => {
                 return error(
                     "may have been changed",
-                    "of a block device nobody can tell".into(),
+                    "a block device has no modification time".into(),
                 );
             }
         }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::port::PortError;
+use crate::port::{PortError, PostCopySink};
 use crate::testing::{Loopback, TestClock};
 use std::io;
 
@@ -20,11 +20,20 @@ impl PageSink<Loopback> for AnySink {
         into.fill(0);
         Ok(())
     }
+    fn post_copy(&self) -> Option<&dyn PostCopySink> {
+        Some(self)
+    }
+}
+
+impl PostCopySink for AnySink {
     fn place(&self, _: Run, _: &[u8]) -> Result<(), PortError> {
         Ok(())
     }
     fn place_zero(&self, _: Run) -> Result<(), PortError> {
         Ok(())
+    }
+    fn next_fault(&self, _: Duration) -> Result<Option<PageFault>, PortError> {
+        Ok(None)
     }
 }
 

@@ -7,7 +7,10 @@ use super::link::SimLink;
 use super::lock;
 use super::world::{STATE, World};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{BlockSink, DestinationVm, Link, PageFault, PageSink, PortError};
+use crate::port::{
+    AdoptMemory, BlockSink, DestinationDisks, DestinationVm, Link, PageFault, PageSink, PortError,
+    PostCopySink, PostCopyVm,
+};
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -82,6 +85,12 @@ impl PageSink<SimLink> for SimSink {
         Ok(())
     }
 
+    fn post_copy(&self) -> Option<&dyn PostCopySink> {
+        Some(self)
+    }
+}
+
+impl PostCopySink for SimSink {
     fn place(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Place(0))?;
@@ -112,12 +121,6 @@ impl PageSink<SimLink> for SimSink {
 impl DestinationVm<SimLink> for SimHost {
     type Sink = SimSink;
 
-    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
-        lock(&self.world).port_fails(PortFault::TakeDisks)?;
-        let make = |bytes: &u64| SimCopy::make(&self.world, *bytes);
-        Ok(bytes.iter().map(make).collect())
-    }
-
     fn prepare(&mut self, layout: &RamLayout, _: &[u8]) -> Result<Arc<SimSink>, PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Prepare)?;
@@ -126,40 +129,6 @@ impl DestinationVm<SimLink> for SimHost {
         Ok(Arc::new(SimSink {
             world: Arc::clone(&self.world),
         }))
-    }
-
-    fn wants_files(&mut self, _: &mut SimLink) -> Result<bool, PortError> {
-        Ok(lock(&self.world).shares)
-    }
-
-    fn adopt(
-        &mut self,
-        _: &mut SimLink,
-        layout: &RamLayout,
-        machine: &[u8],
-    ) -> Result<Option<Arc<SimSink>>, PortError> {
-        if !lock(&self.world).shares {
-            return Ok(None);
-        }
-        let sink = self.prepare(layout, machine)?;
-        lock(&self.world).shared = true;
-        Ok(Some(sink))
-    }
-
-    fn check_post_copy(&self) -> Result<(), PortError> {
-        lock(&self.world).port_fails(PortFault::CheckPostCopy)
-    }
-
-    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
-        lock(&self.world).drop_stale(pages);
-        Ok(())
-    }
-
-    fn begin_post_copy(&mut self, missing: &PageSet) -> Result<(), PortError> {
-        let mut world = lock(&self.world);
-        world.port_fails(PortFault::BeginPostCopy)?;
-        world.begin_post_copy(missing);
-        Ok(())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
@@ -195,4 +164,64 @@ impl DestinationVm<SimLink> for SimHost {
         world.destination_memory = Vec::new();
         world.disks.discard();
     }
+
+    fn disks(&mut self) -> Option<&mut dyn DestinationDisks> {
+        Some(self)
+    }
+
+    fn sharing(&mut self) -> Option<&mut dyn AdoptMemory<SimLink, SimSink>> {
+        Some(self)
+    }
+
+    fn post_copy(&mut self) -> Option<&mut dyn PostCopyVm> {
+        Some(self)
+    }
+}
+
+impl DestinationDisks for SimHost {
+    fn take_disks(&mut self, bytes: &[u64]) -> Result<Vec<Arc<dyn BlockSink>>, PortError> {
+        lock(&self.world).port_fails(PortFault::TakeDisks)?;
+        let make = |bytes: &u64| SimCopy::make(&self.world, *bytes);
+        Ok(bytes.iter().map(make).collect())
+    }
+}
+
+impl AdoptMemory<SimLink, SimSink> for SimHost {
+    fn wants_files(&mut self, _: &mut SimLink) -> Result<bool, PortError> {
+        Ok(lock(&self.world).shares)
+    }
+
+    fn adopt(
+        &mut self,
+        _: &mut SimLink,
+        layout: &RamLayout,
+        machine: &[u8],
+    ) -> Result<Option<Arc<SimSink>>, PortError> {
+        if !lock(&self.world).shares {
+            return Ok(None);
+        }
+        let sink = self.prepare(layout, machine)?;
+        lock(&self.world).shared = true;
+        Ok(Some(sink))
+    }
+}
+
+impl PostCopyVm for SimHost {
+    fn check(&self) -> Result<(), PortError> {
+        lock(&self.world).port_fails(PortFault::CheckPostCopy)
+    }
+
+    fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
+        lock(&self.world).drop_stale(pages);
+        Ok(())
+    }
+
+    fn begin(&mut self, missing: &PageSet) -> Result<(), PortError> {
+        let mut world = lock(&self.world);
+        world.port_fails(PortFault::BeginPostCopy)?;
+        world.begin_post_copy(missing);
+        Ok(())
+    }
+
+    fn end(&mut self) {}
 }

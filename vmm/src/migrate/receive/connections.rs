@@ -50,9 +50,9 @@ pub(super) fn spawn(shared: &Arc<Shared>, incoming: Incoming) {
 }
 
 fn connection(shared: &Arc<Shared>, link: StreamLink, (id, address): (u64, Address)) {
-    let greeted = admit(shared, link, address);
+    let admitted = admit(shared, link, address);
     let stays = shared.newcomers.leave(id);
-    match greeted {
+    match admitted {
         Ok((channel, preamble, admission)) => {
             serve(shared, channel, &preamble, admission);
             if admission.is_some() {
@@ -92,7 +92,7 @@ fn admit(
         },
     };
     let (channel, preamble) =
-        destination::greet(link, HANDSHAKE).map_err(|error| error.to_string())?;
+        destination::exchange_preamble(link, HANDSHAKE).map_err(|error| error.to_string())?;
     Ok((channel, preamble, admission))
 }
 
@@ -144,7 +144,7 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
     };
     let busy = {
         // A migration that failed is heard of at its source before its memory here is freed:
-        // whoever tries again at once waits for that instead of being refused.
+        // a source that retries at once waits for that instead of being refused.
         let until = Instant::now() + SETTLING;
         let mut active = shared.active();
         loop {

@@ -23,7 +23,7 @@ const _: () = assert!(MEMORY <= FILES);
 
 /// What goes, and what came, beside the bytes of a connection.
 #[derive(Debug, Default)]
-pub(super) struct Beside {
+pub(super) struct FdPassing {
     /// To go with the next bytes.
     outgoing: Vec<OwnedFd>,
     /// How many files may come: without any, the kernel closes what comes.
@@ -33,7 +33,7 @@ pub(super) struct Beside {
     excess: bool,
 }
 
-impl Beside {
+impl FdPassing {
     /// The memory leaves with the next bytes.
     pub(super) fn put(&mut self, memory: SharedRam) {
         self.outgoing = vec![memory.memory, memory.word];
@@ -76,7 +76,7 @@ impl Beside {
         if std::mem::take(&mut self.excess) {
             self.incoming.clear();
             return Err(
-                "the source has sent more files beside its greeting than the guest's memory",
+                "the source has sent more files with its handshake than the guest's memory",
             );
         }
         let mut files = self.incoming.drain(..);
