@@ -222,7 +222,7 @@ mod tests {
             }),
             listening: None,
             serial_output_lost: 0,
-            lacks: None,
+            missing: None,
             balloon: None,
         };
         assert_eq!(

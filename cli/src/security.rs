@@ -79,8 +79,8 @@ pub struct Receiver {
     /// the source is to give to `ferry migrate --pair`.
     #[arg(long, conflicts_with = "insecure")]
     pair: bool,
-    /// Listen beyond this host without encryption: whoever reaches the port can place a guest here,
-    /// and whoever is on the path reads and changes the guest's memory.
+    /// Listen beyond this host without encryption: every host that reaches the port can place a
+    /// guest here, and every host on the path can read and change the guest's memory.
     #[arg(long)]
     insecure: bool,
     /// Take connections only from these addresses or networks, such as 192.0.2.0/24.
@@ -107,8 +107,8 @@ impl Receiver {
             }
             Uri::Tcp { .. } if !secured && !self.insecure && !uri.is_on_this_host() => {
                 return Err(Failure(format!(
-                    "whoever reaches {uri} could place a guest here, with this host's disks and network, and whoever is on \
-                     the path could read its memory: give --tls DIR or --pair, or --insecure where only the two hosts reach it"
+                    "every host that reaches {uri} could place a guest here, with this host's disks and network, and every \
+                     host on the path could read its memory: give --tls DIR or --pair, or --insecure where only the two hosts reach it"
                 )));
             }
             _ => {}

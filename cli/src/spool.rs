@@ -5,7 +5,7 @@
 //!           │ full: refused, the serial port counts it as lost
 //! ```
 //!
-//! A sink that fails (no space, a pipe that nobody reads) is tried again until it works; the queue
+//! A sink that fails (no space, a pipe without a reader) is tried again until it works; the queue
 //! keeps the oldest output meanwhile. A sink that is gone for good ends the queue.
 
 use ferry_terminal::output::{Failure, say};
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_sink_keeps_nobody_and_loses_nothing() {
+    fn a_slow_sink_blocks_no_writer_and_loses_nothing() {
         let (mut spool, seen, go) = slow();
         for i in 0..200u8 {
             spool.write_all(&[i]).unwrap();
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_sink_blocks_nobody() {
+    fn a_broken_sink_blocks_no_writer() {
         let (mut spool, seen, go) = slow();
         drop((go, seen));
         let chunk = vec![0; 64 << 10];
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn output_that_nobody_reads_is_refused_and_its_writer_never_waits() {
+    fn unread_output_is_refused_and_its_writer_never_waits() {
         let (mut spool, _seen, _go) = slow();
         let mut refused = 0;
         for _ in 0..MAX_SPOOL + 10 {

@@ -62,7 +62,7 @@ impl AcpiPm {
         }
     }
 
-    /// Somebody presses the power button. Whether that does something is up to the guest.
+    /// Presses the power button. The guest decides what that does.
     ///
     /// # Errors
     /// The interrupt could not be raised.
@@ -136,8 +136,8 @@ impl BusDevice for AcpiPm {
             let shift = if at % 2 == 1 { 8 } else { 0 };
             self.set(at, u16::from(*byte) << shift, 0xff << shift);
         }
-        // Enabling an event that has happened already raises it. A lost interrupt is as a button
-        // nobody noticed.
+        // Enabling an event that has happened already raises it. A lost interrupt is a
+        // button press that the guest missed.
         let _ = self.interrupt();
     }
 }

@@ -20,6 +20,7 @@ pub trait BusDevice: Send {
 
 /// Why a device could not be put on a bus.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BusError {
     /// The range is empty.
     #[error("the address range at {base:#x} is empty: a device needs at least one address")]
@@ -133,7 +134,7 @@ impl Bus {
     }
 
     /// The device that covers all of `address..address + len`: an access across the edge of a range
-    /// belongs to nobody, since no device could answer the other half.
+    /// has no device, since none could answer the other half.
     fn find(&self, address: u64, len: usize) -> Option<(&Slot, u64)> {
         let after = self.slots.partition_point(|s| s.base <= address);
         let slot = self.slots.get(after.checked_sub(1)?)?;

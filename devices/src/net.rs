@@ -1,7 +1,7 @@
 //! A network card: virtio-net (§5.1) over a tap device, or whatever else takes frames.
 //!
 //! One pair of queues, and a control queue for acknowledging announcements. Checksums and TCP
-//! segmentation are left to whoever is better at it, as negotiated; frames carry
+//! segmentation are left to the host or the guest, as negotiated; frames carry
 //! `struct virtio_net_hdr_v1` through the tap (IFF_VNET_HDR), which also is what the guest's
 //! buffers hold. Received frames may be spread over buffers (MRG_RXBUF).
 //!

@@ -50,6 +50,7 @@ pub struct SerialState {
 
 /// Why a UART could not take over a state.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SerialError {
     /// More input than a UART of ours can have had.
     #[error(
@@ -203,7 +204,7 @@ fn register(offset: u64) -> u8 {
     u8::try_from(offset).unwrap_or(u8::MAX)
 }
 
-/// The writer behind the UART. It never fails: a guest must not notice that nobody reads its
+/// The writer behind the UART. It never fails: a guest must not notice an unread
 /// console.
 struct Output {
     to: Box<dyn Write + Send>,

@@ -1,5 +1,5 @@
-//! The one way to start a thread in ferry: when it fails, whoever depends on it is told, and
-//! nothing waits for it.
+//! The one way to start a thread in ferry: when it fails, a callback is told, and nothing
+//! waits for it.
 
 use std::any::Any;
 use std::io;

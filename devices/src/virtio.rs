@@ -11,7 +11,7 @@
 //!
 //! A device, its registers and its queues are one thing behind one lock. The worker takes it when
 //! an eventfd says that there is something to do, so no exit of a vCPU is on the data path, and
-//! whoever holds the lock knows that nothing of the device moves: [pausing](VirtioDevice::pause) is
+//! the lock's holder knows that nothing of the device moves: [pausing](VirtioDevice::pause) is
 //! taking it, draining what is under way outside of it (a block device's requests) and leaving word
 //! that the worker shall wait.
 //!
@@ -31,8 +31,8 @@
 //!
 //! # Lock order
 //!
-//! the port's lock (a vCPU's access) → the device's gate → the device. Nobody who holds one of them
-//! waits for a vCPU.
+//! the port's lock (a vCPU's access) → the device's gate → the device. A holder of one of them
+//! never waits for a vCPU.
 
 mod chain;
 mod device;

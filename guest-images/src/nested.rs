@@ -281,11 +281,11 @@ fn ram_disk(kernel: &Kernel, config: &Config) -> Result<Vec<u8>, NestedError> {
     Ok(disk.finish())
 }
 
-/// Starts what inherits the affinity of whoever starts it: on the processor that comes `nth` among
+/// Starts a process that inherits this thread's affinity: on the processor that comes `nth` among
 /// those that we may use.
 ///
 /// QEMU's emulation of SVM is not safe against QEMU's own threads: where they truly run at the same
-/// time, guests that nobody migrates triple-fault or hang within a minute, and now and then the
+/// time, guests that are not migrated triple-fault or hang within a minute, and now and then the
 /// nested host itself (seen in 7.2.22 and 10.0.2, with `thread=multi` and `thread=single`: most
 /// runs of a Linux guest on two processors, none on one). Its virtual processors still interleave
 /// wherever the scheduler takes the one away, and two nested hosts have one each.

@@ -1,7 +1,7 @@
 //! A first pass over memory that learns, while it sends, what the guest is writing to.
 //!
 //! Dynamic page transfer reordering (Svärd 2012) sends pages last that were dirtied often, and in
-//! the first pass nobody knows yet which these are. So the dirty log is cleared before the pass,
+//! the first pass it is not known yet which these are. So the dirty log is cleared before the pass,
 //! and looked at a few times during it:
 //!
 //! ```text

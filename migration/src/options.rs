@@ -199,7 +199,7 @@ pub struct Options {
     /// page transfer reordering, Svärd 2012); in the first round, regions that are being written
     /// to. `None` is what suits the policy; see [`reorders`](Self::reorders).
     pub reorder: Option<bool>,
-    /// Post-copy: in which order pages follow that nobody has asked for.
+    /// Post-copy: in which order unrequested pages follow.
     pub order: PushOrder,
     /// Post-copy with bubbling: how many streams of faults have a bubble each; 1 is the
     /// single-pivot form.

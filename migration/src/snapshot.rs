@@ -59,8 +59,8 @@ const HEAD_END: u64 = END_BYTES as u64;
 /// Bytes of an entry of the index.
 const ENTRY_BYTES: usize = 16;
 
-/// Why a file cannot be used as a snapshot. The texts speak of "it": whoever knows the path says it
-/// before them.
+/// Why a file cannot be used as a snapshot. The texts speak of "it": the caller prepends the
+/// path.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
@@ -144,7 +144,7 @@ pub enum SnapshotError {
         /// Why.
         source: crate::port::PortError,
     },
-    /// Nobody waits for the pages any more.
+    /// The pages are not waited for any more.
     #[error("reading was given up")]
     Cancelled,
 }

@@ -42,7 +42,8 @@ fn serve(
     vm: TestDestination,
     timeouts: destination::Timeouts,
 ) -> State {
-    let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
+    let (channel, preamble) =
+        destination::exchange_preamble(connections.recv().unwrap(), NEVER).unwrap();
     let clock = Arc::new(MonotonicClock::new());
     let mut engine = Destination::new(channel, &preamble, vm, timeouts, clock);
     engine.step().unwrap();
@@ -50,7 +51,8 @@ fn serve(
         if let Some(data_channels) = engine.data_channels().cloned() {
             scope.spawn(move || {
                 for link in connections {
-                    let Ok((channel, preamble)) = destination::greet(link, NEVER) else {
+                    let Ok((channel, preamble)) = destination::exchange_preamble(link, NEVER)
+                    else {
                         return;
                     };
                     // A source that gives up may come once more, to say so.
@@ -311,7 +313,7 @@ fn what_no_coder_shrinks_arrives() {
 
 /// One processor here, as far as the guest's port says: nothing is opened that was not asked for.
 #[test]
-fn nobody_asked_for_data_channels() {
+fn unrequested_data_channels() {
     let report = migrate(4, None, none).report;
     assert_eq!(report.status, Status::Completed, "{:?}", report.error);
     assert_eq!(report.channels.opened, 0);
@@ -492,7 +494,7 @@ fn a_slow_source_still_commits() {
     let (ours, theirs) = MemoryLink::pair();
     let (tell, told) = channel();
     let peer = std::thread::spawn(move || {
-        let (channel, preamble) = destination::greet(theirs, NEVER).unwrap();
+        let (channel, preamble) = destination::exchange_preamble(theirs, NEVER).unwrap();
         let host = TestDestination::new(16);
         let timeouts = destination::Timeouts {
             commit: Duration::from_millis(50),

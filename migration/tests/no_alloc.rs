@@ -52,7 +52,8 @@ fn clock() -> TestClock {
 /// The destination's process: the first connection is the control channel, each further one a data
 /// channel.
 fn serve(connections: Receiver<MemoryLink>, vm: TestDestination) {
-    let (channel, preamble) = destination::greet(connections.recv().unwrap(), NEVER).unwrap();
+    let (channel, preamble) =
+        destination::exchange_preamble(connections.recv().unwrap(), NEVER).unwrap();
     let clock = Arc::new(clock());
     let mut engine = Destination::new(channel, &preamble, vm, DESTINATION_TIMEOUTS, clock);
     // The handshake, which says how many data channels will come.
@@ -62,7 +63,7 @@ fn serve(connections: Receiver<MemoryLink>, vm: TestDestination) {
             let data_channels = data_channels.clone();
             scope.spawn(move || {
                 for link in connections {
-                    let (channel, preamble) = destination::greet(link, NEVER).unwrap();
+                    let (channel, preamble) = destination::exchange_preamble(link, NEVER).unwrap();
                     // A source that gives up may come once more, to say so.
                     if preamble.role != Role::Data {
                         continue;

@@ -181,7 +181,7 @@ fn run(seed: u64) -> Outcome {
             assert!(!cancelled, "cancelled, and it went on: {what}");
         }
         Status::Failed | Status::Cancelled => assert!(source.runs(), "{what}"),
-        Status::InDoubt | Status::Interrupted => panic!("nobody has the guest: {what}"),
+        Status::InDoubt | Status::Interrupted => panic!("no side has the guest: {what}"),
     }
     Outcome {
         report,

@@ -2,7 +2,7 @@
 //!
 //! First alone: what turning tracking on, looking, and clearing cost the thread that does it
 //! (processor time), and what being watched costs the guest (its writes a second beside those of
-//! the same guest when nobody looks). Then in pre-copy over a capped link: how many pages go out
+//! the same guest without tracking). Then in pre-copy over a capped link: how many pages go out
 //! again. Log and rings take turns, so that whatever else the machine does hits both alike; every
 //! figure is a median.
 //!

@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 pub const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// This host's KVM, for the benchmark of `what`; says loudly where it does not run: without KVM,
-/// and where nobody asked for it with the `--bench` that `cargo bench` adds.
+/// and without the `--bench` that `cargo bench` adds.
 pub fn benchmark_host(what: &str, bench: bool) -> Option<ferry_vmm::kvm::Host> {
     let host = if bench {
         ferry_vmm::kvm::Host::open().map_err(|error| error.to_string())

@@ -69,7 +69,12 @@ pub fn dial(to: SocketAddr) -> RawLink {
 }
 
 /// Connects and exchanges preambles.
-pub fn greet(to: SocketAddr, role: Role, index: u16, session: SessionId) -> Channel<RawLink> {
+pub fn exchange_preamble(
+    to: SocketAddr,
+    role: Role,
+    index: u16,
+    session: SessionId,
+) -> Channel<RawLink> {
     handshake_on(dial(to), role, index, session)
 }
 
@@ -200,8 +205,8 @@ pub fn hold(channel: Channel<RawLink>) {
 }
 
 /// A control channel whose handshake was accepted.
-pub fn greeted(to: SocketAddr, hello: &Hello) -> Channel<RawLink> {
-    let mut channel = greet(to, Role::Control, 0, SESSION);
+pub fn open_session(to: SocketAddr, hello: &Hello) -> Channel<RawLink> {
+    let mut channel = exchange_preamble(to, Role::Control, 0, SESSION);
     channel
         .send(Header::bare(FrameType::Hello, 0), &hello.encode())
         .unwrap();

@@ -267,7 +267,7 @@ impl Shared {
                 break;
             }
         }
-        // Whoever closes a direction here may still be answered in the other.
+        // A side that closes one direction may still get data in the other.
         let _ = to.shutdown(Shutdown::Write);
     }
 
@@ -343,7 +343,8 @@ impl Shared {
     fn write(&self, way: Way, bytes: &[u8], to: &mut TcpStream) -> bool {
         let sent = to.write_all(bytes).is_ok();
         if sent {
-            // In one step: whoever sees the bytes counted, and ends the stall, ends it for good.
+            // In one step: a test that sees the bytes counted, and ends the stall, ends it for
+            // good.
             let mut plan = self.plan.lock().unwrap();
             let n = bytes.len() as u64;
             let total = n + self.total[way as usize].fetch_add(n, Ordering::SeqCst);

@@ -260,7 +260,7 @@ fn places() {
     );
 }
 
-/// Control sockets that are missing, dead, busy or somebody else's.
+/// Control sockets that are missing, dead, busy or of another program.
 #[test]
 fn control_sockets() {
     let dir = tempfile::tempdir().unwrap();
@@ -287,7 +287,7 @@ fn control_sockets() {
     std::fs::remove_file(&path).unwrap();
     drop(UnixListener::bind(&path).unwrap());
     all("is the guest's VMM running?");
-    // A socket behind which nobody speaks HTTP.
+    // A socket of a program that does not speak HTTP.
     std::fs::remove_file(&path).unwrap();
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::spawn(move || {

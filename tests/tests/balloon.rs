@@ -172,7 +172,7 @@ fn the_balloon_setting_moves_with_the_guest() {
     set(size(16 * MIB)).unwrap();
     let balloon = guest.client().balloon().unwrap();
     assert_eq!((balloon.target_bytes, balloon.auto), (16 * MIB, None));
-    // More than there is; nothing, and two things at once; an interval that nobody means.
+    // More than there is; nothing, and two things at once; an interval that is out of range.
     let auto = |interval_ms| BalloonRequest {
         size_bytes: None,
         auto: Some(BalloonWish {

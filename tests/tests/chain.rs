@@ -52,7 +52,7 @@ fn use_at_once(host: &Host, hop: u64, dir: &Path) {
             let status = host.client().status().unwrap();
             assert_eq!(status.state, State::Running, "{status:#?}");
             assert!(status.guest.is_some() && status.listening.is_none());
-            assert!(status.lacks.is_none(), "{status:#?}");
+            assert!(status.missing.is_none(), "{status:#?}");
         }
         // And it goes on as it is.
         _ => {}
@@ -126,7 +126,7 @@ fn by_hand_over_of_memory() {
     chain(&options, Host::receive_unix);
 }
 
-/// A guest that comes out of a file can be asked for anything as soon as there is somebody to ask.
+/// A guest that comes out of a file takes every request as soon as its control socket is there.
 #[test]
 fn out_of_a_file() {
     if !guests_run() {

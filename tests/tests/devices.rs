@@ -68,7 +68,7 @@ fn moves_with_its_disk(options: &Options) {
         "the destination has the lock"
     );
     assert!(destination.verdict().writes > 0);
-    assert!(!is_locked(disk.as_ref()), "nobody has the lock any more");
+    assert!(!is_locked(disk.as_ref()), "the lock is still held");
 }
 
 #[test]
@@ -201,8 +201,8 @@ fn the_network_is_told_where_the_guest_is() {
     assert!(destination.verdict().writes > 0);
 }
 
-/// From one process to the next on this host, with the tap: nobody else can have it in between, and
-/// it never goes down.
+/// From one process to the next on this host, with the tap: no other process can have it in
+/// between, and it never goes down.
 #[test]
 fn a_tap_goes_along_with_the_memory() {
     if !guests_run() {

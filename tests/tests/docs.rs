@@ -261,7 +261,7 @@ struct Session {
 
 impl Session {
     fn new() -> Self {
-        // Free now: nobody else is told of it.
+        // Free now, and known only here.
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
         Self {
             folder: tempfile::tempdir().unwrap(),

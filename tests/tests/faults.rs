@@ -80,7 +80,7 @@ fn a_cut_before_the_commit_leaves_the_guest() {
         stays(&source, &destination, &report, paused, mark);
     };
     // In the handshake, at and in the first frames, and all over memory.
-    let greeting = [
+    let handshake = [
         0,
         1,
         63,
@@ -93,7 +93,7 @@ fn a_cut_before_the_commit_leaves_the_guest() {
         frames + head + 3,
     ];
     let memory = (1..8).map(|part| forth * part / 8);
-    for at in greeting.into_iter().chain(memory) {
+    for at in handshake.into_iter().chain(memory) {
         cut(Way::Forth, at, false);
     }
     // In every answer up to and in "ready".
@@ -165,9 +165,9 @@ fn flipped_bits_are_found() {
         ("magic", Way::Forth, 3),
         ("session", Way::Forth, 25),
         ("preamble's checksum", Way::Forth, 62),
-        ("greeting's length", Way::Forth, 69),
-        ("greeting's header checksum", Way::Forth, 94),
-        ("greeting's JSON", Way::Forth, 120),
+        ("handshake's length", Way::Forth, 69),
+        ("handshake's header checksum", Way::Forth, 94),
+        ("handshake's JSON", Way::Forth, 120),
         ("machine's description", Way::Forth, frames - 5),
         ("first page frame's header", Way::Forth, frames + 9),
         (
@@ -207,7 +207,7 @@ fn flipped_bits_are_found() {
     destination.verdict();
 }
 
-/// Bytes that nobody sent appear in the stream.
+/// Bytes that were never sent appear in the stream.
 #[test]
 fn injected_garbage_is_refused() {
     if !guests_run() {

@@ -304,7 +304,7 @@ fn a_killed_process_on_the_way() {
         victim.kill();
         proxy.go_on();
         assert!(migration.outcome().is_err());
-        // Of one that has not greeted it yet nothing is said.
+        // Of one that has sent no preamble yet nothing is said.
         if wanted > 1 {
             destination.settles(mark);
         }
@@ -345,17 +345,17 @@ impl Image {
         self.path.path().to_str().unwrap()
     }
 
-    /// Somebody has it: a host that may run the guest.
+    /// A process has it: a host that may run the guest.
     fn is_locked(&self) -> bool {
         is_locked(self.path.path())
     }
 }
 
 /// Up to the commit the disk is the source's, whatever becomes of the destination; in doubt it is
-/// nobody's; and then it is that side's which runs the guest, and by it the other side cannot, not
+/// unlocked; and then it is that side's which runs the guest, and by it the other side cannot, not
 /// even by an operator's mistaken word.
 #[test]
-fn in_doubt_the_disk_is_of_whoever_may_run_the_guest() {
+fn in_doubt_the_disk_belongs_to_the_side_that_may_run_the_guest() {
     if !guests_run() {
         return;
     }

@@ -13,8 +13,8 @@ use ferry_migration::wire::{
     Arrived, Channel, Features, FrameType, Header, Hello, Ready, Role, Running, SessionId,
 };
 use ferry_tests::peer::{
-    Frame, RawLink, SESSION, abort_of, accept, checked, greet, greeted, hold, listener,
-    missing_frame, page_frame, preambled, send, still_frame, until_state, zero_frame,
+    Frame, RawLink, SESSION, abort_of, accept, checked, exchange_preamble, hold, listener,
+    missing_frame, open_session, page_frame, preambled, send, still_frame, until_state, zero_frame,
 };
 use ferry_tests::{Host, State, TIMEOUT, guests_run, until};
 use ferry_vmm::api::client::Action;
@@ -57,7 +57,7 @@ impl Made {
 
     /// Hands the guest over; these pages are to follow.
     fn hand_over(&self, to: SocketAddr, missing: Run) -> Channel<RawLink> {
-        let mut channel = greeted(to, &self.hello);
+        let mut channel = open_session(to, &self.hello);
         send(&mut channel, &missing_frame(&[missing]));
         send(
             &mut channel,
@@ -111,7 +111,7 @@ fn a_receiver_refuses_before_the_commit() {
             "no channel for page faults",
         ),
         (
-            "more channels for faults than anybody has processors",
+            "more fault channels than there can be",
             without(&|h| h.faults = u16::MAX),
             "a migration has at most 64",
         ),
@@ -126,7 +126,7 @@ fn a_receiver_refuses_before_the_commit() {
         ),
     ] {
         let mark = receiver.mark();
-        let mut channel = greet(address, Role::Control, 0, SESSION);
+        let mut channel = exchange_preamble(address, Role::Control, 0, SESSION);
         channel
             .send(Header::bare(FrameType::Hello, 0), &hello.encode())
             .unwrap();
@@ -172,7 +172,7 @@ fn a_receiver_refuses_before_the_commit() {
         ),
     ] {
         let mark = receiver.mark();
-        let mut channel = greeted(address, hello);
+        let mut channel = open_session(address, hello);
         send(&mut channel, &frame);
         let sentence = abort_of(&mut channel);
         eprintln!("{name}: {sentence}");
@@ -182,7 +182,7 @@ fn a_receiver_refuses_before_the_commit() {
     }
 }
 
-/// Fault channels of nobody, of somebody else, twice, and more than there are.
+/// Fault channels of no session, of another session, twice, and more than there are.
 #[test]
 fn fault_channels_are_counted() {
     if !guests_run() {
@@ -191,16 +191,17 @@ fn fault_channels_are_counted() {
     let made = Made::new();
     let receiver = Host::receive();
     let address = receiver.address();
-    let refused = |index, session| abort_of(&mut greet(address, Role::Fault, index, session));
+    let refused =
+        |index, session| abort_of(&mut exchange_preamble(address, Role::Fault, index, session));
     let unknown = "no migration here has announced this fault channel";
     assert!(refused(0, SESSION).contains(unknown));
-    let channel = greeted(address, &made.hello);
+    let channel = open_session(address, &made.hello);
     assert!(refused(0, SessionId([9; 16])).contains(unknown));
     let taken = "was not announced by its migration, or is connected already";
     assert!(refused(1, SESSION).contains(taken));
     assert!(refused(u16::MAX, SESSION).contains(taken));
-    // Both are greeted before either is taken: which of them comes second is the receiver's affair.
-    let fault = || greet(address, Role::Fault, 0, SESSION);
+    // Both have sent their preambles before either is taken: which of them comes second is the receiver's affair.
+    let fault = || exchange_preamble(address, Role::Fault, 0, SESSION);
     let mut both = [fault(), fault()];
     let mut told = None;
     until("a second fault channel of this number is refused", || {
@@ -293,7 +294,7 @@ fn a_receiver_keeps_what_it_was_handed() {
         let mut receiver = Host::receive();
         let address = receiver.address();
         let mut channel = made.hand_over(address, missing);
-        let _fault = greet(address, Role::Fault, 0, SESSION);
+        let _fault = exchange_preamble(address, Role::Fault, 0, SESSION);
         for frame in &frames {
             send(&mut channel, frame);
         }
@@ -305,15 +306,15 @@ fn a_receiver_keeps_what_it_was_handed() {
         );
         // All but the last frame was as it should be.
         let here = frames.len() as u64 - 1;
-        let lacks = || receiver.client().status().unwrap().lacks;
-        until("the receiver says what it lacks", || {
-            lacks().is_some_and(|l| l.lost.is_some())
+        let status = || receiver.client().status().unwrap().missing;
+        until("the receiver says what is missing", || {
+            status().is_some_and(|l| l.lost.is_some())
         });
-        let lacking = lacks().unwrap();
-        assert_eq!(lacking.pages, missing.count - here, "{name}: {lacking:?}");
-        assert!(lacking.lost.unwrap().contains(expected), "{name}");
-        brings_the_rest(address, lacking.pages);
-        until("nothing is missing", || lacks().is_none());
+        let left = status().unwrap();
+        assert_eq!(left.pages, missing.count - here, "{name}: {left:?}");
+        assert!(left.lost.unwrap().contains(expected), "{name}");
+        brings_the_rest(address, left.pages);
+        until("nothing is missing", || status().is_none());
         assert_eq!(receiver.state(), State::Paused);
         receiver.act(Action::Stop).unwrap();
         assert_eq!(receiver.ends(), Some(0), "{:#?}", receiver.said());
@@ -321,18 +322,18 @@ fn a_receiver_keeps_what_it_was_handed() {
 }
 
 /// An honest source that reconnects.
-fn brings_the_rest(to: SocketAddr, lacking: u64) {
+fn brings_the_rest(to: SocketAddr, missing_now: u64) {
     let layout = RamLayout::new(vec![Run::new(0, PAGES)]).unwrap();
-    let mut channel = greet(to, Role::Recover, 0, SESSION);
+    let mut channel = exchange_preamble(to, Role::Recover, 0, SESSION);
     channel.set_end(PAGES);
-    assert_eq!(commit(&mut channel).missing, lacking);
+    assert_eq!(commit(&mut channel).missing, missing_now);
     let mut missing = ferry_migration::page::PageSet::new(PAGES);
-    while missing.len() < lacking {
+    while missing.len() < missing_now {
         let header = channel.recv_header().unwrap();
         ferry_migration::wire::recv_set(&mut channel, &header, &layout, &mut missing).unwrap();
     }
-    assert_eq!(missing.len(), lacking);
-    let _fault = greet(to, Role::Fault, 0, SESSION);
+    assert_eq!(missing.len(), missing_now);
+    let _fault = exchange_preamble(to, Role::Fault, 0, SESSION);
     for run in missing.runs() {
         send(&mut channel, &zero_frame(&[run]));
     }
@@ -404,7 +405,7 @@ fn a_source_keeps_what_was_not_fetched() {
             "outside the guest's memory",
         ),
         (
-            "more pages than anybody waits for",
+            "more pages than are waited for",
             request(0, 4000),
             "asked for 4000 pages from page 0x0 at once",
         ),

@@ -10,8 +10,8 @@ use ferry_migration::wire::{
     Role, SessionId,
 };
 use ferry_tests::peer::{
-    Opening, RawLink, SESSION, abort_of, checked, coded_frame, dial, greet, greeted, page_frame,
-    preamble_of, rest, send, zero_frame,
+    Opening, RawLink, SESSION, abort_of, checked, coded_frame, dial, exchange_preamble,
+    open_session, page_frame, preamble_of, rest, send, zero_frame,
 };
 use ferry_tests::{Host, Proxy, State, guests_run, until};
 use std::io::Write;
@@ -98,7 +98,7 @@ fn a_receiver_survives_strangers() {
             "no migration here has announced this fault channel",
         ),
     ] {
-        let sentence = abort_of(&mut greet(address, role, 3, SESSION));
+        let sentence = abort_of(&mut exchange_preamble(address, role, 3, SESSION));
         assert!(sentence.contains(expected), "{sentence}");
         survives(&receiver);
     }
@@ -153,7 +153,7 @@ fn a_receiver_survives_lies() {
             "a handshake",
         ),
         (
-            "a huge greeting",
+            "a huge handshake",
             raw(
                 Header {
                     length: u32::MAX,
@@ -182,13 +182,13 @@ fn a_receiver_survives_lies() {
             "cannot be understood",
         ),
         (
-            "a short greeting",
+            "a short handshake",
             checked(bare(FrameType::Hello), vec![1, 2]),
             "truncated",
         ),
     ] {
         let mark = receiver.mark();
-        let mut channel = greet(address, Role::Control, 0, SESSION);
+        let mut channel = exchange_preamble(address, Role::Control, 0, SESSION);
         send(&mut channel, &frame);
         let sentence = abort_of(&mut channel);
         eprintln!("{name}: {sentence}");
@@ -256,7 +256,7 @@ fn a_receiver_survives_lies() {
         ),
     ] {
         let mark = receiver.mark();
-        let mut channel = greet(address, Role::Control, 0, SESSION);
+        let mut channel = exchange_preamble(address, Role::Control, 0, SESSION);
         channel
             .send(bare(FrameType::Hello), &hello.encode())
             .unwrap();
@@ -274,7 +274,7 @@ fn a_receiver_survives_lies() {
     let compressed = zstd::bulk::compress(&[7; 2 * 4096], 1).unwrap();
     for (name, frame, expected) in [
         (
-            "a second greeting",
+            "a second handshake",
             checked(bare(FrameType::Hello), vec![0; 4]),
             "was expected",
         ),
@@ -415,7 +415,7 @@ fn a_receiver_survives_lies() {
         ),
     ] {
         let mark = receiver.mark();
-        let mut channel = greeted(address, &hello);
+        let mut channel = open_session(address, &hello);
         send(&mut channel, &frame);
         let sentence = abort_of(&mut channel);
         eprintln!("{name}: {sentence}");
@@ -428,7 +428,7 @@ fn a_receiver_survives_lies() {
     }
     // A state of 64 MiB that never comes: memory grows with what is sent, not with what was
     // promised.
-    let mut channel = greeted(address, &hello);
+    let mut channel = open_session(address, &hello);
     let header = Header {
         length: 64 << 20,
         flags: FLAG_CRC,
@@ -441,7 +441,7 @@ fn a_receiver_survives_lies() {
     drop(channel);
     survives_it(&receiver, mark);
     // A data channel of another migration, while one arrives; and one too many.
-    let channel = greeted(
+    let channel = open_session(
         address,
         &Hello {
             channels: 1,
@@ -449,7 +449,7 @@ fn a_receiver_survives_lies() {
         },
     );
     for (index, session) in [(0, SessionId([9; 16])), (1, SESSION)] {
-        let mut data = greet(address, Role::Data, index, session);
+        let mut data = exchange_preamble(address, Role::Data, index, session);
         if session == SESSION {
             // Closed without a word: it is no channel of this migration.
             assert!(data.recv_header().is_err());

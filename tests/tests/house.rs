@@ -85,6 +85,19 @@ fn the_terminal_knows_no_vmm() {
 
 /// Every Rust file of the repository, as its path from the root.
 fn sources() -> Vec<String> {
+    let found = files(".rs");
+    assert!(found.len() > 100, "{found:?}");
+    found
+}
+
+/// Every document.
+fn documents() -> Vec<String> {
+    let found = files(".md");
+    assert!(found.len() > 20, "{found:?}");
+    found
+}
+
+fn files(suffix: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut directories = vec![root()];
     while let Some(directory) = directories.pop() {
@@ -95,13 +108,12 @@ fn sources() -> Vec<String> {
                 if name != "target" && !name.starts_with('.') {
                     directories.push(path);
                 }
-            } else if name.ends_with(".rs") {
+            } else if name.ends_with(suffix) {
                 let path = path.strip_prefix(root()).unwrap();
                 found.push(path.to_str().unwrap().to_owned());
             }
         }
     }
-    assert!(found.len() > 100, "{found:?}");
     found
 }
 
@@ -201,6 +213,24 @@ fn the_laboratory_uses_nothing_of_the_vmm_but_a_few_doors() {
             let door = DOORS.iter().any(|door| rest.starts_with(door))
                 || (path == WARM.0 && rest.starts_with(WARM.1));
             assert!(door, "{path}: ferry_vmm::{}", rest.lines().next().unwrap());
+        }
+    }
+}
+
+/// Comments, messages and documents name who does something: the source, the destination, KVM, a
+/// thread, an operator.
+#[test]
+fn sentences_name_their_actor() {
+    let nameless = ["whoever", "somebody", "nobody", "anybody", "greeting"];
+    let mut paths = sources();
+    paths.extend(documents());
+    for path in paths.iter().filter(|path| *path != file!()) {
+        let text = fs::read_to_string(root().join(path)).unwrap();
+        for (at, line) in text.lines().enumerate() {
+            let lower = line.to_lowercase();
+            let mut words = lower.split(|c: char| !c.is_alphanumeric());
+            let found = words.find(|word| nameless.contains(word));
+            assert_eq!(found, None, "{path}:{}: {line}", at + 1);
         }
     }
 }

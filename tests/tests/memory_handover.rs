@@ -333,7 +333,7 @@ fn word() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC).unwrap()
 }
 
-/// Bytes of the guests whose greetings are told again.
+/// Bytes of the guests whose handshakes are repeated.
 const MEMORY: u64 = 64 << 20;
 
 /// A source, a receiver, and the handshake that the one said to the other, without files.
@@ -351,7 +351,7 @@ fn recorded() -> (Host, Host, Hello) {
 }
 
 /// Says a handshake, and these files beside it.
-fn greets(receiver: &Host, hello: &Hello, files: Vec<OwnedFd>) -> Channel<UnixLink> {
+fn offers(receiver: &Host, hello: &Hello, files: Vec<OwnedFd>) -> Channel<UnixLink> {
     let mut channel = handshake_on(UnixLink::connect(receiver.uri()), Role::Control, 0, SESSION);
     channel.link().files = files;
     channel
@@ -417,21 +417,21 @@ fn a_receiver_survives_files_that_lie() {
     ];
     for (name, hello, files, expected) in cases {
         let mark = receiver.mark();
-        let mut channel = greets(&receiver, hello, files);
+        let mut channel = offers(&receiver, hello, files);
         is_refused(name, &abort_of(&mut channel), expected);
         drop(channel);
         receiver.settles(mark);
     }
     // One that could be cut is left alone where the source may copy instead.
     let mark = receiver.mark();
-    let mut channel = greets(&receiver, &may, with(memfd(MEMORY, SealFlags::GROW)));
+    let mut channel = offers(&receiver, &may, with(memfd(MEMORY, SealFlags::GROW)));
     let header = channel.recv_header().unwrap();
     let ack: HelloAck = channel.recv_json(&header).unwrap();
     assert!(!ack.features.has(Features::SHARED_MEMORY));
     drop(channel);
     receiver.settles(mark);
     // A page where none is expected.
-    let mut channel = greets(&receiver, &must, with(memfd(MEMORY, good)));
+    let mut channel = offers(&receiver, &must, with(memfd(MEMORY, good)));
     channel.set_end(must.layout.end());
     assert_eq!(channel.recv_header().unwrap().kind, FrameType::HelloAck);
     drop(channel);
@@ -470,7 +470,7 @@ fn a_receiver_survives_taps_that_lie() {
     ];
     for (name, kind, files, expected) in cases {
         let mark = receiver.mark();
-        let mut channel = greets(&receiver, &hello, vec![good(), word()]);
+        let mut channel = offers(&receiver, &hello, vec![good(), word()]);
         assert_eq!(channel.recv_header().unwrap().kind, FrameType::FilesWanted);
         channel.link().files = match files {
             0 => vec![good()],

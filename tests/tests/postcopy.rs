@@ -11,7 +11,7 @@ use ferry_migration::report::{Phase, Report, Status};
 use ferry_tests::peer::ready_at;
 use ferry_tests::{Action, Host, Migration, Proxy, Ran, State, Way, guests_run, run, until};
 use ferry_vmm::api::client::Action as Ask;
-use ferry_vmm::vmm::Lacks;
+use ferry_vmm::vmm::Missing;
 
 /// Touches all of its memory, so that it soon needs a page that is not there.
 const WORK: &str = "dirty:wss=24M,rate=2000";
@@ -49,7 +49,7 @@ impl Pushing {
         proxy.stall_at(BEGUN);
         let migration = source.begin_migration(&proxy.uri(), options);
         until("pages follow the guest", || {
-            proxy.total(Way::Forth) >= BEGUN && lacks(&destination).is_some()
+            proxy.total(Way::Forth) >= BEGUN && missing(&destination).is_some()
         });
         assert!(!migration.is_over());
         Self {
@@ -70,8 +70,8 @@ impl Pushing {
     }
 }
 
-fn lacks(host: &Host) -> Option<Lacks> {
-    host.client().status().unwrap().lacks
+fn missing(host: &Host) -> Option<Missing> {
+    host.client().status().unwrap().missing
 }
 
 fn says_interrupted(report: &Report) {
@@ -108,7 +108,7 @@ fn waits_for_pages(source: &Host, destination: &Host) {
 /// for one.
 fn blocked(destination: &Host) {
     until("the guest waits for a page that does not come", || {
-        lacks(destination).is_some_and(|l| l.lost.is_some() && l.waiting > 0)
+        missing(destination).is_some_and(|l| l.lost.is_some() && l.waiting > 0)
     });
     let status = destination.client().status().unwrap();
     assert_eq!(status.state, State::Running);
@@ -117,7 +117,7 @@ fn blocked(destination: &Host) {
         told.contains("lacks") && told.contains("`ferry recover` at the source"),
         "{told}"
     );
-    let before = lacks(destination).unwrap();
+    let before = missing(destination).unwrap();
     let refused = destination.act(Ask::Pause).unwrap_err();
     assert!(
         refused.contains("may be waiting for one") && !refused.contains('\n'),
@@ -130,7 +130,7 @@ fn blocked(destination: &Host) {
     );
     cannot_move_on(destination);
     // Nothing of it has changed anything.
-    let after = lacks(destination).unwrap();
+    let after = missing(destination).unwrap();
     assert_eq!((after.pages, after.lost), (before.pages, before.lost));
     assert_eq!(destination.state(), State::Running);
 }
@@ -169,7 +169,7 @@ fn recovers(source: &Host, uri: Option<&str>) {
 /// Everything is there: the source is gone, and the guest verifies its memory.
 fn complete(mut source: Host, destination: Host) {
     assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
-    until("nothing is missing", || lacks(&destination).is_none());
+    until("nothing is missing", || missing(&destination).is_none());
     destination.says("all of the guest's memory has arrived");
     destination.proves_running();
     assert!(destination.verdict().writes > 0);
@@ -230,17 +230,17 @@ fn interrupted_twice_and_the_destination_has_moved() {
     pushing.proxy.cut();
     pushing.proxy.allow(0);
     let (source, destination) = pushing.interrupted();
-    // Where it was nobody answers any more.
+    // Its old address does not answer any more.
     let ran = recover(&source, None);
     assert_eq!(ran.code, Some(1), "{ran:?}");
     waits_for_pages(&source, &destination);
-    let before = lacks(&destination).unwrap().pages;
+    let before = missing(&destination).unwrap().pages;
     let second = Proxy::to(destination.address());
     second.stall_at(BEGUN);
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| recover(&source, Some(&second.uri())));
         until("pages follow again", || {
-            second.total(Way::Forth) >= BEGUN && lacks(&destination).is_some()
+            second.total(Way::Forth) >= BEGUN && missing(&destination).is_some()
         });
         // Asked already: one is enough.
         let refused = source.recover(false).unwrap_err();
@@ -253,14 +253,14 @@ fn interrupted_twice_and_the_destination_has_moved() {
         assert_eq!(ran.code, Some(1), "{ran:?}");
     });
     waits_for_pages(&source, &destination);
-    let after = lacks(&destination).unwrap().pages;
+    let after = missing(&destination).unwrap().pages;
     assert!(after < before, "{before} pages were missing, now {after}");
     let third = Proxy::to(destination.address());
     recovers(&source, Some(&third.uri()));
     complete(source, destination);
 }
 
-/// Nothing passes any more and nobody is told: the source notices by itself, and the destination
+/// Nothing passes any more, without an error: the source notices by itself, and the destination
 /// goes on with the new connection although its old one still stands.
 #[test]
 fn a_silent_network_interrupts() {

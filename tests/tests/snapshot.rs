@@ -212,7 +212,7 @@ fn the_report_of_a_restore_is_one_object() {
         let mut restored = Host::start(&[&args, more].concat());
         restored.says("the guest runs here");
         ferry_tests::until("all memory is there", || {
-            restored.client().status().unwrap().lacks.is_none()
+            restored.client().status().unwrap().missing.is_none()
         });
         restored.act(Action::Stop).unwrap();
         assert_eq!(restored.ends(), Some(0), "{:#?}", restored.said());

@@ -113,7 +113,7 @@ fn readers_that_leave_end_no_guest() {
 }
 
 #[test]
-fn serial_output_that_nobody_reads_stops_neither_the_guest_nor_its_migration() {
+fn unread_serial_output_stops_neither_the_guest_nor_its_migration() {
     if !guests_run() {
         return;
     }

@@ -137,16 +137,16 @@ fn recover_goes_on_through_tls_and_a_stranger_with_a_certificate_cannot() {
             ..Host::options()
         };
         let migration = source.begin_migration_as(&proxy.uri(), &how, &security);
-        let lacks = || receiver.client().status().unwrap().lacks;
+        let missing = || receiver.client().status().unwrap().missing;
         until("pages follow the guest", || {
-            proxy.total(Way::Forth) >= BEGUN && lacks().is_some()
+            proxy.total(Way::Forth) >= BEGUN && missing().is_some()
         });
         proxy.cut();
         let report = migration.report();
         assert_eq!(report.status, Status::Interrupted, "{report:#?}");
         source.reaches(State::Interrupted);
 
-        // Somebody else of the same authority knows the session's identifier, and not its secret.
+        // Another host of the same authority knows the session's identifier, and not its secret.
         let session = session_of(&report.session);
         if !paired {
             let other = authority.host("node2").client();
@@ -164,7 +164,7 @@ fn recover_goes_on_through_tls_and_a_stranger_with_a_certificate_cannot() {
         let ran = run(&["recover", "--api", api.to_str().unwrap(), receiver.uri()]);
         assert_eq!(ran.code, Some(0), "{ran:?}; it said {:#?}", source.said());
         assert_eq!(source.ends(), Some(0));
-        until("nothing is missing", || lacks().is_none());
+        until("nothing is missing", || missing().is_none());
         assert!(receiver.verdict().writes > 0);
     }
 }
@@ -414,7 +414,7 @@ fn receiver_has_begun(receiver: &Host, source: &Host) {
 /// Connections that never finish their handshake, in TLS's own words and in none, do not keep the
 /// right source out.
 #[test]
-fn a_crowd_without_certificates_keeps_nobody_out() {
+fn a_crowd_without_certificates_keeps_no_source_out() {
     if !guests_run() {
         return;
     }
@@ -482,7 +482,7 @@ fn a_gate_is_kept() {
 }
 
 #[test]
-fn beyond_this_host_somebody_must_say_who_may_come() {
+fn beyond_this_host_an_option_must_say_who_may_come() {
     for uri in ["tcp:0.0.0.0:0", "tcp:[::]:0"] {
         let ran = run(&["receive", uri, "--serial", "null"]);
         assert_eq!(

@@ -18,7 +18,7 @@
 //!
 //! Limits: [`http::MAX_HEAD`] bytes of header, [`http::MAX_BODY`] of body, [`server::Limits`] for
 //! connections and times. A connection has a thread of its own; nothing here waits for a migration
-//! except the stream that reports it, and a stream that nobody reads loses progress lines, never
+//! except the stream that reports it, and a stream that is not read loses progress lines, never
 //! the report.
 //!
 //! [`Event`]: ferry_migration::report::Event
@@ -40,6 +40,7 @@ use types::{
 
 /// Why a request was refused. The text is one sentence for the user.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Refusal {
     /// The request cannot be meant (HTTP 400).
     #[error("{0}")]

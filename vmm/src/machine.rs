@@ -158,8 +158,8 @@ impl Machine {
         self.control.run_state()
     }
 
-    /// Lets the vCPUs run. No effect when they do. Waits for a [`PausedMachine`] that somebody else
-    /// holds.
+    /// Lets the vCPUs run. No effect when they do. Waits for a [`PausedMachine`] that another
+    /// thread holds.
     ///
     /// # Errors
     /// [`ResumeError::Ended`].

@@ -86,7 +86,7 @@ pub struct GuestRam {
 }
 
 // SAFETY: `bases` are addresses of mappings that `memory` owns for as long as `self` lives; they
-// are handed out as raw pointers only, and whoever dereferences them answers for it. Everything
+// are handed out as raw pointers only, and a caller that dereferences one argues for it. Everything
 // else in here is Send and Sync by itself.
 unsafe impl Send for GuestRam {}
 // SAFETY: as above; `&GuestRam` gives no access to guest memory that is not through raw pointers or

@@ -110,7 +110,7 @@ impl NewFile {
             }
             Err(error) => return Err(system(error.into())),
         };
-        // Whoever looks for leftovers leaves a locked file alone. Without locks nothing is removed,
+        // The search for leftovers skips a locked file. Without locks nothing is removed,
         // which is safe.
         let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
         Ok(Self {

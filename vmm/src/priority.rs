@@ -9,8 +9,8 @@ const BEHIND: i32 = 10;
 /// of memory takes 20 to 50 ms. At equal priority the scheduler lets that have the guest's
 /// processor for a slice (4 ms at 250 Hz), even while another one idles.
 pub fn in_background() {
-    // On Linux it is the thread's own (setpriority(2), "C library/kernel differences"), and nobody
-    // may be refused a lower one.
+    // On Linux it is the thread's own (setpriority(2), "C library/kernel differences"), and
+    // every user may lower it.
     if let Err(error) = rustix::process::setpriority_process(None, BEHIND) {
         tracing::debug!(%error, "tidying up at the usual priority");
     }

@@ -20,6 +20,7 @@ pub struct MachineRecording {
 
 /// Why a machine cannot be recorded.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RecordError {
     /// The dirty log.
     #[error(transparent)]

@@ -20,6 +20,7 @@ const DEVICE: &str = "/dev/net/tun";
 
 /// Why a tap device cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TapError {
     /// Not a name of a network interface.
     #[error(
@@ -34,7 +35,7 @@ pub enum TapError {
         /// Its name.
         name: String,
     },
-    /// Somebody has it.
+    /// Another process has it.
     #[error(
         "the tap device {name} is in use by another process, perhaps another virtual machine: give each its own"
     )]
@@ -102,7 +103,7 @@ impl Tap {
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || !name.bytes().all(allowed) {
             return Err(TapError::Name(name.to_owned()));
         }
-        // TUNSETIFF would make one for whoever may, and its traffic would go nowhere.
+        // With CAP_NET_ADMIN, TUNSETIFF would make one, and its traffic would go nowhere.
         if !exists(name) {
             return Err(TapError::Missing {
                 name: name.to_owned(),
@@ -324,8 +325,8 @@ mod tests {
         let before = own.received();
         tap.write(&rarp(MacAddress([2, 0, 0, 0, 0, 1]))).unwrap();
         until("the host gets the frame", || own.received() > before);
-        // With somebody there the interface comes up, and the host's IPv6 says hello on it; where
-        // it is off, ARP does.
+        // With an open descriptor the interface comes up, and the host's IPv6 says hello on it;
+        // where it is off, ARP does.
         let _ = Command::new("ip")
             .args(["addr", "add", "192.0.2.1/24", "dev", &name])
             .status();

@@ -38,7 +38,7 @@ mod recording;
 mod snapshot;
 mod state;
 
-pub use crate::api::types::Lacks;
+pub use crate::api::types::Missing;
 pub use machine::{Arrivals, MachineGuest};
 pub use recording::Recording;
 pub use state::{Ending, Outcome};
@@ -141,7 +141,7 @@ pub trait Guest: Send + Sync + 'static {
     }
 
     /// What has not arrived of a guest that runs already (post-copy); `None` when it is complete.
-    fn lacks(&self) -> Option<Lacks> {
+    fn missing(&self) -> Option<Missing> {
         None
     }
 
@@ -298,7 +298,8 @@ impl Vmm {
     }
 
     /// A migration has brought the guest; it runs, or stands still as it did at the source. To be
-    /// called before the source can know: whoever hears of it there may ask for anything here.
+    /// called before the source can know: a client that hears of it there may send any request
+    /// here.
     pub fn arrived(&self, guest: Arc<dyn Guest>, running: bool) {
         let mut inner = self.core.lock();
         match inner.state {
@@ -488,8 +489,8 @@ impl Core {
         mut publisher: Publisher,
         handle: &dyn MigrationHandle,
     ) {
-        // The report is published below, after the state has changed: whoever reads it may ask for
-        // the status next.
+        // The report is published below, after the state has changed: a client that reads it may
+        // ask for the status next.
         let mut forward = |event: Event| {
             if matches!(&event, Event::Progress(progress) if progress.phase == Phase::Completed) {
                 in_background();

@@ -18,7 +18,7 @@
 //! Pressure that the amount does not show (swapping, stalled allocations, processes killed, pages
 //! that the guest takes back unasked, as Linux does before it kills) deflates too, and forbids
 //! inflating for a number of intervals. All numbers are the guest's own and may be lies: they are
-//! bounded by its RAM, and harm nobody but itself.
+//! bounded by its RAM, and harm only the guest itself.
 
 use std::time::Duration;
 
@@ -191,7 +191,7 @@ impl Controller {
         let short_of = self.goal().saturating_sub(available);
 
         if let Some(last) = last {
-            // Nobody asked for pages that are not in the balloon any more. (A driver that starts
+            // Pages that are not in the balloon any more are unrequested. (A driver that starts
             // anew looks the same.)
             let unasked = sample.actual < last.actual && sample.target >= last.actual;
             if unasked || grew(last.kills, seen.kills) > 0 {

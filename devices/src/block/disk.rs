@@ -14,7 +14,7 @@
 //! A host's page cache knows nothing of what another host writes. So a block device is opened with
 //! `O_DIRECT`: each read is the device's own bytes, also where this host has read the device before
 //! the guest came. Flushing and dropping the cache when the lock is taken was the other way; it
-//! does not suffice, for the kernel drops only pages that nobody uses at that moment, and other
+//! does not suffice, for the kernel drops only pages that are unused at that moment, and other
 //! programs (udev, LVM) fill the cache again. A regular file is read through the cache: network
 //! file systems look at it again when a lock is taken, and local files have one cache.
 //!
@@ -424,7 +424,7 @@ impl Disk {
 fn shrunk() -> io::Error {
     io::Error::new(
         io::ErrorKind::UnexpectedEof,
-        "the file is shorter than when the guest was given it: somebody has cut it",
+        "the file is shorter than when the guest was given it: it was truncated",
     )
 }
 

@@ -53,7 +53,7 @@ impl MacAddress {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
 
-    /// An address that nobody assigned, from random bytes: locally administered, of one card.
+    /// A locally administered unicast address from random bytes.
     #[must_use]
     pub fn local(mut random: [u8; 6]) -> Self {
         random[0] = random[0] & 0xfc | 2;
@@ -95,8 +95,8 @@ pub(super) fn may_be_sent(frame: &[u8], features: u64) -> bool {
     checksum && segments
 }
 
-/// A RARP request in the name of `mac` (RFC 903), which every switch on the way learns from, and
-/// nobody answers.
+/// A RARP request in the name of `mac` (RFC 903), which every switch on the way learns from. No
+/// host answers it.
 #[must_use]
 pub fn rarp(mac: MacAddress) -> [u8; HEADER + 60] {
     // An Ethernet frame has 60 bytes at least.

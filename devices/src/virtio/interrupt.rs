@@ -58,8 +58,8 @@ impl Interrupt {
     }
 
     /// Takes over a status; what is pending is raised once more, since the edge may have been on
-    /// its way to the interrupt controller when the status was read. Drivers take an interrupt too
-    /// many for somebody else's.
+    /// its way to the interrupt controller when the status was read. Drivers take a spurious
+    /// interrupt for another device's.
     pub(super) fn restore(&self, status: u32) {
         let status = status & (VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
         self.status.store(status, Ordering::SeqCst);

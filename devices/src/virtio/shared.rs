@@ -34,8 +34,8 @@ struct Inner<D> {
 
 /// What the vCPUs, the worker and the machine share.
 pub(super) struct Shared<D, M> {
-    /// Taken before `inner`, for a moment: whoever waits for the worker is served when the worker
-    /// gives the lock up, and not when it has nothing left to do.
+    /// Taken before `inner`, for a moment: a thread that waits for the worker gets the lock when
+    /// the worker drops it, and not when the worker has nothing left to do.
     gate: Mutex<()>,
     inner: Mutex<Inner<D>>,
     memory: Arc<M>,
@@ -91,7 +91,7 @@ impl<D: Device<M>, M: Memory> Shared<D, M> {
         }
     }
 
-    /// The lock, if nobody has it.
+    /// The lock, if it is free.
     pub(super) fn try_lock(&self) -> Option<Locked<'_, D, M>> {
         let _gate = free(self.gate.try_lock())?;
         Some(Locked {

@@ -87,6 +87,7 @@ pub struct VirtioState {
 
 /// Why a device could not take over a state. It keeps the state that it had, or is reset.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RestoreError {
     /// Another device's.
     #[error("a {here} was given the state of a {saved}: the machines have different devices")]

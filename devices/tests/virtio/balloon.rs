@@ -231,7 +231,7 @@ fn statistics_are_asked_for_and_move_with_the_guest() {
     assert_eq!(d.device.with_queues(Balloon::ask_statistics), Some(false));
     statistics(&mut d, 2000);
     eventually("newer ones come", || free_memory(&d) == Some(2000));
-    // The buffer that the device keeps goes back into its queue, and is there for whoever resumes.
+    // The buffer that the device keeps goes back into its queue, for the device after a resume.
     d.device.pause().unwrap();
     let state = d.device.save();
     assert_eq!(state.transport.queues[STATISTICS].returned.len(), 1);

@@ -67,7 +67,7 @@ struct Options {
 }
 
 impl Options {
-    /// Reads the command line. Tokens without the `ferry.` prefix are somebody else's.
+    /// Reads the command line. Tokens without the `ferry.` prefix are ignored.
     fn parse(command_line: &str) -> Result<Self, Error> {
         let (mut run, mut cpus, mut tsc_khz, mut repeat) = (None, 1, None, 1);
         let (mut stat_ms, mut beat_ms) = (1000, None);

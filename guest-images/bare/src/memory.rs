@@ -71,7 +71,7 @@ pub fn map(regions: &[Region]) -> Option<&'static mut [u8]> {
     };
     let bytes = leaves * LARGE_BYTES;
     // SAFETY: `bytes` bytes from the window on are now mapped to usable memory, each page once,
-    // above the image and the tables; nobody else has a reference to it, as this function is called
+    // above the image and the tables; no other reference to it exists, as this function is called
     // once.
     Some(unsafe {
         core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(WINDOW), bytes)

@@ -81,7 +81,7 @@ struct Context<'a, T, F> {
 }
 
 /// # Safety
-/// `context` is a `Context<T, F>` with more than `rank` parts, and nobody else uses part `rank`
+/// `context` is a `Context<T, F>` with more than `rank` parts, and no other thread uses part `rank`
 /// meanwhile.
 unsafe fn call<T: Send, F: Fn(usize, &mut T) + Sync>(context: *const (), rank: usize) {
     // SAFETY: as the caller promises.
@@ -96,7 +96,7 @@ impl Team for Processors {
     }
 
     fn each<T: Send, F: Fn(usize, &mut T) + Sync>(&self, parts: &mut [T], work: F) {
-        // Steps too small to share are not worth waking anybody.
+        // Steps too small to share are not worth a wake-up.
         if parts.len() <= 1 || self.size == 1 {
             for (rank, part) in parts.iter_mut().enumerate() {
                 work(rank, part);

@@ -1,4 +1,4 @@
-//! The agent of a nested host: runs commands for whoever started the machine.
+//! The agent of a nested host: runs commands for the process that started the machine.
 //! [`frames`](crate::frames) has the picture.
 
 use std::io::{self, Read, Write};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::frames::{Kind, read, write};
 
-/// Reports to `where_to` (`ADDRESS:PORT,TOKEN`) until nobody answers there any more.
+/// Reports to `where_to` (`ADDRESS:PORT,TOKEN`) until no answer comes from there.
 pub(crate) fn serve(where_to: Option<&str>) {
     let Some((address, token)) = where_to.and_then(|text| text.split_once(',')) else {
         println!("init: a host needs ferry.agent=ADDRESS:PORT,TOKEN on its command line");
@@ -70,7 +70,7 @@ fn command(stream: TcpStream, arguments: &[String]) {
             format!("{arguments:?} cannot be run: {e}").as_bytes(),
         ),
     };
-    // If it does not get there, nobody waits for it.
+    // Best effort: it is not waited for.
     let _ = last.and_then(|()| stream.shutdown(Shutdown::Both));
 }
 

@@ -1,4 +1,4 @@
-//! What a nested host's agent and whoever started it say to each other: one connection for each
+//! The protocol between a nested host's agent and its starter: one connection for each
 //! command.
 //!
 //! ```text

@@ -33,7 +33,7 @@ pub fn serve() {
             continue;
         }
         std::thread::spawn(move || {
-            // Whoever breaks off a request knows it.
+            // A client that breaks off a request knows it.
             let _ = connection(stream, &COUNT);
             OPEN.fetch_sub(1, Ordering::Relaxed);
         });

@@ -6,7 +6,7 @@
 //!
 //! | token | meaning |
 //! |---|---|
-//! | `ferry.role=host` | an agent that runs commands for whoever started the machine ([`agent`]); `guest` if left out |
+//! | `ferry.role=host` | an agent that runs commands for the process that started the machine ([`agent`]); `guest` if left out |
 //! | `ferry.agent=ADDRESS:PORT,TOKEN` | where the agent reports to, and the word that proves it |
 //! | `ferry.net=NAME=ADDRESS/PREFIX[,GATEWAY]` | an address for a network interface; may be given several times |
 //! | `ferry.run=WORK` | what a guest runs: a kernel such as `mg.S`, or the writer (`dirty:…`), in a process of its own |
@@ -77,7 +77,7 @@ pub fn main() {
 /// Process 1 must not end: the kernel would panic. So it says what went wrong, and goes on with
 /// what works.
 fn init() {
-    // For whoever measures how long a boot takes: before anything is loaded.
+    // The start mark for measuring a boot: before anything is loaded.
     println!("{START}");
     for sentence in machine::set_up() {
         println!("init: {sentence}");

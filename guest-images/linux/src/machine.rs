@@ -115,7 +115,7 @@ pub fn write(path: &str) -> Result<(), String> {
 }
 
 /// `init tasks`: what every thread of every program is doing, by the kernel's own account, for
-/// whoever looks into a hang.
+/// the analysis of a hang.
 pub fn tasks() -> Result<(), String> {
     for process in numbered("/proc")? {
         // Threads of the kernel have no command line.
@@ -150,7 +150,7 @@ pub fn tasks() -> Result<(), String> {
 
 /// The last that the kernel said.
 fn kernel_log() -> Vec<String> {
-    /// Nobody is waited for who has nothing to say.
+    /// A reader does not wait for more.
     const O_NONBLOCK: i32 = 0o4000;
     const LAST: usize = 20;
     let log = File::options()

@@ -74,7 +74,7 @@ pub fn run_with(problem: Problem, threads: usize, hooks: &impl Hooks) -> Result<
         needs: needs.bytes(),
         given,
     };
-    // The kernel would give out more than there is, and end somebody when it is used.
+    // The kernel overcommits, and would kill a process once the memory is used.
     if needs.bytes() > available {
         return Err(short(Some(available)));
     }

@@ -60,7 +60,7 @@ pub(super) fn fetch(cache: &Path, tell: &dyn Fn(&str)) -> Result<PathBuf, LinuxE
     let dir = cache.join(format!("{}_{}", package.name, package.version));
     match fs::rename(&tree, &dir) {
         Ok(()) => Ok(dir),
-        // Somebody else was faster, with the same package.
+        // Another process was faster, with the same package.
         Err(_) if dir.join(SUMS).is_file() => Ok(dir),
         Err(source) => Err(LinuxError::Io {
             what: "made",

@@ -64,7 +64,7 @@ impl Process {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(HELLO))?;
-        // Anybody on this machine can connect; who does not know the token is sent away.
+        // Every user of this machine can connect; without the token the connection is closed.
         match read(&stream) {
             Ok(Some((Kind::Hello, word))) if word == token.as_bytes() => {}
             _ => return Ok(None),
@@ -197,7 +197,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // The agent kills what nobody listens to.
+        // The agent kills a process without a listener.
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
     }
 }
@@ -224,7 +224,7 @@ fn follow(stream: TcpStream, shared: &Shared) {
         state.end.clone_from(&end);
         shared.changed.notify_all();
     }
-    // Also where it was too much: the agent kills what nobody listens to.
+    // Also after too much output: the agent kills a process without a listener.
     let _ = stream.shutdown(std::net::Shutdown::Both);
 }
 

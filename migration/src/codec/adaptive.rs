@@ -276,7 +276,7 @@ const STEADY_AT_LEAST: usize = 3;
 /// A level is tried where it promises to cost at most this much of what raw pages cost.
 const TRY: f64 = 0.8;
 /// A level is kept where it costs at most this much of what raw pages cost: what is measured is a
-/// tenth off, and to code for nothing takes a processor from somebody.
+/// tenth off, and coding without a gain takes processor time from the guest.
 const KEEP: f64 = 0.9;
 /// Raw pages after which a level that did not pay is tried again, the first time; each further time
 /// it is four times as many.
@@ -354,7 +354,7 @@ impl Chooser {
     }
 
     /// Whether the link is slow enough that trying patches of pages that are sent again costs
-    /// nothing that anybody would notice: less than a quarter of what they take on the link. By the
+    /// next to nothing: less than a quarter of what they take on the link. By the
     /// median of what was measured lately: on a fast link a single pause of the receiver looks like
     /// a slow one, and pages that are copied then hold it up in earnest.
     #[must_use]

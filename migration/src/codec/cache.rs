@@ -1,7 +1,7 @@
 //! What the destination has: the pages that the source may send as differences.
 //!
 //! **A base is a page of which both sides hold the very same bytes.** A raw page leaves live guest
-//! memory while the guest writes to it: what arrives is a mixture that nobody has a copy of, so it
+//! memory while the guest writes to it: what arrives is a mixture that no side has a copy of, so it
 //! is never a base. Only pages that were sent from a copy (packed, compressed, patched, or as they
 //! are but from the copy) enter this cache, and a page that is sent in any other way leaves it
 //! before a byte of it is sent. The destination keeps the same book from its side
@@ -9,7 +9,7 @@
 //! arrival was not such a copy.
 //!
 //! What is entered has not been sent yet, and the sending may fail. Then the two sides no longer
-//! agree, and nobody knows about which pages: [`DeltaCache::doubt`] begins a new generation, and
+//! agree, and about which pages is unknown: [`DeltaCache::doubt`] begins a new generation, and
 //! entries of older ones are void.
 //!
 //! Data channels share the cache, since a page goes out on whichever is free. The rounds of a
@@ -44,7 +44,7 @@ pub struct DeltaCache {
     shards: Vec<Mutex<Shard>>,
     capacity: u64,
     generation: AtomicU32,
-    /// Entries in all shards: nobody need ask an empty cache.
+    /// Entries in all shards: an empty cache need not be searched.
     held: AtomicU64,
 }
 

@@ -15,7 +15,7 @@ use zstd::bulk::Decompressor;
 pub enum CodecError {
     /// The handshake did not settle on it.
     #[error(
-        "the source sent pages with encoding {encoding:?}, which was not agreed on in the greeting"
+        "the source sent pages with encoding {encoding:?}, which was not agreed on in the handshake"
     )]
     NotAgreed {
         /// Which.

@@ -285,7 +285,7 @@ impl Encoder {
         }
     }
 
-    /// Sending failed: nobody knows what the destination has.
+    /// Sending failed: what the destination has is unknown.
     pub fn failed(&self) {
         if let Some(cache) = &self.shared.cache {
             cache.doubt();
@@ -360,7 +360,7 @@ impl Encoder {
                 if again {
                     looked_up += 1;
                 }
-                // It is nobody's last use: whoever comes again may have its place.
+                // It counts as unused: the next entry may have its place.
                 let round = batch.round.saturating_sub(u32::from(first));
                 match self.way_of(gfn, round, waiting, level, enters) {
                     Way::Among(kind) => {

@@ -359,7 +359,7 @@ fn small_changes_cost_little() {
 
 /// What was entered because there was room makes way for what comes again.
 #[test]
-fn the_first_pass_drives_nobody_out() {
+fn the_first_pass_drives_no_entry_out() {
     let mut pair = Pair::new(Compress::Delta, 64);
     for gfn in 0..512 {
         pair.memory.insert(gfn, content::page(Content::Noise, gfn));

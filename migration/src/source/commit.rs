@@ -292,6 +292,7 @@ pub fn recover<'g, L: Link, G: SourceVm<L>>(
 
 /// What became of an ABORT on a connection of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AbortTold {
     /// The destination has taken it, or does not know the migration: it keeps nothing.
     Answered,

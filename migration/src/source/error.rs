@@ -9,6 +9,7 @@ use std::io;
 
 /// Why a migration did not complete.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SourceError {
     /// The options cannot be meant.
     #[error(transparent)]

@@ -10,7 +10,7 @@
 //! | `Confirmed` | a [`Committed`](crate::port::Committed) guest and the destination's word | [`Moved`] |
 //!
 //! Every phase borrows the [`Source`]: its parts are what any phase may use. An error drops what
-//! the phase has, and so resumes the guest and stops its log, before anybody explains it.
+//! the phase has, and so resumes the guest and stops its log, before the error is reported.
 
 use super::{Source, SourceError};
 use crate::port::{Committed, Link, SourceVm};

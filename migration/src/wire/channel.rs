@@ -11,6 +11,7 @@ use std::io;
 
 /// What can go wrong on a channel.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum WireError {
     /// The connection.
     #[error("the connection to the peer failed: {0}")]
@@ -171,7 +172,7 @@ impl<L: Link> Channel<L> {
         let theirs = self.recv_preamble()?;
         if theirs.session == SessionId::UNREAD {
             let header = self.recv_header()?;
-            return Err(self.refuse(&header, "the reason why the greeting could not be read"));
+            return Err(self.refuse(&header, "the reason why the handshake could not be read"));
         }
         Ok(theirs.expect_session(session)?)
     }

@@ -242,6 +242,7 @@ pub struct Header {
 
 /// Why a header was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum HeaderError {
     /// Damaged in transit.
     #[error("a frame header is damaged (checksum {found:#010x}, computed {computed:#010x})")]

@@ -155,12 +155,13 @@ pub struct Arrived {
 
 /// Why a handshake could not be read.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum HelloError {
     /// Too short for its own length field.
-    #[error("the peer's greeting is truncated")]
+    #[error("the peer's handshake is truncated")]
     Truncated,
     /// Not the JSON that it should be.
-    #[error("the peer's greeting cannot be understood: {0}")]
+    #[error("the peer's handshake cannot be understood: {0}")]
     Json(#[from] serde_json::Error),
 }
 

@@ -79,6 +79,7 @@ pub struct Preamble {
 
 /// Why a peer's preamble was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PreambleError {
     /// Not our magic number.
     #[error("the peer does not speak ferry's migration protocol (its first bytes are {0:02x?})")]

@@ -34,7 +34,7 @@ pub fn api(bytes: &[u8]) -> usize {
     let mut client = UnixStream::connect(server.path()).unwrap();
     server.accept();
     client.set_read_timeout(Some(2 * TIMEOUT)).unwrap();
-    // It may have been refused and hung up on before its end. Longer input would need somebody who
+    // It may have been refused and hung up on before its end. Longer input would need a thread that
     // reads meanwhile.
     let _ = client.write_all(&bytes[..bytes.len().min(64 << 10)]);
     let _ = client.shutdown(Shutdown::Write);
@@ -68,7 +68,7 @@ impl Control for Willing {
             guest: None,
             uptime_ms: 1,
             migration: None,
-            lacks: None,
+            missing: None,
             balloon: None,
             listening: None,
             serial_output_lost: 0,

@@ -217,7 +217,7 @@ impl SourceDisks for StandIn {
     }
 }
 
-/// A disk of a block and a bit that nobody writes to.
+/// A disk of a block and a bit, never written to.
 struct Disk;
 
 impl BlockSource for Disk {

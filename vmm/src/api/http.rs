@@ -38,6 +38,7 @@ pub struct Head {
 
 /// Why there is no request.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReadError {
     /// The peer is gone, or had nothing to say for too long: nothing is owed.
     #[error("the connection ended")]

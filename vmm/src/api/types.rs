@@ -111,8 +111,8 @@ pub struct Status {
     pub listening: Option<String>,
     /// Post-copy, at the destination: what has not arrived of the guest; `null` when it is
     /// complete.
-    #[serde(default)]
-    pub lacks: Option<Lacks>,
+    #[serde(default, alias = "lacks")]
+    pub missing: Option<Missing>,
     /// The guest's balloon; `null` when it has none.
     #[serde(default)]
     pub balloon: Option<BalloonStatus>,
@@ -128,7 +128,7 @@ impl Status {
 
 /// Pages that have not arrived of a guest that runs already.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lacks {
+pub struct Missing {
     /// How many.
     pub pages: u64,
     /// How many waits for one of them are under way.

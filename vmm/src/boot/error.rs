@@ -3,6 +3,7 @@ use std::path::PathBuf;
 
 /// Why a kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LoadError {
     /// There is no such file.
     #[error("the {what} {path} does not exist: check the path")]

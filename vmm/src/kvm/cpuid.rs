@@ -124,7 +124,7 @@ pub(super) fn for_vcpu(list: &[CpuidEntry], id: u32, count: u32) -> Option<CpuId
                 };
             }
             // Intel's cache leaf: bits 31:26 cores of the package - 1, 25:14 sharers of this cache
-            // - 1. The last level is shared by all, the others by nobody.
+            // - 1. All vCPUs share the last level; the others are private.
             4 if e.eax & 0x1f != 0 => {
                 let level = e.eax >> 5 & 7;
                 let sharers = if level >= 3 { count - 1 } else { 0 };

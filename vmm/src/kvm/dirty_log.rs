@@ -36,8 +36,8 @@
 //! **Huge pages** behind the guest's memory have to be split before KVM can tell small ones apart.
 //! It does so when a write faults, in the vCPU's time, unless its parameter `eager_page_split` is
 //! on (Linux 5.18 and later have it on; `ferry doctor` looks): then it splits when pages are
-//! protected, in the time of whoever turns the log on, or, with all bits set at first, of the
-//! sender that clears a range, a batch ahead of the guest. User space has no other say in it.
+//! protected, in the time of the thread that turns the log on, or, with all bits set at first, of
+//! the sender that clears a range, a batch ahead of the guest. User space has no other say in it.
 //!
 //! From [`start`](DirtyLog::start) on, *every* page counts as dirty until it is first cleared, on
 //! any KVM: the first round of a migration is nothing special.
@@ -67,6 +67,7 @@ ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 /// What the dirty log could not do.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DirtyLogError {
     /// It is on.
     #[error(
@@ -200,7 +201,7 @@ impl DirtyLog {
         self.on.store(false, Ordering::Release);
         *buffer = Vec::new();
         self.vm.log_dirty_pages(false)?;
-        // No vCPU shall come out for a ring that nobody wants any more.
+        // No vCPU shall come out for a ring that is unused from now on.
         self.harvest()?;
         Ok(())
     }
@@ -242,8 +243,8 @@ impl DirtyLog {
     ///
     /// # Errors
     /// [`DirtyLogError::Range`], [`DirtyLogError::Off`], or the kernel's refusal. Pages may then be
-    /// cleared in part: whoever fails between `clear` and having sent must count them as dirty
-    /// himself.
+    /// cleared in part: a caller that fails between `clear` and having sent must count them as
+    /// dirty itself.
     pub fn clear(&self, first_gfn: u64, words: &[u64]) -> Result<(), DirtyLogError> {
         if !self.is_on() {
             return Err(DirtyLogError::Off);

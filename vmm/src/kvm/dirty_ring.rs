@@ -11,16 +11,16 @@
 //!
 //! What was harvested goes into the bitmap of the VMM's own writes, which is where
 //! [`DirtyLog`](super::DirtyLog) looks and clears. **In this order: harvest, reset, and only then
-//! set the bit.** Between harvest and reset the page is still writable, and writes to it are told
-//! to nobody. A sender that clears the bit *before* it is set reads the page too early perhaps, but
+//! set the bit.** Between harvest and reset the page is still writable, and writes to it are not
+//! reported. A sender that clears the bit *before* it is set reads the page too early perhaps, but
 //! the bit comes after that and the page is sent again. A sender that clears the bit *after* it is
 //! set reads the page when it is protected: a write after the reading is told by the ring, one
 //! before it is read. Were the bit set before the reset, a sender could clear and read in between,
 //! and the next write would be lost.
 //!
 //! A vCPU whose ring is full comes out of KVM_RUN until some of it was reset. Its own thread
-//! harvests its own ring then and goes on: there is no thread that has to be woken for it, nobody
-//! else's vCPU stands still, and a pause, which waits for the vCPU threads to come out, waits for
+//! harvests its own ring then and goes on: no thread has to be woken for it, no
+//! other vCPU stands still, and a pause, which waits for the vCPU threads to come out, waits for
 //! one harvest at most. A burst larger than the ring costs such exits, and loses nothing.
 //!
 //! Complete is a harvest only while the vCPUs are outside of KVM_RUN: where the processor collects

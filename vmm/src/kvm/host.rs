@@ -27,6 +27,7 @@ const API_VERSION: i32 = 12;
 
 /// Why the host's KVM cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// There is no such device.
     #[error(

@@ -40,6 +40,7 @@ pub struct KvmFacts {
 
 /// Why there are no answers.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ProbeError {
     /// The device cannot be opened.
     #[error("/dev/kvm cannot be opened ({0})")]

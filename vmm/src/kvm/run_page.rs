@@ -9,7 +9,7 @@ use kvm_bindings::kvm_run;
 
 /// A mapping of a vCPU's `kvm_run`, of our own beside the one inside `VcpuFd`: other threads disk
 /// to `immediate_exit` here while the vCPU's thread is at work, and a `&mut kvm_run` of kvm-ioctls
-/// over the same address would alias that. Nobody makes a Rust reference to the whole of this one.
+/// over the same address would alias that. No Rust reference to the whole of this one exists.
 #[derive(Debug)]
 pub(super) struct RunPage {
     page: NonNull<kvm_run>,

@@ -32,6 +32,7 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
 /// Why a VM, or a vCPU in it, could not be made.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum VmError {
     /// A KVM ioctl was refused.
     #[error("the virtual machine could not be set up: {0}")]

@@ -26,6 +26,7 @@ use crate::memory::{GuestRam, RamError, ShareError, SharedRam};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BuildError {
     /// The host's KVM cannot be used.
     #[error(transparent)]

@@ -24,6 +24,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Exit {
     /// The guest shut down: it switched the machine off or asked KVM for it.
     Shutdown,
@@ -63,6 +64,7 @@ pub enum RunState {
 
 /// Why a machine could not be paused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PauseError {
     /// It has ended.
     #[error("the machine cannot be paused since it has ended: {0}")]
@@ -79,6 +81,7 @@ pub enum PauseError {
 
 /// Why a machine could not be resumed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ResumeError {
     /// It has ended.
     #[error("the machine cannot be resumed since it has ended: {0}")]
@@ -243,12 +246,12 @@ impl Control {
     }
 
     /// Sets the devices going, and then the vCPUs: the guest must not wait for a device at rest. A
-    /// guest whose memory or disk somebody else has must not run at all.
+    /// guest whose memory or disk another process has must not run at all.
     fn start(&self, inner: &mut Inner) -> Result<(), ResumeError> {
         let claim = self.ram.claim();
         let news = claim.map_err(|e| ResumeError::Memory(e.to_string()))?;
         if let Err(error) = self.virtio.lock_disks() {
-            // Not run, and so nobody else is kept from it.
+            // It did not run, so another process may have it.
             if let (true, Err(error)) = (news, self.ram.give_up()) {
                 tracing::warn!(%error, "the lock on the guest's memory stays");
             }
@@ -377,7 +380,8 @@ impl Control {
                     vcpu.clock_was_paused();
                     return (left_at, None);
                 }
-                // A signal that was for somebody else, or a kick that the last pause did not need.
+                // A signal for another thread's purpose, or a kick that the last pause did not
+                // need.
                 VmExit::Interrupted => continue,
                 VmExit::Shutdown => Exit::Shutdown,
                 VmExit::TripleFault => Exit::TripleFault,

@@ -39,6 +39,7 @@ pub struct MachineDescription {
 
 /// Why a description cannot be of a machine.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DescriptionError {
     /// Another version.
     #[error(
@@ -73,6 +74,7 @@ pub enum DescriptionError {
 
 /// Why this host cannot run a machine.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum UnfitHost {
     /// Its KVM cannot be used at all.
     #[error(transparent)]

@@ -12,6 +12,7 @@ use crate::kvm::IoctlError;
 
 /// Why a kernel could not be put into a machine.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ApplyError {
     /// The kernel itself.
     #[error(transparent)]

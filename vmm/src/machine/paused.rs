@@ -9,6 +9,7 @@ use crate::kvm::{IoctlError, RestoreError, SkippedMsr};
 
 /// Why a machine could not be saved.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SaveError {
     /// KVM refused to tell a part of the state.
     #[error("the machine's state could not be read: {0}")]
@@ -17,6 +18,7 @@ pub enum SaveError {
 
 /// Why a machine could not take over a state.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RestoreMachineError {
     /// Another machine's state.
     #[error(
@@ -60,7 +62,7 @@ pub struct Restored {
     pub skipped_msrs: Vec<SkippedMsr>,
 }
 
-/// A paused machine. While it exists, nobody else can resume it.
+/// A paused machine. While it exists, only its holder can resume the machine.
 ///
 /// Dropping it resumes the machine if it ran before it was paused.
 #[derive(Debug)]

@@ -45,6 +45,7 @@ pub struct MachineState {
 
 /// Why bytes are not a state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum StateError {
     /// The state could not be written.
     #[error("the machine's state could not be encoded: {0}")]

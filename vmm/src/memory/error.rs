@@ -24,6 +24,7 @@ impl RangeError {
 
 /// Why guest RAM could not be made or changed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RamError {
     /// No memory was asked for.
     #[error("a guest needs memory, but 0 bytes were asked for: give a size such as 512M")]
@@ -122,7 +123,7 @@ pub enum RamError {
 }
 
 impl RamError {
-    /// What a failed mmap means for somebody who asked for `bytes`.
+    /// What a failed mmap of `bytes` means.
     pub(super) fn map(error: MmapRegionError, bytes: u64, hugepages: bool) -> Self {
         match error {
             MmapRegionError::Mmap(e) if hugepages && e.raw_os_error() == Some(libc::ENOMEM) => {

@@ -52,7 +52,7 @@ fn new_mount() -> io::Result<OwnedFd> {
 }
 
 /// Options of the tmpfs: 2 MiB pages, no limit of its own (the default is half of the host's
-/// memory), nobody else's.
+/// memory), closed to other users.
 const OPTIONS: [(&CStr, &CStr); 3] = [(c"huge", c"always"), (c"size", c"0"), (c"mode", c"0700")];
 
 /// Allocates nothing: called in a forked child, too.

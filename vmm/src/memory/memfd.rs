@@ -21,7 +21,7 @@ pub(super) fn create(bytes: u64, hugepages: bool) -> Result<File, RamError> {
     if fd < 0 {
         return Err(error(io::Error::last_os_error()));
     }
-    // SAFETY: the kernel has just given us this descriptor, and nobody else owns it.
+    // SAFETY: the kernel has just made this descriptor for this call; it has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(bytes).map_err(error)?;
     // The file may be handed to other processes: none of them may shrink it, since touching a page

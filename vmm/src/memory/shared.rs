@@ -13,11 +13,11 @@
 //! So the kernel is asked to keep them apart, by two things that do not depend on what either side
 //! believes of the other:
 //!
-//! - a **lock** on the memory file (flock(2)), held by whoever runs the guest. It belongs to an
-//!   open file, so each side has one of its own, and it goes when its process dies.
-//! - a **word** (an eventfd(2)) for each time that the memory was shared: whoever runs the guest
-//!   first says so on it. The saved state of the other side is then older than the memory, and must
-//!   not be run in it.
+//! - a **lock** on the memory file (flock(2)), held by the side that runs the guest. It belongs to
+//!   an open file, so each side has one of its own, and it goes when its process dies.
+//! - a **word** (an eventfd(2)) for each time that the memory was shared: the side that runs the
+//!   guest first says so on it. The saved state of the other side is then older than the memory,
+//!   and must not be run in it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -45,6 +45,7 @@ pub struct SharedRam {
 
 /// Why memory cannot be shared, or what was given is not the guest's memory.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ShareError {
     /// The memory file cannot be opened once more.
     #[error(
@@ -88,6 +89,7 @@ pub enum ShareError {
 
 /// Why a guest must not run in this memory now.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ClaimError {
     /// The other side runs it, or may.
     #[error(
@@ -113,7 +115,7 @@ pub(super) struct Tenure {
 #[derive(Debug, Default)]
 struct State {
     held: bool,
-    /// Words that nobody had said when they were last looked at.
+    /// Words that were unsaid at the last look.
     words: Vec<OwnedFd>,
 }
 
@@ -124,8 +126,8 @@ impl Tenure {
 }
 
 impl GuestRam {
-    /// Makes what another process needs in order to map this memory. The guest may run on. Whoever
-    /// was given it before has lost its claim.
+    /// Makes what another process needs in order to map this memory. The guest may run on. A
+    /// process that got it before has lost its claim.
     ///
     /// # Errors
     /// [`ShareError`]; nothing has changed.
@@ -157,7 +159,7 @@ impl GuestRam {
     pub fn adopt(bytes: u64, hugepages: bool, shared: SharedRam) -> Result<Self, ShareError> {
         let layout = RamLayout::new(bytes, hugepages)?;
         let sealed = check(&shared.memory, bytes, hugepages)?;
-        // A word that cannot be said at once must not stop anybody.
+        // A word that cannot be said at once must not block.
         let flags = fcntl_getfl(&shared.word).map_err(|e| ShareError::Examine(e.into()))?;
         fcntl_setfl(&shared.word, flags | OFlags::NONBLOCK)
             .map_err(|e| ShareError::Examine(e.into()))?;
@@ -209,8 +211,8 @@ impl GuestRam {
         }
     }
 
-    /// Gives the right to run the guest up: whoever maps this memory may take it. No effect where
-    /// it is not held.
+    /// Drops the right to run the guest: a process that maps this memory may take it. No effect
+    /// where it is not held.
     ///
     /// # Errors
     /// The kernel's refusal; it is then held still.
@@ -236,9 +238,9 @@ const HUGETLBFS: u64 = 0x9584_58f6;
 /// Whether what was given is memory for this guest, and stays so. Returns whether seals say the
 /// latter.
 ///
-/// Files of a tmpfs know no seals. Whoever has such a file writable could cut it; who that is
-/// depends on its owner: a nameless file of this user (or of root) was given to this process by one
-/// that could end it anyway.
+/// Files of a tmpfs know no seals. A process that has such a file writable could truncate it; which
+/// that is depends on its owner: a nameless file of this user (or of root) was given to this
+/// process by one that could end it anyway.
 fn check(memory: &OwnedFd, bytes: u64, hugepages: bool) -> Result<bool, ShareError> {
     let examine = |e: Errno| ShareError::Examine(e.into());
     // Only files in memory know seals.

@@ -7,7 +7,7 @@
 //!                     in the kernel                                                    thread goes on
 //! ```
 //!
-//! Whoever touches an absent page sleeps: a vCPU in ring 3, KVM on its behalf (also when it walks
+//! What touches an absent page sleeps: a vCPU in ring 3, KVM on its behalf (also when it walks
 //! the guest's page tables), a system call that reads or writes guest memory. So the threads that
 //! serve faults must not touch guest memory before it is there, nor hold a lock that a sleeper's
 //! progress depends on.
@@ -16,8 +16,8 @@
 //! mapped (it came through [`GuestRam::splice_pages`], say) does not fault.
 //!
 //! What the kernel's interface leaves to its user, and how it is answered here:
-//! - A page may be reported more than once: by several threads, or by one that looks again. Whoever
-//!   asks the source for pages has to remember what was asked for.
+//! - A page may be reported more than once: by several threads, or by one that looks again. The
+//!   requester of pages has to remember what it requested.
 //! - A vCPU whose own access waits leaves KVM_RUN when it is kicked (since Linux 6.2). One for
 //!   which KVM emulates the access does not: with a signal pending the kernel starts that access
 //!   anew, over and over, each time with a report, on a full processor, until the page comes. So a
@@ -59,7 +59,7 @@ pub fn check_userfault() -> Result<UserfaultBy, UserfaultError> {
     sys::open().map(|(_, by)| by)
 }
 
-/// Somebody waits for an absent page.
+/// A thread waits for an absent page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
     /// The page's frame number.
@@ -95,8 +95,9 @@ pub struct Placed {
 /// The missing pages of a guest's RAM. All methods may be called from several threads at once,
 /// while the guest runs.
 ///
-/// Dropping it ends the reports: absent pages are zero again, and whoever waited for one goes on
-/// with zeros. So it may only be dropped when all pages have come, or when no vCPU will run again.
+/// Dropping it ends the reports: absent pages are zero again, and a thread that waited for one goes
+/// on with zeros. So it may only be dropped when all pages have come, or when no vCPU will run
+/// again.
 #[derive(Debug)]
 pub struct Userfault {
     fd: OwnedFd,
@@ -106,7 +107,7 @@ pub struct Userfault {
 }
 
 impl Userfault {
-    /// From now on, whoever touches a page that is absent waits for it.
+    /// From now on, what touches a page that is absent waits for it.
     ///
     /// Transparent huge pages are switched off for the RAM until this is dropped: they would fill 2
     /// MiB where one page came.
@@ -259,8 +260,8 @@ impl Userfault {
             }
         }
         if result.present > 0 {
-            // If such a page came another way than by this descriptor, nobody has told those who
-            // wait.
+            // If such a page came another way than by this descriptor, the threads that
+            // wait were not woken.
             let woken = sys::wake(&self.fd, start, done);
             error = error.or(woken.err().map(|e| PlaceError::kernel(first_gfn, e)));
         }

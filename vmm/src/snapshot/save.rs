@@ -21,6 +21,7 @@ const LIVE_DOWNTIME: Duration = Duration::from_millis(50);
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SnapshotError {
     /// There is a file.
     #[error("{} exists already; choose another name, or replace it with --force", .0.display())]

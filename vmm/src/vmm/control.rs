@@ -2,7 +2,7 @@
 
 use super::recording;
 use super::state::State;
-use super::{Lacks, Vmm};
+use super::{Missing, Vmm};
 use crate::api::events::{Publisher, Subscription};
 use crate::api::types::{
     BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
@@ -20,14 +20,14 @@ pub(super) fn conflict(wish: &str, state: &State) -> Refusal {
 }
 
 /// One sentence: what is, and what can be done.
-pub(super) fn explanation(state: &State, lacks: Option<&Lacks>) -> String {
-    match (state, lacks) {
+pub(super) fn explanation(state: &State, missing: Option<&Missing>) -> String {
+    match (state, missing) {
         (
             State::Running,
-            Some(Lacks {
+            Some(Missing {
                 pages, lost: None, ..
             }),
-        ) => match lacks.and_then(|lacks| lacks.file.as_ref()) {
+        ) => match missing.and_then(|missing| missing.file.as_ref()) {
             Some(file) => format!(
                 "the guest runs here; {pages} of its pages are still to be read from {}",
                 file.display()
@@ -36,7 +36,7 @@ pub(super) fn explanation(state: &State, lacks: Option<&Lacks>) -> String {
         },
         (
             State::Running,
-            Some(Lacks {
+            Some(Missing {
                 pages,
                 waiting,
                 lost: Some(why),
@@ -58,7 +58,7 @@ impl Control for Vmm {
         let balloon = guest.as_ref().and_then(|guest| guest.balloon());
         let serial_output_lost = guest.map_or(0, |guest| guest.serial_output_lost());
         let inner = self.core.lock();
-        let lacks = inner.guest.as_ref().and_then(|guest| guest.lacks());
+        let missing = inner.guest.as_ref().and_then(|guest| guest.missing());
         Status {
             schema: Status::SCHEMA,
             version: env!("CARGO_PKG_VERSION").into(),
@@ -68,7 +68,7 @@ impl Control for Vmm {
                 Some((path, _)) if matches!(inner.state, State::Running | State::Paused) => {
                     super::snapshot::explanation(path)
                 }
-                _ => explanation(&inner.state, lacks.as_ref()),
+                _ => explanation(&inner.state, missing.as_ref()),
             },
             guest: inner.guest.as_ref().map(|g| g.info()),
             uptime_ms: u64::try_from(self.core.since.elapsed().as_millis()).unwrap_or(u64::MAX),
@@ -79,7 +79,7 @@ impl Control for Vmm {
                 }
                 _ => None,
             },
-            lacks,
+            missing,
             balloon,
             serial_output_lost,
             listening: match &inner.state {
@@ -262,7 +262,7 @@ impl Control for Vmm {
             }
             (state, _) => return Err(conflict("set a balloon", state)),
         };
-        // The device may be at work for a while; nobody else is to wait for it.
+        // The device may be at work for a while; no other request is to wait for it.
         drop(inner);
         guest.balloon().ok_or_else(no_balloon)?;
         guest.set_balloon(request).map_err(Refusal::Invalid)

@@ -55,13 +55,13 @@ impl Core {
                 inner.state = State::Running;
             }
             (state, Some(guest)) => {
-                let Some(lacks) = guest.lacks() else {
+                let Some(missing) = guest.missing() else {
                     return Err(conflict("recover, nothing is in doubt", state));
                 };
                 return Err(Refusal::Conflict(format!(
                     "cannot take over {} pages that only the source has: {}",
-                    lacks.pages,
-                    explanation(state, Some(&lacks))
+                    missing.pages,
+                    explanation(state, Some(&missing))
                 )));
             }
             (state, _) => return Err(conflict("recover, nothing is in doubt", state)),

@@ -1,6 +1,6 @@
 //! A [`Machine`] as a [`SourceVm`].
 
-use super::{Ending, Guest, Lacks, Migration, MigrationHandle, Recording, TakeOver, Vmm};
+use super::{Ending, Guest, Migration, MigrationHandle, Missing, Recording, TakeOver, Vmm};
 use crate::api::types::{
     BalloonRequest, BalloonStatus, GuestInfo, MemoryInfo, Security, SnapshotReport, SnapshotRequest,
 };
@@ -148,11 +148,11 @@ impl Guest for MachineGuest {
     }
 
     fn pause(&self) -> Result<(), String> {
-        if let Some(lacks) = self.lacks().filter(|lacks| lacks.lost.is_some()) {
+        if let Some(missing) = self.missing().filter(|missing| missing.lost.is_some()) {
             return Err(format!(
                 "the guest lacks {} pages and may be waiting for one, which a pause cannot end; \
                  `ferry recover` at the source brings them",
-                lacks.pages
+                missing.pages
             ));
         }
         self.machine
@@ -183,10 +183,10 @@ impl Guest for MachineGuest {
         }
     }
 
-    fn lacks(&self) -> Option<Lacks> {
+    fn missing(&self) -> Option<Missing> {
         let following = self.following.as_ref()?;
         let pages = following.left();
-        (pages > 0).then(|| Lacks {
+        (pages > 0).then(|| Missing {
             pages,
             waiting: following.waiting() as u64,
             lost: following.lost(),
@@ -243,10 +243,10 @@ impl Guest for MachineGuest {
     }
 
     fn migration(&self, uri: &str, security: &Security) -> Result<Box<dyn Migration>, String> {
-        if let Some(lacks) = self.lacks() {
+        if let Some(missing) = self.missing() {
             return Err(format!(
                 "{} pages of the guest have not arrived here yet; migrate it on when they have",
-                lacks.pages
+                missing.pages
             ));
         }
         let uri = uri.parse::<Uri>().map_err(|e| e.to_string())?;

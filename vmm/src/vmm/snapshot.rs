@@ -52,10 +52,10 @@ impl Core {
                         .into(),
                 ));
             }
-            if let Some(lacks) = guest.lacks() {
+            if let Some(missing) = guest.missing() {
                 return Err(Refusal::Conflict(format!(
                     "cannot write a snapshot: {} pages of the guest have not arrived here yet; try again when they have",
-                    lacks.pages
+                    missing.pages
                 )));
             }
             inner.snapshot = Some((request.path.clone(), Arc::clone(&cancelled)));

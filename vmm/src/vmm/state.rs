@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 /// How a guest ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Ending {
     /// The guest switched itself off.
     Shutdown,
@@ -90,7 +91,7 @@ pub(super) struct Lost {
 /// A question to the destination that is under way.
 pub(super) struct Asking {
     pub handle: Arc<dyn MigrationHandle>,
-    /// By the VMM itself: whoever has a wish of his own waits for the answer.
+    /// By the VMM itself: an operator's request waits for the answer.
     pub in_background: bool,
 }
 

@@ -119,7 +119,7 @@ impl Migration for FakeRecovery {
         Arc::clone(&self.0) as _
     }
     fn run(self: Box<Self>, _: &Options, _: &mut dyn FnMut(Event)) -> Report {
-        let error = (self.1 != report::Status::Completed).then(|| "nobody answers there".into());
+        let error = (self.1 != report::Status::Completed).then(|| "no answer from there".into());
         Report {
             status: self.1,
             error,
@@ -470,7 +470,7 @@ fn endings_are_told() {
 fn the_destination_can_be_asked_again() {
     let rig = Rig::migrated(report::Status::InDoubt);
     let asked = rig.vmm.recover(&RecoverRequest::default());
-    assert_eq!(asked, Err(Refusal::Failed("nobody answers there".into())));
+    assert_eq!(asked, Err(Refusal::Failed("no answer from there".into())));
     assert_eq!(rig.state(), StateName::InDoubt, "no answer is no knowledge");
     let elsewhere = RecoverRequest {
         uri: Some("tcp:moved:2".into()),
@@ -597,7 +597,7 @@ fn an_interrupted_guest_is_kept_until_its_pages_are_there() {
             ..RecoverRequest::default()
         })
     };
-    // The guest runs over there: no second copy, whoever asks.
+    // The guest runs over there: no second copy, on any request.
     let refusal = recover("tcp:b:1", true).unwrap_err().to_string();
     assert!(refusal.contains("second copy"), "{refusal}");
     assert!(rig.vmm.resume().is_err());
@@ -606,7 +606,7 @@ fn an_interrupted_guest_is_kept_until_its_pages_are_there() {
         kept.contains("only copy") && kept.contains("pages"),
         "{kept}"
     );
-    // Broken again: as before. Nobody there: as before.
+    // Broken again: as before. No listener there: as before.
     for uri in ["tcp:half:1", "tcp:there:1"] {
         assert!(recover(uri, false).is_err());
         assert_eq!(rig.state(), StateName::Interrupted);

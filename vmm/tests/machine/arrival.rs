@@ -59,7 +59,7 @@ fn moves(uri: &Uri, options: &Options) {
     assert!(booked.load(Ordering::SeqCst), "{report:#?}");
     let status = vmm.status();
     assert_eq!(status.state, StateName::Running, "{status:#?}");
-    assert!(status.lacks.is_none(), "{status:#?}");
+    assert!(status.missing.is_none(), "{status:#?}");
     drop(receiver);
     let machine = arrived.lock().unwrap().take().unwrap();
     progresses(&machine, COUNTER);

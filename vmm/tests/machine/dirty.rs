@@ -224,9 +224,9 @@ const SWEEP: [u8; 48] = [
 ];
 const SWEPT: std::ops::Range<u64> = 1024..4096;
 
-/// A guest that dirties three times as many pages as its ring has entries, and nobody to take them:
-/// it stops for its own ring, goes on, and every page is known. A sender that then copies what is
-/// dirty has what the guest has.
+/// A guest that dirties three times as many pages as its ring has entries, and no thread takes
+/// them: it stops for its own ring, goes on, and every page is known. A sender that then copies
+/// what is dirty has what the guest has.
 #[test]
 fn a_burst_larger_than_the_ring_loses_nothing() {
     if !rings() {

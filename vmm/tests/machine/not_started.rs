@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ferry_migration::destination::greet;
+use ferry_migration::destination::exchange_preamble;
 use ferry_migration::options::{Options, Tracking};
 use ferry_migration::report::Status;
 use ferry_migration::wire::AbortCode;
@@ -80,7 +80,7 @@ fn never_started() -> Uri {
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         let link = StreamLink::tcp(listener.accept().unwrap().0).unwrap();
-        let (mut channel, _) = greet(link, Duration::from_secs(10)).unwrap();
+        let (mut channel, _) = exchange_preamble(link, Duration::from_secs(10)).unwrap();
         channel.send_abort_as(AbortCode::NotStarted, "no guest was started here");
     });
     format!("tcp:{address}").parse().unwrap()

@@ -7,6 +7,7 @@ use super::SECTOR;
 
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DiskError {
     /// It cannot be opened.
     #[error("the disk {path} cannot be opened: {source}; {hint}")]
@@ -35,7 +36,7 @@ pub enum DiskError {
         /// Its size.
         bytes: u64,
     },
-    /// Somebody else has it.
+    /// Another process has it.
     #[error(
         "the disk {path} is in use by another process, perhaps another virtual machine: stop that one, or give both \
          the disk read-only"
@@ -44,7 +45,7 @@ pub enum DiskError {
         /// The file.
         path: PathBuf,
     },
-    /// Somebody else has what a copy is to be made into.
+    /// Another process has the file that a copy is to be made into.
     #[error(
         "the disk {path} is in use (by the guest at the source, if it is the same file), and a copy would overwrite it: give \
          another path with --disk, or leave --copy-disk out where both hosts share the disk"

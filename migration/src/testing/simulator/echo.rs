@@ -28,7 +28,7 @@ pub(super) fn last_word(
     Peer::drive_all(peer);
     let world = lock(world);
     if committed && ran {
-        // Whoever asks again hears it again.
+        // A repeated question gets the answer again.
         if !matches!(answer, Ok(Some(FrameType::Running))) {
             violations.push(format!("a repeated COMMIT was answered by {answer:?}"));
         }

@@ -14,6 +14,7 @@ pub struct Fault {
 
 /// What can go wrong at a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FaultKind {
     /// The connection breaks and the message is lost; the sender is told.
     CutBefore,
@@ -25,7 +26,7 @@ pub enum FaultKind {
     LostSilently,
     /// A bit flips (in what a checksum guards; anywhere when memory is verified).
     Flip(u32),
-    /// Nothing arrives any more, and nobody is told.
+    /// Nothing arrives any more, without an error.
     Stall,
     /// Everything arrives, and each message takes seconds.
     Slow,

@@ -269,7 +269,8 @@ impl Peer {
     }
 
     fn accept(&mut self, link: SimLink, connection: usize) {
-        let Ok((channel, preamble)) = destination::greet(link, Duration::from_secs(1)) else {
+        let Ok((channel, preamble)) = destination::exchange_preamble(link, Duration::from_secs(1))
+        else {
             return;
         };
         match preamble.role {

@@ -327,7 +327,7 @@ fn shared_memory_is_not_sent() {
 }
 
 /// Every fault at every message of a hand-over of memory: the source runs on, or the doubt is said,
-/// and whoever runs the guest does so in the memory that belongs to its state.
+/// and the side that runs the guest does so in the memory that belongs to its state.
 #[test]
 fn every_fault_at_every_message_of_a_memory_hand_over() {
     let (mut doubts, mut failures) = (0, 0);

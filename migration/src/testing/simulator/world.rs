@@ -77,7 +77,7 @@ pub(super) struct World {
     /// Whether the link carries memory itself, and whether the destination has taken it.
     pub shares: bool,
     pub shared: bool,
-    /// Somebody has run the guest in the shared memory since its state was saved.
+    /// A side has run the guest in the shared memory since its state was saved.
     pub ran_since_shared: bool,
     pub source_dead: bool,
     pub destination_dead: bool,
@@ -268,7 +268,7 @@ impl World {
         faults
     }
 
-    /// Whatever is here of these pages is stale: nobody may see it.
+    /// What is here of these pages is stale and must not be read.
     pub fn drop_stale(&mut self, pages: &PageSet) {
         for gfn in pages.iter() {
             self.destination_memory[index(gfn)] = STALE;
@@ -346,7 +346,7 @@ impl World {
         }
     }
 
-    /// Somebody reads a page of the running or resting source. Without races the engine knows
+    /// A read of a page of the running or paused source. Without races the engine knows
     /// beforehand that it is empty.
     pub fn read(&mut self, gfn: Gfn) -> u64 {
         if self.racing_writes == 0.0 && self.holes.contains(gfn) {

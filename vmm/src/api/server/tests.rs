@@ -51,7 +51,7 @@ impl Control for Fake {
             }),
             uptime_ms: 1,
             migration: None,
-            lacks: None,
+            missing: None,
             balloon: None,
             listening: None,
             serial_output_lost: 0,
@@ -400,7 +400,7 @@ fn too_many_busy_connections_are_told_so_and_places_come_back() {
 }
 
 #[test]
-fn clients_without_a_request_keep_nobody_out() {
+fn clients_without_a_request_keep_no_client_out() {
     let r = Running::with(Limits::default());
     let limit = Limits::default().connections;
     let stream = busy(&r);

@@ -2,6 +2,7 @@ use crate::kvm::IoctlError;
 
 /// Why a saved state could not be put into KVM.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RestoreError {
     /// KVM refused a part of a vCPU's state.
     #[error(

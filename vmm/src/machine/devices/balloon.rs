@@ -103,7 +103,7 @@ impl HostPages {
             Ok(()) => {
                 self.discarded.fetch_add(count, Ordering::Relaxed);
             }
-            // Once: the pages stay with the guest, and that harms nobody.
+            // Once: the pages stay with the guest, which is harmless.
             Err(error) if !self.failed.swap(true, Ordering::Relaxed) => {
                 tracing::warn!(%error, "memory that the guest gave back stays in use");
             }

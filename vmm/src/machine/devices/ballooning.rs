@@ -202,7 +202,7 @@ impl Shared {
             "the balloon is moved"
         );
         self.balloon.reconfigure(|balloon| {
-            // Somebody may have set another size since.
+            // An operator may have set another size since.
             if balloon.auto().is_some() && balloon.target() == target {
                 balloon.set_target(next);
             }

@@ -8,6 +8,7 @@ use crate::tap::TapError;
 
 /// Why a machine cannot have its virtio devices.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DeviceError {
     /// A disk.
     #[error(transparent)]

@@ -99,7 +99,7 @@ fn after_a_commit_the_destination_runs_the_guest_and_the_source_never_again() {
 
 /// Committed, and the destination died before it ran: the source may.
 #[test]
-fn a_commit_that_nobody_read_can_be_taken_back() {
+fn an_unread_commit_can_be_taken_back() {
     let a = GuestRam::new(BYTES, Backing::Small).unwrap();
     runs(&a).unwrap();
     let b = GuestRam::adopt(BYTES, false, a.share().unwrap()).unwrap();
@@ -131,7 +131,7 @@ fn a_source_that_died_in_the_pause_leaves_all() {
     assert!(runs(&b).unwrap());
 }
 
-/// Sharing once more takes the memory back from whoever was given it before.
+/// Sharing once more takes the memory back from the process that got it before.
 #[test]
 fn the_last_who_was_given_it_counts() {
     let a = GuestRam::new(BYTES, Backing::Small).unwrap();
@@ -192,10 +192,10 @@ fn what_is_not_the_guests_memory_is_refused() {
     assert!(matches!(wrong, ShareError::Ram(RamError::Zero)), "{wrong}");
 }
 
-/// A word that is no event, from a source that means no good, costs it its own guest and stops
-/// nobody here.
+/// A word that is no event, from a hostile source, costs it its own guest and stops
+/// nothing here.
 #[test]
-fn a_word_that_is_no_event_stops_nobody() {
+fn a_word_that_is_no_event_stops_nothing() {
     let (read, write) = rustix::pipe::pipe().unwrap();
     for word in [read, write] {
         let memory = memfd(BYTES, SealFlags::SHRINK);

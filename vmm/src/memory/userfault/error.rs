@@ -4,6 +4,7 @@ use super::super::RangeError;
 
 /// Why a guest's missing pages cannot be served on this host.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum UserfaultError {
     /// The user may not.
     #[error(
@@ -63,6 +64,7 @@ impl UserfaultError {
 /// Why pages could not be placed. Those before the page that is named are there; the same call made
 /// again skips them and goes on.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PlaceError {
     /// Not RAM.
     #[error(transparent)]

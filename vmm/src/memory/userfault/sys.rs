@@ -164,7 +164,8 @@ fn new_fd() -> Result<(OwnedFd, UserfaultBy), UserfaultError> {
         // SAFETY: this ioctl takes flags by value and touches no memory of ours.
         let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags) };
         if fd >= 0 {
-            // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+            // SAFETY: the kernel has just made this descriptor for this call; it has no other
+            // owner.
             return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, UserfaultBy::Device));
         }
     }

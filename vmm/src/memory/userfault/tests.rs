@@ -178,7 +178,7 @@ fn zeros_are_placed_or_promised() {
     assert!(ram.page_is_zero(10).unwrap() && ram.page_is_zero(13).unwrap());
     assert_eq!(read(ram, 11), first_word(11));
     assert_eq!(read(ram, 501), first_word(501));
-    // Nobody is asked for the others; they cost nothing until they are written to.
+    // The others are not requested; they cost nothing until they are written to.
     assert_eq!(ram.unpopulated(502, 98), Some((502, 98)));
     assert_eq!(read(ram, 450), 0);
     let error = userfault.place(460, 1, &page(460)).unwrap_err();
@@ -420,11 +420,18 @@ fn who_may_not_is_told() {
         return;
     }
     std::thread::spawn(|| {
-        // Not libc's setresuid, which would change all threads: this thread alone becomes nobody,
-        // and ends.
-        let nobody = libc::c_long::from(65534);
+        // Not libc's setresuid, which would change all threads: this thread alone changes its
+        // user, and ends.
+        let unprivileged = libc::c_long::from(65534);
         // SAFETY: the system call takes integers by value and touches no memory.
-        let status = unsafe { libc::syscall(libc::SYS_setresuid, nobody, nobody, nobody) };
+        let status = unsafe {
+            libc::syscall(
+                libc::SYS_setresuid,
+                unprivileged,
+                unprivileged,
+                unprivileged,
+            )
+        };
         assert_eq!(status, 0);
         match check_userfault() {
             Err(error @ UserfaultError::Forbidden { .. }) => {

@@ -83,7 +83,7 @@ fn one_at_a_time_and_no_migration_meanwhile() {
     assert!(pieces.next().is_some());
     assert!(is_conflict(rig.vmm.record(&short()).map(drop)).contains("another `ferry record`"));
     assert!(is_conflict(rig.vmm.migrate(&request("tcp:there:1"))).contains("being recorded"));
-    // Whoever asked goes away in the middle.
+    // The client goes away in the middle.
     drop(pieces);
     assert_eq!(rig.journal.calls(), ["log on", "log off"]);
     let events = rig.begin();

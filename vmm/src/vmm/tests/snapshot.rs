@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 struct Slow {
     calls: Mutex<Vec<&'static str>>,
     ends: Mutex<mpsc::Receiver<Result<(), String>>>,
-    lacks: Option<Lacks>,
+    missing: Option<Missing>,
 }
 
 impl Slow {
@@ -69,17 +69,17 @@ impl Guest for Slow {
             ..SnapshotReport::default()
         })
     }
-    fn lacks(&self) -> Option<Lacks> {
-        self.lacks.clone()
+    fn missing(&self) -> Option<Missing> {
+        self.missing.clone()
     }
 }
 
-fn rig(lacks: Option<Lacks>) -> (Vmm, Arc<Slow>, mpsc::Sender<Result<(), String>>) {
+fn rig(missing: Option<Missing>) -> (Vmm, Arc<Slow>, mpsc::Sender<Result<(), String>>) {
     let (end, ends) = mpsc::channel();
     let guest = Arc::new(Slow {
         calls: Mutex::default(),
         ends: Mutex::new(ends),
-        lacks,
+        missing,
     });
     (Vmm::new(Arc::clone(&guest) as _, true).unwrap(), guest, end)
 }
@@ -109,7 +109,7 @@ fn begin(
 }
 
 #[test]
-fn meanwhile_the_guest_is_nobody_elses() {
+fn meanwhile_no_other_operation_has_the_guest() {
     let (vmm, guest, end) = rig(None);
     let thread = begin(&vmm, &guest, Then::Resume);
     for sentence in [
@@ -177,12 +177,12 @@ fn cancel_and_stop_end_it() {
 
 #[test]
 fn a_guest_that_lacks_pages_is_not_written() {
-    let lacks = Lacks {
+    let missing = Missing {
         pages: 77,
         file: Some("/tmp/old.snap".into()),
-        ..Lacks::default()
+        ..Missing::default()
     };
-    let (vmm, guest, _end) = rig(Some(lacks));
+    let (vmm, guest, _end) = rig(Some(missing));
     let sentence = is_conflict(vmm.snapshot(&wish(Then::Resume)));
     assert!(sentence.contains("77 pages"), "{sentence}");
     let status = vmm.status();
@@ -191,6 +191,6 @@ fn a_guest_that_lacks_pages_is_not_written() {
             .explanation
             .contains("77 of its pages are still to be read from /tmp/old.snap")
     );
-    assert_eq!(status.lacks.map(|lacks| lacks.pages), Some(77));
+    assert_eq!(status.missing.map(|missing| missing.pages), Some(77));
     assert!(guest.calls.lock().unwrap().is_empty());
 }
