@@ -145,7 +145,7 @@ pub fn feed_from_pipe(vmm: Vmm) -> io::Result<()> {
         }
     };
     let failure = |why: String| say(&format!("the guest gets no more input from stdin: {why}"));
-    thread::spawn("ferry-stdin", feed, failure).map(drop)
+    thread::spawn(thread::Kind::Vmm, "ferry-stdin", feed, failure).map(drop)
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ mod pki;
 mod receive;
 mod restore;
 mod run;
+mod sandbox;
 mod security;
 mod serial;
 mod serve;

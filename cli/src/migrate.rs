@@ -229,7 +229,7 @@ pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Fa
         Ok(())
     };
     let ended = |why: String| say(&format!("Ctrl-C cancels nothing any more: {why}"));
-    thread::spawn("ferry-signals", watch, ended).map_err(failed)?;
+    thread::spawn(thread::Kind::Vmm, "ferry-signals", watch, ended).map_err(failed)?;
     Ok(())
 }
 

@@ -56,7 +56,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         Ok(())
     };
     let failure = |why: String| say(&format!("arrivals are not told any more: {why}"));
-    thread::spawn("ferry-arrivals", telling, failure)?;
+    thread::spawn(thread::Kind::Vmm, "ferry-arrivals", telling, failure)?;
     let owner = Arrivals::new(vmm.clone(), uri.clone(), move |sentence| {
         // The thread lives as long as this does.
         let _ = tell.send(sentence);

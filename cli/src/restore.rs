@@ -95,7 +95,12 @@ fn tell_when_done(
         Ok(())
     };
     let failed = |why: String| say(&why);
-    Ok(thread::spawn("ferry-report", tell, failed)?)
+    Ok(thread::spawn(
+        thread::Kind::Vmm,
+        "ferry-report",
+        tell,
+        failed,
+    )?)
 }
 
 fn sentence(report: &RestoreReport) -> String {

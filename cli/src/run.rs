@@ -2,6 +2,7 @@
 
 use super::balloon::Setting;
 use super::devices;
+use super::sandbox;
 use super::serial::Serial;
 use super::serve::{Signals, bind, serve};
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
@@ -110,6 +111,8 @@ pub struct Args {
     name: Option<String>,
     #[command(flatten)]
     devices: devices::Args,
+    #[command(flatten)]
+    sandbox: sandbox::Args,
     /// A memory balloon: the guest can give memory back to the host, and says how much it has free.
     /// With auto it gives what it does not use, every 5s, and gets it back when it is short; see
     /// `ferry balloon`.
@@ -150,6 +153,12 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     timeline.mark("start");
     let signals = Signals::take()?;
     let memory = ram(args)?;
+    // It may have to be downloaded.
+    let linux = match args.linux {
+        true => Some(linux::Kernel::get(&|sentence| say(sentence))?),
+        false => None,
+    };
+    args.sandbox.enter(&args.devices.backends())?;
     let spool = args.serial.open()?;
     let mut backends = Backends {
         balloon: args.balloon.is_some(),
@@ -171,7 +180,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let machine = Arc::new(builder.build()?);
     timeline.mark("machine");
-    load(args, &machine, &mut timeline)?;
+    load(args, linux, &machine, &mut timeline)?;
     timeline.mark("load");
     let guest = MachineGuest::with_workload(Arc::clone(&machine), workload(args));
     if let Some(setting) = args.balloon {
@@ -224,7 +233,15 @@ fn workload(args: &Args) -> Option<String> {
     nas.or_else(|| args.cmdline.clone())
 }
 
-fn load(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), Failure> {
+fn load(
+    args: &Args,
+    linux: Option<linux::Kernel>,
+    machine: &Machine,
+    timeline: &mut Timeline,
+) -> Result<(), Failure> {
+    if let Some(kernel) = linux {
+        return load_linux(args, &kernel, machine, timeline);
+    }
     if let Some(path) = &args.kernel {
         let cmdline = args.cmdline.clone().unwrap_or_default();
         timeline.mark("images");
@@ -236,7 +253,7 @@ fn load(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), F
         return Ok(());
     }
     let Some(workload) = &args.nas else {
-        return load_linux(args, machine, timeline);
+        return Err(Failure("there is no kernel to load".into()));
     };
     let cpus = usize::try_from(args.cpus).unwrap_or(usize::MAX);
     let millis = |interval: Duration| u64::try_from(interval.as_millis()).ok();
@@ -257,8 +274,12 @@ fn load(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), F
     Ok(())
 }
 
-fn load_linux(args: &Args, machine: &Machine, timeline: &mut Timeline) -> Result<(), Failure> {
-    let kernel = linux::Kernel::get(&|sentence| say(sentence))?;
+fn load_linux(
+    args: &Args,
+    kernel: &linux::Kernel,
+    machine: &Machine,
+    timeline: &mut Timeline,
+) -> Result<(), Failure> {
     let disk = RamDisk::new(&kernel.modules(GUEST_MODULES)?)?.finish();
     let (initrd, _disk) = in_memory("the initial RAM disk", &disk)?;
     let cmdline = match &args.cmdline {

@@ -2,6 +2,7 @@
 
 use super::console::{KEYS, Key, Terminal, feed_from_pipe};
 use super::devices;
+use super::sandbox;
 use super::serial::Serial;
 use super::spool::Spool;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -92,11 +93,15 @@ pub struct Place {
     pub dirty: Tracking,
     #[command(flatten)]
     pub devices: devices::Args,
+    #[command(flatten)]
+    pub sandbox: sandbox::Args,
 }
 
 impl Place {
-    /// Opens where the serial port goes: for [`serve`], and for the machine that comes.
+    /// Enters the sandbox and opens where the serial port goes: for [`serve`], and for the machine
+    /// that comes.
     pub fn console(&self) -> Result<(Spool, SerialFactory), Failure> {
+        self.sandbox.enter(&self.devices.backends())?;
         let spool = self.serial.open()?;
         let output = spool.clone();
         let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);

@@ -79,7 +79,7 @@ impl Spool {
             Ok(())
         };
         let failure = move |why: String| failed.end(&why);
-        thread::spawn("ferry-serial", work, failure)
+        thread::spawn(thread::Kind::Vmm, "ferry-serial", work, failure)
             .map_err(|e| Failure(format!("cannot start a thread for the serial output ({e})")))?;
         Ok(Self { shared })
     }

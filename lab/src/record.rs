@@ -167,7 +167,7 @@ fn keep_on_signal(unfinished: Arc<Unfinished>) -> Result<(), Failure> {
         std::process::exit(128 + signal as i32);
     };
     let ended = |why: String| say(&format!("Ctrl-C keeps nothing of a recording now: {why}"));
-    thread::spawn("ferry-signals", wait, ended)?;
+    thread::spawn(thread::Kind::Vmm, "ferry-signals", wait, ended)?;
     Ok(())
 }
 

@@ -37,6 +37,7 @@ pub mod migrate;
 pub mod new_file;
 pub mod priority;
 pub mod record;
+pub mod sandbox;
 pub mod snapshot;
 pub mod socket;
 mod tap;

@@ -232,7 +232,7 @@ fn keep_telling(peer: Peer, session: SessionId, options: Options, reason: String
         }
     };
     let failed = |why| tracing::error!("{why}");
-    if let Err(error) = thread::spawn("ferry-abort", tell, failed) {
+    if let Err(error) = thread::spawn(thread::Kind::Migration, "ferry-abort", tell, failed) {
         tracing::warn!(%error, "the destination is not told again that the guest stays here");
     }
 }

@@ -77,7 +77,9 @@ impl<M: Memory> Pool<M> {
                 serve(&shared);
                 Ok(())
             };
-            let thread = thread::spawn("disk", work, move |why| fail(&failed, why))?;
+            let thread = thread::spawn(thread::Kind::Device, "disk", work, move |why| {
+                fail(&failed, why)
+            })?;
             pool.threads.push(thread);
         }
         Ok(pool)

@@ -58,6 +58,7 @@ impl<D: Device<M>, M: Memory> VirtioDevice<D, M> {
         let shared = Arc::new(Shared::new(device, memory, line)?);
         let theirs = Arc::clone(&shared);
         let worker = thread::spawn(
+            thread::Kind::Device,
             &format!("virtio-{}", shared.kind.id),
             move || worker::run(&theirs, source.as_ref()),
             on_failure,

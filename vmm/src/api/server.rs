@@ -199,7 +199,7 @@ impl Server {
             Ok(())
         };
         let failure = |why| tracing::error!("a request on the control socket has no answer: {why}");
-        if let Err(e) = thread::spawn("ferry-api", work, failure) {
+        if let Err(e) = thread::spawn(thread::Kind::Api, "ferry-api", work, failure) {
             tracing::warn!("cannot start a thread for a connection on the control socket: {e}");
             self.shared.open().streams.remove(&id);
             let sentence = format!(

@@ -6,6 +6,7 @@ use crate::memory::{
     Backing, GuestRam, PAGE_SIZE, RamError, UserfaultBy, UserfaultError, available_memory,
     check_userfault,
 };
+use crate::sandbox::{Support, support};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::io;
 
@@ -51,6 +52,7 @@ pub fn all(files: &Files) -> Vec<Check> {
         guest_pages(GuestRam::new(PROBE, Backing::Auto)),
         hugepages(files),
         clocksource(files),
+        confinement(support()),
     ]);
     checks.extend(tools());
     checks
@@ -236,6 +238,22 @@ fn huge_page_split(files: &Files) -> Check {
             Need::Useful,
             "guests' huge pages are split by the guests' writes during a migration: eager_page_split is off",
             "only for --memory-backing hugetlb: load the module kvm with eager_page_split=1",
+        ),
+    }
+}
+
+fn confinement(support: Support) -> Check {
+    match support.missing() {
+        None => good(
+            "sandbox",
+            Need::Useful,
+            "is whole here (--sandbox require): no_new_privs, seccomp filters for each kind of thread",
+        ),
+        Some(missing) => bad(
+            "sandbox",
+            Need::Useful,
+            format!("is not whole here: {missing}"),
+            "`--sandbox on`, the default, goes on with the rest: no_new_privs, no core files",
         ),
     }
 }

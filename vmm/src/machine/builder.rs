@@ -358,7 +358,7 @@ impl Builder {
                 Ok(())
             };
             let failure = move |why| failed.end(Exit::Failure(why));
-            let thread = thread::spawn(&format!("vcpu{index}"), work, failure)
+            let thread = thread::spawn(thread::Kind::Vcpu, &format!("vcpu{index}"), work, failure)
                 .map_err(io_error("a thread for a vCPU"))?;
             lock(&machine.threads).push(thread);
         }

@@ -34,7 +34,7 @@ impl GuestRam {
             Ok(())
         };
         let failed = |why| tracing::error!("{why}");
-        if let Err(error) = thread::spawn("ferry-collapse", work, failed) {
+        if let Err(error) = thread::spawn(thread::Kind::Migration, "ferry-collapse", work, failed) {
             tracing::warn!(%error, "the guest's memory stays in 4 KiB pages");
         }
     }

@@ -21,8 +21,9 @@ use rustix::mount::{
     fsopen,
 };
 
-/// The mount, once there is one.
-static MOUNT: Mutex<Option<OwnedFd>> = Mutex::new(None);
+/// The mount, once it was tried. A refusal stays: in a sandbox a second attempt would be a
+/// violation.
+static MOUNT: Mutex<Option<Result<OwnedFd, i32>>> = Mutex::new(None);
 
 /// Mounts it, if that was not done yet.
 pub(super) fn prepare() -> io::Result<()> {
@@ -32,10 +33,13 @@ pub(super) fn prepare() -> io::Result<()> {
 /// A new, nameless file of `bytes` bytes in it.
 pub(super) fn file(bytes: u64) -> io::Result<File> {
     let mut mount = MOUNT.lock().unwrap_or_else(PoisonError::into_inner);
-    let directory = match &mut *mount {
-        Some(directory) => directory,
-        none => none.insert(new_mount()?),
-    };
+    let tried = mount.get_or_insert_with(|| {
+        // What a child could not do has no number of its own.
+        new_mount().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+    });
+    let directory = tried
+        .as_ref()
+        .map_err(|errno| io::Error::from_raw_os_error(*errno))?;
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = openat(directory.as_fd(), c".", flags, Mode::RUSR | Mode::WUSR)?;
     let file = File::from(file);

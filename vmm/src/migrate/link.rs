@@ -296,7 +296,7 @@ fn connect_tcp(host: &str, port: u16, cancelled: &dyn Fn() -> bool) -> io::Resul
         Ok(())
     };
     let failed = |why| tracing::error!("{why}");
-    if thread::spawn("ferry-connect", work, failed).is_err() {
+    if thread::spawn(thread::Kind::Migration, "ferry-connect", work, failed).is_err() {
         // Under a limit of threads a cancel waits instead.
         return net::connect((host, port));
     }

@@ -169,7 +169,8 @@ impl Receiver {
         };
         let deaf = Arc::clone(&shared);
         let failed = move |why| deaf.tell(Arrival::Unreachable(why));
-        let thread = thread::spawn("ferry-accept", accept, failed).map_err(ReceiveError::Thread)?;
+        let thread = thread::spawn(thread::Kind::Migration, "ferry-accept", accept, failed)
+            .map_err(ReceiveError::Thread)?;
         Ok(Self {
             shared,
             arrivals: None,

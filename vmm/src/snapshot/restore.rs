@@ -281,7 +281,9 @@ fn on_demand(
         // It has noted its error itself.
         let work = move || work(&pages).or(Ok(()));
         // A thread that did not say that it ended would be waited for.
-        thread::spawn(name, work, move |why| failed.fail(&why))
+        thread::spawn(thread::Kind::Migration, name, work, move |why| {
+            failed.fail(&why)
+        })
     };
     let started = (|| {
         // KVM itself may touch memory when it takes the state: faults are served from here on.
@@ -336,7 +338,12 @@ fn on_demand(
         let _ = done.send(report);
         Ok(())
     };
-    thread::spawn("ferry-restore", finish, move |why| failed.fail(why))?;
+    thread::spawn(
+        thread::Kind::Migration,
+        "ferry-restore",
+        finish,
+        move |why| failed.fail(why),
+    )?;
     Ok(Restored {
         machine,
         following: Some(following),

@@ -189,7 +189,7 @@ impl Control for Vmm {
         // A panic of the engine is caught below it, where its report is made.
         let failure = |why| tracing::error!("the end of a migration could not be booked: {why}");
         // Its end waits for the lock that we hold, so the state below is there before.
-        thread::spawn("ferry-migrate", work, failure)
+        thread::spawn(thread::Kind::Migration, "ferry-migrate", work, failure)
             .map_err(|e| Refusal::Failed(format!("cannot start a thread to migrate ({e})")))?;
         inner.report = None;
         inner.options = request.options.clone();

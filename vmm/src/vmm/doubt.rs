@@ -197,7 +197,7 @@ impl Core {
         };
         let failed =
             |why| tracing::error!("only `ferry recover` asks the destination again: {why}");
-        if let Err(error) = thread::spawn("ferry-ask", ask, failed) {
+        if let Err(error) = thread::spawn(thread::Kind::Migration, "ferry-ask", ask, failed) {
             tracing::warn!(%error, "only `ferry recover` asks the destination again");
         }
     }

@@ -120,7 +120,7 @@ impl MachineGuest {
         };
         // Without its watcher a guest that has ended would keep its VMM for ever.
         let failure = move |why| failed.guest_ended(Ending::Failed(why));
-        thread::spawn("ferry-watch", watch, failure).map(drop)
+        thread::spawn(thread::Kind::Vmm, "ferry-watch", watch, failure).map(drop)
     }
 }
 

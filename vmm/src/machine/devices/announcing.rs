@@ -48,7 +48,7 @@ pub(super) fn begin(set: &Arc<VirtioSet>) {
         Ok(())
     };
     let failed = |why| tracing::error!("{why}");
-    if let Err(error) = thread::spawn("ferry-announce", work, failed) {
+    if let Err(error) = thread::spawn(thread::Kind::Device, "ferry-announce", work, failed) {
         tracing::warn!(%error, "the network is told only once where the guest is");
         set.announce();
     }

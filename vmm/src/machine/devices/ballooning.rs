@@ -65,7 +65,7 @@ impl Ballooning {
         // The guest is the same without it.
         let failure =
             |why| tracing::error!("the balloon is not moved automatically any more: {why}");
-        let thread = thread::spawn("ferry-balloon", work, failure)?;
+        let thread = thread::spawn(thread::Kind::Device, "ferry-balloon", work, failure)?;
         Ok(Self {
             shared,
             thread: Some(thread),

@@ -43,7 +43,7 @@ pub(super) fn spawn(shared: &Arc<Shared>, incoming: Incoming) {
             shared.tell(Arrival::Failed(why));
         }
     };
-    if let Err(error) = thread::spawn("ferry-receive", work, failed) {
+    if let Err(error) = thread::spawn(thread::Kind::Migration, "ferry-receive", work, failed) {
         shared.newcomers.leave(id);
         tracing::warn!(%error, "a connection was closed");
     }
