@@ -6,6 +6,7 @@ use ferry_migration::net::tls::{
     CA_CERT, CLIENT_CERT, CLIENT_KEY, Pairing, SECRET_BYTES, SERVER_CERT, SERVER_KEY, identity_of,
 };
 use ferry_terminal::output::{Failure, say};
+use ferry_vmm::new_file::{Making, NewFile};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -239,16 +240,18 @@ fn make_folder(dir: &Path) -> Result<(), Failure> {
 
 /// Writes a whole file or none: a VMM may be reading the old one.
 fn put(path: &Path, text: &str, mode: u32) -> Result<(), Failure> {
-    let dir = path.parent().unwrap_or_else(|| Path::new("."));
-    let write = || {
-        // Of mode 0600, before there is anything in it.
-        let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file()
-            .set_permissions(fs::Permissions::from_mode(mode))?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
+    // Of mode 0600, before there is anything in it.
+    let making = Making {
+        replace: true,
+        private: true,
     };
-    write().map_err(|e: io::Error| at(path, &e))
+    let file = NewFile::create(path, making)?;
+    file.file()
+        .write_all(text.as_bytes())
+        .and_then(|()| {
+            let permissions = fs::Permissions::from_mode(mode);
+            file.file().set_permissions(permissions)
+        })
+        .map_err(|e| at(path, &e))?;
+    Ok(file.publish()?)
 }
