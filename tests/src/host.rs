@@ -133,7 +133,13 @@ impl Host {
         Self::start_in(tempfile::tempdir().unwrap(), &shell, args)
     }
 
-    fn listening(mut host: Self) -> Self {
+    /// As [`Host::start`]; `wrapper` is a command that starts the one after it.
+    pub fn start_by(wrapper: &[&str], args: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), wrapper, args)
+    }
+
+    /// Waits until it listens, and notes where.
+    pub fn listening(mut host: Self) -> Self {
         let line = host.says("waiting on");
         let uri = line
             .split(' ')
@@ -417,6 +423,11 @@ impl Host {
             std::thread::sleep(Duration::from_millis(5));
         }
         panic!("the process does not end; it said {:#?}", self.said());
+    }
+
+    /// Whether the process has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     /// Sends a signal to the process.

@@ -19,6 +19,7 @@ pub mod peer;
 pub mod pki;
 mod proxy;
 mod relay;
+pub mod soak;
 
 pub use ferry::{Ran, can_pretend, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
