@@ -86,6 +86,21 @@ fn the_selection_has_every_step_and_every_fault() {
     }
 }
 
+/// Cases that have found a fault of ferry.
+#[test]
+fn what_failed_once() {
+    if !guests_run() {
+        return;
+    }
+    for case in [
+        // A network that closed the connection before ABORT was sent was taken for the answer.
+        "PreCopy/State/Cut/4087",
+        "CopyDisk/Ready/Cut/1904",
+    ] {
+        assert!(tried(case, &case.parse().unwrap()), "{case}");
+    }
+}
+
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap())
 }

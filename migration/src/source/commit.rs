@@ -12,6 +12,7 @@ use crate::page::PageSet;
 use crate::port::{Committed, Link, NotStarted, SourceVm};
 use crate::report::{Phase, Report, Status};
 use crate::wire::{Channel, FrameType, Header, Role, Running, SessionId, WireError, recv_set};
+use std::io;
 use std::time::Duration;
 
 /// Pauses between two attempts to reach a destination, doubled from the first to the last.
@@ -305,21 +306,21 @@ pub enum AbortTold {
 /// connection, so that the destination does not stay in doubt. ABORT is idempotent: a VMM repeats
 /// this until it is answered.
 pub fn tell_abort<L: Link>(setup: &mut Setup<'_, L>, reason: &str) -> AbortTold {
-    let result = attach(setup).and_then(|mut channel| {
+    let result = attach(setup).map(|mut channel| {
         channel.send_abort(reason);
         // The destination answers by hanging up, or says why not.
         match channel.recv_header() {
-            Ok(header) => Err(channel.refuse(&header, "the end of the migration").into()),
-            Err(error) => Err(error.into()),
+            Ok(header) => channel.refuse(&header, "the end of the migration"),
+            Err(error) => error,
         }
     });
-    let result: Result<(), SourceError> = result;
+    let result: Result<(), SourceError> = match result {
+        Ok(WireError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+        Ok(error) => Err(error.into()),
+        // A connection that closes before ABORT was sent on it answers nothing.
+        Err(error) => Err(error),
+    };
     match result {
-        Err(SourceError::Wire(WireError::Io(error)))
-            if error.kind() == std::io::ErrorKind::UnexpectedEof =>
-        {
-            AbortTold::Answered
-        }
         Err(SourceError::Wire(error))
             if error.is_from_peer() && !matches!(error, WireError::Busy(_)) =>
         {
