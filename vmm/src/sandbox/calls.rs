@@ -10,22 +10,29 @@ use ferry_devices::thread::Kind;
 use libc::{
     SYS_accept, SYS_accept4, SYS_access, SYS_bind, SYS_brk, SYS_chmod, SYS_clock_getres,
     SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_close, SYS_connect, SYS_dup,
-    SYS_dup2, SYS_dup3, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait,
-    SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_faccessat, SYS_faccessat2, SYS_fadvise64,
-    SYS_fallocate, SYS_fchmod, SYS_fchmodat, SYS_fcntl, SYS_fdatasync, SYS_flock, SYS_fstat,
-    SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getcwd, SYS_getdents64, SYS_getegid,
-    SYS_geteuid, SYS_getgid, SYS_getpeername, SYS_getpid, SYS_getrandom, SYS_getsockname,
-    SYS_getsockopt, SYS_gettid, SYS_gettimeofday, SYS_getuid, SYS_ioctl, SYS_link, SYS_linkat,
-    SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_memfd_create, SYS_mincore, SYS_mmap,
-    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_open, SYS_openat,
-    SYS_pipe2, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64,
+    SYS_dup2, SYS_dup3, SYS_epoll_create, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait,
+    SYS_epoll_pwait2, SYS_epoll_wait, SYS_eventfd, SYS_eventfd2, SYS_exit, SYS_exit_group,
+    SYS_faccessat, SYS_faccessat2, SYS_fadvise64, SYS_fallocate, SYS_fchmod, SYS_fchmodat,
+    SYS_fcntl, SYS_fdatasync, SYS_fgetxattr, SYS_flock, SYS_fstat, SYS_fstatfs, SYS_fsync,
+    SYS_ftruncate, SYS_futex, SYS_getcpu, SYS_getcwd, SYS_getdents64, SYS_getegid, SYS_geteuid,
+    SYS_getgid, SYS_getgroups, SYS_getpeername, SYS_getpgrp, SYS_getpid, SYS_getppid,
+    SYS_getpriority, SYS_getrandom, SYS_getresgid, SYS_getresuid, SYS_getrusage, SYS_getsid,
+    SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_gettimeofday, SYS_getuid, SYS_getxattr,
+    SYS_inotify_add_watch, SYS_inotify_init1, SYS_inotify_rm_watch, SYS_ioctl, SYS_lgetxattr,
+    SYS_link, SYS_linkat, SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_membarrier,
+    SYS_memfd_create, SYS_mincore, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_msync, SYS_munmap,
+    SYS_nanosleep, SYS_newfstatat, SYS_open, SYS_openat, SYS_pipe, SYS_pipe2, SYS_poll, SYS_ppoll,
+    SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_prlimit64, SYS_pselect6, SYS_pwrite64,
     SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readlink, SYS_readlinkat, SYS_readv, SYS_recvfrom,
     SYS_recvmmsg, SYS_recvmsg, SYS_rename, SYS_renameat, SYS_renameat2, SYS_restart_syscall,
-    SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity,
-    SYS_sched_yield, SYS_seccomp, SYS_sendmmsg, SYS_sendmsg, SYS_sendto, SYS_set_robust_list,
-    SYS_setpriority, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_signalfd4, SYS_socket,
-    SYS_splice, SYS_stat, SYS_statfs, SYS_statx, SYS_sysinfo, SYS_tgkill, SYS_time, SYS_umask,
-    SYS_uname, SYS_unlink, SYS_unlinkat, SYS_userfaultfd, SYS_vmsplice, SYS_write, SYS_writev,
+    SYS_rseq, SYS_rt_sigaction, SYS_rt_sigpending, SYS_rt_sigprocmask, SYS_rt_sigreturn,
+    SYS_rt_sigtimedwait, SYS_sched_getaffinity, SYS_sched_getparam, SYS_sched_getscheduler,
+    SYS_sched_yield, SYS_seccomp, SYS_select, SYS_sendfile, SYS_sendmmsg, SYS_sendmsg, SYS_sendto,
+    SYS_set_robust_list, SYS_setpriority, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack,
+    SYS_signalfd4, SYS_socket, SYS_socketpair, SYS_splice, SYS_stat, SYS_statfs, SYS_statx,
+    SYS_sysinfo, SYS_tgkill, SYS_time, SYS_timerfd_create, SYS_timerfd_gettime,
+    SYS_timerfd_settime, SYS_times, SYS_umask, SYS_uname, SYS_unlink, SYS_unlinkat,
+    SYS_userfaultfd, SYS_vmsplice, SYS_write, SYS_writev,
 };
 use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
@@ -161,6 +168,57 @@ const MIGRATION: &[i64] = &[
     SYS_set_robust_list,
 ];
 
+/// What libraries may call that the host's /etc/nsswitch.conf has the resolver load (systemd, sssd,
+/// mDNS, LDAP): a migration to a host by its name must not end the source's VMM. They tell a
+/// process about itself and its files, or wait.
+const NAME_SERVICES: &[i64] = &[
+    SYS_epoll_create,
+    SYS_epoll_pwait2,
+    SYS_eventfd,
+    SYS_getcpu,
+    SYS_getgroups,
+    SYS_getpgrp,
+    SYS_getppid,
+    SYS_getpriority,
+    SYS_getresgid,
+    SYS_getresuid,
+    SYS_getrusage,
+    SYS_getsid,
+    SYS_getxattr,
+    SYS_fgetxattr,
+    SYS_inotify_add_watch,
+    SYS_inotify_init1,
+    SYS_inotify_rm_watch,
+    SYS_lgetxattr,
+    SYS_membarrier,
+    SYS_msync,
+    SYS_pipe,
+    SYS_pselect6,
+    SYS_rt_sigpending,
+    SYS_rt_sigtimedwait,
+    SYS_sched_getparam,
+    SYS_sched_getscheduler,
+    SYS_select,
+    SYS_sendfile,
+    SYS_socketpair,
+    SYS_timerfd_create,
+    SYS_timerfd_gettime,
+    SYS_timerfd_settime,
+    SYS_times,
+];
+/// Theirs too: `TCGETS` and its second version (is this a terminal?), `SIOCOUTQ`, and
+/// `SIOCGIFNAME`, `SIOCGIFCONF`, `SIOCGIFFLAGS`, `SIOCGIFADDR`, `SIOCGIFHWADDR`.
+const NAME_SERVICES_IOCTLS: &[u32] = &[
+    0x5401,
+    0x802c_542a,
+    0x5411,
+    0x8910,
+    0x8912,
+    0x8913,
+    0x8915,
+    0x8927,
+];
+
 /// A request on the control socket may be for a snapshot: a file that is written, and then named.
 const API: &[i64] = &[
     SYS_chmod,
@@ -242,6 +300,10 @@ pub(super) fn allowed(kind: Kind) -> Result<Calls, BackendError> {
     if wide {
         calls.any(DEVICE);
         calls.any(MIGRATION);
+        calls.any(NAME_SERVICES);
+        calls.ioctls(NAME_SERVICES_IOCTLS)?;
+        // A limit is read where none is given; where one is, it is a violation.
+        calls.when(SYS_prlimit64, &[(2, Null)])?;
         // The resolver loads libraries, as /etc/nsswitch.conf says.
         calls.any(&[SYS_mmap, SYS_mprotect]);
         // Threads, and no processes.
@@ -312,14 +374,16 @@ fn getpid() -> u32 {
     std::process::id()
 }
 
-/// What an argument must be. All that are looked at are of 32 bits.
+/// What an argument must be. All but pointers are of 32 bits.
 enum Must {
     /// This.
     Is(u32),
     /// Of these bits, those.
     Has(u32, u32),
+    /// A null pointer.
+    Null,
 }
-use Must::{Has, Is};
+use Must::{Has, Is, Null};
 
 trait Add {
     fn any(&mut self, calls: &[i64]);
@@ -334,11 +398,15 @@ impl Add for Calls {
 
     fn when(&mut self, call: i64, arguments: &[(u8, Must)]) -> Result<(), BackendError> {
         let condition = |(index, must): &(u8, Must)| {
-            let (operator, value) = match *must {
-                Is(value) => (SeccompCmpOp::Eq, value),
-                Has(mask, value) => (SeccompCmpOp::MaskedEq(mask.into()), value),
+            let (length, operator, value) = match *must {
+                Is(value) => (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value),
+                Has(mask, value) => {
+                    let operator = SeccompCmpOp::MaskedEq(mask.into());
+                    (SeccompCmpArgLen::Dword, operator, value)
+                }
+                Null => (SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0),
             };
-            SeccompCondition::new(*index, SeccompCmpArgLen::Dword, operator, value.into())
+            SeccompCondition::new(*index, length, operator, value.into())
         };
         let conditions = arguments.iter().map(condition).collect::<Result<_, _>>()?;
         let rules = self.entry(call).or_default();

@@ -6,6 +6,7 @@
 
 use ferry_vmm::sandbox::{Mode, VIOLATION, enter, support};
 use ferry_vmm::thread::{Kind, spawn};
+use rustix::process::Resource;
 use std::fs::File;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -22,13 +23,14 @@ const SIGSYS: i32 = VIOLATION as i32 - 128;
 type Case = (&'static str, Kind, fn());
 
 /// What a thread of the kind must not do, by the name of the system call.
-const ATTACKS: [(&str, Case); 8] = [
+const ATTACKS: [(&str, Case); 9] = [
     ("socket", ("vcpu-socket", Kind::Vcpu, connect)),
     ("openat", ("vcpu-create", Kind::Vcpu, create)),
     ("socket", ("device-socket", Kind::Device, connect)),
     ("openat", ("device-create", Kind::Device, create)),
     ("execve", ("device-execve", Kind::Device, become_a_program)),
     ("execve", ("migr-execve", Kind::Migration, become_a_program)),
+    ("prlimit64", ("migr-limit", Kind::Migration, set_a_limit)),
     ("listen", ("api-listen", Kind::Api, listen)),
     ("execve", ("vmm-execve", Kind::Vmm, become_a_program)),
 ];
@@ -55,6 +57,12 @@ fn connect() {
 
 fn create() {
     let _ = File::create("/nowhere/new");
+}
+
+fn set_a_limit() {
+    // A migration may ask for it.
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
 }
 
 fn start_a_thread() {
