@@ -148,7 +148,7 @@ impl Ground {
             "run", "--nas", WORK, "--memory", MEMORY, "--cpus", "1", "--serial", "stdio", "--disk",
         ];
         let source = start(&faults[0], &args, &[text(&own), STAT[0], STAT[1]]);
-        source.guest_line("ready", |line| matches!(line, Line::Ready { .. }));
+        source.guest_line("a line", |line| matches!(line, Line::Stat { .. }));
         let listens = match case.method {
             Method::HandOver => format!("unix:{}", text(&dir.path().join("link"))),
             _ => "tcp:127.0.0.1:0".to_owned(),

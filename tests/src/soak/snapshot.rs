@@ -41,7 +41,7 @@ impl Ground {
             STAT[1],
         ];
         let source = start(&faults[0], &args);
-        source.guest_line("ready", |line| matches!(line, Line::Ready { .. }));
+        source.guest_line("a line", |line| matches!(line, Line::Stat { .. }));
         Self {
             source,
             file: dir.path().join("guest"),
