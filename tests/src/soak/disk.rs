@@ -1,7 +1,7 @@
 //! Disks that are slow or fail: a library that is loaded before ferry's own, and is told what to do
 //! through a file that both map.
 
-use crate::until;
+use crate::{Host, until};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -47,8 +47,16 @@ impl DiskFaults {
         Self { path, words }
     }
 
+    /// Starts a VMM with these disks. It is outside the sandbox: what the library calls, such as
+    /// fstat on a vCPU's thread, is no call of ferry's.
+    pub fn start(&self, args: &[&str]) -> Host {
+        let wrapper = self.wrapper();
+        let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
+        Host::start_by(&wrapper, &[args, &["--sandbox", "off"]].concat())
+    }
+
     /// What starts a process with these disks.
-    pub fn wrapper(&self) -> [String; 3] {
+    fn wrapper(&self) -> [String; 3] {
         [
             "env".into(),
             format!("LD_PRELOAD={}", library().display()),

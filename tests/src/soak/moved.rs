@@ -147,14 +147,23 @@ impl Ground {
         let args = [
             "run", "--nas", WORK, "--memory", MEMORY, "--cpus", "1", "--serial", "stdio", "--disk",
         ];
-        let source = start(&faults[0], &args, &[text(&own), STAT[0], STAT[1]]);
+        // Where no disk fails, ferry runs as it does for its users: in its sandbox.
+        let start = |faults: &DiskFaults, args: &[&str]| match case.fault {
+            Fault::DiskSlow | Fault::DiskFailing => faults.start(args),
+            _ => Host::start(args),
+        };
+        let source = start(
+            &faults[0],
+            &[&args[..], &[text(&own), STAT[0], STAT[1]]].concat(),
+        );
         source.guest_line("a line", |line| matches!(line, Line::Stat { .. }));
         let listens = match case.method {
             Method::HandOver => format!("unix:{}", text(&dir.path().join("link"))),
             _ => "tcp:127.0.0.1:0".to_owned(),
         };
         let args = ["receive", &listens, "--serial", "stdio", "--disk"];
-        let destination = Host::listening(start(&faults[1], &args, &[text(&other)]));
+        let destination =
+            Host::listening(start(&faults[1], &[&args[..], &[text(&other)]].concat()));
         let moments = [Moment::Before, Moment::Inside, Moment::After];
         let moment = moments[usize::try_from(case.rng().below(3)).unwrap()];
         let wire = Wire::to(destination.uri(), strike(case, moment));
@@ -325,12 +334,6 @@ fn stop(host: &Host, wire: &Wire, lasts: Duration) {
     wire.release();
     std::thread::sleep(lasts);
     host.signal(Signal::SIGCONT);
-}
-
-fn start(faults: &DiskFaults, args: &[&str], more: &[&str]) -> Host {
-    let wrapper = faults.wrapper();
-    let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
-    Host::start_by(&wrapper, &[args, more].concat())
 }
 
 fn text(path: &Path) -> &str {

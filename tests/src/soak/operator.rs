@@ -60,7 +60,7 @@ impl Sides<'_> {
             }
             assert!(
                 Instant::now() < deadline,
-                "nobody has the guest, or nobody knows: {seen:?} after {:?}; source {:#?} destination {:#?}",
+                "no side has the guest, or says so: {seen:?} after {:?}; source {:#?} destination {:#?}",
                 self.did,
                 self.source.said(),
                 self.destination.said()

@@ -40,7 +40,7 @@ impl Ground {
             "run", "--nas", WORK, "--memory", MEMORY, "--cpus", "1", "--serial", "stdio", STAT[0],
             STAT[1],
         ];
-        let source = start(&faults[0], &args);
+        let source = faults[0].start(&args);
         source.guest_line("a line", |line| matches!(line, Line::Stat { .. }));
         Self {
             source,
@@ -216,14 +216,5 @@ fn verdict(outcome: Outcome, struck: bool) -> Verdict {
 }
 
 fn restore(faults: &DiskFaults, file: &Path) -> Host {
-    start(
-        faults,
-        &["restore", file.to_str().unwrap(), "--serial", "stdio"],
-    )
-}
-
-fn start(faults: &DiskFaults, args: &[&str]) -> Host {
-    let wrapper = faults.wrapper();
-    let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
-    Host::start_by(&wrapper, args)
+    faults.start(&["restore", file.to_str().unwrap(), "--serial", "stdio"])
 }

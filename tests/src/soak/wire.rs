@@ -60,7 +60,7 @@ struct State {
     trickle: usize,
     /// New connections are closed at once.
     refuses: bool,
-    /// Nobody listens any more.
+    /// The destination does not listen any more.
     closed: bool,
     streams: Vec<Arc<[OwnedFd; 2]>>,
     /// Frames whose first byte came here, and those that have passed whole.

@@ -51,7 +51,7 @@ extern "C" fn told(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     let mut sentence = Sentence::default();
     sentence.violation(info, second_argument(context));
     // SAFETY: the buffer holds as many bytes; both calls are async-signal-safe, and allowed to
-    // every kind of thread. A stderr that takes nothing has nobody to tell.
+    // every kind of thread. A stderr that takes nothing loses the sentence.
     unsafe {
         libc::write(
             libc::STDERR_FILENO,
