@@ -8,7 +8,7 @@
 //!   thread that tries another ends the process with a sentence on stderr and the exit status
 //!   [`VIOLATION`].
 //!
-//! A thread's kind and its filter are one thing: [`thread::spawn`](crate::thread::spawn) takes the
+//! A thread's kind and its filter are one thing: [`thread::spawn`] takes the
 //! kind, and has the thread apply the filter before its work. Threads that are started otherwise
 //! inherit the filter of the one that starts them.
 //!
