@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 pub mod book;
+mod fd_passing;
 mod ferry;
 pub mod fuzz_bodies;
 pub mod fuzz_seeds;
@@ -20,12 +21,14 @@ pub mod pki;
 mod proxy;
 mod relay;
 pub mod soak;
+mod wire;
 
 pub use ferry::{Ran, can_pretend, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
 pub use nested::{NESTED_TIMEOUT, NestedClient, NestedHost, NestedVmm, Turn, nested_hosts};
 pub use proxy::{Action, Proxy, Way};
 pub use relay::{Relay, UnixLink};
+pub use wire::{Moment, Strike, Wire};
 
 use ferry_devices::block::Disk;
 use std::path::Path;

@@ -1,45 +1,15 @@
 //! Between a source and a destination that are joined by a Unix socket: bytes and open files pass,
 //! until a test says not.
 
+use crate::fd_passing::{pass_on, take_in};
 use crate::{TIMEOUT, until};
 use ferry_migration::port::Link;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
-
-/// The most files that pass at once.
-const FILES: usize = 16;
-
-fn pass_on(to: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !files.is_empty() {
-        assert!(control.push(SendAncillaryMessage::ScmRights(files)));
-    }
-    let bytes_there = IoSlice::new(bytes);
-    let sent = sendmsg(to, &[bytes_there], &mut control, SendFlags::NOSIGNAL)?;
-    (&mut &*to).write_all(&bytes[sent..])
-}
-
-fn take_in(from: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut parts = [IoSliceMut::new(into)];
-    let got = recvmsg(from, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    let files = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(files) => Some(files),
-        _ => None,
-    });
-    Ok((got.bytes, files.flatten().collect()))
-}
 
 /// A source made by hand: sends files beside the next bytes.
 #[derive(Debug)]

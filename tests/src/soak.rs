@@ -14,7 +14,6 @@ mod disk;
 mod moved;
 mod operator;
 mod snapshot;
-mod wire;
 
 pub use case::{Case, Fault, Method, Step};
 

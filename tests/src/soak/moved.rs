@@ -2,9 +2,8 @@
 
 use super::disk::{DiskFaults, Mode};
 use super::operator::Sides;
-use super::wire::{Moment, Strike, Wire};
 use super::{Case, Fault, MEMORY, Method, Outcome, STAT, Step, Verdict, WORK, runs, turns};
-use crate::{Host, Migration, State, Way, is_locked, until};
+use crate::{Host, Migration, Moment, State, Strike, Way, Wire, is_locked, until};
 use ferry_guest_images::Line;
 use ferry_migration::options::{Compress, Handover, Options, PolicyKind};
 use ferry_migration::report::Status;
@@ -307,9 +306,7 @@ impl Ground {
             }
         }
     }
-}
 
-impl Ground {
     /// The fault has left nothing behind that keeps the guest here.
     fn moves_still(mut self, method: Method) {
         until("the receiver takes the guest", || {

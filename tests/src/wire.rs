@@ -1,24 +1,21 @@
 //! A network between source and destination that reads frames, and holds still at a chosen one.
 //!
 //! It carries TCP and Unix connections, open files included. A [`Strike`] names a frame; when it
-//! passes, nothing passes any more on any connection, until the case has done its harm.
+//! passes, nothing passes any more on any connection, until a test says so. A
+//! [`Proxy`](crate::Proxy) knows bytes instead, and so carries what is no frame.
 
+use crate::fd_passing::{pass_on, take_in};
 use crate::{TIMEOUT, Way, until};
-use ferry_migration::wire::{FrameType, HEADER_BYTES, PREAMBLE_BYTES};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
-};
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use ferry_migration::page::Gfn;
+use ferry_migration::wire::{FrameType, HEADER_BYTES, Header, Limits, PREAMBLE_BYTES};
+use rustix::net::{Shutdown, shutdown};
+use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// The most files that pass at once.
-const FILES: usize = 16;
 /// Bytes of a header that pass when the strike is inside of its frame.
 const INSIDE: usize = 16;
 /// The pause after each byte of a trickle, and how many bytes trickle.
@@ -26,7 +23,7 @@ const TRICKLE: (Duration, usize) = (Duration::from_millis(8), 200);
 
 /// Where in a frame the network stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Moment {
+pub enum Moment {
     /// None of it has passed.
     Before,
     /// A part of it has.
@@ -37,13 +34,16 @@ pub(super) enum Moment {
 
 /// A frame at which the network stops.
 #[derive(Clone, Debug)]
-pub(super) struct Strike {
+pub struct Strike {
+    /// Of which kinds.
     pub kinds: &'static [FrameType],
+    /// Whose.
     pub way: Way,
     /// The first is 1.
     pub number: u32,
     /// Only frames after the first of this kind count.
     pub after: Option<FrameType>,
+    /// Where in it.
     pub moment: Moment,
     /// Where no such frame has come before the state, the state is it.
     pub or_state: bool,
@@ -73,7 +73,7 @@ struct Shared(Mutex<State>, Condvar);
 
 /// A running network.
 #[derive(Debug)]
-pub(super) struct Wire {
+pub struct Wire {
     shared: Arc<Shared>,
     uri: String,
     _dir: tempfile::TempDir,
@@ -124,6 +124,7 @@ impl Wire {
         }
     }
 
+    /// Where it listens.
     pub fn uri(&self) -> &str {
         &self.uri
     }
@@ -252,17 +253,16 @@ impl Shared {
         let mut buffer = vec![0; 64 << 10];
         self.relay(from, to, &mut buffer[..PREAMBLE_BYTES])?;
         loop {
-            let head = &mut buffer[..HEADER_BYTES];
-            let files = take(from, head)?;
-            let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]);
-            let kind = KINDS.iter().find(|kind| **kind as u8 == head[0]);
-            let kind = *kind.ok_or(io::ErrorKind::InvalidData)?;
+            let mut head = [0; HEADER_BYTES];
+            let files = take(from, &mut head)?;
+            let header = Header::decode(&head, Limits { end: Gfn::MAX });
+            let Header { kind, length, .. } = header.map_err(io::Error::other)?;
             let moment = self.lock().meet(way, kind);
             match moment {
-                None => self.give(to, head, &files)?,
+                None => self.give(to, &head, &files)?,
                 Some(Moment::Before) => {
                     self.hold(true);
-                    self.give(to, head, &files)?;
+                    self.give(to, &head, &files)?;
                 }
                 Some(Moment::Inside) => {
                     self.hold(false);
@@ -273,7 +273,7 @@ impl Shared {
                 Some(Moment::After) => {
                     // First: the answer must not pass.
                     self.hold(false);
-                    send(to, head, &files)?;
+                    send(to, &head, &files)?;
                 }
             }
             let mut left = length as usize;
@@ -326,71 +326,17 @@ impl Shared {
 fn take(from: &OwnedFd, bytes: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
     let (mut at, mut files) = (0, Vec::new());
     while at < bytes.len() {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut parts = [IoSliceMut::new(&mut bytes[at..])];
-        let got = match recvmsg(from, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Err(rustix::io::Errno::INTR) => continue,
-            got => got?.bytes,
-        };
-        if got == 0 {
+        let (count, came) = take_in(from, &mut bytes[at..])?;
+        if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        at += got;
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(came) = message {
-                files.extend(came);
-            }
-        }
+        at += count;
+        files.extend(came);
     }
     Ok(files)
 }
 
-fn send(to: &OwnedFd, mut bytes: &[u8], files: &[OwnedFd]) -> io::Result<()> {
-    let mut files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    while !bytes.is_empty() {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !files.is_empty() {
-            assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
-        }
-        let sent = sendmsg(
-            to,
-            &[IoSlice::new(bytes)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )?;
-        bytes = &bytes[sent..];
-        files.clear();
-    }
-    Ok(())
+fn send(to: &OwnedFd, bytes: &[u8], files: &[OwnedFd]) -> io::Result<()> {
+    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    pass_on(to, bytes, &files)
 }
-
-const KINDS: [FrameType; 26] = [
-    FrameType::Hello,
-    FrameType::HelloAck,
-    FrameType::Pages,
-    FrameType::Zero,
-    FrameType::RoundEnd,
-    FrameType::RoundAck,
-    FrameType::State,
-    FrameType::Ready,
-    FrameType::Commit,
-    FrameType::Running,
-    FrameType::Abort,
-    FrameType::Verify,
-    FrameType::PageRequest,
-    FrameType::OnItsWay,
-    FrameType::MissingRuns,
-    FrameType::MissingBits,
-    FrameType::Arrived,
-    FrameType::Alive,
-    FrameType::Placed,
-    FrameType::FilesWanted,
-    FrameType::Files,
-    FrameType::Blocks,
-    FrameType::BlocksZero,
-    FrameType::BlocksHash,
-    FrameType::BlocksEnd,
-    FrameType::BlocksStored,
-];
