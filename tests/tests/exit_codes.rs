@@ -4,11 +4,10 @@
 //! pretended VMM.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use ferry_tests::peer::ready_at;
-use ferry_tests::{Action, Host, Proxy, State, Way, ferry, guests_run, run, until};
+use ferry_migration::wire::FrameType;
+use ferry_tests::{Host, Moment, Proxy, State, Strike, Way, Wire, ferry, guests_run, run, until};
 use serde_json::Value;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 /// `ferry migrate --json` over one channel, in the background.
 fn migrate(source: &Host, uri: &str, more: &[&str]) -> Child {
@@ -77,32 +76,25 @@ fn a_lost_commit_is_4() {
     if !guests_run() {
         return;
     }
-    // READY is where the proxy waits for it only where one live round suffices, which is up to how
-    // fast this host is: a migration that had more is cancelled, and the next one tried.
-    let (mut source, destination, child, proxy) = (0..20)
-        .find_map(|_| {
-            let source = Host::run("idle:fill=none", "64M", 1);
-            let destination = Host::receive();
-            let proxy = Proxy::to(destination.address());
-            proxy.plan(Way::Back, ready_at(), Action::Freeze(Way::Forth));
-            let child = migrate(&source, &proxy.uri(), &["--downtime", "5s"]);
-            proxy.wait_hits(1);
-            let committed = || {
-                std::thread::sleep(Duration::from_millis(20));
-                let phase = source.client().status().unwrap().migration.map(|m| m.phase);
-                phase == Some(ferry_migration::report::Phase::Committed)
-            };
-            if (0..150).any(|_| committed()) {
-                return Some((source, destination, child, proxy));
-            }
-            proxy.cut();
-            assert_ne!(end(child).0, Some(0));
-            None
-        })
-        .unwrap();
+    let mut source = Host::run("idle:fill=none", "64M", 1);
+    let destination = Host::receive();
+    let ready = Strike {
+        kinds: &[FrameType::Ready],
+        way: Way::Back,
+        number: 1,
+        after: None,
+        moment: Moment::After,
+        or_state: false,
+    };
+    let wire = Wire::to(destination.uri(), ready);
+    let child = migrate(&source, wire.uri(), &[]);
+    assert!(wire.struck(|| false));
+    until("the source has committed", || {
+        let phase = source.client().status().unwrap().migration.map(|m| m.phase);
+        phase == Some(ferry_migration::report::Phase::Committed)
+    });
     // The source repeats its commit on new connections: none passes.
-    proxy.allow(proxy.connections());
-    proxy.cut();
+    wire.cut(true);
     let (code, report) = end(child);
     assert_eq!((code, &report["code"]), (Some(4), &"in-doubt".into()));
     assert_eq!(source.state(), State::InDoubt);
