@@ -310,7 +310,10 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
     /// Puts received pages in place: `bytes` are theirs, or they are zero.
     pub(super) fn place(&self, runs: &[Run], bytes: Option<&[u8]>) -> Result<(), DestinationError> {
         let sink = self.receive(runs)?;
-        let memory = post_copy(&*sink);
+        let memory = post_copy(&*sink).map_err(|error| {
+            self.give_back(runs);
+            DestinationError::Memory(error)
+        })?;
         let mut rest = bytes.unwrap_or_default();
         let mut hashes = Vec::new();
         for (at, run) in runs.iter().enumerate() {
@@ -320,13 +323,12 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
                 hashes.clear();
                 hash_run(*run, body.map(|(body, _)| body), &mut hashes);
             }
-            let placed = match (&memory, body) {
-                (Err(error), _) => Err(error.to_string().into()),
-                (Ok(memory), Some((body, more))) => {
+            let placed = match body {
+                Some((body, more)) => {
                     rest = more;
                     memory.place(*run, body)
                 }
-                (Ok(memory), None) => memory.place_zero(*run),
+                None => memory.place_zero(*run),
             };
             if let Err(error) = placed {
                 // Not in place: the source has to send them again.

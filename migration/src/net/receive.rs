@@ -1,7 +1,7 @@
 //! Receives one guest: accepts the channels of its migration and drives the engine.
 //!
 //! ```text
-//!  accept ── each connection ──▶ preamble ──▶ control, recover: to the engine, in the caller's thread
+//!  accept ── each connection ──▶ preamble ──▶ control, recover: to the engine, in its thread
 //!                                       └▶ data, fault:      in a thread of their own
 //! ```
 

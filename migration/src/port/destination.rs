@@ -96,13 +96,16 @@ pub trait PostCopySink: Send + Sync {
     fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError>;
 }
 
+fn no_post_copy() -> PortError {
+    "this destination has no post-copy".into()
+}
+
 /// A sink's memory for post-copy.
 ///
 /// # Errors
 /// It has none.
 pub(crate) fn post_copy<L: Link>(sink: &impl PageSink<L>) -> Result<&dyn PostCopySink, PortError> {
-    sink.post_copy()
-        .ok_or_else(|| "this destination has no post-copy".into())
+    sink.post_copy().ok_or_else(no_post_copy)
 }
 
 /// The destination host. What only some hosts can do is a trait of its own: [`DestinationDisks`],
@@ -216,6 +219,5 @@ pub trait PostCopyVm {
 pub(crate) fn post_copy_vm<L: Link, H: DestinationVm<L>>(
     host: &mut H,
 ) -> Result<&mut dyn PostCopyVm, PortError> {
-    host.post_copy()
-        .ok_or_else(|| "this destination has no post-copy".into())
+    host.post_copy().ok_or_else(no_post_copy)
 }

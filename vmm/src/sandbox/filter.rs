@@ -15,20 +15,16 @@ struct Filters {
 
 /// The filters of all kinds.
 #[derive(Debug)]
-pub(super) struct All([Filters; Kind::ALL.len()]);
+pub(super) struct All(Vec<Filters>);
 
 impl All {
     /// # Errors
     /// A defect in the lists; a sentence.
     pub(super) fn new() -> Result<Self, String> {
-        let all = Kind::ALL.map(Filters::of);
-        let mut made = Vec::new();
-        for filters in all {
-            made.push(filters.map_err(|e| format!("the sandbox's filters are wrong: {e}"))?);
-        }
-        let made = made.try_into();
+        let made = Kind::ALL.into_iter().map(Filters::of).collect();
+        let made: Result<Vec<_>, _> = made;
         made.map(Self)
-            .map_err(|_| "the sandbox's filters are wrong: one is missing".into())
+            .map_err(|e| format!("the sandbox's filters are wrong: {e}"))
     }
 
     /// Applies them to the calling thread.
