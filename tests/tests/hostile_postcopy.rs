@@ -200,7 +200,7 @@ fn fault_channels_are_counted() {
     let taken = "was not announced by its migration, or is connected already";
     assert!(refused(1, SESSION).contains(taken));
     assert!(refused(u16::MAX, SESSION).contains(taken));
-    // Both have sent their preambles before either is taken: which of them comes second is the receiver's affair.
+    // Both have sent their preambles before either is taken: the receiver decides which is second.
     let fault = || exchange_preamble(address, Role::Fault, 0, SESSION);
     let mut both = [fault(), fault()];
     let mut told = None;

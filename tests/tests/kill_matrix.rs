@@ -105,8 +105,8 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap())
 }
 
-/// What `tests/soak` runs: as many seeds as `FERRY_SOAK_RUNS` says, from `FERRY_SOAK_SEED` on, or the
-/// one case that `FERRY_SOAK_CASE` names.
+/// What `tests/soak` runs: as many seeds as `FERRY_SOAK_RUNS` says, from `FERRY_SOAK_SEED` on, or
+/// the one case that `FERRY_SOAK_CASE` names.
 #[test]
 #[ignore = "takes as long as it is told to: tests/soak"]
 fn soak() {

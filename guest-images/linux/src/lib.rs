@@ -6,7 +6,7 @@
 //!
 //! | token | meaning |
 //! |---|---|
-//! | `ferry.role=host` | an agent that runs commands for the process that started the machine ([`agent`]); `guest` if left out |
+//! | `ferry.role=host` | an [`agent`] that runs commands for its starter; `guest` if left out |
 //! | `ferry.agent=ADDRESS:PORT,TOKEN` | where the agent reports to, and the word that proves it |
 //! | `ferry.net=NAME=ADDRESS/PREFIX[,GATEWAY]` | an address for a network interface; may be given several times |
 //! | `ferry.run=WORK` | what a guest runs: a kernel such as `mg.S`, or the writer (`dirty:…`), in a process of its own |

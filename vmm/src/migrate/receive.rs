@@ -1,7 +1,7 @@
 //! Waiting for a guest: accepting a migration's channels and building its machine.
 //!
 //! ```text
-//!  accept thread ── each connection ──▶ preamble ──▶ role control: runs the engine, in its own thread
+//!  accept thread ── each connection ──▶ preamble ──▶ role control: runs the engine, in a thread
 //!                                              ├▶ role data:    fills memory, in its own thread
 //!                                              ├▶ role fault:   asks for pages, in its own thread
 //!                                              └▶ role recover: handed to the engine that has lost its connection

@@ -234,8 +234,8 @@ const API: &[i64] = &[
 /// The VMM's own: its listeners, signals and terminal.
 const VMM: &[i64] = &[SYS_listen, SYS_signalfd4, SYS_umask];
 
-/// `KVM_RUN`; `KVM_KVMCLOCK_CTRL` after a pause; `KVM_RESET_DIRTY_RINGS` where the vCPU's own ring is full; `KVM_GET_REGS` and
-/// `KVM_GET_SREGS` for the sentence about a vCPU that cannot go on.
+/// `KVM_RUN`; `KVM_KVMCLOCK_CTRL` after a pause; `KVM_RESET_DIRTY_RINGS` where the vCPU's own ring
+/// is full; `KVM_GET_REGS` and `KVM_GET_SREGS` for the sentence about a vCPU that cannot go on.
 const VCPU_IOCTLS: &[u32] = &[0xae80, 0xaead, 0xaec7, 0x8090_ae81, 0x8138_ae83];
 /// `TUNSETOFFLOAD` and `TUNSETVNETHDRSZ`: when a driver has negotiated, which a vCPU thread hears.
 const TAP_IOCTLS: &[u32] = &[0x4004_54d0, 0x4004_54d8];
