@@ -1,55 +1,26 @@
 //! A `ferry` process that is a guest's VMM.
 
+mod lines;
+mod migration;
+
 use crate::{TIMEOUT, ferry, until};
 use ferry_guest_images::{Line, STOP, Verdict};
 use ferry_migration::options::{OnTimeout, Options};
-use ferry_migration::report::{Report, Status};
-use ferry_vmm::api::client::{Action, Client, ClientError};
+use ferry_migration::report::Report;
+use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::{MigrateRequest, RecoverRequest, Security};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use lines::Lines;
+pub use migration::Migration;
+use migration::check;
+
 pub use ferry_vmm::api::types::StateName as State;
-
-/// The lines of an output so far, and whether that is all.
-#[derive(Clone, Debug, Default)]
-struct Lines {
-    lines: Arc<Mutex<Vec<String>>>,
-    ended: Arc<AtomicBool>,
-}
-
-impl Lines {
-    fn follow(output: impl Read + Send + 'static) -> Self {
-        let lines = Self::default();
-        let kept = lines.clone();
-        std::thread::spawn(move || {
-            let mut output = BufReader::new(output);
-            let mut bytes = Vec::new();
-            while output.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
-                let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
-                kept.lines.lock().unwrap().push(line);
-                bytes.clear();
-            }
-            kept.ended.store(true, Ordering::SeqCst);
-        });
-        lines
-    }
-
-    fn all(&self) -> Vec<String> {
-        self.lines.lock().unwrap().clone()
-    }
-
-    fn ended(&self) -> bool {
-        self.ended.load(Ordering::SeqCst)
-    }
-}
 
 /// A VMM process; dropping it ends the process.
 #[derive(Debug)]
@@ -490,78 +461,4 @@ fn request(uri: &str, options: &Options, security: &Security) -> MigrateRequest 
         tls: security.tls.clone(),
         pair: security.pair.clone(),
     }
-}
-
-/// A migration in the background.
-#[derive(Debug)]
-pub struct Migration(JoinHandle<Result<Report, ClientError>>);
-
-impl Migration {
-    /// Its report.
-    pub fn report(self) -> Report {
-        self.0.join().unwrap().unwrap()
-    }
-
-    /// Its report, or why there is none.
-    pub fn outcome(self) -> Result<Report, String> {
-        self.0.join().unwrap().map_err(|e| e.to_string())
-    }
-
-    /// Whether it has ended.
-    pub fn is_over(&self) -> bool {
-        self.0.is_finished()
-    }
-}
-
-/// What must be so in the report of any migration that completed.
-fn check(report: &Report, options: &Options) {
-    assert_eq!(report.status, Status::Completed, "{report:#?}");
-    assert_eq!(report.error, None);
-    assert_eq!(
-        report.verified,
-        options.verify.then_some(true),
-        "{report:#?}"
-    );
-    assert_eq!(report.session.len(), 32);
-    let d = &report.downtime;
-    let sum = d.quiesce_ms + d.last_pages_ms + d.verify_ms + d.state_ms + d.start_ms;
-    assert!((sum - report.downtime_ms).abs() < 0.01, "{report:#?}");
-    assert!(
-        report.downtime_ms > 0.0 && report.downtime_ms <= report.total_ms,
-        "{report:#?}"
-    );
-    if report.policy == "handover" {
-        // Nothing was sent, and the rest is about what was.
-        assert_eq!((report.pages.sent, report.pages.zero), (0, 0));
-        assert!(report.rounds.is_empty() && report.why.is_some());
-        return;
-    }
-    // The stop-and-copy is a round too; post-copy sends nothing in the pause.
-    let least = if options.may_post_copy() { 1 } else { 2 };
-    assert!(report.rounds.len() >= least, "{report:#?}");
-    let pages = &report.pages;
-    // Every page crossed, or was said to be zero, or was skipped; some more than once.
-    assert_eq!(
-        pages.sent + pages.zero + pages.skipped - pages.resent,
-        pages.total,
-        "{report:#?}"
-    );
-    if report.rounds_omitted == 0 {
-        assert_eq!(
-            report.rounds.iter().map(|r| r.pages).sum::<u64>(),
-            pages.sent + pages.zero + pages.skipped,
-            "{report:#?}"
-        );
-        let rounds = report.rounds.iter().map(|r| r.bytes).sum::<u64>();
-        assert!(rounds <= report.bytes_wire, "{report:#?}");
-    }
-    let c = &report.codecs;
-    let saved: u64 = [c.zstd, c.delta, c.sparse, c.copied]
-        .iter()
-        .map(|coder| coder.bytes_saved)
-        .sum();
-    assert!(
-        report.bytes_wire + saved >= pages.sent * 4096,
-        "{report:#?}"
-    );
 }

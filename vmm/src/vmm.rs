@@ -33,25 +33,23 @@
 
 mod control;
 mod doubt;
+mod guest;
 mod machine;
 mod recording;
 mod snapshot;
 mod state;
 
 pub use crate::api::types::Missing;
+pub use guest::{Guest, Migration, MigrationHandle, TakeOver};
 pub use machine::{Arrivals, MachineGuest};
 pub use recording::Recording;
 pub use state::{Ending, Outcome};
 
 use crate::api::events::Publisher;
-use crate::api::types::{
-    BalloonRequest, BalloonStatus, GuestInfo, Security, SnapshotReport, SnapshotRequest,
-};
 use crate::priority::in_background;
 use ferry_devices::sync::lock;
 use ferry_migration::options::Options;
-use ferry_migration::report::{self, Event, Phase, Progress, Report};
-use ferry_migration::source::Owner;
+use ferry_migration::report::{self, Event, Phase, Report};
 use state::{Lost, State};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -60,147 +58,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-/// A guest, as its VMM sees it. Errors are sentences for the user.
-pub trait Guest: Send + Sync + 'static {
-    /// Name and size.
-    fn info(&self) -> GuestInfo;
-
-    /// Stops the processors until [`Guest::resume`].
-    ///
-    /// # Errors
-    /// A sentence; the guest then still runs.
-    fn pause(&self) -> Result<(), String>;
-
-    /// Lets the processors run.
-    ///
-    /// # Errors
-    /// A sentence; the guest then still stands.
-    fn resume(&self) -> Result<(), String>;
-
-    /// Whether its processors run, whatever was asked of them.
-    fn is_running(&self) -> bool;
-
-    /// Whether its disks are still those that fit its memory, for a guest that was handed over and
-    /// not confirmed.
-    ///
-    /// # Errors
-    /// They were written on the other side, or nothing tells; a sentence.
-    fn check_disks(&self) -> Result<(), String> {
-        Ok(())
-    }
-
-    /// Ends the guest for good.
-    fn stop(&self);
-
-    /// Presses the power button of its machine; what that does is up to the guest.
-    ///
-    /// # Errors
-    /// A sentence; nothing was pressed.
-    fn power_button(&self) -> Result<(), String>;
-
-    /// Bytes typed at the guest's console; returns how many of them it took.
-    fn input(&self, bytes: &[u8]) -> usize;
-
-    /// Prepares a migration to `uri`; nothing has happened yet when this returns.
-    ///
-    /// # Errors
-    /// A sentence about the URI or its security.
-    fn migration(&self, uri: &str, security: &Security) -> Result<Box<dyn Migration>, String>;
-
-    /// Prepares to tell the destination of a migration in doubt once more that the guest is its
-    /// own, and to send what it lacks.
-    ///
-    /// # Errors
-    /// A sentence about the URI or its security. Without any given it is that of the migration.
-    fn recovery(
-        &self,
-        uri: &str,
-        session: &str,
-        security: &Security,
-    ) -> Result<Box<dyn Migration>, String>;
-
-    /// Begins to watch which pages the guest dirties; dropping what is returned ends it.
-    ///
-    /// # Errors
-    /// A sentence.
-    fn recording(&self) -> Result<Box<dyn Recording>, String>;
-
-    /// Writes the guest to a file, unless `cancelled` is set meanwhile; blocks. Afterwards it
-    /// stands still if the request says so, and else goes on as before.
-    ///
-    /// # Errors
-    /// A sentence; the guest goes on as before.
-    fn snapshot(
-        &self,
-        request: &SnapshotRequest,
-        cancelled: &AtomicBool,
-    ) -> Result<SnapshotReport, String> {
-        let _ = (request, cancelled);
-        Err("this guest cannot be written to a file".into())
-    }
-
-    /// What has not arrived of a guest that runs already (post-copy); `None` when it is complete.
-    fn missing(&self) -> Option<Missing> {
-        None
-    }
-
-    /// How it has ended, if it has.
-    fn ending(&self) -> Option<Ending> {
-        None
-    }
-
-    /// Bytes of its serial output that were dropped, because nothing took them in time.
-    fn serial_output_lost(&self) -> u64 {
-        0
-    }
-
-    /// Its balloon, if it has one; returns at once.
-    fn balloon(&self) -> Option<BalloonStatus> {
-        None
-    }
-
-    /// Sets its balloon's size, or has it moved automatically.
-    ///
-    /// # Errors
-    /// A sentence about the request.
-    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), String> {
-        Err(format!(
-            "the guest has no balloon that could be set to {request:?}"
-        ))
-    }
-}
-
-/// A guest that is complete here and was never handed over.
-pub trait TakeOver: Send + Sync {
-    /// Runs it, on the operator's word that it does not run at the source; it has
-    /// [arrived](Vmm::arrived) when this returns.
-    ///
-    /// # Errors
-    /// A sentence. `force` insists where only its disks speak against it.
-    fn take_over(&self, force: bool) -> Result<(), String>;
-}
-
-/// A migration that has not begun.
-pub trait Migration: Send {
-    /// For others to look on and cancel, before it begins and while it runs.
-    fn handle(&self) -> Arc<dyn MigrationHandle>;
-
-    /// Migrates; blocks until the end. Afterwards the guest runs on here as before, unless the
-    /// report's status is `Completed`, `InDoubt` or `Interrupted`: then it stands still and must
-    /// not run here.
-    fn run(self: Box<Self>, options: &Options, events: &mut dyn FnMut(Event)) -> Report;
-}
-
-/// A running migration, for others.
-pub trait MigrationHandle: Send + Sync {
-    /// Asks it to give up; false, and without effect, after the commit.
-    fn cancel(&self) -> bool;
-    /// Where it stands, for people.
-    fn progress(&self) -> Progress;
-    /// Who owns the guest.
-    fn owner(&self) -> Owner;
-}
 
 struct Inner {
     state: State,

@@ -15,19 +15,20 @@
 //! before it is sent: what a broken connection loses with it, the destination lists as missing when
 //! the source reconnects.
 
+mod server;
+
 use super::data_channels::no_thread;
 use super::push::{Pushed, Pusher, Stream};
 use super::{Source, SourceError, ms};
 use crate::order::{Push, PushOrder};
-use crate::page::{PageSet, RamLayout, Run};
-use crate::port::{Clock, Link, SourceVm};
+use crate::page::{PageSet, RamLayout};
+use crate::port::{Link, SourceVm};
 use crate::report::{Event, Phase, Round};
-use crate::sender::{BatchMode, Sender, Sent};
-use crate::wire::{Arrived, Channel, FrameType, Header, WireError};
-use std::sync::atomic::{AtomicBool, Ordering};
+use crate::wire::{Arrived, FrameType, Header, WireError};
 use std::sync::mpsc::RecvTimeoutError;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+pub(super) use server::{FaultChannel, Next, PageServer};
 
 /// Pages in a batch of the push stream at most: an answer waits behind one of them for the
 /// processor that both need.
@@ -42,277 +43,12 @@ pub(crate) const QUIET: Duration = Duration::from_secs(2);
 /// How long after a failed send the destination's last word may take.
 const PARTING: Duration = Duration::from_millis(500);
 
-/// What is still to be sent.
-struct Outgoing {
-    remaining: PageSet,
-    left: u64,
-    push: Push,
-    /// Pushed, and sent in answer to faults.
-    sent: Sent,
-    /// Answers that were taken and are not counted in `sent` yet.
-    answering: u32,
-    /// When the guest last missed a page.
-    last_fault: Duration,
-    failed: Option<SourceError>,
-}
-
-impl Outgoing {
-    /// Takes those of the run that were not sent yet.
-    fn take(&mut self, wanted: Run, into: &mut Vec<Run>) {
-        into.clear();
-        let mut at = wanted.first;
-        while let Some(run) = self
-            .remaining
-            .next_run(at, wanted.end().saturating_sub(at).max(1))
-        {
-            if run.first >= wanted.end() {
-                break;
-            }
-            let run = Run::new(run.first, run.end().min(wanted.end()) - run.first);
-            self.remove(run);
-            into.push(run);
-            at = run.end();
-        }
-    }
-
-    /// Takes the next pages of the push stream; `false` when nothing is pushed (now).
-    fn next_push(&mut self, limit: u64, into: &mut Vec<Run>) -> bool {
-        into.clear();
-        let mut room = limit;
-        while room > 0 {
-            let Some(run) = self.push.next(&self.remaining, room) else {
-                break;
-            };
-            self.remove(run);
-            room -= run.count;
-            into.push(run);
-        }
-        !into.is_empty()
-    }
-
-    fn remove(&mut self, run: Run) {
-        self.remaining.remove_run(run);
-        self.left -= run.count;
-    }
-}
-
-/// What the threads of the phase share.
-pub(super) struct PageServer<'a> {
-    outgoing: Mutex<Outgoing>,
-    stop: AtomicBool,
-    layout: &'a RamLayout,
-    pub(super) clock: &'a dyn Clock,
-    round: u32,
-    /// That push at the same time.
-    data_channels: u16,
-    timeout: Duration,
-    began: Duration,
-}
-
-impl<'a> PageServer<'a> {
-    pub(super) fn new(
-        missing: PageSet,
-        (push, data_channels): (Push, u16),
-        source: (&'a RamLayout, &'a dyn Clock),
-        round: u32,
-        timeout: Duration,
-    ) -> Self {
-        let (layout, clock) = source;
-        let outgoing = Outgoing {
-            left: missing.len(),
-            remaining: missing,
-            push,
-            sent: Sent::default(),
-            answering: 0,
-            last_fault: clock.now(),
-            failed: None,
-        };
-        Self {
-            outgoing: Mutex::new(outgoing),
-            stop: AtomicBool::new(false),
-            layout,
-            clock,
-            round,
-            data_channels,
-            timeout,
-            began: clock.now(),
-        }
-    }
-
-    fn outgoing(&self) -> MutexGuard<'_, Outgoing> {
-        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) const fn mode(&self, tell: bool) -> BatchMode {
-        BatchMode {
-            round: self.round,
-            paused: true,
-            tell,
-            warmer: 0,
-            data_channels: self.data_channels,
-        }
-    }
-
-    /// Counts what a stream has sent.
-    pub(super) fn pushed(&self, sent: Sent) {
-        self.outgoing().sent.add(sent);
-    }
-
-    pub(super) fn fail(&self, error: SourceError) {
-        self.outgoing().failed.get_or_insert(error);
-    }
-
-    pub(super) fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
-    }
-
-    /// Ends the threads.
-    pub(super) fn end(&self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-
-    /// Answers faults until the phase ends.
-    pub(super) fn answer_all<L: Link, G: SourceVm<L>>(
-        &self,
-        fault: &mut FaultChannel<L>,
-        guest: &G,
-    ) {
-        while !self.stopped() {
-            let result = match fault.channel.link().wait_readable(TICK) {
-                Ok(true) => self.answer(fault, guest),
-                Ok(false) => Ok(()),
-                Err(error) => Err(WireError::Io(error).into()),
-            };
-            if let Err(error) = result {
-                // The destination hangs up when it has everything.
-                if !self.stopped() {
-                    self.fail(error);
-                }
-                return;
-            }
-        }
-    }
-
-    /// Answers one fault, which has arrived.
-    fn answer<L: Link, G: SourceVm<L>>(
-        &self,
-        fault: &mut FaultChannel<L>,
-        guest: &G,
-    ) -> Result<(), SourceError> {
-        let header = fault.channel.recv_header()?;
-        if header.kind != FrameType::PageRequest {
-            return Err(fault.channel.refuse(&header, "a page request").into());
-        }
-        let wanted = Run::new(header.gfn, u64::from(header.count));
-        if !self.layout.contains(wanted) || wanted.count > PUSH_PAGES {
-            return Err(SourceError::Request {
-                gfn: wanted.first,
-                count: wanted.count,
-            });
-        }
-        {
-            let mut outgoing = self.outgoing();
-            outgoing.take(wanted, &mut fault.runs);
-            outgoing.push.fault(wanted.first);
-            outgoing.last_fault = self.clock.now();
-            outgoing.answering += u32::from(!fault.runs.is_empty());
-        }
-        if fault.runs.is_empty() {
-            let header = Header {
-                gfn: header.gfn,
-                count: header.count,
-                ..Header::bare(FrameType::OnItsWay, self.round)
-            };
-            fault.channel.send(header, &[])?;
-            return Ok(());
-        }
-        let sent = fault.sender.send(
-            &mut fault.channel,
-            guest,
-            &fault.runs,
-            self.mode(false),
-            self.clock,
-        );
-        let mut outgoing = self.outgoing();
-        outgoing.answering -= 1;
-        outgoing.sent.add(sent?);
-        Ok(())
-    }
-
-    /// All that was sent: an answer may have arrived, and with it everything, before its thread has
-    /// counted it.
-    fn counted(&self) -> Sent {
-        loop {
-            let outgoing = self.outgoing();
-            if outgoing.answering == 0 {
-                return outgoing.sent;
-            }
-            drop(outgoing);
-            self.clock.sleep(Duration::from_micros(100));
-        }
-    }
-
-    /// Whether there is more to push.
-    pub(super) fn goes_on(&self) -> Result<bool, SourceError> {
-        self.more(&mut self.outgoing())
-    }
-
-    fn more(&self, outgoing: &mut Outgoing) -> Result<bool, SourceError> {
-        match outgoing.failed.take() {
-            Some(error) => Err(error),
-            None => Ok(!self.stopped() && outgoing.left > 0),
-        }
-    }
-
-    /// What the push stream sends next, into `runs`.
-    pub(super) fn next_push(&self, limit: u64, runs: &mut Vec<Run>) -> Result<Next, SourceError> {
-        let mut outgoing = self.outgoing();
-        if !self.more(&mut outgoing)? {
-            return Ok(Next::Done);
-        }
-        if outgoing.next_push(limit, runs) {
-            return Ok(Next::Send);
-        }
-        // Demand paging: until the guest has become quiet, or the user's time is up.
-        let now = self.clock.now();
-        let over = now.saturating_sub(self.began) >= self.timeout;
-        if over || now.saturating_sub(outgoing.last_fault) >= QUIET {
-            outgoing.push.flush();
-        }
-        Ok(Next::Wait)
-    }
-}
-
 /// Ends the threads of the phase.
 struct EndOnDrop<'a, 'b>(&'a PageServer<'b>);
 
 impl Drop for EndOnDrop<'_, '_> {
     fn drop(&mut self) {
         self.0.end();
-    }
-}
-
-/// What the push does next.
-pub(super) enum Next {
-    Send,
-    Wait,
-    Done,
-}
-
-/// A channel on which the destination asks for pages.
-pub(super) struct FaultChannel<L> {
-    pub(super) channel: Channel<L>,
-    sender: Sender,
-    runs: Vec<Run>,
-}
-
-impl<L: Link> FaultChannel<L> {
-    pub(super) fn new(channel: Channel<L>) -> Self {
-        Self {
-            channel,
-            sender: Sender::default(),
-            runs: Vec::new(),
-        }
     }
 }
 
