@@ -1,32 +1,49 @@
 //! `ferry balloon`, and what `ferry run --balloon` takes.
 
-use ferry_terminal::output::{Failure, put, put_json, say};
+use super::outcome::Ended;
+use ferry_terminal::flags::{TargetAnd, Word};
+use ferry_terminal::output::{put, put_json, say};
 use ferry_terminal::rows::Rows;
 use ferry_terminal::units::{duration, memory, size, span};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::{BalloonRequest, BalloonStatus, BalloonWish, GuestMemory};
-use std::path::PathBuf;
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 /// Show or set the balloon in a guest's memory. The guest does not use the pages in it, and a
 /// migration does not send them.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  ferry balloon --api /tmp/a.sock                   what is in it, and what the guest says of its memory
-  ferry balloon --api /tmp/a.sock 512M              takes 512 MiB from the guest
-  ferry balloon --api /tmp/a.sock auto              takes what the guest does not use, and gives it back in time
-  ferry balloon --api /tmp/a.sock auto,interval=1s,reserve=64M
-  ferry balloon --api /tmp/a.sock off               gives the guest all of its memory")]
+  ferry balloon web                   what is in it, and what the guest says of its memory
+  ferry balloon web 512M              takes 512 MiB from the guest
+  ferry balloon web auto              takes what the guest does not use, and gives it back in time
+  ferry balloon web auto,interval=1s,reserve=64M
+  ferry balloon web off               gives the guest all of its memory")]
 pub struct Args {
-    /// The control socket of the guest's VMM.
-    #[arg(long, value_name = "SOCKET")]
-    api: PathBuf,
+    #[command(flatten)]
+    target: TargetAnd<NewSetting>,
     /// Print one JSON object instead.
     #[arg(long)]
     json: bool,
-    /// The balloon's size, or auto (with interval=TIME and reserve=SIZE, if you like), or off.
-    #[arg(value_name = "SIZE|auto|off", value_parser = Setting::parse)]
-    setting: Option<Setting>,
+}
+
+/// What the balloon is to be set to, if it is.
+#[derive(Clone, Copy, Debug)]
+struct NewSetting(Option<Setting>);
+
+impl Word for NewSetting {
+    const VALUE: &'static str = "SIZE|auto|off";
+    const HELP: &'static str =
+        "The balloon's size, or auto (with interval=TIME and reserve=SIZE, if you like), or off";
+
+    fn read(word: Option<OsString>) -> Result<Self, String> {
+        let word = word.map(|word| {
+            let word = word.to_string_lossy();
+            Setting::parse(&word)
+                .map_err(|why| format!("invalid value '{word}' for '[{}]': {why}", Self::VALUE))
+        });
+        Ok(Self(word.transpose()?))
+    }
 }
 
 /// What a balloon can be set to.
@@ -84,9 +101,9 @@ impl Setting {
     }
 }
 
-pub fn run(args: &Args) -> Result<ExitCode, Failure> {
-    let client = Client::new(&args.api);
-    if let Some(setting) = args.setting {
+pub fn run(args: &Args) -> Result<ExitCode, Ended> {
+    let client = Client::new(&args.target.socket()?);
+    if let Some(setting) = args.target.word.0 {
         client.set_balloon(&setting.request())?;
         if !args.json {
             say(&match setting {

@@ -13,6 +13,7 @@ mod migrate;
 mod nas;
 mod outcome;
 mod pki;
+mod ps;
 mod receive;
 mod restore;
 mod run;
@@ -21,6 +22,7 @@ mod security;
 mod serial;
 mod serve;
 mod snapshot;
+mod socket;
 mod spool;
 #[cfg(not(feature = "lab"))]
 mod without_lab;
@@ -29,8 +31,9 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, Parser, Subcommand};
 #[cfg(feature = "lab")]
 use ferry_lab::{bench, demo, record, sim};
-use ferry_terminal::output::{Failure, put_failure, say};
+use ferry_terminal::output::{put_failure, say};
 use nix::sys::signal::{SigSet, Signal};
+use outcome::Ended;
 use std::process::ExitCode;
 #[cfg(not(feature = "lab"))]
 use without_lab::{bench, demo, record, sim};
@@ -45,10 +48,11 @@ use without_lab::{bench, demo, record, sim};
     arg_required_else_help = true
 )]
 #[command(after_help = "Example, in two terminals of one host:
-  ferry receive tcp:127.0.0.1:7000 --api /tmp/b.sock
-  ferry run --nas mg.A --api /tmp/a.sock
+  ferry receive tcp:127.0.0.1:7000 --name moved
+  ferry run --nas mg.A --name web
 and in a third:
-  ferry migrate --api /tmp/a.sock tcp:127.0.0.1:7000
+  ferry ps
+  ferry migrate web tcp:127.0.0.1:7000
 
 Sizes take K M G (powers of 1024), rates Kbit Mbit Gbit (or K M G for bytes per second), durations ms s m h.
 The log goes to stderr; FERRY_LOG sets what it says, as in FERRY_LOG=debug.")]
@@ -73,6 +77,7 @@ enum Command {
     PowerButton(manage::PowerButton),
     Recover(manage::Recover),
     Pki(pki::Args),
+    Ps(ps::Args),
     Balloon(balloon::Args),
     Record(record::Args),
     Snapshot(snapshot::Args),
@@ -91,36 +96,40 @@ fn main() -> ExitCode {
         Err(e) => return usage(&e),
     };
     log(cli.verbose);
-    let result = match cli.command {
-        Command::Run(args) => run::run(&args),
-        Command::Receive(args) => receive::run(&args),
-        Command::Migrate(args) => migrate::run(&args),
-        Command::Cancel(args) => args.run(),
-        Command::Status(args) => args.run(),
-        Command::Pause(args) => args.run(),
-        Command::Resume(args) => args.run(),
-        Command::Stop(args) => args.run(),
-        Command::PowerButton(args) => args.run(),
-        Command::Recover(args) => args.run(),
-        Command::Pki(args) => pki::run(&args),
-        Command::Balloon(args) => balloon::run(&args),
-        Command::Record(args) => record::run(&args),
-        Command::Snapshot(args) => snapshot::run(&args),
-        Command::Restore(args) => restore::run(&args),
-        Command::Doctor(args) => doctor::run(&args),
-        Command::Nas(args) => nas::run(&args),
-        Command::Sim(args) => sim::run(&args),
-        Command::Demo(args) => demo::run(&args),
-        Command::Bench(args) => bench::run(&args),
-    };
-    match result {
+    match run_command(cli.command) {
         Ok(code) => code,
-        Err(Failure(sentence)) => {
+        Err(Ended { outcome, sentence }) => {
             say(&sentence);
-            put_failure("failed", &sentence);
-            ExitCode::FAILURE
+            put_failure(outcome.code, &sentence);
+            outcome.exit()
         }
     }
+}
+
+fn run_command(command: Command) -> Result<ExitCode, Ended> {
+    Ok(match command {
+        Command::Run(args) => run::run(&args)?,
+        Command::Receive(args) => receive::run(&args)?,
+        Command::Migrate(args) => migrate::run(&args)?,
+        Command::Cancel(args) => args.run()?,
+        Command::Status(args) => args.run()?,
+        Command::Pause(args) => args.run()?,
+        Command::Resume(args) => args.run()?,
+        Command::Stop(args) => args.run()?,
+        Command::PowerButton(args) => args.run()?,
+        Command::Recover(args) => args.run()?,
+        Command::Pki(args) => pki::run(&args)?,
+        Command::Ps(args) => ps::run(&args)?,
+        Command::Balloon(args) => balloon::run(&args)?,
+        Command::Record(args) => record::run(&args)?,
+        Command::Snapshot(args) => snapshot::run(&args)?,
+        Command::Restore(args) => restore::run(&args)?,
+        Command::Doctor(args) => doctor::run(&args)?,
+        Command::Nas(args) => nas::run(&args)?,
+        Command::Sim(args) => sim::run(&args)?,
+        Command::Demo(args) => demo::run(&args)?,
+        Command::Bench(args) => bench::run(&args)?,
+    })
 }
 
 /// Past a file-size limit (`ulimit -f`,
@@ -238,7 +247,7 @@ mod tests {
         };
         assert_eq!(
             text(&["ferry", "migrate", "tcp:x:1"]),
-            "the following required arguments were not provided: --api <SOCKET>; see `ferry migrate --help`"
+            "where to is missing; give NAME URI, or --api SOCKET URI; see `ferry migrate --help`"
         );
         let downtime = text(&[
             "ferry",

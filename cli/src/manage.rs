@@ -1,23 +1,24 @@
 //! The small commands: status, pause, resume, stop, cancel, recover.
 
+use super::outcome::Ended;
 use super::security::Certificates;
-use ferry_terminal::output::{Failure, clean, put, put_json, say};
+use ferry_terminal::flags::{Target, TargetAnd, Word};
+use ferry_terminal::output::{clean, put, put_json, say};
 use ferry_terminal::progress::line;
 use ferry_terminal::rows::Rows;
 use ferry_terminal::units::{memory, span};
 use ferry_vmm::api::client::{Action, Client};
 use ferry_vmm::api::types::{MemoryInfo, RecoverRequest, StateName, Status as StatusBody};
 use ferry_vmm::migrate::absolute_uri;
-use std::path::PathBuf;
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 /// Show where a guest is and what its VMM does.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  ferry status --api /tmp/a.sock")]
+#[command(after_help = "Example:\n  ferry status web")]
 pub struct Status {
-    /// The control socket of the guest's VMM.
-    #[arg(long, value_name = "SOCKET")]
-    api: PathBuf,
+    #[command(flatten)]
+    target: Target,
     /// Print one JSON object instead.
     #[arg(long)]
     json: bool,
@@ -29,14 +30,13 @@ macro_rules! simple {
         #[derive(Debug, clap::Args)]
         #[command(after_help = concat!("Example:\n  ", $example))]
         pub struct $name {
-            /// The control socket of the guest's VMM.
-            #[arg(long, value_name = "SOCKET")]
-            api: PathBuf,
+            #[command(flatten)]
+            target: Target,
         }
 
         impl $name {
-            pub fn run(&self) -> Result<ExitCode, Failure> {
-                Client::new(&self.api).act($action)?;
+            pub fn run(&self) -> Result<ExitCode, Ended> {
+                Client::new(&self.target.socket()?).act($action)?;
                 say($done);
                 Ok(ExitCode::SUCCESS)
             }
@@ -46,26 +46,26 @@ macro_rules! simple {
 
 simple!(
     /// Stop a guest's processors until `ferry resume`.
-    Pause, Action::Pause, "the guest is paused", "ferry pause --api /tmp/a.sock"
+    Pause, Action::Pause, "the guest is paused", "ferry pause web"
 );
 simple!(
     /// Let a paused guest run on.
-    Resume, Action::Resume, "the guest runs", "ferry resume --api /tmp/a.sock"
+    Resume, Action::Resume, "the guest runs", "ferry resume web"
 );
 simple!(
     /// End a guest and its VMM; a migration that has not committed is cancelled first.
-    Stop, Action::Stop, "the guest is being ended", "ferry stop --api /tmp/a.sock"
+    Stop, Action::Stop, "the guest is being ended", "ferry stop web"
 );
 simple!(
     /// Cancel the migration that is under way; the guest runs on where it is.
     Cancel, Action::Cancel, "the migration is being cancelled; the guest stays where it is, unless it has just moved",
-    "ferry cancel --api /tmp/a.sock"
+    "ferry cancel web"
 );
 
 simple!(
     /// Press the power button of a guest's machine: a guest with ACPI, such as Linux, shuts down in
     /// its own time.
-    PowerButton, Action::PowerButton, "the power button was pressed", "ferry power-button --api /tmp/a.sock"
+    PowerButton, Action::PowerButton, "the power button was pressed", "ferry power-button web"
 );
 
 /// Resolve a migration that ended in doubt, or that lost its connection in post-copy.
@@ -75,15 +75,11 @@ simple!(
 /// side: runs the guest here.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  ferry recover --api /tmp/a.sock
-  ferry recover --api /tmp/a.sock --take-over      after making sure that the guest does not run on the other side")]
+  ferry recover web
+  ferry recover web --take-over      after making sure that the guest does not run on the other side")]
 pub struct Recover {
-    /// The control socket of the guest's VMM.
-    #[arg(long, value_name = "SOCKET")]
-    api: PathBuf,
-    /// Where the destination listens now, if that has changed.
-    #[arg(value_name = "URI", conflicts_with = "take_over")]
-    uri: Option<String>,
+    #[command(flatten)]
+    target: TargetAnd<NewAddress>,
     #[command(flatten)]
     certificates: Certificates,
     /// Run the guest here. Only when you know that it does not run on the other side: two copies of
@@ -96,15 +92,36 @@ pub struct Recover {
     force: bool,
 }
 
+/// Where the destination of `ferry recover` listens now.
+#[derive(Clone, Debug)]
+struct NewAddress(Option<String>);
+
+impl Word for NewAddress {
+    const VALUE: &'static str = "URI";
+    const HELP: &'static str = "Where the destination listens now, if that has changed";
+
+    fn read(word: Option<OsString>) -> Result<Self, String> {
+        let text = word.map(OsString::into_string).transpose();
+        text.map(Self)
+            .map_err(|odd| format!("{} is no URI", odd.display()))
+    }
+}
+
 impl Recover {
-    pub fn run(&self) -> Result<ExitCode, Failure> {
+    pub fn run(&self) -> Result<ExitCode, Ended> {
+        let uri = self.target.word.0.as_deref();
+        if uri.is_some() && self.take_over {
+            return Err(Ended::usage(
+                "--take-over runs the guest here, and asks no destination; leave out the URI or --take-over",
+            ));
+        }
         let request = RecoverRequest {
-            uri: self.uri.as_deref().map(absolute_uri),
+            uri: uri.map(absolute_uri),
             tls: self.certificates.files()?,
             take_over: self.take_over,
             force: self.force,
         };
-        Client::new(&self.api).recover(&request)?;
+        Client::new(&self.target.socket()?).recover(&request)?;
         say(if self.take_over {
             "the guest runs here"
         } else {
@@ -115,8 +132,8 @@ impl Recover {
 }
 
 impl Status {
-    pub fn run(&self) -> Result<ExitCode, Failure> {
-        let status = Client::new(&self.api).status()?;
+    pub fn run(&self) -> Result<ExitCode, Ended> {
+        let status = Client::new(&self.target.socket()?).status()?;
         if self.json {
             put_json(&status)?
         } else {
@@ -222,6 +239,8 @@ mod tests {
             }),
             listening: None,
             serial_output_lost: 0,
+            serial: None,
+            to: None,
             missing: None,
             balloon: None,
         };

@@ -1,11 +1,11 @@
 //! `ferry migrate`.
 
-use super::outcome::{Coded, HELP, Outcome, USAGE};
+use super::outcome::{Coded, Ended, HELP, Outcome};
 use super::security::{Certificates, Pair};
 use super::serve::SAME_WISH;
 use ferry_migration::options::{Compress, Handover, Options, Tracking};
 use ferry_migration::report::{Report, Status};
-use ferry_terminal::flags::{PolicyFlags, choice};
+use ferry_terminal::flags::{PolicyFlags, TargetAnd, Word, choice};
 use ferry_terminal::output::{Failure, put, put_failure, put_json, say};
 use ferry_terminal::progress::Display;
 use ferry_terminal::summary::{sentence, table};
@@ -15,8 +15,8 @@ use ferry_vmm::api::types::MigrateRequest;
 use ferry_vmm::migrate::absolute_uri;
 use ferry_vmm::thread;
 use nix::sys::signal::{SigSet, Signal};
+use std::ffi::OsString;
 use std::io;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -25,17 +25,14 @@ use std::time::{Duration, Instant};
 /// The guest runs on here until the destination is ready to run it. If anything fails before that,
 /// or Ctrl-C cancels the migration, the guest stays here.
 #[derive(Debug, clap::Args)]
-#[command(after_help = format!("Example:
-  ferry migrate --api /tmp/a.sock tcp:otherhost:7000 --tls /etc/ferry/pki --downtime 100ms --verify
+#[command(after_help = format!("Examples:
+  ferry migrate web tcp:otherhost:7000 --tls /etc/ferry/pki --downtime 100ms --verify
+  ferry migrate --api /tmp/a.sock unix:/tmp/link
 
 {HELP}"))]
 pub struct Args {
-    /// The control socket of the guest's VMM.
-    #[arg(long, value_name = "SOCKET")]
-    api: PathBuf,
-    /// Where `ferry receive` waits: tcp:HOST:PORT or unix:PATH.
-    #[arg(value_name = "URI")]
-    uri: String,
+    #[command(flatten)]
+    target: TargetAnd<Destination>,
     #[command(flatten)]
     policy: PolicyFlags,
     #[command(flatten)]
@@ -46,6 +43,22 @@ pub struct Args {
     pair: Pair,
     #[command(flatten)]
     report: ReportFlags,
+}
+
+/// Where the guest goes.
+#[derive(Clone, Debug)]
+struct Destination(String);
+
+impl Word for Destination {
+    const VALUE: &'static str = "URI";
+    const HELP: &'static str = "Where `ferry receive` waits: tcp:HOST:PORT or unix:PATH";
+
+    fn read(word: Option<OsString>) -> Result<Self, String> {
+        let word = word.ok_or("where to is missing; give NAME URI, or --api SOCKET URI")?;
+        let text = word.into_string();
+        text.map(Self)
+            .map_err(|odd| format!("{} is no URI", odd.display()))
+    }
 }
 
 /// How memory and disks cross the network.
@@ -139,18 +152,19 @@ impl Args {
     }
 }
 
-pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+pub fn run(args: &Args) -> Result<ExitCode, Ended> {
+    let uri = &args.target.word.0;
     let request = MigrateRequest {
-        uri: absolute_uri(&args.uri),
+        uri: absolute_uri(uri),
         options: args.options(),
         detach: false,
         tls: args.certificates.files()?,
         pair: args.pair.line()?,
     };
     if let Err(error) = request.options.check() {
-        return Ok(without_report(USAGE, &error.to_string()));
+        return Err(Ended::usage(error.to_string()));
     }
-    let client = Client::new(&args.api);
+    let client = Client::new(&args.target.socket()?);
     // Before the first connection, so that Ctrl-C never leaves an unwatched migration behind.
     cancel_on_signal(client.clone(), "cancelling; the guest stays where it is")?;
     let mut display = Display::new(args.report.progress, args.report.quiet);
@@ -161,18 +175,12 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     });
     display.clear();
     match result {
-        Ok(report) => show(args, &report, &display),
-        Err(error) => Ok(without_report(
-            Outcome::without_report(&error, begun),
-            &error.to_string(),
-        )),
+        Ok(report) => Ok(show(args, &report, &display)?),
+        Err(error) => Err(Ended {
+            outcome: Outcome::without_report(&error, begun),
+            sentence: error.to_string(),
+        }),
     }
-}
-
-fn without_report(outcome: Outcome, sentence: &str) -> ExitCode {
-    say(sentence);
-    put_failure(outcome.code, sentence);
-    outcome.exit()
 }
 
 fn show(args: &Args, report: &Report, display: &Display) -> Result<ExitCode, Failure> {
@@ -188,12 +196,15 @@ fn show(args: &Args, report: &Report, display: &Display) -> Result<ExitCode, Fai
             format!("\n{}", table(report))
         };
         match report.status {
-            Status::Completed => put(&format!("{}\n{rest}", sentence(report, &args.uri)))?,
+            Status::Completed => put(&format!(
+                "{}\n{rest}",
+                sentence(report, &args.target.word.0)
+            ))?,
             _ => put(rest.trim_start())?,
         }
     }
     if outcome.status != 0 {
-        display.say(&sentence(report, &args.uri));
+        display.say(&sentence(report, &args.target.word.0));
     }
     Ok(outcome.exit())
 }

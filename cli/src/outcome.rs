@@ -1,11 +1,13 @@
-//! How `ferry migrate` ends, for scripts: an exit status, and a `code` in the JSON. Both are an
-//! interface.
+//! How commands end, for scripts: an exit status, and a `code` in the JSON. Both are an interface.
+//!
+//! Every command that fails has 1 and one of `failed`, `no-guest` (no guest has that name), `no-vmm`,
+//! `not-ferry` and `refused`, or 2 and `usage`. `ferry migrate` has more:
 //!
 //! | status | `code` | |
 //! |---|---|---|
 //! | 0 | `moved` | the guest runs at the destination |
 //! | 1 | `failed` | the guest runs at the source |
-//! | 1 | `no-vmm`, `not-ferry`, `refused` | the migration did not begin |
+//! | 1 | `no-guest`, `no-vmm`, `not-ferry`, `refused` | the migration did not begin |
 //! | 2 | `usage` | the command line is wrong |
 //! | 3 | `cancelled` | by an operator or a limit; the guest runs at the source |
 //! | 4 | `in-doubt` | neither side runs the guest by itself: `ferry recover` |
@@ -14,6 +16,8 @@
 //! | 6 | `not-equal` | the guest runs at the destination, and its memory is not equal |
 
 use ferry_migration::report::{Report, Status};
+use ferry_terminal::names::NameError;
+use ferry_terminal::output::Failure;
 use ferry_vmm::api::client::ClientError;
 use serde::Serialize;
 use std::process::ExitCode;
@@ -73,6 +77,55 @@ impl Outcome {
     /// For the shell.
     pub fn exit(self) -> ExitCode {
         self.status.into()
+    }
+}
+
+/// Why a command failed: its outcome, and one sentence for stderr.
+#[derive(Debug)]
+pub struct Ended {
+    /// The exit status and the `code`.
+    pub outcome: Outcome,
+    /// For people.
+    pub sentence: String,
+}
+
+impl Ended {
+    /// A wrong command line.
+    pub fn usage(sentence: impl Into<String>) -> Self {
+        Self {
+            outcome: USAGE,
+            sentence: sentence.into(),
+        }
+    }
+
+    fn new(code: &'static str, sentence: String) -> Self {
+        Self {
+            outcome: row(1, code),
+            sentence,
+        }
+    }
+}
+
+impl From<Failure> for Ended {
+    fn from(Failure(sentence): Failure) -> Self {
+        Self::new("failed", sentence)
+    }
+}
+
+impl From<ClientError> for Ended {
+    fn from(error: ClientError) -> Self {
+        let outcome = Outcome::without_report(&error, false);
+        Self::new(outcome.code, error.to_string())
+    }
+}
+
+impl From<NameError> for Ended {
+    fn from(error: NameError) -> Self {
+        let code = match error {
+            NameError::Unknown { .. } => "no-guest",
+            _ => "failed",
+        };
+        Self::new(code, error.to_string())
     }
 }
 

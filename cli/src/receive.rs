@@ -1,7 +1,7 @@
 //! `ferry receive`.
 
 use super::security;
-use super::serve::{Place, Signals, bind, serve};
+use super::serve::{Place, Signals, serve};
 use ferry_terminal::output::{Failure, say};
 use ferry_vmm::machine::Backends;
 use ferry_vmm::migrate::{Listener, Receiver, Uri};
@@ -22,8 +22,8 @@ use std::sync::mpsc;
 /// too. Give --net only if a card gets another tap here, and then for each card.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  ferry receive tcp:0.0.0.0:7000 --tls /etc/ferry/pki --api /tmp/b.sock
-  ferry receive tcp:0.0.0.0:7000 --pair --api /tmp/b.sock --disk /net/disk.img --net tap=tap0
+  ferry receive tcp:0.0.0.0:7000 --tls /etc/ferry/pki --name web
+  ferry receive tcp:0.0.0.0:7000 --pair --name web --disk /net/disk.img --net tap=tap0
   ferry receive unix:/tmp/link --api /tmp/b.sock")]
 pub struct Args {
     /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH.
@@ -43,11 +43,13 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
     let (gate, line) = args.security.gate(&args.uri)?;
+    let socket = args.place.socket()?;
     let (spool, serial) = args.place.console()?;
     let listener = Listener::bind(&args.uri)?.behind(gate);
     let uri = listener.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
-    let server = bind(args.place.api.as_deref(), None, &vmm)?;
+    args.place.serial.tell(&vmm);
+    let server = socket.bind(&vmm)?;
     // An arrival is booked before the source gets its answer. Printing it is this thread's, so that
     // no migration waits for a terminal.
     let (tell, told) = mpsc::channel::<String>();

@@ -1,7 +1,7 @@
 //! `ferry restore`.
 
 use super::serial::Serial;
-use super::serve::{Place, Signals, bind, serve};
+use super::serve::{Place, Signals, serve};
 use ferry_terminal::output::{Failure, put_json, say};
 use ferry_terminal::units::{grouped, span};
 use ferry_vmm::snapshot::{RestoreOptions, RestoreReport, restore};
@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 /// is restored twice makes two guests with one identity. The keys and signals of `ferry run` work
 /// here too.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  ferry restore guest.snap --api /tmp/b.sock")]
+#[command(after_help = "Example:\n  ferry restore web.snap --name web")]
 pub struct Args {
     /// The file.
     #[arg(value_name = "PATH")]
@@ -47,10 +47,12 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         ));
     }
     let signals = Signals::take()?;
+    let socket = args.place.socket()?;
     let (spool, serial) = args.place.console()?;
     // The socket before the guest: once that runs nothing may fail.
     let vmm = Vmm::receiving(format!("the snapshot {}", args.path.display()))?;
-    let server = bind(args.place.api.as_deref(), None, &vmm)?;
+    args.place.serial.tell(&vmm);
+    let server = socket.bind(&vmm)?;
     let options = RestoreOptions {
         path: args.path.clone(),
         eager: args.eager,

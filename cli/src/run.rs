@@ -4,11 +4,13 @@ use super::balloon::Setting;
 use super::devices;
 use super::sandbox;
 use super::serial::Serial;
-use super::serve::{Signals, bind, serve};
+use super::serve::{Signals, serve};
+use super::socket::ControlSocket;
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
 use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
 use ferry_migration::options::Tracking;
 use ferry_terminal::flags::choice;
+use ferry_terminal::names::GuestName;
 use ferry_terminal::output::{Failure, say};
 use ferry_terminal::timeline::Timeline;
 use ferry_terminal::units::{duration, memory, size};
@@ -39,8 +41,8 @@ const LINUX_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 /// SIGTERM end the guest too; a migration that is under way is cancelled first.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  ferry run --nas dirty:wss=64M,rate=2000 --api /tmp/a.sock
-  ferry run --linux --cpus 2 --api /tmp/a.sock
+  ferry run --nas dirty:wss=64M,rate=2000 --name web
+  ferry run --linux --cpus 2 --name web
   ferry run --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0 --memory 512M --cpus 2 --api /tmp/a.sock")]
 #[command(group = clap::ArgGroup::new("guest").required(true))]
 pub struct Args {
@@ -88,7 +90,7 @@ pub struct Args {
     /// Virtual processors.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Machine")]
     cpus: u32,
-    /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
+    /// The control socket to make; by default that of --name, or one in $XDG_RUNTIME_DIR or /tmp.
     #[arg(long, value_name = "SOCKET", help_heading = "VMM")]
     api: Option<PathBuf>,
     /// Where the serial port goes: stdio, file:PATH or null.
@@ -106,9 +108,9 @@ pub struct Args {
     /// rings, or auto.
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Tracking>(), help_heading = "Machine")]
     dirty: Tracking,
-    /// The guest's name, for people.
-    #[arg(long, help_heading = "Machine")]
-    name: Option<String>,
+    /// The guest's name, by which commands on this host find it; one guest has it at a time.
+    #[arg(long, value_name = "NAME", help_heading = "VMM")]
+    name: Option<GuestName>,
     #[command(flatten)]
     devices: devices::Args,
     #[command(flatten)]
@@ -158,6 +160,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         true => Some(linux::Kernel::get(&|sentence| say(sentence))?),
         false => None,
     };
+    let socket = ControlSocket::choose(args.api.as_deref(), args.name.as_ref())?;
     args.sandbox.enter(&args.devices.backends())?;
     let spool = args.serial.open()?;
     let mut backends = Backends {
@@ -176,7 +179,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         .devices(backends)
         .serial(Box::new(spool.clone()));
     if let Some(name) = &args.name {
-        builder = builder.name(name);
+        builder = builder.name(name.as_str());
     }
     let machine = Arc::new(builder.build()?);
     timeline.mark("machine");
@@ -188,7 +191,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;
-    let server = bind(args.api.as_deref(), args.name.as_deref(), &vmm)?;
+    args.serial.tell(&vmm);
+    let server = socket.bind(&vmm)?;
     // Through the VMM, which keeps the state: the last thing that can fail is behind us.
     ferry_vmm::api::Control::resume(&vmm)?;
     if timeline.is_wanted() {

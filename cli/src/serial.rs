@@ -5,12 +5,14 @@
 
 use super::spool::Spool;
 use ferry_terminal::output::Failure;
+use ferry_vmm::vmm::Vmm;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 use std::str::FromStr;
 
 /// `--serial`.
@@ -37,7 +39,26 @@ impl FromStr for Serial {
     }
 }
 
+impl fmt::Display for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdio => f.write_str("stdio"),
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Null => f.write_str("null"),
+        }
+    }
+}
+
 impl Serial {
+    /// Lets a status say where it goes, for `ferry logs`, whose working directory is another.
+    pub fn tell(&self, vmm: &Vmm) {
+        let here = match self {
+            Self::File(path) => Self::File(absolute(path).unwrap_or_else(|_| path.clone())),
+            other => other.clone(),
+        };
+        vmm.set_serial(here.to_string());
+    }
+
     /// Opens it, so that errors come before the guest does.
     pub fn open(&self) -> Result<Spool, Failure> {
         let sink: Box<dyn Write + Send> = match self {

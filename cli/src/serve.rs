@@ -4,12 +4,14 @@ use super::console::{KEYS, Key, Terminal, feed_from_pipe};
 use super::devices;
 use super::sandbox;
 use super::serial::Serial;
+use super::socket::ControlSocket;
 use super::spool::Spool;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use ferry_migration::options::Tracking;
 use ferry_terminal::flags::choice;
+use ferry_terminal::names::GuestName;
 use ferry_terminal::output::{Failure, say};
-use ferry_vmm::api::server::{Limits, Server};
+use ferry_vmm::api::server::Server;
 use ferry_vmm::migrate::SerialFactory;
 use ferry_vmm::priority::in_background;
 use ferry_vmm::vmm::{Outcome, Vmm};
@@ -17,7 +19,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -76,9 +78,12 @@ fn ignored_signals() -> u64 {
 /// What a VMM is told here whose guest comes from elsewhere: all else comes with the guest.
 #[derive(Debug, clap::Args)]
 pub struct Place {
-    /// The control socket to make; by default in $XDG_RUNTIME_DIR or /tmp.
+    /// The control socket to make; by default that of --name, or one in $XDG_RUNTIME_DIR or /tmp.
     #[arg(long, value_name = "SOCKET", help_heading = "VMM")]
     pub api: Option<PathBuf>,
+    /// The name by which commands on this host find the guest; one guest has it at a time.
+    #[arg(long, value_name = "NAME", help_heading = "VMM")]
+    pub name: Option<GuestName>,
     /// Where the guest's serial port goes: stdio, file:PATH or null.
     #[arg(
         long,
@@ -98,6 +103,11 @@ pub struct Place {
 }
 
 impl Place {
+    /// Where the control socket is made.
+    pub fn socket(&self) -> Result<ControlSocket, Failure> {
+        ControlSocket::choose(self.api.as_deref(), self.name.as_ref())
+    }
+
     /// Enters the sandbox and opens where the serial port goes: for [`serve`], and for the machine
     /// that comes.
     pub fn console(&self) -> Result<(Spool, SerialFactory), Failure> {
@@ -107,35 +117,6 @@ impl Place {
         let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
         Ok((spool, Arc::new(serial)))
     }
-}
-
-/// The control socket's path where none was given.
-pub fn default_socket(name: Option<&str>) -> PathBuf {
-    let fits = |n: &&str| {
-        !n.is_empty()
-            && n.len() <= 40
-            && n.bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
-    };
-    let stem = name
-        .filter(fits)
-        .map_or_else(|| std::process::id().to_string(), str::to_owned);
-    let directory = std::env::var_os("XDG_RUNTIME_DIR")
-        .map(PathBuf::from)
-        .filter(|d| d.is_dir());
-    directory
-        .unwrap_or_else(|| PathBuf::from("/tmp"))
-        .join(format!("ferry-{stem}.sock"))
-}
-
-/// Makes the control socket.
-pub fn bind(path: Option<&Path>, name: Option<&str>, vmm: &Vmm) -> Result<Server, Failure> {
-    let chosen = path.map_or_else(|| default_socket(name), Path::to_owned);
-    let server = Server::bind(&chosen, Arc::new(vmm.clone()), Limits::default())?;
-    if path.is_none() {
-        say(&format!("control socket: {}", chosen.display()));
-    }
-    Ok(server)
 }
 
 /// Serves until the VMM has nothing more to do.
@@ -290,27 +271,5 @@ impl MutEventSubscriber for Loop {
                 tracing::error!("cannot watch descriptor {fd}: {e}");
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn default_sockets_are_named_after_the_guest_if_that_is_a_name() {
-        let file = |name| {
-            default_socket(name)
-                .file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .to_owned()
-        };
-        assert_eq!(file(Some("web-1")), "ferry-web-1.sock");
-        let own = format!("ferry-{}.sock", std::process::id());
-        assert_eq!(file(None), own);
-        assert_eq!(file(Some("../x")), own);
-        assert_eq!(file(Some(&"x".repeat(80))), own);
     }
 }

@@ -1,15 +1,15 @@
 //! `ferry snapshot`.
 
 use super::migrate::cancel_on_signal;
+use super::outcome::Ended;
 use clap::builder::TypedValueParser;
 use ferry_migration::options::Compress;
-use ferry_terminal::flags::choice;
+use ferry_terminal::flags::{FileToMake, TargetAnd, choice};
 use ferry_terminal::output::{Failure, put, put_json};
 use ferry_terminal::rows::Rows;
 use ferry_terminal::units::{grouped, span};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::{SnapshotReport, SnapshotRequest, Then};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Write a guest to a file, for `ferry restore`.
@@ -23,15 +23,11 @@ use std::process::ExitCode;
 /// it: copy them while the guest stands still (--then pause), with `cp -p`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  ferry snapshot --api /tmp/a.sock guest.snap
-  ferry snapshot --api /tmp/a.sock guest.snap --then stop --compress zstd")]
+  ferry snapshot web web.snap
+  ferry snapshot web web.snap --then stop --compress zstd")]
 pub struct Args {
-    /// The control socket of the guest's VMM.
-    #[arg(long, value_name = "SOCKET")]
-    api: PathBuf,
-    /// The file to make.
-    #[arg(value_name = "PATH")]
-    path: PathBuf,
+    #[command(flatten)]
+    target: TargetAnd<FileToMake>,
     /// What becomes of the guest: resume (it goes on as before), pause or stop (the VMM ends).
     #[arg(long, value_name = "ACTION", default_value = "resume", value_parser = choice::<Then>())]
     then: Then,
@@ -59,14 +55,11 @@ fn compress(compress: Compress) -> Result<Compress, &'static str> {
     }
 }
 
-pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     // The VMM has another working directory.
-    let path = std::path::absolute(&args.path).map_err(|e| {
-        Failure(format!(
-            "{} is no path for a file ({e})",
-            args.path.display()
-        ))
-    })?;
+    let path = &args.target.word.0;
+    let path = std::path::absolute(path)
+        .map_err(|e| Failure(format!("{} is no path for a file ({e})", path.display())))?;
     let request = SnapshotRequest {
         path,
         compress: args.compress,
@@ -74,7 +67,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         force: args.force,
         then: args.then,
     };
-    let client = Client::new(&args.api);
+    let client = Client::new(&args.target.socket()?);
     cancel_on_signal(client.clone(), "cancelling; no file is made")?;
     let report = client.snapshot(&request)?;
     if args.json {

@@ -1,6 +1,7 @@
 //! `ferry record`.
 
 use ferry_migration::trace::Trace;
+use ferry_terminal::flags::{FileToMake, TargetAnd};
 use ferry_terminal::output::{Failure, put, put_json, say};
 use ferry_terminal::units::{duration, grouped, memory, span};
 use ferry_vmm::api::client::Client;
@@ -11,7 +12,7 @@ use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use std::fs::File;
 use std::io::{self, BufReader, Seek};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,14 +23,10 @@ use std::time::Duration;
 /// has ended; one that Ctrl-C ends can be used up to there. Meanwhile the guest cannot be migrated,
 /// and each page that it writes costs it a fault per interval.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  ferry record --api /tmp/a.sock guest.trace --duration 30s")]
+#[command(after_help = "Example:\n  ferry record web web.trace --duration 30s")]
 pub struct Args {
-    /// The control socket of the guest's VMM.
-    #[arg(long, value_name = "SOCKET")]
-    api: PathBuf,
-    /// The file to write.
-    #[arg(value_name = "PATH")]
-    path: PathBuf,
+    #[command(flatten)]
+    target: TargetAnd<FileToMake>,
     /// How long to record.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10s")]
     duration: Duration,
@@ -55,8 +52,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         interval_ms: millis(args.interval),
     };
     request.check().map_err(Failure)?;
-    record(&Client::new(&args.api), &request, &args.path)?;
-    let trace = read(&args.path)?;
+    let path = &args.target.word.0;
+    record(&Client::new(&args.target.socket()?), &request, path)?;
+    let trace = read(path)?;
     let header = trace.header();
     let dirtied: u64 = trace.frames().iter().map(|frame| frame.pages()).sum();
     let seconds = trace.duration().as_secs_f64();
@@ -64,7 +62,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     if args.json {
         put_json(&json!({
             "schema": 1,
-            "path": args.path,
+            "path": path,
             "whole": trace.is_whole(),
             "frames": trace.frames().len(),
             "seconds": seconds,
@@ -76,7 +74,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         let what = header.workload.as_deref().or(header.name.as_deref());
         put(&format!(
             "{}: {} of {} ({}), {} intervals, {} pages dirtied, {:.0} a second\n",
-            args.path.display(),
+            path.display(),
             span(seconds * 1e3),
             what.unwrap_or("a guest").escape_debug(),
             memory(header.memory_bytes),

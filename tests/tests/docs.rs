@@ -289,6 +289,8 @@ impl Session {
             .current_dir(self.folder.path())
             .env("PATH", format!("{}:{path}", bin.display()))
             .env("XDG_RUNTIME_DIR", self.folder.path())
+            // root's names would be those of the host.
+            .env("RUNTIME_DIRECTORY", self.folder.path().join("ferry"))
             .stdin(Stdio::null())
             // A group of its own, so that all of it can be ended.
             .process_group(0);
@@ -301,17 +303,25 @@ impl Session {
         shell.stdout(log.try_clone().unwrap()).stderr(log);
         let child = shell.spawn().unwrap();
         let words: Vec<&str> = block.text.split_whitespace().collect();
-        let api = words
-            .iter()
-            .position(|w| *w == "--api")
-            .map(|at| words[at + 1]);
+        let after = |flag| {
+            let at = words.iter().position(|w| *w == flag)?;
+            words.get(at + 1).copied()
+        };
+        let guest = match (after("--api"), after("--name")) {
+            (Some(api), _) => vec!["--api", api],
+            (None, name) => name.into_iter().collect(),
+        };
         self.terminals.push(child);
         // It is ready when its VMM answers.
-        if let Some(api) = api {
+        if !guest.is_empty() {
             let folder = self.folder.path();
-            until(&format!("{api} answers"), || {
+            until(&format!("{guest:?} answers"), || {
                 let mut status = Command::new(ferry());
-                status.args(["status", "--api", api]).current_dir(folder);
+                status
+                    .arg("status")
+                    .args(&guest)
+                    .current_dir(folder)
+                    .env("RUNTIME_DIRECTORY", folder.join("ferry"));
                 status.output().unwrap().status.success()
             });
         }

@@ -55,7 +55,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -81,6 +81,7 @@ struct Core {
     /// The destination of a guest in doubt was asked in the background.
     asked: Condvar,
     finished: EventFd,
+    serial: OnceLock<String>,
     since: Instant,
 }
 
@@ -129,9 +130,15 @@ impl Vmm {
                 inner,
                 asked: Condvar::new(),
                 finished,
+                serial: OnceLock::new(),
                 since: Instant::now(),
             }),
         })
+    }
+
+    /// Says where the guest's serial port goes, for a status; the first word stands.
+    pub fn set_serial(&self, serial: String) {
+        let _ = self.core.serial.set(serial);
     }
 
     /// Whether a guest that arrives is still wanted.

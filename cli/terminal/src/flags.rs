@@ -2,9 +2,11 @@
 
 mod names;
 mod policy;
+mod target;
 
 pub use names::choice;
 pub use policy::PolicyFlags;
+pub use target::{FileToMake, Guest, Target, TargetAnd, Word};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 

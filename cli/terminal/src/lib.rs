@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod flags;
+pub mod names;
 pub mod output;
 pub mod progress;
 pub mod rows;

@@ -45,6 +45,25 @@ pub fn aligned(lines: &[Vec<String>]) -> String {
     text
 }
 
+/// Columns of text, each as wide as its widest cell, and all to the left.
+#[must_use]
+pub fn columns<const N: usize>(lines: &[[String; N]]) -> String {
+    let widths: [usize; N] = std::array::from_fn(|at| {
+        let cells = lines.iter().map(|line| line[at].chars().count());
+        cells.max().unwrap_or(0)
+    });
+    let mut text = String::new();
+    for line in lines {
+        let mut shown = String::new();
+        for (cell, width) in line.iter().zip(widths) {
+            let _ = write!(shown, "{cell:<width$}  ");
+        }
+        text.push_str(shown.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
 /// Columns of text: each cell is wrapped into its column's width.
 #[must_use]
 pub fn wrapped(head: &[&str], widths: &[usize], rows: &[Vec<String>]) -> String {

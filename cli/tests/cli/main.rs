@@ -3,6 +3,7 @@
 
 mod guest;
 mod migrate;
+mod names;
 mod pretended;
 mod support;
 mod usage;

@@ -72,6 +72,8 @@ impl Control for Willing {
             balloon: None,
             listening: None,
             serial_output_lost: 0,
+            serial: None,
+            to: None,
         }
     }
     fn pause(&self) -> Result<(), Refusal> {

@@ -95,6 +95,8 @@ impl Action {
 #[derive(Clone, Debug)]
 pub struct Client {
     path: PathBuf,
+    /// For a connection, and for each answer that comes at once.
+    timeout: Duration,
 }
 
 struct Reply {
@@ -111,8 +113,15 @@ impl Client {
     /// For the VMM on `path`; connects later.
     #[must_use]
     pub fn new(path: &Path) -> Self {
+        Self::with_timeout(path, TIMEOUT)
+    }
+
+    /// As [`Client::new`], for a caller that does not wait half a minute for a VMM that is silent.
+    #[must_use]
+    pub fn with_timeout(path: &Path, timeout: Duration) -> Self {
         Self {
             path: path.to_owned(),
+            timeout,
         }
     }
 
@@ -121,7 +130,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn status(&self) -> Result<Status, ClientError> {
-        self.read_json(self.request("GET", "/v1/status", None, Some(TIMEOUT))?)
+        self.read_json(self.request("GET", "/v1/status", None, Some(self.timeout))?)
     }
 
     /// `GET /v1/migration`.
@@ -298,7 +307,7 @@ impl Client {
     }
 
     fn connect(&self) -> Result<UnixStream, ClientError> {
-        dial(&self.path, TIMEOUT).map_err(|cause| match cause.kind() {
+        dial(&self.path, self.timeout).map_err(|cause| match cause.kind() {
             io::ErrorKind::NotFound => ClientError::NoSocket(self.path.clone()),
             _ => ClientError::NoAnswer {
                 path: self.path.clone(),
@@ -350,7 +359,7 @@ impl Client {
         bytes.extend_from_slice(&body);
         let prepare = || {
             stream.set_read_timeout(timeout)?;
-            stream.set_write_timeout(Some(TIMEOUT))
+            stream.set_write_timeout(Some(self.timeout))
         };
         prepare().map_err(|e| self.lost(e))?;
         // A server that refuses early may not read all; its answer counts, if there is one.

@@ -119,6 +119,13 @@ pub struct Status {
     /// Bytes of the guest's serial output that were dropped, because nothing took them in time.
     #[serde(default)]
     pub serial_output_lost: u64,
+    /// Where the guest's serial port goes, as `--serial` takes it, with an absolute path; `null`
+    /// when the program that embeds the VMM does not say.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Where the guest is being migrated to, or was; `null` when it is here alone.
+    #[serde(default)]
+    pub to: Option<String>,
 }
 
 impl Status {

@@ -82,6 +82,8 @@ impl Control for Vmm {
             missing,
             balloon,
             serial_output_lost,
+            serial: self.core.serial.get().cloned(),
+            to: inner.state.to().map(str::to_owned),
             listening: match &inner.state {
                 State::Receiving { listening } => Some(listening.clone()),
                 _ => None,

@@ -120,6 +120,17 @@ impl State {
         }
     }
 
+    /// Where the guest goes, or went.
+    pub(super) fn to(&self) -> Option<&str> {
+        match self {
+            Self::Migrating { to, .. }
+            | Self::Moved { to, .. }
+            | Self::InDoubt(Lost { to, .. })
+            | Self::Interrupted(Lost { to, .. }) => Some(to),
+            _ => None,
+        }
+    }
+
     /// One sentence: what is, and what can be done.
     pub(super) fn explanation(&self) -> String {
         match self {

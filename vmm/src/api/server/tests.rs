@@ -55,6 +55,8 @@ impl Control for Fake {
             balloon: None,
             listening: None,
             serial_output_lost: 0,
+            serial: None,
+            to: None,
         }
     }
     fn pause(&self) -> Result<(), Refusal> {
