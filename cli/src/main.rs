@@ -24,6 +24,7 @@ mod serve;
 mod snapshot;
 mod socket;
 mod spool;
+mod steer;
 #[cfg(not(feature = "lab"))]
 mod without_lab;
 
@@ -70,6 +71,8 @@ enum Command {
     Receive(receive::Args),
     Migrate(migrate::Args),
     Cancel(manage::Cancel),
+    Tune(steer::Tune),
+    Switchover(steer::Switchover),
     Status(manage::Status),
     Pause(manage::Pause),
     Resume(manage::Resume),
@@ -112,6 +115,8 @@ fn run_command(command: Command) -> Result<ExitCode, Ended> {
         Command::Receive(args) => receive::run(&args)?,
         Command::Migrate(args) => migrate::run(&args)?,
         Command::Cancel(args) => args.run()?,
+        Command::Tune(args) => args.run()?,
+        Command::Switchover(args) => args.run()?,
         Command::Status(args) => args.run()?,
         Command::Pause(args) => args.run()?,
         Command::Resume(args) => args.run()?,

@@ -37,6 +37,7 @@ pub mod rng;
 mod sender;
 pub mod snapshot;
 pub mod source;
+pub mod steering;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod trace;

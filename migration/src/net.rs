@@ -42,6 +42,7 @@ use crate::options::Options;
 use crate::port::{Clock, Link, SourceVm};
 use crate::report::Report;
 use crate::source::{self, Ownership, Setup, Timeouts};
+use crate::steering::Steering;
 use crate::wire::SessionId;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
@@ -104,6 +105,7 @@ pub fn migrate<L: Link, V: SourceVm<L>>(
         options,
         session: session_id(),
         owner: &Ownership::default(),
+        steering: &Steering::default(),
         events: &mut |_| {},
         timeouts: Timeouts::default(),
         threads: true,

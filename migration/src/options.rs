@@ -19,7 +19,7 @@ mod millis {
     }
 }
 
-mod optional_millis {
+pub(crate) mod optional_millis {
     use serde::{Deserialize, Deserializer, Serializer};
     use std::time::Duration;
 
@@ -150,6 +150,18 @@ pub enum OnTimeout {
     Stop,
     /// Move the guest now and let the pending pages follow (post-copy).
     Postcopy,
+}
+
+impl OnTimeout {
+    /// The name that the command line uses.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cancel => "cancel",
+            Self::Stop => "stop",
+            Self::Postcopy => "postcopy",
+        }
+    }
 }
 
 /// Whether the guest's memory itself is given to a destination on the same host, so that no page

@@ -12,6 +12,7 @@ mod post_copy;
 mod pre_copy;
 mod stall;
 mod stord;
+mod switchover;
 
 pub use auto::Auto;
 pub use hybrid::Hybrid;
@@ -19,6 +20,7 @@ pub use mplm::Mplm;
 pub use post_copy::PostCopy;
 pub use pre_copy::PreCopy;
 pub use stord::Stord;
+pub(crate) use switchover::switch_over;
 
 use crate::options::{Options, PolicyKind};
 use crate::order::PushOrder;
@@ -222,6 +224,16 @@ pub trait Policy: Send {
     /// and in the report.
     fn choice(&mut self) -> Option<String> {
         None
+    }
+    /// The user has changed these options of the running migration, and a round may have been cut
+    /// short for it; what was not sent is pending. By default that changes nothing.
+    fn tune(&mut self, options: &Options) {
+        let _ = options;
+    }
+    /// Whether its live phase ends by moving the guest before its pages, where the two sides can do
+    /// that.
+    fn hands_over(&self) -> bool {
+        false
     }
 }
 

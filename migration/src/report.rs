@@ -5,6 +5,7 @@
 mod latency;
 
 pub use crate::data_channels::Channels;
+pub use crate::steering::{Change, Steered};
 pub use latency::{Bucket, Latencies};
 
 use crate::source::Owner;
@@ -227,6 +228,9 @@ pub struct Report {
     pub verified: Option<bool>,
     /// Why the live phase ended, or why `auto` chose as it did, in one sentence.
     pub why: Option<String>,
+    /// What the user changed while it ran, the newest last.
+    #[serde(default)]
+    pub steered: Vec<Steered>,
     /// The guest ended at the source during its migration, so nothing runs on anywhere.
     #[serde(default)]
     pub guest_ended: bool,
@@ -267,6 +271,7 @@ impl Report {
             faults: Faults::default(),
             verified: None,
             why: None,
+            steered: Vec::new(),
             guest_ended: false,
             retry_commit: false,
             abort_untold: None,
@@ -377,6 +382,8 @@ pub enum Event {
         /// Its sentence.
         why: String,
     },
+    /// The user has changed something, which holds from now on.
+    Steered(Steered),
     /// The end; nothing follows.
     Report(Box<Report>),
 }

@@ -92,6 +92,11 @@ impl Batches {
         }
     }
 
+    /// In batches of at most `size` pages from now on.
+    pub(crate) fn resize(&mut self, size: u64) {
+        self.size = size.clamp(1, BATCH_PAGES);
+    }
+
     /// So many pages will be appended, and what comes later is likelier to be sent again.
     pub(crate) const fn before(mut self, to_come: u64) -> Self {
         self.to_come = Some(to_come);
@@ -159,29 +164,42 @@ impl Batches {
 
 /// The user's bandwidth cap: a token bucket over virtual time. Shared by the data channels.
 #[derive(Debug)]
-pub(crate) struct Pacer {
+pub(crate) struct Pacer(Mutex<Paid>);
+
+#[derive(Debug)]
+struct Paid {
     /// Bytes per second; `None` is no cap.
     rate: Option<f64>,
     /// When the bytes granted so far will have been paid for.
-    paid_until: Mutex<Duration>,
+    until: Duration,
 }
 
 impl Pacer {
     /// Idle time is credited up to this much, so that short waits elsewhere do not cost rate.
     const BURST: Duration = Duration::from_millis(20);
 
-    pub(crate) fn new(rate: Option<u64>) -> Self {
-        Self {
-            rate: rate.map(|r| r as f64),
-            paid_until: Mutex::new(Duration::ZERO),
-        }
+    pub(crate) const fn new(rate: Option<u64>) -> Self {
+        Self(Mutex::new(Paid {
+            rate: match rate {
+                Some(rate) => Some(rate as f64),
+                None => None,
+            },
+            until: Duration::ZERO,
+        }))
+    }
+
+    /// Another cap from now on. What was charged by the old one is paid for.
+    pub(crate) fn set_rate(&self, rate: Option<u64>, clock: &dyn Clock) {
+        let mut paid = self.paid();
+        paid.rate = rate.map(|rate| rate as f64);
+        paid.until = paid.until.min(clock.now());
     }
 
     /// Pages in a batch: as many as the cap lets through in a moment, so that cancelling is quick
     /// and the link sees no bursts.
     pub(crate) fn batch_pages(&self) -> u64 {
         const MOMENT: f64 = 0.05;
-        self.rate.map_or(BATCH_PAGES, |rate| {
+        self.paid().rate.map_or(BATCH_PAGES, |rate| {
             pages_in(rate * MOMENT / PAGE_BYTES as f64)
         })
     }
@@ -189,13 +207,13 @@ impl Pacer {
     /// Waits until more may be sent, or `cancelled`; says how long that took.
     pub(crate) fn wait(&self, clock: &dyn Clock, cancelled: &dyn Fn() -> bool) -> Duration {
         const SLICE: Duration = Duration::from_millis(100);
-        if self.rate.is_none() {
+        if self.paid().rate.is_none() {
             return Duration::ZERO;
         }
         let began = clock.now();
         loop {
             let now = clock.now();
-            let left = self.paid_until().saturating_sub(now);
+            let left = self.paid().until.saturating_sub(now);
             if left.is_zero() || cancelled() {
                 return now.saturating_sub(began);
             }
@@ -206,15 +224,15 @@ impl Pacer {
     /// Charges what was sent: what goes next waits until that is paid for. Charged afterwards,
     /// since it is not known before how many bytes pages make.
     pub(crate) fn charge(&self, bytes: u64, clock: &dyn Clock) {
-        if let Some(rate) = self.rate {
-            let mut paid = self.paid_until();
-            *paid =
-                (*paid).max(clock.now().saturating_sub(Self::BURST)) + seconds(bytes as f64 / rate);
+        let mut paid = self.paid();
+        if let Some(rate) = paid.rate {
+            let from = paid.until.max(clock.now().saturating_sub(Self::BURST));
+            paid.until = from + seconds(bytes as f64 / rate);
         }
     }
 
-    fn paid_until(&self) -> std::sync::MutexGuard<'_, Duration> {
-        self.paid_until
+    fn paid(&self) -> std::sync::MutexGuard<'_, Paid> {
+        self.0
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }

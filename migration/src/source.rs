@@ -35,6 +35,7 @@ mod commit;
 mod data_channels;
 mod error;
 mod handshake;
+mod helm;
 mod live;
 mod owner;
 mod parts;
@@ -54,8 +55,10 @@ use crate::options::Options;
 use crate::policy::{self, Policy, View};
 use crate::port::{Clock, Link, SourceVm};
 use crate::report::{Event, Phase, Report, Status};
+use crate::steering::Steering;
 use crate::wire::{FrameType, Role, SessionId, WireError};
 use blocks::Disks;
+use helm::Helm;
 use parts::{Flight, InFlight, Memory, Transport};
 use phases::{Agreed, Connecting, End, Moved};
 use record::Record;
@@ -116,6 +119,8 @@ pub struct Setup<'a, L: Link> {
     pub session: SessionId,
     /// Who owns the guest, for those who look on, and the user's way to cancel.
     pub owner: &'a Ownership,
+    /// The user's way to change what the options say while it runs.
+    pub steering: &'a Steering,
     /// Takes progress and the finished rounds; the report is returned.
     pub events: &'a mut dyn FnMut(Event),
     /// How long to wait for the peer.
@@ -134,6 +139,7 @@ pub(crate) struct Source<'a, 'g, L: Link, G: SourceVm<L>> {
     /// Disks that move with the guest.
     disks: Disks,
     flight: Flight,
+    helm: Helm,
     record: Record,
 }
 
@@ -147,7 +153,8 @@ pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Repor
 /// the report's status is `Completed` or `Interrupted` (it runs at the destination) or `InDoubt`
 /// (it runs nowhere).
 ///
-/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads.
+/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads. A
+/// user who [steers](crate::steering) to another policy gets the one that the options name.
 /// Post-copy ([`Decision::HandOver`](crate::policy::Decision::HandOver)) must be agreed on in the
 /// handshake: it is where [`Options::may_post_copy`] holds.
 pub fn migrate_with<L: Link, G: SourceVm<L>>(
@@ -188,6 +195,7 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
     ) -> Result<Self, SourceError> {
         let began = setup.clock.now();
         let layout = guest.layout();
+        let helm = Helm::new(setup.options);
         Ok(Self {
             guest,
             transport: Transport::new(setup.options, began),
@@ -196,6 +204,7 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
             memory: Memory::new(layout, began),
             disks: Disks::none(),
             flight: Flight::default(),
+            helm,
         })
     }
 
@@ -225,6 +234,7 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
     /// What the end means for who owns the guest. The guest runs already where it can: this only
     /// explains and tells.
     fn finish(&mut self, end: Result<Moved<'g>, End<'g>>) -> Report {
+        self.session.setup.steering.end();
         let mut retry_commit = false;
         let mut abort_untold = None;
         let (status, error, moved) = match end {
@@ -329,7 +339,7 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
             dirtied_pages: self.memory.dirtied.0,
             dirtied_over: self.memory.dirtied.1,
             bandwidth: self.flight.bandwidth.estimate(),
-            cap: self.session.setup.options.bandwidth.map(|cap| cap as f64),
+            cap: self.helm.options.bandwidth.map(|cap| cap as f64),
             state_bytes: self.guest.state_bytes(),
             disk_bytes: self.disks.pending_bytes(),
             pause_overhead: 2 * self.session.rtt + policy::STOP_AND_START + self.record.flush_took,

@@ -40,5 +40,6 @@ pub use crate::codec::content;
 pub use clock::TestClock;
 pub use link::{Loopback, MemoryLink};
 pub use recorded::{Gate, RecordedPeer, Seen};
+pub use simulator::random_change;
 pub use trouble::{Carried, Trouble};
 pub use vm::{Memory, TestDestination, TestSource};

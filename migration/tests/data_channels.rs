@@ -11,6 +11,7 @@ use ferry_migration::port::Link;
 use ferry_migration::report::{Report, Status};
 use ferry_migration::rng::Rng;
 use ferry_migration::source::{self, Ownership, Setup};
+use ferry_migration::steering::Steering;
 use ferry_migration::testing::{Carried, MemoryLink, TestDestination, TestSource, Trouble};
 use ferry_migration::wire::{
     Channel, Features, FrameType, HEADER_BYTES, Header, Hello, Role, SessionId, encode_runs,
@@ -136,6 +137,7 @@ fn migrate_as(
             options,
             session: SessionId([7; 16]),
             owner: &Ownership::default(),
+            steering: &Steering::default(),
             events: &mut |_| {},
             timeouts,
             threads: true,

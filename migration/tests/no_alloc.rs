@@ -10,6 +10,7 @@ use ferry_migration::options::{Compress, OnTimeout, Options};
 use ferry_migration::page::PAGE_SIZE;
 use ferry_migration::report::{Report, Status};
 use ferry_migration::source::{self, Ownership, Setup};
+use ferry_migration::steering::Steering;
 use ferry_migration::testing::{MemoryLink, TestClock, TestDestination, TestSource};
 use ferry_migration::wire::{Role, SessionId};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, Stats, StatsAlloc};
@@ -107,6 +108,7 @@ fn migrate(bytes: usize, channels: u16, compress: Compress, reorder: bool) -> (R
             options: &options,
             session: SessionId([7; 16]),
             owner: &Ownership::default(),
+            steering: &Steering::default(),
             events: &mut |_| {},
             timeouts: SOURCE_TIMEOUTS,
             threads: true,

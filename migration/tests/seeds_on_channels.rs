@@ -12,7 +12,8 @@ use ferry_migration::port::Link;
 use ferry_migration::report::{Event, Report, Status};
 use ferry_migration::rng::Rng;
 use ferry_migration::source::{self, Ownership, Setup};
-use ferry_migration::testing::{MemoryLink, TestDestination, TestSource, Trouble};
+use ferry_migration::steering::Steering;
+use ferry_migration::testing::{MemoryLink, TestDestination, TestSource, Trouble, random_change};
 use ferry_migration::wire::{Role, SessionId};
 use std::collections::BTreeMap;
 use std::io;
@@ -92,7 +93,7 @@ fn setup<'a>(
     connect: &'a mut dyn FnMut(Role, u16) -> io::Result<MemoryLink>,
     clock: &'a MonotonicClock,
     options: &'a Options,
-    owner: &'a Ownership,
+    (owner, steering): (&'a Ownership, &'a Steering),
     events: &'a mut dyn FnMut(Event),
 ) -> Setup<'a, MemoryLink> {
     Setup {
@@ -101,6 +102,7 @@ fn setup<'a>(
         options,
         session: SESSION,
         owner,
+        steering,
         events,
         timeouts: source::Timeouts {
             handshake: TIMEOUT,
@@ -138,12 +140,18 @@ fn run(seed: u64) -> Outcome {
         Ok(ours.suffers(trouble.map(|after| Trouble::Dies(Default::default(), after))))
     };
     let owner = Ownership::default();
+    let steering = Steering::default();
+    let mut accepted = 0;
     let mut told = 0;
     let mut cancelled = false;
     let mut events = |_: Event| {
         told += 1;
         if matches!(fault, Fault::Cancel(at) if told > at) {
             cancelled |= owner.cancel();
+        }
+        if rng.chance(0.1) {
+            let change = random_change(&mut rng);
+            accepted += usize::from(steering.change(&change).is_ok());
         }
     };
     let timeouts = destination::Timeouts {
@@ -159,10 +167,23 @@ fn run(seed: u64) -> Outcome {
         let clock = MonotonicClock::new();
         let report = source::migrate(
             &source,
-            setup(&mut connect, &clock, &options, &owner, &mut events),
+            setup(
+                &mut connect,
+                &clock,
+                &options,
+                (&owner, &steering),
+                &mut events,
+            ),
         );
         let (fresh, mut silent) = (Ownership::in_doubt(), |_: Event| {});
-        let again = setup(&mut connect, &clock, &options, &fresh, &mut silent);
+        let unsteered = Steering::default();
+        let again = setup(
+            &mut connect,
+            &clock,
+            &options,
+            (&fresh, &unsteered),
+            &mut silent,
+        );
         let recovered = (report.status == Status::InDoubt)
             .then(|| source::recover(&source, source.committed(), again));
         (report, recovered, peer.join().unwrap())
@@ -179,6 +200,11 @@ fn run(seed: u64) -> Outcome {
                 "lost write: {what}"
             );
             assert!(!cancelled, "cancelled, and it went on: {what}");
+            let steered = report.steered.len();
+            assert_eq!(
+                steered, accepted,
+                "not all that was accepted was done: {what}"
+            );
         }
         Status::Failed | Status::Cancelled => assert!(source.runs(), "{what}"),
         Status::InDoubt | Status::Interrupted => panic!("no side has the guest: {what}"),

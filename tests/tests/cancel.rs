@@ -59,6 +59,80 @@ fn cancel_leaves_everything_as_it_was() {
     destination.verdict();
 }
 
+/// A migration that would take minutes is steered: refused in a sentence with a code what cannot be,
+/// done what can, and ended on the user's word. The guest arrives whole.
+#[test]
+fn a_running_migration_is_steered_and_switched_over() {
+    if !guests_run() {
+        return;
+    }
+    let mut source = Host::run("dirty:wss=8M,rate=3000", "64M", 1);
+    let destination = Host::receive();
+    let (api, there) = (source.api(), destination.api());
+    let ferry = |args: &[&str], api: &std::path::Path| {
+        let api = ["--api".as_ref(), api.as_os_str()];
+        let args: Vec<_> = args.iter().map(|arg| (*arg).as_ref()).chain(api).collect();
+        run(&args)
+    };
+    let refused = |args: &[&str], api: &std::path::Path, code: &str| {
+        let said = ferry(args, api);
+        assert_eq!(
+            said.code,
+            Some(if code == "usage" { 2 } else { 1 }),
+            "{said:?}"
+        );
+        assert!(
+            said.stdout.contains(&format!("\"code\": \"{code}\"")),
+            "{said:?}"
+        );
+    };
+    refused(&["switchover", "--json"], &api, "not-migrating");
+    let migration = source.begin_migration(destination.uri(), &slow());
+    live(&source);
+    refused(&["tune", "--json"], &api, "usage");
+    refused(&["tune", "--json", "--bandwidth", "1K"], &api, "usage");
+    refused(
+        &["tune", "--json", "--policy", "hybrid"],
+        &api,
+        "no-postcopy",
+    );
+    refused(
+        &["tune", "--json", "--downtime", "1s"],
+        &there,
+        "not-migrating",
+    );
+    let tuned = ferry(&["tune", "--bandwidth", "2Mbit", "--policy", "mplm"], &api);
+    assert_eq!(tuned.code, Some(0), "{tuned:?}");
+    assert!(
+        tuned.stderr.contains("policy mplm, bandwidth 0.2 MB/s"),
+        "{tuned:?}"
+    );
+    let switched = ferry(&["switchover", "--json"], &api);
+    assert_eq!(switched.code, Some(0), "{switched:?}");
+    let report = migration.report();
+    assert_eq!(
+        (report.status, report.verified),
+        (Status::Completed, Some(true)),
+        "{report:?}"
+    );
+    let changes: Vec<String> = report
+        .steered
+        .iter()
+        .map(|s| s.change.to_string())
+        .collect();
+    assert_eq!(
+        changes,
+        ["policy mplm, bandwidth 0.2 MB/s", "switch over now"]
+    );
+    assert!(
+        report
+            .why
+            .is_some_and(|why| why.contains("asked to switch over"))
+    );
+    assert_eq!((source.ends(), report.policy.as_str()), (Some(0), "mplm"));
+    destination.verdict();
+}
+
 /// Ctrl-C on `ferry migrate` cancels, says so in one sentence, and exits 3.
 #[test]
 fn ctrl_c_cancels() {

@@ -7,6 +7,7 @@
 //! | `GET /v1/status` | | 200, [`types::Status`] |
 //! | `PUT /v1/pause`, `/v1/resume`, `/v1/stop`, `/v1/cancel`, `/v1/power-button` | none or `{}` | 204 |
 //! | `PUT /v1/migrate` | [`types::MigrateRequest`] | 200, a chunked stream of `application/x-ndjson`: one [`Event`] a line, the report last; with `"detach": true` 202 at once |
+//! | `PATCH /v1/migrate` | [`Change`]: what the running migration does from now on | 204 |
 //! | `GET /v1/migration` | | 200, [`types::MigrationStatus`]: progress now, and the last report |
 //! | `PUT /v1/recover` | [`types::RecoverRequest`] | 204 |
 //! | `PUT /v1/record` | [`types::RecordRequest`] | 200, a stream of `application/octet-stream`: a dirty trace ([`ferry_migration::trace`]), as it is recorded |
@@ -22,6 +23,7 @@
 //! the report.
 //!
 //! [`Event`]: ferry_migration::report::Event
+//! [`Change`]: ferry_migration::steering::Change
 
 #![forbid(unsafe_code)]
 
@@ -33,6 +35,7 @@ pub mod server;
 pub mod types;
 
 use events::Subscription;
+use ferry_migration::steering::Change;
 use types::{
     BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
     SnapshotReport, SnapshotRequest, Status,
@@ -51,6 +54,16 @@ pub enum Refusal {
     /// It was allowed and did not work (HTTP 500).
     #[error("{0}")]
     Failed(String),
+    /// As its HTTP status says, with a name for programs beside the sentence.
+    #[error("{sentence}")]
+    Coded {
+        /// The HTTP status.
+        status: u16,
+        /// The name; an interface.
+        code: &'static str,
+        /// One sentence.
+        sentence: String,
+    },
 }
 
 /// A stream of bytes that is made while it is read: asking for a piece may block. Dropping it ends
@@ -97,6 +110,12 @@ pub trait Control: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal`] when it cannot begin. What goes wrong later is in the report.
     fn migrate(&self, request: &MigrateRequest) -> Result<Subscription, Refusal>;
+
+    /// Changes what the running migration does from now on.
+    ///
+    /// # Errors
+    /// [`Refusal`] when none runs, it is too late, or the change cannot be meant.
+    fn steer(&self, change: &Change) -> Result<(), Refusal>;
 
     /// The running migration's progress and the last one's report.
     fn migration(&self) -> MigrationStatus;

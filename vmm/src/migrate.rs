@@ -65,6 +65,7 @@ pub(crate) use ferry_migration::net::{MonotonicClock, session_id};
 use ferry_migration::options::{Options, Tracking};
 use ferry_migration::report::{Event, Progress, Report, Status};
 use ferry_migration::source::{self, AbortTold, Owner as GuestOwner, Ownership, Setup};
+use ferry_migration::steering::{Change, Steering, SteeringError};
 use ferry_migration::wire::SessionId;
 
 use crate::machine::Machine;
@@ -81,6 +82,7 @@ pub struct Handle {
 #[derive(Debug, Default)]
 struct HandleInner {
     owner: Ownership,
+    steering: Steering,
     progress: Mutex<Progress>,
 }
 
@@ -96,6 +98,7 @@ impl Handle {
     pub fn in_doubt() -> Self {
         let inner = HandleInner {
             owner: Ownership::in_doubt(),
+            steering: Steering::default(),
             progress: Mutex::default(),
         };
         Self {
@@ -106,6 +109,14 @@ impl Handle {
     /// Asks the migration to end; `false` when the guest was committed already.
     pub fn cancel(&self) -> bool {
         self.inner.owner.cancel()
+    }
+
+    /// Changes what the options of the running migration say.
+    ///
+    /// # Errors
+    /// Why nothing is changed.
+    pub fn steer(&self, change: &Change) -> Result<(), SteeringError> {
+        self.inner.steering.change(change)
     }
 
     /// Where it stands.
@@ -181,6 +192,7 @@ fn engine(
         options,
         session,
         owner: &handle.inner.owner,
+        steering: &handle.inner.steering,
         events: &mut forward,
         timeouts: source::Timeouts::default(),
         threads: true,
@@ -210,7 +222,7 @@ fn keep_telling(peer: Peer, session: SessionId, options: Options, reason: String
     let tell = move || {
         let mut pause = TELL_AGAIN[0];
         let clock = MonotonicClock::new();
-        let owner = Ownership::default();
+        let (owner, steering) = (Ownership::default(), Steering::default());
         loop {
             std::thread::sleep(pause);
             pause = (pause * 2).min(TELL_AGAIN[1]);
@@ -221,6 +233,7 @@ fn keep_telling(peer: Peer, session: SessionId, options: Options, reason: String
                 options: &options,
                 session,
                 owner: &owner,
+                steering: &steering,
                 events: &mut |_| {},
                 timeouts: source::Timeouts::default(),
                 threads: true,

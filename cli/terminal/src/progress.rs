@@ -69,6 +69,12 @@ impl Display {
             (Self::Lines { .. }, Event::Choice { why }) => {
                 tell(&format!("chosen: {}", clean(why)));
             }
+            (Self::Bar(bar), Event::Steered(steered)) => {
+                bar.suspend(|| tell(&format!("steered: {}", steered.change)));
+            }
+            (Self::Lines { .. }, Event::Steered(steered)) => {
+                tell(&format!("steered: {}", steered.change));
+            }
             // Late rounds can be a thousand a second.
             (Self::Lines { last }, Event::Round(r)) if r.n <= FIRST_ROUNDS || due(*last) => {
                 *last = Some(Instant::now());

@@ -42,6 +42,9 @@ pub fn sentence(report: &Report, uri: &str) -> String {
     }
 }
 
+/// Changes of a running migration that are shown: the last ones.
+const STEERED: usize = 10;
+
 /// Everything else that people want to know.
 pub fn table(report: &Report) -> String {
     let head = ["round", "pages", "wire", "time", "dirtied"];
@@ -155,6 +158,15 @@ pub fn table(report: &Report) -> String {
     if let Some(why) = &report.why {
         row("why", clean(why));
     }
+    let hidden = report.steered.len().saturating_sub(STEERED);
+    for (at, steered) in report.steered.iter().enumerate().skip(hidden) {
+        let name = if at == hidden { "steered" } else { "" };
+        let (when, change) = (span(steered.at_ms), &steered.change);
+        row(
+            name,
+            format!("after {when}, in round {}: {change}", steered.round),
+        );
+    }
     rounds(&head, &round_rows(report)) + &rows.text()
 }
 
@@ -241,6 +253,7 @@ mod tests {
             },
             codecs: Default::default(),
             channels: Default::default(),
+            steered: Vec::new(),
             disk: None,
             bytes_wire: 430_880_678,
             mbps: 214.1,
@@ -272,6 +285,37 @@ policy     precopy
 why        pending pages fit the downtime target
 ";
         assert_eq!(table(&report()), expected);
+    }
+
+    #[test]
+    fn what_the_user_changed_is_shown() {
+        use ferry_migration::report::{Change, Steered};
+        let steered = |at_ms, change| Steered {
+            at_ms,
+            round: 3,
+            change,
+        };
+        let downtime = Change {
+            downtime: Some(std::time::Duration::from_secs(1)),
+            ..Change::default()
+        };
+        let mut steered = vec![
+            steered(1500.0, downtime),
+            steered(2000.0, Change::switchover()),
+        ];
+        let text = |steered: &[Steered]| {
+            table(&Report {
+                steered: steered.to_vec(),
+                ..report()
+            })
+        };
+        let expected = "steered    after 1.50 s, in round 3: downtime 1000 ms\n           \
+                        after 2.00 s, in round 3: switch over now\n";
+        assert!(text(&steered).ends_with(expected), "{}", text(&steered));
+        for _ in 0..2 * STEERED {
+            steered.insert(0, steered[0].clone());
+        }
+        assert_eq!(text(&steered).matches("in round").count(), STEERED);
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub struct Auto {
     chosen: Option<Chosen>,
     /// What is to be told.
     news: Option<String>,
+    /// The goals have changed, and a round may have been cut short.
+    tuned: bool,
 }
 
 /// What was chosen last.
@@ -104,6 +106,7 @@ impl Auto {
             round: 0,
             chosen: None,
             news: None,
+            tuned: false,
         }
     }
 
@@ -158,6 +161,22 @@ impl Auto {
             rounds,
             left: false,
         });
+    }
+
+    /// The goals are others: what a step that was cut short has left is taken up again, and the
+    /// choice is looked at again where one was made.
+    fn start_again(&mut self, view: &View<'_>) {
+        if let Some(pass) = &mut self.pass {
+            let mut unsent = view.pending.clone();
+            unsent.subtract(view.sent);
+            *pass = FirstPass::new(unsent);
+        }
+        if self.chosen.is_some() {
+            self.look(view);
+            if let Some(chosen) = &mut self.chosen {
+                chosen.policy = None;
+            }
+        }
     }
 
     /// Takes note of what was written, and says whether the log is to be cleared for the next
@@ -355,6 +374,9 @@ impl Policy for Auto {
             let kind = chosen.prediction.kind;
             chosen.left && (kind.follows() || kind == Kind::Stop)
         });
+        if std::mem::take(&mut self.tuned) && !leaving {
+            self.start_again(view);
+        }
         if !leaving
             && self
                 .chosen
@@ -388,6 +410,16 @@ impl Policy for Auto {
 
     fn choice(&mut self) -> Option<String> {
         self.news.take()
+    }
+
+    fn tune(&mut self, options: &Options) {
+        self.options = options.clone();
+        self.tuned = true;
+    }
+
+    fn hands_over(&self) -> bool {
+        let chosen = self.chosen.as_ref();
+        chosen.is_some_and(|chosen| chosen.prediction.kind.follows())
     }
 }
 

@@ -29,9 +29,12 @@ impl Policy for Hybrid {
     }
 
     fn next(&mut self, view: &View<'_>) -> Decision {
-        if view.round == 0 {
+        // The pass may have been cut short, or begun by another policy.
+        let mut unsent = view.pending.clone();
+        unsent.subtract(view.sent);
+        if !unsent.is_empty() {
             return Decision::Send {
-                pages: view.pending.clone(),
+                pages: unsent,
                 order: self.send,
             };
         }
@@ -43,5 +46,9 @@ impl Policy for Hybrid {
                 self.order.name()
             ),
         }
+    }
+
+    fn hands_over(&self) -> bool {
+        true
     }
 }

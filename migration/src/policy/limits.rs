@@ -37,6 +37,15 @@ impl Limits {
         }
     }
 
+    /// Other limits from now on; how the rounds went stays known.
+    pub(super) const fn tune(&mut self, options: &Options) {
+        self.downtime = options.downtime;
+        self.timeout = options.timeout;
+        self.on_timeout = options.on_timeout;
+        self.push = options.order;
+        self.max_rounds = options.max_rounds;
+    }
+
     /// Which limit is reached, in words.
     fn limit(&mut self, view: &View<'_>) -> Option<String> {
         let stalled = self.stall.is_best_moment(view.round, view.pending_bytes());

@@ -115,4 +115,10 @@ impl Policy for Mplm {
             order: self.order,
         }
     }
+
+    fn tune(&mut self, options: &Options) {
+        self.timeout = options.timeout;
+        self.on_timeout = options.on_timeout;
+        self.push = options.order;
+    }
 }

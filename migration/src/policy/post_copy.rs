@@ -35,4 +35,8 @@ impl Policy for PostCopy {
             ),
         }
     }
+
+    fn hands_over(&self) -> bool {
+        true
+    }
 }

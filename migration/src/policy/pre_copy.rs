@@ -39,6 +39,10 @@ impl Policy for PreCopy {
             order: self.order,
         })
     }
+
+    fn tune(&mut self, options: &Options) {
+        self.limits.tune(options);
+    }
 }
 
 #[cfg(test)]

@@ -85,6 +85,10 @@ impl Policy for Stord {
             order: self.order,
         }
     }
+
+    fn tune(&mut self, options: &Options) {
+        self.limits.tune(options);
+    }
 }
 
 #[cfg(test)]

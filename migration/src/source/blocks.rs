@@ -284,14 +284,16 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         self.end_blocks(paused)
     }
 
+    /// As many as the cap lets through in a moment, and at least one.
+    fn batch_blocks(&self, paused: bool) -> u64 {
+        let most = u64::from(MAX_BLOCKS);
+        if paused {
+            return most;
+        }
+        (self.transport.pacer.batch_pages() * PAGE_BYTES / BLOCK_BYTES).clamp(1, most)
+    }
+
     fn send_disk(&mut self, number: usize, paused: bool) -> Result<(), SourceError> {
-        // As many as the cap lets through in a moment, and at least one.
-        let batch = if paused {
-            u64::from(MAX_BLOCKS)
-        } else {
-            (self.transport.pacer.batch_pages() * PAGE_BYTES / BLOCK_BYTES)
-                .clamp(1, u64::from(MAX_BLOCKS))
-        };
         let mut at = 0;
         while let Some(copy) = self.disks.all.get(number)
             && let Some(run) = copy.pending.next_run(at, u64::from(u32::MAX))
@@ -303,12 +305,14 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 hole.end()
             } else {
                 if !paused {
-                    let owner = self.session.setup.owner;
-                    self.transport
-                        .pacer
-                        .wait(self.session.setup.clock, &|| owner.is_cancelled());
+                    // A change that cuts rounds short is for the live phase of memory.
+                    self.steer();
+                    let (owner, steering) = (self.session.setup.owner, self.session.setup.steering);
+                    self.transport.pacer.wait(self.session.setup.clock, &|| {
+                        owner.is_cancelled() || steering.has_news()
+                    });
                 }
-                let run = Run::new(run.first, run.count.min(batch));
+                let run = Run::new(run.first, run.count.min(self.batch_blocks(paused)));
                 self.send_read_blocks(number, run, paused)?;
                 run.end()
             };

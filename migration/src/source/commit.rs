@@ -135,8 +135,13 @@ impl<'g, L: Link, G: SourceVm<L>> Confirmed<'_, '_, 'g, L, G> {
         let layout = source.memory.layout.clone();
         let order = source.session.setup.options.order;
         let round = source.flight.round;
-        let server =
-            Source::<L, G>::page_server(&layout, &source.session.setup, missing, order, round);
+        let server = Source::<L, G>::page_server(
+            &layout,
+            (&source.session.setup, &source.helm.options),
+            missing,
+            order,
+            round,
+        );
         // Hashes of pages that came before the connection was lost are still owed.
         let hashes = running.verify.then(|| layout.all());
         let error = source

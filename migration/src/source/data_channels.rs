@@ -211,6 +211,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             alive: self.session.setup.timeouts.alive,
             mode,
         };
+        let (steering, clock) = (self.session.setup.steering, self.session.setup.clock);
+        let (pacer, round) = (&self.transport.pacer, self.flight.round);
+        let began = self.record.began;
         let events = &mut self.session.setup.events;
         let snapshot = &mut self.record.progress;
         let mut failure: Option<SourceError> = None;
@@ -252,6 +255,13 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 let waited = shared.change.wait_timeout(state, LOOK_EVERY);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 let now = self.session.setup.clock.now();
+                if steering.has_news() {
+                    let at = (began, round);
+                    // What was not sent stays pending.
+                    state.over |= self.helm.take(steering, (pacer, clock), at, &mut **events);
+                    state.batches.resize(pacer.batch_pages());
+                    shared.change.notify_all();
+                }
                 if !self.flight.in_flight.is_empty()
                     && self.flight.answered_at.is_none()
                     && self.session.control.link().readable().unwrap_or(false)

@@ -176,6 +176,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         }
         self.transport.alive_at = self.now();
         self.session.wait_at_most(timeouts.transfer, None);
+        let post_copy = !self.transport.faults.is_empty();
+        self.session.setup.steering.open(options, post_copy);
         Ok(false)
     }
 

@@ -6,7 +6,7 @@ use super::stop::{How, Stopping};
 use super::{InFlight, Source, SourceError, ms};
 use crate::first_pass::FirstPass;
 use crate::page::{PAGE_BYTES, PageSet, Run};
-use crate::policy::{Decision, Policy, SendOrder};
+use crate::policy::{self, Decision, Policy, SendOrder};
 use crate::port::{Link, PortError, SourceDisks, SourceVm};
 use crate::report::{Event, Phase, Round};
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Sent};
@@ -52,6 +52,8 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         // pause.
         self.flush_live()?;
         let (mut draining, mut announced) = (false, false);
+        let mut other: Option<Box<dyn Policy>> = None;
+        self.session.setup.steering.memory();
         loop {
             self.session.check()?;
             self.take_acks()?;
@@ -67,7 +69,25 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             }
             self.collect()?;
             self.disks.collect()?;
-            let decision = policy.next(&self.view());
+            self.steer();
+            if std::mem::take(&mut self.helm.other_policy) {
+                let taken = other.insert(policy::from_options(&self.helm.options));
+                self.record.policy = taken.name();
+                taken.name().clone_into(&mut self.record.progress.policy);
+            }
+            let policy: &mut dyn Policy = match &mut other {
+                Some(other) => other.as_mut(),
+                None => &mut *policy,
+            };
+            if std::mem::take(&mut self.helm.other_limits) {
+                policy.tune(&self.helm.options);
+            }
+            let view = self.view();
+            let decision = if self.helm.switch_over {
+                policy::switch_over(policy, &view, &self.helm.options)
+            } else {
+                policy.next(&view)
+            };
             if let Some(why) = policy.choice() {
                 (self.session.setup.events)(Event::Choice { why });
             }
@@ -84,7 +104,11 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                     self.watch()?;
                     continue;
                 }
-                Decision::GiveUp { why } => return Err(SourceError::GaveUp(why)),
+                Decision::GiveUp { why } if self.session.setup.steering.close() => {
+                    return Err(SourceError::GaveUp(why));
+                }
+                // The user has just asked for something else.
+                Decision::GiveUp { .. } => continue,
                 Decision::Stop { why } => (How::Copy, why),
                 Decision::HandOver { order, why } => {
                     if self.transport.faults.is_empty() {
@@ -102,6 +126,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             }
             let drained = self.flight.in_flight.is_empty() && !self.disks.is_awaiting();
             if drained && self.is_flushed() {
+                if !self.session.setup.steering.close() {
+                    continue;
+                }
                 self.record.why = Some(why);
                 return Ok(how);
             }
@@ -435,6 +462,13 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             self.take_acks()?;
             self.keep_alive()?;
             self.tell_progress();
+            if self.session.setup.steering.has_news() {
+                // What was not sent stays pending.
+                if self.steer() {
+                    return Ok(total);
+                }
+                batches.resize(self.transport.pacer.batch_pages());
+            }
         }
     }
 
@@ -450,10 +484,10 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         if mode.paused {
             return Duration::ZERO;
         }
-        let owner = self.session.setup.owner;
-        self.transport
-            .pacer
-            .wait(self.session.setup.clock, &|| owner.is_cancelled())
+        let (owner, steering) = (self.session.setup.owner, self.session.setup.steering);
+        self.transport.pacer.wait(self.session.setup.clock, &|| {
+            owner.is_cancelled() || steering.has_news()
+        })
     }
 
     /// Takes pages that were handed to the link off the pending set; before this they are still

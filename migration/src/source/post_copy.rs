@@ -20,6 +20,7 @@ mod server;
 use super::data_channels::no_thread;
 use super::push::{Pushed, Pusher, Stream};
 use super::{Source, SourceError, ms};
+use crate::options::Options;
 use crate::order::{Push, PushOrder};
 use crate::page::{PageSet, RamLayout};
 use crate::port::{Link, SourceVm};
@@ -56,7 +57,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     /// What the guest has not got yet, as the push stream will see it.
     pub(super) fn page_server<'s>(
         layout: &'s RamLayout,
-        setup: &super::Setup<'a, L>,
+        (setup, options): (&super::Setup<'a, L>, &Options),
         missing: PageSet,
         order: PushOrder,
         round: u32,
@@ -64,7 +65,6 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     where
         'a: 's,
     {
-        let options = setup.options;
         let push = Push::new(order, usize::from(options.pivots));
         let data_channels = options.channels.unwrap_or(1).max(1);
         let source = (layout, setup.clock);

@@ -130,6 +130,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             faults: std::mem::take(&mut record.faults_there),
             verified: record.verified,
             why: record.why.take(),
+            steered: std::mem::take(&mut self.helm.list),
             retry_commit: false,
             abort_untold: None,
         }

@@ -103,7 +103,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
         let round = source.flight.round + 1;
         let server = Source::<L, G>::page_server(
             &layout,
-            &source.session.setup,
+            (&source.session.setup, &source.helm.options),
             missing.clone(),
             order,
             round,

@@ -28,8 +28,9 @@ use crate::policy::{self, Policy};
 use crate::report::{Event, Report, Status};
 pub use crate::rng::Rng;
 use crate::source::{self, Ownership, Setup};
+use crate::steering::Steering;
 use crate::wire::SessionId;
-pub use fault::{ApiCall, Call, Fault, FaultKind, PortFault};
+pub use fault::{ApiCall, Call, Fault, FaultKind, PortFault, random_change};
 use guest::{SimCommitted, SimGuest};
 use link::{Peer, SimClock, SimLink};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -240,6 +241,13 @@ impl Scenario {
         while rng.chance(0.35) {
             scenario.calls.push(Call::random(&mut rng));
         }
+        // Numbers of their own: the rest of a seed's scenario does not depend on them.
+        let mut steering = Rng::new(seed ^ 0x57ee_7109);
+        if steering.chance(0.5) {
+            while steering.chance(0.6) {
+                scenario.calls.push(Call::random_steering(&mut steering));
+            }
+        }
         scenario.calls.sort_by_key(|call| call.at);
         while rng.chance(0.4) {
             let at = rng.below(30);
@@ -264,6 +272,8 @@ pub fn run_with(scenario: &Scenario, policy: &mut dyn Policy) -> Outcome {
     let peer = Arc::new(Mutex::new(Peer::new(Arc::clone(&world))));
     let owner = Arc::new(Ownership::default());
     lock(&world).owner = Some(Arc::clone(&owner));
+    let steering = Arc::new(Steering::default());
+    lock(&world).steering = Some(Arc::clone(&steering));
     let session = SessionId(*b"simulated-moving");
     let clock = SimClock::new(Arc::clone(&world));
     let guest = SimGuest::new(Arc::clone(&world));
@@ -282,6 +292,7 @@ pub fn run_with(scenario: &Scenario, policy: &mut dyn Policy) -> Outcome {
             options: &scenario.options,
             session,
             owner: &owner,
+            steering: &steering,
             events: &mut events,
             timeouts: source::Timeouts::default(),
             threads: false,
@@ -341,6 +352,7 @@ fn call_recover(
         options: &scenario.options,
         session,
         owner: &owner,
+        steering: &Steering::default(),
         events: &mut |_| {},
         timeouts: source::Timeouts::default(),
         threads: false,

@@ -1,7 +1,9 @@
 //! A client of the control socket that sends anything at all.
 
 use crate::TIMEOUT;
+use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress};
+use ferry_migration::steering::Change;
 use ferry_vmm::api::events::{Publisher, Subscription};
 use ferry_vmm::api::server::{Limits, Server};
 use ferry_vmm::api::types::{
@@ -97,6 +99,11 @@ impl Control for Willing {
         let subscription = publisher.subscribe();
         publisher.publish(&Event::Progress(Progress::default()));
         Ok(subscription)
+    }
+    fn steer(&self, change: &Change) -> Result<(), Refusal> {
+        // Sound values or not: the engine's own check decides.
+        let _ = change.applied_to(&Options::default()).check();
+        Ok(())
     }
     fn migration(&self) -> MigrationStatus {
         MigrationStatus::default()

@@ -6,6 +6,7 @@ use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::{Report, Status};
 use ferry_migration::source::{Ownership, Setup, Timeouts, migrate, recover};
+use ferry_migration::steering::Steering;
 use ferry_migration::testing::{RecordedPeer, Seen, TestClock};
 use ferry_migration::wire::{Preamble, Role, SessionId};
 use std::time::Duration;
@@ -70,6 +71,7 @@ pub fn source(bytes: &[u8]) -> Option<Report> {
         options: &options,
         session,
         owner: &Ownership::default(),
+        steering: &Steering::default(),
         events: &mut |_| events += 1,
         timeouts: Timeouts::default(),
         threads: false,

@@ -6,6 +6,7 @@ use super::types::{
 };
 use crate::socket::dial;
 use ferry_migration::report::{Event, Report};
+use ferry_migration::steering::Change;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -61,6 +62,8 @@ pub enum ClientError {
         status: u16,
         /// The VMM's sentence.
         sentence: String,
+        /// Its name for programs, where it has one.
+        code: Option<String>,
     },
 }
 
@@ -165,6 +168,16 @@ impl Client {
     pub fn set_balloon(&self, request: &BalloonRequest) -> Result<(), ClientError> {
         let body = self.to_json(request)?;
         self.request("PUT", "/v1/balloon", Some(body), Some(TIMEOUT))
+            .map(drop)
+    }
+
+    /// `PATCH /v1/migrate`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn steer(&self, change: &Change) -> Result<(), ClientError> {
+        let body = self.to_json(change)?;
+        self.request("PATCH", "/v1/migrate", Some(body), Some(TIMEOUT))
             .map(drop)
     }
 
@@ -333,6 +346,7 @@ impl Client {
             Ok(body) => Err(ClientError::Refused {
                 status,
                 sentence: one_line(&body.error),
+                code: body.code.as_deref().map(one_line),
             }),
             Err(_) => {
                 Err(self.foreign(format!("it answers {status} without a ferry's explanation")))

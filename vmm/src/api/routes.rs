@@ -6,6 +6,7 @@ use super::types::{
     BalloonRequest, ErrorBody, MigrateRequest, RecordRequest, RecoverRequest, SnapshotRequest,
 };
 use super::{Control, Pieces, Refusal};
+use ferry_migration::steering::Change;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -20,6 +21,7 @@ pub enum Route {
     Cancel,
     PowerButton,
     Migrate,
+    Steer,
     Recover,
     Record,
     Balloon,
@@ -35,6 +37,8 @@ pub enum Answer {
     Done,
     /// A refusal; the second is the `Allow` header of a 405.
     Error(u16, Option<&'static str>, String),
+    /// A refusal with a name for programs.
+    Coded(u16, &'static str, String),
     /// A stream of events.
     Stream(Subscription),
     /// A stream of bytes.
@@ -43,6 +47,8 @@ pub enum Answer {
 
 const READ: &str = "GET, HEAD";
 const WRITE: &str = "PUT";
+const CHANGE: &str = "PATCH";
+const WRITE_OR_CHANGE: &str = "PUT, PATCH";
 const BOTH: &str = "GET, HEAD, PUT";
 
 /// Finds the route, or the answer that says that there is none.
@@ -55,7 +61,8 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         "/v1/stop" => (Route::Stop, WRITE),
         "/v1/cancel" => (Route::Cancel, WRITE),
         "/v1/power-button" => (Route::PowerButton, WRITE),
-        "/v1/migrate" => (Route::Migrate, WRITE),
+        "/v1/migrate" if head.method == CHANGE => (Route::Steer, WRITE_OR_CHANGE),
+        "/v1/migrate" => (Route::Migrate, WRITE_OR_CHANGE),
         "/v1/recover" => (Route::Recover, WRITE),
         "/v1/record" => (Route::Record, WRITE),
         "/v1/balloon" if head.method == WRITE => (Route::SetBalloon, BOTH),
@@ -74,7 +81,12 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
     }
     let needs_body = matches!(
         route,
-        Route::Migrate | Route::Recover | Route::Record | Route::SetBalloon | Route::Snapshot
+        Route::Migrate
+            | Route::Steer
+            | Route::Recover
+            | Route::Record
+            | Route::SetBalloon
+            | Route::Snapshot
     );
     if needs_body && head.length.is_none() {
         let sentence = format!("{} needs a JSON body and a Content-Length", head.path);
@@ -90,6 +102,11 @@ pub fn serve(control: &dyn Control, route: Route, body: &[u8]) -> Answer {
             Refusal::Invalid(_) => 400,
             Refusal::Conflict(_) => 409,
             Refusal::Failed(_) => 500,
+            Refusal::Coded {
+                status,
+                code,
+                sentence,
+            } => return Answer::Coded(status, code, sentence),
         };
         Answer::Error(status, None, refusal.to_string())
     })
@@ -120,6 +137,10 @@ fn answer(control: &dyn Control, route: Route, body: &[u8]) -> Result<Answer, Re
             } else {
                 Answer::Stream(events)
             })
+        }
+        Route::Steer => {
+            let change: Change = parse(body)?;
+            control.steer(&change).map(|()| Answer::Done)
         }
         Route::Recover => {
             let request: RecoverRequest = parse(body)?;
@@ -173,9 +194,10 @@ pub fn json<T: Serialize>(status: u16, value: &T) -> Answer {
 }
 
 /// An error's body.
-pub fn error_body(sentence: &str) -> Vec<u8> {
+pub fn error_body(sentence: &str, code: Option<&str>) -> Vec<u8> {
     let body = ErrorBody {
         error: sentence.to_owned(),
+        code: code.map(str::to_owned),
     };
     match json(200, &body) {
         Answer::Json(_, bytes) => bytes,

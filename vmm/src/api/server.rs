@@ -231,7 +231,7 @@ impl Server {
 /// Answers 503 and closes. One attempt: a fresh socket's buffer holds this, and the event loop must
 /// not wait.
 fn decline(stream: &UnixStream, sentence: &str) {
-    let body = error_body(sentence);
+    let body = error_body(sentence, None);
     let _ = stream.set_nonblocking(true);
     let _ = io::Write::write(&mut &*stream, &reply(503, None, Some(&body), false, false));
 }
@@ -326,7 +326,7 @@ fn refuse(mut connection: Connection, error: ReadError, limits: &Limits) {
     let ReadError::Refused { status, sentence } = error else {
         return;
     };
-    let body = error_body(&sentence);
+    let body = error_body(&sentence, None);
     if connection
         .write(
             &reply(status, None, Some(&body), false, false),
@@ -350,8 +350,16 @@ fn send(
     let bytes = match answer {
         Answer::Json(status, body) => reply(status, None, Some(&body), head_only, keep),
         Answer::Done => reply(204, None, None, head_only, keep),
-        Answer::Error(status, allow, sentence) => {
-            reply(status, allow, Some(&error_body(&sentence)), head_only, keep)
+        Answer::Error(status, allow, sentence) => reply(
+            status,
+            allow,
+            Some(&error_body(&sentence, None)),
+            head_only,
+            keep,
+        ),
+        Answer::Coded(status, code, sentence) => {
+            let body = error_body(&sentence, Some(code));
+            reply(status, None, Some(&body), head_only, keep)
         }
         Answer::Stream(events) => return stream(connection, head.chunked_ok, &events, limits),
         Answer::Bytes(pieces) => return bytes(connection, head.chunked_ok, pieces, limits),

@@ -463,4 +463,7 @@ pub struct SnapshotReport {
 pub struct ErrorBody {
     /// One sentence.
     pub error: String,
+    /// A name for programs, where the request has such.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<String>,
 }

@@ -11,6 +11,7 @@ use crate::api::types::{
 use crate::api::{Control, Pieces, Refusal};
 use ferry_devices::sync::lock;
 use ferry_devices::thread;
+use ferry_migration::steering::{Change, SteeringError};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -202,6 +203,43 @@ impl Control for Vmm {
             paused_before,
         };
         Ok(subscription)
+    }
+
+    fn steer(&self, change: &Change) -> Result<(), Refusal> {
+        let inner = self.core.lock();
+        let (to, refused) = match &inner.state {
+            State::Migrating { to, handle, .. } => match handle.steer(change) {
+                Ok(()) => return Ok(()),
+                Err(refused) => (to, refused),
+            },
+            State::InDoubt(_) | State::Interrupted(_) | State::Moved { .. } => {
+                return Err(Refusal::Coded {
+                    status: 409,
+                    code: SteeringError::TooLate.code(),
+                    sentence: format!("cannot steer a migration: {}", inner.state.explanation()),
+                });
+            }
+            state => {
+                return Err(Refusal::Coded {
+                    status: 409,
+                    code: "not-migrating",
+                    sentence: format!(
+                        "cannot steer a migration, none is under way: {}",
+                        state.explanation()
+                    ),
+                });
+            }
+        };
+        let invalid = matches!(refused, SteeringError::Nothing | SteeringError::Options(_));
+        Err(Refusal::Coded {
+            status: if invalid { 400 } else { 409 },
+            code: refused.code(),
+            sentence: if invalid {
+                refused.to_string()
+            } else {
+                format!("cannot steer the migration to {to}: {refused}")
+            },
+        })
     }
 
     fn migration(&self) -> MigrationStatus {

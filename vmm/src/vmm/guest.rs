@@ -8,6 +8,7 @@ use crate::api::types::{
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use ferry_migration::source::Owner;
+use ferry_migration::steering::{Change, SteeringError};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -146,6 +147,11 @@ pub trait Migration: Send {
 pub trait MigrationHandle: Send + Sync {
     /// Asks it to give up; false, and without effect, after the commit.
     fn cancel(&self) -> bool;
+    /// Changes what its options say.
+    ///
+    /// # Errors
+    /// Why nothing is changed.
+    fn steer(&self, change: &Change) -> Result<(), SteeringError>;
     /// Where it stands, for people.
     fn progress(&self) -> Progress;
     /// Who owns the guest.

@@ -15,6 +15,7 @@ use ferry_devices::thread;
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use ferry_migration::source::Owner as GuestOwner;
+use ferry_migration::steering::{Change, SteeringError};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -316,6 +317,10 @@ impl Migration for MachineMigration {
 impl MigrationHandle for Handle {
     fn cancel(&self) -> bool {
         Handle::cancel(self)
+    }
+
+    fn steer(&self, change: &Change) -> Result<(), SteeringError> {
+        Handle::steer(self, change)
     }
 
     fn progress(&self) -> Progress {

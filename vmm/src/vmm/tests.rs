@@ -10,6 +10,7 @@ use crate::api::types::{GuestInfo, MigrateRequest, RecoverRequest, Security, Sta
 use crate::api::{Control, Refusal};
 use ferry_migration::report::{Phase, Progress};
 use ferry_migration::source::Owner;
+use ferry_migration::steering::{Change, SteeringError};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -142,6 +143,16 @@ impl MigrationHandle for Journal {
         self.note("cancel");
         self.progress().phase != Phase::Committed
     }
+    fn steer(&self, change: &Change) -> Result<(), SteeringError> {
+        self.note("steer");
+        match self.owner() {
+            Owner::Source => change
+                .applied_to(&Options::default())
+                .check()
+                .map_err(SteeringError::from),
+            _ => Err(SteeringError::TooLate),
+        }
+    }
     fn progress(&self) -> Progress {
         self.progress.lock().unwrap().clone()
     }
@@ -178,6 +189,43 @@ impl Migration for FakeMigration {
             }
         }
     }
+}
+
+fn refused(steered: Result<(), Refusal>) -> (u16, &'static str, String) {
+    match steered {
+        Err(Refusal::Coded {
+            status,
+            code,
+            sentence,
+        }) => (status, code, sentence),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_migration_is_steered_while_it_runs_and_at_no_other_time() {
+    let change = Change {
+        downtime: Some(Duration::from_secs(1)),
+        ..Change::default()
+    };
+    let rig = Rig::new();
+    let (status, code, sentence) = refused(rig.vmm.steer(&change));
+    assert_eq!((status, code), (409, "not-migrating"), "{sentence}");
+    let events = rig.begin();
+    assert_eq!(rig.vmm.steer(&change), Ok(()));
+    let slow = Change {
+        bandwidth: Some(Some(1)),
+        ..Change::default()
+    };
+    let (status, code, sentence) = refused(rig.vmm.steer(&slow));
+    assert_eq!((status, code), (400, "invalid"), "{sentence}");
+    assert!(sentence.contains("4096"), "{sentence}");
+    rig.journal.progress.lock().unwrap().phase = Phase::Committed;
+    let (status, code, sentence) = refused(rig.vmm.steer(&change));
+    assert_eq!((status, code), (409, "too-late"), "{sentence}");
+    assert!(sentence.contains("tcp:there:1"), "{sentence}");
+    rig.end(&events, Step::End(report::Status::Completed));
+    assert_eq!(refused(rig.vmm.steer(&change)).1, "too-late");
 }
 
 struct Rig {

@@ -1,6 +1,8 @@
 //! What can go wrong in the simulated world.
 
 use super::Rng;
+use crate::options::{OnTimeout, PolicyKind};
+use crate::steering::Change;
 use std::time::Duration;
 
 /// A fault of the link or of a process, at a message.
@@ -64,6 +66,33 @@ pub enum ApiCall {
     Pause,
     /// Resume the guest.
     Resume,
+    /// Steer the migration.
+    Steer(Change),
+}
+
+/// Some change of a running migration, small values among them.
+#[must_use]
+pub fn random_change(rng: &mut Rng) -> Change {
+    let mut change = Change::default();
+    match rng.below(7) {
+        0 => {
+            let rate = rng.chance(0.7).then(|| 4_000 + rng.below(50_000_000));
+            change.bandwidth = Some(rate);
+        }
+        1 => change.downtime = Some(Duration::from_millis(rng.below(50))),
+        2 => change.timeout = Some(Duration::from_millis(rng.below(3000))),
+        3 => {
+            let actions = [OnTimeout::Stop, OnTimeout::Cancel, OnTimeout::Postcopy];
+            change.on_timeout = Some(actions[usize::try_from(rng.below(3)).unwrap_or(0)]);
+        }
+        4 | 5 => {
+            let kinds = PolicyKind::ALL;
+            let at = usize::try_from(rng.below(kinds.len() as u64)).unwrap_or(0);
+            change.policy = kinds.get(at).copied();
+        }
+        _ => change.switchover = true,
+    }
+    change
 }
 
 /// A call at a point in time.
@@ -76,15 +105,27 @@ pub struct Call {
 }
 
 impl Call {
-    pub(super) fn random(rng: &mut Rng) -> Self {
+    fn some_time(rng: &mut Rng) -> Duration {
         let micros = if rng.chance(0.7) {
             rng.below(40_000)
         } else {
             rng.below(1_500_000)
         };
+        Duration::from_micros(micros)
+    }
+
+    pub(super) fn random_steering(rng: &mut Rng) -> Self {
+        Self {
+            at: Self::some_time(rng),
+            what: ApiCall::Steer(random_change(rng)),
+        }
+    }
+
+    pub(super) fn random(rng: &mut Rng) -> Self {
+        let at = Self::some_time(rng);
         let what = [ApiCall::Cancel, ApiCall::Pause, ApiCall::Resume];
         Self {
-            at: Duration::from_micros(micros),
+            at,
             what: what[usize::try_from(rng.below(3)).unwrap_or(0)],
         }
     }

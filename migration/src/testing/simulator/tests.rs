@@ -4,6 +4,7 @@ mod post_copy;
 
 use super::*;
 use crate::options::{Compress, Handover, PolicyKind};
+use crate::steering::Change;
 
 fn seeds() -> std::ops::Range<u64> {
     let range = std::env::var("FERRY_SIM_SEEDS").unwrap_or_else(|_| "0..10000".into());
@@ -47,6 +48,7 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
     let mut fates = std::collections::BTreeMap::new();
     let mut codecs = crate::report::Codecs::default();
     let began = std::time::Instant::now();
+    let mut steered = std::collections::BTreeMap::new();
     for seed in seeds() {
         let scenario = Scenario::random(seed);
         let outcome = run(&scenario);
@@ -57,6 +59,12 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
             outcome.report
         );
         codecs.join(&outcome.report.codecs);
+        for done in &outcome.report.steered {
+            let what = done.change.to_string();
+            let kind = what.split(' ').next().unwrap_or_default().to_owned();
+            let ended = outcome.report.status == Status::Completed;
+            *steered.entry((kind, ended)).or_insert(0) += 1;
+        }
         *statuses
             .entry(format!("{:?}", outcome.report.status))
             .or_insert(0) += 1;
@@ -65,7 +73,9 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
             .or_insert(0) += 1;
     }
     let rate = seeds().count() as f64 / began.elapsed().as_secs_f64();
-    println!("statuses {statuses:?}\nfates {fates:?}\n{codecs:?}\n{rate:.0} seeds a second");
+    println!(
+        "steered {steered:?}\nstatuses {statuses:?}\nfates {fates:?}\n{codecs:?}\n{rate:.0} seeds a second"
+    );
     if seeds().count() >= 1000 {
         // The search must reach every ending, or it proves nothing about it.
         for status in ["Completed", "Failed", "Cancelled", "InDoubt", "Interrupted"] {
@@ -76,6 +86,13 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
         }
         for coder in [codecs.zstd, codecs.delta, codecs.sparse, codecs.copied] {
             assert!(coder.pages > 1000, "a coder was hardly used: {codecs:?}");
+        }
+        for what in ["policy", "bandwidth", "downtime", "timeout", "on", "switch"] {
+            let moved = steered.get(&(what.to_owned(), true));
+            assert!(
+                moved.is_some(),
+                "no guest moved after a change of {what}: {steered:?}"
+            );
         }
     }
 }
@@ -494,5 +511,95 @@ fn what_the_guest_gives_back_is_neither_read_nor_stale() {
                 "{report:?}"
             );
         }
+    }
+}
+
+/// A guest that writes faster than the cap lets through, and what its user asks for after 30 ms.
+fn steered(policy: PolicyKind, change: Change, seed: u64) -> Scenario {
+    let mut scenario = Scenario::calm(seed);
+    scenario.write_rate = 20_000.0;
+    scenario.working_set = 256;
+    scenario.options.policy = policy;
+    scenario.options.bandwidth = Some(4_000_000);
+    scenario.options.verify = true;
+    scenario.calls = vec![Call {
+        at: Duration::from_millis(30),
+        what: ApiCall::Steer(change),
+    }];
+    scenario
+}
+
+#[test]
+fn a_switchover_cuts_the_round_short_and_ends_the_live_phase() {
+    for policy in [
+        PolicyKind::Precopy,
+        PolicyKind::Stord,
+        PolicyKind::Mplm,
+        PolicyKind::Hybrid,
+    ] {
+        let scenario = steered(policy, Change::switchover(), 5);
+        let outcome = run(&scenario);
+        let report = &outcome.report;
+        assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+        assert_eq!(report.status, Status::Completed, "{policy:?}: {report:?}");
+        assert_eq!(report.steered.len(), 1, "{policy:?}: {report:?}");
+        let why = report.why.as_deref().unwrap_or_default();
+        assert!(why.contains("asked to switch over"), "{policy:?}: {why}");
+        // The first pass takes longer than what the user waited: it was not sent to its end.
+        assert!(report.rounds[0].pages < 512, "{policy:?}: {report:?}");
+        let last = report.rounds.last().unwrap();
+        assert_eq!(last.follows, policy == PolicyKind::Hybrid, "{report:?}");
+        assert!(report.rounds.len() <= 3, "{policy:?}: {report:?}");
+    }
+}
+
+#[test]
+fn another_cap_holds_at_once() {
+    let free = Change {
+        bandwidth: Some(None),
+        downtime: Some(Duration::from_millis(100)),
+        ..Change::default()
+    };
+    let mut scenario = steered(PolicyKind::Precopy, free, 6);
+    scenario.options.on_timeout = OnTimeout::Stop;
+    let tuned = run(&scenario);
+    scenario.calls.clear();
+    let untouched = run(&scenario);
+    for outcome in [&tuned, &untouched] {
+        assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+        assert_eq!(outcome.report.status, Status::Completed);
+    }
+    // 30 ms of 4 MB/s, and then a link of 100.
+    let (tuned, untouched) = (tuned.report, untouched.report);
+    assert!(
+        tuned.total_ms * 5.0 < untouched.total_ms,
+        "{tuned:?} {untouched:?}"
+    );
+}
+
+#[test]
+fn another_policy_goes_on_where_the_first_one_was() {
+    let mplm = Change {
+        policy: Some(PolicyKind::Mplm),
+        ..Change::default()
+    };
+    for policy in [PolicyKind::Precopy, PolicyKind::Stord] {
+        let scenario = steered(policy, mplm, 7);
+        let outcome = run(&scenario);
+        let report = &outcome.report;
+        assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+        // Alone it would not have ended: it cancels at its timeout.
+        assert_eq!(report.status, Status::Completed, "{report:?}");
+        assert_eq!(report.policy, "mplm");
+        assert!(
+            report
+                .why
+                .as_deref()
+                .unwrap()
+                .contains("all memory was sent once")
+        );
+        // What the first policy had sent was not sent anew as never sent.
+        let first: u64 = report.rounds.iter().map(|round| round.pages).sum();
+        assert!(first < 3 * 512, "{report:?}");
     }
 }

@@ -31,6 +31,14 @@ impl World {
             !self.cancelled || matches!(report.status, Status::Cancelled | Status::Failed),
             "a user was told that the migration is cancelled, and it went on",
         );
+        let (steered, accepted) = (report.steered.len(), self.steered);
+        must(
+            match report.status {
+                Status::Failed | Status::Cancelled => steered <= accepted,
+                _ => steered == accepted,
+            },
+            "not all changes that were accepted were made, and no others",
+        );
         match report.status {
             Status::Completed => {
                 must(

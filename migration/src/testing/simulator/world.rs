@@ -5,6 +5,7 @@ use super::fault::{ApiCall, Call, FaultKind, PortFault};
 use super::{Rng, Scenario};
 use crate::page::{Gfn, PAGE_BYTES, PageSet, RamLayout, Run};
 use crate::source::Ownership;
+use crate::steering::{Change, Steering};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
@@ -93,6 +94,9 @@ pub(super) struct World {
     pub faults_heard: VecDeque<Gfn>,
     pub faults_taken: u64,
     pub owner: Option<Arc<Ownership>>,
+    pub steering: Option<Arc<Steering>>,
+    /// Changes that a user was told are made.
+    pub steered: usize,
     /// A user was told that the migration is cancelled.
     pub cancelled: bool,
     /// Calls that are to come, the next one first.
@@ -182,6 +186,8 @@ impl World {
             faults_heard: VecDeque::new(),
             faults_taken: 0,
             owner: None,
+            steering: None,
+            steered: 0,
             cancelled: false,
             calls: scenario.calls.iter().copied().collect(),
             paused_by_user: false,
@@ -235,6 +241,18 @@ impl World {
             // A guest that has left is not the source's to resume.
             ApiCall::Resume if self.committed => {}
             ApiCall::Resume => self.paused_by_user = false,
+            ApiCall::Steer(change) => self.steer(&change),
+        }
+    }
+
+    fn steer(&mut self, change: &Change) {
+        let steering = self.steering.as_ref();
+        if steering.is_some_and(|steering| steering.change(change).is_ok()) {
+            self.steered += 1;
+            if self.paused_at.is_some() || self.committed {
+                let wrong = format!("'{change}' was accepted in the pause or after the commit");
+                self.violations.push(wrong);
+            }
         }
     }
 

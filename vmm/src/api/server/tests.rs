@@ -10,6 +10,7 @@ use super::super::types::{
 use super::*;
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Event, Progress, Report};
+use ferry_migration::steering::Change;
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::Command;
@@ -88,6 +89,16 @@ impl Control for Fake {
         *self.migration.lock().unwrap() = Some(publisher);
         Ok(subscription)
     }
+    fn steer(&self, change: &Change) -> Result<(), Refusal> {
+        if change.switchover {
+            return Err(Refusal::Coded {
+                status: 409,
+                code: "too-late",
+                sentence: "it is over".into(),
+            });
+        }
+        self.called(&format!("steer {change}"))
+    }
     fn migration(&self) -> MigrationStatus {
         MigrationStatus::default()
     }
@@ -120,6 +131,7 @@ pub fn report() -> Report {
         pages: report::Pages::default(),
         codecs: Default::default(),
         channels: Default::default(),
+        steered: Vec::new(),
         disk: None,
         bytes_wire: 1,
         mbps: 1.0,
@@ -273,12 +285,23 @@ fn serves_each_route() {
         let rest = format!("Content-Length: {}\r\n\r\n{body}", body.len());
         assert_eq!(status("PUT /v1/balloon", &rest), answer, "{body}");
     }
-    let calls = r.fake.calls.lock().unwrap().clone();
+    let calls = std::mem::take(&mut *r.fake.calls.lock().unwrap());
     assert_eq!(calls[..3], ["pause", "pause", "power-button"]);
     assert!(
         calls.len() == 5 && calls[3].contains("4096") && calls[4].contains("1000"),
         "{calls:?}"
     );
+    assert_eq!(status("PATCH /v1/migrate", "\r\n"), "411");
+    for (body, answer) in [
+        (r#"{"bandwidth":null,"downtime_ms":5}"#, "204"),
+        (r#"{"downtime_ms":-5}"#, "400"),
+        (r#"{"verify":true}"#, "400"),
+    ] {
+        let rest = format!("Content-Length: {}\r\n\r\n{body}", body.len());
+        assert_eq!(status("PATCH /v1/migrate", &rest), answer, "{body}");
+    }
+    let calls = r.fake.calls.lock().unwrap().clone();
+    assert_eq!(calls, ["steer no bandwidth cap, downtime 5 ms"]);
     let text = r.say(format!("POST /v1/pause HTTP/1.1\r\n{CLOSE}\r\n").as_bytes());
     assert!(text.contains("\r\nAllow: PUT\r\n"), "{text}");
     assert!(
@@ -479,6 +502,11 @@ fn the_client_hears_a_migration_to_its_end_and_shutdown_waits_for_that() {
         Err(ClientError::Refused { status: 409, .. })
     ));
     client.act(Action::Pause).unwrap();
+    let refused = client.steer(&Change::switchover()).unwrap_err();
+    assert!(
+        matches!(&refused, ClientError::Refused { status: 409, code: Some(code), .. } if code == "too-late"),
+        "{refused:?}"
+    );
     let options = Options {
         verify: true,
         ..Options::default()

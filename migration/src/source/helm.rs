@@ -1,0 +1,82 @@
+//! What the user has changed of a running migration, as the engine has taken it.
+
+use super::{Source, ms};
+use crate::options::Options;
+use crate::port::{Clock, Link, SourceVm};
+use crate::report::{Event, Steered};
+use crate::sender::Pacer;
+use crate::steering::Steering;
+use std::time::Duration;
+
+/// The options as they are now, and what the policy has not been told.
+pub(super) struct Helm {
+    pub(super) options: Options,
+    pub(super) list: Vec<Steered>,
+    /// Another policy is to decide.
+    pub(super) other_policy: bool,
+    /// The policy's limits are others.
+    pub(super) other_limits: bool,
+    /// The live phase is to end.
+    pub(super) switch_over: bool,
+}
+
+impl Helm {
+    /// A report has at most this many changes: the first and the last.
+    const KEPT: usize = 200;
+
+    pub(super) fn new(options: &Options) -> Self {
+        Self {
+            options: options.clone(),
+            list: Vec::new(),
+            other_policy: false,
+            other_limits: false,
+            switch_over: false,
+        }
+    }
+
+    /// Makes the changes that were accepted; whether the round under way is to end for them.
+    pub(super) fn take(
+        &mut self,
+        steering: &Steering,
+        (pacer, clock): (&Pacer, &dyn Clock),
+        (began, round): (Duration, u32),
+        events: &mut dyn FnMut(Event),
+    ) -> bool {
+        let mut cut = false;
+        for change in steering.take() {
+            let before = self.options.policy;
+            self.options = change.applied_to(&self.options);
+            if change.bandwidth.is_some() {
+                pacer.set_rate(self.options.bandwidth, clock);
+            }
+            self.other_policy |= before != self.options.policy;
+            self.other_limits |= change.concerns_policy();
+            self.switch_over |= change.switchover;
+            cut |= change.concerns_policy();
+            let steered = Steered {
+                at_ms: ms(clock.now().saturating_sub(began)),
+                round,
+                change,
+            };
+            if self.list.len() >= Self::KEPT {
+                self.list.remove(Self::KEPT / 2);
+            }
+            self.list.push(steered.clone());
+            events(Event::Steered(steered));
+        }
+        cut
+    }
+}
+
+impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
+    /// Makes the changes that were accepted; whether the round under way is to end for them.
+    pub(super) fn steer(&mut self) -> bool {
+        let setup = &mut self.session.setup;
+        self.helm.take(
+            setup.steering,
+            (&self.transport.pacer, setup.clock),
+            (self.record.began, self.flight.round),
+            setup.events,
+        )
+    }
+}
