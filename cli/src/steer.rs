@@ -40,8 +40,11 @@ pub struct Tune {
     /// migration began with a policy or limit that may need them.
     #[arg(long, value_name = "POLICY", value_parser = choice::<PolicyKind>())]
     policy: Option<PolicyKind>,
+    /// With --on-timeout throttle: the most that the guest is slowed, in per cent of its time.
+    #[arg(long, value_name = "PERCENT")]
+    throttle: Option<u8>,
     /// Print one JSON object instead. Its `code` names the result: accepted, not-migrating,
-    /// too-early, too-late, no-postcopy, auto, invalid.
+    /// too-early, too-late, no-postcopy, no-throttle, auto, busy, invalid.
     #[arg(long)]
     json: bool,
 }
@@ -89,6 +92,7 @@ impl Tune {
             downtime: self.downtime,
             timeout: self.timeout,
             on_timeout: self.on_timeout,
+            throttle: self.throttle,
             switchover: false,
         }
     }
@@ -97,7 +101,7 @@ impl Tune {
         let change = self.change();
         if change == Change::default() {
             return Err(Ended::usage(
-                "nothing is to be changed; give --bandwidth, --downtime, --timeout, --on-timeout or --policy",
+                "nothing is to be changed; give --bandwidth, --downtime, --timeout, --on-timeout, --throttle or --policy",
             ));
         }
         if let Err(error) = change.applied_to(&Options::default()).check() {
@@ -159,14 +163,14 @@ mod tests {
     #[test]
     fn every_flag_arrives_and_what_is_left_out_stays() {
         assert_eq!(parse("").unwrap(), Change::default());
-        let flags =
-            "--bandwidth 100Mbit --downtime 1s --timeout 2m --on-timeout stop --policy mplm";
+        let flags = "--bandwidth 100Mbit --downtime 1s --timeout 2m --on-timeout stop --throttle 50 --policy mplm";
         let expected = Change {
             policy: Some(PolicyKind::Mplm),
             bandwidth: Some(Some(12_500_000)),
             downtime: Some(Duration::from_secs(1)),
             timeout: Some(Duration::from_secs(120)),
             on_timeout: Some(OnTimeout::Stop),
+            throttle: Some(50),
             switchover: false,
         };
         assert_eq!(parse(flags).unwrap(), expected);

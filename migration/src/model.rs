@@ -216,6 +216,8 @@ pub(crate) fn run_from(
         rounds.collect();
         match policy.next(&rounds.view()) {
             Decision::Send { pages, order } => rounds.send(pages, order),
+            // The model's guest cannot be slowed.
+            Decision::Throttle { .. } => watches += 1,
             Decision::Watch => {
                 watches += 1;
                 rounds.watch();

@@ -150,6 +150,8 @@ pub enum OnTimeout {
     Stop,
     /// Move the guest now and let the pending pages follow (post-copy).
     Postcopy,
+    /// Slow the guest down until its rounds get smaller.
+    Throttle,
 }
 
 impl OnTimeout {
@@ -160,6 +162,7 @@ impl OnTimeout {
             Self::Cancel => "cancel",
             Self::Stop => "stop",
             Self::Postcopy => "postcopy",
+            Self::Throttle => "throttle",
         }
     }
 }
@@ -192,6 +195,9 @@ pub struct Options {
     pub timeout: Duration,
     /// What happens after it.
     pub on_timeout: OnTimeout,
+    /// With [`OnTimeout::Throttle`]: the most that a processor of the guest is slowed, in per cent
+    /// of its time.
+    pub throttle: u8,
     /// Never let the guest run at the destination before its memory is there: `auto` does without
     /// post-copy, and a policy that is nothing else is refused.
     pub no_postcopy: bool,
@@ -251,6 +257,7 @@ impl Default for Options {
             downtime: Duration::from_millis(300),
             timeout: Duration::from_secs(600),
             on_timeout: OnTimeout::Cancel,
+            throttle: Self::MAX_THROTTLE,
             no_postcopy: false,
             max_rounds: None,
             bandwidth: None,
@@ -302,6 +309,9 @@ pub enum OptionsError {
     /// A pause of no time.
     #[error("max_pause_ms is 0: no guest can be moved like that; give at least 1")]
     Pause,
+    /// A guest that stands still, or one that is not slowed.
+    #[error("a throttle of {0} % was asked for; give 1 to {max}", max = Options::MAX_THROTTLE)]
+    Throttle(u8),
     /// No round may be sent.
     #[error("max_rounds is 0; give at least 1")]
     Rounds,
@@ -315,6 +325,8 @@ impl Options {
     pub const MAX_SPLIT: u32 = 1024;
     /// The largest share of MPLM's dirty group, in per cent of the other.
     pub const MAX_SHARE: u32 = 1000;
+    /// The most that a guest can be slowed, in per cent of its time.
+    pub const MAX_THROTTLE: u8 = 99;
 
     /// Whether the destination must be able to run the guest before its memory is there.
     #[must_use]
@@ -386,6 +398,9 @@ impl Options {
         }
         if self.max_pause == Some(Duration::ZERO) {
             return Err(OptionsError::Pause);
+        }
+        if self.throttle == 0 || self.throttle > Self::MAX_THROTTLE {
+            return Err(OptionsError::Throttle(self.throttle));
         }
         if self.max_rounds == Some(0) {
             return Err(OptionsError::Rounds);

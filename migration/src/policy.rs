@@ -170,6 +170,15 @@ pub enum Decision {
     /// Clear the dirty bits of pending pages, so that [`View::written`] shows which of them are
     /// written from now on. Nothing is sent, and the policy is asked again.
     Watch,
+    /// Slow the guest, so that it dirties no more than this; what it last dirtied is the measure.
+    /// The policy is asked again. It holds until the live phase ends. Allowed where the options say
+    /// [`OnTimeout::Throttle`](crate::options::OnTimeout::Throttle).
+    Throttle {
+        /// Pages per second.
+        dirty_rate: f64,
+        /// Why, for the user.
+        why: String,
+    },
     /// Stop the guest and copy what is pending.
     Stop {
         /// Why, for the report.

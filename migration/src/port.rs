@@ -12,6 +12,7 @@
 mod blocks;
 mod destination;
 mod source;
+mod throttle;
 
 pub use blocks::{BLOCK_BYTES, BlockSink, BlockSource, blocks_in};
 pub use destination::{
@@ -22,6 +23,7 @@ pub use source::{
     Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, ShareMemory, SourceDisks,
     SourceVm,
 };
+pub use throttle::Throttle;
 
 use std::io;
 use std::time::Duration;

@@ -183,6 +183,26 @@ pub struct Faults {
     pub histogram: Vec<Bucket>,
 }
 
+/// How a guest was slowed, so that its migration would converge.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Slowed {
+    /// When that began, since the request, in milliseconds.
+    pub from_ms: f64,
+    /// For how long, in milliseconds.
+    pub ms: f64,
+    /// Its virtual processors, in order.
+    pub vcpus: Vec<SlowedVcpu>,
+}
+
+/// How a virtual processor was slowed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SlowedVcpu {
+    /// The largest share of its time that it was to rest, in per cent.
+    pub most_percent: f64,
+    /// How long it rested, in milliseconds.
+    pub rested_ms: f64,
+}
+
 /// What a migration did: the object that `ferry migrate --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -231,6 +251,9 @@ pub struct Report {
     /// What the user changed while it ran, the newest last.
     #[serde(default)]
     pub steered: Vec<Steered>,
+    /// How the guest was slowed; `null` where it was not.
+    #[serde(default)]
+    pub slowed: Option<Slowed>,
     /// The guest ended at the source during its migration, so nothing runs on anywhere.
     #[serde(default)]
     pub guest_ended: bool,
@@ -272,6 +295,7 @@ impl Report {
             verified: None,
             why: None,
             steered: Vec::new(),
+            slowed: None,
             guest_ended: false,
             retry_commit: false,
             abort_untold: None,

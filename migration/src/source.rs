@@ -45,6 +45,7 @@ mod push;
 mod record;
 mod session;
 mod stop;
+mod throttle;
 mod window;
 
 pub use commit::{AbortTold, recover, tell_abort};

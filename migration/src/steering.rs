@@ -10,8 +10,8 @@
 //!                 switch-over
 //! ```
 //!
-//! The engine leaves the live phase by [`Steering::close`], which fails while something accepted was
-//! not taken: what a user was promised is done, unless the migration fails first.
+//! The engine leaves the live phase by [`Steering::close`], which fails while something accepted
+//! was not taken: what a user was promised is done, unless the migration fails first.
 
 use crate::options::{OnTimeout, Options, OptionsError, PolicyKind};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -47,6 +47,9 @@ pub struct Change {
     /// Something else to do after it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_timeout: Option<OnTimeout>,
+    /// Another bound of how much the guest is slowed, in per cent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<u8>,
     /// End the live phase now.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub switchover: bool,
@@ -76,6 +79,7 @@ impl Change {
             downtime: self.downtime.unwrap_or(options.downtime),
             timeout: self.timeout.unwrap_or(options.timeout),
             on_timeout: self.on_timeout.unwrap_or(options.on_timeout),
+            throttle: self.throttle.unwrap_or(options.throttle),
             ..options.clone()
         }
     }
@@ -109,6 +113,9 @@ impl fmt::Display for Change {
         if let Some(action) = self.on_timeout {
             parts.push(format!("on timeout {}", action.name()));
         }
+        if let Some(percent) = self.throttle {
+            parts.push(format!("throttle {percent} %"));
+        }
         if self.switchover {
             parts.push("switch over now".into());
         }
@@ -132,7 +139,9 @@ pub struct Steered {
 #[non_exhaustive]
 pub enum SteeringError {
     /// Nothing is changed by it.
-    #[error("nothing is to be changed; give a bandwidth, downtime, timeout, on_timeout or policy")]
+    #[error(
+        "nothing is to be changed; give a bandwidth, downtime, timeout, on_timeout, throttle or policy"
+    )]
     Nothing,
     /// Its values cannot be meant.
     #[error(transparent)]
@@ -157,6 +166,9 @@ pub enum SteeringError {
         "the two sides have not agreed on post-copy when the migration began; cancel it and begin with --policy {0}, or with --on-timeout postcopy"
     )]
     NoPostCopy(&'static str),
+    /// The guest's VMM cannot.
+    #[error("this guest cannot be slowed down; give another on_timeout")]
+    NoThrottle,
     /// `auto` watches the guest from the beginning.
     #[error("auto chooses by what it watches from the beginning; name the policy itself")]
     Auto,
@@ -174,6 +186,7 @@ impl SteeringError {
             Self::TooEarly | Self::Disks => "too-early",
             Self::TooLate => "too-late",
             Self::NoPostCopy(_) => "no-postcopy",
+            Self::NoThrottle => "no-throttle",
             Self::Auto => "auto",
             Self::Busy(_) => "busy",
         }
@@ -205,6 +218,8 @@ struct State {
     options: Options,
     /// The destination may be given the guest before its memory.
     post_copy: bool,
+    /// The guest can be slowed down.
+    throttle: bool,
     accepted: Vec<Change>,
 }
 
@@ -212,7 +227,7 @@ impl Steering {
     /// Changes that the engine may be behind.
     const BACKLOG: usize = 64;
 
-    /// Asks for a change. Where it is accepted, the engine makes it before it leaves the live phase.
+    /// Asks for a change. An accepted one the engine makes before it leaves the live phase.
     ///
     /// # Errors
     /// Why nothing is changed.
@@ -238,6 +253,9 @@ impl Steering {
         if options.needs_post_copy() && !state.post_copy {
             return Err(SteeringError::NoPostCopy(options.policy.name()));
         }
+        if options.on_timeout == OnTimeout::Throttle && !state.throttle {
+            return Err(SteeringError::NoThrottle);
+        }
         state.options = options;
         state.accepted.push(*change);
         self.news.store(true, Ordering::Release);
@@ -245,11 +263,12 @@ impl Steering {
     }
 
     /// The engine can be steered from now on.
-    pub(crate) fn open(&self, options: &Options, post_copy: bool) {
+    pub(crate) fn open(&self, options: &Options, post_copy: bool, throttle: bool) {
         let mut state = self.state();
         state.stage = Stage::Disks;
         state.options = options.clone();
         state.post_copy = post_copy;
+        state.throttle = throttle;
     }
 
     /// Memory is being sent.
@@ -296,7 +315,7 @@ mod tests {
 
     fn opened(post_copy: bool) -> Steering {
         let steering = Steering::default();
-        steering.open(&Options::default(), post_copy);
+        steering.open(&Options::default(), post_copy, false);
         steering.memory();
         steering
     }
@@ -351,7 +370,7 @@ mod tests {
     fn nothing_is_steered_before_the_beginning_and_after_the_end() {
         let steering = Steering::default();
         assert_eq!(steering.change(&downtime(1)), Err(SteeringError::TooEarly));
-        steering.open(&Options::default(), false);
+        steering.open(&Options::default(), false, false);
         assert_eq!(
             steering.change(&Change::switchover()),
             Err(SteeringError::Disks)
@@ -396,7 +415,12 @@ mod tests {
             ..Change::default()
         };
         assert!(opened(false).change(&follow).is_err());
-        // Nobody has watched the guest for auto.
+        let slow = Change {
+            on_timeout: Some(OnTimeout::Throttle),
+            ..Change::default()
+        };
+        assert_eq!(opened(true).change(&slow), Err(SteeringError::NoThrottle));
+        // auto has not watched the guest.
         assert_eq!(
             opened(true).change(&policy(PolicyKind::Auto)),
             Err(SteeringError::Auto)

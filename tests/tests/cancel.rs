@@ -59,8 +59,8 @@ fn cancel_leaves_everything_as_it_was() {
     destination.verdict();
 }
 
-/// A migration that would take minutes is steered: refused in a sentence with a code what cannot be,
-/// done what can, and ended on the user's word. The guest arrives whole.
+/// A migration that would take minutes is steered: what cannot be is refused with a code, what can
+/// is done, and it ends on the user's word. The guest arrives whole.
 #[test]
 fn a_running_migration_is_steered_and_switched_over() {
     if !guests_run() {
@@ -247,6 +247,54 @@ fn a_time_limit_cancels_or_stops() {
     );
     // It had to break its promise, and says why.
     assert!(report.why.is_some());
+    assert_eq!(source.ends(), Some(0));
+    destination.verdict();
+}
+
+/// A writer that fills its working set in each round converges once it is slowed; cancelled or
+/// moved, it runs at full speed again.
+#[test]
+fn a_guest_that_does_not_converge_is_slowed_until_it_does() {
+    if !guests_run() {
+        return;
+    }
+    let mut source = Host::run("dirty:wss=8M,rate=6000", "64M", 2);
+    let destination = Host::receive();
+    let limited = |on_timeout| Options {
+        bandwidth: Some(8_000_000),
+        downtime: Duration::from_millis(50),
+        max_rounds: Some(2),
+        on_timeout,
+        ..Host::options()
+    };
+    let mark = destination.mark();
+    let report = source.migrate(destination.uri(), &limited(OnTimeout::Cancel));
+    assert_eq!(report.status, Status::Cancelled, "{report:?}");
+    assert_eq!(report.slowed, None);
+    destination.settles(mark);
+    // Cancelled while it is slowed.
+    let mark = destination.mark();
+    let hopeless = Options {
+        downtime: Duration::ZERO,
+        throttle: 50,
+        ..limited(OnTimeout::Throttle)
+    };
+    let migration = source.begin_migration(destination.uri(), &hopeless);
+    until("the guest is slowed", || {
+        let progress = source.client().status().unwrap().migration;
+        progress.is_some_and(|progress| progress.round > 5)
+    });
+    source.act(Action::Cancel).unwrap();
+    let report = migration.report();
+    assert_eq!(report.status, Status::Cancelled, "{report:?}");
+    assert!(report.slowed.is_some(), "{report:?}");
+    source.proves_running();
+    destination.settles(mark);
+    let report = source.migrate_well(destination.uri(), &limited(OnTimeout::Throttle));
+    let slowed = report.slowed.unwrap();
+    eprintln!("{slowed:?}, downtime {:.0} ms", report.downtime_ms);
+    let rested: f64 = slowed.vcpus.iter().map(|vcpu| vcpu.rested_ms).sum();
+    assert!(slowed.vcpus.len() == 2 && rested > 0.0, "{slowed:?}");
     assert_eq!(source.ends(), Some(0));
     destination.verdict();
 }

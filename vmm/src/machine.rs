@@ -43,6 +43,7 @@ mod fit;
 mod load;
 mod paused;
 mod state;
+mod throttle;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -179,6 +180,21 @@ impl Machine {
     pub fn pause(&self) -> Result<PausedMachine<'_>, PauseError> {
         let was_running = self.control.pause()?;
         Ok(PausedMachine::new(self, was_running))
+    }
+
+    /// From now on each vCPU rests this share of its time, up to 0.99; those that the list leaves
+    /// out run at full speed. A rest ends at once for a pause or an end.
+    ///
+    /// # Errors
+    /// No thread can be started; all run at full speed.
+    pub fn slow_vcpus(&self, shares: &[f64]) -> std::io::Result<()> {
+        self.control.throttle().slow(shares)
+    }
+
+    /// How long each vCPU has rested so far.
+    #[must_use]
+    pub fn vcpus_rested(&self) -> Vec<std::time::Duration> {
+        self.control.throttle().rested()
     }
 
     /// Ends the machine for good. Its memory and its state stay until it is dropped.

@@ -3,7 +3,7 @@
 use crate::output::clean;
 use crate::rows::{RoundRow, Rows, rounds};
 use crate::units::{grouped, span, traffic};
-use ferry_migration::report::{Report, Round, Status};
+use ferry_migration::report::{Report, Round, Slowed, Status};
 
 /// The sentence that says how it ended.
 pub fn sentence(report: &Report, uri: &str) -> String {
@@ -158,6 +158,9 @@ pub fn table(report: &Report) -> String {
     if let Some(why) = &report.why {
         row("why", clean(why));
     }
+    if let Some(slowed) = &report.slowed {
+        row("slowed", slowing(slowed));
+    }
     let hidden = report.steered.len().saturating_sub(STEERED);
     for (at, steered) in report.steered.iter().enumerate().skip(hidden) {
         let name = if at == hidden { "steered" } else { "" };
@@ -168,6 +171,29 @@ pub fn table(report: &Report) -> String {
         );
     }
     rounds(&head, &round_rows(report)) + &rows.text()
+}
+
+/// How the guest was slowed: the vCPUs that were, up to a line's worth of them.
+fn slowing(slowed: &Slowed) -> String {
+    const SHOWN: usize = 4;
+    let mut vcpus: Vec<_> = slowed.vcpus.iter().enumerate().collect();
+    vcpus.retain(|(_, vcpu)| vcpu.most_percent > 0.0);
+    let more = vcpus.len().saturating_sub(SHOWN);
+    let each = vcpus.iter().take(SHOWN).map(|(at, vcpu)| {
+        let rested = span(vcpu.rested_ms);
+        format!(
+            "vCPU {at} by up to {:.0} %, {rested} at rest",
+            vcpu.most_percent
+        )
+    });
+    let each: Vec<String> = each.collect();
+    let more = if more > 0 {
+        format!("; and {more} more")
+    } else {
+        String::new()
+    };
+    let (from, time) = (span(slowed.from_ms), span(slowed.ms));
+    format!("after {from}, for {time}: {}{more}", each.join("; "))
 }
 
 fn round_rows(report: &Report) -> Vec<RoundRow> {
@@ -254,6 +280,7 @@ mod tests {
             codecs: Default::default(),
             channels: Default::default(),
             steered: Vec::new(),
+            slowed: None,
             disk: None,
             bytes_wire: 430_880_678,
             mbps: 214.1,
@@ -316,6 +343,29 @@ why        pending pages fit the downtime target
             steered.insert(0, steered[0].clone());
         }
         assert_eq!(text(&steered).matches("in round").count(), STEERED);
+    }
+
+    #[test]
+    fn how_much_the_guest_was_slowed_is_shown() {
+        use ferry_migration::report::SlowedVcpu;
+        let vcpu = |most_percent, rested_ms| SlowedVcpu {
+            most_percent,
+            rested_ms,
+        };
+        let mut vcpus = vec![vcpu(0.0, 0.0), vcpu(75.0, 1200.0)];
+        let text = |vcpus: &[SlowedVcpu]| {
+            slowing(&Slowed {
+                from_ms: 3000.0,
+                ms: 2000.0,
+                vcpus: vcpus.to_vec(),
+            })
+        };
+        assert_eq!(
+            text(&vcpus),
+            "after 3.00 s, for 2.00 s: vCPU 1 by up to 75 %, 1.20 s at rest"
+        );
+        vcpus.extend(vec![vcpu(10.0, 100.0); 9]);
+        assert!(text(&vcpus).ends_with("; and 6 more"), "{}", text(&vcpus));
     }
 
     #[test]

@@ -67,6 +67,8 @@ pub struct Auto {
     news: Option<String>,
     /// The goals have changed, and a round may have been cut short.
     tuned: bool,
+    /// The time was up and the guest is slowed: pre-copy goes on to the end.
+    slowing: Option<PreCopy>,
 }
 
 /// What was chosen last.
@@ -107,6 +109,7 @@ impl Auto {
             chosen: None,
             news: None,
             tuned: false,
+            slowing: None,
         }
     }
 
@@ -325,6 +328,13 @@ impl Auto {
                     order: self.options.order,
                     why,
                 },
+                OnTimeout::Throttle => {
+                    let options = Options {
+                        policy: PolicyKind::Precopy,
+                        ..self.options.clone()
+                    };
+                    self.slowing.insert(PreCopy::new(&options)).next(view)
+                }
                 OnTimeout::Cancel => Decision::GiveUp {
                     why: format!(
                         "{why}; raise --downtime or --timeout, or use --on-timeout stop or postcopy"
@@ -368,6 +378,9 @@ impl Policy for Auto {
     }
 
     fn next(&mut self, view: &View<'_>) -> Decision {
+        if let Some(slowing) = &mut self.slowing {
+            return slowing.next(view);
+        }
         let again = std::mem::replace(&mut self.round, view.round) == view.round;
         // A link that is being drained for the pause is no time for second thoughts.
         let leaving = self.chosen.as_ref().is_some_and(|chosen| {
@@ -415,6 +428,9 @@ impl Policy for Auto {
     fn tune(&mut self, options: &Options) {
         self.options = options.clone();
         self.tuned = true;
+        if let Some(slowing) = &mut self.slowing {
+            slowing.tune(options);
+        }
     }
 
     fn hands_over(&self) -> bool {

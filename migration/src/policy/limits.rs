@@ -15,6 +15,16 @@ pub(super) struct Limits {
     push: PushOrder,
     max_rounds: Option<u32>,
     stall: Stall,
+    slowing: Option<Slowing>,
+}
+
+/// A guest that is being slowed.
+#[derive(Debug)]
+struct Slowing {
+    since: Duration,
+    /// The round after which that was last adapted.
+    round: u32,
+    why: String,
 }
 
 impl Limits {
@@ -34,6 +44,7 @@ impl Limits {
             push: options.order,
             max_rounds: options.max_rounds,
             stall: Stall::new(Self::STALLED_ROUNDS.saturating_mul(rounds_per_set)),
+            slowing: None,
         }
     }
 
@@ -63,6 +74,15 @@ impl Limits {
                 Self::STALLED_ROUNDS
             )
         })
+    }
+
+    /// A guest that dirties half of what the link carries leaves half as much after each round.
+    fn slow(view: &View<'_>, why: String) -> Decision {
+        let rate = view.live_rate().unwrap_or(0.0);
+        Decision::Throttle {
+            dirty_rate: rate * Self::WORTHWHILE / crate::page::PAGE_BYTES as f64,
+            why,
+        }
     }
 
     /// What the limits say before another round: stop, give up, or (`None`) go on.
@@ -99,6 +119,23 @@ impl Limits {
             }
             return None;
         }
+        if let Some(slowing) = &mut self.slowing
+            && self.on_timeout == OnTimeout::Throttle
+        {
+            let over = view.elapsed.saturating_sub(slowing.since);
+            if over >= self.timeout {
+                let why = format!(
+                    "{}; the guest was slowed for {over:?}, and that did not suffice: raise --downtime, --throttle or \
+                     --bandwidth, or use --on-timeout stop or postcopy",
+                    slowing.why
+                );
+                return Some(Decision::GiveUp { why });
+            }
+            // Once for each round.
+            let news = slowing.round != view.round;
+            slowing.round = view.round;
+            return news.then(|| Self::slow(view, String::new()));
+        }
         let limit = self.limit(view)?;
         let state = predicted.map_or_else(
             || "and no bandwidth could be measured".to_owned(),
@@ -121,9 +158,18 @@ impl Limits {
                 order: self.push,
                 why: format!("{limit}, {state}; so the guest moves and its pages follow"),
             },
+            OnTimeout::Throttle => {
+                let why = format!("{limit}, {state}");
+                self.slowing = Some(Slowing {
+                    since: view.elapsed,
+                    round: view.round,
+                    why: why.clone(),
+                });
+                Self::slow(view, format!("{why}; so the guest is slowed"))
+            }
             OnTimeout::Cancel => Decision::GiveUp {
                 why: format!(
-                    "{limit}, {state}; raise --downtime or --timeout, or use --on-timeout stop or postcopy"
+                    "{limit}, {state}; raise --downtime or --timeout, or use --on-timeout throttle, stop or postcopy"
                 ),
             },
         })

@@ -86,7 +86,8 @@ impl Policy for Mplm {
                     order: self.push,
                     why,
                 },
-                OnTimeout::Cancel => Decision::GiveUp {
+                // What was never sent does not get less by slowing the guest.
+                OnTimeout::Cancel | OnTimeout::Throttle => Decision::GiveUp {
                     why: format!(
                         "{why}; raise --timeout or --bandwidth, or use --on-timeout stop or postcopy"
                     ),

@@ -1,6 +1,6 @@
 //! What the source engine needs from a virtual machine monitor.
 
-use super::{BlockSource, Link, PortError};
+use super::{BlockSource, Link, PortError, Throttle};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::wire::{SessionId, WireError};
 use std::io;
@@ -56,7 +56,7 @@ pub trait PageSource<L: Link>: Sync {
 /// until [`clear_dirty`](SourceVm::clear_dirty), which the engine calls right before it reads the
 /// page for sending. So what was not sent is still dirty, whatever fails in between.
 ///
-/// What only some guests have is a trait of its own: [`SourceDisks`], [`ShareMemory`].
+/// What only some guests have is a trait of its own: [`SourceDisks`], [`ShareMemory`], [`Throttle`].
 pub trait SourceVm<L: Link>: PageSource<L> {
     /// Where the guest has RAM.
     fn layout(&self) -> RamLayout;
@@ -94,6 +94,10 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     fn pause(&self) -> Result<Paused<'_>, PortError>;
     /// The guest's disks; `None` where it has none.
     fn disks(&self) -> Option<&dyn SourceDisks> {
+        None
+    }
+    /// The way to slow the guest down; `None` where there is none.
+    fn throttle(&self) -> Option<&dyn Throttle> {
         None
     }
     /// The way to give the guest's memory itself to a process on this host; `None` where there is

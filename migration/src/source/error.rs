@@ -67,6 +67,9 @@ pub enum SourceError {
         "the policy asks for post-copy, which the options do not: set --on-timeout postcopy or a post-copy policy"
     )]
     NoPostCopy,
+    /// A guest that is to be slowed and cannot be.
+    #[error("this guest cannot be slowed down; give another --on-timeout than throttle")]
+    NoThrottle,
     /// The guest stood still for as long as it may.
     #[error(
         "the pause was longer than --max-pause allows; the guest runs here again, give a longer one or a faster link"

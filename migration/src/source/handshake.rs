@@ -7,7 +7,7 @@ use super::stop::{How, Stopping};
 use super::{HANDOVER, Source, SourceError};
 use crate::codec::Coding;
 use crate::data_channels::{DataChannels, to_open};
-use crate::options::{Compress, Handover};
+use crate::options::{Compress, Handover, OnTimeout};
 use crate::port::{Link, SourceVm};
 use crate::report::Phase;
 use crate::sender::Sender;
@@ -41,6 +41,9 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// memory itself.
     fn handshake(&mut self) -> Result<bool, SourceError> {
         self.record.progress.phase = Phase::Connecting;
+        if self.helm.options.on_timeout == OnTimeout::Throttle && self.guest.throttle().is_none() {
+            return Err(SourceError::NoThrottle);
+        }
         let timeouts = self.session.setup.timeouts;
         // A destination that trickles bytes holds nothing open.
         self.session
@@ -177,7 +180,10 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         self.transport.alive_at = self.now();
         self.session.wait_at_most(timeouts.transfer, None);
         let post_copy = !self.transport.faults.is_empty();
-        self.session.setup.steering.open(options, post_copy);
+        self.session
+            .setup
+            .steering
+            .open(options, post_copy, self.guest.throttle().is_some());
         Ok(false)
     }
 

@@ -3,6 +3,7 @@
 use super::data_channels::worth_data_channels;
 use super::phases::{End, Live};
 use super::stop::{How, Stopping};
+use super::throttle::Throttled;
 use super::{InFlight, Source, SourceError, ms};
 use crate::first_pass::FirstPass;
 use crate::page::{PAGE_BYTES, PageSet, Run};
@@ -46,8 +47,20 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Live<'s, 'a, 'g, L, G> {
     }
 }
 
-impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
+impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
+    /// Whatever comes of it, the guest runs at full speed afterwards.
     fn live(&mut self, policy: &mut dyn Policy) -> Result<How, SourceError> {
+        let mut slowed = None;
+        let result = self.send_rounds(policy, &mut slowed);
+        self.full_speed(slowed);
+        result
+    }
+
+    fn send_rounds(
+        &mut self,
+        policy: &mut dyn Policy,
+        slowed: &mut Option<Throttled<'g>>,
+    ) -> Result<How, SourceError> {
         // What the host has cached of the disks is written while memory goes out, and not in the
         // pause.
         self.flush_live()?;
@@ -102,6 +115,10 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 }
                 Decision::Watch => {
                     self.watch()?;
+                    continue;
+                }
+                Decision::Throttle { dirty_rate, why } => {
+                    self.slow(slowed, dirty_rate, why)?;
                     continue;
                 }
                 Decision::GiveUp { why } if self.session.setup.steering.close() => {

@@ -3,7 +3,7 @@
 use super::{Setup, Source, ms};
 use crate::port::{Link, SourceVm};
 use crate::report::{
-    Codecs, Downtime, Event, Faults, Pages, Phase, Progress, Report, Round, Status,
+    Codecs, Downtime, Event, Faults, Pages, Phase, Progress, Report, Round, Slowed, Status,
 };
 use std::time::Duration;
 
@@ -31,6 +31,8 @@ pub(super) struct Record {
     pub(super) faults_there: Faults,
     pub(super) verified: Option<bool>,
     pub(super) why: Option<String>,
+    /// How the guest was slowed.
+    pub(super) slowed: Option<Slowed>,
     pub(super) last_event: Duration,
     pub(super) progress: Progress,
 }
@@ -63,6 +65,7 @@ impl Record {
             faults_there: Faults::default(),
             verified: None,
             why: None,
+            slowed: None,
             last_event: now,
             progress: Progress {
                 session: setup.session.to_string(),
@@ -131,6 +134,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             verified: record.verified,
             why: record.why.take(),
             steered: std::mem::take(&mut self.helm.list),
+            slowed: record.slowed.take(),
             retry_commit: false,
             abort_untold: None,
         }

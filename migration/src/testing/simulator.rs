@@ -243,6 +243,9 @@ impl Scenario {
         }
         // Numbers of their own: the rest of a seed's scenario does not depend on them.
         let mut steering = Rng::new(seed ^ 0x57ee_7109);
+        if steering.chance(0.2) {
+            scenario.options.on_timeout = OnTimeout::Throttle;
+        }
         if steering.chance(0.5) {
             while steering.chance(0.6) {
                 scenario.calls.push(Call::random_steering(&mut steering));

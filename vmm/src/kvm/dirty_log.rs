@@ -271,6 +271,12 @@ impl DirtyLog {
         Ok(())
     }
 
+    /// Pages that each vCPU has dirtied, as far as they were collected; `None` without rings.
+    #[must_use]
+    pub fn dirtied_by_vcpu(&self) -> Option<Vec<u64>> {
+        self.vm.dirty_rings().map(|rings| rings.taken())
+    }
+
     /// Empties the rings into the RAM's own bitmaps.
     fn harvest(&self) -> Result<(), IoctlError> {
         match self.vm.dirty_rings() {

@@ -89,6 +89,8 @@ pub(super) struct DirtyRings {
 #[derive(Debug)]
 struct State {
     rings: Vec<Ring>,
+    /// Pages that were harvested of each ring so far.
+    taken: Vec<u64>,
     /// Harvested pages, as slot and page in it, that are not marked yet.
     staged: Vec<(u32, u64)>,
     /// Entries that were harvested and that KVM has not reset yet.
@@ -101,6 +103,7 @@ impl DirtyRings {
             entries,
             state: Mutex::new(State {
                 rings: Vec::new(),
+                taken: Vec::new(),
                 staged: Vec::with_capacity(STAGED),
                 unreset: 0,
             }),
@@ -118,11 +121,17 @@ impl DirtyRings {
         self.full.load(Ordering::Relaxed)
     }
 
+    /// Pages that were harvested of each ring so far.
+    pub(super) fn taken(&self) -> Vec<u64> {
+        self.lock().taken.clone()
+    }
+
     /// Maps the ring of the vCPU `fd`; the number by which it is harvested alone.
     pub(super) fn add(&self, vcpu: RawFd) -> io::Result<usize> {
         let ring = Ring::map(vcpu, self.entries)?;
         let mut state = self.lock();
         state.rings.push(ring);
+        state.taken.push(0);
         Ok(state.rings.len() - 1)
     }
 
@@ -171,6 +180,9 @@ impl State {
             };
             self.staged.push(page);
             self.unreset += 1;
+            if let Some(taken) = self.taken.get_mut(ring) {
+                *taken += 1;
+            }
         }
         Ok(())
     }

@@ -38,6 +38,14 @@ impl Kicker {
         }
     }
 
+    /// Makes the vCPU leave KVM_RUN once, if it is in it now.
+    pub fn nudge(&self) {
+        let tid = self.tid.load(Ordering::SeqCst);
+        if tid != 0 {
+            signal(tid);
+        }
+    }
+
     /// Lets the vCPU enter guest code again.
     pub fn release(&self) {
         self.page.immediate_exit().store(0, Ordering::SeqCst);

@@ -15,6 +15,7 @@ use ferry_devices::sync::{Allowance, lock, wait_timeout_while, wait_while};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::devices::VirtioSet;
+use super::throttle::Throttle;
 use crate::kvm::{Kicker, Vcpu, VmExit};
 use crate::memory::GuestRam;
 
@@ -119,6 +120,7 @@ pub(super) struct Control {
     /// Something in `inner` changed.
     changed: Condvar,
     kickers: Vec<Kicker>,
+    throttle: Arc<Throttle>,
     /// vCPUs shall leave at the next EINTR. Beside `inner`, so that running vCPUs need no lock.
     leave: AtomicBool,
     /// The guest has asked for its end, during the access that its vCPU is just making.
@@ -159,6 +161,7 @@ impl Control {
             virtio,
             ram,
             origin: Instant::now(),
+            throttle: Throttle::new(kickers.clone()),
             entered: kickers.iter().map(|_| AtomicU64::new(0)).collect(),
             kickers,
         }
@@ -189,6 +192,7 @@ impl Control {
         for kicker in &self.kickers {
             kicker.kick();
         }
+        self.throttle.wake();
         let mut allowance = Allowance::new(TIMEOUT);
         while inner.exit.is_none() && inner.parked.contains(&false) {
             if allowance.is_spent() {
@@ -287,6 +291,7 @@ impl Control {
         for kicker in &self.kickers {
             kicker.kick();
         }
+        self.throttle.release();
         self.changed.notify_all();
         drop(inner);
         // The counter of an eventfd that is written once cannot overflow.
@@ -313,6 +318,10 @@ impl Control {
         wait_timeout_while(&self.changed, self.lock(), timeout, |i| i.exit.is_none())
             .exit
             .clone()
+    }
+
+    pub(super) const fn throttle(&self) -> &Arc<Throttle> {
+        &self.throttle
     }
 
     pub(super) fn last_paused_at(&self) -> Option<Instant> {
@@ -369,20 +378,27 @@ impl Control {
         let since = self.origin.elapsed().as_nanos();
         let since = u64::try_from(since).unwrap_or(u64::MAX - 1);
         self.entered[index].store(since + 1, Ordering::Release);
+        let mut ran = Instant::now();
         loop {
             let exit = match vcpu.run(pio, mmio) {
                 VmExit::Handled => match self.wish.get() {
                     Some(exit) => exit,
-                    None => continue,
+                    None => {
+                        self.throttle.rest(index, &mut ran, &self.leave);
+                        continue;
+                    }
                 },
                 VmExit::Interrupted if self.leave.load(Ordering::SeqCst) => {
                     let left_at = Instant::now();
                     vcpu.clock_was_paused();
                     return (left_at, None);
                 }
-                // A signal for another thread's purpose, or a kick that the last pause did not
-                // need.
-                VmExit::Interrupted => continue,
+                // To rest; a signal for another thread's purpose; or a kick that the last pause did
+                // not need.
+                VmExit::Interrupted => {
+                    self.throttle.rest(index, &mut ran, &self.leave);
+                    continue;
+                }
                 VmExit::Shutdown => Exit::Shutdown,
                 VmExit::TripleFault => Exit::TripleFault,
                 VmExit::Reset => Exit::Reset,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
     BlockSource, Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, PortError,
-    ShareMemory, SourceDisks, SourceVm,
+    ShareMemory, SourceDisks, SourceVm, Throttle,
 };
 use ferry_migration::wire::{MAX_RUNS, SessionId};
 
@@ -207,6 +207,10 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
         Some(self)
     }
 
+    fn throttle(&self) -> Option<&dyn Throttle> {
+        Some(self)
+    }
+
     fn fault_channels(&self) -> u16 {
         u16::try_from(self.machine.description().cpus).unwrap_or(u16::MAX)
     }
@@ -214,6 +218,24 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
     fn processors(&self) -> u16 {
         let here = std::thread::available_parallelism();
         here.map_or(1, |n| u16::try_from(n.get()).unwrap_or(u16::MAX))
+    }
+}
+
+impl Throttle for MachineGuest<'_> {
+    fn vcpus(&self) -> usize {
+        usize::try_from(self.machine.description().cpus).unwrap_or(usize::MAX)
+    }
+
+    fn dirtied(&self) -> Option<Vec<u64>> {
+        self.machine.dirty_log().dirtied_by_vcpu()
+    }
+
+    fn slow(&self, shares: &[f64]) -> Result<(), PortError> {
+        Ok(self.machine.slow_vcpus(shares)?)
+    }
+
+    fn rested(&self) -> Vec<Duration> {
+        self.machine.vcpus_rested()
     }
 }
 

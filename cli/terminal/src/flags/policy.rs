@@ -51,8 +51,8 @@ pub struct PolicyFlags {
     /// The longest acceptable live phase.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10m", help_heading = "Limits")]
     timeout: Duration,
-    /// What to do after it: cancel, stop (pause for as long as it takes), or postcopy (move the
-    /// guest, its pages follow).
+    /// What to do after it: cancel, stop (pause for as long as it takes), postcopy (move the guest,
+    /// its pages follow), or throttle (slow the guest until its rounds get smaller).
     #[arg(
         long,
         value_name = "ACTION",
@@ -61,6 +61,9 @@ pub struct PolicyFlags {
         help_heading = "Limits"
     )]
     on_timeout: OnTimeout,
+    /// With --on-timeout throttle: the most that the guest is slowed, in per cent of its time.
+    #[arg(long, value_name = "PERCENT", default_value_t = Options::MAX_THROTTLE, help_heading = "Limits")]
+    throttle: u8,
     /// Never depend on two hosts: auto does without post-copy.
     #[arg(long, help_heading = "Limits")]
     no_postcopy: bool,
@@ -81,6 +84,7 @@ impl PolicyFlags {
             downtime: self.downtime,
             timeout: self.timeout,
             on_timeout: self.on_timeout,
+            throttle: self.throttle,
             no_postcopy: self.no_postcopy,
             ..Options::default()
         }
@@ -111,7 +115,7 @@ mod tests {
     #[test]
     fn every_flag_arrives() {
         let flags = "--policy stord --split 3 --turn-share 50 --sync 100ms --reorder --order flush --pivots 2 \
-                     --downtime 50ms --timeout 2m --on-timeout stop --no-postcopy";
+                     --downtime 50ms --timeout 2m --on-timeout stop --throttle 80 --no-postcopy";
         let flags: Vec<&str> = flags.split_whitespace().collect();
         let expected = Options {
             policy: PolicyKind::Stord,
@@ -124,6 +128,7 @@ mod tests {
             downtime: Duration::from_millis(50),
             timeout: Duration::from_secs(120),
             on_timeout: OnTimeout::Stop,
+            throttle: 80,
             no_postcopy: true,
             ..Options::default()
         };

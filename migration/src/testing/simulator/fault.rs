@@ -82,8 +82,16 @@ pub fn random_change(rng: &mut Rng) -> Change {
         1 => change.downtime = Some(Duration::from_millis(rng.below(50))),
         2 => change.timeout = Some(Duration::from_millis(rng.below(3000))),
         3 => {
-            let actions = [OnTimeout::Stop, OnTimeout::Cancel, OnTimeout::Postcopy];
-            change.on_timeout = Some(actions[usize::try_from(rng.below(3)).unwrap_or(0)]);
+            let actions = [
+                OnTimeout::Stop,
+                OnTimeout::Cancel,
+                OnTimeout::Postcopy,
+                OnTimeout::Throttle,
+            ];
+            change.on_timeout = Some(actions[usize::try_from(rng.below(4)).unwrap_or(0)]);
+            if rng.chance(0.5) {
+                change.throttle = u8::try_from(rng.below(101)).ok();
+            }
         }
         4 | 5 => {
             let kinds = PolicyKind::ALL;

@@ -9,7 +9,7 @@ use crate::codec::content::{self, Content};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{
     BlockSource, Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, PortError,
-    ShareMemory, SourceDisks, SourceVm,
+    ShareMemory, SourceDisks, SourceVm, Throttle,
 };
 use crate::wire::SessionId;
 use std::io;
@@ -160,6 +160,25 @@ impl SourceVm<SimLink> for SimGuest {
 
     fn sharing(&self) -> Option<&dyn ShareMemory<SimLink>> {
         Some(self)
+    }
+
+    fn throttle(&self) -> Option<&dyn Throttle> {
+        Some(self)
+    }
+}
+
+impl Throttle for SimGuest {
+    fn vcpus(&self) -> usize {
+        1
+    }
+
+    fn slow(&self, shares: &[f64]) -> Result<(), PortError> {
+        lock(&self.world).slowed = shares.first().copied().unwrap_or(0.0);
+        Ok(())
+    }
+
+    fn rested(&self) -> Vec<Duration> {
+        vec![lock(&self.world).rested]
     }
 }
 

@@ -603,3 +603,78 @@ fn another_policy_goes_on_where_the_first_one_was() {
         assert!(first < 3 * 512, "{report:?}");
     }
 }
+
+/// It dirties five times what the cap lets through, and its working set is as large as its memory.
+fn stubborn(policy: PolicyKind, seed: u64) -> Scenario {
+    let mut scenario = Scenario::calm(seed);
+    scenario.write_rate = 12_000.0;
+    scenario.working_set = 512;
+    scenario.walk = true;
+    scenario.options.policy = policy;
+    scenario.options.bandwidth = Some(10_000_000);
+    scenario.options.timeout = Duration::from_secs(5);
+    scenario.options.on_timeout = OnTimeout::Throttle;
+    scenario.options.verify = true;
+    scenario
+}
+
+#[test]
+fn a_guest_that_does_not_converge_does_when_it_is_slowed() {
+    for policy in [PolicyKind::Precopy, PolicyKind::Stord] {
+        let mut scenario = stubborn(policy, 3);
+        let outcome = run(&scenario);
+        let report = &outcome.report;
+        assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+        assert_eq!(report.status, Status::Completed, "{policy:?}: {report:?}");
+        assert!(
+            !report.rounds.iter().any(|round| round.follows),
+            "{report:?}"
+        );
+        let slowed = report.slowed.as_ref().unwrap();
+        assert!(slowed.vcpus[0].most_percent > 50.0, "{slowed:?}");
+        assert!(slowed.vcpus[0].rested_ms > 0.0, "{slowed:?}");
+        assert!(outcome.choices.iter().any(|why| why.contains("is slowed")));
+        assert!(report.downtime_ms <= 6.0, "{report:?}");
+        // Without it, not.
+        scenario.options.on_timeout = OnTimeout::Cancel;
+        let report = run(&scenario).report;
+        assert_eq!(report.status, Status::Cancelled, "{report:?}");
+        assert!(report.slowed.is_none());
+    }
+}
+
+#[test]
+fn a_guest_that_may_hardly_be_slowed_is_left_alone_in_the_end() {
+    let mut scenario = stubborn(PolicyKind::Precopy, 4);
+    scenario.options.throttle = 10;
+    let outcome = run(&scenario);
+    let report = &outcome.report;
+    // That it runs at full speed again is checked for every scenario.
+    assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+    assert_eq!(report.status, Status::Cancelled, "{report:?}");
+    let slowed = report.slowed.as_ref().unwrap();
+    assert!(
+        (slowed.vcpus[0].most_percent - 10.0).abs() < 1e-6,
+        "{slowed:?}"
+    );
+    assert!(
+        report.error.as_deref().unwrap().contains("was slowed for"),
+        "{report:?}"
+    );
+    // The user lets it be slowed more, and it moves.
+    scenario.calls = vec![Call {
+        at: Duration::from_secs(2),
+        what: ApiCall::Steer(Change {
+            throttle: Some(99),
+            ..Change::default()
+        }),
+    }];
+    let outcome = run(&scenario);
+    assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+    assert_eq!(
+        outcome.report.status,
+        Status::Completed,
+        "{:?}",
+        outcome.report
+    );
+}

@@ -31,6 +31,10 @@ impl World {
             !self.cancelled || matches!(report.status, Status::Cancelled | Status::Failed),
             "a user was told that the migration is cancelled, and it went on",
         );
+        must(
+            self.slowed == 0.0,
+            "the migration is over, and the guest is still slowed",
+        );
         let (steered, accepted) = (report.steered.len(), self.steered);
         must(
             match report.status {

@@ -41,6 +41,9 @@ pub(super) struct World {
     pub now: Duration,
     rng: Rng,
     write_rate: f64,
+    /// The share of its time that the guest rests at the source, and how long it has.
+    pub slowed: f64,
+    pub rested: Duration,
     racing_writes: f64,
     zero_writes: f64,
     given_back: f64,
@@ -145,6 +148,8 @@ impl World {
             now: Duration::ZERO,
             rng,
             write_rate: scenario.write_rate,
+            slowed: 0.0,
+            rested: Duration::ZERO,
             racing_writes: scenario.racing_writes,
             zero_writes: scenario.zero_writes,
             given_back: scenario.given_back,
@@ -211,7 +216,13 @@ impl World {
         if self.paused_by_user {
             return;
         }
-        self.owed_writes += time.as_secs_f64().min(10.0) * self.write_rate;
+        let runs = if self.source_runs {
+            self.rested += time.mul_f64(self.slowed);
+            1.0 - self.slowed
+        } else {
+            1.0
+        };
+        self.owed_writes += time.as_secs_f64().min(10.0) * self.write_rate * runs;
         // Rewriting the same pages more often than this changes nothing that a migration can see.
         let writes = self.owed_writes.floor().min(20_000.0);
         self.owed_writes = if self.owed_writes > 20_000.0 {
@@ -385,6 +396,9 @@ impl World {
 
     /// The guest gets to write something in the middle of whatever the engine is doing.
     pub fn sneak_a_write(&mut self) {
+        if self.slowed > 0.0 && self.rng.chance(self.slowed) {
+            return;
+        }
         if self.write_rate > 0.0 && !self.paused_by_user && self.rng.chance(self.racing_writes) {
             let gfn = self.next_written();
             self.write(gfn);

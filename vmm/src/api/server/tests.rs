@@ -132,6 +132,7 @@ pub fn report() -> Report {
         codecs: Default::default(),
         channels: Default::default(),
         steered: Vec::new(),
+        slowed: None,
         disk: None,
         bytes_wire: 1,
         mbps: 1.0,
