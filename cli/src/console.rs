@@ -108,6 +108,13 @@ impl Terminal {
     }
 }
 
+impl Terminal {
+    /// The keys that were typed for the guest and not [flushed](Terminal::flush).
+    pub fn take_pending(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.pending)
+    }
+}
+
 impl AsRawFd for Terminal {
     fn as_raw_fd(&self) -> RawFd {
         self.stdin.as_raw_fd()
@@ -118,6 +125,18 @@ impl Drop for Terminal {
     fn drop(&mut self) {
         // A terminal that is gone needs no restoring.
         let _ = tcsetattr(&self.stdin, SetArg::TCSANOW, &self.before);
+    }
+}
+
+/// Gives the guest these bytes, as fast as it takes them.
+pub fn hand_over(vmm: &Vmm, mut bytes: &[u8]) {
+    while !bytes.is_empty() && vmm.outcome().is_none() {
+        let taken = vmm.input(bytes).min(bytes.len());
+        bytes = &bytes[taken..];
+        if taken == 0 {
+            // The port's queue is short and the guest empties it in its own time.
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
@@ -133,15 +152,7 @@ pub fn feed_from_pipe(vmm: Vmm) -> io::Result<()> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e.to_string()),
             };
-            let mut left = &bytes[..n];
-            while !left.is_empty() && vmm.outcome().is_none() {
-                let taken = vmm.input(left).min(left.len());
-                left = &left[taken..];
-                if taken == 0 {
-                    // The port's queue is short and the guest empties it in its own time.
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-            }
+            hand_over(&vmm, &bytes[..n]);
         }
     };
     let failure = |why: String| say(&format!("the guest gets no more input from stdin: {why}"));

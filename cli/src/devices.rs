@@ -22,10 +22,15 @@ pub struct Args {
     net: Vec<Net>,
     /// What the guest's memory is made of: 2 MiB pages where the host has them (auto, thp), 4k, or
     /// the host's pool of 2 MiB pages (hugetlb).
-    #[arg(long, value_name = "auto|thp|4k|hugetlb", default_value = "auto")]
+    #[arg(
+        long,
+        value_name = "auto|thp|4k|hugetlb",
+        default_value = "auto",
+        help_heading = "Machine"
+    )]
     memory_backing: Backing,
     /// Take all of the guest's memory from the host before the guest runs.
-    #[arg(long)]
+    #[arg(long, help_heading = "Machine")]
     memory_prealloc: bool,
 }
 

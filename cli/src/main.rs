@@ -4,16 +4,21 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 #![forbid(unsafe_code)]
 
+mod attach;
 mod balloon;
 mod console;
 mod devices;
 mod doctor;
+mod generate;
+mod guest_file;
+mod logs;
 mod manage;
 mod migrate;
 mod nas;
 mod outcome;
 mod pki;
 mod ps;
+mod pty;
 mod receive;
 mod restore;
 mod run;
@@ -29,10 +34,10 @@ mod steer;
 mod without_lab;
 
 use clap::error::ErrorKind;
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 #[cfg(feature = "lab")]
 use ferry_lab::{bench, demo, record, sim};
-use ferry_terminal::output::{put_failure, say};
+use ferry_terminal::output::{put, put_failure, say};
 use nix::sys::signal::{SigSet, Signal};
 use outcome::Ended;
 use std::process::ExitCode;
@@ -81,12 +86,16 @@ enum Command {
     Recover(manage::Recover),
     Pki(pki::Args),
     Ps(ps::Args),
+    Console(attach::Args),
+    Logs(logs::Args),
     Balloon(balloon::Args),
     Record(record::Args),
     Snapshot(snapshot::Args),
     Restore(restore::Args),
     Doctor(doctor::Args),
     Nas(nas::Args),
+    Completions(generate::Completions),
+    Man(generate::Man),
     Sim(sim::Args),
     Demo(demo::Args),
     Bench(Box<bench::Args>),
@@ -94,19 +103,39 @@ enum Command {
 
 fn main() -> ExitCode {
     fail_writes_past_the_size_limit();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(e) => return usage(&e),
+    let definition = Cli::command();
+    let line = match guest_file::expand(&definition, std::env::args_os().collect()) {
+        Ok(line) => line,
+        Err(ended) => return tell(ended),
+    };
+    let (matches, cli) = match read(&definition, &line) {
+        Ok(read) => read,
+        Err(e) => return usage(&e, line.place(&e)),
     };
     log(cli.verbose);
-    match run_command(cli.command) {
-        Ok(code) => code,
-        Err(Ended { outcome, sentence }) => {
-            say(&sentence);
-            put_failure(outcome.code, &sentence);
-            outcome.exit()
-        }
-    }
+    let ended = match guest_file::printed(&definition, &matches) {
+        Ok(Some(text)) => put(&text).map(|()| ExitCode::SUCCESS).map_err(Ended::from),
+        Ok(None) => run_command(cli.command),
+        Err(ended) => Err(ended),
+    };
+    ended.unwrap_or_else(tell)
+}
+
+/// The command line, as clap has read it and as the commands take it.
+fn read(
+    definition: &clap::Command,
+    line: &guest_file::Line,
+) -> Result<(ArgMatches, Cli), clap::Error> {
+    let matches = definition.clone().try_get_matches_from(&line.args)?;
+    let cli = Cli::from_arg_matches(&matches);
+    let cli = cli.map_err(|e| e.format(&mut definition.clone()))?;
+    Ok((matches, cli))
+}
+
+fn tell(Ended { outcome, sentence }: Ended) -> ExitCode {
+    say(&sentence);
+    put_failure(outcome.code, &sentence);
+    outcome.exit()
 }
 
 fn run_command(command: Command) -> Result<ExitCode, Ended> {
@@ -125,12 +154,16 @@ fn run_command(command: Command) -> Result<ExitCode, Ended> {
         Command::Recover(args) => args.run()?,
         Command::Pki(args) => pki::run(&args)?,
         Command::Ps(args) => ps::run(&args)?,
+        Command::Console(args) => attach::run(&args)?,
+        Command::Logs(args) => logs::run(&args)?,
         Command::Balloon(args) => balloon::run(&args)?,
         Command::Record(args) => record::run(&args)?,
         Command::Snapshot(args) => snapshot::run(&args)?,
         Command::Restore(args) => restore::run(&args)?,
         Command::Doctor(args) => doctor::run(&args)?,
         Command::Nas(args) => nas::run(&args)?,
+        Command::Completions(args) => args.run(Cli::command())?,
+        Command::Man(args) => args.run(Cli::command())?,
         Command::Sim(args) => sim::run(&args)?,
         Command::Demo(args) => demo::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
@@ -150,8 +183,8 @@ fn fail_writes_past_the_size_limit() {
     }
 }
 
-/// clap's answer: help as it is, errors in one sentence.
-fn usage(error: &clap::Error) -> ExitCode {
+/// clap's answer: help as it is, errors in one sentence, behind their place in a guest file.
+fn usage(error: &clap::Error, place: Option<&str>) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             let _ = error.print();
@@ -165,6 +198,10 @@ fn usage(error: &clap::Error) -> ExitCode {
             // `args` would panic on what is no UTF-8.
             let command = std::env::args_os().nth(1);
             let sentence = one_sentence(&text, command.and_then(|c| c.into_string().ok()));
+            let sentence = match place {
+                Some(place) => format!("{place}: {sentence}"),
+                None => sentence,
+            };
             say(&sentence);
             put_failure(outcome::USAGE.code, &sentence);
         }
@@ -185,11 +222,7 @@ fn one_sentence(text: &str, command: Option<String>) -> String {
         .map(|p| p.trim_start_matches("error: ").to_owned())
         .collect();
     let known = command.filter(|c| !c.is_empty() && c.bytes().all(|b| b.is_ascii_lowercase()));
-    let known = known.filter(|c| {
-        <Cli as clap::CommandFactory>::command()
-            .find_subcommand(c)
-            .is_some()
-    });
+    let known = known.filter(|c| Cli::command().find_subcommand(c).is_some());
     let help = known.map_or_else(
         || "ferry --help".to_owned(),
         |c| format!("ferry {c} --help"),
@@ -226,7 +259,6 @@ fn log(verbose: u8) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_definition_is_consistent() {

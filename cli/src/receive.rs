@@ -44,11 +44,11 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
     let (gate, line) = args.security.gate(&args.uri)?;
     let socket = args.place.socket()?;
-    let (spool, serial) = args.place.console()?;
+    let (port, spool, serial) = args.place.console()?;
     let listener = Listener::bind(&args.uri)?.behind(gate);
     let uri = listener.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
-    args.place.serial.tell(&vmm);
+    port.tell(&vmm);
     let server = socket.bind(&vmm)?;
     // An arrival is booked before the source gets its answer. Printing it is this thread's, so that
     // no migration waits for a terminal.
@@ -77,7 +77,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         args.place.dirty,
         Arc::new(owner),
     )?;
-    let result = serve(&vmm, server, signals, &args.place.serial, &spool);
+    let result = serve(&vmm, server, signals, &port, &spool);
     // Kept until here: it answers a source that asks again whether its guest has arrived.
     drop(receiver);
     result

@@ -48,10 +48,10 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let signals = Signals::take()?;
     let socket = args.place.socket()?;
-    let (spool, serial) = args.place.console()?;
+    let (port, spool, serial) = args.place.console()?;
     // The socket before the guest: once that runs nothing may fail.
     let vmm = Vmm::receiving(format!("the snapshot {}", args.path.display()))?;
-    args.place.serial.tell(&vmm);
+    port.tell(&vmm);
     let server = socket.bind(&vmm)?;
     let options = RestoreOptions {
         path: args.path.clone(),
@@ -71,7 +71,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         false => "the guest is here, paused as it was; `ferry resume` lets it run",
     });
     let reporting = tell_when_done(restored.report, args.json)?;
-    let result = serve(&vmm, server, signals, &args.place.serial, &spool);
+    let result = serve(&vmm, server, signals, &port, &spool);
     // A guest that ended needs no more memory, so this ends soon.
     let _ = reporting.join();
     result

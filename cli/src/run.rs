@@ -39,13 +39,24 @@ const LINUX_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 ///
 /// With a terminal as its console: Ctrl-A x ends the guest, Ctrl-A h shows the keys. SIGINT and
 /// SIGTERM end the guest too; a migration that is under way is cancelled first.
+///
+/// A guest file has these options as TOML: `cpus = 2`, `disk = ["a.img"]`, `balloon = true`. What
+/// stands beside it on the command line wins.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry run --nas dirty:wss=64M,rate=2000 --name web
   ferry run --linux --cpus 2 --name web
-  ferry run --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0 --memory 512M --cpus 2 --api /tmp/a.sock")]
+  ferry run --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0 --memory 512M --cpus 2 --api /tmp/a.sock
+  ferry run --linux --name web --print-config >web.toml
+  ferry run web.toml --cpus 4")]
 #[command(group = clap::ArgGroup::new("guest").required(true))]
 pub struct Args {
+    /// A guest file.
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Print the guest file of this command line instead of running it.
+    #[arg(long, help_heading = "VMM")]
+    print_config: bool,
     /// The kernel: an ELF file (PVH or vmlinux) or a bzImage.
     #[arg(
         long,
@@ -93,7 +104,7 @@ pub struct Args {
     /// The control socket to make; by default that of --name, or one in $XDG_RUNTIME_DIR or /tmp.
     #[arg(long, value_name = "SOCKET", help_heading = "VMM")]
     api: Option<PathBuf>,
-    /// Where the serial port goes: stdio, file:PATH or null.
+    /// Where the serial port goes: stdio, file:PATH, pty (for `ferry console`) or null.
     #[arg(
         long,
         value_name = "WHERE",
@@ -161,8 +172,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         false => None,
     };
     let socket = ControlSocket::choose(args.api.as_deref(), args.name.as_ref())?;
+    let port = args.serial.prepare()?;
     args.sandbox.enter(&args.devices.backends())?;
-    let spool = args.serial.open()?;
+    let spool = port.open()?;
     let mut backends = Backends {
         balloon: args.balloon.is_some(),
         // The built-in guest has no use for random numbers.
@@ -191,7 +203,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;
-    args.serial.tell(&vmm);
+    port.tell(&vmm);
     let server = socket.bind(&vmm)?;
     // Through the VMM, which keeps the state: the last thing that can fail is behind us.
     ferry_vmm::api::Control::resume(&vmm)?;
@@ -201,7 +213,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         timeline.write()?;
     }
     tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
-    serve(&vmm, server, signals, &args.serial, &spool)
+    serve(&vmm, server, signals, &port, &spool)
 }
 
 /// The RAM that was asked for, or what the bare guest's work needs.

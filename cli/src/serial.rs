@@ -1,13 +1,13 @@
-//! Where the guest's serial port goes: `--serial stdio|file:PATH|null`.
+//! Where the guest's serial port goes: `--serial stdio|file:PATH|pty|null`.
 //!
 //! Output passes through a [`Spool`], so that no vCPU and no pause of a migration waits for a
 //! terminal, a pipe or a disk.
 
+use super::pty::Pty;
 use super::spool::Spool;
 use ferry_terminal::output::Failure;
 use ferry_vmm::vmm::Vmm;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -22,6 +22,8 @@ pub enum Serial {
     Stdio,
     /// Output to a file, no input.
     File(PathBuf),
+    /// A pseudo-terminal, which the VMM makes.
+    Pty,
     /// Neither.
     Null,
 }
@@ -33,46 +35,77 @@ impl FromStr for Serial {
         match text.split_once(':') {
             Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
             None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "pty" => Ok(Self::Pty),
             None if text == "null" => Ok(Self::Null),
-            _ => Err("a serial port goes to stdio, file:PATH or null".into()),
+            _ => Err("a serial port goes to stdio, file:PATH, pty or null".into()),
         }
     }
 }
 
-impl fmt::Display for Serial {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Stdio => f.write_str("stdio"),
-            Self::File(path) => write!(f, "file:{}", path.display()),
-            Self::Null => f.write_str("null"),
-        }
-    }
+/// A serial port's place, as far as it is made before the sandbox is entered.
+pub struct SerialPort<'a> {
+    place: &'a Serial,
+    pty: Option<Pty>,
 }
 
 impl Serial {
-    /// Lets a status say where it goes, for `ferry logs`, whose working directory is another.
-    pub fn tell(&self, vmm: &Vmm) {
-        let here = match self {
-            Self::File(path) => Self::File(absolute(path).unwrap_or_else(|_| path.clone())),
-            other => other.clone(),
+    /// Makes the pseudo-terminal, where it is one.
+    pub fn prepare(&self) -> Result<SerialPort<'_>, Failure> {
+        let pty = match self {
+            Self::Pty => Some(Pty::open().map_err(|e| {
+                Failure(format!(
+                    "cannot make a pseudo-terminal ({e}); choose another place for --serial"
+                ))
+            })?),
+            _ => None,
         };
-        vmm.set_serial(here.to_string());
+        Ok(SerialPort { place: self, pty })
     }
+}
 
+impl SerialPort<'_> {
     /// Opens it, so that errors come before the guest does.
     pub fn open(&self) -> Result<Spool, Failure> {
-        let sink: Box<dyn Write + Send> = match self {
+        let sink: Box<dyn Write + Send> = match (self.place, &self.pty) {
+            (_, Some(pty)) => Box::new(pty.output()?),
             // A descriptor of our own: std's buffer would keep prompts back.
-            Self::Stdio => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
-            Self::File(path) => Box::new(open_file(path).map_err(|e| {
+            (Serial::Stdio, _) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+            (Serial::File(path), _) => Box::new(open_file(path).map_err(|e| {
                 Failure(format!(
                     "cannot write the serial output to {} ({e}); choose another file",
                     path.display()
                 ))
             })?),
-            Self::Null => Box::new(io::sink()),
+            (Serial::Pty | Serial::Null, None) => Box::new(io::sink()),
         };
         Spool::new(sink)
+    }
+
+    /// Whether it is this process's terminal.
+    pub fn is_stdio(&self) -> bool {
+        *self.place == Serial::Stdio
+    }
+
+    /// Lets a status say where it goes, for `ferry logs` and `ferry console`, whose working directory
+    /// is another.
+    pub fn tell(&self, vmm: &Vmm) {
+        vmm.set_serial(match (self.place, &self.pty) {
+            (_, Some(pty)) => format!("pty:{}", pty.path().display()),
+            (Serial::File(path), _) => {
+                let path = absolute(path).unwrap_or_else(|_| path.clone());
+                format!("file:{}", path.display())
+            }
+            (Serial::Stdio, _) => "stdio".into(),
+            (Serial::Pty | Serial::Null, None) => "null".into(),
+        });
+    }
+
+    /// Gives the guest what is typed at its pseudo-terminal.
+    pub fn feed(&self, vmm: &Vmm) -> Result<(), Failure> {
+        match &self.pty {
+            Some(pty) => Ok(pty.feed(vmm.clone())?),
+            None => Ok(()),
+        }
     }
 }
 
@@ -108,6 +141,7 @@ mod tests {
     fn reads_its_forms() {
         assert_eq!("stdio".parse(), Ok(Serial::Stdio));
         assert_eq!("null".parse(), Ok(Serial::Null));
+        assert_eq!("pty".parse(), Ok(Serial::Pty));
         assert_eq!("file:/tmp/a:b".parse(), Ok(Serial::File("/tmp/a:b".into())));
         for odd in ["", "file:", "file", "stdio:x", "/tmp/x"] {
             assert!(
@@ -122,7 +156,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "before\n").unwrap();
-        let mut spool = Serial::File(path.clone()).open().unwrap();
+        let mut spool = Serial::File(path.clone())
+            .prepare()
+            .unwrap()
+            .open()
+            .unwrap();
         spool.write_all(b"one\n").unwrap();
         spool.drain(LONG);
         assert_eq!(std::fs::read(&path).unwrap(), b"before\none\n");
@@ -137,7 +175,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
         nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
-        let mut spool = Serial::File(path.clone()).open().unwrap();
+        let mut spool = Serial::File(path.clone())
+            .prepare()
+            .unwrap()
+            .open()
+            .unwrap();
         spool.write_all(b"early").unwrap();
         spool.drain(LONG);
         let mut found = [0; 5];

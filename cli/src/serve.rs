@@ -3,7 +3,7 @@
 use super::console::{KEYS, Key, Terminal, feed_from_pipe};
 use super::devices;
 use super::sandbox;
-use super::serial::Serial;
+use super::serial::{Serial, SerialPort};
 use super::socket::ControlSocket;
 use super::spool::Spool;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -84,7 +84,8 @@ pub struct Place {
     /// The name by which commands on this host find the guest; one guest has it at a time.
     #[arg(long, value_name = "NAME", help_heading = "VMM")]
     pub name: Option<GuestName>,
-    /// Where the guest's serial port goes: stdio, file:PATH or null.
+    /// Where the guest's serial port goes: stdio, file:PATH, pty (for `ferry console`) or
+    /// null.
     #[arg(
         long,
         value_name = "WHERE",
@@ -110,12 +111,13 @@ impl Place {
 
     /// Enters the sandbox and opens where the serial port goes: for [`serve`], and for the machine
     /// that comes.
-    pub fn console(&self) -> Result<(Spool, SerialFactory), Failure> {
+    pub fn console(&self) -> Result<(SerialPort<'_>, Spool, SerialFactory), Failure> {
+        let port = self.serial.prepare()?;
         self.sandbox.enter(&self.devices.backends())?;
-        let spool = self.serial.open()?;
+        let spool = port.open()?;
         let output = spool.clone();
         let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
-        Ok((spool, Arc::new(serial)))
+        Ok((port, spool, Arc::new(serial)))
     }
 }
 
@@ -124,18 +126,17 @@ pub fn serve(
     vmm: &Vmm,
     server: Server,
     signals: Signals,
-    serial: &Serial,
+    port: &SerialPort<'_>,
     spool: &Spool,
 ) -> Result<ExitCode, Failure> {
-    let terminal = if *serial == Serial::Stdio {
-        Terminal::take()
-    } else {
-        None
+    let terminal = match port.is_stdio() {
+        true => Terminal::take(),
+        false => None,
     };
-    match (&terminal, serial) {
-        (Some(_), _) => say(KEYS),
-        (None, Serial::Stdio) => feed_stdin(vmm)?,
-        _ => {}
+    match &terminal {
+        Some(_) => say(KEYS),
+        None if port.is_stdio() => feed_stdin(vmm)?,
+        None => port.feed(vmm)?,
     }
     let server = Arc::new(server);
     let subscriber = Loop {

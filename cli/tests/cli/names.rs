@@ -1,9 +1,9 @@
 //! Guests by name, in a runtime folder of the test's own.
 
-use crate::support::{WRITER, guests_run, stderr};
+use crate::support::{WRITER, guests_run, stderr, until};
 use serde_json::Value;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
@@ -59,7 +59,7 @@ impl Names {
     /// Starts a guest and waits until it has printed the line that begins so.
     fn run(&mut self, args: &[&str]) -> &mut Child {
         let mut child = self
-            .command(&[&["run", "--nas", WRITER], args].concat())
+            .command(&[&["run"], args].concat())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
@@ -147,7 +147,7 @@ fn a_name_is_one_guests_until_its_vmm_is_gone() {
         return;
     }
     let mut names = Names::new();
-    names.run(&["--name", "web"]);
+    names.run(&["--nas", WRITER, "--name", "web"]);
     let socket = fs::metadata(names.folder().join("web.sock")).unwrap();
     assert!(socket.file_type().is_socket());
     assert_eq!(socket.permissions().mode() & 0o777, 0o600);
@@ -162,7 +162,7 @@ fn a_name_is_one_guests_until_its_vmm_is_gone() {
     assert_eq!(names.ps(), [is("web", "stale")]);
     let text = names.fails(&["status", "web"], 1);
     assert!(text.contains("no ferry answers on"), "{text}");
-    names.run(&["--name", "web"]);
+    names.run(&["--nas", WRITER, "--name", "web"]);
     assert_eq!(names.ps(), [is("web", "running")]);
     assert!(names.ferry(&["stop", "web"]).status.success());
     assert!(names.started[1].wait().unwrap().success());
@@ -175,7 +175,7 @@ fn a_guest_moves_by_its_name_and_is_listed_at_both_ends() {
         return;
     }
     let mut names = Names::new();
-    names.run(&["--name", "web"]);
+    names.run(&["--nas", WRITER, "--name", "web"]);
     let (uri, mut words) = names.receive(&["--name", "web-2"]);
     assert_eq!(names.ps(), [is("web", "running"), is("web-2", "receiving")]);
     let table = names.ferry(&["ps"]).stdout;
@@ -213,4 +213,104 @@ fn a_guest_moves_by_its_name_and_is_listed_at_both_ends() {
         "{list}"
     );
     assert!(names.ferry(&["stop", "web-2"]).status.success());
+}
+
+#[test]
+fn a_guest_file_runs_and_a_flag_beside_it_wins() {
+    let mut names = Names::new();
+    let said = [
+        "run",
+        "--nas",
+        WRITER,
+        "--cpus",
+        "2",
+        "--name",
+        "web",
+        "--print-config",
+    ];
+    let file = names.dir.path().join("web.toml");
+    let printed = names.ferry(&said);
+    assert!(printed.status.success(), "{}", stderr(&printed));
+    fs::write(&file, &printed.stdout).unwrap();
+    fs::write(names.dir.path().join("odd.toml"), "nas = 'mg.A'\ncpu = 2\n").unwrap();
+    let text = names.fails(&["run", "odd.toml"], 2);
+    assert!(
+        text.contains("odd.toml:2:1: there is no key `cpu`; is `cpus` meant?"),
+        "{text}"
+    );
+    fs::write(
+        names.dir.path().join("odd.toml"),
+        "nas = 'mg.A'\nmemory = 'lots'\n",
+    )
+    .unwrap();
+    let text = names.fails(&["run", "odd.toml"], 2);
+    assert!(
+        text.contains("odd.toml:2:10: invalid value 'lots'"),
+        "{text}"
+    );
+    if !guests_run() {
+        return;
+    }
+    names.run(&["web.toml", "--cpus", "1"]);
+    let status = names.json(&["status", "web", "--json"]);
+    assert_eq!(status["guest"]["cpus"], 1, "{status}");
+}
+
+#[test]
+fn a_console_is_attached_to_and_a_log_is_read_by_name() {
+    if !guests_run() {
+        return;
+    }
+    let mut names = Names::new();
+    let mut run = |args: &[&str]| {
+        let child = names
+            .command(&[&["run", "--nas", WRITER], args].concat())
+            .spawn();
+        names.started.push(child.unwrap());
+    };
+    run(&["--name", "web", "--serial", "pty"]);
+    run(&["--name", "db", "--serial", "file:db.log"]);
+    let all = [is("db", "running"), is("web", "running")];
+    until("both run", || names.ps() == all);
+
+    let mut console = names
+        .command(&["console", "web"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut shown = BufReader::new(console.stdout.take().unwrap());
+    let mut text = String::new();
+    while !text.contains("ferry-guest: stat") {
+        assert!(shown.read_line(&mut text).unwrap() > 0, "{text}");
+    }
+    let again = names.fails(&["console", "web"], 1);
+    assert!(again.contains("another `ferry console`"), "{again}");
+    // The guest's own way to be ended: it verifies all it wrote.
+    console.stdin.take().unwrap().write_all(b"q").unwrap();
+    shown.read_to_string(&mut text).unwrap();
+    assert!(text.contains("verified=yes"), "{text}");
+    assert!(console.wait().unwrap().success());
+    assert!(names.started[0].wait().unwrap().success());
+
+    let elsewhere = names.fails(&["console", "db"], 1);
+    assert!(
+        elsewhere.contains("file:") && elsewhere.contains("--serial pty"),
+        "{elsewhere}"
+    );
+    let mut follow = names
+        .command(&["logs", "db", "--follow"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut shown = BufReader::new(follow.stdout.take().unwrap());
+    let mut text = String::new();
+    while !text.contains("ferry-guest: stat") {
+        assert!(shown.read_line(&mut text).unwrap() > 0, "{text}");
+    }
+    assert!(names.ferry(&["stop", "db"]).status.success());
+    shown.read_to_string(&mut text).unwrap();
+    assert!(follow.wait().unwrap().success());
+    let log = fs::read_to_string(names.dir.path().join("db.log")).unwrap();
+    assert_eq!(text, log);
 }

@@ -62,6 +62,15 @@ pub fn request(stream: &mut BufReader<UnixStream>) -> String {
     text + std::str::from_utf8(&body).unwrap()
 }
 
+/// Waits until `what` is so.
+pub fn until(name: &str, what: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while !what() {
+        assert!(Instant::now() < deadline, "waited in vain until {name}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// A `ferry run` in the background.
 pub struct Guest {
     pub child: Child,
