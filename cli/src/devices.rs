@@ -1,24 +1,27 @@
 //! `--disk`, `--net` and `--memory-backing`: what is behind a guest's devices and memory on this
 //! host.
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use ferry_vmm::machine::{Backends, DiskOptions, NetOptions};
+use ferry_terminal::output::Failure;
+use ferry_vmm::machine::{Backends, DiskOptions, MacAddress, NetOptions};
 use ferry_vmm::memory::{Backing, MemoryOptions};
+use ferry_vmm::sandbox::{Descriptor, DescriptorError, Passed};
 
 /// For `ferry run` and `ferry receive` alike.
 #[derive(Debug, clap::Args)]
 // Both commands have a group of this name already.
 #[group(skip)]
 pub struct Args {
-    /// A disk: a raw image or a block device; `,ro` if the guest may only read it. May be given
-    /// more than once.
-    #[arg(long, value_name = "PATH[,ro]", help_heading = "Machine")]
+    /// A disk: a raw image or a block device, by its path or as the open descriptor N; `,ro` if the
+    /// guest may only read it. May be given more than once.
+    #[arg(long, value_name = "PATH|fd:N[,ro]", help_heading = "Machine")]
     disk: Vec<Disk>,
-    /// A network card: an existing tap device, and the card's address if it matters. May be given
-    /// more than once.
-    #[arg(long, value_name = "tap=NAME[,mac=MAC]", help_heading = "Machine")]
+    /// A network card: an existing tap device, by its name or as the open descriptor N, and the
+    /// card's address if it matters. May be given more than once.
+    #[arg(long, value_name = "tap=NAME|fd=N[,mac=MAC]", help_heading = "Machine")]
     net: Vec<Net>,
     /// What the guest's memory is made of: 2 MiB pages where the host has them (auto, thp), 4k, or
     /// the host's pool of 2 MiB pages (hugetlb).
@@ -35,23 +38,48 @@ pub struct Args {
 }
 
 impl Args {
-    /// As the machine wants them.
-    pub fn backends(&self) -> Backends {
+    /// As the machine wants them. Descriptors are taken: to be called once.
+    pub fn backends(&self) -> Result<Backends, Failure> {
         let memory = MemoryOptions {
             backing: self.memory_backing,
             prealloc: self.memory_prealloc,
         };
-        Backends {
+        let disks: Result<_, _> = self.disk.iter().map(Disk::options).collect();
+        let nets: Result<_, _> = self.net.iter().map(Net::options).collect();
+        Ok(Backends {
             memory,
-            disks: self.disk.iter().map(|disk| disk.0.clone()).collect(),
-            nets: self.net.iter().map(|net| net.0.clone()).collect(),
+            disks: disks.map_err(|e| Failure(format!("--disk: {e}")))?,
+            nets: nets.map_err(|e| Failure(format!("--net: {e}")))?,
             ..Backends::default()
-        }
+        })
     }
 }
 
+/// A path, or a descriptor's number.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Disk(DiskOptions);
+enum Place {
+    Path(PathBuf),
+    Number(RawFd),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Disk(Place, bool);
+
+impl Disk {
+    fn options(&self) -> Result<DiskOptions, DescriptorError> {
+        let read_only = self.1;
+        Ok(match &self.0 {
+            Place::Path(path) => DiskOptions {
+                path: path.clone(),
+                read_only,
+                open: None,
+            },
+            Place::Number(number) => {
+                DiskOptions::open(Descriptor::disk(*number, read_only)?, read_only)
+            }
+        })
+    }
+}
 
 impl FromStr for Disk {
     type Err = String;
@@ -64,27 +92,57 @@ impl FromStr for Disk {
         if path.is_empty() {
             return Err("a disk is a path, such as disk.img or disk.img,ro".into());
         }
-        Ok(Self(DiskOptions {
-            path: PathBuf::from(path),
-            read_only,
-        }))
+        let place = match path.starts_with("fd:") {
+            true => Place::Number(number(path)?),
+            false => Place::Path(path.into()),
+        };
+        Ok(Self(place, read_only))
+    }
+}
+
+/// Of `fd:N`.
+fn number(text: &str) -> Result<RawFd, String> {
+    match text.parse()? {
+        Passed::Number(number) => Ok(number),
+        _ => Err(format!(
+            "'{text}' is no descriptor; write fd:N, such as fd:3"
+        )),
     }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Net(NetOptions);
+struct Net(Place, Option<MacAddress>);
+
+impl Net {
+    fn options(&self) -> Result<NetOptions, DescriptorError> {
+        let (tap, open) = match &self.0 {
+            Place::Path(name) => (name.display().to_string(), None),
+            Place::Number(number) => (String::new(), Some(Descriptor::tap(*number)?)),
+        };
+        Ok(NetOptions {
+            tap,
+            mac: self.1,
+            open,
+        })
+    }
+}
 
 impl FromStr for Net {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let usage =
-            || "a network card is tap=NAME or tap=NAME,mac=MAC, such as tap=tap0".to_owned();
+        let usage = || {
+            "a network card is tap=NAME or fd=N, and mac=MAC if it matters, such as tap=tap0"
+                .to_owned()
+        };
         let (mut tap, mut mac) = (None, None);
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("tap", name)) if tap.is_none() && !name.is_empty() => {
-                    tap = Some(name.to_owned());
+                    tap = Some(Place::Path(name.into()));
+                }
+                Some(("fd", text)) if tap.is_none() => {
+                    tap = Some(Place::Number(number(&format!("fd:{text}"))?));
                 }
                 Some(("mac", address)) if mac.is_none() => {
                     mac = Some(address.parse().map_err(|e| format!("{e}"))?);
@@ -93,7 +151,7 @@ impl FromStr for Net {
             }
         }
         let tap = tap.ok_or_else(usage)?;
-        Ok(Self(NetOptions { tap, mac }))
+        Ok(Self(tap, mac))
     }
 }
 
@@ -103,16 +161,22 @@ mod tests {
 
     #[test]
     fn devices_are_read_and_nonsense_is_not() {
-        let disk = |text: &str| text.parse::<Disk>().map(|d| (d.0.path, d.0.read_only));
-        assert_eq!(disk("a,b.img"), Ok(("a,b.img".into(), false)));
-        assert_eq!(disk("a.img,ro"), Ok(("a.img".into(), true)));
-        assert!(disk("").is_err() && disk(",ro").is_err());
-        let net = |text: &str| text.parse::<Net>().map(|n| (n.0.tap, n.0.mac));
+        let path = |path: &str| Place::Path(path.into());
+        let disk = str::parse::<Disk>;
+        assert_eq!(disk("a,b.img"), Ok(Disk(path("a,b.img"), false)));
+        assert_eq!(disk("a.img,ro"), Ok(Disk(path("a.img"), true)));
+        assert_eq!(disk("./fd:3"), Ok(Disk(path("./fd:3"), false)));
+        assert_eq!(disk("fd:3,ro"), Ok(Disk(Place::Number(3), true)));
+        for bad in ["", ",ro", "fd:", "fd:x", "fd:-1,ro"] {
+            assert!(disk(bad).is_err(), "{bad}");
+        }
+        let net = str::parse::<Net>;
         let mac = "52:54:00:12:34:56".parse().unwrap();
-        assert_eq!(net("tap=t0"), Ok(("t0".into(), None)));
+        assert_eq!(net("tap=t0"), Ok(Net(path("t0"), None)));
+        assert_eq!(net("fd=7"), Ok(Net(Place::Number(7), None)));
         assert_eq!(
             net("mac=52:54:00:12:34:56,tap=t0"),
-            Ok(("t0".into(), Some(mac)))
+            Ok(Net(path("t0"), Some(mac)))
         );
         for bad in [
             "",
@@ -121,6 +185,8 @@ mod tests {
             "tap=a,tap=b",
             "mac=52:54:00:12:34:56",
             "tap=a,mac=1",
+            "tap=a,fd=3",
+            "fd=x",
             "tap=a,mtu=9",
         ] {
             assert!(net(bad).is_err(), "{bad}");

@@ -16,6 +16,7 @@ mod manage;
 mod migrate;
 mod nas;
 mod outcome;
+mod passed;
 mod pki;
 mod ps;
 mod pty;

@@ -1,5 +1,6 @@
 //! `ferry receive`.
 
+use super::passed::Source;
 use super::security;
 use super::serve::{Place, Signals, serve};
 use ferry_terminal::output::{Failure, say};
@@ -26,9 +27,11 @@ use std::sync::mpsc;
   ferry receive tcp:0.0.0.0:7000 --pair --name web --disk /net/disk.img --net tap=tap0
   ferry receive unix:/tmp/link --api /tmp/b.sock")]
 pub struct Args {
-    /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH.
+    /// Where to wait: tcp:HOST:PORT (port 0 takes a free one) or unix:PATH. Or a socket that
+    /// listens already: the open descriptor N (fd:N), or systemd's with FileDescriptorName=receive
+    /// (systemd) or another (systemd:NAME).
     #[arg(value_name = "URI")]
-    uri: Uri,
+    from: Source,
     #[command(flatten)]
     place: Place,
     #[command(flatten)]
@@ -42,10 +45,19 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
-    let (gate, line) = args.security.gate(&args.uri)?;
+    let passed = args.from.passed()?;
+    let (gate, line) = args.security.gate(args.from.uri(passed.as_ref())?)?;
     let socket = args.place.socket()?;
-    let (port, spool, serial) = args.place.console()?;
-    let listener = Listener::bind(&args.uri)?.behind(gate);
+    let (port, spool, serial, backends) = args.place.console(&socket, |files| {
+        if let Source::Uri(Uri::Unix(path)) = &args.from {
+            files.socket(path);
+        }
+    })?;
+    let listener = match passed {
+        Some(listener) => listener,
+        None => Listener::bind(args.from.uri(None)?)?,
+    };
+    let listener = listener.behind(gate);
     let uri = listener.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
     port.tell(&vmm);
@@ -72,7 +84,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         serial,
         Backends {
             insist: args.force,
-            ..args.place.devices.backends()
+            ..backends
         },
         args.place.dirty,
         Arc::new(owner),

@@ -48,7 +48,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let signals = Signals::take()?;
     let socket = args.place.socket()?;
-    let (port, spool, serial) = args.place.console()?;
+    let (port, spool, serial, backends) = args.place.console(&socket, |files| {
+        files.read(&args.path);
+    })?;
     // The socket before the guest: once that runs nothing may fail.
     let vmm = Vmm::receiving(format!("the snapshot {}", args.path.display()))?;
     port.tell(&vmm);
@@ -59,9 +61,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         force: args.force,
         dirty: args.place.dirty,
     };
-    let restored = restore(&options, serial, args.place.devices.backends(), &|| {
-        signals.came()
-    })?;
+    let restored = restore(&options, serial, backends, &|| signals.came())?;
     let running = restored.is_running();
     let guest = MachineGuest::followed(restored.machine, restored.following);
     vmm.arrived(Arc::clone(&guest) as _, running);

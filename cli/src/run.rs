@@ -2,10 +2,12 @@
 
 use super::balloon::Setting;
 use super::devices;
+use super::passed::Api;
 use super::sandbox;
 use super::serial::Serial;
 use super::serve::{Signals, serve};
 use super::socket::ControlSocket;
+use super::spool::Spool;
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
 use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
 use ferry_migration::options::Tracking;
@@ -17,6 +19,7 @@ use ferry_terminal::units::{duration, memory, size};
 use ferry_vmm::boot::Kernel;
 use ferry_vmm::machine::{Backends, Machine};
 use ferry_vmm::memory::Backing;
+use ferry_vmm::sandbox::Files;
 use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
@@ -102,8 +105,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Machine")]
     cpus: u32,
     /// The control socket to make; by default that of --name, or one in $XDG_RUNTIME_DIR or /tmp.
+    /// Or one that listens already: the open descriptor N (fd:N), or systemd's with
+    /// FileDescriptorName=api (systemd) or another (systemd:NAME).
     #[arg(long, value_name = "SOCKET", help_heading = "VMM")]
-    api: Option<PathBuf>,
+    api: Option<Api>,
     /// Where the serial port goes: stdio, file:PATH, pty (for `ferry console`) or null.
     #[arg(
         long,
@@ -171,15 +176,18 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         true => Some(linux::Kernel::get(&|sentence| say(sentence))?),
         false => None,
     };
-    let socket = ControlSocket::choose(args.api.as_deref(), args.name.as_ref())?;
+    let socket = ControlSocket::choose(args.api.as_ref(), args.name.as_ref())?;
     let port = args.serial.prepare()?;
-    args.sandbox.enter(&args.devices.backends())?;
-    let spool = port.open()?;
+    let sink = port.open()?;
+    let backends = args.devices.backends()?;
+    let files = files(args, linux.as_ref(), (&backends, &socket))?;
+    args.sandbox.enter(&backends, files)?;
+    let spool = Spool::new(sink)?;
     let mut backends = Backends {
         balloon: args.balloon.is_some(),
         // The built-in guest has no use for random numbers.
         rng: args.nas.is_none(),
-        ..args.devices.backends()
+        ..backends
     };
     if args.hugepages {
         backends.memory.backing = Backing::Hugetlb;
@@ -214,6 +222,25 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
     serve(&vmm, server, signals, &port, &spool)
+}
+
+/// What is opened in the sandbox.
+fn files(
+    args: &Args,
+    linux: Option<&linux::Kernel>,
+    (backends, socket): (&Backends, &ControlSocket),
+) -> Result<Files, Failure> {
+    let mut files = args.sandbox.files(backends, socket.path())?;
+    for path in args.kernel.iter().chain(&args.initrd) {
+        files.read(path);
+    }
+    if let Some(kernel) = linux {
+        files.read(kernel.folder());
+    }
+    if let Some(path) = &args.timeline {
+        files.new_file(path);
+    }
+    Ok(files)
 }
 
 /// The RAM that was asked for, or what the bare guest's work needs.

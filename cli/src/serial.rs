@@ -1,10 +1,9 @@
 //! Where the guest's serial port goes: `--serial stdio|file:PATH|pty|null`.
 //!
-//! Output passes through a [`Spool`], so that no vCPU and no pause of a migration waits for a
-//! terminal, a pipe or a disk.
+//! Output passes through a [`Spool`](super::spool::Spool), so that no vCPU and no pause of a
+//! migration waits for a terminal, a pipe or a disk.
 
 use super::pty::Pty;
-use super::spool::Spool;
 use ferry_terminal::output::Failure;
 use ferry_vmm::vmm::Vmm;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -64,9 +63,9 @@ impl Serial {
 }
 
 impl SerialPort<'_> {
-    /// Opens it, so that errors come before the guest does.
-    pub fn open(&self) -> Result<Spool, Failure> {
-        let sink: Box<dyn Write + Send> = match (self.place, &self.pty) {
+    /// Opens it, so that errors come before the guest does: what a spool writes to.
+    pub fn open(&self) -> Result<Box<dyn Write + Send>, Failure> {
+        Ok(match (self.place, &self.pty) {
             (_, Some(pty)) => Box::new(pty.output()?),
             // A descriptor of our own: std's buffer would keep prompts back.
             (Serial::Stdio, _) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
@@ -77,8 +76,7 @@ impl SerialPort<'_> {
                 ))
             })?),
             (Serial::Pty | Serial::Null, None) => Box::new(io::sink()),
-        };
-        Spool::new(sink)
+        })
     }
 
     /// Whether it is this process's terminal.
@@ -131,6 +129,7 @@ fn open_file(path: &Path) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spool::Spool;
     use nix::sys::stat::Mode;
     use std::io::Read;
     use std::time::Duration;
@@ -156,11 +155,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "before\n").unwrap();
-        let mut spool = Serial::File(path.clone())
-            .prepare()
-            .unwrap()
-            .open()
-            .unwrap();
+        let sink = Serial::File(path.clone()).prepare().unwrap().open();
+        let mut spool = Spool::new(sink.unwrap()).unwrap();
         spool.write_all(b"one\n").unwrap();
         spool.drain(LONG);
         assert_eq!(std::fs::read(&path).unwrap(), b"before\none\n");
@@ -175,11 +171,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
         nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
-        let mut spool = Serial::File(path.clone())
-            .prepare()
-            .unwrap()
-            .open()
-            .unwrap();
+        let sink = Serial::File(path.clone()).prepare().unwrap().open();
+        let mut spool = Spool::new(sink.unwrap()).unwrap();
         spool.write_all(b"early").unwrap();
         spool.drain(LONG);
         let mut found = [0; 5];

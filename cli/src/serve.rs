@@ -2,6 +2,7 @@
 
 use super::console::{KEYS, Key, Terminal, feed_from_pipe};
 use super::devices;
+use super::passed::Api;
 use super::sandbox;
 use super::serial::{Serial, SerialPort};
 use super::socket::ControlSocket;
@@ -12,14 +13,15 @@ use ferry_terminal::flags::choice;
 use ferry_terminal::names::GuestName;
 use ferry_terminal::output::{Failure, say};
 use ferry_vmm::api::server::Server;
+use ferry_vmm::machine::Backends;
 use ferry_vmm::migrate::SerialFactory;
 use ferry_vmm::priority::in_background;
+use ferry_vmm::sandbox::Files;
 use ferry_vmm::vmm::{Outcome, Vmm};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -79,8 +81,10 @@ fn ignored_signals() -> u64 {
 #[derive(Debug, clap::Args)]
 pub struct Place {
     /// The control socket to make; by default that of --name, or one in $XDG_RUNTIME_DIR or /tmp.
+    /// Or one that listens already: the open descriptor N (fd:N), or systemd's with
+    /// FileDescriptorName=api (systemd) or another (systemd:NAME).
     #[arg(long, value_name = "SOCKET", help_heading = "VMM")]
-    pub api: Option<PathBuf>,
+    pub api: Option<Api>,
     /// The name by which commands on this host find the guest; one guest has it at a time.
     #[arg(long, value_name = "NAME", help_heading = "VMM")]
     pub name: Option<GuestName>,
@@ -106,18 +110,26 @@ pub struct Place {
 impl Place {
     /// Where the control socket is made.
     pub fn socket(&self) -> Result<ControlSocket, Failure> {
-        ControlSocket::choose(self.api.as_deref(), self.name.as_ref())
+        ControlSocket::choose(self.api.as_ref(), self.name.as_ref())
     }
 
-    /// Enters the sandbox and opens where the serial port goes: for [`serve`], and for the machine
-    /// that comes.
-    pub fn console(&self) -> Result<(SerialPort<'_>, Spool, SerialFactory), Failure> {
+    /// Enters the sandbox, where `more` may be opened too, and opens where the serial port goes:
+    /// for [`serve`], and for the machine that comes.
+    pub fn console(
+        &self,
+        socket: &ControlSocket,
+        more: impl FnOnce(&mut Files),
+    ) -> Result<(SerialPort<'_>, Spool, SerialFactory, Backends), Failure> {
+        let backends = self.devices.backends()?;
         let port = self.serial.prepare()?;
-        self.sandbox.enter(&self.devices.backends())?;
-        let spool = port.open()?;
+        let sink = port.open()?;
+        let mut files = self.sandbox.files(&backends, socket.path())?;
+        more(&mut files);
+        self.sandbox.enter(&backends, files)?;
+        let spool = Spool::new(sink)?;
         let output = spool.clone();
         let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
-        Ok((port, spool, Arc::new(serial)))
+        Ok((port, spool, Arc::new(serial), backends))
     }
 }
 

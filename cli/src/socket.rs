@@ -1,8 +1,10 @@
 //! Where a VMM makes its control socket: `--api`, or by the guest's name, or by the process.
 
+use super::passed::{Api, control_socket};
 use ferry_terminal::names::{GuestName, RuntimeFolder};
 use ferry_terminal::output::{Failure, say};
 use ferry_vmm::api::server::{Limits, Server};
+use ferry_vmm::sandbox::Descriptor;
 use ferry_vmm::socket::BindError;
 use ferry_vmm::vmm::Vmm;
 use std::path::{Path, PathBuf};
@@ -13,6 +15,8 @@ use std::sync::Arc;
 pub enum ControlSocket {
     /// Where `--api` says.
     Given(PathBuf),
+    /// It listens already.
+    Passed(Descriptor),
     /// In the folder of named guests.
     Named(GuestName, PathBuf),
     /// Where nothing was said: its path is printed.
@@ -22,9 +26,10 @@ pub enum ControlSocket {
 impl ControlSocket {
     /// Chooses its place, and makes the folder of named guests where it goes there. To be called
     /// before the sandbox is entered.
-    pub fn choose(api: Option<&Path>, name: Option<&GuestName>) -> Result<Self, Failure> {
+    pub fn choose(api: Option<&Api>, name: Option<&GuestName>) -> Result<Self, Failure> {
         match (api, name) {
-            (Some(path), _) => Ok(Self::Given(path.to_owned())),
+            (Some(Api::Path(path)), _) => Ok(Self::Given(path.clone())),
+            (Some(Api::Passed(passed)), _) => Ok(Self::Passed(control_socket(passed)?)),
             (None, Some(name)) => {
                 let folder = RuntimeFolder::find()?;
                 folder.make()?;
@@ -34,10 +39,27 @@ impl ControlSocket {
         }
     }
 
+    /// The file to make, if one is to be made.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Given(path) | Self::Named(_, path) | Self::Unnamed(path) => Some(path),
+            Self::Passed(_) => None,
+        }
+    }
+
     /// Makes it.
     pub fn bind(&self, vmm: &Vmm) -> Result<Server, Failure> {
-        let (Self::Given(path) | Self::Named(_, path) | Self::Unnamed(path)) = self;
-        let server = Server::bind(path, Arc::new(vmm.clone()), Limits::default());
+        let (control, limits) = (Arc::new(vmm.clone()), Limits::default());
+        let path = match self {
+            Self::Given(path) | Self::Named(_, path) | Self::Unnamed(path) => path,
+            Self::Passed(socket) => {
+                let server = socket
+                    .duplicate()
+                    .and_then(|fd| Server::given(fd, control, limits));
+                return server.map_err(|e| Failure(format!("the control socket: {e}")));
+            }
+        };
+        let server = Server::bind(path, control, limits);
         let server = server.map_err(|error| match (error, self) {
             (BindError::InUse { .. }, Self::Named(name, _)) => Failure(format!(
                 "a guest named {name} is here already; choose another --name, or end it with `ferry stop {name}`"
@@ -68,7 +90,8 @@ mod tests {
     #[test]
     fn the_path_given_wins_and_without_a_name_the_process_is_in_it() {
         let name = "web".parse().unwrap();
-        let given = ControlSocket::choose(Some(Path::new("a/s")), Some(&name)).unwrap();
+        let api = Api::Path("a/s".into());
+        let given = ControlSocket::choose(Some(&api), Some(&name)).unwrap();
         assert_eq!(given, ControlSocket::Given("a/s".into()));
         let ControlSocket::Unnamed(path) = ControlSocket::choose(None, None).unwrap() else {
             panic!("it is unnamed");

@@ -139,6 +139,9 @@ impl Host {
             .args(args)
             .arg("--api")
             .arg(&api)
+            // Tests have their snapshots and certificates there.
+            .arg("--allow")
+            .arg(std::env::temp_dir())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

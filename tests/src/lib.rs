@@ -23,6 +23,23 @@ mod relay;
 pub mod soak;
 mod wire;
 
+/// What the test program `confined` says where files are confined.
+pub const CONFINED: &str = "\
+done read folder
+done write folder
+done make folder
+done tmpfile folder
+done remove folder
+refused read other
+refused write other
+refused make other
+refused tmpfile other
+refused remove other
+done read open
+done read status
+refused list /
+";
+
 pub use ferry::{Ran, can_pretend, ferry, guests_run, run};
 pub use host::{Host, Migration, State};
 pub use nested::{NESTED_TIMEOUT, NestedClient, NestedHost, NestedVmm, Turn, nested_hosts};

@@ -1,5 +1,6 @@
 //! `ferry` processes in a nested host: what [`Host`](crate::Host) is on this one.
 
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -72,6 +73,14 @@ impl NestedHost {
         })
     }
 
+    /// One by itself, with a further program.
+    pub fn start_with_program(program: &Path) -> Self {
+        Self::start_with(Config {
+            programs: vec![program.to_owned()],
+            ..Config::default()
+        })
+    }
+
     /// Two that are joined by a cable.
     pub fn pair() -> (Self, Self, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
@@ -93,7 +102,7 @@ impl NestedHost {
         let cable = config.cable.as_ref();
         let address = cable.map_or([127, 0, 0, 1], |c| c.address);
         let config = Config {
-            programs: vec![ferry().to_owned()],
+            programs: [&[ferry().to_owned()], config.programs.as_slice()].concat(),
             ..config
         };
         let nested = Nested::start(&config, &|sentence| eprintln!("{sentence}"));
@@ -239,7 +248,7 @@ impl<'a> NestedVmm<'a> {
     fn start(host: &'a NestedHost, arguments: &[&str]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let api = format!("/tmp/{}.sock", COUNT.fetch_add(1, Ordering::Relaxed));
-        let command = [&["ferry"], arguments, &["--api", &api]].concat();
+        let command = [&["ferry"], arguments, &["--api", &api, "--allow", "/tmp"]].concat();
         let process = host
             .nested
             .spawn(&command)

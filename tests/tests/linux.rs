@@ -4,7 +4,8 @@
 
 use ferry_guest_images::Line;
 use ferry_migration::options::PolicyKind;
-use ferry_tests::{NestedHost, nested_hosts};
+use ferry_tests::{CONFINED, NestedHost, nested_hosts};
+use std::path::Path;
 
 /// What a guest of these tests does: it writes memory and verifies what it wrote.
 const WRITER: &str = "ferry.run=dirty:wss=8M,rate=300";
@@ -14,7 +15,10 @@ const WRITER: &str = "ferry.run=dirty:wss=8M,rate=300";
 #[test]
 fn linux_boots_and_ends_as_it_wants() {
     let Some(_turn) = nested_hosts() else { return };
-    let host = NestedHost::start();
+    let host = NestedHost::start_with_program(Path::new(env!("CARGO_BIN_EXE_confined")));
+    // Debian's kernel has landlock: the sandbox keeps a process to its files.
+    let confined = host.run_well(&["confined", "/tmp/folder", "/tmp/other"]);
+    assert_eq!(confined, CONFINED);
     let doctor = host.run(&["ferry", "doctor"]);
     assert!(
         doctor.code == 0 && doctor.stdout.starts_with("hardware KVM"),

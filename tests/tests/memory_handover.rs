@@ -8,6 +8,7 @@ use ferry_migration::report::{Phase, Status};
 use ferry_migration::wire::{Channel, Features, FrameType, Header, Hello, HelloAck, Role};
 use ferry_tests::peer::{Opening, SESSION, abort_of, handshake_on, shared_ready_at};
 use ferry_tests::{Host, Migration, Relay, State, UnixLink, guests_run, until};
+use ferry_vmm::memory::SharedRam;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use std::os::fd::OwnedFd;
@@ -411,7 +412,9 @@ fn a_receiver_survives_files_that_lie() {
         (
             "too many",
             &may,
-            (0..8).map(|_| memfd(MEMORY, good)).collect(),
+            (0..SharedRam::SPARES + 3)
+                .map(|_| memfd(MEMORY, good))
+                .collect(),
             "more files",
         ),
     ];

@@ -66,6 +66,7 @@ pub use devices::{
     Backends, BalloonInfo, DeviceDescription, DeviceError, DiskBacking, DiskOptions, MAX_DEVICES,
     MmioDevice, NetOptions,
 };
+pub use ferry_devices::net::MacAddress;
 pub use fit::Misfit;
 pub use load::ApplyError;
 pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};

@@ -44,6 +44,7 @@ pub use backing::{Backing, MemoryOptions, Resident};
 use backing::{PageKind, Pages};
 pub use bitmap::DirtyBitmap;
 pub use error::{RamError, RangeError};
+pub(crate) use huge_mount::root as private_mount;
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
 pub use shared::{ClaimError, ShareError, SharedRam};
 pub use transfer::{PageRun, SplicePipe};

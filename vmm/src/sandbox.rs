@@ -4,6 +4,7 @@
 //!
 //! - no program that it would start could gain rights (`no_new_privs`), it leaves no core file with
 //!   the guest's memory, and other processes of its user cannot look into it;
+//! - it opens no file but those of [`Files`] (landlock);
 //! - each thread may make the system calls that its [kind](Kind) makes, and no others (seccomp). A
 //!   thread that tries another ends the process with a sentence on stderr and the exit status
 //!   [`VIOLATION`].
@@ -16,7 +17,9 @@
 //! needs of its own.
 
 mod calls;
+mod files;
 mod filter;
+mod inherited;
 mod names;
 mod support;
 mod violation;
@@ -28,6 +31,8 @@ use std::str::FromStr;
 use ferry_devices::thread::{self, Kind};
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 
+pub use files::{Files, Outside, may_make, may_read};
+pub use inherited::{Descriptor, DescriptorError, Passed};
 pub use support::{Support, support};
 
 /// The exit status after a violation: what a shell says of a process that SIGSYS has ended.
@@ -99,19 +104,19 @@ pub enum SandboxError {
         /// Why.
         source: io::Error,
     },
-    /// A filter was not taken.
+    /// A rule was not taken.
     #[error("{0}; `--sandbox off` runs without it")]
     Filter(String),
 }
 
-/// Enters the sandbox, for good: no way leads out of it. Returns what the kernel here could not
-/// give, as one sentence.
+/// Enters the sandbox, for good: no way leads out of it. From now on only `files` can be opened.
+/// Returns what the kernel here could not give, as one sentence.
 ///
 /// To be called while the process has one thread.
 ///
 /// # Errors
 /// [`SandboxError`]; the process may be in a part of it.
-pub fn enter(mode: Mode) -> Result<Option<String>, SandboxError> {
+pub fn enter(mode: Mode, files: Files) -> Result<Option<String>, SandboxError> {
     if mode == Mode::Off {
         return Ok(None);
     }
@@ -124,6 +129,10 @@ pub fn enter(mode: Mode) -> Result<Option<String>, SandboxError> {
         Ok(more) => return Err(SandboxError::Threads(more)),
     }
     confine_process()?;
+    if support().landlock > 0 {
+        files.apply().map_err(SandboxError::Filter)?;
+    }
+    files.restrict_names();
     if support().seccomp {
         let filters = filter::All::new().map_err(SandboxError::Filter)?;
         violation::handle().map_err(|source| SandboxError::System {
@@ -178,10 +187,10 @@ mod tests {
     fn a_process_with_threads_does_not_enter() {
         let (hold, held) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::spawn(move || held.recv());
-        let error = enter(Mode::On).unwrap_err();
+        let error = enter(Mode::On, Files::default()).unwrap_err();
         assert!(matches!(error, SandboxError::Threads(2..)), "{error}");
         drop(hold);
         let _ = thread.join().unwrap();
-        assert!(matches!(enter(Mode::Off), Ok(None)));
+        assert!(matches!(enter(Mode::Off, Files::default()), Ok(None)));
     }
 }

@@ -19,7 +19,7 @@ use nix::sys::stat::{Mode, fchmod};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf, absolute};
 use std::time::{Duration, Instant};
@@ -125,6 +125,30 @@ impl Socket {
         let backlog = Backlog::new(BACKLOG).unwrap_or(Backlog::MAXCONN);
         listen(&made.listener, backlog).map_err(|e| system(e.into()))?;
         Ok(made)
+    }
+
+    /// One that listens already, and whose file is another's to remove.
+    ///
+    /// # Errors
+    /// It is no Unix socket, or one without a file, which every user of this host could reach.
+    pub fn given(fd: OwnedFd) -> io::Result<Self> {
+        let listener = UnixListener::from(fd);
+        let address = listener.local_addr()?;
+        let path = address.as_pathname().ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a Unix socket without a file has no permissions; give it a path",
+            )
+        })?;
+        listener.set_nonblocking(true)?;
+        if fs::metadata(path).is_ok_and(|m| m.mode() & 0o002 != 0) {
+            tracing::warn!(socket = %path.display(), "every user of this host may use this socket; give it the mode 0600 (SocketMode=0600 in a socket unit)");
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            listener,
+            identity: None,
+        })
     }
 
     /// The listener; it does not block.
@@ -343,7 +367,12 @@ impl Reach {
         if path.as_os_str().len() <= MAX_PATH {
             return Ok(plain());
         }
-        let Ok(directory) = File::open(directory(path)) else {
+        // Only to name it: neither its permissions nor the sandbox forbid that.
+        let named = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(directory(path));
+        let Ok(directory) = named else {
             return Ok(plain());
         };
         let short = Path::new("/proc/self/fd")

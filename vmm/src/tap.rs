@@ -55,6 +55,17 @@ pub enum TapError {
          another tap here, with --net"
     )]
     Examine(#[source] io::Error),
+    /// What was passed open is no tap as it is needed.
+    #[error(
+        "descriptor {number} cannot be behind a network card: {why}; open /dev/net/tun and attach it with IFF_TAP, IFF_NO_PI \
+         and IFF_VNET_HDR"
+    )]
+    Given {
+        /// The descriptor.
+        number: i32,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The kernel refuses.
     #[error("the tap device {name} cannot be used: {what}: {source}; {hint}")]
     Refused {
@@ -150,6 +161,38 @@ impl Tap {
             "switching its offloads off",
             "the kernel is too old",
         ))?;
+        Ok(tap)
+    }
+
+    /// Takes a tap device that was opened, and attached to its interface, for this process.
+    ///
+    /// # Errors
+    /// [`TapError::Given`].
+    pub fn given(file: OwnedFd, number: i32) -> Result<Self, TapError> {
+        let refused = |why: String| TapError::Given { number, why };
+        let mut tap = Self {
+            file: file.into(),
+            name: String::new(),
+            lent: None,
+        };
+        let (name, flags) = ioctl::interface(&tap.file)
+            .map_err(|e| refused(format!("it is attached to no interface ({e})")))?;
+        if flags & FLAGS != FLAGS || flags & libc::IFF_TUN != 0 {
+            return Err(refused(
+                "it is a tunnel, or a tap without headers for offloads".into(),
+            ));
+        }
+        tap.name = name;
+        let prepared = ioctl::set_header_size(&tap.file, HEADER)
+            .and_then(|()| tap.offload(Offloads::default()))
+            // A frame that is not there must not stop the card's worker.
+            .and_then(|()| {
+                Ok(fcntl_setfl(
+                    &tap.file,
+                    fcntl_getfl(&tap.file)? | OFlags::NONBLOCK,
+                )?)
+            });
+        prepared.map_err(|e| refused(format!("it cannot be set up ({e})")))?;
         Ok(tap)
     }
 

@@ -30,6 +30,7 @@ mod error;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,7 +39,7 @@ use std::sync::{Mutex, OnceLock};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use rustix::fs::{FallocateFlags, fallocate, ioctl_blksszget};
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl, fcntl_setfl, ioctl_blksszget};
 use serde::{Deserialize, Serialize};
 
 use super::WrittenBlocks;
@@ -109,15 +110,41 @@ impl Disk {
             .write(!read_only)
             // A pipe would be waited for; files and block devices do not care.
             .custom_flags(libc::O_NONBLOCK);
-        let mut file = options.open(path).map_err(error)?;
-        let kind = file.metadata().map_err(error)?.file_type();
+        let file = options.open(path).map_err(error)?;
+        Self::checked(file, path, (read_only, &options), error)
+    }
+
+    /// Takes a file that is open already, without taking the lock. Its path is that of the
+    /// descriptor, which tells about it for as long as this is here.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn given(file: File, read_only: bool) -> Result<Self, DiskError> {
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let error = |source| DiskError::Open {
+            path: path.clone(),
+            hint: "pass a raw image or a block device",
+            source,
+        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(!read_only);
+        Self::checked(file, &path, (read_only, &options), error)
+    }
+
+    fn checked(
+        mut file: File,
+        path: &Path,
+        (read_only, options): (bool, &OpenOptions),
+        error: impl Fn(io::Error) -> DiskError,
+    ) -> Result<Self, DiskError> {
+        let kind = file.metadata().map_err(&error)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind {
                 path: path.to_owned(),
             });
         }
         // The end is found alike for files and devices.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(error)?;
+        let bytes = file.seek(SeekFrom::End(0)).map_err(&error)?;
         if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
             return Err(DiskError::Size {
                 path: path.to_owned(),
@@ -128,7 +155,7 @@ impl Disk {
         Ok(if kind.is_file() {
             disk
         } else {
-            disk.into_device(&options)
+            disk.into_device(options)
         })
     }
 
@@ -166,6 +193,10 @@ impl Disk {
         match options.open(&self.path) {
             Ok(file) => {
                 self.file = file;
+                self.direct = Some(Direct::new(self.block.into()));
+            }
+            // What was passed on open may not be this user's to open.
+            Err(_) if set_direct(&self.file).is_ok() => {
                 self.direct = Some(Direct::new(self.block.into()));
             }
             Err(error) => {
@@ -419,6 +450,11 @@ impl Disk {
         self.written.mark(offset, len);
         Ok(result?)
     }
+}
+
+fn set_direct(file: &File) -> io::Result<()> {
+    let flags = fcntl_getfl(file)?;
+    Ok(fcntl_setfl(file, flags | OFlags::DIRECT)?)
 }
 
 fn shrunk() -> io::Error {

@@ -108,6 +108,12 @@ impl Kernel {
         &self.release
     }
 
+    /// Where all of its files are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.dir
+    }
+
     /// The bzImage, checked.
     ///
     /// # Errors

@@ -47,12 +47,11 @@ impl DiskFaults {
         Self { path, words }
     }
 
-    /// Starts a VMM with these disks. It is outside the sandbox: what the library calls, such as
-    /// fstat on a vCPU's thread, is no call of ferry's.
+    /// Starts a VMM with these disks.
     pub fn start(&self, args: &[&str]) -> Host {
         let wrapper = self.wrapper();
         let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
-        Host::start_by(&wrapper, &[args, &["--sandbox", "off"]].concat())
+        Host::start_by(&wrapper, args)
     }
 
     /// What starts a process with these disks.

@@ -146,7 +146,6 @@ impl Ground {
         let args = [
             "run", "--nas", WORK, "--memory", MEMORY, "--cpus", "1", "--serial", "stdio", "--disk",
         ];
-        // Where no disk fails, ferry runs as it does for its users: in its sandbox.
         let start = |faults: &DiskFaults, args: &[&str]| match case.fault {
             Fault::DiskSlow | Fault::DiskFailing => faults.start(args),
             _ => Host::start(args),

@@ -10,7 +10,7 @@ use ferry_devices::thread;
 use std::collections::HashMap;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -124,9 +124,20 @@ impl Server {
     /// # Errors
     /// [`BindError`].
     pub fn bind(path: &Path, control: Arc<dyn Control>, limits: Limits) -> Result<Self, BindError> {
-        let socket = Socket::bind(path)?;
+        Ok(Self::on(Socket::bind(path)?, control, limits))
+    }
+
+    /// As [`bind`](Self::bind), on a Unix socket that listens already, and is not removed.
+    ///
+    /// # Errors
+    /// It is no Unix socket with a file.
+    pub fn given(fd: OwnedFd, control: Arc<dyn Control>, limits: Limits) -> io::Result<Self> {
+        Ok(Self::on(Socket::given(fd)?, control, limits))
+    }
+
+    fn on(socket: Socket, control: Arc<dyn Control>, limits: Limits) -> Self {
         let open = Mutex::new(Open::default());
-        Ok(Self {
+        Self {
             socket,
             shared: Arc::new(Shared {
                 control,
@@ -134,7 +145,7 @@ impl Server {
                 open,
                 left: Condvar::new(),
             }),
-        })
+        }
     }
 
     /// The socket's path.

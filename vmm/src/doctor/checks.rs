@@ -247,7 +247,11 @@ fn confinement(support: Support) -> Check {
         None => good(
             "sandbox",
             Need::Useful,
-            "is whole here (--sandbox require): no_new_privs, seccomp filters for each kind of thread",
+            format!(
+                "is whole here (--sandbox require): no_new_privs, seccomp filters for each kind of thread, files by landlock \
+                 (version {})",
+                support.landlock
+            ),
         ),
         Some(missing) => bad(
             "sandbox",

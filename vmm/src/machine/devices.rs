@@ -38,6 +38,7 @@ pub use place::{MAX_DEVICES, place};
 use super::builder::BuildError;
 use crate::kvm::Vm;
 use crate::memory::{GuestMemory, MemoryOptions};
+use crate::sandbox::Descriptor;
 use crate::tap::Tap;
 use announcing::Announcing;
 use balloon::HostPages;
@@ -50,6 +51,20 @@ pub struct DiskOptions {
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub read_only: bool,
+    /// It, where it is open already; `path` is that of the descriptor then.
+    pub open: Option<Descriptor>,
+}
+
+impl DiskOptions {
+    /// A disk that is open already.
+    #[must_use]
+    pub fn open(disk: Descriptor, read_only: bool) -> Self {
+        Self {
+            path: format!("/proc/self/fd/{}", disk.number()).into(),
+            read_only,
+            open: Some(disk),
+        }
+    }
 }
 
 /// A network card as it is given on a host.
@@ -59,6 +74,8 @@ pub struct NetOptions {
     pub tap: String,
     /// The card's address; a random one if it is left out. A guest that arrives brings its own.
     pub mac: Option<MacAddress>,
+    /// The device, where it is open already; `tap` is of no use then.
+    pub open: Option<Descriptor>,
 }
 
 /// What is behind the guest's memory and virtio devices on this host.
@@ -375,11 +392,16 @@ fn cards(backends: &Backends, shared: Vec<OwnedFd>) -> Result<Vec<Card<'_>>, Dev
     };
     let came: Vec<_> = backends.nets.iter().map(card).collect();
     let given = backends.nets.iter().zip(came);
-    let cards = given.map(|(options, came)| match came {
-        Some(tap) => Card::Shared(tap),
-        None => Card::Named(&options.tap),
+    let cards = given.map(|(options, came)| match (&options.open, came) {
+        (Some(open), _) => {
+            let file = open.duplicate().map_err(DeviceError::Resources)?;
+            let tap = Tap::given(file, open.number()).map_err(DeviceError::Tap)?;
+            Ok(Card::Shared(tap))
+        }
+        (None, Some(tap)) => Ok(Card::Shared(tap)),
+        (None, None) => Ok(Card::Named(&options.tap)),
     });
-    Ok(cards.collect())
+    cards.collect()
 }
 
 /// The devices of a new machine.

@@ -24,8 +24,10 @@ struct FileMark {
 impl FileMark {
     /// `None` for a block device.
     fn of(path: &Path) -> io::Result<Option<Self>> {
-        // Opened, and not only looked at: NFS asks its server then.
-        let metadata = File::open(path)?.metadata()?;
+        // Opened, and not only looked at: NFS asks its server then. What was passed on open may not
+        // be this user's to open.
+        let opened = File::open(path).and_then(|file| file.metadata());
+        let metadata = opened.or_else(|_| std::fs::metadata(path))?;
         Ok(metadata.is_file().then(|| Self {
             bytes: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),

@@ -47,6 +47,12 @@ pub(super) fn file(bytes: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// Its root, where it was mounted.
+pub(crate) fn root() -> Option<OwnedFd> {
+    let mount = MOUNT.lock().unwrap_or_else(PoisonError::into_inner);
+    mount.as_ref()?.as_ref().ok()?.try_clone().ok()
+}
+
 fn new_mount() -> io::Result<OwnedFd> {
     match mount() {
         Ok(mount) => Ok(mount),

@@ -41,6 +41,14 @@ pub struct SharedRam {
     pub memory: OwnedFd,
     /// The word that the guest has run since.
     pub word: OwnedFd,
+    /// The memory file, opened more often: for a new owner that may not open it itself, to hand it
+    /// on once for each.
+    pub spares: Vec<OwnedFd>,
+}
+
+impl SharedRam {
+    /// The most spares: as many times memory can be handed on before it is copied again.
+    pub const SPARES: usize = 8;
 }
 
 /// Why memory cannot be shared, or what was given is not the guest's memory.
@@ -117,6 +125,8 @@ struct State {
     held: bool,
     /// Words that were unsaid at the last look.
     words: Vec<OwnedFd>,
+    /// Open files of the memory with locks of their own, as they came.
+    spares: Vec<OwnedFd>,
 }
 
 impl Tenure {
@@ -132,23 +142,50 @@ impl GuestRam {
     /// # Errors
     /// [`ShareError`]; nothing has changed.
     pub fn share(&self) -> Result<SharedRam, ShareError> {
-        let path = format!("/proc/self/fd/{}", self.file().as_raw_fd());
-        // Not a duplicate: a lock belongs to an open file, and the two sides must not have one in
-        // common.
-        let memory = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(ShareError::Reopen)?;
+        let (memory, spares) = self.open_anew()?;
         let word = |e: Errno| ShareError::Word(e.into());
         let ours = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(word)?;
         let theirs = ours.try_clone().map_err(ShareError::Word)?;
         self.begin();
         self.tenure.lock().words.push(ours);
         Ok(SharedRam {
-            memory: memory.into(),
+            memory,
             word: theirs,
+            spares,
         })
+    }
+
+    /// The memory file, opened once more, and spares.
+    ///
+    /// Not a duplicate: a lock belongs to an open file, and the two sides must not have one in
+    /// common.
+    fn open_anew(&self) -> Result<(OwnedFd, Vec<OwnedFd>), ShareError> {
+        let path = format!("/proc/self/fd/{}", self.file().as_raw_fd());
+        let open = || OpenOptions::new().read(true).write(true).open(&path);
+        let error = match open() {
+            Ok(memory) => {
+                // Landlock lets a memfd be opened anew, and a file of a foreign mount not.
+                let sealed = fcntl_get_seals(&memory).is_ok_and(|s| s.contains(SealFlags::SHRINK));
+                let wanted = if sealed { 0 } else { SharedRam::SPARES };
+                let spares = std::iter::repeat_with(open)
+                    .take(wanted)
+                    .map_while(Result::ok);
+                return Ok((memory.into(), spares.map(OwnedFd::from).collect()));
+            }
+            Err(error) => error,
+        };
+        let mut state = self.tenure.lock();
+        while error.kind() == io::ErrorKind::PermissionDenied
+            && let Some(memory) = state.spares.pop()
+        {
+            // While this side has the lock, another open file cannot take it; a duplicate of this
+            // side's can.
+            let held = state.held;
+            if held && flock(&memory, FlockOperation::NonBlockingLockExclusive).is_err() {
+                return Ok((memory, std::mem::take(&mut state.spares)));
+            }
+        }
+        Err(ShareError::Reopen(error))
     }
 
     /// The memory of a guest of `bytes` bytes that another process has shared. Nothing of it is
@@ -169,7 +206,14 @@ impl GuestRam {
         });
         let mut ram = Self::map(layout, Arc::new(File::from(shared.memory)), pages)?;
         ram.adopted = true;
-        ram.tenure.lock().words.push(shared.word);
+        let own = fstat(ram.file()).map_err(|e| ShareError::Examine(e.into()))?;
+        let same = |spare: &OwnedFd| {
+            fstat(spare).is_ok_and(|file| (file.st_dev, file.st_ino) == (own.st_dev, own.st_ino))
+        };
+        let mut state = ram.tenure.lock();
+        state.words.push(shared.word);
+        state.spares = shared.spares.into_iter().filter(same).collect();
+        drop(state);
         Ok(ram)
     }
 

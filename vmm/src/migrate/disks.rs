@@ -98,8 +98,14 @@ impl IncomingDisks {
             });
         }
         for (options, bytes) in options.iter().zip(bytes) {
-            let (disk, made) = Disk::missing_pages(&options.path, options.read_only, *bytes)
-                .map_err(DeviceError::Disk)?;
+            let made = match &options.open {
+                Some(open) => {
+                    let file = open.duplicate().map_err(DeviceError::Resources)?;
+                    Disk::missing_pages_given(file.into(), options.read_only, *bytes)
+                }
+                None => Disk::missing_pages(&options.path, options.read_only, *bytes),
+            };
+            let (disk, made) = made.map_err(DeviceError::Disk)?;
             self.all.push((Arc::new(disk), made));
         }
         Ok(())

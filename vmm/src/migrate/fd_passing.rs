@@ -14,8 +14,8 @@ use rustix::net::{
 use crate::machine::MAX_DEVICES;
 use crate::memory::SharedRam;
 
-/// The memory and its word.
-const MEMORY: usize = 2;
+/// The memory and its word, and spares.
+const MEMORY: usize = 2 + SharedRam::SPARES;
 /// The most that can be meant at once: a file for each device.
 const FILES: usize = MAX_DEVICES;
 
@@ -37,6 +37,7 @@ impl FdPassing {
     /// The memory leaves with the next bytes.
     pub(super) fn put(&mut self, memory: SharedRam) {
         self.outgoing = vec![memory.memory, memory.word];
+        self.outgoing.extend(memory.spares);
     }
 
     /// What the guest's devices have open leaves with the next bytes.
@@ -81,7 +82,11 @@ impl FdPassing {
         }
         let mut files = self.incoming.drain(..);
         match (files.next(), files.next()) {
-            (Some(memory), Some(word)) => Ok(Some(SharedRam { memory, word })),
+            (Some(memory), Some(word)) => Ok(Some(SharedRam {
+                memory,
+                word,
+                spares: files.collect(),
+            })),
             (None, _) => Ok(None),
             (Some(_), None) => {
                 Err("the source has sent a part only of what makes up the guest's memory")

@@ -1,6 +1,6 @@
 //! A machine at the source: the engine's [`SourceVm`].
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use ferry_migration::wire::{MAX_RUNS, SessionId};
 use super::disks::DiskCopy;
 use super::{StreamLink, copied, engine_layout, page_runs};
 use crate::machine::{Machine, PausedMachine};
+use crate::memory::ShareError;
 
 /// The guest of a machine while it is migrated away.
 pub(crate) struct MachineGuest<'a> {
@@ -261,7 +262,16 @@ impl ShareMemory<StreamLink> for MachineGuest<'_> {
         let Some(fd_passing) = link.fd_passing() else {
             return Ok(false);
         };
-        fd_passing.put(self.machine.ram().share()?);
+        match self.machine.ram().share() {
+            Ok(shared) => fd_passing.put(shared),
+            // It lies in the private tmpfs of another process, which is in no rule of this one's
+            // sandbox, and there are no spares.
+            Err(ShareError::Reopen(error)) if error.kind() == ErrorKind::PermissionDenied => {
+                tracing::warn!(%error, "the guest's memory is copied: it cannot be handed on once more");
+                return Ok(false);
+            }
+            Err(error) => return Err(error.into()),
+        }
         Ok(true)
     }
 

@@ -33,6 +33,9 @@ pub enum ReceiveError {
         /// What to do.
         hint: &'static str,
     },
+    /// A socket that was passed on cannot be used.
+    #[error("cannot listen on the socket that was passed to this process: {0}")]
+    Given(io::Error),
     /// The socket's file cannot be made.
     #[error("cannot listen on {uri}: {error}")]
     Socket {
@@ -113,6 +116,35 @@ impl Listener {
                 })
             }
         }
+    }
+
+    /// A stream socket that listens already: of a Unix socket the file is not removed.
+    ///
+    /// # Errors
+    /// [`ReceiveError::Given`].
+    pub fn given(fd: OwnedFd) -> Result<Self, ReceiveError> {
+        let address = socket2::SockRef::from(&fd).local_addr();
+        let address = address.map_err(ReceiveError::Given)?;
+        let (socket, uri) = match address.as_socket() {
+            Some(address) => {
+                let listener = TcpListener::from(fd);
+                listener
+                    .set_nonblocking(true)
+                    .map_err(ReceiveError::Given)?;
+                let (host, port) = (address.ip().to_string(), address.port());
+                (Socket::Tcp(listener), Uri::Tcp { host, port })
+            }
+            None => {
+                let socket = socket::Socket::given(fd).map_err(ReceiveError::Given)?;
+                let uri = Uri::Unix(socket.path().to_owned());
+                (Socket::Unix(socket), uri)
+            }
+        };
+        Ok(Self {
+            socket,
+            uri,
+            gate: Gate::default(),
+        })
     }
 
     /// Lets in only what this gate does.
@@ -259,7 +291,7 @@ impl ReceiveError {
         match self {
             Self::Bind { error, .. } => error.kind() == io::ErrorKind::AddrInUse,
             Self::Socket { error, .. } => matches!(error, BindError::InUse { .. }),
-            Self::Thread(_) => false,
+            Self::Given(_) | Self::Thread(_) => false,
         }
     }
 }

@@ -8,6 +8,7 @@ use ferry_migration::net::tls::{ClientTls, Credentials, PairingLine, Secret};
 
 use super::Uri;
 use crate::api::types::Security;
+use crate::sandbox::may_read;
 
 /// Where a migration goes, and how the connections there are secured.
 #[derive(Clone, Debug)]
@@ -120,6 +121,7 @@ impl Peer {
 }
 
 fn source_credentials(dir: &Path, name: &str) -> Result<ClientTls, String> {
+    may_read(dir).map_err(|e| e.to_string())?;
     let credentials = Credentials::source(dir).map_err(|e| e.to_string())?;
     ClientTls::with_credentials(&credentials, name).map_err(|e| e.to_string())
 }

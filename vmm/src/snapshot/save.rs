@@ -15,6 +15,7 @@ use crate::machine::Machine;
 use crate::migrate::guest::MachineGuest;
 use crate::migrate::{MonotonicClock, session_id};
 use crate::new_file::{Making, NewFile, NewFileError};
+use crate::sandbox::{Outside, may_make};
 
 /// The pause that ends a live snapshot's rounds.
 const LIVE_DOWNTIME: Duration = Duration::from_millis(50);
@@ -29,6 +30,9 @@ pub enum SnapshotError {
     /// No file can be made.
     #[error("no snapshot can be made: {0}; the guest goes on as before")]
     File(NewFileError),
+    /// It must not be made there.
+    #[error("no snapshot can be made: {0}; the guest goes on as before")]
+    Outside(#[from] Outside),
     /// It was not written to the end.
     #[error("the snapshot {} was not written: {source}; the guest goes on as before", path.display())]
     Save {
@@ -69,6 +73,7 @@ pub fn save(
         replace: request.force,
         private: true,
     };
+    may_make(path)?;
     let file = NewFile::create(path, making)?;
     // Most of what the disks hold back goes out while the guest runs.
     flush(machine).map_err(|source| SnapshotError::Disk {

@@ -66,6 +66,7 @@ fn with(tap: &Tap) -> Backends {
         nets: vec![NetOptions {
             tap: tap.0.clone(),
             mac: None,
+            open: None,
         }],
         ..Backends::default()
     }

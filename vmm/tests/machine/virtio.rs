@@ -67,6 +67,7 @@ pub fn backends(path: &Path) -> Backends {
         disks: vec![DiskOptions {
             path: path.to_owned(),
             read_only: false,
+            open: None,
         }],
         ..Backends::default()
     }

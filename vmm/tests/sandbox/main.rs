@@ -4,7 +4,7 @@
 //! starts itself, without libtest and its threads.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use ferry_vmm::sandbox::{Mode, VIOLATION, enter, support};
+use ferry_vmm::sandbox::{Files, Mode, VIOLATION, enter, support};
 use ferry_vmm::thread::{Kind, spawn};
 use rustix::process::Resource;
 use std::fs::File;
@@ -99,7 +99,7 @@ fn child(case: &str) -> ExitCode {
     let attacks = ATTACKS.iter().map(|(_, case)| case);
     let mut all = attacks.chain(&WORK).chain(&SILENT);
     let (name, kind, body) = *all.find(|(n, _, _)| *n == case).unwrap();
-    assert!(enter(Mode::On).is_ok());
+    assert!(enter(Mode::On, Files::default()).is_ok());
     let (tell, told) = mpsc::channel();
     let body = move || {
         body();

@@ -15,8 +15,9 @@ use nix::libc;
 use rustix::fs::SeekFrom as Seek;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 impl Disk {
     /// Opens, or makes, the file that a disk of `bytes` is copied into, and locks it. `read_only`
@@ -50,6 +51,30 @@ impl Disk {
             }
             Err(e) => return Err(error(e)),
         };
+        Self::made((file, made), path, (read_only, &options), bytes)
+    }
+
+    /// As [`missing_pages`](Self::missing_pages), with a file that is open already.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn missing_pages_given(
+        file: File,
+        read_only: bool,
+        bytes: u64,
+    ) -> Result<(Self, bool), DiskError> {
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        Self::made((file, false), &path, (read_only, &options), bytes)
+    }
+
+    fn made(
+        (file, made): (File, bool),
+        path: &Path,
+        (read_only, options): (bool, &OpenOptions),
+        bytes: u64,
+    ) -> Result<(Self, bool), DiskError> {
         let disk = Self::of(file, path, read_only, bytes);
         // Before the lock, which is that of the open file: a device is opened anew.
         let device = disk
@@ -57,7 +82,7 @@ impl Disk {
             .metadata()
             .is_ok_and(|m| m.file_type().is_block_device());
         let disk = if device {
-            disk.into_device(&options)
+            disk.into_device(options)
         } else {
             disk
         };

@@ -79,7 +79,14 @@ pub(super) fn open_disks(
     let described = described.unwrap_or_default().iter();
     let mut theirs = described.filter(|d| matches!(d, DeviceDescription::Disk { .. }));
     let open = |options: &DiskOptions| {
-        let disk = Disk::open(&options.path, options.read_only).map_err(DeviceError::Disk)?;
+        let disk = match &options.open {
+            Some(open) => {
+                let file = open.duplicate().map_err(DeviceError::Resources)?;
+                Disk::given(file.into(), options.read_only)
+            }
+            None => Disk::open(&options.path, options.read_only),
+        };
+        let disk = disk.map_err(DeviceError::Disk)?;
         let Some(DeviceDescription::Disk {
             bytes,
             backing: Some(backing),
@@ -128,6 +135,7 @@ mod tests {
         DiskOptions {
             path: path.to_owned(),
             read_only: false,
+            open: None,
         }
     }
 
@@ -179,6 +187,7 @@ mod tests {
         let linked = DiskOptions {
             path: link,
             read_only: false,
+            open: None,
         };
         open(&[linked, disks[1].clone()]).unwrap();
     }

@@ -48,6 +48,26 @@ fn memory_of_2_mib_pages_is_shared_and_stays_so() {
     assert!(matches!(runs(&b), Err(ClaimError::Stale)));
 }
 
+/// What a side hands memory on with that may not open it itself.
+#[test]
+fn spares_are_of_the_same_memory_and_have_locks_of_their_own() {
+    let a = GuestRam::new(BYTES, Backing::Auto).unwrap();
+    assert!(runs(&a).unwrap());
+    let mut shared = a.share().unwrap();
+    if shared.spares.is_empty() {
+        return eprintln!("NOT RUN: spares_are_of_the_same_memory: memory is a memfd here");
+    }
+    shared.spares.push(tempfile::tempfile().unwrap().into());
+    let b = GuestRam::adopt(BYTES, false, shared).unwrap();
+    let spares = std::mem::take(&mut b.tenure.lock().spares);
+    assert_eq!(spares.len(), SharedRam::SPARES);
+    let exclusive = |file: &OwnedFd| flock(file, FlockOperation::NonBlockingLockExclusive);
+    assert!(spares.iter().all(|spare| exclusive(spare).is_err()));
+    a.give_up().unwrap();
+    exclusive(&spares[0]).unwrap();
+    assert!(exclusive(&spares[1]).is_err());
+}
+
 /// Of a user who is neither root nor this one: it could be cut at any time.
 #[test]
 fn an_unsealed_file_of_another_user_is_refused() {
@@ -63,6 +83,7 @@ fn an_unsealed_file_of_another_user_is_refused() {
             .unwrap()
             .into(),
         word: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+        spares: Vec::new(),
     };
     GuestRam::adopt(BYTES, false, shared(&file)).unwrap();
     let another = geteuid().as_raw() + 4711;
@@ -154,7 +175,16 @@ fn what_is_not_the_guests_memory_is_refused() {
     let word = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let adopt = |memory: OwnedFd, bytes, hugepages| {
         let word = word();
-        let error = GuestRam::adopt(bytes, hugepages, SharedRam { memory, word }).unwrap_err();
+        let error = GuestRam::adopt(
+            bytes,
+            hugepages,
+            SharedRam {
+                memory,
+                word,
+                spares: Vec::new(),
+            },
+        )
+        .unwrap_err();
         let sentence = error.to_string();
         assert!(
             !sentence.contains('\n') && sentence.len() > 20,
@@ -199,7 +229,16 @@ fn a_word_that_is_no_event_stops_nothing() {
     let (read, write) = rustix::pipe::pipe().unwrap();
     for word in [read, write] {
         let memory = memfd(BYTES, SealFlags::SHRINK);
-        let ram = GuestRam::adopt(BYTES, false, SharedRam { memory, word }).unwrap();
+        let ram = GuestRam::adopt(
+            BYTES,
+            false,
+            SharedRam {
+                memory,
+                word,
+                spares: Vec::new(),
+            },
+        )
+        .unwrap();
         // Whatever it comes to, it comes.
         let _ = runs(&ram);
     }
