@@ -57,6 +57,8 @@ impl<L: Link, S: PageSink<L> + 'static> Guest<L, S> {
             Ok(()) => self.commit(parts),
             Err(error) if error.is_from_peer() => {
                 self.discard(parts.host);
+                // The source repeats ABORT until it is answered.
+                parts.session.channel.send_abort("the guest was discarded");
                 Err(End::new(Phase::Discarded, error))
             }
             Err(error) => Err(self.lose(parts.session, error)),
