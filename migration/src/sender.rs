@@ -196,11 +196,11 @@ impl Pacer {
     }
 
     /// Pages in a batch: as many as the cap lets through in a moment, so that cancelling is quick
-    /// and the link sees no bursts.
+    /// and the link sees no bursts. At least one: a batch of none would be sent for ever.
     pub(crate) fn batch_pages(&self) -> u64 {
         const MOMENT: f64 = 0.05;
         self.paid().rate.map_or(BATCH_PAGES, |rate| {
-            pages_in(rate * MOMENT / PAGE_BYTES as f64)
+            pages_in(rate * MOMENT / PAGE_BYTES as f64).max(1)
         })
     }
 
@@ -469,5 +469,18 @@ pub(crate) fn table_header(
         count: u32::try_from(runs).unwrap_or(u32::MAX),
         length: u32::try_from(length).unwrap_or(u32::MAX),
         ..Header::bare(kind, round)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_cap_still_sends_a_page() {
+        for rate in [1, 4096, 50_000] {
+            assert_eq!(Pacer::new(Some(rate)).batch_pages(), 1, "{rate} bytes/s");
+        }
+        assert_eq!(Pacer::new(None).batch_pages(), BATCH_PAGES);
     }
 }
