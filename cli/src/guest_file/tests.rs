@@ -88,7 +88,7 @@ fn what_is_wrong_has_its_line_and_column() {
         ("hugepages = 'yes'", "1:13: `hugepages` takes true or false"),
         (
             "disk = ['a', [1]]",
-            "1:14: `disk` takes a list of texts, each PATH[,ro]",
+            "1:14: `disk` takes a list of texts, each PATH|fd:N[,ro]",
         ),
         ("cpus = true", "1:8: `cpus` takes"),
         ("[machine]\ncpus = 1", "`machine`"),
