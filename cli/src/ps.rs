@@ -9,6 +9,7 @@ use ferry_terminal::rows::columns;
 use ferry_terminal::units::{memory, span};
 use ferry_vmm::api::client::{Client, ClientError};
 use ferry_vmm::api::types::{StateName, Status};
+use ferry_vmm::thread;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io;
@@ -16,7 +17,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use time::OffsetDateTime;
 
@@ -202,12 +202,14 @@ fn ask(found: Vec<(GuestName, PathBuf)>) -> Vec<Row> {
             while let Some((at, api)) = next() {
                 let status = Client::with_timeout(&api, DEADLINE).status();
                 if answered.send((at, status)).is_err() {
-                    return;
+                    break;
                 }
             }
+            Ok(())
         };
-        // With fewer threads the others ask for it; without any, nobody answers.
-        let _ = thread::Builder::new().spawn(work);
+        // With fewer threads the others ask for it; without any, no VMM is asked.
+        let failed = |why| tracing::warn!("{why}");
+        let _ = thread::spawn(thread::Kind::Vmm, "ferry-ps", work, failed);
     }
     drop(answered);
     let mut known = BTreeMap::new();
@@ -236,7 +238,7 @@ mod tests {
     /// A VMM that answers each connection with this status.
     fn answers(path: &Path, body: String) {
         let vmm = UnixListener::bind(path).unwrap();
-        thread::spawn(move || {
+        std::thread::spawn(move || {
             for stream in vmm.incoming() {
                 let mut stream = stream.unwrap();
                 let _ = stream.read(&mut [0; 4096]);
@@ -277,7 +279,7 @@ mod tests {
         );
         answers(&socket("odd"), "nonsense".into());
         drop(UnixListener::bind(socket("dead")).unwrap());
-        // Its queue takes the connection, and nobody reads the request.
+        // Its queue takes the connection, and no process reads the request.
         let _silent = UnixListener::bind(socket("silent")).unwrap();
         let rows = list(dir.path());
         let states: Vec<_> = rows.iter().map(|r| (r.name.as_str(), r.state)).collect();
