@@ -10,7 +10,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// The most files that pass at once.
-const FILES: usize = 16;
+const FILES: usize = 80;
 
 /// Sends all bytes, the files with the first of them.
 pub(crate) fn pass_on(

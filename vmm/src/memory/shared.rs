@@ -47,8 +47,9 @@ pub struct SharedRam {
 }
 
 impl SharedRam {
-    /// The most spares: as many times memory can be handed on before it is copied again.
-    pub const SPARES: usize = 8;
+    /// The most spares: as many times memory can be handed on before it is copied again. (The kernel
+    /// passes at most 253 files at once, `SCM_MAX_FD`.)
+    pub const SPARES: usize = 64;
 }
 
 /// Why memory cannot be shared, or what was given is not the guest's memory.

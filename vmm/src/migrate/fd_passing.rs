@@ -16,10 +16,12 @@ use crate::memory::SharedRam;
 
 /// The memory and its word, and spares.
 const MEMORY: usize = 2 + SharedRam::SPARES;
-/// The most that can be meant at once: a file for each device.
-const FILES: usize = MAX_DEVICES;
-
-const _: () = assert!(MEMORY <= FILES);
+/// The most that can be meant at once: a memory's, or a file for each device.
+const FILES: usize = if MEMORY > MAX_DEVICES {
+    MEMORY
+} else {
+    MAX_DEVICES
+};
 
 /// What goes, and what came, beside the bytes of a connection.
 #[derive(Debug, Default)]
@@ -52,7 +54,7 @@ impl FdPassing {
 
     /// From now on files of devices that come are kept, until [`take_files`](Self::take_files).
     pub(super) const fn expect_files(&mut self) {
-        self.expected = FILES;
+        self.expected = MAX_DEVICES;
     }
 
     /// The files of devices that came. Nothing more is taken in.
