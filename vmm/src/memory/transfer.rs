@@ -361,13 +361,53 @@ impl GuestRam {
 
     /// The first part of the pages for which the memory file holds nothing: zeros without reading.
     /// Exact at the time of the call; a long part may come in pieces.
+    #[must_use]
+    pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
+        let (mut at, end) = (first_gfn, first_gfn.checked_add(count)?);
+        loop {
+            let (first, absent) = self.seems_unpopulated(at, end - at)?;
+            if self.hugepages() {
+                return Some((first, absent));
+            }
+            self.await_collapse(first, absent);
+            if let Some(run) = self.seems_unpopulated(first, absent) {
+                return Some(run);
+            }
+            at = first + absent;
+        }
+    }
+
+    /// Returns when no 2 MiB page that lies under these pages is being put together any more. Linux
+    /// before 6.3 (`mm/khugepaged.c`, `collapse_file`) puts the new page in place of the old ones
+    /// before it has their contents. Until then the file seems to hold nothing there, and a read
+    /// waits for the first of them.
+    fn await_collapse(&self, first_gfn: u64, count: u64) {
+        const TOGETHER: u64 = 512;
+        let mut gfn = first_gfn - first_gfn % TOGETHER;
+        while gfn < first_gfn + count {
+            // Part of a 2 MiB page at the begin of a region is never put together.
+            if let Some(offset) = self.file_offset(gfn) {
+                // What is read does not matter.
+                let _ = self.file.read_at(&mut [0], offset);
+            }
+            gfn += TOGETHER;
+        }
+    }
+
+    /// Where a page lies in the memory file.
+    fn file_offset(&self, gfn: u64) -> Option<u64> {
+        let (region, page) = self.layout.find(gfn, 1).ok()?;
+        Some(self.layout.regions()[region].file_offset + page * PAGE_SIZE)
+    }
+
+    /// As [`unpopulated`](Self::unpopulated), but for memory whose 2 MiB pages are being put
+    /// together.
     ///
     /// Two questions, since neither answers alone: `mincore` is quick for memory that is there, but
     /// takes a page that was swapped out for absent; `SEEK_DATA` knows, and is quick where nothing
     /// is. Huge pages are never swapped out, and their files take all for data: there `mincore`
     /// answers, unless pages may have come by another mapping.
-    #[must_use]
-    pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
+    fn seems_unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
         const CHUNK: usize = 512;
         if self.hugepages() && self.adopted {
             return None;
