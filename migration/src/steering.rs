@@ -10,7 +10,7 @@
 //!                 switch-over
 //! ```
 //!
-//! The engine leaves the live phase by [`Steering::close`], which fails while something accepted
+//! The engine leaves the live phase by `Steering::close`, which fails while something accepted
 //! was not taken: what a user was promised is done, unless the migration fails first.
 
 use crate::options::{OnTimeout, Options, OptionsError, PolicyKind};
