@@ -475,8 +475,10 @@ fn recover_at_the_wrong_door() {
     for wrong in [&empty, &taken] {
         let ran = recover(&source, Some(wrong.uri()));
         assert_eq!(ran.code, Some(1), "{ran:?}");
+        // A receiver that has its guest closes its port, sooner or later.
+        let closed = wrong.uri() == taken.uri() && ran.stderr.contains("Connection refused");
         assert!(
-            ran.stderr.contains("does not know that migration"),
+            closed || ran.stderr.contains("does not know that migration"),
             "{ran:?}"
         );
         waits_for_pages(&source, &destination);
