@@ -449,7 +449,7 @@ impl GuestRam {
     /// Punches out what is whole units of the file, and overwrites the rest.
     fn make_zero(&self, first_gfn: u64, count: u64, unit: u64) -> Result<(), RamError> {
         let (region, page) = self.layout.find(first_gfn, count)?;
-        let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
+        let start = self.layout.regions()[region].offset_of(page);
         let end = start + count * PAGE_SIZE;
         let inner = start.next_multiple_of(unit)..(end / unit * unit);
         if inner.is_empty() {
@@ -476,7 +476,7 @@ impl GuestRam {
         if count == 0 {
             return Ok(());
         }
-        let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
+        let start = self.layout.regions()[region].offset_of(page);
         // Of a 2 MiB page that it cannot split, since a system call uses it just now, the kernel
         // overwrites the part with zeros instead: the guest would then read zeros and never wait.
         // That would be silent, so it is asked for.

@@ -4,6 +4,7 @@
 //! since while a 2 MiB page is put together the guest waits that touches it.
 
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -57,6 +58,23 @@ impl GuestRam {
         match unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_COLLAPSE) } {
             0 => Ok(true),
             _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Returns when no 2 MiB page that lies under these pages is being put together any more. Linux
+    /// before 6.3 (`mm/khugepaged.c`, `collapse_file`) puts the new page in place of the old ones
+    /// before it has their contents. Until then the file seems to hold nothing there, and a read
+    /// waits for the first of them.
+    pub(super) fn await_collapse(&self, first_gfn: u64, count: u64) {
+        let mut gfn = first_gfn - first_gfn % TOGETHER;
+        while gfn < first_gfn + count {
+            // Part of a 2 MiB page at the begin of a region is never put together.
+            if let Ok((region, page)) = self.layout.find(gfn, 1) {
+                let offset = self.layout.regions()[region].offset_of(page);
+                // What is read does not matter.
+                let _ = self.file.read_at(&mut [0], offset);
+            }
+            gfn += TOGETHER;
         }
     }
 }

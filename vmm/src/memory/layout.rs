@@ -39,6 +39,12 @@ impl RamRegion {
         self.first_gfn + self.pages
     }
 
+    /// Where one of its pages lies in the memory file, in bytes.
+    #[must_use]
+    pub const fn offset_of(&self, page: u64) -> u64 {
+        self.file_offset + page * PAGE_SIZE
+    }
+
     /// Words of 64 pages that a bitmap of the region has.
     #[must_use]
     pub fn words(&self) -> usize {

@@ -261,7 +261,7 @@ impl GuestRam {
     /// Where pages lie in the memory file, and how many bytes they are.
     fn in_file(&self, first: u64, count: u64) -> io::Result<(libc::loff_t, usize)> {
         let (region, page) = self.layout.find(first, count).map_err(bad_range)?;
-        let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
+        let start = self.layout.regions()[region].offset_of(page);
         let bytes = usize::try_from(count * PAGE_SIZE).map_err(io::Error::other)?;
         Ok((
             libc::loff_t::try_from(start).map_err(io::Error::other)?,
@@ -316,7 +316,7 @@ impl GuestRam {
         let count = bytes.len() as u64 / PAGE_SIZE;
         let (region, page) = self.layout.find(first_gfn, count).map_err(bad_range)?;
         if fresh && self.takes_writes() {
-            let start = self.layout.regions()[region].file_offset + page * PAGE_SIZE;
+            let start = self.layout.regions()[region].offset_of(page);
             return self.file.write_all_at(bytes, start);
         }
         let into = self.host_address(first_gfn, count).map_err(bad_range)?;
@@ -375,29 +375,6 @@ impl GuestRam {
             }
             at = first + absent;
         }
-    }
-
-    /// Returns when no 2 MiB page that lies under these pages is being put together any more. Linux
-    /// before 6.3 (`mm/khugepaged.c`, `collapse_file`) puts the new page in place of the old ones
-    /// before it has their contents. Until then the file seems to hold nothing there, and a read
-    /// waits for the first of them.
-    fn await_collapse(&self, first_gfn: u64, count: u64) {
-        const TOGETHER: u64 = 512;
-        let mut gfn = first_gfn - first_gfn % TOGETHER;
-        while gfn < first_gfn + count {
-            // Part of a 2 MiB page at the begin of a region is never put together.
-            if let Some(offset) = self.file_offset(gfn) {
-                // What is read does not matter.
-                let _ = self.file.read_at(&mut [0], offset);
-            }
-            gfn += TOGETHER;
-        }
-    }
-
-    /// Where a page lies in the memory file.
-    fn file_offset(&self, gfn: u64) -> Option<u64> {
-        let (region, page) = self.layout.find(gfn, 1).ok()?;
-        Some(self.layout.regions()[region].file_offset + page * PAGE_SIZE)
     }
 
     /// As [`unpopulated`](Self::unpopulated), but for memory whose 2 MiB pages are being put
@@ -477,7 +454,7 @@ impl GuestRam {
     fn seek(&self, gfn: u64, whence: libc::c_int) -> Option<u64> {
         let (region, page) = self.layout.find(gfn, 1).ok()?;
         let region = &self.layout.regions()[region];
-        let from = libc::off_t::try_from(region.file_offset + page * PAGE_SIZE).ok()?;
+        let from = libc::off_t::try_from(region.offset_of(page)).ok()?;
         // SAFETY: lseek takes no pointers. The file's position, which it moves, is unused:
         // all access is by mapping and by offset.
         let at = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
