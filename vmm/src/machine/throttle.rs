@@ -59,15 +59,7 @@ impl Throttle {
     /// From now on each vCPU rests this share of its time; those left out run at full speed.
     pub(super) fn slow(self: &Arc<Self>, shares: &[f64]) -> io::Result<()> {
         let mut beating = lock(&self.beating);
-        let mut on = false;
-        for (at, share) in self.shares.iter().enumerate() {
-            let thousandths = thousandths(shares.get(at).copied().unwrap_or(0.0));
-            on |= thousandths > 0;
-            share.store(thousandths, Ordering::Relaxed);
-        }
-        self.on.store(on, Ordering::SeqCst);
-        self.changed.notify_all();
-        if !on || *beating {
+        if !self.set(shares) || *beating {
             return Ok(());
         }
         let throttle = Arc::clone(self);
@@ -94,11 +86,21 @@ impl Throttle {
     /// Full speed for all.
     pub(super) fn release(&self) {
         let _beating = lock(&self.beating);
-        for share in &self.shares {
-            share.store(0, Ordering::Relaxed);
+        self.set(&[]);
+    }
+
+    /// Stores the shares, and says whether any is not 0. To be called with `beating` locked: between
+    /// its last look and its wait no vCPU may miss it.
+    fn set(&self, shares: &[f64]) -> bool {
+        let mut on = false;
+        for (at, share) in self.shares.iter().enumerate() {
+            let thousandths = thousandths(shares.get(at).copied().unwrap_or(0.0));
+            on |= thousandths > 0;
+            share.store(thousandths, Ordering::Relaxed);
         }
-        self.on.store(false, Ordering::SeqCst);
+        self.on.store(on, Ordering::SeqCst);
         self.changed.notify_all();
+        on
     }
 
     /// Ends the rests that are under way: the vCPUs are wanted for a pause.
