@@ -9,6 +9,7 @@ use ferry_terminal::rows::columns;
 use ferry_terminal::units::{memory, span};
 use ferry_vmm::api::client::{Client, ClientError};
 use ferry_vmm::api::types::{StateName, Status};
+use ferry_vmm::sync::lock;
 use ferry_vmm::thread;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 use time::OffsetDateTime;
 
@@ -198,7 +199,7 @@ fn ask(found: Vec<(GuestName, PathBuf)>) -> Vec<Row> {
     for _ in 0..askers {
         let (left, answered) = (Arc::clone(&left), answered.clone());
         let work = move || {
-            let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let next = || lock(&left).next();
             while let Some((at, api)) = next() {
                 let status = Client::with_timeout(&api, DEADLINE).status();
                 if answered.send((at, status)).is_err() {

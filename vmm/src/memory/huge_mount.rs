@@ -12,8 +12,9 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
+use ferry_devices::sync::lock;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{
@@ -32,7 +33,7 @@ pub(super) fn prepare() -> io::Result<()> {
 
 /// A new, nameless file of `bytes` bytes in it.
 pub(super) fn file(bytes: u64) -> io::Result<File> {
-    let mut mount = MOUNT.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut mount = lock(&MOUNT);
     let tried = mount.get_or_insert_with(|| {
         // What a child could not do has no number of its own.
         new_mount().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
@@ -49,7 +50,7 @@ pub(super) fn file(bytes: u64) -> io::Result<File> {
 
 /// Its root, where it was mounted.
 pub(crate) fn root() -> Option<OwnedFd> {
-    let mount = MOUNT.lock().unwrap_or_else(PoisonError::into_inner);
+    let mount = lock(&MOUNT);
     mount.as_ref()?.as_ref().ok()?.try_clone().ok()
 }
 

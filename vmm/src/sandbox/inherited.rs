@@ -8,8 +8,9 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use ferry_devices::sync::lock;
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, major, minor};
 use rustix::net::SocketType;
 use rustix::net::sockopt::{socket_acceptconn, socket_type};
@@ -260,7 +261,7 @@ impl Descriptor {
         if (0..FIRST).contains(&number) {
             return Err(DescriptorError::Standard(number));
         }
-        let _one = TAKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = lock(&TAKING);
         // SAFETY: F_GETFD takes no pointer and changes nothing, whatever the number stands for.
         let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
         if flags < 0 {
