@@ -120,7 +120,7 @@ impl Disk {
     /// # Errors
     /// [`DiskError`].
     pub fn given(file: File, read_only: bool) -> Result<Self, DiskError> {
-        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let path = path_of(&file);
         let error = |source| DiskError::Open {
             path: path.clone(),
             hint: "pass a raw image or a block device",
@@ -450,6 +450,11 @@ impl Disk {
         self.written.mark(offset, len);
         Ok(result?)
     }
+}
+
+/// What stands for the path of a file that was given open, for as long as it is.
+fn path_of(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 fn set_direct(file: &File) -> io::Result<()> {

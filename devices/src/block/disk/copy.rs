@@ -9,15 +9,14 @@
 //! disk's size and is overwritten; its lock is held from the first moment, so that the source's own
 //! file, which the source has locked, is never taken for a place to copy to.
 
-use super::{Disk, DiskError};
+use super::{Disk, DiskError, path_of};
 use crate::sync::lock;
 use nix::libc;
 use rustix::fs::SeekFrom as Seek;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 impl Disk {
     /// Opens, or makes, the file that a disk of `bytes` is copied into, and locks it. `read_only`
@@ -63,7 +62,7 @@ impl Disk {
         read_only: bool,
         bytes: u64,
     ) -> Result<(Self, bool), DiskError> {
-        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let path = path_of(&file);
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         Self::made((file, false), &path, (read_only, &options), bytes)
