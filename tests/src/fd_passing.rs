@@ -1,5 +1,6 @@
 //! Bytes with open files beside them, from socket to socket.
 
+use ferry_vmm::memory::SharedRam;
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -9,8 +10,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// The most files that pass at once.
-const FILES: usize = 80;
+/// The most files that pass at once: more than a memory and its spares, for tests that send too many.
+const FILES: usize = SharedRam::SPARES + 16;
 
 /// Sends all bytes, the files with the first of them.
 pub(crate) fn pass_on(
