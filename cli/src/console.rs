@@ -106,9 +106,7 @@ impl Terminal {
         self.pending.drain(..taken);
         !self.pending.is_empty()
     }
-}
 
-impl Terminal {
     /// The keys that were typed for the guest and not [flushed](Terminal::flush).
     pub fn take_pending(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.pending)

@@ -256,6 +256,15 @@ fn a_guest_file_runs_and_a_flag_beside_it_wins() {
     assert_eq!(status["guest"]["cpus"], 1, "{status}");
 }
 
+/// What the guest has said when it is at work.
+fn until_it_works(shown: &mut impl BufRead) -> String {
+    let mut text = String::new();
+    while !text.contains("ferry-guest: stat") {
+        assert!(shown.read_line(&mut text).unwrap() > 0, "{text}");
+    }
+    text
+}
+
 #[test]
 fn a_console_is_attached_to_and_a_log_is_read_by_name() {
     if !guests_run() {
@@ -280,10 +289,7 @@ fn a_console_is_attached_to_and_a_log_is_read_by_name() {
         .spawn()
         .unwrap();
     let mut shown = BufReader::new(console.stdout.take().unwrap());
-    let mut text = String::new();
-    while !text.contains("ferry-guest: stat") {
-        assert!(shown.read_line(&mut text).unwrap() > 0, "{text}");
-    }
+    let mut text = until_it_works(&mut shown);
     let again = names.fails(&["console", "web"], 1);
     assert!(again.contains("another `ferry console`"), "{again}");
     // The guest's own way to be ended: it verifies all it wrote.
@@ -304,10 +310,7 @@ fn a_console_is_attached_to_and_a_log_is_read_by_name() {
         .spawn()
         .unwrap();
     let mut shown = BufReader::new(follow.stdout.take().unwrap());
-    let mut text = String::new();
-    while !text.contains("ferry-guest: stat") {
-        assert!(shown.read_line(&mut text).unwrap() > 0, "{text}");
-    }
+    let mut text = until_it_works(&mut shown);
     assert!(names.ferry(&["stop", "db"]).status.success());
     shown.read_to_string(&mut text).unwrap();
     assert!(follow.wait().unwrap().success());
