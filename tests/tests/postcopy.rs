@@ -110,6 +110,12 @@ fn blocked(destination: &Host) {
     until("the guest waits for a page that does not come", || {
         missing(destination).is_some_and(|l| l.lost.is_some() && l.waiting > 0)
     });
+    // A lost fault channel is noticed while pages of the push still lie in the other socket.
+    let mut left = None;
+    until("no page comes any more", || {
+        let now = missing(destination).map(|l| l.pages);
+        std::mem::replace(&mut left, now) == now
+    });
     let status = destination.client().status().unwrap();
     assert_eq!(status.state, State::Running);
     let told = &status.explanation;
