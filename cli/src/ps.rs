@@ -234,7 +234,7 @@ fn ask(found: Vec<(GuestName, PathBuf)>) -> Vec<Row> {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     /// A VMM that answers each connection with this status.
     fn answers(path: &Path, body: String) {
@@ -280,6 +280,10 @@ mod tests {
         );
         answers(&socket("odd"), "nonsense".into());
         drop(UnixListener::bind(socket("dead")).unwrap());
+        // A process that a test beside this one is about to start may hold it for a moment.
+        while UnixStream::connect(socket("dead")).is_ok() {
+            std::thread::yield_now();
+        }
         // Its queue takes the connection, and no process reads the request.
         let _silent = UnixListener::bind(socket("silent")).unwrap();
         let rows = list(dir.path());

@@ -6,8 +6,8 @@ use ferry_guest_images::BARE;
 use ferry_migration::options::{OnTimeout, Options, PolicyKind};
 use ferry_migration::report::{Report, Status};
 use ferry_tests::{Action, Host, Proxy, Way, can_pretend, guests_run, run};
-use std::net::TcpListener;
-use std::os::unix::net::UnixListener;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 fn fails(args: &[&str], code: i32) -> String {
@@ -286,6 +286,10 @@ fn control_sockets() {
     all(text(&path));
     std::fs::remove_file(&path).unwrap();
     drop(UnixListener::bind(&path).unwrap());
+    // A process that a test beside this one is about to start may hold it for a moment.
+    while UnixStream::connect(&path).is_ok() {
+        std::thread::yield_now();
+    }
     all("is the guest's VMM running?");
     // A socket of a program that does not speak HTTP.
     std::fs::remove_file(&path).unwrap();
@@ -332,10 +336,10 @@ fn destinations() {
     }
     let host = Host::run("dirty:wss=4M,rate=500", "64M", 1);
     let api = host.api();
-    let closed = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    // A port that is nobody's to listen on while this test uses it for something else.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let used = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let closed = used.local_addr().unwrap();
     for uri in [
         format!("tcp:{closed}"),
         "tcp:no.such.host.invalid:7000".into(),

@@ -1,7 +1,7 @@
 //! Commands without a guest.
 
 use crate::support::{fails, ferry, guests_run, stderr};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 
 #[test]
@@ -56,6 +56,10 @@ fn a_socket_without_a_vmm_is_said() {
         assert!(text.contains("there is no socket"), "{text}");
     }
     drop(UnixListener::bind(&path).unwrap());
+    // A process that a test beside this one is about to start may hold it for a moment.
+    while UnixStream::connect(&path).is_ok() {
+        std::thread::yield_now();
+    }
     let text = fails(&["status", "--json", "--api", api], 1);
     assert!(
         text.contains("no ferry answers on") && text.contains("is the guest's VMM running?"),

@@ -280,9 +280,12 @@ mod tests {
     #[test]
     fn a_port_that_is_listened_on_is_seen() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        assert!(listens(std::process::id(), port));
-        drop(listener);
+        let address = listener.local_addr().unwrap();
+        assert!(listens(std::process::id(), address.port()));
+        // A port that is used and not listened on. One that was closed could be another's by now,
+        // or still be held by a process that a test beside this one is about to start.
+        let client = std::net::TcpStream::connect(address).unwrap();
+        let port = client.local_addr().unwrap().port();
         assert!(!listens(std::process::id(), port));
     }
 }

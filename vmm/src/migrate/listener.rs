@@ -318,7 +318,7 @@ mod tests {
     fn a_dead_receiver_s_socket_is_replaced_by_a_private_one() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("link");
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        crate::socket::tests::leave(&path);
         let listener = Listener::bind(&Uri::Unix(path.clone())).unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

@@ -1,5 +1,14 @@
 use super::*;
 
+/// A socket that nobody listens on, as a VMM that was killed leaves it.
+pub(crate) fn leave(path: &Path) {
+    drop(UnixListener::bind(path).unwrap());
+    // A process that a test beside this one is about to start may hold it for a moment.
+    while UnixStream::connect(path).is_ok() {
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn is_private_and_goes_away() {
     let dir = tempfile::tempdir().unwrap();
@@ -27,7 +36,7 @@ fn a_living_owner_keeps_its_socket_and_a_dead_one_does_not() {
     );
     // What a killed VMM leaves: the file, and no listener behind it.
     drop(socket);
-    drop(UnixListener::bind(&path).unwrap());
+    leave(&path);
     assert!(path.exists());
     Socket::bind(&path).unwrap();
 }
@@ -36,7 +45,7 @@ fn a_living_owner_keeps_its_socket_and_a_dead_one_does_not() {
 fn of_many_that_find_the_same_dead_socket_one_wins() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
-    drop(UnixListener::bind(&path).unwrap());
+    leave(&path);
     let won: Vec<_> = std::thread::scope(|s| {
         let all: Vec<_> = (0..8).map(|_| s.spawn(|| Socket::bind(&path))).collect();
         all.into_iter()
@@ -85,7 +94,7 @@ fn what_is_no_dead_socket_is_left_alone() {
     mkfifo(&at("fifo"), Mode::S_IRUSR).unwrap();
     fs::create_dir(at("dir")).unwrap();
     let dead = at("dead");
-    drop(UnixListener::bind(&dead).unwrap());
+    leave(&dead);
     std::os::unix::fs::symlink(&dead, at("to-dead")).unwrap();
     // Sockets of living processes that a stream connection does not reach.
     let _datagram = std::os::unix::net::UnixDatagram::bind(at("datagram")).unwrap();

@@ -57,7 +57,7 @@ fn says_when_no_server_is_there() {
     let path = dir.path().join("s");
     let text = Client::new(&path).status().unwrap_err().to_string();
     assert!(text.starts_with("there is no socket "), "{text}");
-    drop(UnixListener::bind(&path).unwrap());
+    crate::socket::tests::leave(&path);
     let text = Client::new(&path).status().unwrap_err().to_string();
     assert!(text.starts_with("no ferry answers on "), "{text}");
     assert!(text.ends_with("is the guest's VMM running?"), "{text}");
