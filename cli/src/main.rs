@@ -4,6 +4,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 #![forbid(unsafe_code)]
 
+mod advise;
 mod attach;
 mod balloon;
 mod console;
@@ -76,6 +77,7 @@ enum Command {
     Run(run::Args),
     Receive(receive::Args),
     Migrate(migrate::Args),
+    Advise(advise::Args),
     Cancel(manage::Cancel),
     Tune(steer::Tune),
     Switchover(steer::Switchover),
@@ -144,6 +146,7 @@ fn run_command(command: Command) -> Result<ExitCode, Ended> {
         Command::Run(args) => run::run(&args)?,
         Command::Receive(args) => receive::run(&args)?,
         Command::Migrate(args) => migrate::run(&args)?,
+        Command::Advise(args) => advise::run(&args)?,
         Command::Cancel(args) => args.run()?,
         Command::Tune(args) => args.run()?,
         Command::Switchover(args) => args.run()?,

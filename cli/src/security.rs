@@ -25,6 +25,16 @@ pub struct Certificates {
 }
 
 impl Certificates {
+    /// The folder, as it was given.
+    pub fn folder(&self) -> Option<String> {
+        self.tls.as_ref().map(|dir| dir.display().to_string())
+    }
+
+    /// The name that the receiver's certificate must carry, as it was given.
+    pub fn name(&self) -> Option<String> {
+        self.tls_authz.clone()
+    }
+
     /// As the VMM is to be told, which has another working directory.
     pub fn files(&self) -> Result<Option<TlsFiles>, Failure> {
         let Some(dir) = &self.tls else {

@@ -32,6 +32,7 @@ pub mod order;
 pub mod page;
 pub mod policy;
 pub mod port;
+pub mod probe;
 pub mod report;
 pub mod rng;
 mod sender;

@@ -8,8 +8,8 @@
 //! What is modelled as the engine does it ([`crate::source`]): a page's dirty bit is cleared right
 //! before it is sent, so that a page written after that is dirty again and one written before is
 //! sent once, with its newest contents; one round is prepared while another is on its way; before
-//! the pause the link is drained and the policy asked once more. What is left out: zero pages,
-//! headers, and the work of both hosts. The link carries a steady rate.
+//! the pause the link is drained and the policy asked once more. What is left out: headers
+//! and the work of both hosts. The link carries a steady rate.
 //!
 //! ```
 //! use ferry_migration::model::{Pattern, Setup, Writer, migrate};
@@ -24,6 +24,7 @@
 //! ```
 
 mod activity;
+pub mod advise;
 mod even_in_set;
 mod post_copy;
 pub mod regret;
@@ -38,7 +39,7 @@ pub use replay::Replay;
 
 use crate::options::Options;
 use crate::order::PushOrder;
-use crate::page::{PAGE_BYTES, RamLayout};
+use crate::page::{PAGE_BYTES, PageSet, RamLayout, Run};
 use crate::policy::{self, Decision, Policy, STOP_AND_START, seconds};
 pub(crate) use crate::source::post_copy::PUSH_PAGES;
 pub(crate) use round::Start;
@@ -73,6 +74,9 @@ pub struct Setup {
     pub state_bytes: u64,
     /// What the pause costs beside sending.
     pub pause_overhead: Duration,
+    /// Pages that are zero and that the guest does not write meanwhile: they cost next to nothing
+    /// on the wire.
+    pub empty: PageSet,
     /// When dirty bits are cleared.
     pub clearing: Clearing,
     /// Post-copy: pages that are pushed at once, which a fault may have to wait for.
@@ -94,6 +98,7 @@ impl Setup {
     #[must_use]
     pub fn with_round_trip(layout: RamLayout, bandwidth: f64, round_trip: Duration) -> Self {
         Self {
+            empty: PageSet::new(layout.end()),
             layout,
             bandwidth,
             round_trip,
@@ -104,6 +109,11 @@ impl Setup {
             push_pages: PUSH_PAGES,
             stands_for: 1.0,
         }
+    }
+
+    /// Bytes that a run takes on the wire.
+    pub(crate) fn bytes(&self, run: Run) -> f64 {
+        (run.count - self.empty.count_in(run)) as f64 * self.page_bytes
     }
 
     /// Pages per second that the link carries.
@@ -162,7 +172,7 @@ impl Outcome {
     }
 }
 
-fn millis<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn millis<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_f64(time.as_secs_f64() * 1e3)
 }
 

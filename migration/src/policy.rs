@@ -15,6 +15,7 @@ mod stord;
 mod switchover;
 
 pub use auto::Auto;
+pub(crate) use auto::{Goal, Kind, Prediction, choose, sentence};
 pub use hybrid::Hybrid;
 pub use mplm::Mplm;
 pub use post_copy::PostCopy;

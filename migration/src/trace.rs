@@ -56,6 +56,10 @@ pub struct Header {
     /// What the guest ran (its command line), where the VMM knows.
     #[serde(default)]
     pub workload: Option<String>,
+    /// About how many pages held nothing but zeros when the recording began, where that was looked
+    /// at: they cross as a word about each run of them.
+    #[serde(default)]
+    pub empty_pages: Option<u64>,
     /// How often the dirty log was looked at, in microseconds: what was asked for. The frames say
     /// what was.
     pub interval_us: u64,

@@ -224,6 +224,7 @@ pub fn trace() -> Vec<Vec<u8>> {
         cpus: 1,
         name: None,
         workload: Some("cg.S".into()),
+        empty_pages: None,
         interval_us: 1000,
     };
     let mut sparse = PageSet::new(layout.end());

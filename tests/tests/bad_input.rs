@@ -336,7 +336,7 @@ fn destinations() {
     }
     let host = Host::run("dirty:wss=4M,rate=500", "64M", 1);
     let api = host.api();
-    // A port that is nobody's to listen on while this test uses it for something else.
+    // No program can listen on a port while this test uses it for something else.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let used = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let closed = used.local_addr().unwrap();

@@ -11,6 +11,7 @@ use ferry_tests::peer::{SESSION, abort_of, dial};
 use ferry_tests::pki::{Authority, Certificates, FAR, HERE};
 use ferry_tests::{Host, Proxy, State, Way, guests_run, run, until};
 use ferry_vmm::api::types::Security;
+use ferry_vmm::migrate::{Peer, Uri, measure};
 use std::fs;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -384,6 +385,15 @@ fn a_pairing_line_is_good_for_one_guest() {
         &certificates.security(),
         "another authority",
     );
+    // Measuring the way needs the token, and leaves it to be used.
+    let uri: Uri = receiver.uri().parse().unwrap();
+    let way = |security: &Security| measure(&Peer::new(uri.clone(), security).unwrap());
+    assert!(
+        way(&guess)
+            .unwrap_err()
+            .contains("is wrong or was used before")
+    );
+    assert!(way(&security).unwrap().bandwidth > 0.0);
     // The token is used, and the guest stays here: it is good for another try.
     let slow = Options {
         bandwidth: Some(200_000),

@@ -43,6 +43,7 @@ mod link;
 mod listener;
 mod newcomers;
 mod peer;
+mod probe;
 mod receive;
 mod uri;
 
@@ -52,6 +53,7 @@ pub use gate::{Gate, Network, NetworkError};
 pub use link::StreamLink;
 pub use listener::{Listener, ReceiveError};
 pub use peer::Peer;
+pub use probe::measure;
 pub use receive::{ReceiveState, Receiver, SerialFactory};
 pub use uri::{Uri, UriError, absolute_uri};
 

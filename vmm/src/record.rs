@@ -7,6 +7,7 @@ use ferry_migration::trace::Header;
 
 use crate::kvm::DirtyLogError;
 use crate::machine::Machine;
+use crate::memory::GuestRam;
 use crate::migrate::engine_layout;
 use crate::vmm::Recording;
 
@@ -16,6 +17,7 @@ pub struct MachineRecording {
     machine: Arc<Machine>,
     layout: RamLayout,
     workload: Option<String>,
+    empty_pages: u64,
 }
 
 /// Why a machine cannot be recorded.
@@ -38,8 +40,10 @@ impl MachineRecording {
     /// [`RecordError`]; the log is then off.
     pub fn begin(machine: Arc<Machine>, workload: Option<String>) -> Result<Self, RecordError> {
         let layout = engine_layout(machine.ram())?;
+        let empty_pages = about_empty(machine.ram());
         machine.dirty_log().start()?;
         let recording = Self {
+            empty_pages,
             machine,
             layout,
             workload,
@@ -63,6 +67,30 @@ impl MachineRecording {
     }
 }
 
+/// About how many pages hold nothing but zeros. Those that were never touched are counted; of the
+/// others every so many is looked at.
+fn about_empty(ram: &GuestRam) -> u64 {
+    const EVERY: u64 = 16;
+    let mut empty = 0;
+    for region in ram.regions() {
+        let end = region.first_gfn + region.pages;
+        let mut at = region.first_gfn;
+        while at < end {
+            let (next, untouched) = ram.unpopulated(at, end - at).unwrap_or((end, 0));
+            empty += untouched;
+            let mut sampled = at.next_multiple_of(EVERY);
+            while sampled < next {
+                if ram.page_is_zero(sampled).unwrap_or(false) {
+                    empty += EVERY.min(next - sampled);
+                }
+                sampled += EVERY;
+            }
+            at = next + untouched;
+        }
+    }
+    empty
+}
+
 impl Recording for MachineRecording {
     fn header(&self) -> Header {
         let description = self.machine.description();
@@ -72,6 +100,7 @@ impl Recording for MachineRecording {
             cpus: description.cpus,
             name: Some(description.name.clone()),
             workload: self.workload.clone(),
+            empty_pages: Some(self.empty_pages),
             interval_us: 0,
         }
     }

@@ -135,6 +135,7 @@ fn synthetic(
         cpus: 1,
         name: None,
         workload: Some(name.to_owned()),
+        empty_pages: None,
         interval_us: 100_000,
     };
     let failed = |error: std::io::Error| Failure(format!("cannot make a trace ({error})"));

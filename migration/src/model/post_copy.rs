@@ -64,7 +64,7 @@ struct Transfer<'a> {
     push: Push,
     /// The batch that is being put together.
     batch: Vec<Run>,
-    seconds_per_page: f64,
+    bandwidth: f64,
     half_trip: f64,
     /// Not sent yet, and not arrived yet.
     remaining: PageSet,
@@ -74,14 +74,17 @@ struct Transfer<'a> {
     /// When the link is free.
     free_at: f64,
     sent: u64,
+    bytes: f64,
 }
 
 impl Transfer<'_> {
     /// Puts pages on the link, not before a time; when they arrive.
     fn put(&mut self, runs: &[Run], not_before: f64) -> f64 {
         let pages: u64 = runs.iter().map(|run| run.count).sum();
+        let bytes: f64 = runs.iter().map(|run| self.setup.bytes(*run)).sum();
         self.sent += pages;
-        self.free_at = self.free_at.max(not_before) + pages as f64 * self.seconds_per_page;
+        self.bytes += bytes;
+        self.free_at = self.free_at.max(not_before) + bytes / self.bandwidth;
         let arrival = self.free_at + self.half_trip;
         for run in runs {
             self.remaining.remove_run(*run);
@@ -168,13 +171,14 @@ pub(super) fn follow(
         setup,
         push: Push::new(order, usize::from(options.pivots)),
         batch: Vec::new(),
-        seconds_per_page: setup.page_bytes / rounds.live_bandwidth(),
+        bandwidth: rounds.live_bandwidth(),
         half_trip: setup.round_trip.as_secs_f64() / 2.0,
         remaining: missing.clone(),
         missing: missing.clone(),
         on_the_way: VecDeque::new(),
         free_at: began + downtime,
         sent: 0,
+        bytes: 0.0,
     };
     let faults = run(
         &mut transfer,
@@ -184,7 +188,8 @@ pub(super) fn follow(
         options,
         rounds.guest(),
     );
-    let (end, sent) = (transfer.free_at + transfer.half_trip, transfer.sent);
+    let end = transfer.free_at + transfer.half_trip;
+    let sent = (transfer.sent, transfer.bytes);
     rounds.followed(&missing, sent, end);
     (downtime, faults)
 }
@@ -226,7 +231,8 @@ fn run(
             if !on_the_way {
                 // The page's own time counts once for all that it stands for; a round trip and a
                 // batch for each.
-                let each = (wait - transfer.seconds_per_page).max(0.0);
+                let own = transfer.setup.bytes(Run::new(touch.gfn, 1)) / transfer.bandwidth;
+                let each = (wait - own).max(0.0);
                 wait += each * (transfer.setup.stands_for - 1.0);
             }
             faults.count += 1;

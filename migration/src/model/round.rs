@@ -39,6 +39,8 @@ pub(super) struct Rounds<'a> {
     learned: bool,
     sent: u64,
     resent: u64,
+    /// Bytes of pages on the wire.
+    bytes: f64,
     rounds: Vec<Round>,
 }
 
@@ -68,7 +70,8 @@ pub(crate) struct Start {
 struct Sending {
     began: f64,
     sent: u64,
-    seconds_per_page: f64,
+    bytes: f64,
+    bandwidth: f64,
 }
 
 impl<'a> Rounds<'a> {
@@ -103,6 +106,7 @@ impl<'a> Rounds<'a> {
             learned: measured,
             sent: 0,
             resent: 0,
+            bytes: 0.0,
             rounds: Vec::new(),
         }
     }
@@ -137,9 +141,11 @@ impl<'a> Rounds<'a> {
         self.guest
     }
 
-    /// `sent` pages, all those of the set, have followed the guest, the last of them at `end`.
-    pub fn followed(&mut self, pages: &PageSet, sent: u64, end: f64) {
+    /// `sent` pages of so many bytes, all those of the set, have followed the guest, the last of
+    /// them at `end`.
+    pub fn followed(&mut self, pages: &PageSet, (sent, bytes): (u64, f64), end: f64) {
         pages.runs().for_each(|run| self.deliver(run));
+        self.bytes += bytes;
         self.now = self.now.max(end);
         self.end_round(sent);
     }
@@ -241,7 +247,6 @@ impl<'a> Rounds<'a> {
     /// Sends a round of those of `pages` that are pending.
     pub fn send(&mut self, mut pages: PageSet, order: SendOrder) {
         pages.intersect_with(&self.pending);
-        let seconds_per_page = self.setup.page_bytes / self.live_bandwidth();
         self.guest.round_begins(&self.pending);
         if self.setup.clearing == Clearing::AtRoundStart {
             self.log.subtract(&pages);
@@ -250,7 +255,8 @@ impl<'a> Rounds<'a> {
         let mut sending = Sending {
             began: self.now,
             sent: 0,
-            seconds_per_page,
+            bytes: 0.0,
+            bandwidth: self.live_bandwidth(),
         };
         if order == SendOrder::ColdFirst && !self.learned && self.sent_once.is_empty() {
             // As the engine learns in its first pass.
@@ -263,8 +269,8 @@ impl<'a> Rounds<'a> {
         } else {
             self.send_pages(pages, order, &mut sending);
         }
-        let sent = sending.sent;
-        self.end_round(sent);
+        self.bytes += sending.bytes;
+        self.end_round(sending.sent);
         self.in_flight
             .push_back(self.now + self.setup.round_trip.as_secs_f64());
     }
@@ -274,14 +280,14 @@ impl<'a> Rounds<'a> {
         let mut runs: Vec<Run> = Vec::with_capacity(64);
         while batches.next(&mut runs) {
             for run in &runs {
+                sending.bytes += self.setup.bytes(*run);
                 if self.setup.clearing == Clearing::BeforeEachPage {
                     self.log.remove_run(*run);
                 }
                 self.deliver(*run);
                 sending.sent += run.count;
             }
-            let took = sending.sent as f64 * sending.seconds_per_page;
-            self.pass_until(sending.began + took);
+            self.pass_until(sending.began + sending.bytes / sending.bandwidth);
         }
     }
 
@@ -315,11 +321,13 @@ impl<'a> Rounds<'a> {
     /// Stops the guest and copies `pages` only; what else is pending is lost.
     pub fn stop_with(&mut self, pages: &PageSet) -> f64 {
         let runs: Vec<Run> = pages.runs().collect();
+        let content: f64 = runs.iter().map(|run| self.setup.bytes(*run)).sum();
+        self.bytes += content;
         runs.into_iter().for_each(|run| self.deliver(run));
         let copied = pages.len();
         // The user's cap does not hold in the pause.
         let rate = self.setup.bandwidth.max(1.0);
-        let bytes = copied as f64 * self.setup.page_bytes + self.setup.state_bytes as f64;
+        let bytes = content + self.setup.state_bytes as f64;
         let downtime = bytes / rate + self.setup.pause_overhead.as_secs_f64();
         self.now += downtime;
         self.end_round(copied);
@@ -345,7 +353,7 @@ impl<'a> Rounds<'a> {
             downtime,
             pages_sent: self.sent,
             pages_resent: self.resent,
-            bytes: pages_in(self.sent as f64 * self.setup.page_bytes) + state,
+            bytes: pages_in(self.bytes) + state,
             rounds: self.rounds,
             faults: None,
         }

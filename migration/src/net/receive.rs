@@ -10,6 +10,7 @@ use crate::destination::{
     self, DataChannelSet, Destination, DestinationError, MissingPages, State, Step, Timeouts,
 };
 use crate::port::{DestinationVm, Link};
+use crate::probe::{self, Turn};
 use crate::wire::{Channel, Preamble, Role, SessionId, WireError};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,7 @@ struct Shared<L: Link, V: DestinationVm<L>> {
     announced: Mutex<Announced<L, V>>,
     change: Condvar,
     over: AtomicBool,
+    probing: Turn,
 }
 
 /// What the handshake has announced.
@@ -61,6 +63,7 @@ pub fn receive<L: Link, V: DestinationVm<L>>(
         }),
         change: Condvar::new(),
         over: AtomicBool::new(false),
+        probing: Turn::default(),
     };
     let (sender, connections) = mpsc::channel();
     std::thread::scope(|scope| {
@@ -177,6 +180,8 @@ impl<L: Link, V: DestinationVm<L>> Shared<L, V> {
                     true
                 }
                 (Role::Control, Some(_)) => false,
+                // Beside an arriving guest it would measure what that leaves.
+                (Role::Probe, session) => session.is_none(),
                 (_, session) => session == Some(preamble.session),
             }
         };
@@ -194,6 +199,14 @@ impl<L: Link, V: DestinationVm<L>> Shared<L, V> {
                     missing.lose("the source has opened another connection");
                 }
                 let _ = engine.send((channel, preamble));
+            }
+            Role::Probe => {
+                let Some(_turn) = self.probing.take() else {
+                    return channel.send_abort("the way here is being measured by another source");
+                };
+                if let Err(error) = probe::answer(channel) {
+                    tracing::warn!(%error, "a probe has ended");
+                }
             }
             Role::Data => {
                 let Some(set) = self.wait_for(|announced| announced.data.clone()) else {

@@ -41,6 +41,20 @@ const fn mask(from: u64, to: u64) -> u64 {
     (u64::MAX << from) & (u64::MAX >> (64 - to))
 }
 
+/// The words that a run touches, each with a mask of its bits there, clipped to the end of a set.
+fn parts(run: Run, end: Gfn) -> impl Iterator<Item = (usize, u64)> {
+    let end = run.end().min(end);
+    let mut at = run.first;
+    std::iter::from_fn(move || {
+        (at < end).then(|| {
+            let upto = end.min((at / 64 + 1) * 64);
+            let part = (word_of(at), mask(at % 64, upto - at / 64 * 64));
+            at = upto;
+            part
+        })
+    })
+}
+
 impl PageSet {
     /// The empty set over frames `0..end`.
     #[must_use]
@@ -69,6 +83,14 @@ impl PageSet {
         self.words
             .iter()
             .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    /// How many pages of a run are in the set.
+    #[must_use]
+    pub fn count_in(&self, run: Run) -> u64 {
+        parts(run, self.end)
+            .map(|(word, mask)| u64::from((self.words[word] & mask).count_ones()))
             .sum()
     }
 
@@ -110,16 +132,8 @@ impl PageSet {
 
     /// Applies `f(word, mask)` to every word that the run touches, clipped to the end.
     fn for_words(&mut self, run: Run, f: impl Fn(&mut u64, u64)) {
-        let mut at = run.first.min(self.end);
-        let end = run.end().min(self.end);
-        while at < end {
-            let word_end = (at / 64 + 1) * 64;
-            let upto = end.min(word_end);
-            f(
-                &mut self.words[word_of(at)],
-                mask(at % 64, upto - at / 64 * 64),
-            );
-            at = upto;
+        for (word, mask) in parts(run, self.end) {
+            f(&mut self.words[word], mask);
         }
     }
 

@@ -27,7 +27,7 @@ use super::{Decision, LONGEST_ROUND_TRIP, Policy, PreCopy, SendOrder, View};
 use crate::first_pass::FirstPass;
 use crate::options::{OnTimeout, Options, PolicyKind};
 use crate::page::PAGE_BYTES;
-use choose::{Goal, Kind, Prediction, choose, sentence};
+pub(crate) use choose::{Goal, Kind, Prediction, choose, sentence};
 use guest::Sample;
 use observe::Observed;
 

@@ -10,6 +10,7 @@ fn header() -> Header {
         cpus: 1,
         name: Some("one".into()),
         workload: None,
+        empty_pages: None,
         interval_us: 100_000,
     }
 }

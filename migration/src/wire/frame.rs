@@ -97,6 +97,8 @@ pub enum FrameType {
     FilesWanted = 20,
     /// Source: here they are, beside this frame.
     Files = 21,
+    /// Source: bytes that mean nothing (role probe).
+    Probe = 22,
     /// Source: blocks of a disk.
     Blocks = 32,
     /// Source: blocks of a disk that are zero.
@@ -133,6 +135,7 @@ impl FrameType {
             19 => Self::Placed,
             20 => Self::FilesWanted,
             21 => Self::Files,
+            22 => Self::Probe,
             32 => Self::Blocks,
             33 => Self::BlocksZero,
             34 => Self::BlocksHash,
@@ -156,7 +159,8 @@ impl FrameType {
             | Self::MissingRuns
             | Self::MissingBits
             | Self::Blocks
-            | Self::BlocksHash => 1 << 20,
+            | Self::BlocksHash
+            | Self::Probe => 1 << 20,
             Self::RoundEnd
             | Self::RoundAck
             | Self::Commit
@@ -172,10 +176,10 @@ impl FrameType {
         }
     }
 
-    /// Whether a payload of this type always carries a checksum. Live pages are the exception:
-    /// they may change under it.
+    /// Whether a payload of this type always carries a checksum. Live pages are an exception: they
+    /// may change under it. So are probes, whose bytes mean nothing.
     const fn always_checked(self) -> bool {
-        !matches!(self, Self::Pages)
+        !matches!(self, Self::Pages | Self::Probe)
     }
 }
 

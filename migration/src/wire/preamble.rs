@@ -48,6 +48,8 @@ pub enum Role {
     Fault = 2,
     /// A new control channel for a session that lost its old one.
     Recover = 3,
+    /// Measures the way to a receiver; see [`crate::probe`].
+    Probe = 4,
 }
 
 impl Role {
@@ -57,6 +59,7 @@ impl Role {
             1 => Some(Self::Data),
             2 => Some(Self::Fault),
             3 => Some(Self::Recover),
+            4 => Some(Self::Probe),
             _ => None,
         }
     }

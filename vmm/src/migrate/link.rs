@@ -339,7 +339,7 @@ impl Dial {
             link.cancelled_by(handle.clone());
         }
         if let Some((tls, session)) = self.peer.tls() {
-            let first = role == Role::Control;
+            let first = matches!(role, Role::Control | Role::Probe);
             link.secure_as_source(tls, session.filter(|_| !first))
                 .map_err(error)?;
             if first {

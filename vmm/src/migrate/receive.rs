@@ -29,6 +29,7 @@ use ferry_devices::thread;
 use ferry_migration::destination::{DataChannelSet, Destination, MissingPages};
 use ferry_migration::net::tls::Secret;
 use ferry_migration::options::Tracking;
+use ferry_migration::probe::Turn;
 use ferry_migration::wire::SessionId;
 
 use super::arrival::{Arrival, Following, GuestInDoubt, Owner, Sent};
@@ -91,6 +92,8 @@ pub(super) struct Shared {
     /// more.
     stop: Stop,
     newcomers: Newcomers,
+    /// One at a time: two would measure each other.
+    probing: Turn,
     gate: Gate,
 }
 
@@ -159,6 +162,7 @@ impl Receiver {
             owner,
             stop: Stop::new().map_err(ReceiveError::Thread)?,
             newcomers: Newcomers::default(),
+            probing: Turn::default(),
             gate: listener.gate().clone(),
         });
         let worker = Arc::clone(&shared);

@@ -1,6 +1,6 @@
 use super::*;
 
-/// A socket that nobody listens on, as a VMM that was killed leaves it.
+/// A socket without a listener, as a VMM that was killed leaves it.
 pub(crate) fn leave(path: &Path) {
     drop(UnixListener::bind(path).unwrap());
     // A process that a test beside this one is about to start may hold it for a moment.

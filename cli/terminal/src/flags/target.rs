@@ -23,6 +23,15 @@ pub enum Guest {
 }
 
 impl Guest {
+    /// As it stands on a command line.
+    #[must_use]
+    pub fn words(&self) -> Vec<String> {
+        match self {
+            Self::Named(name) => vec![name.to_string()],
+            Self::At(path) => vec!["--api".to_owned(), path.display().to_string()],
+        }
+    }
+
     /// The control socket.
     ///
     /// # Errors

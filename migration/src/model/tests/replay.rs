@@ -11,6 +11,7 @@ fn trace() -> Trace {
         cpus: 1,
         name: None,
         workload: None,
+        empty_pages: None,
         interval_us: 1_000_000,
     };
     let mut writer = crate::trace::Writer::new(Vec::new(), &header).unwrap();

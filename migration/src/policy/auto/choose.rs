@@ -8,7 +8,7 @@ const WORTH: f64 = 1.10;
 
 /// What `auto` can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// Go on sending rounds.
     PreCopy,
     /// The rest of the first pass, then post-copy.
@@ -26,7 +26,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    pub(super) const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::PreCopy => "pre-copy",
             Self::Hybrid => "hybrid",
@@ -38,29 +38,29 @@ impl Kind {
     }
 
     /// Whether the guest needs both hosts for a while.
-    pub(super) const fn follows(self) -> bool {
+    pub(crate) const fn follows(self) -> bool {
         matches!(self, Self::Hybrid | Self::ColdThenPostCopy | Self::PostCopy)
     }
 }
 
 /// What one of them comes to. Times in seconds.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Prediction {
-    pub(super) kind: Kind,
+pub(crate) struct Prediction {
+    pub(crate) kind: Kind,
     /// The options that it runs with.
-    pub(super) options: Options,
+    pub(crate) options: Options,
     /// From the beginning of the migration.
-    pub(super) total: f64,
-    pub(super) pause: f64,
+    pub(crate) total: f64,
+    pub(crate) pause: f64,
     /// Of the vCPU, in post-copy.
-    pub(super) stall: f64,
+    pub(crate) stall: f64,
     /// Whether the guest moves at all.
-    pub(super) completes: bool,
+    pub(crate) completes: bool,
 }
 
 impl Prediction {
     /// Whether both go on in the same way.
-    pub(super) fn is_same_way(&self, other: &Self) -> bool {
+    pub(crate) fn is_same_way(&self, other: &Self) -> bool {
         self.kind == other.kind
             && self.options.split == other.options.split
             && self.options.turn_share == other.options.turn_share
@@ -68,23 +68,23 @@ impl Prediction {
     }
 
     /// What it costs the user.
-    pub(super) fn cost(&self) -> f64 {
+    pub(crate) fn cost(&self) -> f64 {
         self.total + self.pause + self.stall
     }
 }
 
 /// What the user wants, and what can be had.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Goal {
-    pub(super) downtime: Duration,
-    pub(super) timeout: Duration,
+pub(crate) struct Goal {
+    pub(crate) downtime: Duration,
+    pub(crate) timeout: Duration,
     /// The guest may run before its pages are there, and the round trip is short enough.
-    pub(super) post_copy: bool,
+    pub(crate) post_copy: bool,
 }
 
 impl Goal {
     /// Whether the user would be content.
-    pub(super) fn feasible(&self, prediction: &Prediction) -> bool {
+    pub(crate) fn feasible(&self, prediction: &Prediction) -> bool {
         prediction.completes
             && prediction.pause <= self.downtime.as_secs_f64()
             && prediction.total <= self.timeout.as_secs_f64()
@@ -100,7 +100,7 @@ fn least<'p>(
 }
 
 /// The best of the predictions, by the goal.
-pub(super) fn choose<'p>(predictions: &'p [Prediction], goal: &Goal) -> Option<&'p Prediction> {
+pub(crate) fn choose<'p>(predictions: &'p [Prediction], goal: &Goal) -> Option<&'p Prediction> {
     let feasible = || predictions.iter().filter(|p| goal.feasible(p));
     let best = least(feasible(), Prediction::cost);
     // No residual dependency: worth a little time.
@@ -136,7 +136,7 @@ fn time(seconds: f64) -> String {
 }
 
 /// The sentence about a choice: its numbers, and those of the best that was not chosen.
-pub(super) fn sentence(chosen: &Prediction, predictions: &[Prediction], goal: &Goal) -> String {
+pub(crate) fn sentence(chosen: &Prediction, predictions: &[Prediction], goal: &Goal) -> String {
     let mut text = format!("{}: {}", chosen.kind.name(), time(chosen.total));
     text += &if chosen.kind.follows() {
         format!(" with {} of stalls", time(chosen.stall))

@@ -8,6 +8,7 @@ use ferry_devices::thread;
 use ferry_migration::destination::{self, Destination};
 use ferry_migration::net::Unsecured;
 use ferry_migration::net::tls::Admission;
+use ferry_migration::probe;
 use ferry_migration::wire::{AbortCode, Channel, Preamble, Role, SessionId};
 
 use super::engine::{await_source, drive};
@@ -103,7 +104,8 @@ fn serve(
     preamble: &Preamble,
     admission: Option<Admission>,
 ) {
-    let control_channel = preamble.role == Role::Control;
+    // The others belong to a migration that is known here.
+    let first = matches!(preamble.role, Role::Control | Role::Probe);
     let proven = match admission {
         None => true,
         Some(Admission::Session(secret)) => {
@@ -112,9 +114,9 @@ fn serve(
                 let active = active.as_ref().filter(|a| a.session == preamble.session);
                 active.and_then(|a| a.secret)
             };
-            !control_channel && ours.is_some_and(|ours| ours.matches(&secret))
+            !first && ours.is_some_and(|ours| ours.matches(&secret))
         }
-        Some(_) => control_channel,
+        Some(_) => first,
     };
     if !proven {
         let why = "this connection does not prove that it belongs to a migration that arrives here";
@@ -129,6 +131,7 @@ fn serve(
         Role::Data => data(shared, channel, preamble),
         Role::Recover => recover(shared, channel, preamble),
         Role::Fault => faults(shared, channel, preamble),
+        Role::Probe => probe(shared, channel),
     }
 }
 
@@ -246,6 +249,21 @@ fn faults(shared: &Shared, channel: Channel<StreamLink>, preamble: &Preamble) {
                 .is_some_and(|a| a.session == preamble.session)
         }),
         Err(error) => tracing::warn!(%error, "a fault channel was closed"),
+    }
+}
+
+/// A source that measures the way here, while nothing else crosses it.
+fn probe(shared: &Shared, channel: Channel<StreamLink>) {
+    if shared.active().is_some() {
+        let why = "this receiver has a guest, and measures no way";
+        return refuse(channel, AbortCode::Busy, why);
+    }
+    let Some(_turn) = shared.probing.take() else {
+        let why = "the way here is being measured by another source";
+        return refuse(channel, AbortCode::Busy, why);
+    };
+    if let Err(error) = probe::answer(channel) {
+        tracing::debug!(%error, "a probe has ended");
     }
 }
 

@@ -20,6 +20,7 @@ impl Recording for FakeRecording {
             cpus: 1,
             name: None,
             workload: Some("pretending".into()),
+            empty_pages: None,
             interval_us: 0,
         }
     }
