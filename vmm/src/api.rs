@@ -9,6 +9,10 @@
 //! | `PUT /v1/migrate` | [`types::MigrateRequest`] | 200, a chunked stream of `application/x-ndjson`: one [`Event`] a line, the report last; with `"detach": true` 202 at once |
 //! | `PATCH /v1/migrate` | [`Change`]: what the running migration does from now on | 204 |
 //! | `GET /v1/migration` | | 200, [`types::MigrationStatus`]: progress now, and the last report |
+//! | `GET /v1/migrations`, `/v1/migrations/ID` | | 200, [`types::Migrations`], [`types::MigrationRecord`]: the last ones, kept after their end |
+//! | `GET /v1/vm` | | 200, [`types::Configuration`] |
+//! | `GET /v1/events` | | 200, a stream of `application/x-ndjson`, one [`types::Notice`] a line, or of `text/event-stream` if that is asked for |
+//! | `GET /metrics` | | 200, [`metrics`] in Prometheus' text format |
 //! | `PUT /v1/recover` | [`types::RecoverRequest`] | 204 |
 //! | `PUT /v1/record` | [`types::RecordRequest`] | 200, a stream of `application/octet-stream`: a dirty trace ([`ferry_migration::trace`]), as it is recorded |
 //! | `GET /v1/balloon` | | 200, [`types::BalloonStatus`] |
@@ -30,6 +34,8 @@
 pub mod client;
 pub mod events;
 pub mod http;
+pub mod metrics;
+pub mod prometheus;
 mod routes;
 pub mod server;
 pub mod types;
@@ -37,8 +43,8 @@ pub mod types;
 use events::Subscription;
 use ferry_migration::steering::Change;
 use types::{
-    BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
-    SnapshotReport, SnapshotRequest, Status,
+    BalloonRequest, BalloonStatus, Configuration, MigrateRequest, MigrationRecord, MigrationStatus,
+    Migrations, Notice, RecordRequest, RecoverRequest, SnapshotReport, SnapshotRequest, Status,
 };
 
 /// Why a request was refused. The text is one sentence for the user.
@@ -119,6 +125,38 @@ pub trait Control: Send + Sync + 'static {
 
     /// The running migration's progress and the last one's report.
     fn migration(&self) -> MigrationStatus;
+
+    /// The migrations of this VMM that are kept.
+    fn migrations(&self) -> Migrations {
+        Migrations::default()
+    }
+
+    /// One of them; `None` when it is not kept any more, or never was.
+    fn migration_record(&self, id: &str) -> Option<MigrationRecord> {
+        let mut all = self.migrations().migrations.into_iter();
+        all.rfind(|record| record.id == id)
+    }
+
+    /// What the guest's machine is made of.
+    ///
+    /// # Errors
+    /// [`Refusal`] when there is none.
+    fn configuration(&self) -> Result<Configuration, Refusal> {
+        Err(Refusal::Conflict("nothing here tells of a guest".into()))
+    }
+
+    /// What happens from now on; the state comes first.
+    ///
+    /// # Errors
+    /// [`Refusal`] when too many listen.
+    fn events(&self) -> Result<Subscription<Notice>, Refusal> {
+        Ok(Subscription::ended(None))
+    }
+
+    /// The page for Prometheus.
+    fn metrics(&self) -> String {
+        metrics::Totals::default().page(&self.status(), None)
+    }
 
     /// Resolves a migration in doubt.
     ///

@@ -48,7 +48,7 @@ mod receive;
 mod uri;
 
 pub(crate) use arrival::Awaited;
-pub use arrival::{Arrival, Following, GuestInDoubt, Owner};
+pub use arrival::{Arrival, Following, GuestInDoubt, Incoming, Owner};
 pub use gate::{Gate, Network, NetworkError};
 pub use link::StreamLink;
 pub use listener::{Listener, ReceiveError};
@@ -81,11 +81,29 @@ pub struct Handle {
     inner: Arc<HandleInner>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct HandleInner {
+    session: SessionId,
     owner: Ownership,
     steering: Steering,
     progress: Mutex<Progress>,
+}
+
+impl Default for HandleInner {
+    fn default() -> Self {
+        Self::of(Ownership::default())
+    }
+}
+
+impl HandleInner {
+    fn of(owner: Ownership) -> Self {
+        Self {
+            session: session_id(),
+            owner,
+            steering: Steering::default(),
+            progress: Mutex::default(),
+        }
+    }
 }
 
 impl Handle {
@@ -98,13 +116,8 @@ impl Handle {
     /// For the recovery of a migration whose guest was committed.
     #[must_use]
     pub fn in_doubt() -> Self {
-        let inner = HandleInner {
-            owner: Ownership::in_doubt(),
-            steering: Steering::default(),
-            progress: Mutex::default(),
-        };
         Self {
-            inner: Arc::new(inner),
+            inner: Arc::new(HandleInner::of(Ownership::in_doubt())),
         }
     }
 
@@ -119,6 +132,12 @@ impl Handle {
     /// Why nothing is changed.
     pub fn steer(&self, change: &Change) -> Result<(), SteeringError> {
         self.inner.steering.change(change)
+    }
+
+    /// The session that both sides will know the migration by.
+    #[must_use]
+    pub fn session(&self) -> String {
+        self.inner.session.to_string()
     }
 
     /// Where it stands.
@@ -150,7 +169,7 @@ pub fn migrate(
     handle: &Handle,
     events: &mut dyn FnMut(Event),
 ) -> Report {
-    let session = session_id();
+    let session = handle.inner.session;
     let check = check_tracking(options.dirty, machine.dirty_log().kind().tracking())
         .and_then(|()| check_huge_pages(options, machine.ram().hugepages()))
         .and_then(|()| check_cache(options, machine.ram().size(), available_memory()));

@@ -31,9 +31,12 @@
 
 #![forbid(unsafe_code)]
 
+mod configuration;
 mod control;
 mod doubt;
+mod feed;
 mod guest;
+mod history;
 mod machine;
 mod recording;
 mod snapshot;
@@ -46,10 +49,14 @@ pub use recording::Recording;
 pub use state::{Ending, Outcome};
 
 use crate::api::events::Publisher;
+use crate::api::metrics::{Totals, dirty_rate};
+use crate::api::types::{ArrivalOutcome, IncomingReport, RecordStatus, Setup, What};
 use crate::priority::in_background;
+use feed::Feed;
 use ferry_devices::sync::lock;
 use ferry_migration::options::Options;
 use ferry_migration::report::{self, Event, Phase, Report};
+use history::History;
 use state::{Lost, State};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -71,6 +78,11 @@ struct Inner {
     recording: bool,
     /// The guest is being written to a file: the file, and how to end that.
     snapshot: Option<(PathBuf, Arc<AtomicBool>)>,
+    /// The last migration that left or was to.
+    migration: Option<String>,
+    history: History,
+    totals: Totals,
+    feed: Arc<Feed>,
 }
 
 struct Core {
@@ -81,7 +93,12 @@ struct Core {
     /// The destination of a guest in doubt was asked in the background.
     asked: Condvar,
     finished: EventFd,
+    feed: Arc<Feed>,
+    /// Of the running migration, in bytes per second. A lock of its own: a migration waits for
+    /// nothing that a status may take its time for.
+    dirty_rate: Mutex<Option<f64>>,
     serial: OnceLock<String>,
+    setup: OnceLock<Setup>,
     since: Instant,
 }
 
@@ -114,6 +131,7 @@ impl Vmm {
     }
 
     fn with(state: State, guest: Option<Arc<dyn Guest>>) -> io::Result<Self> {
+        let feed = Arc::new(Feed::default());
         let inner = Mutex::new(Inner {
             state,
             guest,
@@ -122,6 +140,10 @@ impl Vmm {
             ending: None,
             recording: false,
             snapshot: None,
+            migration: None,
+            history: History::default(),
+            totals: Totals::default(),
+            feed: Arc::clone(&feed),
         });
         let finished = EventFd::new(EFD_NONBLOCK)?;
         Ok(Self {
@@ -130,7 +152,10 @@ impl Vmm {
                 inner,
                 asked: Condvar::new(),
                 finished,
+                feed,
+                dirty_rate: Mutex::default(),
                 serial: OnceLock::new(),
+                setup: OnceLock::new(),
                 since: Instant::now(),
             }),
         })
@@ -139,6 +164,12 @@ impl Vmm {
     /// Says where the guest's serial port goes, for a status; the first word stands.
     pub fn set_serial(&self, serial: String) {
         let _ = self.core.serial.set(serial);
+    }
+
+    /// Says what the program that embeds the VMM knows of it, for `GET /v1/vm`; the first word
+    /// stands.
+    pub fn set_setup(&self, setup: Setup) {
+        let _ = self.core.setup.set(setup);
     }
 
     /// Whether a guest that arrives is still wanted.
@@ -157,7 +188,7 @@ impl Vmm {
     pub fn claim_arrival(&self) -> Result<(), String> {
         let mut inner = self.core.lock();
         inner.wants_arrival()?;
-        inner.state = State::Starting;
+        inner.enter(State::Starting);
         Ok(())
     }
 
@@ -176,8 +207,8 @@ impl Vmm {
                 inner.guest = Some(guest);
                 match ending {
                     Some(ending) => self.core.finish(&mut inner, State::Ended(ending)),
-                    None if running => inner.state = State::Running,
-                    None => inner.state = State::Paused,
+                    None if running => inner.enter(State::Running),
+                    None => inner.enter(State::Paused),
                 }
             }
             // Stopped before the source handed it over, by a receiver that did not ask.
@@ -192,11 +223,11 @@ impl Vmm {
         if inner.wants_arrival().is_ok() {
             // A request to end was about a guest that would run; this may be its only copy.
             inner.ending = None;
-            inner.state = State::ArrivalInDoubt {
+            inner.enter(State::ArrivalInDoubt {
                 why,
                 guest,
                 warned: false,
-            };
+            });
         }
     }
 
@@ -204,8 +235,38 @@ impl Vmm {
     pub fn arrival_failed(&self, listening: String) {
         let mut inner = self.core.lock();
         if matches!(inner.state, State::ArrivalInDoubt { .. } | State::Starting) {
-            inner.state = State::Receiving { listening };
+            inner.enter(State::Receiving { listening });
         }
+    }
+
+    /// News of the migration `session` that arrives, for those who look on.
+    pub fn incoming(
+        &self,
+        session: &str,
+        policy: &str,
+        status: RecordStatus,
+        incoming: IncomingReport,
+    ) {
+        let mut inner = self.core.lock();
+        let known = inner.history.get(session).and_then(|r| r.incoming.as_ref());
+        let before = known.map_or(0, |known| known.bytes_received);
+        let bytes = incoming.bytes_received.saturating_sub(before);
+        inner.totals.received(bytes);
+        // Counted by its first end: what became of a doubt later is in its record.
+        let record = inner.history.get(session);
+        let open = record.is_none_or(|record| record.status == RecordStatus::UnderWay);
+        if open && status != RecordStatus::UnderWay {
+            inner.totals.arrived(policy, status, &incoming);
+        }
+        inner.history.arrives(session, policy, status, incoming);
+    }
+
+    /// What became of a connection, or of a migration that arrives, for those who look on.
+    pub fn tell_arrival(&self, outcome: ArrivalOutcome, explanation: String) {
+        self.core.feed.tell(What::Arrival {
+            outcome,
+            explanation,
+        });
     }
 
     /// No guest can arrive any more; the text is a sentence. One that has arrived goes on.
@@ -276,6 +337,17 @@ impl Vmm {
 }
 
 impl Inner {
+    /// Every change of state goes through here: listeners hear of it.
+    fn enter(&mut self, state: State) {
+        self.state = state;
+        self.feed.tell(self.state_event());
+    }
+
+    fn state_event(&self) -> What {
+        let migration = self.state.to().and(self.migration.as_deref());
+        feed::state(&self.state, migration)
+    }
+
     fn wants_arrival(&self) -> Result<(), String> {
         match &self.state {
             State::Receiving { .. } | State::ArrivalInDoubt { .. } | State::Starting => Ok(()),
@@ -293,7 +365,8 @@ impl Core {
     }
 
     fn finish(&self, inner: &mut Inner, state: State) {
-        inner.state = state;
+        inner.enter(state);
+        self.feed.end();
         if let Err(e) = self.finished.write(1) {
             tracing::error!("cannot wake the main loop: {e}");
         }
@@ -359,8 +432,12 @@ impl Core {
             if matches!(&event, Event::Progress(progress) if progress.phase == Phase::Completed) {
                 in_background();
             }
+            if let Event::Round(round) = &event {
+                *lock(&self.dirty_rate) = dirty_rate(round);
+            }
             if !matches!(event, Event::Report(_)) {
                 publisher.publish(&event);
+                self.feed.migration(&event);
             }
         };
         let run = AssertUnwindSafe(|| migration.run(options, &mut forward));
@@ -382,14 +459,21 @@ impl Core {
                 report.error = Some(ending.sentence());
             }
         }
+        *lock(&self.dirty_rate) = None;
         inner.report = Some(report.clone());
+        inner.totals.left(&report);
+        if let Some(id) = inner.migration.clone() {
+            inner.history.left(&id, &report);
+        }
         let next = after(&mut inner, to, &report);
         let retry = report.retry_commit;
-        publisher.publish(&Event::Report(Box::new(report)));
+        let told = Event::Report(Box::new(report));
+        publisher.publish(&told);
+        self.feed.migration(&told);
         drop(publisher);
         match next {
             State::Moved { .. } | State::Ended(_) => self.finish(&mut inner, next),
-            next => inner.state = next,
+            next => inner.enter(next),
         }
         drop(inner);
         if retry {

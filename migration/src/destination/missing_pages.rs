@@ -183,6 +183,15 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
         self.lock().as_ref().map_or(0, |p| p.waiting.len())
     }
 
+    /// What the faults were like so far.
+    pub fn faults(&self) -> Faults {
+        let pages = self.lock();
+        pages.as_ref().map_or_else(Faults::default, |pages| Faults {
+            on_their_way: pages.on_their_way,
+            ..pages.latencies.faults()
+        })
+    }
+
     /// The pages that are not in place.
     pub(super) fn missing(&self) -> PageSet {
         let end = self.layout.end();

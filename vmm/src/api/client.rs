@@ -1,8 +1,9 @@
 //! The control socket's client: what `ferry status` and its siblings speak.
 
 use super::types::{
-    BalloonRequest, BalloonStatus, ErrorBody, MigrateRequest, MigrationStatus, RecordRequest,
-    RecoverRequest, SnapshotReport, SnapshotRequest, Status,
+    BalloonRequest, BalloonStatus, Configuration, ErrorBody, MigrateRequest, MigrationRecord,
+    MigrationStatus, Migrations, Notice, RecordRequest, RecoverRequest, SnapshotReport,
+    SnapshotRequest, Status,
 };
 use crate::socket::dial;
 use ferry_migration::report::{Event, Report};
@@ -218,28 +219,87 @@ impl Client {
         })?;
         // No timeout: nothing need be said while a large memory is hashed, and Ctrl-C works.
         let reply = self.request("PUT", "/v1/migrate", Some(body), None)?;
-        let mut lines = match reply.body {
-            Body::Plain(b) => Lines::new(Box::new(b.into_inner())),
-            Body::Chunked(b) => Lines::new(Box::new(b)),
-        };
+        let mut lines = lines(reply.body);
         loop {
-            let line = match lines.next() {
-                Ok(Some(line)) => line,
-                Ok(None) => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
-                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
-                    return Err(self.foreign(e.to_string()));
-                }
-                Err(e) => return Err(self.lost(e)),
-            };
-            match serde_json::from_slice::<Event>(&line) {
-                Ok(Event::Report(report)) => {
+            match self.next_line::<Event>(&mut lines)? {
+                None => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
+                Some(Event::Report(report)) => {
                     on_event(&Event::Report(report.clone()));
                     return Ok(*report);
                 }
-                Ok(event) => on_event(&event),
-                Err(e) => return Err(self.foreign(format!("an event does not fit: {e}"))),
+                Some(event) => on_event(&event),
             }
         }
+    }
+
+    /// `PUT /v1/migrate` with `detach`: begins a migration, and does not wait for it.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn begin_migration(
+        &self,
+        request: &MigrateRequest,
+    ) -> Result<MigrationStatus, ClientError> {
+        let body = self.to_json(&MigrateRequest {
+            detach: true,
+            ..request.clone()
+        })?;
+        self.read_json(self.request("PUT", "/v1/migrate", Some(body), Some(TIMEOUT))?)
+    }
+
+    /// `GET /v1/migrations`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn migrations(&self) -> Result<Migrations, ClientError> {
+        self.read_json(self.request("GET", "/v1/migrations", None, Some(TIMEOUT))?)
+    }
+
+    /// `GET /v1/migrations/ID`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn migration_record(&self, id: &str) -> Result<MigrationRecord, ClientError> {
+        // What no ID has could be another request.
+        let own = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        let plain: String = id.chars().map(own).collect();
+        let target = format!("/v1/migrations/{plain}");
+        self.read_json(self.request("GET", &target, None, Some(TIMEOUT))?)
+    }
+
+    /// `GET /v1/vm`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn configuration(&self) -> Result<Configuration, ClientError> {
+        self.read_json(self.request("GET", "/v1/vm", None, Some(TIMEOUT))?)
+    }
+
+    /// `GET /v1/events`: blocks until nothing more will happen, and tells `on_notice` what does.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn events(&self, on_notice: &mut dyn FnMut(&Notice)) -> Result<(), ClientError> {
+        let reply = self.request("GET", "/v1/events", None, None)?;
+        let mut lines = lines(reply.body);
+        while let Some(notice) = self.next_line(&mut lines)? {
+            on_notice(&notice);
+        }
+        Ok(())
+    }
+
+    /// The next line of a stream; `None` at its end.
+    fn next_line<T: DeserializeOwned>(&self, lines: &mut Lines) -> Result<Option<T>, ClientError> {
+        let line = match lines.next() {
+            Ok(Some(line)) => line,
+            Ok(None) => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                return Err(self.foreign(e.to_string()));
+            }
+            Err(e) => return Err(self.lost(e)),
+        };
+        let read = serde_json::from_slice(&line).map(Some);
+        read.map_err(|e| self.foreign(format!("an event does not fit: {e}")))
     }
 
     /// `PUT /v1/record`: blocks until the recording has ended, and writes the trace as it arrives.
@@ -522,6 +582,13 @@ impl Read for Chunked {
             .left
             .saturating_sub(u64::try_from(n).unwrap_or(u64::MAX));
         Ok(n)
+    }
+}
+
+fn lines(body: Body) -> Lines {
+    match body {
+        Body::Plain(b) => Lines::new(Box::new(b.into_inner())),
+        Body::Chunked(b) => Lines::new(Box::new(b)),
     }
 }
 

@@ -5,8 +5,11 @@
 //! byte stream cannot differ: a body has a `Content-Length` or none, chunked request bodies are
 //! answered 411.
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -34,6 +37,8 @@ pub struct Head {
     pub length: Option<usize>,
     /// The client waits for "100 Continue" before it sends the body.
     pub expects_continue: bool,
+    /// The client asks for `text/event-stream`.
+    pub event_stream: bool,
 }
 
 /// Why there is no request.
@@ -60,17 +65,54 @@ fn refused(status: u16, sentence: impl Into<String>) -> ReadError {
     }
 }
 
+/// A socket that a client is connected to.
+pub trait Stream: Read + Write + AsFd {
+    /// As [`UnixStream::set_read_timeout`].
+    ///
+    /// # Errors
+    /// As there.
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+    /// As [`UnixStream::set_write_timeout`].
+    ///
+    /// # Errors
+    /// As there.
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+    /// As [`UnixStream::shutdown`].
+    ///
+    /// # Errors
+    /// As there.
+    fn shutdown(&self, how: Shutdown) -> io::Result<()>;
+}
+
+macro_rules! stream {
+    ($name:ident) => {
+        impl Stream for $name {
+            fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+                $name::set_read_timeout(self, timeout)
+            }
+            fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+                $name::set_write_timeout(self, timeout)
+            }
+            fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+                $name::shutdown(self, how)
+            }
+        }
+    };
+}
+stream!(UnixStream);
+stream!(TcpStream);
+
 /// One connection, and what was read of it and not used yet.
 #[derive(Debug)]
-pub struct Connection {
-    stream: UnixStream,
+pub struct Connection<S = UnixStream> {
+    stream: S,
     buffer: Vec<u8>,
 }
 
-impl Connection {
+impl<S: Stream> Connection<S> {
     /// Takes a connected stream over.
     #[must_use]
-    pub fn new(stream: UnixStream) -> Self {
+    pub fn new(stream: S) -> Self {
         Self {
             stream,
             buffer: Vec::new(),
@@ -177,6 +219,14 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether the peer has closed its end altogether, or is lost. One that has only said its last
+    /// word may still read.
+    pub fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
+        let gone = PollFlags::HUP | PollFlags::ERR;
+        poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(gone)
+    }
+
     /// Ends the connection; for a moment throws away what the peer still sends, because closing at
     /// once would reset it before the peer has read our refusal.
     pub fn close(mut self, linger: Duration) {
@@ -244,6 +294,7 @@ fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, ReadError> {
         keep_alive: modern,
         length: None,
         expects_continue: false,
+        event_stream: false,
     };
     let (mut hosts, mut chunked) = (0, false);
     for field in request.headers.iter() {
@@ -265,6 +316,11 @@ fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, ReadError> {
                     head.keep_alive = true;
                 }
             }
+        } else if name.eq_ignore_ascii_case("accept") {
+            let types = field.value.split(|b| *b == b',' || *b == b';');
+            head.event_stream |= types
+                .map(<[u8]>::trim_ascii)
+                .any(|t| t.eq_ignore_ascii_case(b"text/event-stream"));
         } else if name.eq_ignore_ascii_case("expect") {
             if !field.value.eq_ignore_ascii_case(b"100-continue") {
                 return Err(refused(
@@ -342,12 +398,15 @@ const fn reason(status: u16) -> &'static str {
     }
 }
 
-/// A complete reply, ready to write. `body` is `None` for 204.
+/// The media type of almost all that is answered.
+pub const JSON: &str = "application/json";
+
+/// A complete reply, ready to write. `body` is its media type and its bytes, and `None` for 204.
 #[must_use]
 pub fn reply(
     status: u16,
     allow: Option<&str>,
-    body: Option<&[u8]>,
+    body: Option<(&str, &[u8])>,
     head_only: bool,
     keep_alive: bool,
 ) -> Vec<u8> {
@@ -355,9 +414,9 @@ pub fn reply(
     if let Some(methods) = allow {
         text.push_str(&format!("Allow: {methods}\r\n"));
     }
-    if let Some(body) = body {
+    if let Some((content, body)) = body {
         text.push_str(&format!(
-            "Content-Type: application/json\r\nContent-Length: {}\r\n",
+            "Content-Type: {content}\r\nContent-Length: {}\r\n",
             body.len()
         ));
     }
@@ -367,7 +426,7 @@ pub fn reply(
         "Connection: close\r\n\r\n"
     });
     let mut bytes = text.into_bytes();
-    if let (Some(body), false) = (body, head_only) {
+    if let (Some((_, body)), false) = (body, head_only) {
         bytes.extend_from_slice(body);
     }
     bytes
@@ -382,7 +441,7 @@ pub fn stream_head(content: &str, chunked: bool) -> Vec<u8> {
         ""
     };
     format!(
-        "HTTP/1.1 200 OK\r\nServer: ferry\r\nContent-Type: {content}\r\nCache-Control: no-disk\r\n\
+        "HTTP/1.1 200 OK\r\nServer: ferry\r\nContent-Type: {content}\r\nCache-Control: no-store\r\n\
          {framing}Connection: close\r\n\r\n"
     )
     .into_bytes()
@@ -464,6 +523,17 @@ mod tests {
             .unwrap()
             .unwrap();
         assert!(!head.keep_alive);
+    }
+
+    #[test]
+    fn hears_who_wants_an_event_stream() {
+        let wants = |accept| {
+            let text = format!("GET /v1/events HTTP/1.1\r\nHost: x\r\n{accept}\r\n");
+            parse(&text).unwrap().unwrap().0.event_stream
+        };
+        assert!(wants("Accept: text/event-stream\r\n"));
+        assert!(wants("accept: */*;q=0.1, Text/Event-Stream;q=0.5\r\n"));
+        assert!(!wants("Accept: */*\r\n") && !wants(""));
     }
 
     #[test]

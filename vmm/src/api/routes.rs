@@ -3,7 +3,8 @@
 use super::events::Subscription;
 use super::http::Head;
 use super::types::{
-    BalloonRequest, ErrorBody, MigrateRequest, RecordRequest, RecoverRequest, SnapshotRequest,
+    BalloonRequest, ErrorBody, MigrateRequest, Migrations, Notice, RecordRequest, RecoverRequest,
+    SnapshotRequest,
 };
 use super::{Control, Pieces, Refusal};
 use ferry_migration::steering::Change;
@@ -14,7 +15,11 @@ use serde::de::DeserializeOwned;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     Status,
+    Configuration,
+    Events,
     Migration,
+    Migrations,
+    MigrationRecord,
     Pause,
     Resume,
     Stop,
@@ -27,58 +32,100 @@ pub enum Route {
     Balloon,
     SetBalloon,
     Snapshot,
+    Metrics,
 }
+
+/// All that is served; `HEAD` goes wherever `GET` does. `openapi.yaml` has the same.
+pub const TABLE: &[(&str, &str, Route)] = &[
+    ("GET", "/v1/status", Route::Status),
+    ("GET", "/v1/vm", Route::Configuration),
+    ("GET", "/v1/events", Route::Events),
+    ("GET", "/v1/migration", Route::Migration),
+    ("GET", "/v1/migrations", Route::Migrations),
+    ("GET", "/v1/migrations/{id}", Route::MigrationRecord),
+    ("PUT", "/v1/pause", Route::Pause),
+    ("PUT", "/v1/resume", Route::Resume),
+    ("PUT", "/v1/stop", Route::Stop),
+    ("PUT", "/v1/cancel", Route::Cancel),
+    ("PUT", "/v1/power-button", Route::PowerButton),
+    ("PUT", "/v1/migrate", Route::Migrate),
+    ("PATCH", "/v1/migrate", Route::Steer),
+    ("PUT", "/v1/recover", Route::Recover),
+    ("PUT", "/v1/record", Route::Record),
+    ("GET", "/v1/balloon", Route::Balloon),
+    ("PUT", "/v1/balloon", Route::SetBalloon),
+    ("PUT", "/v1/snapshot", Route::Snapshot),
+    ("GET", "/metrics", Route::Metrics),
+];
 
 /// An answer.
 pub enum Answer {
     /// A JSON body.
     Json(u16, Vec<u8>),
+    /// The page for Prometheus.
+    Metrics(String),
     /// 204.
     Done,
     /// A refusal; the second is the `Allow` header of a 405.
-    Error(u16, Option<&'static str>, String),
+    Error(u16, Option<String>, String),
     /// A refusal with a name for programs.
     Coded(u16, &'static str, String),
-    /// A stream of events.
+    /// A stream of a migration's events.
     Stream(Subscription),
+    /// A stream of what happens.
+    Events(Subscription<Notice>),
     /// A stream of bytes.
     Bytes(Pieces),
 }
 
-const READ: &str = "GET, HEAD";
-const WRITE: &str = "PUT";
-const CHANGE: &str = "PATCH";
-const WRITE_OR_CHANGE: &str = "PUT, PATCH";
-const BOTH: &str = "GET, HEAD, PUT";
+impl Answer {
+    /// Whether the connection ends with it.
+    pub const fn is_stream(&self) -> bool {
+        matches!(self, Self::Stream(_) | Self::Events(_) | Self::Bytes(_))
+    }
+}
+
+/// Whether a path is that of a template.
+fn fits(template: &str, path: &str) -> bool {
+    match template.split_once('{') {
+        None => template == path,
+        Some((before, _)) => path
+            .strip_prefix(before)
+            .is_some_and(|rest| !rest.is_empty() && !rest.contains('/')),
+    }
+}
+
+/// The client's bytes in a sentence of the VMM: shortened, and escaped by the JSON.
+fn shown(path: &str) -> String {
+    path.chars().take(80).collect()
+}
 
 /// Finds the route, or the answer that says that there is none.
 pub fn find(head: &Head) -> Result<Route, Answer> {
-    let (route, allow) = match head.path.as_str() {
-        "/v1/status" => (Route::Status, READ),
-        "/v1/migration" => (Route::Migration, READ),
-        "/v1/pause" => (Route::Pause, WRITE),
-        "/v1/resume" => (Route::Resume, WRITE),
-        "/v1/stop" => (Route::Stop, WRITE),
-        "/v1/cancel" => (Route::Cancel, WRITE),
-        "/v1/power-button" => (Route::PowerButton, WRITE),
-        "/v1/migrate" if head.method == CHANGE => (Route::Steer, WRITE_OR_CHANGE),
-        "/v1/migrate" => (Route::Migrate, WRITE_OR_CHANGE),
-        "/v1/recover" => (Route::Recover, WRITE),
-        "/v1/record" => (Route::Record, WRITE),
-        "/v1/balloon" if head.method == WRITE => (Route::SetBalloon, BOTH),
-        "/v1/balloon" => (Route::Balloon, BOTH),
-        "/v1/snapshot" => (Route::Snapshot, WRITE),
-        path => {
-            // The client's bytes in a sentence of the VMM: shortened, and escaped by the JSON.
-            let shown: String = path.chars().take(80).collect();
-            let sentence = format!("there is nothing at {shown}; GET /v1/status is a good start");
-            return Err(Answer::Error(404, None, sentence));
-        }
+    let here = || TABLE.iter().filter(|(_, path, _)| fits(path, &head.path));
+    let asked = match head.method.as_str() {
+        "HEAD" => "GET",
+        method => method,
     };
-    if !allow.split(", ").any(|m| m == head.method) {
-        let sentence = format!("{} takes {allow} only", head.path);
-        return Err(Answer::Error(405, Some(allow), sentence));
-    }
+    let Some((_, _, route)) = here().find(|(method, _, _)| *method == asked) else {
+        let allow = here().map(|(method, _, _)| match *method {
+            "GET" => "GET, HEAD",
+            method => method,
+        });
+        let allow = allow.collect::<Vec<_>>().join(", ");
+        let path = shown(&head.path);
+        return Err(match allow.is_empty() {
+            true => {
+                let sentence =
+                    format!("there is nothing at {path}; GET /v1/status is a good start");
+                Answer::Error(404, None, sentence)
+            }
+            false => {
+                let sentence = format!("{path} takes {allow} only");
+                Answer::Error(405, Some(allow), sentence)
+            }
+        });
+    };
     let needs_body = matches!(
         route,
         Route::Migrate
@@ -92,12 +139,12 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
         let sentence = format!("{} needs a JSON body and a Content-Length", head.path);
         return Err(Answer::Error(411, None, sentence));
     }
-    Ok(route)
+    Ok(*route)
 }
 
 /// Does it.
-pub fn serve(control: &dyn Control, route: Route, body: &[u8]) -> Answer {
-    answer(control, route, body).unwrap_or_else(|refusal| {
+pub fn serve(control: &dyn Control, route: Route, path: &str, body: &[u8]) -> Answer {
+    answer(control, (route, path), body).unwrap_or_else(|refusal| {
         let status = match refusal {
             Refusal::Invalid(_) => 400,
             Refusal::Conflict(_) => 409,
@@ -112,14 +159,35 @@ pub fn serve(control: &dyn Control, route: Route, body: &[u8]) -> Answer {
     })
 }
 
-fn answer(control: &dyn Control, route: Route, body: &[u8]) -> Result<Answer, Refusal> {
+fn answer(
+    control: &dyn Control,
+    (route, path): (Route, &str),
+    body: &[u8],
+) -> Result<Answer, Refusal> {
     let simple = |action: fn(&dyn Control) -> Result<(), Refusal>| {
         expect_nothing(body)?;
         action(control).map(|()| Answer::Done)
     };
     match route {
         Route::Status => Ok(json(200, &control.status())),
+        Route::Configuration => Ok(json(200, &control.configuration()?)),
+        Route::Events => control.events().map(Answer::Events),
         Route::Migration => Ok(json(200, &control.migration())),
+        Route::Migrations => Ok(json(200, &control.migrations())),
+        Route::MigrationRecord => {
+            let id = path.rsplit('/').next().unwrap_or_default();
+            let record = control.migration_record(id).ok_or_else(|| Refusal::Coded {
+                status: 404,
+                code: "unknown-migration",
+                sentence: format!(
+                    "no migration {} is kept here, only the last {} of this VMM are; GET /v1/migrations lists them",
+                    shown(id),
+                    Migrations::KEPT
+                ),
+            })?;
+            Ok(json(200, &record))
+        }
+        Route::Metrics => Ok(Answer::Metrics(control.metrics())),
         Route::Pause => simple(|c| c.pause()),
         Route::Resume => simple(|c| c.resume()),
         Route::Stop => simple(|c| c.stop()),

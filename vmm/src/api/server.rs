@@ -1,12 +1,16 @@
 //! Connections: a thread for each, at most [`Limits::connections`] of them.
 
 use super::events::{Next, Subscription};
-use super::http::{Connection, Head, ReadError, chunk, reply, stream_head};
+use super::http::{Connection, Head, JSON, ReadError, chunk, reply, stream_head};
+use super::prometheus::CONTENT_TYPE;
 use super::routes::{Answer, Route, error_body, find, serve};
+use super::types::{Notice, What};
 use super::{Control, Pieces};
 use crate::socket::{BindError, Socket};
 use ferry_devices::sync::{lock, wait_timeout};
 use ferry_devices::thread;
+use ferry_migration::report::Event;
+use serde::Serialize;
 use std::collections::HashMap;
 use std::io;
 use std::net::Shutdown;
@@ -244,7 +248,10 @@ impl Server {
 fn decline(stream: &UnixStream, sentence: &str) {
     let body = error_body(sentence, None);
     let _ = stream.set_nonblocking(true);
-    let _ = io::Write::write(&mut &*stream, &reply(503, None, Some(&body), false, false));
+    let _ = io::Write::write(
+        &mut &*stream,
+        &reply(503, None, Some((JSON, &body)), false, false),
+    );
 }
 
 struct Slot<'a> {
@@ -313,8 +320,8 @@ fn converse(shared: &Shared, id: u64, mut connection: Connection) {
         if !shared.mark(id, Stage::Busy) {
             return;
         }
-        let answer = answer(shared, route, &body);
-        let keep = head.keep_alive && !matches!(answer, Answer::Stream(_) | Answer::Bytes(_));
+        let answer = answer(shared, (route, &head.path), &body);
+        let keep = head.keep_alive && !answer.is_stream();
         if !send(&mut connection, &head, answer, keep, limits) || !keep {
             return connection.close(Duration::ZERO);
         }
@@ -322,8 +329,8 @@ fn converse(shared: &Shared, id: u64, mut connection: Connection) {
 }
 
 /// A defect in the VMM's own answer costs this request, not the guest.
-fn answer(shared: &Shared, route: Route, body: &[u8]) -> Answer {
-    let attempt = std::panic::AssertUnwindSafe(|| serve(&*shared.control, route, body));
+fn answer(shared: &Shared, (route, path): (Route, &str), body: &[u8]) -> Answer {
+    let attempt = std::panic::AssertUnwindSafe(|| serve(&*shared.control, route, path, body));
     std::panic::catch_unwind(attempt).unwrap_or_else(|_| {
         Answer::Error(
             500,
@@ -340,7 +347,7 @@ fn refuse(mut connection: Connection, error: ReadError, limits: &Limits) {
     let body = error_body(&sentence, None);
     if connection
         .write(
-            &reply(status, None, Some(&body), false, false),
+            &reply(status, None, Some((JSON, &body)), false, false),
             limits.reply,
         )
         .is_ok()
@@ -358,64 +365,118 @@ fn send(
     limits: &Limits,
 ) -> bool {
     let head_only = head.method == "HEAD";
+    if head_only && answer.is_stream() {
+        let content = answer_type(&answer, head);
+        let bytes = stream_head(content, head.chunked_ok);
+        return connection.write(&bytes, limits.reply).is_ok();
+    }
+    let content = answer_type(&answer, head);
     let bytes = match answer {
-        Answer::Json(status, body) => reply(status, None, Some(&body), head_only, keep),
+        Answer::Json(status, body) => reply(status, None, Some((content, &body)), head_only, keep),
+        Answer::Metrics(text) => {
+            let body = Some((content, text.as_bytes()));
+            reply(200, None, body, head_only, keep)
+        }
         Answer::Done => reply(204, None, None, head_only, keep),
         Answer::Error(status, allow, sentence) => reply(
             status,
-            allow,
-            Some(&error_body(&sentence, None)),
+            allow.as_deref(),
+            Some((content, &error_body(&sentence, None))),
             head_only,
             keep,
         ),
         Answer::Coded(status, code, sentence) => {
             let body = error_body(&sentence, Some(code));
-            reply(status, None, Some(&body), head_only, keep)
+            reply(status, None, Some((content, &body)), head_only, keep)
         }
-        Answer::Stream(events) => return stream(connection, head.chunked_ok, &events, limits),
+        Answer::Stream(events) => return stream(connection, (head, content), &events, limits),
+        Answer::Events(events) => return stream(connection, (head, content), &events, limits),
         Answer::Bytes(pieces) => return bytes(connection, head.chunked_ok, pieces, limits),
     };
     connection.write(&bytes, limits.reply).is_ok()
 }
 
-/// A client that hangs up or stops reading loses the stream; the migration goes on.
-fn stream(
+const LINES: &str = "application/x-ndjson";
+const EVENT_STREAM: &str = "text/event-stream";
+const BYTES: &str = "application/octet-stream";
+
+fn answer_type(answer: &Answer, head: &Head) -> &'static str {
+    match answer {
+        Answer::Metrics(_) => CONTENT_TYPE,
+        Answer::Stream(_) => LINES,
+        Answer::Events(_) if head.event_stream => EVENT_STREAM,
+        Answer::Events(_) => LINES,
+        Answer::Bytes(_) => BYTES,
+        Answer::Json(..) | Answer::Done | Answer::Error(..) | Answer::Coded(..) => JSON,
+    }
+}
+
+/// What a stream is made of.
+trait Line: Serialize + Sized {
+    /// The line that says that so many are missing here, if that is said.
+    fn lost(count: u64) -> Option<Self>;
+}
+
+impl Line for Event {
+    /// The report is never among them.
+    fn lost(_: u64) -> Option<Self> {
+        None
+    }
+}
+
+impl Line for Notice {
+    fn lost(lost: u64) -> Option<Self> {
+        Some(Self::now(What::Lost { lost }))
+    }
+}
+
+/// How often a stream on which nothing happens looks whether its client is still there.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// A client that hangs up or stops reading loses the stream; what it is about goes on.
+fn stream<T: Line>(
     connection: &mut Connection,
-    chunked: bool,
-    events: &Subscription,
+    (head, content): (&Head, &'static str),
+    events: &Subscription<T>,
     limits: &Limits,
 ) -> bool {
-    if connection
-        .write(&stream_head("application/x-ndjson", chunked), limits.reply)
-        .is_err()
-    {
+    let chunked = head.chunked_ok;
+    let write = |connection: &mut Connection, bytes: &[u8]| {
+        let written = connection.write(bytes, limits.reply);
+        written.is_ok()
+    };
+    if !write(connection, &stream_head(content, chunked)) {
         return false;
     }
     loop {
-        match events.next(Duration::from_secs(60)) {
-            Next::Idle => {}
-            Next::Closed => {
-                return !chunked || connection.write(b"0\r\n\r\n", limits.reply).is_ok();
-            }
-            Next::Event(event) => {
-                let Ok(mut line) = serde_json::to_vec(&event) else {
-                    return false;
-                };
-                line.push(b'\n');
-                if connection
-                    .write(&chunk(&line, chunked), limits.reply)
-                    .is_err()
-                {
-                    return false;
-                }
-            }
+        let line = match events.next(LOOK) {
+            Next::Idle if connection.is_gone() => return false,
+            Next::Idle => None,
+            Next::Closed => return !chunked || write(connection, b"0\r\n\r\n"),
+            Next::Lost(count) => T::lost(count),
+            Next::Event(event) => Some(*event),
+        };
+        let Some(line) = line else {
+            continue;
+        };
+        let Ok(mut text) = serde_json::to_vec(&line) else {
+            return false;
+        };
+        if content == EVENT_STREAM {
+            // JSON has no line breaks.
+            text.splice(0..0, *b"data: ");
+            text.push(b'\n');
+        }
+        text.push(b'\n');
+        if !write(connection, &chunk(&text, chunked)) {
+            return false;
         }
     }
 }
 
 /// As [`stream`]; a client that is too slow is one that has hung up.
 fn bytes(connection: &mut Connection, chunked: bool, pieces: Pieces, limits: &Limits) -> bool {
-    let head = stream_head("application/octet-stream", chunked);
+    let head = stream_head(BYTES, chunked);
     let mut write = |bytes: &[u8]| connection.write(bytes, limits.reply).is_ok();
     if !write(&head) {
         return false;

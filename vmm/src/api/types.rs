@@ -1,5 +1,15 @@
 //! The JSON of the control socket. Names are an interface: fields are added, never renamed.
 
+mod migrations;
+mod notices;
+mod vm;
+
+pub use migrations::{Direction, IncomingReport, MigrationRecord, Migrations, RecordStatus};
+pub use notices::{ArrivalOutcome, Notice, What, unix_ms};
+pub use vm::{
+    Boot, Configuration, Cpu, DiskConfiguration, MemoryConfiguration, NetworkConfiguration, Setup,
+};
+
 use crate::machine::{BalloonAuto, BalloonInfo};
 use crate::memory::GuestRam;
 use ferry_migration::options::{Compress, Options};
@@ -209,6 +219,9 @@ impl MigrateRequest {
 /// The answer to `GET /v1/migration`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MigrationStatus {
+    /// Names the running migration, or the last one that ended: for `GET /v1/migrations/ID`.
+    #[serde(default)]
+    pub id: Option<String>,
     /// The running migration; `null` when none runs.
     pub progress: Option<Progress>,
     /// The last one that ended; `null` when none has.

@@ -5,6 +5,7 @@ use super::host::RamSink;
 use super::receive::Shared;
 use crate::machine::Machine;
 use ferry_migration::destination::MissingPages;
+use ferry_migration::report::Faults;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -32,8 +33,32 @@ pub trait Owner: Send + Sync {
         Ok(())
     }
 
+    /// What is known of the migration that the next [`arrival`](Self::arrival) is about, just before
+    /// that. Not for a connection that is no migration's.
+    fn incoming(&self, incoming: &Incoming, arrival: &Arrival) {
+        let _ = (incoming, arrival);
+    }
+
     /// What has happened.
     fn arrival(&self, arrival: Arrival);
+}
+
+/// What a receiver knows of a migration that arrives.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Incoming {
+    /// The session that both sides know it by.
+    pub session: String,
+    /// The policy that the source has named; empty while it has not.
+    pub policy: String,
+    /// Since its first connection.
+    pub elapsed: Duration,
+    /// Bytes received on all of its connections, as they are after decryption.
+    pub bytes: u64,
+    /// Pages that follow the guest and are not here.
+    pub missing_pages: u64,
+    /// Post-copy's faults here so far.
+    pub faults: Faults,
 }
 
 impl<F: Fn(Arrival) + Send + Sync> Owner for F {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ferry_migration::options::Tracking;
-use ferry_migration::page::{AtomicPageSet, Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use ferry_migration::page::{AtomicPageSet, Gfn, PAGE_BYTES, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
     AdoptMemory, BlockSink, DestinationDisks, DestinationVm, PageFault, PageSink, PortError,
     PostCopySink, PostCopyVm,
@@ -129,6 +129,8 @@ impl PageSink<StreamLink> for RamSink {
                 }
                 _ => self.read_direct(link, now)?,
             }
+            let pages: u64 = now.iter().map(|(_, count)| count).sum();
+            link.received(pages * PAGE_BYTES);
             rest = later;
         }
         Ok(())

@@ -5,6 +5,8 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -118,9 +120,23 @@ pub struct StreamLink {
     inner: net::StreamLink<Socket>,
     /// Where pages lie on their way to or from a link that codes its bytes.
     copy: Vec<u8>,
+    /// Where received bytes are counted, beside others' of the same receiver.
+    received: Option<Arc<AtomicU64>>,
 }
 
 impl StreamLink {
+    /// From now on bytes that are received are counted there.
+    pub(super) fn count(&mut self, received: Arc<AtomicU64>) {
+        self.received = Some(received);
+    }
+
+    /// So many bytes were taken off the socket.
+    pub(super) fn received(&self, bytes: u64) {
+        if let Some(received) = &self.received {
+            received.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
     /// Takes a TCP connection.
     ///
     /// # Errors
@@ -149,6 +165,7 @@ impl StreamLink {
         Ok(Self {
             inner: net::StreamLink::new(socket)?,
             copy: Vec::new(),
+            received: None,
         })
     }
 
@@ -265,7 +282,9 @@ impl Link for StreamLink {
     }
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        self.inner.recv(buf)
+        self.inner.recv(buf)?;
+        self.received(buf.len() as u64);
+        Ok(())
     }
 
     fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {

@@ -20,9 +20,10 @@
 mod connections;
 mod engine;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferry_devices::sync::{lock, wait_timeout};
 use ferry_devices::thread;
@@ -30,9 +31,10 @@ use ferry_migration::destination::{DataChannelSet, Destination, MissingPages};
 use ferry_migration::net::tls::Secret;
 use ferry_migration::options::Tracking;
 use ferry_migration::probe::Turn;
+use ferry_migration::report::Faults;
 use ferry_migration::wire::SessionId;
 
-use super::arrival::{Arrival, Following, GuestInDoubt, Owner, Sent};
+use super::arrival::{Arrival, Following, GuestInDoubt, Incoming, Owner, Sent};
 use super::gate::Gate;
 use super::host::{MachineHost, RamSink};
 use super::listener::{Listener, ReceiveError, Stop};
@@ -77,6 +79,11 @@ struct Active {
     state: ReceiveState,
     /// The source was sent that the guest runs here, and is sent nothing more.
     told: bool,
+    begun: Instant,
+    /// As the source has named it.
+    policy: String,
+    /// Of [`Shared::received`], what came before.
+    received_before: u64,
     /// The engine, when it has no connection: in doubt or complete.
     parked: Option<Box<Engine>>,
 }
@@ -88,6 +95,8 @@ pub(super) struct Shared {
     backends: Backends,
     dirty: Tracking,
     owner: Arc<dyn Owner>,
+    /// Bytes, on all connections.
+    received: Arc<AtomicU64>,
     /// The receiver is dropped, or its source knows that the guest runs here: no question comes any
     /// more.
     stop: Stop,
@@ -160,6 +169,7 @@ impl Receiver {
             backends,
             dirty,
             owner,
+            received: Arc::default(),
             stop: Stop::new().map_err(ReceiveError::Thread)?,
             newcomers: Newcomers::default(),
             probing: Turn::default(),
@@ -265,7 +275,25 @@ impl Shared {
 
     /// Never under the lock: an owner may ask where this stands, or take a while.
     fn tell(&self, arrival: Arrival) {
+        if let Some(incoming) = self.incoming() {
+            self.owner.incoming(&incoming, &arrival);
+        }
         self.owner.arrival(arrival);
+    }
+
+    fn incoming(&self) -> Option<Incoming> {
+        let active = self.active();
+        let active = active.as_ref()?;
+        let pages = active.missing_pages.as_ref();
+        let received = self.received.load(Ordering::Relaxed);
+        Some(Incoming {
+            session: active.session.to_string(),
+            policy: active.policy.clone(),
+            elapsed: active.begun.elapsed(),
+            bytes: received - active.received_before,
+            missing_pages: pages.map_or(0, |pages| pages.left()),
+            faults: pages.map_or_else(Faults::default, |pages| pages.faults()),
+        })
     }
 
     fn arrived(&self, engine: &mut Engine) {

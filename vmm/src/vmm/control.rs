@@ -2,11 +2,12 @@
 
 use super::recording;
 use super::state::State;
-use super::{Missing, Vmm};
+use super::{Inner, Missing, Vmm};
 use crate::api::events::{Publisher, Subscription};
 use crate::api::types::{
-    BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
-    SnapshotReport, SnapshotRequest, Status,
+    BalloonRequest, BalloonStatus, Configuration, MigrateRequest, MigrationRecord, MigrationStatus,
+    Migrations, Notice, RecordRequest, RecordStatus, RecoverRequest, SnapshotReport,
+    SnapshotRequest, Status,
 };
 use crate::api::{Control, Pieces, Refusal};
 use ferry_devices::sync::lock;
@@ -106,7 +107,7 @@ impl Control for Vmm {
         guest.pause().map_err(Refusal::Failed)?;
         let mut inner = self.core.lock();
         match &inner.state {
-            State::Running => inner.state = State::Paused,
+            State::Running => inner.enter(State::Paused),
             // It has ended meanwhile.
             state => return Err(conflict("pause", state)),
         }
@@ -121,7 +122,7 @@ impl Control for Vmm {
             (State::Running, _) => Ok(()),
             (State::Paused, Some(guest)) => {
                 guest.resume().map_err(Refusal::Failed)?;
-                inner.state = State::Running;
+                inner.enter(State::Running);
                 Ok(())
             }
             (state, _) => Err(conflict("resume", state)),
@@ -165,8 +166,8 @@ impl Control for Vmm {
         let _turn = lock(&self.core.turn);
         let mut inner = self.core.lock();
         let (guest, paused_before) = match (&inner.state, &inner.guest) {
-            (State::Running, Some(guest)) => (guest, false),
-            (State::Paused, Some(guest)) => (guest, true),
+            (State::Running, Some(guest)) => (Arc::clone(guest), false),
+            (State::Paused, Some(guest)) => (Arc::clone(guest), true),
             (state, _) => return Err(conflict("migrate", state)),
         };
         inner.not_in_a_snapshot("migrate")?;
@@ -180,6 +181,7 @@ impl Control for Vmm {
             .migration(&request.uri, &request.security())
             .map_err(Refusal::Invalid)?;
         let handle = migration.handle();
+        let id = handle.session();
         let mut publisher = Publisher::default();
         let subscription = publisher.subscribe();
         let core = Arc::clone(&self.core);
@@ -191,17 +193,29 @@ impl Control for Vmm {
         };
         // A panic of the engine is caught below it, where its report is made.
         let failure = |why| tracing::error!("the end of a migration could not be booked: {why}");
-        // Its end waits for the lock that we hold, so the state below is there before.
-        thread::spawn(thread::Kind::Migration, "ferry-migrate", work, failure)
-            .map_err(|e| Refusal::Failed(format!("cannot start a thread to migrate ({e})")))?;
-        inner.report = None;
-        inner.options = request.options.clone();
-        inner.ending = None;
-        inner.state = State::Migrating {
+        let before = inner.migration.replace(id.clone());
+        // Listeners hear of the state before they hear of the migration.
+        inner.enter(State::Migrating {
             to: request.uri.clone(),
             handle,
             paused_before,
-        };
+        });
+        // Its end waits for the lock that we hold.
+        let spawned = thread::spawn(thread::Kind::Migration, "ferry-migrate", work, failure);
+        if let Err(e) = spawned {
+            inner.migration = before;
+            inner.enter(match paused_before {
+                true => State::Paused,
+                false => State::Running,
+            });
+            let sentence = format!("cannot start a thread to migrate ({e})");
+            return Err(Refusal::Failed(sentence));
+        }
+        let policy = request.options.policy.name();
+        inner.history.leave(&id, &request.uri, policy);
+        inner.report = None;
+        inner.options = request.options.clone();
+        inner.ending = None;
         Ok(subscription)
     }
 
@@ -249,9 +263,57 @@ impl Control for Vmm {
             _ => None,
         };
         MigrationStatus {
+            id: inner.migration.clone(),
             progress,
             report: inner.report.clone(),
         }
+    }
+
+    fn migrations(&self) -> Migrations {
+        let inner = self.core.lock();
+        let mut all = inner.history.all();
+        for record in &mut all.migrations {
+            inner.add_progress(record);
+        }
+        all
+    }
+
+    fn migration_record(&self, id: &str) -> Option<MigrationRecord> {
+        let inner = self.core.lock();
+        let mut record = inner.history.get(id)?.clone();
+        inner.add_progress(&mut record);
+        Some(record)
+    }
+
+    fn configuration(&self) -> Result<Configuration, Refusal> {
+        let (guest, none) = {
+            let inner = self.core.lock();
+            let none = conflict("tell of a guest", &inner.state);
+            (inner.guest.clone(), none)
+        };
+        let mut configuration = guest.and_then(|g| g.configuration()).ok_or(none)?;
+        configuration.serial = self.core.serial.get().cloned();
+        if let Some(setup) = self.core.setup.get() {
+            configuration.boot.clone_from(&setup.boot);
+            configuration.sandbox.clone_from(&setup.sandbox);
+            configuration.metrics.clone_from(&setup.metrics);
+            for (network, tap) in configuration.networks.iter_mut().zip(&setup.taps) {
+                network.tap.clone_from(tap);
+            }
+        }
+        Ok(configuration)
+    }
+
+    fn events(&self) -> Result<Subscription<Notice>, Refusal> {
+        let inner = self.core.lock();
+        self.core.feed.subscribe(inner.state_event())
+    }
+
+    fn metrics(&self) -> String {
+        let status = self.status();
+        let totals = self.core.lock().totals.clone();
+        let dirty_rate = *lock(&self.core.dirty_rate);
+        totals.page(&status, dirty_rate)
     }
 
     fn recover(&self, request: &RecoverRequest) -> Result<(), Refusal> {
@@ -306,6 +368,17 @@ impl Control for Vmm {
         drop(inner);
         guest.balloon().ok_or_else(no_balloon)?;
         guest.set_balloon(request).map_err(Refusal::Invalid)
+    }
+}
+
+impl Inner {
+    fn add_progress(&self, record: &mut MigrationRecord) {
+        if let State::Migrating { handle, .. } = &self.state
+            && record.status == RecordStatus::UnderWay
+            && self.migration.as_deref() == Some(record.id.as_str())
+        {
+            record.progress = Some(handle.progress());
+        }
     }
 }
 

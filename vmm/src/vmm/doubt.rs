@@ -8,10 +8,10 @@ use super::control::{conflict, explanation};
 use super::state::{Asking, Lost, State};
 use super::{Core, Inner, Migration};
 use crate::api::Refusal;
-use crate::api::types::{RecoverRequest, Security};
+use crate::api::types::{RecordStatus, RecoverRequest, Security};
 use ferry_devices::thread;
 use ferry_migration::options::Options;
-use ferry_migration::report::{self, Report};
+use ferry_migration::report::{self, Event, Report};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -47,12 +47,14 @@ impl Core {
                      it lacks"
                 )));
             }
-            (State::InDoubt(_), Some(guest)) => {
+            (State::InDoubt(Lost { session, .. }), Some(guest)) => {
+                let session = session.clone();
                 if !force {
                     guest.check_disks().map_err(Refusal::Conflict)?;
                 }
                 guest.resume().map_err(Refusal::Failed)?;
-                inner.state = State::Running;
+                inner.history.resolved(&session, RecordStatus::Failed);
+                inner.enter(State::Running);
             }
             (state, Some(guest)) => {
                 let Some(missing) = guest.missing() else {
@@ -87,7 +89,13 @@ impl Core {
             options,
         } = question;
         let handle = recovery.handle();
-        let run = AssertUnwindSafe(|| recovery.run(&options, &mut |_| {}));
+        // Its report is that of the recovery, and the migration has one.
+        let mut forward = |event: Event| {
+            if !matches!(event, Event::Report(_)) {
+                self.feed.migration(&event);
+            }
+        };
+        let run = AssertUnwindSafe(|| recovery.run(&options, &mut forward));
         let report = catch_unwind(run).unwrap_or_else(|_| {
             Report::broken(
                 &handle.progress(),
@@ -101,6 +109,7 @@ impl Core {
             return (false, Ok(()));
         };
         lost.asking = None;
+        let id = lost.session.clone();
         self.asked.notify_all();
         let mut renewed = Lost::new(&to, &lost.session);
         renewed.warned = lost.warned;
@@ -108,17 +117,20 @@ impl Core {
             .error
             .clone()
             .map_or(Ok(()), |error| Err(Refusal::Failed(error)));
+        if report.status != report::Status::InDoubt {
+            inner.history.resolved(&id, report.status.into());
+        }
         match report.status {
             report::Status::Completed => {
                 let downtime_ms = inner.report.as_ref().map(|report| report.downtime_ms);
                 let moved = State::Moved { to, downtime_ms };
                 self.finish(&mut inner, moved);
             }
-            report::Status::Interrupted => inner.state = State::Interrupted(renewed),
+            report::Status::Interrupted => inner.enter(State::Interrupted(renewed)),
             // The destination did not start the guest: it runs here again.
             report::Status::Failed | report::Status::Cancelled => {
                 let runs = inner.guest.as_ref().is_some_and(|guest| guest.is_running());
-                inner.state = if runs { State::Running } else { State::Paused };
+                inner.enter(if runs { State::Running } else { State::Paused });
             }
             report::Status::InDoubt => {}
         }

@@ -3,7 +3,8 @@
 
 use super::{Ending, Recording};
 use crate::api::types::{
-    BalloonRequest, BalloonStatus, GuestInfo, Missing, Security, SnapshotReport, SnapshotRequest,
+    BalloonRequest, BalloonStatus, Configuration, GuestInfo, Missing, Security, SnapshotReport,
+    SnapshotRequest,
 };
 use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
@@ -96,6 +97,11 @@ pub trait Guest: Send + Sync + 'static {
         None
     }
 
+    /// What its machine is made of; what only the embedding program knows is left out.
+    fn configuration(&self) -> Option<Configuration> {
+        None
+    }
+
     /// How it has ended, if it has.
     fn ending(&self) -> Option<Ending> {
         None
@@ -152,6 +158,8 @@ pub trait MigrationHandle: Send + Sync {
     /// # Errors
     /// Why nothing is changed.
     fn steer(&self, change: &Change) -> Result<(), SteeringError>;
+    /// The session that both sides know it by.
+    fn session(&self) -> String;
     /// Where it stands, for people.
     fn progress(&self) -> Progress;
     /// Who owns the guest.

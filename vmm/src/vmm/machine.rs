@@ -1,12 +1,14 @@
 //! A [`Machine`] as a [`SourceVm`].
 
+use super::configuration;
 use super::{Ending, Guest, Migration, MigrationHandle, Missing, Recording, TakeOver, Vmm};
 use crate::api::types::{
-    BalloonRequest, BalloonStatus, GuestInfo, MemoryInfo, Security, SnapshotReport, SnapshotRequest,
+    ArrivalOutcome, BalloonRequest, BalloonStatus, Configuration, GuestInfo, IncomingReport,
+    MemoryInfo, RecordStatus, Security, SnapshotReport, SnapshotRequest,
 };
 use crate::machine::{Exit, Machine, RunState};
 use crate::migrate::{
-    Arrival, Following, GuestInDoubt, Handle, Owner, Peer, Uri, migrate, recover,
+    Arrival, Following, GuestInDoubt, Handle, Incoming, Owner, Peer, Uri, migrate, recover,
 };
 use crate::record::MachineRecording;
 use crate::snapshot;
@@ -67,6 +69,21 @@ impl MachineGuest {
     /// Books what a [`Receiver`](crate::migrate::Receiver) at `listening` tells: the state is the
     /// new one when this returns. Returns what happened, a sentence for people.
     pub fn book(vmm: &Vmm, listening: &str, arrival: Arrival) -> String {
+        let outcome = match &arrival {
+            Arrival::Refused(_) => ArrivalOutcome::Refused,
+            Arrival::Interrupted(_) => ArrivalOutcome::Interrupted,
+            Arrival::Failed(_) => ArrivalOutcome::Failed,
+            Arrival::Unreachable(_) => ArrivalOutcome::Unreachable,
+            Arrival::InDoubt { .. } => ArrivalOutcome::InDoubt,
+            Arrival::Complete => ArrivalOutcome::Complete,
+            Arrival::Arrived { .. } => ArrivalOutcome::Arrived,
+        };
+        let sentence = Self::book_only(vmm, listening, arrival);
+        vmm.tell_arrival(outcome, sentence.clone());
+        sentence
+    }
+
+    fn book_only(vmm: &Vmm, listening: &str, arrival: Arrival) -> String {
         match arrival {
             Arrival::Refused(sentence) | Arrival::Interrupted(sentence) => sentence,
             Arrival::Failed(sentence) => {
@@ -193,6 +210,10 @@ impl Guest for MachineGuest {
             lost: following.lost(),
             file: following.file().map(Path::to_owned),
         })
+    }
+
+    fn configuration(&self) -> Option<Configuration> {
+        Some(configuration::of(&self.machine))
     }
 
     fn ending(&self) -> Option<Ending> {
@@ -323,6 +344,10 @@ impl MigrationHandle for Handle {
         Handle::steer(self, change)
     }
 
+    fn session(&self) -> String {
+        Handle::session(self)
+    }
+
     fn progress(&self) -> Progress {
         Handle::progress(self)
     }
@@ -365,6 +390,35 @@ impl<F: Fn(String) + Send + Sync> Owner for Arrivals<F> {
 
     fn claim(&self) -> Result<(), String> {
         self.vmm.claim_arrival()
+    }
+
+    fn incoming(&self, incoming: &Incoming, arrival: &Arrival) {
+        let (status, explanation) = match arrival {
+            Arrival::Failed(why) => (RecordStatus::Failed, why.clone()),
+            Arrival::Interrupted(why) => (RecordStatus::Interrupted, why.clone()),
+            Arrival::InDoubt { why, .. } => (RecordStatus::InDoubt, why.clone()),
+            Arrival::Complete => (
+                RecordStatus::Completed,
+                "all of the guest's memory has arrived".into(),
+            ),
+            Arrival::Arrived { following, .. } => match following {
+                Some(_) => (
+                    RecordStatus::UnderWay,
+                    "the guest runs here, and its pages follow".into(),
+                ),
+                None => (RecordStatus::Completed, "the guest has arrived".into()),
+            },
+            Arrival::Refused(_) | Arrival::Unreachable(_) => return,
+        };
+        let report = IncomingReport {
+            total_ms: incoming.elapsed.as_secs_f64() * 1e3,
+            bytes_received: incoming.bytes,
+            missing_pages: incoming.missing_pages,
+            faults: incoming.faults.clone(),
+            explanation,
+        };
+        let (session, policy) = (&incoming.session, &incoming.policy);
+        self.vmm.incoming(session, policy, status, report);
     }
 
     fn arrival(&self, arrival: Arrival) {

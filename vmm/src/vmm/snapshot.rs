@@ -72,7 +72,7 @@ impl Core {
             Then::Resume => {}
             Then::Pause => {
                 if matches!(inner.state, State::Running) {
-                    inner.state = State::Paused;
+                    inner.enter(State::Paused);
                 }
             }
             Then::Stop => {

@@ -1,6 +1,7 @@
 //! Every state against every request, with a guest and a migration that do as the test says.
 
 mod busy;
+mod looking_on;
 mod recording;
 mod snapshot;
 
@@ -153,6 +154,9 @@ impl MigrationHandle for Journal {
             _ => Err(SteeringError::TooLate),
         }
     }
+    fn session(&self) -> String {
+        "m1".into()
+    }
     fn progress(&self) -> Progress {
         self.progress.lock().unwrap().clone()
     }
@@ -281,6 +285,7 @@ fn drain(events: &Subscription) -> Vec<Event> {
         match events.next(Duration::from_secs(60)) {
             Next::Event(e) => heard.push(*e),
             Next::Closed => return heard,
+            Next::Lost(_) => {}
             Next::Idle => panic!("the migration's end was not told"),
         }
     }

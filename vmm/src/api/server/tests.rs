@@ -1,11 +1,14 @@
 //! The server against a fake [`Control`], by bytes, by our client and by curl.
 
+mod looking_on;
+
 use super::super::Refusal;
 use super::super::client::{Action, Client, ClientError};
 use super::super::events::Publisher;
 use super::super::types::{
-    BalloonRequest, BalloonStatus, GuestInfo, MigrateRequest, MigrationStatus, RecordRequest,
-    RecoverRequest, StateName, Status,
+    BalloonRequest, BalloonStatus, Configuration, Direction, GuestInfo, MigrateRequest,
+    MigrationRecord, MigrationStatus, Migrations, Notice, RecordRequest, RecordStatus,
+    RecoverRequest, StateName, Status, What,
 };
 use super::*;
 use ferry_migration::options::Options;
@@ -20,6 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 struct Fake {
     calls: Mutex<Vec<String>>,
     migration: Mutex<Option<Publisher>>,
+    events: Mutex<Publisher<Notice>>,
 }
 
 impl Fake {
@@ -101,6 +105,39 @@ impl Control for Fake {
     }
     fn migration(&self) -> MigrationStatus {
         MigrationStatus::default()
+    }
+    fn migrations(&self) -> Migrations {
+        let record = MigrationRecord {
+            schema: MigrationRecord::SCHEMA,
+            id: "aa11".into(),
+            direction: Direction::Outgoing,
+            to: Some("tcp:there:1".into()),
+            policy: "precopy".into(),
+            status: RecordStatus::Completed,
+            begun_unix_ms: 1,
+            ended_unix_ms: Some(2),
+            progress: None,
+            report: Some(report()),
+            incoming: None,
+        };
+        Migrations {
+            migrations: vec![record],
+        }
+    }
+    fn configuration(&self) -> Result<Configuration, Refusal> {
+        Ok(Configuration {
+            schema: Configuration::SCHEMA,
+            ..Configuration::default()
+        })
+    }
+    fn events(&self) -> Result<Subscription<Notice>, Refusal> {
+        let first = Notice::now(What::State {
+            state: StateName::Running,
+            explanation: "It runs.".into(),
+            to: None,
+            migration: None,
+        });
+        Ok(self.events.lock().unwrap().subscribe_after(Some(first)))
     }
     fn recover(&self, _: &RecoverRequest) -> Result<(), Refusal> {
         Err(Refusal::Failed("it broke".into()))

@@ -1,6 +1,7 @@
 //! What comes to a receiver: whether it may be a channel, which it is, and what it is for.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ferry_devices::sync::wait_timeout;
@@ -26,10 +27,11 @@ const SETTLING: Duration = Duration::from_secs(2);
 
 pub(super) fn spawn(shared: &Arc<Shared>, incoming: Incoming) {
     let Incoming {
-        link,
+        mut link,
         address,
         socket,
     } = incoming;
+    link.count(Arc::clone(&shared.received));
     let id = shared.newcomers.admit(address, socket);
     let worker = Arc::clone(shared);
     let work = move || {
@@ -160,6 +162,9 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
                         missing_pages: None,
                         state: ReceiveState::Receiving,
                         told: false,
+                        begun: Instant::now(),
+                        policy: String::new(),
+                        received_before: shared.received.load(Ordering::Relaxed),
                         parked: None,
                     });
                     break None;

@@ -86,6 +86,9 @@ pub(super) fn drive(shared: &Arc<Shared>, engine: Box<Engine>) {
                 let Some(active) = guard.as_mut() else {
                     continue;
                 };
+                if active.policy.is_empty() {
+                    engine.policy().clone_into(&mut active.policy);
+                }
                 if active.data_channels.is_none() && engine.data_channels().is_some()
                     || active.missing_pages.is_none() && engine.missing_pages().is_some()
                 {
