@@ -186,7 +186,7 @@ impl Args {
         option("--timeout", self.timeout.map(ms));
         option("--on-timeout", (!fits).then(|| "stop".to_owned()));
         option("--tls", self.certificates.folder());
-        option("--tls-authz", self.certificates.name());
+        option("--tls-authz", self.certificates.name().map(str::to_owned));
         words.join(" ")
     }
 }

@@ -5,11 +5,13 @@
 #![forbid(unsafe_code)]
 
 mod advise;
+mod agent;
 mod attach;
 mod balloon;
 mod console;
 mod devices;
 mod doctor;
+mod evacuate;
 mod generate;
 mod guest_file;
 mod logs;
@@ -32,6 +34,7 @@ mod snapshot;
 mod socket;
 mod spool;
 mod steer;
+mod to_host;
 #[cfg(not(feature = "lab"))]
 mod without_lab;
 
@@ -78,6 +81,8 @@ enum Command {
     Receive(receive::Args),
     Migrate(migrate::Args),
     Advise(advise::Args),
+    Evacuate(evacuate::Args),
+    Agent(agent::Args),
     Cancel(manage::Cancel),
     Tune(steer::Tune),
     Switchover(steer::Switchover),
@@ -147,6 +152,8 @@ fn run_command(command: Command) -> Result<ExitCode, Ended> {
         Command::Receive(args) => receive::run(&args)?,
         Command::Migrate(args) => migrate::run(&args)?,
         Command::Advise(args) => advise::run(&args)?,
+        Command::Evacuate(args) => evacuate::run(&args)?,
+        Command::Agent(args) => agent::run(&args)?,
         Command::Cancel(args) => args.run()?,
         Command::Tune(args) => args.run()?,
         Command::Switchover(args) => args.run()?,
@@ -288,7 +295,7 @@ mod tests {
         };
         assert_eq!(
             text(&["ferry", "migrate", "tcp:x:1"]),
-            "where to is missing; give NAME URI, or --api SOCKET URI; see `ferry migrate --help`"
+            "where to is missing; give NAME and HOST or URI, or --api SOCKET and one of them; see `ferry migrate --help`"
         );
         let downtime = text(&[
             "ferry",

@@ -3,6 +3,8 @@
 use super::outcome::{Coded, Ended, HELP, Outcome};
 use super::security::{Certificates, Pair};
 use super::serve::SAME_WISH;
+use super::to_host::{self, Moved};
+use ferry_agent::{Agent, Wanted};
 use ferry_migration::options::{Compress, Handover, Options, Tracking};
 use ferry_migration::report::{Report, Status};
 use ferry_terminal::flags::{PolicyFlags, TargetAnd, Word, choice};
@@ -28,6 +30,7 @@ use std::time::{Duration, Instant};
 #[command(after_help = format!("Examples:
   ferry migrate web tcp:otherhost:7000 --tls /etc/ferry/pki --downtime 100ms --verify
   ferry migrate --api /tmp/a.sock unix:/tmp/link
+  ferry migrate web otherhost
 
 {HELP}"))]
 pub struct Args {
@@ -50,11 +53,14 @@ pub struct Args {
 struct Destination(String);
 
 impl Word for Destination {
-    const VALUE: &'static str = "URI";
-    const HELP: &'static str = "Where `ferry receive` waits: tcp:HOST:PORT or unix:PATH";
+    const VALUE: &'static str = "HOST|URI";
+    const HELP: &'static str = "The host, where `ferry agent` prepares a receiver: HOST or HOST:PORT. Or where `ferry \
+                                receive` waits: tcp:HOST:PORT or unix:PATH";
 
     fn read(word: Option<OsString>) -> Result<Self, String> {
-        let word = word.ok_or("where to is missing; give NAME URI, or --api SOCKET URI")?;
+        let word = word.ok_or(
+            "where to is missing; give NAME and HOST or URI, or --api SOCKET and one of them",
+        )?;
         let text = word.into_string();
         text.map(Self)
             .map_err(|odd| format!("{} is no URI", odd.display()))
@@ -165,6 +171,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
         return Err(Ended::usage(error.to_string()));
     }
     let client = Client::new(&args.target.socket()?);
+    if to_host::is_host(uri) {
+        return to_agent(args, &client, request);
+    }
     // Before the first connection, so that Ctrl-C never leaves an unwatched migration behind.
     cancel_on_signal(client.clone(), "cancelling; the guest stays where it is")?;
     let mut display = Display::new(args.report.progress, args.report.quiet);
@@ -177,6 +186,39 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     match result {
         Ok(report) => Ok(show(args, &report, &display)?),
         Err(error) => Err(Ended {
+            outcome: Outcome::without_report(&error, begun),
+            sentence: error.to_string(),
+        }),
+    }
+}
+
+/// Moves the guest to a host, whose agent prepares its receiver.
+fn to_agent(args: &Args, client: &Client, request: MigrateRequest) -> Result<ExitCode, Ended> {
+    let place = &args.target.word.0;
+    if request.pair.is_some() {
+        return Err(Ended::usage(
+            "--pair is for a receiver that waits; an agent knows this host by its certificate (--tls)",
+        ));
+    }
+    let agent = Agent::new(
+        place,
+        &args.certificates.folder_or_default(),
+        args.certificates.name(),
+    )?;
+    let name = to_host::name_of(&args.target.guest, client)?;
+    let wanted = Wanted {
+        copy_disk: request.options.copy_disk,
+        ..to_host::wanted(client.configuration()?, &name)?
+    };
+    cancel_on_signal(client.clone(), "cancelling; the guest stays where it is")?;
+    let mut display = Display::new(args.report.progress, args.report.quiet);
+    let moved = to_host::move_to(&agent, client, &wanted, request, &mut |event| {
+        display.show(event);
+    });
+    display.clear();
+    match moved? {
+        Moved::Report(report) => Ok(show(args, &report, &display)?),
+        Moved::Error(error, begun) => Err(Ended {
             outcome: Outcome::without_report(&error, begun),
             sentence: error.to_string(),
         }),
@@ -212,6 +254,20 @@ fn show(args: &Args, report: &Report, display: &Display) -> Result<ExitCode, Fai
 /// SIGINT and SIGTERM cancel what the VMM does, whose answer then says how it ended. A second
 /// signal ends this command at once.
 pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Failure> {
+    on_signal(sentence, move || {
+        // Before the migration begins and after it ends, there is nothing to cancel; the report
+        // says so.
+        if let Err(e) = client.act(Action::Cancel) {
+            say(&e.to_string());
+        }
+    })
+}
+
+/// SIGINT and SIGTERM do this once. A second signal ends this command at once.
+pub fn on_signal(
+    sentence: &'static str,
+    cancel: impl FnOnce() + Send + 'static,
+) -> Result<(), Failure> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
@@ -221,11 +277,7 @@ pub fn cancel_on_signal(client: Client, sentence: &'static str) -> Result<(), Fa
     let watch = move || {
         signals.wait().map_err(|e| e.to_string())?;
         say(sentence);
-        // Before the migration begins and after it ends, there is nothing to cancel; the report
-        // says so.
-        if let Err(e) = client.act(Action::Cancel) {
-            say(&e.to_string());
-        }
+        cancel();
         // timeout(1) signals the process and its group: one wish can arrive twice.
         let first = Instant::now();
         while signals.wait().is_ok() {

@@ -4,13 +4,14 @@ use super::passed::Source;
 use super::security;
 use super::serve::{Place, Signals, serve};
 use ferry_terminal::output::{Failure, say};
+use ferry_terminal::units::duration;
 use ferry_vmm::machine::Backends;
-use ferry_vmm::migrate::{Listener, Receiver, Uri};
+use ferry_vmm::migrate::{Listener, ReceiveState, Receiver, Uri};
 use ferry_vmm::thread;
 use ferry_vmm::vmm::{Arrivals, Vmm};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::{Arc, Weak, mpsc};
+use std::time::{Duration, Instant};
 
 /// Wait for a guest to be migrated here, then be its VMM.
 ///
@@ -41,7 +42,13 @@ pub struct Args {
     /// guest counts on.
     #[arg(long)]
     force: bool,
+    /// End where no guest has begun to arrive for so long; without it, wait for ever.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    wait: Option<Duration>,
 }
+
+/// How often is looked whether a guest has come.
+const LOOK: Duration = Duration::from_millis(500);
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = Signals::take()?;
@@ -89,8 +96,35 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         args.place.dirty,
         Arc::new(owner),
     )?;
+    let receiver = Arc::new(receiver);
+    if let Some(wait) = args.wait {
+        give_up(Arc::downgrade(&receiver), vmm.clone(), wait)?;
+    }
     let result = serve(&vmm, server, signals, &port, &spool);
     // Kept until here: it answers a source that asks again whether its guest has arrived.
     drop(receiver);
     result
+}
+
+/// Ends the VMM when it has waited for a guest for so long.
+fn give_up(receiver: Weak<Receiver>, vmm: Vmm, wait: Duration) -> Result<(), Failure> {
+    let watch = move || {
+        let mut since = Instant::now();
+        while since.elapsed() < wait {
+            std::thread::sleep(LOOK.min(wait));
+            match receiver.upgrade().map(|receiver| receiver.state()) {
+                Some(ReceiveState::Waiting) => {}
+                // One that fails has taken its time.
+                Some(_) => since = Instant::now(),
+                None => return Ok(()),
+            }
+        }
+        if let Some(sentence) = vmm.interrupt("after --wait") {
+            say(&sentence);
+        }
+        Ok(())
+    };
+    let failure = |why: String| say(&format!("this waits for ever: {why}"));
+    thread::spawn(thread::Kind::Vmm, "ferry-wait", watch, failure)?;
+    Ok(())
 }

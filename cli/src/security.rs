@@ -10,6 +10,9 @@ use std::io::{self, BufRead};
 use std::path::{PathBuf, absolute};
 use std::sync::Arc;
 
+/// Where certificates for agents are, if not said otherwise.
+pub const AGENTS: &str = "/etc/ferry/pki";
+
 /// Certificates, at the source.
 #[derive(Debug, clap::Args)]
 #[group(skip)]
@@ -25,14 +28,19 @@ pub struct Certificates {
 }
 
 impl Certificates {
+    /// The folder for an agent.
+    pub fn folder_or_default(&self) -> PathBuf {
+        self.tls.clone().unwrap_or_else(|| AGENTS.into())
+    }
+
     /// The folder, as it was given.
     pub fn folder(&self) -> Option<String> {
         self.tls.as_ref().map(|dir| dir.display().to_string())
     }
 
     /// The name that the receiver's certificate must carry, as it was given.
-    pub fn name(&self) -> Option<String> {
-        self.tls_authz.clone()
+    pub fn name(&self) -> Option<&str> {
+        self.tls_authz.as_deref()
     }
 
     /// As the VMM is to be told, which has another working directory.

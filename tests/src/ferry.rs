@@ -65,11 +65,17 @@ pub struct Ran {
 /// # Panics
 /// When it cannot be started, or says that it panicked.
 pub fn run<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Ran {
-    let out = Command::new(ferry())
-        .args(args)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let mut command = Command::new(ferry());
+    command.args(args);
+    run_by(command)
+}
+
+/// As [`run`], by a command that is `ferry` with its arguments.
+///
+/// # Panics
+/// As there.
+pub fn run_by(mut command: Command) -> Ran {
+    let out = command.stdin(Stdio::null()).output().unwrap();
     let ran = Ran {
         code: out.status.code(),
         stdout: String::from_utf8_lossy(&out.stdout).into_owned(),

@@ -40,7 +40,7 @@ done read status
 refused list /
 ";
 
-pub use ferry::{Ran, can_pretend, ferry, guests_run, run};
+pub use ferry::{Ran, can_pretend, ferry, guests_run, run, run_by};
 pub use host::{Host, Migration, State};
 pub use nested::{NESTED_TIMEOUT, NestedClient, NestedHost, NestedVmm, Turn, nested_hosts};
 pub use proxy::{Action, Proxy, Way};

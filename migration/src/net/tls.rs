@@ -24,13 +24,14 @@ pub use credentials::{
 pub use names::identity_of;
 pub use pairing::{Pairing, PairingError, PairingLine};
 pub(super) use session::TlsSession;
+pub use session::sentence;
 
 pub use rustls::pki_types;
 
 use names::Name;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, ServerConfig, SupportedProtocolVersion};
 use std::sync::Arc;
@@ -167,6 +168,18 @@ impl ClientTls {
         }
     }
 
+    /// As rustls wants it, for a client of another protocol with the same certificates.
+    #[must_use]
+    pub fn config(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.config)
+    }
+
+    /// The name that the peer's certificate must carry.
+    #[must_use]
+    pub const fn name(&self) -> &ServerName<'static> {
+        &self.name
+    }
+
     /// What a connection says first: the control channel why it may begin a migration, a further
     /// one the secret of the session.
     #[must_use]
@@ -240,6 +253,31 @@ impl ServerTls {
         }
     }
 
+    /// As rustls wants it, for a server of another protocol with the same certificates.
+    #[must_use]
+    pub fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config)
+    }
+
+    /// Whether a peer's certificate, which the handshake has found good, carries an allowed name.
+    ///
+    /// # Errors
+    /// [`TlsError::Refused`], with the reason.
+    pub fn permits(&self, certificate: Option<&CertificateDer<'_>>) -> Result<(), TlsError> {
+        if self.allowed.is_empty() {
+            return Ok(());
+        }
+        let certificate = certificate.ok_or(TlsError::Refused("it shows no certificate"))?;
+        for name in self.allowed.iter() {
+            if name.is_in(certificate)? {
+                return Ok(());
+            }
+        }
+        Err(TlsError::Refused(
+            "its certificate carries none of the names of --tls-authz",
+        ))
+    }
+
     /// Whether the connection may be a channel: its certificate carries an allowed name, and its
     /// admission is a certificate where those are asked for, or an unused token where pairing is.
     /// A session's secret is for the caller to compare: it knows the sessions.
@@ -251,20 +289,7 @@ impl ServerTls {
         session: &TlsSession,
         admission: &Admission,
     ) -> Result<(), TlsError> {
-        if !self.allowed.is_empty() {
-            let certificate = session
-                .peer_certificate()
-                .ok_or(TlsError::Refused("it shows no certificate"))?;
-            let mut named = false;
-            for name in self.allowed.iter() {
-                named |= name.is_in(certificate)?;
-            }
-            if !named {
-                return Err(TlsError::Refused(
-                    "its certificate carries none of the names of --tls-authz",
-                ));
-            }
-        }
+        self.permits(session.peer_certificate())?;
         match (admission, &self.pairing) {
             (Admission::Certificate, None) | (Admission::Session(_), _) => Ok(()),
             (Admission::Token(token), Some(pairing)) if pairing.spend(token) => Ok(()),

@@ -33,7 +33,8 @@ fn broken(error: rustls::Error) -> io::Error {
 }
 
 /// What happened, and what to do, for the errors that a user causes.
-fn sentence(error: &rustls::Error) -> String {
+#[must_use]
+pub fn sentence(error: &rustls::Error) -> String {
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error};
     match error {
         Error::InvalidMessage(_) => {

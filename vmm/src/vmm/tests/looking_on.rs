@@ -62,7 +62,7 @@ fn a_listener_hears_each_state_and_the_migration_until_the_guest_has_moved() {
         (Some("tcp:there:1"), Some("m1"))
     );
     assert_eq!(notices(&late)[0], heard[3]);
-    // After the end there is still somebody to say so.
+    // After the end the VMM still says so.
     assert_eq!(names(&notices(&rig.vmm.events().unwrap())), ["moved"]);
 }
 

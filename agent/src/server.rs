@@ -1,0 +1,316 @@
+//! The agent's server: HTTP over TLS, a request at a time for each connection.
+
+use crate::commands::{self, memory_available, output};
+use crate::settings::Settings;
+use crate::types::{Host, Receiver, Refused, Wanted};
+use crate::{preflight, receivers};
+use axum::extract::{DefaultBodyLimit, Extension, Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post, put};
+use axum::{Json, Router};
+use ferry_migration::net::tls::{Credentials, ServerTls, TlsError};
+use ferry_terminal::names::GuestName;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+
+/// Connections at a time; further ones wait for their turn.
+const CONNECTIONS: usize = 64;
+/// How long a handshake, and each request's head, may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a connection may last.
+const LONGEST: Duration = Duration::from_secs(120);
+/// The largest request.
+const BODY: usize = 64 << 10;
+
+/// Why the agent does not serve.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// Its certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Its place.
+    #[error("the agent cannot listen on {address} ({cause})")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        cause: io::Error,
+    },
+    /// The system.
+    #[error("the agent cannot serve ({0})")]
+    Io(#[from] io::Error),
+}
+
+/// What the requests share.
+struct Shared {
+    settings: Settings,
+    /// Held while a guest is checked and its receiver started: two requests for one name, or for
+    /// the last memory, come one after the other.
+    starting: Mutex<()>,
+}
+
+/// Serves until the process ends; `listening` hears where.
+///
+/// # Errors
+/// [`ServeError`].
+pub fn serve(settings: Settings, listening: impl FnOnce(SocketAddr)) -> Result<(), ServeError> {
+    let credentials = Credentials::receiver(&settings.tls)?;
+    let tls = ServerTls::with_credentials(&credentials, &settings.tls_authz)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()?;
+    runtime.block_on(async {
+        let address = settings.listen;
+        let listener = TcpListener::bind(address);
+        let listener = listener
+            .await
+            .map_err(|cause| ServeError::Listen { address, cause })?;
+        listening(listener.local_addr()?);
+        let shared = Arc::new(Shared {
+            settings,
+            starting: Mutex::new(()),
+        });
+        accept(listener, tls, shared).await
+    })
+}
+
+fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/v1/host", get(host))
+        .route("/v1/guests", get(guests))
+        .route("/v1/guests/{name}/start", put(start_guest))
+        .route("/v1/guests/{name}/stop", put(stop_guest))
+        .route("/v1/doctor", get(doctor))
+        .route("/v1/receivers", post(receive))
+        .route("/v1/receivers/{name}", delete(end_receiver))
+        .layer(DefaultBodyLimit::max(BODY))
+        .with_state(shared)
+}
+
+async fn accept(
+    listener: TcpListener,
+    tls: ServerTls,
+    shared: Arc<Shared>,
+) -> Result<(), ServeError> {
+    let acceptor = TlsAcceptor::from(tls.config());
+    let router = router(shared);
+    let turns = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
+            return Ok(());
+        };
+        let (stream, peer) = match listener.accept().await {
+            Ok(connection) => connection,
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                // It is still there: without descriptors this would go round and round.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let (acceptor, tls, router) = (acceptor.clone(), tls.clone(), router.clone());
+        tokio::spawn(async move {
+            let served = timeout(LONGEST, connection(stream, &acceptor, &tls, router)).await;
+            if let Ok(Err(why)) = served {
+                tracing::info!(%peer, "a connection was refused: {why}");
+            }
+            drop(turn);
+        });
+    }
+}
+
+/// Serves one connection.
+async fn connection(
+    stream: TcpStream,
+    acceptor: &TlsAcceptor,
+    tls: &ServerTls,
+    router: Router,
+) -> Result<(), String> {
+    let here = stream.local_addr().map_err(|e| e.to_string())?.ip();
+    let secured = timeout(PATIENCE, acceptor.accept(stream)).await;
+    let secured = secured
+        .map_err(|_| "it says nothing")?
+        .map_err(|e| e.to_string())?;
+    let certificates = secured.get_ref().1.peer_certificates().unwrap_or_default();
+    tls.permits(certificates.first())
+        .map_err(|e| e.to_string())?;
+    let service = TowerToHyperService::new(router.layer(Extension(here)));
+    hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE)
+        .serve_connection(TokioIo::new(secured), service)
+        .await
+        .map_err(|e| e.to_string())
+}
+
+/// Why a request is not served.
+struct Failure(StatusCode, String);
+
+impl Failure {
+    fn conflict(why: impl Into<String>) -> Self {
+        Self(StatusCode::CONFLICT, why.into())
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (self.0, Json(Refused { error: self.1 })).into_response()
+    }
+}
+
+/// Commands take their time: they run beside the server.
+async fn beside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| {
+        let why = format!("the agent has failed ({error})");
+        Err(Failure(StatusCode::INTERNAL_SERVER_ERROR, why))
+    })
+}
+
+async fn host() -> Result<Json<Host>, Failure> {
+    beside(|| {
+        let (guests, _) = commands::guests().map_err(Failure::conflict)?;
+        let there = guests.into_iter().filter(|guest| guest.state != "stale");
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Json(Host {
+            schema: 1,
+            name: rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            processors: u32::try_from(processors).unwrap_or(u32::MAX),
+            memory_available_bytes: memory_available(),
+            guests: there.map(|guest| guest.name).collect(),
+        }))
+    })
+    .await
+}
+
+/// What runs here, as `ferry ps --json` says, and the guest files that there are.
+async fn guests(State(shared): State<Arc<Shared>>) -> Result<Json<serde_json::Value>, Failure> {
+    beside(move || {
+        let (_, mut list) = commands::guests().map_err(Failure::conflict)?;
+        let mut files: Vec<String> = std::fs::read_dir(&shared.settings.guests)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter_map(|file| Some(file.strip_suffix(".toml")?.to_owned()))
+            .filter(|name| name.parse::<GuestName>().is_ok())
+            .collect();
+        files.sort_unstable();
+        list["files"] = files.into();
+        Ok(Json(list))
+    })
+    .await
+}
+
+async fn doctor() -> Result<Json<serde_json::Value>, Failure> {
+    beside(|| {
+        let printed = output(&["doctor", "--json"]).map_err(Failure::conflict)?;
+        let value = serde_json::from_slice(&printed);
+        value
+            .map(Json)
+            .map_err(|e| Failure::conflict(e.to_string()))
+    })
+    .await
+}
+
+fn named(name: &str) -> Result<GuestName, Failure> {
+    name.parse()
+        .map_err(|why| Failure(StatusCode::BAD_REQUEST, why))
+}
+
+/// Starts the guest of a file.
+async fn start_guest(
+    State(shared): State<Arc<Shared>>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Failure> {
+    beside(move || {
+        let name = named(&name)?;
+        let file = shared.settings.guests.join(format!("{name}.toml"));
+        if !file.is_file() {
+            let why = format!("there is no guest file {}", file.display());
+            return Err(Failure(StatusCode::NOT_FOUND, why));
+        }
+        let _turn = shared
+            .starting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        receivers::start_guest(&file, &name).map_err(Failure::conflict)?;
+        Ok(StatusCode::NO_CONTENT)
+    })
+    .await
+}
+
+async fn stop_guest(Path(name): Path<String>) -> Result<StatusCode, Failure> {
+    beside(move || {
+        let name = named(&name)?;
+        output(&["stop", name.as_str()]).map_err(Failure::conflict)?;
+        Ok(StatusCode::NO_CONTENT)
+    })
+    .await
+}
+
+/// Checks a guest that is to come, and starts its receiver.
+async fn receive(
+    State(shared): State<Arc<Shared>>,
+    Extension(here): Extension<IpAddr>,
+    Json(wanted): Json<Wanted>,
+) -> Result<Json<Receiver>, Failure> {
+    beside(move || {
+        let _turn = shared
+            .starting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let (guests, _) = commands::guests().map_err(Failure::conflict)?;
+        let settings = &shared.settings;
+        let name = preflight::check(&wanted, settings, &guests).map_err(Failure::conflict)?;
+        if wanted.dry_run {
+            return Ok(Json(Receiver {
+                schema: 1,
+                ..Receiver::default()
+            }));
+        }
+        let started =
+            receivers::start(&wanted, &name, settings, here).map_err(Failure::conflict)?;
+        tracing::info!(%name, uri = started.receiver.uri, "a receiver waits for a guest");
+        receivers::follow(started.child, &name);
+        Ok(Json(started.receiver))
+    })
+    .await
+}
+
+/// Ends a receiver that has no guest.
+async fn end_receiver(Path(name): Path<String>) -> Result<StatusCode, Failure> {
+    beside(move || {
+        let name = named(&name)?;
+        let (guests, _) = commands::guests().map_err(Failure::conflict)?;
+        let Some(guest) = guests.iter().find(|guest| guest.name == name.as_str()) else {
+            return Ok(StatusCode::NO_CONTENT);
+        };
+        match (guest.state.as_str(), guest.pid) {
+            ("receiving", Some(pid)) => {
+                receivers::end(pid).map_err(Failure::conflict)?;
+                Ok(StatusCode::NO_CONTENT)
+            }
+            (state, _) => Err(Failure::conflict(format!(
+                "the guest {name} is here ({state}), and no receiver waits for it"
+            ))),
+        }
+    })
+    .await
+}
