@@ -12,18 +12,21 @@ mod console;
 mod devices;
 mod doctor;
 mod evacuate;
+mod events;
 mod generate;
 mod guest_file;
 mod logs;
 mod manage;
 mod migrate;
 mod nas;
+mod observe;
 mod outcome;
 mod passed;
 mod pki;
 mod ps;
 mod pty;
 mod receive;
+mod report;
 mod restore;
 mod run;
 mod sandbox;
@@ -42,10 +45,11 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 #[cfg(feature = "lab")]
 use ferry_lab::{bench, demo, record, sim};
-use ferry_terminal::output::{put, put_failure, say};
+use ferry_terminal::output::{put, put_failure, say, say_in_json};
 use nix::sys::signal::{SigSet, Signal};
 use outcome::Ended;
 use std::process::ExitCode;
+use std::str::FromStr;
 #[cfg(not(feature = "lab"))]
 use without_lab::{bench, demo, record, sim};
 
@@ -71,6 +75,9 @@ struct Cli {
     /// Log more (-v what happens, -vv how, -vvv all).
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
+    /// How the log and what is said on stderr are written: text, or json, one object a line.
+    #[arg(long, value_name = "text|json", global = true, default_value = "text")]
+    log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
 }
@@ -87,6 +94,8 @@ enum Command {
     Tune(steer::Tune),
     Switchover(steer::Switchover),
     Status(manage::Status),
+    Events(events::Args),
+    Report(report::Args),
     Pause(manage::Pause),
     Resume(manage::Resume),
     Stop(manage::Stop),
@@ -120,7 +129,10 @@ fn main() -> ExitCode {
         Ok(read) => read,
         Err(e) => return usage(&e, line.place(&e)),
     };
-    log(cli.verbose);
+    if cli.log_format == LogFormat::Json {
+        say_in_json();
+    }
+    log(cli.verbose, cli.log_format);
     let ended = match guest_file::printed(&definition, &matches) {
         Ok(Some(text)) => put(&text).map(|()| ExitCode::SUCCESS).map_err(Ended::from),
         Ok(None) => run_command(cli.command),
@@ -158,6 +170,8 @@ fn run_command(command: Command) -> Result<ExitCode, Ended> {
         Command::Tune(args) => args.run()?,
         Command::Switchover(args) => args.run()?,
         Command::Status(args) => args.run()?,
+        Command::Events(args) => events::run(&args)?,
+        Command::Report(args) => report::run(&args)?,
         Command::Pause(args) => args.run()?,
         Command::Resume(args) => args.run()?,
         Command::Stop(args) => args.run()?,
@@ -241,7 +255,26 @@ fn one_sentence(text: &str, command: Option<String>) -> String {
     format!("{}; see `{help}`", told.join("; "))
 }
 
-fn log(verbose: u8) {
+/// `--log-format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err("give text or json"),
+        }
+    }
+}
+
+fn log(verbose: u8, format: LogFormat) {
     use tracing_subscriber::EnvFilter;
     let level = match verbose {
         0 => "warn",
@@ -258,13 +291,17 @@ fn log(verbose: u8) {
         }),
         _ => EnvFilter::new(level),
     };
+    let json = format == LogFormat::Json;
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(terminal);
+        .with_ansi(terminal && !json);
     // A second subscriber would be the only reason to fail, and there is none.
-    let _ = builder.try_init();
+    let _ = match json {
+        true => builder.json().try_init(),
+        false => builder.try_init(),
+    };
 }
 
 #[cfg(test)]

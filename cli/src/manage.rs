@@ -8,7 +8,9 @@ use ferry_terminal::progress::line;
 use ferry_terminal::rows::Rows;
 use ferry_terminal::units::{memory, span};
 use ferry_vmm::api::client::{Action, Client};
-use ferry_vmm::api::types::{MemoryInfo, RecoverRequest, StateName, Status as StatusBody};
+use ferry_vmm::api::types::{
+    Configuration, MemoryInfo, RecoverRequest, StateName, Status as StatusBody,
+};
 use ferry_vmm::migrate::absolute_uri;
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -19,6 +21,9 @@ use std::process::ExitCode;
 pub struct Status {
     #[command(flatten)]
     target: Target,
+    /// Show what the guest's machine is made of instead.
+    #[arg(long)]
+    config: bool,
     /// Print one JSON object instead.
     #[arg(long)]
     json: bool,
@@ -133,7 +138,16 @@ impl Recover {
 
 impl Status {
     pub fn run(&self) -> Result<ExitCode, Ended> {
-        let status = Client::new(&self.target.socket()?).status()?;
+        let client = Client::new(&self.target.socket()?);
+        if self.config {
+            let configuration = client.configuration()?;
+            match self.json {
+                true => put_json(&configuration)?,
+                false => put(&machine(&configuration))?,
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        let status = client.status()?;
         if self.json {
             put_json(&status)?
         } else {
@@ -185,6 +199,79 @@ fn text(status: &StatusBody) -> String {
     rows.text()
 }
 
+/// The configuration, for people.
+fn machine(configuration: &Configuration) -> String {
+    let c = configuration;
+    let mut rows = Rows::default();
+    rows.add("name", c.name.as_deref().map_or("unnamed".into(), clean));
+    let mhz = c
+        .cpu
+        .tsc_khz
+        .map_or(String::new(), |khz| format!(", TSC {} MHz", khz / 1000));
+    let brand = c.cpu.brand.as_deref().unwrap_or(&c.cpu.vendor);
+    rows.add("CPUs", format!("{} × {}{mhz}", c.cpus, clean(brand)));
+    let taken = if c.memory.preallocated {
+        ", preallocated"
+    } else {
+        ""
+    };
+    let size = memory(c.memory.bytes);
+    rows.add(
+        "memory",
+        format!("{size}, {}{taken}", clean(&c.memory.backing)),
+    );
+    if let Some(boot) = &c.boot {
+        let parts = [
+            boot.path.as_ref().map(|path| path.display().to_string()),
+            boot.initrd
+                .as_ref()
+                .map(|path| format!("initrd {}", path.display())),
+            boot.cmdline.clone(),
+        ];
+        let parts = parts
+            .iter()
+            .flatten()
+            .map(|part| format!(" {}", clean(part)));
+        rows.add(
+            "boot",
+            format!("{}:{}", boot.from, parts.collect::<String>()),
+        );
+    }
+    for disk in &c.disks {
+        let path = disk.path.as_deref().map_or("unknown".into(), clean);
+        let read_only = if disk.read_only { ", read-only" } else { "" };
+        rows.add("disk", format!("{path}, {}{read_only}", memory(disk.bytes)));
+    }
+    for network in &c.networks {
+        let tap = network.tap.as_deref().map_or("unknown".into(), clean);
+        rows.add("network", format!("tap {tap}, {}", clean(&network.mac)));
+    }
+    let others = [(c.balloon, "balloon"), (c.rng, "random numbers")];
+    let others = others
+        .iter()
+        .filter(|(there, _)| *there)
+        .map(|(_, name)| *name);
+    let others: Vec<&str> = others.collect();
+    if !others.is_empty() {
+        rows.add("devices", others.join(", "));
+    }
+    rows.add(
+        "dirty",
+        format!("pages are found by the {}", clean(&c.dirty)),
+    );
+    let places = [
+        ("serial", &c.serial),
+        ("sandbox", &c.sandbox),
+        ("metrics", &c.metrics),
+    ];
+    for (name, place) in places {
+        if let Some(place) = place {
+            rows.add(name, clean(place));
+        }
+    }
+    rows.text()
+}
+
 /// What the RAM is made of.
 fn pages(info: &MemoryInfo, rows: &mut Rows) {
     let kind = match info.backing.as_str() {
@@ -207,6 +294,48 @@ mod tests {
     use super::*;
     use ferry_migration::report::{Phase, Progress};
     use ferry_vmm::api::types::GuestInfo;
+
+    #[test]
+    fn a_configuration_for_people() {
+        use ferry_vmm::api::types::{Boot, Cpu, DiskConfiguration, NetworkConfiguration};
+        let mut configuration = Configuration {
+            name: Some("web".into()),
+            cpus: 2,
+            cpu: Cpu {
+                vendor: "GenuineIntel".into(),
+                brand: Some("A\u{1b}CPU".into()),
+                tsc_khz: Some(2_500_000),
+            },
+            boot: Some(Boot {
+                from: "kernel".into(),
+                path: Some("/k".into()),
+                initrd: None,
+                cmdline: Some("quiet".into()),
+            }),
+            disks: vec![DiskConfiguration {
+                path: Some("a.img".into()),
+                bytes: 1 << 30,
+                read_only: true,
+            }],
+            networks: vec![NetworkConfiguration {
+                tap: None,
+                mac: "02:00:00:00:00:01".into(),
+            }],
+            rng: true,
+            dirty: "log".into(),
+            sandbox: Some("on".into()),
+            ..Configuration::default()
+        };
+        configuration.memory.bytes = 512 << 20;
+        configuration.memory.backing = "thp".into();
+        assert_eq!(
+            machine(&configuration),
+            "name       web\nCPUs       2 × A CPU, TSC 2500 MHz\nmemory     512 MiB, thp\n\
+             boot       kernel: /k quiet\ndisk       a.img, 1 GiB, read-only\n\
+             network    tap unknown, 02:00:00:00:00:01\ndevices    random numbers\n\
+             dirty      pages are found by the log\nsandbox    on\n"
+        );
+    }
 
     #[test]
     fn a_status_for_people() {

@@ -13,10 +13,11 @@ use ferry_terminal::progress::Display;
 use ferry_terminal::summary::{sentence, table};
 use ferry_terminal::units::{duration, rate, size};
 use ferry_vmm::api::client::{Action, Client};
-use ferry_vmm::api::types::MigrateRequest;
+use ferry_vmm::api::types::{MigrateRequest, MigrationStatus};
 use ferry_vmm::migrate::absolute_uri;
 use ferry_vmm::thread;
 use nix::sys::signal::{SigSet, Signal};
+use serde::Serialize;
 use std::ffi::OsString;
 use std::io;
 use std::process::ExitCode;
@@ -120,6 +121,10 @@ struct ReportFlags {
     /// Show progress even where stderr is no terminal.
     #[arg(long, conflicts_with = "quiet")]
     progress: bool,
+    /// Begin the migration, print its ID and do not wait: `ferry report` shows how it goes and ended,
+    /// here while this VMM is there (see --linger of `ferry run`), and at the destination.
+    #[arg(long, conflicts_with = "progress")]
+    detach: bool,
     /// Print nothing but errors (and the report, with --json).
     #[arg(long)]
     quiet: bool,
@@ -172,7 +177,15 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     }
     let client = Client::new(&args.target.socket()?);
     if to_host::is_host(uri) {
+        if args.report.detach {
+            return Err(Ended::usage(
+                "--detach is for a receiver that waits; a host's agent is told how the move ends",
+            ));
+        }
         return to_agent(args, &client, request);
+    }
+    if args.report.detach {
+        return detach(args, &client.begin_migration(&request)?);
     }
     // Before the first connection, so that Ctrl-C never leaves an unwatched migration behind.
     cancel_on_signal(client.clone(), "cancelling; the guest stays where it is")?;
@@ -223,6 +236,27 @@ fn to_agent(args: &Args, client: &Client, request: MigrateRequest) -> Result<Exi
             sentence: error.to_string(),
         }),
     }
+}
+
+/// What `--detach --json` prints.
+#[derive(Serialize)]
+struct Begun<'a> {
+    schema: u32,
+    code: &'static str,
+    id: &'a str,
+}
+
+fn detach(args: &Args, status: &MigrationStatus) -> Result<ExitCode, Ended> {
+    let id = status.id.as_deref().unwrap_or_default();
+    match args.report.json {
+        true => put_json(&Begun {
+            schema: 1,
+            code: "begun",
+            id,
+        })?,
+        false => put(&format!("{id}\n"))?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn show(args: &Args, report: &Report, display: &Display) -> Result<ExitCode, Failure> {

@@ -6,6 +6,7 @@
 //! | status | `code` | |
 //! |---|---|---|
 //! | 0 | `moved` | the guest runs at the destination |
+//! | 0 | `begun` | with --detach |
 //! | 1 | `failed` | the guest runs at the source |
 //! | 1 | `no-guest`, `no-vmm`, `not-ferry`, `refused` | the migration did not begin |
 //! | 2 | `usage` | the command line is wrong |

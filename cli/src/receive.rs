@@ -2,7 +2,7 @@
 
 use super::passed::Source;
 use super::security;
-use super::serve::{Place, Signals, serve};
+use super::serve::{Console, Place, Signals, serve};
 use ferry_terminal::output::{Failure, say};
 use ferry_terminal::units::duration;
 use ferry_vmm::machine::Backends;
@@ -55,11 +55,19 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let passed = args.from.passed()?;
     let (gate, line) = args.security.gate(args.from.uri(passed.as_ref())?)?;
     let socket = args.place.socket()?;
-    let (port, spool, serial, backends) = args.place.console(&socket, |files| {
+    let console = args.place.console(&socket, |files| {
         if let Source::Uri(Uri::Unix(path)) = &args.from {
             files.socket(path);
         }
     })?;
+    let Console {
+        port,
+        spool,
+        serial,
+        backends,
+        scraping,
+        setup,
+    } = console;
     let listener = match passed {
         Some(listener) => listener,
         None => Listener::bind(args.from.uri(None)?)?,
@@ -68,7 +76,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let uri = listener.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
     port.tell(&vmm);
+    vmm.set_setup(setup);
     let server = socket.bind(&vmm)?;
+    let _scraped = scraping.serve(&vmm)?;
     // An arrival is booked before the source gets its answer. Printing it is this thread's, so that
     // no migration waits for a terminal.
     let (tell, told) = mpsc::channel::<String>();
@@ -100,10 +110,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     if let Some(wait) = args.wait {
         give_up(Arc::downgrade(&receiver), vmm.clone(), wait)?;
     }
-    let result = serve(&vmm, server, signals, &port, &spool);
-    // Kept until here: it answers a source that asks again whether its guest has arrived.
-    drop(receiver);
-    result
+    // Held until the end: it answers a source that asks again whether its guest has arrived.
+    let held = (args.place.observe.linger(), receiver);
+    serve(&vmm, server, signals, (&port, &spool), held)
 }
 
 /// Ends the VMM when it has waited for a guest for so long.

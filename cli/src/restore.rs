@@ -1,9 +1,10 @@
 //! `ferry restore`.
 
 use super::serial::Serial;
-use super::serve::{Place, Signals, serve};
+use super::serve::{Console, Place, Signals, serve};
 use ferry_terminal::output::{Failure, put_json, say};
 use ferry_terminal::units::{grouped, span};
+use ferry_vmm::api::types::Boot;
 use ferry_vmm::snapshot::{RestoreOptions, RestoreReport, restore};
 use ferry_vmm::thread;
 use ferry_vmm::vmm::{MachineGuest, Vmm};
@@ -48,13 +49,27 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let signals = Signals::take()?;
     let socket = args.place.socket()?;
-    let (port, spool, serial, backends) = args.place.console(&socket, |files| {
+    let Console {
+        port,
+        spool,
+        serial,
+        backends,
+        scraping,
+        mut setup,
+    } = args.place.console(&socket, |files| {
         files.read(&args.path);
     })?;
+    setup.boot = Some(Boot {
+        from: "snapshot".into(),
+        path: Some(args.path.clone()),
+        ..Boot::default()
+    });
     // The socket before the guest: once that runs nothing may fail.
     let vmm = Vmm::receiving(format!("the snapshot {}", args.path.display()))?;
     port.tell(&vmm);
+    vmm.set_setup(setup);
     let server = socket.bind(&vmm)?;
+    let _scraped = scraping.serve(&vmm)?;
     let options = RestoreOptions {
         path: args.path.clone(),
         eager: args.eager,
@@ -71,7 +86,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         false => "the guest is here, paused as it was; `ferry resume` lets it run",
     });
     let reporting = tell_when_done(restored.report, args.json)?;
-    let result = serve(&vmm, server, signals, &port, &spool);
+    let held = (args.place.observe.linger(), guest);
+    let result = serve(&vmm, server, signals, (&port, &spool), held);
     // A guest that ended needs no more memory, so this ends soon.
     let _ = reporting.join();
     result

@@ -2,10 +2,11 @@
 
 use super::balloon::Setting;
 use super::devices;
+use super::observe;
 use super::passed::Api;
 use super::sandbox;
 use super::serial::Serial;
-use super::serve::{Signals, serve};
+use super::serve::{Signals, serve, setup};
 use super::socket::ControlSocket;
 use super::spool::Spool;
 use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
@@ -16,6 +17,7 @@ use ferry_terminal::names::GuestName;
 use ferry_terminal::output::{Failure, say};
 use ferry_terminal::timeline::Timeline;
 use ferry_terminal::units::{duration, memory, size};
+use ferry_vmm::api::types::Boot;
 use ferry_vmm::boot::Kernel;
 use ferry_vmm::machine::{Backends, Machine};
 use ferry_vmm::memory::Backing;
@@ -131,6 +133,8 @@ pub struct Args {
     devices: devices::Args,
     #[command(flatten)]
     sandbox: sandbox::Args,
+    #[command(flatten)]
+    observe: observe::Args,
     /// A memory balloon: the guest can give memory back to the host, and says how much it has free.
     /// With auto it gives what it does not use, every 5s, and gets it back when it is short; see
     /// `ferry balloon`.
@@ -180,6 +184,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let port = args.serial.prepare()?;
     let sink = port.open()?;
     let backends = args.devices.backends()?;
+    let scraping = args.observe.bind()?;
+    let mut setup = setup(&backends, &args.sandbox, &scraping);
+    setup.boot = Some(boot(args));
     let files = files(args, linux.as_ref(), (&backends, &socket))?;
     args.sandbox.enter(&backends, files)?;
     let spool = Spool::new(sink)?;
@@ -212,7 +219,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;
     port.tell(&vmm);
+    vmm.set_setup(setup);
     let server = socket.bind(&vmm)?;
+    let _scraped = scraping.serve(&vmm)?;
     // Through the VMM, which keeps the state: the last thing that can fail is behind us.
     ferry_vmm::api::Control::resume(&vmm)?;
     if timeline.is_wanted() {
@@ -221,7 +230,24 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         timeline.write()?;
     }
     tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
-    serve(&vmm, server, signals, &port, &spool)
+    let held = (args.observe.linger(), (machine, guest));
+    serve(&vmm, server, signals, (&port, &spool), held)
+}
+
+/// What is booted, for `GET /v1/vm`.
+fn boot(args: &Args) -> Boot {
+    let nas = args.nas.as_ref().map(ToString::to_string);
+    let from = match (&nas, args.linux) {
+        (Some(_), _) => "nas",
+        (None, true) => "linux",
+        (None, false) => "kernel",
+    };
+    Boot {
+        from: from.into(),
+        path: args.kernel.clone(),
+        initrd: args.initrd.clone(),
+        cmdline: nas.or_else(|| args.cmdline.clone()),
+    }
 }
 
 /// What is opened in the sandbox.

@@ -28,6 +28,11 @@ pub struct Args {
 }
 
 impl Args {
+    /// Whether to enter it.
+    pub const fn mode(&self) -> Mode {
+        self.mode
+    }
+
     /// What a VMM with these devices and this control socket opens in the sandbox.
     pub fn files(&self, backends: &Backends, socket: Option<&Path>) -> Result<Files, Failure> {
         let mut files = Files::of_a_vmm();

@@ -2,6 +2,7 @@
 
 use super::console::{KEYS, Key, Terminal, feed_from_pipe};
 use super::devices;
+use super::observe::{self, Scraping};
 use super::passed::Api;
 use super::sandbox;
 use super::serial::{Serial, SerialPort};
@@ -12,7 +13,9 @@ use ferry_migration::options::Tracking;
 use ferry_terminal::flags::choice;
 use ferry_terminal::names::GuestName;
 use ferry_terminal::output::{Failure, say};
+use ferry_terminal::units::span;
 use ferry_vmm::api::server::Server;
+use ferry_vmm::api::types::Setup;
 use ferry_vmm::machine::Backends;
 use ferry_vmm::migrate::SerialFactory;
 use ferry_vmm::priority::in_background;
@@ -105,6 +108,8 @@ pub struct Place {
     pub devices: devices::Args,
     #[command(flatten)]
     pub sandbox: sandbox::Args,
+    #[command(flatten)]
+    pub observe: observe::Args,
 }
 
 impl Place {
@@ -119,8 +124,10 @@ impl Place {
         &self,
         socket: &ControlSocket,
         more: impl FnOnce(&mut Files),
-    ) -> Result<(SerialPort<'_>, Spool, SerialFactory, Backends), Failure> {
+    ) -> Result<Console<'_>, Failure> {
         let backends = self.devices.backends()?;
+        let scraping = self.observe.bind()?;
+        let setup = setup(&backends, &self.sandbox, &scraping);
         let port = self.serial.prepare()?;
         let sink = port.open()?;
         let mut files = self.sandbox.files(&backends, socket.path())?;
@@ -129,17 +136,48 @@ impl Place {
         let spool = Spool::new(sink)?;
         let output = spool.clone();
         let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
-        Ok((port, spool, Arc::new(serial), backends))
+        Ok(Console {
+            port,
+            spool,
+            serial: Arc::new(serial),
+            backends,
+            scraping,
+            setup,
+        })
     }
 }
 
-/// Serves until the VMM has nothing more to do.
+/// What a VMM is told here, opened.
+pub struct Console<'a> {
+    pub port: SerialPort<'a>,
+    pub spool: Spool,
+    pub serial: SerialFactory,
+    pub backends: Backends,
+    pub scraping: Scraping,
+    pub setup: Setup,
+}
+
+/// What `GET /v1/vm` shows of a command line, but for what was booted.
+pub fn setup(backends: &Backends, sandbox: &sandbox::Args, scraping: &Scraping) -> Setup {
+    let taps = backends.nets.iter();
+    Setup {
+        boot: None,
+        taps: taps
+            .map(|net| (!net.tap.is_empty()).then(|| net.tap.clone()))
+            .collect(),
+        sandbox: Some(sandbox.mode().name().to_owned()),
+        metrics: scraping.url(),
+    }
+}
+
+/// Serves until the VMM has nothing more to do, and `linger` longer where its guest has moved; `held`
+/// is what keeps the guest, or its way here, until then.
 pub fn serve(
     vmm: &Vmm,
     server: Server,
     signals: Signals,
-    port: &SerialPort<'_>,
-    spool: &Spool,
+    (port, spool): (&SerialPort<'_>, &Spool),
+    (linger, held): (Duration, impl Sized),
 ) -> Result<ExitCode, Failure> {
     let terminal = match port.is_stdio() {
         true => Terminal::take(),
@@ -173,6 +211,25 @@ pub fn serve(
     };
     // The guest may have moved to another process of this host.
     in_background();
+    drop(held);
+    if outcome.moved && !linger.is_zero() {
+        say(&format!(
+            "{}; this VMM stays for {}",
+            outcome.sentence,
+            span_of(linger)
+        ));
+        vmm.linger();
+        let until = Instant::now() + linger;
+        while !vmm.is_released() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            // Rounded up, or the last millisecond would be spun away.
+            let ms = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+            manager.run_with_timeout(ms).map_err(failed)?;
+        }
+    }
     // The terminal is the user's again before we speak.
     drop(manager);
     spool.drain(FAREWELL);
@@ -181,6 +238,10 @@ pub fn serve(
         server.shutdown(FAREWELL);
     }
     Ok(tell(&outcome))
+}
+
+fn span_of(time: Duration) -> String {
+    span(time.as_secs_f64() * 1e3)
 }
 
 fn tell(outcome: &Outcome) -> ExitCode {

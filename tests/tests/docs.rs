@@ -14,8 +14,8 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-/// The port that the pages use; a test replaces it, since it may be taken.
-const PORT: &str = ":7000";
+/// The ports that the pages use; a test replaces them, since they may be taken.
+const PORTS: [&str; 2] = [":7000", ":9117"];
 
 fn fails(found: &[String]) {
     assert!(found.is_empty(), "\n{}", found.join("\n"));
@@ -255,17 +255,19 @@ fn commands_and_flags_that_are_named_exist() {
 /// A page's commands in a folder of their own. Dropping it ends what still runs.
 struct Session {
     folder: tempfile::TempDir,
-    port: String,
+    /// In place of [`PORTS`].
+    ports: Vec<String>,
     terminals: Vec<Child>,
 }
 
 impl Session {
     fn new() -> Self {
         // Free now, and known only here.
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        let free = PORTS.map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+        let port = |l: &TcpListener| format!(":{}", l.local_addr().unwrap().port());
         Self {
             folder: tempfile::tempdir().unwrap(),
-            port: format!(":{}", free.local_addr().unwrap().port()),
+            ports: free.iter().map(port).collect(),
             terminals: Vec::new(),
         }
     }
@@ -278,14 +280,12 @@ impl Session {
             std::os::unix::fs::symlink(ferry(), bin.join("ferry")).unwrap();
         }
         let path = std::env::var("PATH").unwrap_or_default();
+        let replace = |text: String, (from, to): (&str, &String)| text.replace(from, to);
+        let text = PORTS.into_iter().zip(&self.ports);
+        let text = text.fold(block.text.clone(), replace);
         let mut shell = Command::new("bash");
         shell
-            .args([
-                "-euo",
-                "pipefail",
-                "-c",
-                &block.text.replace(PORT, &self.port),
-            ])
+            .args(["-euo", "pipefail", "-c", &text])
             .current_dir(self.folder.path())
             .env("PATH", format!("{}:{path}", bin.display()))
             .env("XDG_RUNTIME_DIR", self.folder.path())

@@ -6,9 +6,13 @@
 
 use ferry_guest_images::{Class, Kernel, Line, Problem};
 use ferry_migration::options::{Compress, Handover, Options};
-use ferry_migration::report::{Phase, Report, Status};
-use ferry_tests::{Host, Proxy, State, Way, guests_run, run, until};
+use ferry_migration::report::{Event, Phase, Report, Status};
+use ferry_tests::{Host, Proxy, State, TIMEOUT, Way, ferry, guests_run, run, until};
 use ferry_vmm::api::client::Action;
+use ferry_vmm::api::types::{Notice, What};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// For people: what the report says and what the guest saw. Not asserted: a host that is busy shows
@@ -310,7 +314,116 @@ fn the_command_prints_one_report() {
     destination.verdict();
 }
 
-/// A guest that was paused arrives paused, and goes on when it is resumed.
+/// What the scraper of `host` gets for a request.
+fn scrape(host: &Host, request: &str) -> String {
+    let line = host.says("metrics: http://");
+    let address = line.rsplit("//").next().unwrap();
+    let mut stream = TcpStream::connect(address.trim_end_matches("/metrics")).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+    write!(stream, "{request} HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+/// `ferry migrate --detach`: listeners hear it, and both ends keep its report and count it.
+#[test]
+fn a_detached_migration_is_seen_at_both_ends() {
+    if !guests_run() {
+        return;
+    }
+    let watched = ["--metrics", "0", "--linger", "1h"];
+    let mut source = Host::run_with("dirty:wss=4M,rate=2000", "64M", 1, &watched);
+    let destination = Host::receive_with(&["--metrics", "0"]);
+    let ask = |host: &Host, args: &[&str]| {
+        let api = host.api();
+        let ran = run(&[&args[..1], &["--api", api.to_str().unwrap()], &args[1..]].concat());
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        ran.stdout
+    };
+    let object = |host: &Host, args: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&ask(host, &[args, &["--json"]].concat())).unwrap()
+    };
+    let mut events = Command::new(ferry());
+    events.args(["events", "--json", "--api"]).arg(source.api());
+    let mut events = events.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(events.stdout.take().unwrap()).lines();
+    let first: Notice = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert!(
+        matches!(
+            first.what,
+            What::State {
+                state: State::Running,
+                ..
+            }
+        ),
+        "{first:?}"
+    );
+    assert_eq!(
+        object(&source, &["status", "--config"])["boot"]["from"],
+        "nas"
+    );
+
+    let id = ask(&source, &["migrate", destination.uri(), "--detach"]);
+    let id = id.trim();
+    // Until nothing more can happen at the source.
+    let heard: Vec<Notice> = lines
+        .map(|l| serde_json::from_str(&l.unwrap()).unwrap())
+        .collect();
+    assert!(events.wait().unwrap().success());
+    let states = heard.iter().filter_map(|notice| match &notice.what {
+        What::State { state, .. } => Some(*state),
+        _ => None,
+    });
+    assert_eq!(states.collect::<Vec<_>>(), [State::Migrating, State::Moved]);
+    let report = heard.iter().find_map(|notice| match &notice.what {
+        What::Migration(Event::Report(report)) => Some(report),
+        _ => None,
+    });
+    assert_eq!(report.unwrap().session, id);
+
+    let left = object(&source, &["report", id]);
+    assert_eq!(
+        (&left["code"], &left["report"]["status"]),
+        (&"moved".into(), &"completed".into())
+    );
+    destination.says("the guest has arrived");
+    let arrived = object(&destination, &["report", id]);
+    assert_eq!(
+        (&arrived["code"], &arrived["policy"]),
+        (&"moved".into(), &"precopy".into())
+    );
+    // All that one side has sent the other has received; the other way goes little.
+    let sent = left["report"]["bytes_wire"].as_u64().unwrap();
+    let received = arrived["incoming"]["bytes_received"].as_u64().unwrap();
+    assert!(
+        received <= sent && received > sent / 10 * 9,
+        "{received} of {sent} bytes"
+    );
+    assert!(object(&destination, &["status", "--config"])["boot"].is_null());
+
+    for (host, direction) in [(&source, "outgoing"), (&destination, "incoming")] {
+        let page = scrape(host, "GET /metrics");
+        let line = format!(
+            "\nferry_migrations_total{{direction=\"{direction}\",policy=\"precopy\",outcome=\"completed\"}} 1\n"
+        );
+        assert!(page.contains(&line), "{page}");
+        assert!(scrape(host, "PUT /v1/stop").starts_with("HTTP/1.1 404"));
+    }
+    let api = source.api();
+    let unknown = run(&["report", "--api", api.to_str().unwrap(), "beef"]);
+    assert_eq!(unknown.code, Some(1), "{unknown:?}");
+    assert!(
+        unknown.stderr.contains("no migration beef is kept"),
+        "{unknown:?}"
+    );
+    // It stays until it is told to go.
+    assert_eq!(source.state(), State::Moved);
+    ask(&source, &["stop"]);
+    assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
+    destination.verdict();
+}
+
 /// The way is measured, every policy is forecast, and the command that is advised moves the guest.
 #[test]
 fn advice_can_be_followed() {
@@ -358,6 +471,7 @@ fn advice_can_be_followed() {
     assert!(destination.verdict().writes > 0);
 }
 
+/// A guest that was paused arrives paused, and goes on when it is resumed.
 #[test]
 fn a_paused_guest_stays_paused() {
     if !guests_run() {

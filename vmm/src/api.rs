@@ -35,8 +35,11 @@ pub mod client;
 pub mod events;
 pub mod http;
 pub mod metrics;
+#[cfg(test)]
+mod openapi;
 pub mod prometheus;
 mod routes;
+pub mod scrape;
 pub mod server;
 pub mod types;
 

@@ -94,6 +94,10 @@ struct Core {
     asked: Condvar,
     finished: EventFd,
     feed: Arc<Feed>,
+    /// See [`Vmm::linger`].
+    lingers: AtomicBool,
+    /// A VMM whose guest has moved was asked to end.
+    released: AtomicBool,
     /// Of the running migration, in bytes per second. A lock of its own: a migration waits for
     /// nothing that a status may take its time for.
     dirty_rate: Mutex<Option<f64>>,
@@ -153,6 +157,8 @@ impl Vmm {
                 asked: Condvar::new(),
                 finished,
                 feed,
+                lingers: AtomicBool::new(false),
+                released: AtomicBool::new(false),
                 dirty_rate: Mutex::default(),
                 serial: OnceLock::new(),
                 setup: OnceLock::new(),
@@ -329,6 +335,26 @@ impl Vmm {
         &self.core.finished
     }
 
+    /// The guest has moved, and this VMM lingers: gives up what it holds of the guest here, and hears
+    /// of a further [finish](Self::finished_event) once it is [asked to end](Self::is_released).
+    pub fn linger(&self) {
+        let guest = self.core.lock().guest.take();
+        // Outside the lock, as a machine's threads are waited for when the last holder drops it.
+        if let Some(guest) = guest {
+            guest.stop();
+        }
+        // In this order, or a request to end that comes now would be slept through.
+        self.core.lingers.store(true, Ordering::SeqCst);
+        // An event loop would wake for it again and again.
+        let _ = self.core.finished.read();
+    }
+
+    /// Whether a VMM whose guest has moved was asked to end.
+    #[must_use]
+    pub fn is_released(&self) -> bool {
+        self.core.released.load(Ordering::SeqCst)
+    }
+
     /// Why it has nothing more to do, once that is so.
     #[must_use]
     pub fn outcome(&self) -> Option<Outcome> {
@@ -367,6 +393,10 @@ impl Core {
     fn finish(&self, inner: &mut Inner, state: State) {
         inner.enter(state);
         self.feed.end();
+        self.wake();
+    }
+
+    fn wake(&self) {
         if let Err(e) = self.finished.write(1) {
             tracing::error!("cannot wake the main loop: {e}");
         }
@@ -376,7 +406,14 @@ impl Core {
     /// not.
     fn stop(&self, inner: &mut Inner, how: &str) -> Result<Option<String>, String> {
         match &inner.state {
-            State::Moved { .. } | State::Ended(_) => Ok(None),
+            State::Ended(_) => Ok(None),
+            State::Moved { .. } => {
+                self.released.store(true, Ordering::SeqCst);
+                if self.lingers.load(Ordering::SeqCst) {
+                    self.wake();
+                }
+                Ok(None)
+            }
             State::Starting => {
                 inner
                     .ending

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use time::OffsetDateTime;
 
 /// Why a command failed: one sentence for stderr.
 #[derive(Debug)]
@@ -13,9 +15,41 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// From now on a sentence is an object, as the log's lines are with `--log-format json`.
+pub fn say_in_json() {
+    JSON.store(true, Ordering::Relaxed);
+}
+
 /// One sentence on stderr. An error of stderr itself has nowhere to go.
 pub fn say(sentence: &str) {
-    let _ = writeln!(io::stderr(), "ferry: {sentence}");
+    if JSON.load(Ordering::Relaxed) {
+        let now = OffsetDateTime::now_utc();
+        let _ = writeln!(io::stderr(), "{}", object(sentence, now));
+    } else {
+        let _ = writeln!(io::stderr(), "ferry: {sentence}");
+    }
+}
+
+/// A sentence as tracing-subscriber writes an event.
+fn object(sentence: &str, now: OffsetDateTime) -> String {
+    let (date, time) = (now.date(), now.time());
+    let timestamp = format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:06}Z",
+        date.year(),
+        u8::from(date.month()),
+        date.day(),
+        time.hour(),
+        time.minute(),
+        time.second(),
+        time.microsecond()
+    );
+    let fields = serde_json::json!({ "message": sentence });
+    let object = serde_json::json!({
+        "timestamp": timestamp, "level": "INFO", "fields": fields, "target": "ferry",
+    });
+    object.to_string()
 }
 
 /// A result on stdout. A reader that left early, such as `head`, is no failure.
@@ -70,4 +104,20 @@ pub fn clean(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sentence_is_an_object_on_one_line() {
+        let at = OffsetDateTime::from_unix_timestamp_nanos(1_732_950_000_001_002_003).unwrap();
+        let text = object("a \"b\"\nc", at);
+        assert!(!text.contains('\n'));
+        let read: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(read["timestamp"], "2024-11-30T07:00:00.001002Z");
+        assert_eq!(read["fields"]["message"], "a \"b\"\nc");
+        assert_eq!(read["level"], "INFO");
+    }
 }

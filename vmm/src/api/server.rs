@@ -371,6 +371,8 @@ fn send(
         return connection.write(&bytes, limits.reply).is_ok();
     }
     let content = answer_type(&answer, head);
+    #[cfg(test)]
+    described(&answer, head, content);
     let bytes = match answer {
         Answer::Json(status, body) => reply(status, None, Some((content, &body)), head_only, keep),
         Answer::Metrics(text) => {
@@ -394,6 +396,30 @@ fn send(
         Answer::Bytes(pieces) => return bytes(connection, head.chunked_ok, pieces, limits),
     };
     connection.write(&bytes, limits.reply).is_ok()
+}
+
+/// Every reply of a test is what `openapi.yaml` says.
+#[cfg(test)]
+fn described(answer: &Answer, head: &Head, content: &str) {
+    use super::openapi::note;
+    let error;
+    let (status, body) = match answer {
+        Answer::Json(status, body) => (*status, Some(&**body)),
+        Answer::Metrics(text) => (200, Some(text.as_bytes())),
+        Answer::Done => (204, None),
+        Answer::Error(status, _, sentence) => {
+            error = error_body(sentence, None);
+            (*status, Some(&*error))
+        }
+        Answer::Coded(status, code, sentence) => {
+            error = error_body(sentence, Some(code));
+            (*status, Some(&*error))
+        }
+        // Line by line.
+        Answer::Stream(_) | Answer::Events(_) | Answer::Bytes(_) => return,
+    };
+    let body = body.map(|body| (content, body));
+    note(&head.method, &head.path, status, body);
 }
 
 const LINES: &str = "application/x-ndjson";
@@ -462,6 +488,8 @@ fn stream<T: Line>(
         let Ok(mut text) = serde_json::to_vec(&line) else {
             return false;
         };
+        #[cfg(test)]
+        super::openapi::note(&head.method, &head.path, 200, Some((LINES, &text)));
         if content == EVENT_STREAM {
             // JSON has no line breaks.
             text.splice(0..0, *b"data: ");

@@ -43,6 +43,8 @@ pub struct Outcome {
     pub sentence: String,
     /// Whether that is a good end.
     pub success: bool,
+    /// The guest runs elsewhere.
+    pub moved: bool,
 }
 
 pub(super) enum State {
@@ -178,6 +180,7 @@ impl State {
                 Some(Outcome {
                     sentence,
                     success: true,
+                    moved: true,
                 })
             }
             Self::Ended(ending) => Some(Outcome {
@@ -186,6 +189,7 @@ impl State {
                     ending,
                     Ending::Failed(_) | Ending::NotReceived(_) | Ending::TripleFault
                 ),
+                moved: false,
             }),
             _ => None,
         }

@@ -6,9 +6,9 @@ use super::super::Refusal;
 use super::super::client::{Action, Client, ClientError};
 use super::super::events::Publisher;
 use super::super::types::{
-    BalloonRequest, BalloonStatus, Configuration, Direction, GuestInfo, MigrateRequest,
-    MigrationRecord, MigrationStatus, Migrations, Notice, RecordRequest, RecordStatus,
-    RecoverRequest, StateName, Status, What,
+    BalloonRequest, BalloonStatus, Configuration, Direction, GuestInfo, MemoryConfiguration,
+    MigrateRequest, MigrationRecord, MigrationStatus, Migrations, Notice, RecordRequest,
+    RecordStatus, RecoverRequest, StateName, Status, What,
 };
 use super::*;
 use ferry_migration::options::Options;
@@ -127,6 +127,11 @@ impl Control for Fake {
     fn configuration(&self) -> Result<Configuration, Refusal> {
         Ok(Configuration {
             schema: Configuration::SCHEMA,
+            memory: MemoryConfiguration {
+                backing: "thp".into(),
+                ..MemoryConfiguration::default()
+            },
+            dirty: "log".into(),
             ..Configuration::default()
         })
     }
@@ -262,6 +267,10 @@ impl Drop for Running {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(t) = self.thread.take() {
             let _ = t.join();
+        }
+        let faults = lock(&crate::api::openapi::FAULTS).clone();
+        if !std::thread::panicking() {
+            assert!(faults.is_empty(), "{faults:#?}");
         }
     }
 }

@@ -62,7 +62,7 @@ fn a_listener_hears_each_state_and_the_migration_until_the_guest_has_moved() {
         (Some("tcp:there:1"), Some("m1"))
     );
     assert_eq!(notices(&late)[0], heard[3]);
-    // After the end the VMM still says so.
+    // After the end a new listener hears how it ended.
     assert_eq!(names(&notices(&rig.vmm.events().unwrap())), ["moved"]);
 }
 
@@ -208,4 +208,30 @@ fn what_arrives_is_kept_and_counted_once() {
             ..
         }
     ));
+}
+
+#[test]
+fn a_vmm_that_lingers_gives_its_guest_up_and_ends_when_it_is_told() {
+    let rig = Rig::migrated(report::Status::Completed);
+    rig.vmm.linger();
+    assert_eq!(rig.journal.calls(), ["stop"]);
+    let status = rig.vmm.status();
+    assert_eq!((status.state, status.guest), (StateName::Moved, None));
+    assert!(rig.vmm.migration_record("m1").unwrap().report.is_some());
+    assert!(
+        rig.vmm.finished_event().read().is_err(),
+        "a loop would spin"
+    );
+    assert!(!rig.vmm.is_released());
+    rig.vmm.stop().unwrap();
+    assert!(rig.vmm.is_released());
+    assert_eq!(rig.vmm.finished_event().read().unwrap(), 1);
+}
+
+#[test]
+fn a_request_to_end_that_comes_before_it_lingers_counts() {
+    let rig = Rig::migrated(report::Status::Completed);
+    rig.vmm.stop().unwrap();
+    rig.vmm.linger();
+    assert!(rig.vmm.is_released());
 }
