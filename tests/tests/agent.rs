@@ -123,21 +123,18 @@ fn a_guest_is_moved_to_a_host_and_what_cannot_come_is_told_before() {
         "{ran:?}"
     );
     // A migration that ends here leaves no receiver there.
-    let ran = here.ferry(
-        &[
-            &[
-                "migrate",
-                "web",
-                &host,
-                "--timeout",
-                "1ms",
-                "--bandwidth",
-                "10K",
-            ],
-            &tls[..],
-        ]
-        .concat(),
-    );
+    let mut slow = here.command();
+    slow.args(["migrate", "web", &host, "--bandwidth", "1M"])
+        .args(tls);
+    let slow = std::thread::spawn(move || run_by(slow));
+    until("the guest is on its way", || {
+        here.state("web") == "migrating"
+    });
+    assert_eq!(there.state("web"), "receiving");
+    until("it is cancelled", || {
+        here.ferry(&["cancel", "web"]).code == Some(0)
+    });
+    let ran = slow.join().unwrap();
     assert_eq!(ran.code, Some(3), "{ran:?}");
     until("the receiver has ended", || there.state("web") == "none");
     assert_eq!(here.state("web"), "running");

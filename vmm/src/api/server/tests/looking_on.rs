@@ -59,7 +59,7 @@ fn several_listeners_hear_the_same_and_one_that_hangs_up_is_forgotten() {
 }
 
 #[test]
-fn a_listener_that_stalls_delays_nobody_and_one_that_is_slow_is_told_what_it_lost() {
+fn a_listener_that_stalls_delays_no_other_and_one_that_is_slow_is_told_what_it_lost() {
     let r = Running::with(Limits {
         reply: Duration::from_millis(100),
         ..Limits::default()
