@@ -16,8 +16,8 @@ use std::process::ExitCode;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry agent --listen 192.0.2.7:7007 --tls /etc/ferry/pki")]
 pub struct Args {
-    /// Settings as TOML: listen, tls, tls_authz, guests, and the tables [disks] and [taps] with the
-    /// names that disks and taps of other hosts have here.
+    /// Settings as TOML: listen, tls, tls_authz, guests, peers, and the tables disks and taps with
+    /// the names that disks and taps of other hosts have here.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where to listen [default: 0.0.0.0:7007].

@@ -10,7 +10,7 @@
 //!    │ ◀──────────────────────────────── ROUND-ACK n│  a burst; the next has twice as much
 //! ```
 //!
-//! Bursts grow until one takes [`LONG_ENOUGH`]: the first ones warm the connection's window up, and
+//! Bursts grow until one takes 0.4 s: the first ones warm the connection's window up, and
 //! the last one is what counts.
 
 use crate::port::{Clock, Link};
