@@ -1,8 +1,9 @@
 //! A client of an agent, for commands: one request after the other, each on a connection of its
 //! own.
 
-use crate::types::{Host, Receiver, Refused, Wanted};
+use crate::types::{Host, Receiver, Wanted};
 use ferry_migration::net::tls::{ClientTls, Credentials, TlsError, sentence};
+use ferry_vmm::api::types::ErrorBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
@@ -156,14 +157,14 @@ impl Agent {
             let text: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
             return serde_json::from_slice(text).map_err(|e| lost(e.to_string()));
         }
-        let refused: Refused = serde_json::from_slice(&bytes).unwrap_or_default();
-        let error = match refused.error {
-            error if error.is_empty() => format!("HTTP status {status}"),
-            error => error
+        let error = match serde_json::from_slice::<ErrorBody>(&bytes) {
+            Ok(body) => body
+                .error
                 .chars()
                 .filter(|c| !c.is_control())
                 .take(2000)
                 .collect(),
+            Err(_) => format!("HTTP status {status}"),
         };
         Err(AgentError::Refused {
             host: self.host.clone(),

@@ -72,17 +72,6 @@ pub fn guests() -> Result<(Vec<Guest>, serde_json::Value), String> {
     Ok((list.guests, whole))
 }
 
-/// Memory that a new process could have (`MemAvailable`, proc_meminfo(5)), in bytes; 0 where that
-/// is not said.
-pub fn memory_available() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

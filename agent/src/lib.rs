@@ -4,7 +4,7 @@
 //! ```text
 //!  ferry migrate web hostb                         hostb: ferry agent
 //!    │ GET /v1/host ───────────────────────────────▶ │  memory, processors, version
-//!    │ POST /v1/receivers  web, memory, disks, taps ▶ │  checks; starts `ferry receive --pair --name web`
+//!    │ POST /v1/receivers  web, memory, disks, taps ▶ │  checks; starts `ferry receive --pair`
 //!    │ ◀──────────────────────── its URI, a token     │
 //!    │ migrates as always, over TLS by the token ────▶ `ferry receive`
 //!    │ DELETE /v1/receivers/web  where that failed ─▶ │
@@ -27,7 +27,7 @@ mod types;
 pub use client::{Agent, AgentError};
 pub use server::{ServeError, serve};
 pub use settings::{Settings, SettingsError};
-pub use types::{Disk, Host, Network, Receiver, Refused, Wanted};
+pub use types::{Disk, Host, Network, Receiver, Wanted};
 
 /// Where agents listen.
 pub const PORT: u16 = 7007;

@@ -1,10 +1,11 @@
 //! Whether a guest can come: what would fail later is said before anything is started.
 
-use crate::commands::{Guest, memory_available};
+use crate::commands::Guest;
 use crate::settings::Settings;
 use crate::types::Wanted;
 use ferry_terminal::names::GuestName;
 use ferry_terminal::units::memory;
+use ferry_vmm::memory::available_memory;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::path::Path;
@@ -25,7 +26,7 @@ pub fn check(wanted: &Wanted, settings: &Settings, guests: &[Guest]) -> Result<G
     {
         wrong.push(format!("a guest of the name {name} is here already"));
     }
-    let available = memory_available();
+    let available = available_memory().unwrap_or(0);
     if wanted.memory_bytes > available {
         wrong.push(format!(
             "the guest has {} of memory, and {} are available here",

@@ -5,15 +5,16 @@ use crate::commands::ferry;
 use crate::settings::Settings;
 use crate::types::{Receiver, Wanted};
 use ferry_terminal::names::{GuestName, RuntimeFolder};
+use ferry_vmm::thread;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{File, OpenOptions};
-use std::io::Read;
-use std::net::IpAddr;
+use std::io::{self, Read};
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a receiver waits for its guest to begin arriving.
@@ -45,20 +46,11 @@ pub fn start(
 ) -> Result<Started, String> {
     let folder = RuntimeFolder::find().map_err(|e| e.to_string())?;
     let log = folder.path().join(format!("{name}.receive.log"));
-    let failed = |e: std::io::Error| format!("a receiver could not be started ({e})");
-    let host = match address {
-        IpAddr::V4(ip) => ip.to_string(),
-        IpAddr::V6(ip) => format!("[{ip}]"),
-    };
+    let failed = |e: io::Error| format!("a receiver could not be started ({e})");
+    let uri = format!("tcp:{}", SocketAddr::new(address, 0));
     let mut command = ferry().map_err(failed)?;
     command
-        .args([
-            "receive",
-            &format!("tcp:{host}:0"),
-            "--pair",
-            "--wait",
-            WAIT,
-        ])
+        .args(["receive", &uri, "--pair", "--wait", WAIT])
         .args(["--name", name.as_str(), "--serial", "null"])
         .args(["--max-memory", &wanted.memory_bytes.to_string()])
         .args(["--max-cpus", &wanted.cpus.to_string()]);
@@ -72,22 +64,16 @@ pub fn start(
     for network in &wanted.networks {
         command.args(["--net", &format!("tap={}", settings.tap(&network.tap))]);
     }
-    // Of its own group: a Ctrl-C for the agent is none for a guest.
-    let mut child = command
-        .process_group(0)
-        .stdout(std::process::Stdio::null())
-        .stderr(words(&log)?)
-        .spawn()
-        .map_err(failed)?;
-    match listening(&mut child, &log) {
-        Ok(receiver) => Ok(Started { receiver, child }),
-        Err(why) => {
-            // It may have ended.
-            let _ = child.kill();
-            let _ = child.wait();
-            Err(why)
-        }
-    }
+    let mut child = spawn(&mut command, &log).map_err(failed)?;
+    let why = match await_start(&mut child, &log, || heard(&read(&log))) {
+        Ok(receiver) => return Ok(Started { receiver, child }),
+        Err(Some(last)) => format!("the receiver did not start: {last}"),
+        Err(None) => format!("the receiver did not listen within {} s", START.as_secs()),
+    };
+    // It may have ended.
+    let _ = child.kill();
+    let _ = child.wait();
+    Err(why)
 }
 
 /// Starts the guest of a file, as a process of its own.
@@ -97,62 +83,75 @@ pub fn start(
 pub fn start_guest(file: &Path, name: &GuestName) -> Result<(), String> {
     let folder = RuntimeFolder::find().map_err(|e| e.to_string())?;
     let log = folder.path().join(format!("{name}.run.log"));
-    let failed = |e: std::io::Error| format!("the guest could not be started ({e})");
+    let failed = |e: io::Error| format!("the guest could not be started ({e})");
     let mut command = ferry().map_err(failed)?;
-    let mut child = command
-        .arg("run")
-        .arg(file)
-        .args(["--name", name.as_str()])
-        .process_group(0)
-        .stdout(std::process::Stdio::null())
-        .stderr(words(&log)?)
-        .spawn()
-        .map_err(failed)?;
-    let deadline = Instant::now() + START;
-    while Instant::now() < deadline {
-        if child.try_wait().map_err(|e| e.to_string())?.is_some() {
-            return Err(format!("the guest did not start: {}", last(&read(&log))));
-        }
-        let there = folder
-            .existing(name)
-            .is_ok_and(|socket| UnixStream::connect(socket).is_ok());
-        if there {
-            follow(child, name);
-            return Ok(());
-        }
-        std::thread::sleep(LOOK);
-    }
-    follow(child, name);
-    Err(format!(
-        "the guest did not answer within {} s",
-        START.as_secs()
-    ))
-}
-
-/// Takes note of a process's end, whenever that is.
-pub fn follow(mut child: Child, name: &GuestName) {
-    let named = name.clone();
-    let wait = move || match child.wait() {
-        Ok(status) => tracing::info!(name = %named, %status, "a VMM has ended"),
-        Err(error) => tracing::warn!(name = %named, %error, "a VMM cannot be waited for"),
+    command.arg("run").arg(file).args(["--name", name.as_str()]);
+    let mut child = spawn(&mut command, &log).map_err(failed)?;
+    let there = || {
+        let socket = folder.existing(name).ok()?;
+        UnixStream::connect(socket).ok().map(drop)
     };
-    let thread = std::thread::Builder::new()
-        .name("ferry-child".into())
-        .spawn(wait);
-    if let Err(error) = thread {
-        tracing::warn!(%name, %error, "a VMM will stay a zombie when it ends");
-    }
+    let started = await_start(&mut child, &log, there);
+    follow(child, name);
+    started.map_err(|last| match last {
+        Some(last) => format!("the guest did not start: {last}"),
+        None => format!("the guest did not answer within {} s", START.as_secs()),
+    })
 }
 
-/// Where the words of a process go. They outlast the agent: a pipe would not.
-fn words(log: &Path) -> Result<File, String> {
-    OpenOptions::new()
+/// Starts a process of its own, whose words go into a file: they outlast the agent, as a pipe would
+/// not.
+fn spawn(command: &mut Command, log: &Path) -> io::Result<Child> {
+    let words = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
         .open(log)
-        .map_err(|e| format!("{} cannot be written ({e})", log.display()))
+        .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", log.display())))?;
+    // Of its own group: a Ctrl-C for the agent is none for a guest.
+    command
+        .process_group(0)
+        .stdout(Stdio::null())
+        .stderr(words)
+        .spawn()
+}
+
+/// Waits until a process that was started is `ready`. Otherwise its last words, if it has ended.
+fn await_start<T>(
+    child: &mut Child,
+    log: &Path,
+    ready: impl Fn() -> Option<T>,
+) -> Result<T, Option<String>> {
+    let deadline = Instant::now() + START;
+    loop {
+        // In this order: what it said before its end is read.
+        let ended = child.try_wait().is_ok_and(|status| status.is_some());
+        if let Some(ready) = ready() {
+            return Ok(ready);
+        }
+        if ended {
+            return Err(Some(last(&read(log)).to_owned()));
+        }
+        if Instant::now() > deadline {
+            return Err(None);
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Takes note of a process's end, whenever that is.
+pub fn follow(mut child: Child, name: &GuestName) {
+    let named = name.clone();
+    let wait = move || {
+        let status = child.wait().map_err(|e| e.to_string())?;
+        tracing::info!(name = %named, %status, "a VMM has ended");
+        Ok(())
+    };
+    let failed = |why| tracing::warn!("a VMM cannot be waited for: {why}");
+    if let Err(error) = thread::spawn(thread::Kind::Vmm, "ferry-child", wait, failed) {
+        tracing::warn!(%name, %error, "a VMM will stay a zombie when it ends");
+    }
 }
 
 fn read(log: &Path) -> String {
@@ -169,28 +168,7 @@ fn last(words: &str) -> &str {
     last.trim_start_matches("ferry: ")
 }
 
-/// Waits for the receiver's own words.
-fn listening(child: &mut Child, log: &Path) -> Result<Receiver, String> {
-    let deadline = Instant::now() + START;
-    loop {
-        let ended = child.try_wait().map_err(|e| e.to_string())?.is_some();
-        let words = read(log);
-        if let Some(receiver) = heard(&words) {
-            return Ok(receiver);
-        }
-        if ended {
-            return Err(format!("the receiver did not start: {}", last(&words)));
-        }
-        if Instant::now() > deadline {
-            return Err(format!(
-                "the receiver did not listen within {} s",
-                START.as_secs()
-            ));
-        }
-        std::thread::sleep(LOOK);
-    }
-}
-
+/// What a receiver says when it listens.
 fn heard(words: &str) -> Option<Receiver> {
     let after = |part: &str| {
         let line = words.lines().find_map(|line| line.split_once(part))?.1;

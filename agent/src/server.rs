@@ -1,8 +1,8 @@
 //! The agent's server: HTTP over TLS, a request at a time for each connection.
 
-use crate::commands::{self, memory_available, output};
+use crate::commands::{self, output};
 use crate::settings::Settings;
-use crate::types::{Host, Receiver, Refused, Wanted};
+use crate::types::{Host, Receiver, Wanted};
 use crate::{preflight, receivers};
 use axum::extract::{DefaultBodyLimit, Extension, Path, State};
 use axum::http::StatusCode;
@@ -11,11 +11,14 @@ use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
 use ferry_migration::net::tls::{Credentials, ServerTls, TlsError};
 use ferry_terminal::names::GuestName;
+use ferry_vmm::api::types::ErrorBody;
+use ferry_vmm::memory::available_memory;
+use ferry_vmm::sync::lock;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -165,7 +168,11 @@ impl Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        (self.0, Json(Refused { error: self.1 })).into_response()
+        let body = ErrorBody {
+            error: self.1,
+            code: None,
+        };
+        (self.0, Json(body)).into_response()
     }
 }
 
@@ -193,7 +200,7 @@ async fn host() -> Result<Json<Host>, Failure> {
                 .into_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             processors: u32::try_from(processors).unwrap_or(u32::MAX),
-            memory_available_bytes: memory_available(),
+            memory_available_bytes: available_memory().unwrap_or(0),
             guests: there.map(|guest| guest.name).collect(),
         }))
     })
@@ -246,10 +253,7 @@ async fn start_guest(
             let why = format!("there is no guest file {}", file.display());
             return Err(Failure(StatusCode::NOT_FOUND, why));
         }
-        let _turn = shared
-            .starting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _turn = lock(&shared.starting);
         receivers::start_guest(&file, &name).map_err(Failure::conflict)?;
         Ok(StatusCode::NO_CONTENT)
     })
@@ -272,10 +276,7 @@ async fn receive(
     Json(wanted): Json<Wanted>,
 ) -> Result<Json<Receiver>, Failure> {
     beside(move || {
-        let _turn = shared
-            .starting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _turn = lock(&shared.starting);
         let (guests, _) = commands::guests().map_err(Failure::conflict)?;
         let settings = &shared.settings;
         let name = preflight::check(&wanted, settings, &guests).map_err(Failure::conflict)?;

@@ -15,7 +15,7 @@ pub struct Host {
     pub version: String,
     /// Its processors.
     pub processors: u32,
-    /// Memory that a guest could have, in bytes (`MemAvailable` of `/proc/meminfo`).
+    /// Memory that a guest could have, in bytes; 0 where the host does not tell.
     pub memory_available_bytes: u64,
     /// The names of the guests there.
     pub guests: Vec<String>,
@@ -76,12 +76,4 @@ pub struct Receiver {
     pub uri: String,
     /// What the source gives to `--pair`: good for one guest. Empty for a dry run.
     pub pair: String,
-}
-
-/// Why something was not done.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Refused {
-    /// For people.
-    pub error: String,
 }

@@ -39,7 +39,8 @@ use vm_memory::bitmap::NewBitmap as _;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-pub(crate) use available::{available_memory, check_available};
+pub use available::available_memory;
+pub(crate) use available::check_available;
 pub use backing::{Backing, MemoryOptions, Resident};
 use backing::{PageKind, Pages};
 pub use bitmap::DirtyBitmap;

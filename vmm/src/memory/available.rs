@@ -26,7 +26,8 @@ pub(crate) fn check_available(bytes: u64) -> Result<(), RamError> {
 }
 
 /// Bytes that can be had without swapping and without the OOM killer, where the host tells.
-pub(crate) fn available_memory() -> Option<u64> {
+#[must_use]
+pub fn available_memory() -> Option<u64> {
     least(Path::new("/")).map(|found| found.bytes)
 }
 
