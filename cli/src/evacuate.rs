@@ -3,7 +3,7 @@
 use super::migrate::on_signal;
 use super::outcome::{Ended, Outcome};
 use super::security::Certificates;
-use super::to_host::{Moved, move_to, wanted};
+use super::to_host::{check_version, move_to, wanted};
 use ferry_agent::{Agent, Settings, Wanted};
 use ferry_migration::options::Options;
 use ferry_terminal::flags::PolicyFlags;
@@ -68,7 +68,8 @@ struct Row {
     host: Option<String>,
     memory_bytes: u64,
     resident_bytes: u64,
-    /// As `ferry migrate --json` says it; `planned` in a dry run, `no-place` where none can take it.
+    /// As `ferry migrate --json` says it; `planned` in a dry run, `no-place` where none can take
+    /// it.
     code: &'static str,
     total_ms: Option<f64>,
     downtime_ms: Option<f64>,
@@ -95,28 +96,20 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     for guest in leaving {
         match place(&guest, &mut places) {
             Ok(agent) => planned.push((guest, agent)),
-            Err(why) => rows.push(Row::stays(&guest, None, "no-place", why)),
+            Err(why) => rows.push(Row::stays(&guest, None, NO_PLACE, why)),
         }
     }
     if args.dry_run {
-        let plan = |(guest, agent): (Leaving, Agent)| Row {
-            code: "planned",
-            status: 0,
-            error: None,
-            ..Row::stays(&guest, Some(&agent), "planned", String::new())
-        };
+        let plan = |(guest, agent)| Row::new(&guest, Some(&agent), PLANNED);
         rows.extend(planned.into_iter().map(plan));
     } else if !planned.is_empty() {
         rows.extend(move_all(planned, usize::from(args.parallel), &options)?);
     }
     rows.sort_by(|a, b| a.guest.cmp(&b.guest));
+    // In doubt is worse than all else.
     let worst = rows.iter().max_by_key(|row| (row.status == 4, row.status));
-    let (status, code) = worst.map_or((0, "moved"), |row| (row.status, row.code));
-    let code = if args.dry_run && status == 0 {
-        "planned"
-    } else {
-        code
-    };
+    let best = if args.dry_run { PLANNED } else { MOVED };
+    let (status, code) = worst.map_or((0, best.code), |row| (row.status, row.code));
     if args.json {
         put_json(&Printed {
             schema: 1,
@@ -153,16 +146,20 @@ impl Args {
         let mut last = None;
         for name in names {
             let agent = Agent::new(&name, &tls, self.certificates.name())?;
-            match agent.host() {
+            let host = agent.host().map_err(Ended::from).and_then(|host| {
+                check_version(&host, agent.host_name())?;
+                Ok(host)
+            });
+            match host {
                 Ok(host) => places.push((agent, host.memory_available_bytes)),
-                Err(error) => {
-                    say(&format!("{error}; this goes on without it"));
-                    last = Some(error);
+                Err(ended) => {
+                    say(&format!("{}; this goes on without it", ended.sentence));
+                    last = Some(ended);
                 }
             }
         }
         match last {
-            Some(error) if places.is_empty() => Err(error.into()),
+            Some(ended) if places.is_empty() => Err(ended),
             _ => Ok(places),
         }
     }
@@ -271,7 +268,10 @@ fn move_all(
                 let next = || lock(&left).next();
                 while let Some((guest, agent)) = next() {
                     let row = match cancelled.load(Ordering::SeqCst) {
-                        true => Row::cancelled(&guest, &agent),
+                        true => {
+                            let why = "it was cancelled before it began".to_owned();
+                            Row::stays(&guest, Some(&agent), CANCELLED, why)
+                        }
                         false => move_one(&guest, &agent, options),
                     };
                     say(&format!("{}: {}", row.guest, row.code));
@@ -285,59 +285,56 @@ fn move_all(
 
 fn move_one(guest: &Leaving, agent: &Agent, options: &Options) -> Row {
     let request = MigrateRequest {
-        uri: String::new(),
         options: options.clone(),
-        detach: false,
-        tls: None,
-        pair: None,
+        ..MigrateRequest::default()
     };
     match move_to(agent, &guest.client, &guest.wanted, request, &mut |_| {}) {
-        Ok(Moved::Report(report)) => {
-            let outcome = Outcome::of(&report);
-            Row {
-                code: outcome.code,
-                status: outcome.status,
-                total_ms: Some(report.total_ms),
-                downtime_ms: Some(report.downtime_ms),
-                error: report.error.clone(),
-                ..Row::stays(guest, Some(agent), outcome.code, String::new())
-            }
-        }
-        Ok(Moved::Error(error, begun)) => {
-            let outcome = Outcome::without_report(&error, begun);
-            Row {
-                status: outcome.status,
-                ..Row::stays(guest, Some(agent), outcome.code, error.to_string())
-            }
-        }
-        Err(ended) => Row::stays(guest, Some(agent), ended.outcome.code, ended.sentence),
+        Ok(report) => Row {
+            total_ms: Some(report.total_ms),
+            downtime_ms: Some(report.downtime_ms),
+            error: report.error.clone(),
+            ..Row::new(guest, Some(agent), Outcome::of(&report))
+        },
+        Err(ended) => Row::stays(guest, Some(agent), ended.outcome, ended.sentence),
     }
 }
 
-impl Row {
-    fn cancelled(guest: &Leaving, agent: &Agent) -> Self {
-        Self {
-            status: 3,
-            ..Self::stays(
-                guest,
-                Some(agent),
-                "cancelled",
-                "it was cancelled before it began".into(),
-            )
-        }
-    }
+const MOVED: Outcome = Outcome {
+    status: 0,
+    code: "moved",
+};
+const PLANNED: Outcome = Outcome {
+    status: 0,
+    code: "planned",
+};
+const NO_PLACE: Outcome = Outcome {
+    status: 1,
+    code: "no-place",
+};
+const CANCELLED: Outcome = Outcome {
+    status: 3,
+    code: "cancelled",
+};
 
-    fn stays(guest: &Leaving, agent: Option<&Agent>, code: &'static str, why: String) -> Self {
+impl Row {
+    fn new(guest: &Leaving, agent: Option<&Agent>, outcome: Outcome) -> Self {
         Self {
             guest: guest.name.to_string(),
             host: agent.map(|agent| agent.host_name().to_owned()),
             memory_bytes: guest.wanted.memory_bytes,
             resident_bytes: guest.resident,
-            code,
+            code: outcome.code,
             total_ms: None,
             downtime_ms: None,
+            error: None,
+            status: outcome.status,
+        }
+    }
+
+    fn stays(guest: &Leaving, agent: Option<&Agent>, outcome: Outcome, why: String) -> Self {
+        Self {
             error: Some(why),
-            status: 1,
+            ..Self::new(guest, agent, outcome)
         }
     }
 }

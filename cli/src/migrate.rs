@@ -3,10 +3,10 @@
 use super::outcome::{Coded, Ended, HELP, Outcome};
 use super::security::{Certificates, Pair};
 use super::serve::SAME_WISH;
-use super::to_host::{self, Moved};
+use super::to_host;
 use ferry_agent::{Agent, Wanted};
 use ferry_migration::options::{Compress, Handover, Options, Tracking};
-use ferry_migration::report::{Report, Status};
+use ferry_migration::report::{Event, Report, Status};
 use ferry_terminal::flags::{PolicyFlags, TargetAnd, Word, choice};
 use ferry_terminal::output::{Failure, put, put_failure, put_json, say};
 use ferry_terminal::progress::Display;
@@ -121,8 +121,8 @@ struct ReportFlags {
     /// Show progress even where stderr is no terminal.
     #[arg(long, conflicts_with = "quiet")]
     progress: bool,
-    /// Begin the migration, print its ID and do not wait: `ferry report` shows how it goes and ended,
-    /// here while this VMM is there (see --linger of `ferry run`), and at the destination.
+    /// Begin the migration, print its ID and do not wait: `ferry report` shows how it goes and
+    /// ended, here while this VMM is there (see --linger of `ferry run`), and at the destination.
     #[arg(long, conflicts_with = "progress")]
     detach: bool,
     /// Print nothing but errors (and the report, with --json).
@@ -187,22 +187,40 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     if args.report.detach {
         return detach(args, &client.begin_migration(&request)?);
     }
+    watched(args, &client, |events| {
+        to_its_end(&client, &request, events)
+    })
+}
+
+/// Shows a migration as it goes, and how it has ended.
+fn watched(
+    args: &Args,
+    client: &Client,
+    migrate: impl FnOnce(&mut dyn FnMut(&Event)) -> Result<Report, Ended>,
+) -> Result<ExitCode, Ended> {
     // Before the first connection, so that Ctrl-C never leaves an unwatched migration behind.
     cancel_on_signal(client.clone(), "cancelling; the guest stays where it is")?;
     let mut display = Display::new(args.report.progress, args.report.quiet);
-    let mut begun = false;
-    let result = client.migrate(&request, &mut |event| {
-        begun = true;
-        display.show(event);
-    });
+    let result = migrate(&mut |event| display.show(event));
     display.clear();
-    match result {
-        Ok(report) => Ok(show(args, &report, &display)?),
-        Err(error) => Err(Ended {
-            outcome: Outcome::without_report(&error, begun),
-            sentence: error.to_string(),
-        }),
-    }
+    Ok(show(args, &result?, &display)?)
+}
+
+/// Has a VMM migrate its guest, and waits for the report.
+pub fn to_its_end(
+    client: &Client,
+    request: &MigrateRequest,
+    events: &mut dyn FnMut(&Event),
+) -> Result<Report, Ended> {
+    let mut begun = false;
+    let result = client.migrate(request, &mut |event| {
+        begun = true;
+        events(event);
+    });
+    result.map_err(|error| Ended {
+        outcome: Outcome::without_report(&error, begun),
+        sentence: error.to_string(),
+    })
 }
 
 /// Moves the guest to a host, whose agent prepares its receiver.
@@ -223,19 +241,10 @@ fn to_agent(args: &Args, client: &Client, request: MigrateRequest) -> Result<Exi
         copy_disk: request.options.copy_disk,
         ..to_host::wanted(client.configuration()?, &name)?
     };
-    cancel_on_signal(client.clone(), "cancelling; the guest stays where it is")?;
-    let mut display = Display::new(args.report.progress, args.report.quiet);
-    let moved = to_host::move_to(&agent, client, &wanted, request, &mut |event| {
-        display.show(event);
-    });
-    display.clear();
-    match moved? {
-        Moved::Report(report) => Ok(show(args, &report, &display)?),
-        Moved::Error(error, begun) => Err(Ended {
-            outcome: Outcome::without_report(&error, begun),
-            sentence: error.to_string(),
-        }),
-    }
+    to_host::check_version(&agent.host()?, agent.host_name())?;
+    watched(args, client, |events| {
+        to_host::move_to(&agent, client, &wanted, request, events)
+    })
 }
 
 /// What `--detach --json` prints.

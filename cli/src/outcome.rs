@@ -75,6 +75,11 @@ impl Outcome {
         }
     }
 
+    /// Whether the guest runs on at the source.
+    pub const fn guest_stays(self) -> bool {
+        matches!(self.status, 1 | 3)
+    }
+
     /// For the shell.
     pub fn exit(self) -> ExitCode {
         self.status.into()

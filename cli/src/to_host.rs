@@ -1,12 +1,13 @@
 //! Moving a guest to a host, by that host's agent: checked and prepared there before anything is
 //! sent, and cleaned up where the guest has not moved.
 
-use super::outcome::Ended;
+use super::migrate::to_its_end;
+use super::outcome::{Ended, Outcome};
 use ferry_agent::{Agent, AgentError, Disk, Host, Network, Wanted};
-use ferry_migration::report::{Event, Report, Status};
+use ferry_migration::report::{Event, Report};
 use ferry_terminal::flags::Guest;
 use ferry_terminal::output::Failure;
-use ferry_vmm::api::client::{Client, ClientError};
+use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::{Configuration, MigrateRequest};
 
 impl From<AgentError> for Ended {
@@ -83,24 +84,15 @@ pub fn check_version(host: &Host, place: &str) -> Result<(), Failure> {
     )))
 }
 
-/// What became of it.
-pub enum Moved {
-    /// A migration took place; it may have failed.
-    Report(Box<Report>),
-    /// None did, or its report was lost; the second says whether it had begun.
-    Error(ClientError, bool),
-}
-
-/// Has a receiver prepared, moves the guest to it, and has it ended where the guest stayed. `events`
-/// hears of the migration.
+/// Has a receiver prepared, moves the guest to it, and has it ended where the guest stayed.
+/// `events` hears of the migration.
 pub fn move_to(
     agent: &Agent,
     client: &Client,
     wanted: &Wanted,
     request: MigrateRequest,
     events: &mut dyn FnMut(&Event),
-) -> Result<Moved, Ended> {
-    check_version(&agent.host()?, agent.host_name())?;
+) -> Result<Report, Ended> {
     let receiver = agent.receive(wanted)?;
     let request = MigrateRequest {
         uri: receiver.uri,
@@ -108,24 +100,18 @@ pub fn move_to(
         tls: None,
         ..request
     };
-    let mut begun = false;
-    let result = client.migrate(&request, &mut |event| {
-        begun = true;
-        events(event);
-    });
-    let moved = match result {
-        Ok(report) => Moved::Report(Box::new(report)),
-        Err(error) => Moved::Error(error, begun),
+    let moved = to_its_end(client, &request, events);
+    let outcome = match &moved {
+        Ok(report) => Outcome::of(report),
+        Err(ended) => ended.outcome,
     };
-    let stayed = match &moved {
-        Moved::Report(report) => matches!(report.status, Status::Failed | Status::Cancelled),
-        Moved::Error(_, begun) => !begun,
-    };
-    if stayed && let Err(error) = agent.end_receiver(&wanted.name) {
+    if outcome.guest_stays()
+        && let Err(error) = agent.end_receiver(&wanted.name)
+    {
         // It ends by itself in a minute.
         tracing::warn!(%error, "the receiver was left");
     }
-    Ok(moved)
+    moved
 }
 
 #[cfg(test)]
