@@ -2,7 +2,7 @@
 
 use super::passed::Source;
 use super::security;
-use super::serve::{Console, Place, Signals, serve};
+use super::serve::{Place, Signals, serve};
 use ferry_terminal::output::{Failure, say};
 use ferry_terminal::units::duration;
 use ferry_vmm::machine::Backends;
@@ -60,14 +60,6 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
             files.socket(path);
         }
     })?;
-    let Console {
-        port,
-        spool,
-        serial,
-        backends,
-        scraping,
-        setup,
-    } = console;
     let listener = match passed {
         Some(listener) => listener,
         None => Listener::bind(args.from.uri(None)?)?,
@@ -75,10 +67,10 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let listener = listener.behind(gate);
     let uri = listener.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
-    port.tell(&vmm);
-    vmm.set_setup(setup);
+    console.port.tell(&vmm);
+    vmm.set_setup(console.setup);
     let server = socket.bind(&vmm)?;
-    let _scraped = scraping.serve(&vmm)?;
+    let _scraped = console.scraping.serve(&vmm)?;
     // An arrival is booked before the source gets its answer. Printing it is this thread's, so that
     // no migration waits for a terminal.
     let (tell, told) = mpsc::channel::<String>();
@@ -98,10 +90,10 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     say(&format!("waiting on {uri} for a guest"));
     let receiver = Receiver::of(
         listener,
-        serial,
+        console.serial,
         Backends {
             insist: args.force,
-            ..backends
+            ..console.backends
         },
         args.place.dirty,
         Arc::new(owner),
@@ -112,7 +104,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     // Held until the end: it answers a source that asks again whether its guest has arrived.
     let held = (args.place.observe.linger(), receiver);
-    serve(&vmm, server, signals, (&port, &spool), held)
+    serve(&vmm, server, signals, (&console.port, &console.spool), held)
 }
 
 /// Ends the VMM when it has waited for a guest for so long.

@@ -1,7 +1,7 @@
 //! `ferry restore`.
 
 use super::serial::Serial;
-use super::serve::{Console, Place, Signals, serve};
+use super::serve::{Place, Signals, serve};
 use ferry_terminal::output::{Failure, put_json, say};
 use ferry_terminal::units::{grouped, span};
 use ferry_vmm::api::types::Boot;
@@ -49,34 +49,29 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let signals = Signals::take()?;
     let socket = args.place.socket()?;
-    let Console {
-        port,
-        spool,
-        serial,
-        backends,
-        scraping,
-        mut setup,
-    } = args.place.console(&socket, |files| {
+    let mut console = args.place.console(&socket, |files| {
         files.read(&args.path);
     })?;
-    setup.boot = Some(Boot {
+    console.setup.boot = Some(Boot {
         from: "snapshot".into(),
         path: Some(args.path.clone()),
         ..Boot::default()
     });
     // The socket before the guest: once that runs nothing may fail.
     let vmm = Vmm::receiving(format!("the snapshot {}", args.path.display()))?;
-    port.tell(&vmm);
-    vmm.set_setup(setup);
+    console.port.tell(&vmm);
+    vmm.set_setup(console.setup);
     let server = socket.bind(&vmm)?;
-    let _scraped = scraping.serve(&vmm)?;
+    let _scraped = console.scraping.serve(&vmm)?;
     let options = RestoreOptions {
         path: args.path.clone(),
         eager: args.eager,
         force: args.force,
         dirty: args.place.dirty,
     };
-    let restored = restore(&options, serial, backends, &|| signals.came())?;
+    let restored = restore(&options, console.serial, console.backends, &|| {
+        signals.came()
+    })?;
     let running = restored.is_running();
     let guest = MachineGuest::followed(restored.machine, restored.following);
     vmm.arrived(Arc::clone(&guest) as _, running);
@@ -87,7 +82,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     });
     let reporting = tell_when_done(restored.report, args.json)?;
     let held = (args.place.observe.linger(), guest);
-    let result = serve(&vmm, server, signals, (&port, &spool), held);
+    let result = serve(&vmm, server, signals, (&console.port, &console.spool), held);
     // A guest that ended needs no more memory, so this ends soon.
     let _ = reporting.join();
     result

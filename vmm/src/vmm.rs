@@ -254,13 +254,13 @@ impl Vmm {
         incoming: IncomingReport,
     ) {
         let mut inner = self.core.lock();
-        let known = inner.history.get(session).and_then(|r| r.incoming.as_ref());
+        let record = inner.history.get(session);
+        let known = record.and_then(|record| record.incoming.as_ref());
         let before = known.map_or(0, |known| known.bytes_received);
+        // Counted by its first end: what became of a doubt later is in its record.
+        let open = record.is_none_or(|record| record.status == RecordStatus::UnderWay);
         let bytes = incoming.bytes_received.saturating_sub(before);
         inner.totals.received(bytes);
-        // Counted by its first end: what became of a doubt later is in its record.
-        let record = inner.history.get(session);
-        let open = record.is_none_or(|record| record.status == RecordStatus::UnderWay);
         if open && status != RecordStatus::UnderWay {
             inner.totals.arrived(policy, status, &incoming);
         }
@@ -269,7 +269,7 @@ impl Vmm {
 
     /// What became of a connection, or of a migration that arrives, for those who look on.
     pub fn tell_arrival(&self, outcome: ArrivalOutcome, explanation: String) {
-        self.core.feed.tell(What::Arrival {
+        self.core.feed.tell(|| What::Arrival {
             outcome,
             explanation,
         });
@@ -335,8 +335,9 @@ impl Vmm {
         &self.core.finished
     }
 
-    /// The guest has moved, and this VMM lingers: gives up what it holds of the guest here, and hears
-    /// of a further [finish](Self::finished_event) once it is [asked to end](Self::is_released).
+    /// The guest has moved, and this VMM lingers: gives up what it holds of the guest here, and
+    /// hears of a further [finish](Self::finished_event) once it is [asked to
+    /// end](Self::is_released).
     pub fn linger(&self) {
         let guest = self.core.lock().guest.take();
         // Outside the lock, as a machine's threads are waited for when the last holder drops it.
@@ -366,7 +367,8 @@ impl Inner {
     /// Every change of state goes through here: listeners hear of it.
     fn enter(&mut self, state: State) {
         self.state = state;
-        self.feed.tell(self.state_event());
+        let event = self.state_event();
+        self.feed.tell(|| event);
     }
 
     fn state_event(&self) -> What {

@@ -329,7 +329,6 @@ fn running(page: &mut Page, status: &Status, dirty_rate: Option<f64>) {
 fn process(page: &mut Page, status: &Status) {
     /// proc_pid_stat(5): `USER_HZ` of x86-64.
     const TICKS: f64 = 100.0;
-    const PAGE: u64 = 4096;
     let number = |text: &str| text.parse::<u64>().ok();
     let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let mut sizes = statm.split(' ').map(number);
@@ -339,13 +338,13 @@ fn process(page: &mut Page, status: &Status) {
             Kind::Gauge,
             "Virtual memory size in bytes.",
         )
-        .sample(&[], all * PAGE);
+        .sample(&[], all * PAGE_BYTES);
         page.family(
             "process_resident_memory_bytes",
             Kind::Gauge,
             "Resident memory size in bytes, the guest's RAM included.",
         )
-        .sample(&[], resident * PAGE);
+        .sample(&[], resident * PAGE_BYTES);
     }
     let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
     // The program's name, which may hold anything, is in parentheses.

@@ -365,61 +365,31 @@ fn send(
     limits: &Limits,
 ) -> bool {
     let head_only = head.method == "HEAD";
+    let content = answer_type(&answer, head);
     if head_only && answer.is_stream() {
-        let content = answer_type(&answer, head);
         let bytes = stream_head(content, head.chunked_ok);
         return connection.write(&bytes, limits.reply).is_ok();
     }
-    let content = answer_type(&answer, head);
-    #[cfg(test)]
-    described(&answer, head, content);
-    let bytes = match answer {
-        Answer::Json(status, body) => reply(status, None, Some((content, &body)), head_only, keep),
-        Answer::Metrics(text) => {
-            let body = Some((content, text.as_bytes()));
-            reply(200, None, body, head_only, keep)
+    let (status, allow, body) = match answer {
+        Answer::Json(status, body) => (status, None, Some(body)),
+        Answer::Metrics(text) => (200, None, Some(text.into_bytes())),
+        Answer::Done => (204, None, None),
+        Answer::Error(status, allow, sentence) => {
+            (status, allow, Some(error_body(&sentence, None)))
         }
-        Answer::Done => reply(204, None, None, head_only, keep),
-        Answer::Error(status, allow, sentence) => reply(
-            status,
-            allow.as_deref(),
-            Some((content, &error_body(&sentence, None))),
-            head_only,
-            keep,
-        ),
         Answer::Coded(status, code, sentence) => {
-            let body = error_body(&sentence, Some(code));
-            reply(status, None, Some((content, &body)), head_only, keep)
+            (status, None, Some(error_body(&sentence, Some(code))))
         }
         Answer::Stream(events) => return stream(connection, (head, content), &events, limits),
         Answer::Events(events) => return stream(connection, (head, content), &events, limits),
         Answer::Bytes(pieces) => return bytes(connection, head.chunked_ok, pieces, limits),
     };
+    let body = body.as_deref().map(|body| (content, body));
+    // Every reply of a test is what `openapi.yaml` says.
+    #[cfg(test)]
+    super::openapi::note(&head.method, &head.path, status, body);
+    let bytes = reply(status, allow.as_deref(), body, head_only, keep);
     connection.write(&bytes, limits.reply).is_ok()
-}
-
-/// Every reply of a test is what `openapi.yaml` says.
-#[cfg(test)]
-fn described(answer: &Answer, head: &Head, content: &str) {
-    use super::openapi::note;
-    let error;
-    let (status, body) = match answer {
-        Answer::Json(status, body) => (*status, Some(&**body)),
-        Answer::Metrics(text) => (200, Some(text.as_bytes())),
-        Answer::Done => (204, None),
-        Answer::Error(status, _, sentence) => {
-            error = error_body(sentence, None);
-            (*status, Some(&*error))
-        }
-        Answer::Coded(status, code, sentence) => {
-            error = error_body(sentence, Some(code));
-            (*status, Some(&*error))
-        }
-        // Line by line.
-        Answer::Stream(_) | Answer::Events(_) | Answer::Bytes(_) => return,
-    };
-    let body = body.map(|body| (content, body));
-    note(&head.method, &head.path, status, body);
 }
 
 const LINES: &str = "application/x-ndjson";

@@ -39,22 +39,18 @@ pub(super) fn state(state: &State, migration: Option<&str>) -> What {
 }
 
 impl Feed {
-    pub(super) fn tell(&self, what: What) {
+    /// Tells the listeners, if there are any.
+    pub(super) fn tell(&self, what: impl FnOnce() -> What) {
         if let Some(publisher) = &mut *lock(&self.publisher)
             && publisher.listeners() > 0
         {
-            publisher.publish(&Notice::now(what));
+            publisher.publish(&Notice::now(what()));
         }
     }
 
     /// What a migration says of itself.
     pub(super) fn migration(&self, event: &Event) {
-        let mut publisher = lock(&self.publisher);
-        if let Some(publisher) = &mut *publisher
-            && publisher.listeners() > 0
-        {
-            publisher.publish(&Notice::now(What::Migration(event.clone())));
-        }
+        self.tell(|| What::Migration(event.clone()));
     }
 
     /// Nothing more will happen.

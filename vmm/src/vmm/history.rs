@@ -15,10 +15,9 @@ pub(super) struct History {
 impl History {
     /// A guest leaves.
     pub(super) fn leave(&mut self, id: &str, to: &str, policy: &str) {
-        self.begin(id, Direction::Outgoing).to = Some(to.to_owned());
-        if let Some(record) = self.get_mut(id) {
-            record.policy = policy.to_owned();
-        }
+        let record = self.begin(id, Direction::Outgoing);
+        record.to = Some(to.to_owned());
+        record.policy = policy.to_owned();
     }
 
     /// A migration that leaves has ended.
@@ -47,14 +46,12 @@ impl History {
         status: RecordStatus,
         incoming: IncomingReport,
     ) {
-        let begun = self.get_mut(id).is_none().then(|| {
+        if self.get(id).is_none() {
             // Booked when there is news of it, and it began before.
             #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
             let ago = incoming.total_ms.max(0.0) as u64;
-            unix_ms().saturating_sub(ago)
-        });
-        if let Some(begun) = begun {
-            self.begin(id, Direction::Incoming).begun_unix_ms = begun;
+            let record = self.begin(id, Direction::Incoming);
+            record.begun_unix_ms = record.begun_unix_ms.saturating_sub(ago);
         }
         if let Some(record) = self.get_mut(id) {
             record.status = status;
