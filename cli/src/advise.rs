@@ -3,8 +3,9 @@
 use super::outcome::Ended;
 use super::security::{Certificates, Pair};
 use ferry_migration::model::Setup;
-use ferry_migration::model::advise::{Advice, Forecast, advise, empty_pages};
+use ferry_migration::model::advise::{Advice, Forecast, advise};
 use ferry_migration::options::{Options, PolicyKind};
+use ferry_migration::page::PAGE_BYTES;
 use ferry_migration::probe::Path;
 use ferry_migration::trace::Trace;
 use ferry_terminal::flags::Target;
@@ -85,11 +86,7 @@ struct Printed<'a> {
 pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     let wanted = args.options();
     wanted.check().map_err(|e| Ended::usage(e.to_string()))?;
-    let request = RecordRequest {
-        duration_ms: millis(args.duration),
-        interval_ms: millis(INTERVAL),
-    };
-    request.check().map_err(Ended::usage)?;
+    let request = RecordRequest::new(args.duration, INTERVAL).map_err(Ended::usage)?;
     let path = args.path()?;
     let client = Client::new(&args.target.socket()?);
     if !args.json {
@@ -105,26 +102,19 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
         let why = "nothing was recorded: the guest has ended, stands still, or leaves this host";
         return Err(Failure(why.into()).into());
     }
-    let mut setup = Setup::with_round_trip(
-        trace.header().layout.clone(),
-        path.bandwidth,
-        path.round_trip,
-    );
-    setup.empty = empty_pages(&trace);
+    let setup = Setup::recorded(&trace, path.bandwidth, path.round_trip);
     let advice = advise(&trace, &setup, &wanted);
     let command = advice
         .policy
         .map(|policy| args.command(policy, advice.fits));
-    let dirtied: u64 = trace.frames().iter().map(|frame| frame.pages()).sum();
-    let seconds = trace.duration().as_secs_f64();
     let printed = Printed {
         schema: 1,
         path,
         measured: args.to.is_some(),
         memory_bytes: trace.header().memory_bytes,
         empty_pages: setup.empty.len(),
-        recorded_seconds: seconds,
-        dirtied_pages_per_second: dirtied as f64 / seconds.max(1e-6),
+        recorded_seconds: trace.duration().as_secs_f64(),
+        dirtied_pages_per_second: trace.dirty_rate(),
         advice: &advice,
         command,
     };
@@ -134,10 +124,6 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
         put(&text(&printed))?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Args {
@@ -181,7 +167,7 @@ impl Args {
         let mut option = |name: &str, value: Option<String>| {
             words.extend(value.map(|value| format!("{name} {value}")));
         };
-        let ms = |time: Duration| format!("{}ms", millis(time));
+        let ms = |time: Duration| format!("{}ms", time.as_millis());
         option("--downtime", self.downtime.map(ms));
         option("--timeout", self.timeout.map(ms));
         option("--on-timeout", (!fits).then(|| "stop".to_owned()));
@@ -202,7 +188,7 @@ fn text(printed: &Printed<'_>) -> String {
     let mut text = format!(
         "guest   {}, of which {} empty; {} pages dirtied a second in {}\nlink    {:.2} Gbit/s, round trip {} ({how})\n\n",
         memory(printed.memory_bytes),
-        memory(printed.empty_pages * 4096),
+        memory(printed.empty_pages * PAGE_BYTES),
         format_args!("{:.0}", printed.dirtied_pages_per_second),
         span(printed.recorded_seconds * 1e3),
         path.bandwidth * 8.0 / 1e9,

@@ -38,27 +38,18 @@ pub struct Args {
     json: bool,
 }
 
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
 /// Records, and says what was recorded.
 ///
 /// # Errors
 /// The guest cannot be recorded, or the file cannot be written.
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
-    let request = RecordRequest {
-        duration_ms: millis(args.duration),
-        interval_ms: millis(args.interval),
-    };
-    request.check().map_err(Failure)?;
+    let request = RecordRequest::new(args.duration, args.interval).map_err(Failure)?;
     let path = &args.target.word.0;
     record(&Client::new(&args.target.socket()?), &request, path)?;
     let trace = read(path)?;
     let header = trace.header();
-    let dirtied: u64 = trace.frames().iter().map(|frame| frame.pages()).sum();
+    let (dirtied, rate) = (trace.dirtied_pages(), trace.dirty_rate());
     let seconds = trace.duration().as_secs_f64();
-    let rate = dirtied as f64 / seconds.max(1e-6);
     if args.json {
         put_json(&json!({
             "schema": 1,

@@ -42,6 +42,7 @@ use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, PageSet, RamLayout, Run};
 use crate::policy::{self, Decision, Policy, STOP_AND_START, seconds};
 pub(crate) use crate::source::post_copy::PUSH_PAGES;
+use crate::trace::Trace;
 pub(crate) use round::Start;
 use round::{Begin, Rounds};
 use serde::Serialize;
@@ -108,6 +109,15 @@ impl Setup {
             clearing: Clearing::default(),
             push_pages: PUSH_PAGES,
             stands_for: 1.0,
+        }
+    }
+
+    /// Of the guest that a trace is of.
+    #[must_use]
+    pub fn recorded(trace: &Trace, bandwidth: f64, round_trip: Duration) -> Self {
+        Self {
+            empty: trace.empty_pages(),
+            ..Self::with_round_trip(trace.header().layout.clone(), bandwidth, round_trip)
         }
     }
 

@@ -93,7 +93,8 @@ impl Args {
     /// # Errors
     /// The trace cannot be read, or the sizes do not fit.
     pub fn guest(&self) -> Result<Guest, Failure> {
-        let (kind, layout, name) = match (&self.trace, self.writer) {
+        let (bandwidth, round_trip) = (self.bandwidth as f64, self.round_trip);
+        let (kind, setup, name) = match (&self.trace, self.writer) {
             (Some(path), _) => {
                 let trace = record::read(path)?;
                 let header = trace.header();
@@ -106,10 +107,14 @@ impl Args {
                     trace.duration().as_secs_f64(),
                     header.interval_us / 1000
                 );
-                let layout = header.layout.clone();
-                (Kind::Trace(Box::new(trace)), layout, name)
+                let setup = Setup::recorded(&trace, bandwidth, round_trip);
+                (Kind::Trace(Box::new(trace)), setup, name)
             }
-            (None, Some(choice)) => self.synthetic(choice)?,
+            (None, Some(choice)) => {
+                let (kind, layout, name) = self.synthetic(choice)?;
+                let setup = Setup::with_round_trip(layout, bandwidth, round_trip);
+                (kind, setup, name)
+            }
             (None, None) => {
                 return Err(Failure(
                     "name a guest to simulate: --trace PATH (from `ferry record`) or --writer uniform|sequential|zipf"
@@ -120,7 +125,7 @@ impl Args {
         Ok(Guest {
             kind,
             seed: self.seed,
-            setup: Setup::with_round_trip(layout, self.bandwidth as f64, self.round_trip),
+            setup,
             name,
         })
     }

@@ -6,7 +6,6 @@
 
 use super::{Outcome, Replay, Setup, migrate, millis};
 use crate::options::{OnTimeout, Options, PolicyKind};
-use crate::page::PageSet;
 use crate::policy::{Goal, Kind, LONGEST_ROUND_TRIP, Prediction, choose, sentence};
 use crate::trace::Trace;
 use serde::Serialize;
@@ -50,31 +49,6 @@ pub struct Advice {
     pub fits: bool,
     /// Why that, in a sentence with both numbers.
     pub why: String,
-}
-
-/// The pages that held nothing when the trace was recorded, as far as can be told: so many of those
-/// that were not written meanwhile, the last ones first, as kernels hand memory out.
-#[must_use]
-pub fn empty_pages(trace: &Trace) -> PageSet {
-    let layout = &trace.header().layout;
-    let mut untouched = layout.all();
-    let mut written = PageSet::new(layout.end());
-    for frame in trace.frames() {
-        trace.pages_of(frame, &mut written);
-    }
-    untouched.subtract(&written);
-    let mut surplus = untouched
-        .len()
-        .saturating_sub(trace.header().empty_pages.unwrap_or(0));
-    let mut at = 0;
-    while surplus > 0
-        && let Some(run) = untouched.next_run(at, surplus)
-    {
-        untouched.remove_run(run);
-        surplus -= run.count;
-        at = run.end();
-    }
-    untouched
 }
 
 /// Runs every policy over the trace. `wanted` has the goals (downtime, timeout, post-copy or not)
@@ -175,7 +149,7 @@ fn middle<T: Ord + Copy + Default>(values: impl Iterator<Item = T>) -> T {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::page::{RamLayout, Run};
+    use crate::page::{PageSet, RamLayout, Run};
     use crate::trace::{Header, Writer};
 
     const PAGES: u64 = 16 << 10;
@@ -207,8 +181,7 @@ mod tests {
     }
 
     fn of(trace: &Trace, bandwidth: f64, wanted: &Options) -> Advice {
-        let mut setup = Setup::new(trace.header().layout.clone(), bandwidth);
-        setup.empty = empty_pages(trace);
+        let setup = Setup::recorded(trace, bandwidth, Duration::from_micros(200));
         advise(trace, &setup, wanted)
     }
 
@@ -254,12 +227,12 @@ mod tests {
     fn empty_pages_cost_nothing_and_written_ones_are_none() {
         let full = trace(10, 100, 0);
         let hollow = trace(10, 100, PAGES);
-        assert_eq!(empty_pages(&full).len(), 0);
+        assert_eq!(full.empty_pages().len(), 0);
         // More are said to be empty than were not written.
-        let empty = empty_pages(&hollow);
+        let empty = hollow.empty_pages();
         assert_eq!(empty.len(), PAGES - 100);
         assert!(!empty.contains(50) && empty.contains(PAGES - 1));
-        assert_eq!(empty_pages(&trace(10, 100, 1000)).len(), 1000);
+        assert_eq!(trace(10, 100, 1000).empty_pages().len(), 1000);
         let wanted = Options::default();
         let (full, hollow) = (of(&full, 125e6, &wanted), of(&hollow, 125e6, &wanted));
         for (a, b) in full.forecasts.iter().zip(&hollow.forecasts) {

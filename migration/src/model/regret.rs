@@ -169,8 +169,7 @@ impl Comparison {
 /// Runs `auto` and all option sets in one case: with post-copy allowed, and without.
 #[must_use]
 pub fn compare(trace: &Trace, case: Case) -> Vec<Comparison> {
-    let layout = trace.header().layout.clone();
-    let setup = Setup::with_round_trip(layout, case.bandwidth, case.round_trip);
+    let setup = Setup::recorded(trace, case.bandwidth, case.round_trip);
     let run = |options: &Options| {
         let mut guest = Replay::from_frame(trace, 1, case.frame);
         migrate(&setup, options, &mut guest)

@@ -141,10 +141,49 @@ impl Trace {
         let _ = code::decode(frame.kind, &frame.bytes, &self.header.layout, into);
     }
 
+    /// The pages that held nothing when the recording began, as far as can be told: so many of
+    /// those that were not written meanwhile, the last ones first, as kernels hand memory out.
+    #[must_use]
+    pub fn empty_pages(&self) -> PageSet {
+        let layout = &self.header.layout;
+        let empty = self.header.empty_pages.unwrap_or(0);
+        if empty == 0 {
+            return PageSet::new(layout.end());
+        }
+        let mut untouched = layout.all();
+        let mut written = PageSet::new(layout.end());
+        for frame in &self.frames {
+            self.pages_of(frame, &mut written);
+        }
+        untouched.subtract(&written);
+        let mut surplus = untouched.len().saturating_sub(empty);
+        let mut at = 0;
+        while surplus > 0
+            && let Some(run) = untouched.next_run(at, surplus)
+        {
+            untouched.remove_run(run);
+            surplus -= run.count;
+            at = run.end();
+        }
+        untouched
+    }
+
     /// Whether the recording was ended rather than broken off.
     #[must_use]
     pub const fn is_whole(&self) -> bool {
         self.whole
+    }
+
+    /// Pages that were dirtied, one as often as intervals found it.
+    #[must_use]
+    pub fn dirtied_pages(&self) -> u64 {
+        self.frames.iter().map(Frame::pages).sum()
+    }
+
+    /// Pages that were dirtied per second.
+    #[must_use]
+    pub fn dirty_rate(&self) -> f64 {
+        self.dirtied_pages() as f64 / self.duration().as_secs_f64().max(1e-6)
     }
 
     /// How long was recorded.

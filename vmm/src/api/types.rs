@@ -16,6 +16,7 @@ use ferry_migration::options::{Compress, Options};
 use ferry_migration::report::{Codecs, Progress, Report};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Where the guest is, as far as this VMM is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -267,6 +268,20 @@ impl RecordRequest {
     pub const MAX_DURATION_MS: u64 = 24 * 3600 * 1000;
     /// The longest interval. A client that has gone is noticed when a frame is written.
     pub const MAX_INTERVAL_MS: u64 = 60_000;
+
+    /// To record for so long, and look so often.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn new(duration: Duration, interval: Duration) -> Result<Self, String> {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let request = Self {
+            duration_ms: millis(duration),
+            interval_ms: millis(interval),
+        };
+        request.check()?;
+        Ok(request)
+    }
 
     /// Checks what a type cannot.
     ///
