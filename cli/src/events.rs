@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Follow what happens to a guest and its VMM.
 ///
-/// The first line is the state as it is. Ends when the VMM has nothing more to do, and fails when it
-/// is killed.
+/// The first line is the state as it is. Ends when the VMM has nothing more to do, and fails when
+/// it is killed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry events web")]
 pub struct Args {

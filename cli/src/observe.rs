@@ -14,7 +14,8 @@ use std::time::Duration;
 #[group(skip)]
 pub struct Args {
     /// Serve /metrics for Prometheus over TCP, and nothing else: on this port of the loopback
-    /// address, or on the address given. Every process that reaches it may read it; port 0 takes a free one.
+    /// address, or on the address given. Every process that reaches it may read it; port 0 takes a
+    /// free one.
     #[arg(long, value_name = "[ADDR:]PORT", help_heading = "VMM")]
     metrics: Option<Address>,
     /// How long the control socket and --metrics stay after the guest has moved away, for `ferry

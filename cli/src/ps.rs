@@ -6,7 +6,7 @@ use ferry_terminal::names::{GuestName, RuntimeFolder};
 use ferry_terminal::output::{clean, put, put_json};
 use ferry_terminal::progress::line;
 use ferry_terminal::rows::columns;
-use ferry_terminal::units::{memory, span};
+use ferry_terminal::units::{memory, span, to_the_second};
 use ferry_vmm::api::client::{Client, ClientError};
 use ferry_vmm::api::types::{StateName, Status};
 use ferry_vmm::sync::lock;
@@ -19,7 +19,6 @@ use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
-use time::OffsetDateTime;
 
 /// How long all VMMs together may take. One answers in about a millisecond; one that is stopped
 /// (SIGSTOP) never does.
@@ -156,13 +155,7 @@ impl Row {
 /// The moment that was so long ago, by this host's clock.
 fn since(uptime_ms: u64) -> Option<String> {
     let moment = SystemTime::now().checked_sub(Duration::from_millis(uptime_ms))?;
-    let at = OffsetDateTime::from(moment);
-    let date = (at.year(), u8::from(at.month()), at.day());
-    let (year, month, day) = date;
-    let (hour, minute, second) = at.time().as_hms();
-    Some(format!(
-        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z"
-    ))
+    Some(to_the_second(moment.into()) + "Z")
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Ended> {

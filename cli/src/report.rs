@@ -5,7 +5,7 @@ use ferry_terminal::flags::{TargetAnd, Word};
 use ferry_terminal::output::{clean, put, put_json};
 use ferry_terminal::progress::line;
 use ferry_terminal::rows::Rows;
-use ferry_terminal::summary::{sentence, table};
+use ferry_terminal::summary::{faults, sentence, table};
 use ferry_terminal::units::{grouped, span, traffic};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::{Direction, IncomingReport, MigrationRecord, RecordStatus};
@@ -15,9 +15,9 @@ use std::process::ExitCode;
 
 /// Show the report of a migration that has ended, or how far it is.
 ///
-/// A VMM keeps its last 16 migrations: those that left, with the report of `ferry migrate`, and those
-/// that arrived, with what the destination has seen. The source of a guest that has moved ends, and
-/// its reports with it, unless it was started with --linger.
+/// A VMM keeps its last 16 migrations: those that left, with the report of `ferry migrate`, and
+/// those that arrived, with what the destination has seen. The source of a guest that has moved
+/// ends, and its reports with it, unless it was started with --linger.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   ferry report web
@@ -122,19 +122,8 @@ fn arrived(incoming: &IncomingReport) -> String {
         let pages = grouped(incoming.missing_pages);
         rows.add("missing", format!("{pages} pages"));
     }
-    let faults = &incoming.faults;
-    if faults.count > 0 {
-        rows.add(
-            "faults",
-            format!(
-                "{}, median {}, 99 % within {}, worst {}, stalled {}",
-                grouped(faults.count),
-                span(faults.p50_us / 1e3),
-                span(faults.p99_us / 1e3),
-                span(faults.max_us / 1e3),
-                span(faults.stalled_ms)
-            ),
-        );
+    if let Some(text) = faults(&incoming.faults) {
+        rows.add("faults", text);
     }
     rows.text()
 }

@@ -170,8 +170,8 @@ pub fn setup(backends: &Backends, sandbox: &sandbox::Args, scraping: &Scraping) 
     }
 }
 
-/// Serves until the VMM has nothing more to do, and `linger` longer where its guest has moved; `held`
-/// is what keeps the guest, or its way here, until then.
+/// Serves until the VMM has nothing more to do, and `linger` longer where its guest has moved;
+/// `held` is what keeps the guest, or its way here, until then.
 pub fn serve(
     vmm: &Vmm,
     server: Server,

@@ -9,9 +9,9 @@
 //! | `PUT /v1/migrate` | [`types::MigrateRequest`] | 200, a chunked stream of `application/x-ndjson`: one [`Event`] a line, the report last; with `"detach": true` 202 at once |
 //! | `PATCH /v1/migrate` | [`Change`]: what the running migration does from now on | 204 |
 //! | `GET /v1/migration` | | 200, [`types::MigrationStatus`]: progress now, and the last report |
-//! | `GET /v1/migrations`, `/v1/migrations/ID` | | 200, [`types::Migrations`], [`types::MigrationRecord`]: the last ones, kept after their end |
+//! | `GET /v1/migrations[/ID]` | | 200, [`types::Migrations`] or [`types::MigrationRecord`] |
 //! | `GET /v1/vm` | | 200, [`types::Configuration`] |
-//! | `GET /v1/events` | | 200, a stream of `application/x-ndjson`, one [`types::Notice`] a line, or of `text/event-stream` if that is asked for |
+//! | `GET /v1/events` | | 200, a stream of [`types::Notice`]: NDJSON, or `text/event-stream` |
 //! | `GET /metrics` | | 200, [`metrics`] in Prometheus' text format |
 //! | `PUT /v1/recover` | [`types::RecoverRequest`] | 204 |
 //! | `PUT /v1/record` | [`types::RecordRequest`] | 200, a stream of `application/octet-stream`: a dirty trace ([`ferry_migration::trace`]), as it is recorded |

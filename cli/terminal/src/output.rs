@@ -1,5 +1,6 @@
 //! Where words go: results on stdout, everything else on stderr; a closed pipe is no panic.
 
+use super::units::to_the_second;
 use serde::Serialize;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,17 +35,7 @@ pub fn say(sentence: &str) {
 
 /// A sentence as tracing-subscriber writes an event.
 fn object(sentence: &str, now: OffsetDateTime) -> String {
-    let (date, time) = (now.date(), now.time());
-    let timestamp = format!(
-        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:06}Z",
-        date.year(),
-        u8::from(date.month()),
-        date.day(),
-        time.hour(),
-        time.minute(),
-        time.second(),
-        time.microsecond()
-    );
+    let timestamp = format!("{}.{:06}Z", to_the_second(now), now.microsecond());
     let fields = serde_json::json!({ "message": sentence });
     let object = serde_json::json!({
         "timestamp": timestamp, "level": "INFO", "fields": fields, "target": "ferry",

@@ -3,7 +3,7 @@
 use crate::output::clean;
 use crate::rows::{RoundRow, Rows, rounds};
 use crate::units::{grouped, span, traffic};
-use ferry_migration::report::{Report, Round, Slowed, Status};
+use ferry_migration::report::{Faults, Report, Round, Slowed, Status};
 
 /// The sentence that says how it ended.
 pub fn sentence(report: &Report, uri: &str) -> String {
@@ -44,6 +44,21 @@ pub fn sentence(report: &Report, uri: &str) -> String {
 
 /// Changes of a running migration that are shown: the last ones.
 const STEERED: usize = 10;
+
+/// What post-copy's faults came to; `None` where there were none.
+#[must_use]
+pub fn faults(faults: &Faults) -> Option<String> {
+    (faults.count > 0).then(|| {
+        format!(
+            "{}, median {}, 99 % within {}, worst {}, stalled {}",
+            grouped(faults.count),
+            span(faults.p50_us / 1e3),
+            span(faults.p99_us / 1e3),
+            span(faults.max_us / 1e3),
+            span(faults.stalled_ms)
+        )
+    })
+}
 
 /// Everything else that people want to know.
 pub fn table(report: &Report) -> String {
@@ -134,19 +149,8 @@ pub fn table(report: &Report) -> String {
             ),
         );
     }
-    let f = &report.faults;
-    if f.count > 0 {
-        row(
-            "faults",
-            format!(
-                "{}, median {}, 99 % within {}, worst {}, stalled {}",
-                grouped(f.count),
-                span(f.p50_us / 1e3),
-                span(f.p99_us / 1e3),
-                span(f.max_us / 1e3),
-                span(f.stalled_ms)
-            ),
-        );
+    if let Some(text) = faults(&report.faults) {
+        row("faults", text);
     }
     let verified = match report.verified {
         Some(true) => "yes, all memory is equal on both sides",

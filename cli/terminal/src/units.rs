@@ -4,6 +4,7 @@
 //! of 1024, as memory does; rates in powers of 1000, as networks do.
 
 use std::time::Duration;
+use time::OffsetDateTime;
 
 /// The most digits after a decimal point; more could not change a result.
 const MAX_DECIMALS: usize = 18;
@@ -159,6 +160,14 @@ pub fn span(ms: f64) -> String {
             format!("{minutes} min {seconds:02} s")
         }
     }
+}
+
+/// A moment as RFC 3339 has it, without its fraction and its zone.
+#[must_use]
+pub fn to_the_second(at: OffsetDateTime) -> String {
+    let (year, month, day) = (at.year(), u8::from(at.month()), at.day());
+    let (hour, minute, second) = at.to_hms();
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
 }
 
 #[cfg(test)]

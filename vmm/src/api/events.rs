@@ -1,5 +1,5 @@
-//! From a migration, or from the whole VMM, to listeners: a queue for each, and none makes the sender
-//! wait.
+//! From a migration, or from the whole VMM, to listeners: a queue for each, and none makes the
+//! sender wait.
 
 use ferry_devices::sync::{lock, wait_timeout};
 use ferry_migration::report::Event;

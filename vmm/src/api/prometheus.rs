@@ -1,7 +1,7 @@
 //! Prometheus' text format, version 0.0.4.
 //!
-//! Written here because the client crates of the ecosystem write OpenMetrics, whose names of counters
-//! and whose end are others, and because the figures are counted elsewhere already.
+//! Written here because the client crates of the ecosystem write OpenMetrics, whose names of
+//! counters and whose end are others, and because the figures are counted elsewhere already.
 //!
 //! <https://prometheus.io/docs/instrumenting/exposition_formats/>
 

@@ -1,5 +1,5 @@
-//! `/metrics` over TCP, for a scraper, and nothing else: what else the control socket does is not to
-//! be had from another host.
+//! `/metrics` over TCP, for a scraper, and nothing else: what else the control socket does is not
+//! to be had from another host.
 
 use super::Control;
 use super::http::{Connection, JSON, ReadError, reply};

@@ -33,8 +33,8 @@ pub trait Owner: Send + Sync {
         Ok(())
     }
 
-    /// What is known of the migration that the next [`arrival`](Self::arrival) is about, just before
-    /// that. Not for a connection that is no migration's.
+    /// What is known of the migration that the next [`arrival`](Self::arrival) is about, just
+    /// before that. Not for a connection that is no migration's.
     fn incoming(&self, incoming: &Incoming, arrival: &Arrival) {
         let _ = (incoming, arrival);
     }

@@ -1,5 +1,5 @@
-//! What a VMM answers, read with bounds: it is trusted no more than any other process that may listen
-//! on that path.
+//! What a VMM answers, read with bounds: it is trusted no more than any other process that may
+//! listen on that path.
 
 use super::{MAX_BODY, MAX_HEAD};
 use std::io::{self, BufRead, BufReader, Read};
