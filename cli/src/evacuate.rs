@@ -1,7 +1,7 @@
 //! `ferry evacuate`: all guests leave this host.
 
 use super::migrate::on_signal;
-use super::outcome::{Ended, Outcome};
+use super::outcome::{Ended, Outcome, row};
 use super::security::Certificates;
 use super::to_host::{check_version, move_to, wanted};
 use ferry_agent::{Agent, Settings, Wanted};
@@ -299,22 +299,10 @@ fn move_one(guest: &Leaving, agent: &Agent, options: &Options) -> Row {
     }
 }
 
-const MOVED: Outcome = Outcome {
-    status: 0,
-    code: "moved",
-};
-const PLANNED: Outcome = Outcome {
-    status: 0,
-    code: "planned",
-};
-const NO_PLACE: Outcome = Outcome {
-    status: 1,
-    code: "no-place",
-};
-const CANCELLED: Outcome = Outcome {
-    status: 3,
-    code: "cancelled",
-};
+const MOVED: Outcome = row(0, "moved");
+const PLANNED: Outcome = row(0, "planned");
+const NO_PLACE: Outcome = row(1, "no-place");
+const CANCELLED: Outcome = row(3, "cancelled");
 
 impl Row {
     fn new(guest: &Leaving, agent: Option<&Agent>, outcome: Outcome) -> Self {

@@ -42,7 +42,8 @@ pub struct Outcome {
     pub code: &'static str,
 }
 
-const fn row(status: u8, code: &'static str) -> Outcome {
+/// A row of the table, or one of a command of its own.
+pub const fn row(status: u8, code: &'static str) -> Outcome {
     Outcome { status, code }
 }
 

@@ -1,6 +1,6 @@
 //! `ferry report`.
 
-use super::outcome::{Ended, Outcome};
+use super::outcome::{Ended, row};
 use ferry_terminal::flags::{TargetAnd, Word};
 use ferry_terminal::output::{clean, put, put_json};
 use ferry_terminal::progress::line;
@@ -59,10 +59,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     let record = match &args.target.word.0 {
         Some(id) => client.migration_record(id)?,
         None => client.migrations()?.migrations.pop().ok_or_else(|| Ended {
-            outcome: Outcome {
-                status: 1,
-                code: "refused",
-            },
+            outcome: row(1, "refused"),
             sentence: "this VMM has seen no migration yet".into(),
         })?,
     };

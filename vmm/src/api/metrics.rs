@@ -165,18 +165,16 @@ impl Totals {
             "How long guests stood still that moved away from here.",
         )
         .histogram(&[], &self.downtime);
-        page.family(
+        page.counter(
             "ferry_migration_sent_bytes_total",
-            Kind::Counter,
             "Bytes sent by migrations that have ended.",
-        )
-        .sample(&[], self.sent_bytes);
-        page.family(
+            self.sent_bytes,
+        );
+        page.counter(
             "ferry_migration_received_bytes_total",
-            Kind::Counter,
             "Bytes received by migrations that arrive.",
-        )
-        .sample(&[], self.received_bytes);
+            self.received_bytes,
+        );
         page.family(
             "ferry_migration_pages_total",
             Kind::Counter,
@@ -208,12 +206,11 @@ fn guest(page: &mut Page, status: &Status) {
         StateName::Receiving | StateName::Moved | StateName::Ended
     );
     let info = status.guest.as_ref();
-    page.family(
+    page.gauge(
         "ferry_guests",
-        Kind::Gauge,
         "Guests that are here, running or not.",
-    )
-    .sample(&[], u64::from(here));
+        u64::from(here),
+    );
     page.family(
         "ferry_guest_state",
         Kind::Gauge,
@@ -229,99 +226,93 @@ fn guest(page: &mut Page, status: &Status) {
     let name = info.name.as_deref().unwrap_or_default();
     page.family("ferry_guest_info", Kind::Gauge, "The guest's name.")
         .sample(&[("name", name)], 1_u64);
-    page.family("ferry_guest_vcpus", Kind::Gauge, "Virtual processors.")
-        .sample(&[], u64::from(info.cpus));
-    page.family("ferry_guest_memory_bytes", Kind::Gauge, "RAM of the guest.")
-        .sample(&[], info.memory_bytes);
+    page.gauge(
+        "ferry_guest_vcpus",
+        "Virtual processors.",
+        u64::from(info.cpus),
+    );
+    page.gauge(
+        "ferry_guest_memory_bytes",
+        "RAM of the guest.",
+        info.memory_bytes,
+    );
     if let Some(memory) = &info.memory {
-        page.family(
+        page.gauge(
             "ferry_guest_memory_resident_bytes",
-            Kind::Gauge,
             "RAM of the guest that the host's memory holds.",
-        )
-        .sample(&[], memory.resident_bytes);
-        page.family(
+            memory.resident_bytes,
+        );
+        page.gauge(
             "ferry_guest_memory_huge_bytes",
-            Kind::Gauge,
             "Of that, in pages of 2 MiB.",
-        )
-        .sample(&[], memory.huge_bytes);
+            memory.huge_bytes,
+        );
     }
     if let Some(balloon) = &status.balloon {
-        page.family(
+        page.gauge(
             "ferry_guest_balloon_bytes",
-            Kind::Gauge,
             "Memory that the guest has given back.",
-        )
-        .sample(&[], balloon.actual_bytes);
+            balloon.actual_bytes,
+        );
     }
     if let Some(missing) = &status.missing {
-        page.family(
+        page.gauge(
             "ferry_guest_missing_bytes",
-            Kind::Gauge,
             "RAM that has not arrived of a guest that runs here.",
-        )
-        .sample(&[], missing.pages * PAGE_BYTES);
+            missing.pages * PAGE_BYTES,
+        );
     }
-    page.family(
+    page.counter(
         "ferry_guest_serial_lost_bytes_total",
-        Kind::Counter,
         "Serial output that was dropped because nothing took it.",
-    )
-    .sample(&[], status.serial_output_lost);
+        status.serial_output_lost,
+    );
 }
 
 /// The migration that leaves now.
 fn running(page: &mut Page, status: &Status, dirty_rate: Option<f64>) {
     let progress = status.migration.as_ref();
-    page.family(
+    page.gauge(
         "ferry_migration_running",
-        Kind::Gauge,
         "Whether the guest is being migrated away.",
-    )
-    .sample(&[], u64::from(progress.is_some()));
+        u64::from(progress.is_some()),
+    );
     let Some(progress) = progress else {
         return;
     };
-    page.family(
+    page.gauge(
         "ferry_migration_round",
-        Kind::Gauge,
         "The running migration's round.",
-    )
-    .sample(&[], u64::from(progress.round));
-    page.family(
+        u64::from(progress.round),
+    );
+    page.gauge(
         "ferry_migration_pending_bytes",
-        Kind::Gauge,
         "RAM that the destination lacks or has stale.",
-    )
-    .sample(&[], progress.pending_pages.saturating_mul(PAGE_BYTES));
-    page.family(
+        progress.pending_pages.saturating_mul(PAGE_BYTES),
+    );
+    page.gauge(
         "ferry_migration_running_sent_bytes",
-        Kind::Gauge,
         "Bytes that the running migration has sent.",
-    )
-    .sample(&[], progress.bytes_wire);
-    page.family(
+        progress.bytes_wire,
+    );
+    page.gauge(
         "ferry_migration_bandwidth_bytes_per_second",
-        Kind::Gauge,
         "Measured bandwidth of the running migration; 0 while unknown.",
-    )
-    .sample(&[], progress.mbps * 1e6);
+        progress.mbps * 1e6,
+    );
     if let Some(rate) = dirty_rate {
-        page.family(
+        page.gauge(
             "ferry_migration_dirty_bytes_per_second",
-            Kind::Gauge,
             "RAM that the guest dirtied in the running migration's latest round.",
-        )
-        .sample(&[], rate);
+            rate,
+        );
     }
     if let Some(ms) = progress.predicted_downtime_ms {
-        page.family(
+        page.gauge(
             "ferry_migration_predicted_downtime_seconds",
-            Kind::Gauge,
             "The pause that a stop right now would cost.",
-        )
-        .sample(&[], ms / 1e3);
+            ms / 1e3,
+        );
     }
 }
 
@@ -333,18 +324,16 @@ fn process(page: &mut Page, status: &Status) {
     let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let mut sizes = statm.split(' ').map(number);
     if let (Some(Some(all)), Some(Some(resident))) = (sizes.next(), sizes.next()) {
-        page.family(
+        page.gauge(
             "process_virtual_memory_bytes",
-            Kind::Gauge,
             "Virtual memory size in bytes.",
-        )
-        .sample(&[], all * PAGE_BYTES);
-        page.family(
+            all * PAGE_BYTES,
+        );
+        page.gauge(
             "process_resident_memory_bytes",
-            Kind::Gauge,
             "Resident memory size in bytes, the guest's RAM included.",
-        )
-        .sample(&[], resident * PAGE_BYTES);
+            resident * PAGE_BYTES,
+        );
     }
     let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
     // The program's name, which may hold anything, is in parentheses.
@@ -356,20 +345,18 @@ fn process(page: &mut Page, status: &Status) {
         // Exact for 2.8 million years.
         #[allow(clippy::cast_precision_loss)]
         let seconds = (user + system) as f64 / TICKS;
-        page.family(
+        page.counter(
             "process_cpu_seconds_total",
-            Kind::Counter,
             "Processor time, the guest's included, in seconds.",
-        )
-        .sample(&[], seconds);
+            seconds,
+        );
     }
     // Exact to 2⁵³ milliseconds.
     #[allow(clippy::cast_precision_loss)]
     let start = unix_ms().saturating_sub(status.uptime_ms) as f64 / 1e3;
-    page.family(
+    page.gauge(
         "process_start_time_seconds",
-        Kind::Gauge,
         "When the VMM was started, in seconds since 1970.",
-    )
-    .sample(&[], start);
+        start,
+    );
 }

@@ -82,6 +82,16 @@ impl Page {
         self
     }
 
+    /// A family of one sample that goes up and down.
+    pub fn gauge(&mut self, name: &'static str, help: &str, value: impl Into<Value>) {
+        self.family(name, Kind::Gauge, help).sample(&[], value);
+    }
+
+    /// A family of one sample that only grows.
+    pub fn counter(&mut self, name: &'static str, help: &str, value: impl Into<Value>) {
+        self.family(name, Kind::Counter, help).sample(&[], value);
+    }
+
     /// A sample of the family.
     pub fn sample(&mut self, labels: &[(&str, &str)], value: impl Into<Value>) -> &mut Self {
         self.line("", labels, None, value.into());
