@@ -190,7 +190,8 @@ pub struct Options {
     /// The longest acceptable pause, counting device state.
     #[serde(rename = "downtime_ms", with = "millis")]
     pub downtime: Duration,
-    /// The longest acceptable live phase.
+    /// The longest acceptable live phase. With [`OnTimeout::Cancel`] and [`OnTimeout::Postcopy`] it
+    /// ends within a round; else the round under way is finished.
     #[serde(rename = "timeout_ms", with = "millis")]
     pub timeout: Duration,
     /// What happens after it.

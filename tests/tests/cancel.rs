@@ -240,6 +240,22 @@ fn a_time_limit_cancels_or_stops() {
     );
     source.proves_running();
     destination.settles(mark);
+    // It ends a pass that takes longer, on one channel and on several.
+    for channels in [1, 2] {
+        let mark = destination.mark();
+        let slow = Options {
+            timeout: Duration::from_millis(100),
+            bandwidth: Some(4_000_000),
+            channels: Some(channels),
+            ..hopeless(OnTimeout::Cancel)
+        };
+        let report = source.migrate(destination.uri(), &slow);
+        assert_eq!(report.status, Status::Cancelled, "{report:?}");
+        let sent = report.rounds.first().map_or(0, |round| round.pages);
+        assert!(sent < (16 << 20) / 4096, "{report:?}");
+        source.proves_running();
+        destination.settles(mark);
+    }
     let report = source.migrate_well(destination.uri(), &hopeless(OnTimeout::Stop));
     eprintln!(
         "stopped after 1 s: downtime {:.0} ms, {:?}",

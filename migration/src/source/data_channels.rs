@@ -213,7 +213,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         };
         let (steering, clock) = (self.session.setup.steering, self.session.setup.clock);
         let (pacer, round) = (&self.transport.pacer, self.flight.round);
-        let began = self.record.began;
+        let (began, memory_began) = (self.record.began, self.record.memory_began);
         let events = &mut self.session.setup.events;
         let snapshot = &mut self.record.progress;
         let mut failure: Option<SourceError> = None;
@@ -260,6 +260,11 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                     // What was not sent stays pending.
                     state.over |= self.helm.take(steering, (pacer, clock), at, &mut **events);
                     state.batches.resize(pacer.batch_pages());
+                    shared.change.notify_all();
+                }
+                let lasted = now.saturating_sub(memory_began);
+                if !mode.paused && self.helm.is_time_up(lasted) {
+                    state.over = true;
                     shared.change.notify_all();
                 }
                 if !self.flight.in_flight.is_empty()

@@ -1,7 +1,7 @@
 //! What the user has changed of a running migration, as the engine has taken it.
 
 use super::{Source, ms};
-use crate::options::Options;
+use crate::options::{OnTimeout, Options};
 use crate::port::{Clock, Link, SourceVm};
 use crate::report::{Event, Steered};
 use crate::sender::Pacer;
@@ -18,6 +18,8 @@ pub(super) struct Helm {
     pub(super) other_limits: bool,
     /// The live phase is to end.
     pub(super) switch_over: bool,
+    /// A round was cut short because the live phase's time was up.
+    overdue: bool,
 }
 
 impl Helm {
@@ -31,7 +33,25 @@ impl Helm {
             other_policy: false,
             other_limits: false,
             switch_over: false,
+            overdue: false,
         }
+    }
+
+    /// Whether the round under way is to end because the live phase has lasted for so long: a pass
+    /// over a slow link may take far longer than `--timeout`. Once, and only where nothing is lost
+    /// by it: a guest that is to be stopped would wait for all that was not sent.
+    pub(super) fn is_time_up(&mut self, lasted: Duration) -> bool {
+        let ends = matches!(
+            self.options.on_timeout,
+            OnTimeout::Cancel | OnTimeout::Postcopy
+        );
+        if !ends || self.overdue || lasted < self.options.timeout {
+            return false;
+        }
+        self.overdue = true;
+        // It hears that a round was cut short.
+        self.other_limits = true;
+        true
     }
 
     /// Makes the changes that were accepted; whether the round under way is to end for them.
@@ -53,6 +73,7 @@ impl Helm {
             self.other_limits |= change.concerns_policy();
             self.switch_over |= change.switchover;
             cut |= change.concerns_policy();
+            self.overdue &= change.timeout.is_none();
             let steered = Steered {
                 at_ms: ms(clock.now().saturating_sub(began)),
                 round,

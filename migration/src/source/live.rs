@@ -486,6 +486,10 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
                 }
                 batches.resize(self.transport.pacer.batch_pages());
             }
+            let lasted = self.now().saturating_sub(self.record.memory_began);
+            if !mode.paused && self.helm.is_time_up(lasted) {
+                return Ok(total);
+            }
         }
     }
 

@@ -553,6 +553,37 @@ fn a_switchover_cuts_the_round_short_and_ends_the_live_phase() {
     }
 }
 
+/// A first pass that takes far longer than the time limit ends at that.
+#[test]
+fn a_time_limit_holds_within_a_round() {
+    for (policy, on_timeout) in [
+        (PolicyKind::Precopy, OnTimeout::Cancel),
+        (PolicyKind::Stord, OnTimeout::Cancel),
+        (PolicyKind::Mplm, OnTimeout::Cancel),
+        (PolicyKind::Auto, OnTimeout::Cancel),
+        (PolicyKind::Precopy, OnTimeout::Postcopy),
+    ] {
+        let mut scenario = steered(policy, Change::switchover(), 7);
+        scenario.calls.clear();
+        scenario.options.on_timeout = on_timeout;
+        scenario.options.no_postcopy = on_timeout == OnTimeout::Cancel;
+        scenario.options.timeout = Duration::from_millis(40);
+        scenario.options.bandwidth = Some(1_000_000);
+        let outcome = run(&scenario);
+        let report = &outcome.report;
+        assert!(outcome.violations.is_empty(), "{:?}", outcome.violations);
+        let first = report.rounds.first().map_or(0, |round| round.pages);
+        assert!(first < 512, "{policy:?} {on_timeout:?}: {report:?}");
+        let (status, most) = match on_timeout {
+            OnTimeout::Cancel => (Status::Cancelled, 400.0),
+            // The pages follow at the cap's rate.
+            _ => (Status::Completed, f64::INFINITY),
+        };
+        assert_eq!(report.status, status, "{policy:?}: {report:?}");
+        assert!(report.total_ms < most, "{policy:?}: {report:?}");
+    }
+}
+
 #[test]
 fn another_cap_holds_at_once() {
     let free = Change {
