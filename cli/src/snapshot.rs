@@ -40,6 +40,10 @@ pub struct Args {
     /// Replace a file of that name.
     #[arg(long)]
     force: bool,
+    /// The version of the machine's state to write, for an older ferry that is to restore it; the
+    /// newest without it.
+    #[arg(long, value_name = "N")]
+    state_version: Option<u32>,
     /// Print the report as one JSON object.
     #[arg(long)]
     json: bool,
@@ -66,6 +70,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
         live: args.live,
         force: args.force,
         then: args.then,
+        state_version: args.state_version,
     };
     let client = Client::new(&args.target.socket()?);
     cancel_on_signal(client.clone(), "cancelling; no file is made")?;

@@ -45,6 +45,7 @@ pub struct SerialState {
     /// SCR.
     pub scratch: u8,
     /// Received bytes, oldest first: the FIFO and the queue behind it.
+    #[serde(with = "serde_bytes")]
     pub input: Vec<u8>,
 }
 

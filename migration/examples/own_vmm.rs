@@ -106,7 +106,7 @@ impl<'g> PausedVm<'g> for Stands {
     fn stopped_for(&self) -> Duration {
         Duration::ZERO
     }
-    fn save(&self) -> Result<Vec<u8>, PortError> {
+    fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {
         let vm = self.0.as_ref().ok_or("the guest was given away")?;
         Ok(vm.lock().steps.to_le_bytes().to_vec())
     }

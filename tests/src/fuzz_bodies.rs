@@ -29,7 +29,7 @@ use ferry_migration::wire::{
     Encoding, Features, HEADER_BYTES, Header, Limits, PREAMBLE_BYTES, Preamble, decode_runs,
     encode_runs,
 };
-use ferry_vmm::machine::MachineState;
+use ferry_vmm::machine::{MachineState, OLDEST_STATE_VERSION, STATE_VERSION};
 use link::put_crc;
 use std::sync::Arc;
 
@@ -113,8 +113,12 @@ pub fn machine_state(bytes: &[u8]) {
     }
     for bytes in [bytes, &fixed] {
         if let Ok(state) = MachineState::from_bytes(bytes) {
-            let again = MachineState::from_bytes(&state.to_bytes().unwrap()).unwrap();
-            assert_eq!(again.cpus(), state.cpus());
+            for version in OLDEST_STATE_VERSION..=STATE_VERSION {
+                let written = state.to_bytes_as(version).unwrap();
+                let again = MachineState::from_bytes(&written).unwrap();
+                assert_eq!(again.cpus(), state.cpus());
+                assert_eq!(again.to_bytes_as(version).unwrap(), written);
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ use ferry_migration::options::Options;
 use ferry_migration::page::{PageSet, RamLayout, Run};
 use ferry_migration::rng::Rng;
 use ferry_migration::trace::{Header, Writer};
-use ferry_vmm::machine::{Backends, Machine};
+use ferry_vmm::machine::{Backends, Machine, OLDEST_STATE_VERSION, STATE_VERSION};
 use std::time::Duration;
 
 /// A place in something so long.
@@ -105,7 +105,9 @@ pub fn machine_state() -> Vec<Vec<u8>> {
                 })
                 .build()
                 .unwrap();
-            seeds.push(machine.pause().unwrap().save().unwrap().to_bytes().unwrap());
+            let state = machine.pause().unwrap().save().unwrap();
+            let versions = OLDEST_STATE_VERSION..=STATE_VERSION;
+            seeds.extend(versions.map(|version| state.to_bytes_as(version).unwrap()));
         }
     }
     seeds

@@ -7,6 +7,7 @@ use ferry_migration::wire::{
     Channel, Encoding, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, Hello, HelloAck,
     Limits, PREAMBLE_BYTES, Preamble, Role, SessionId, encode_runs,
 };
+use ferry_vmm::machine::STATE_VERSION;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
@@ -54,9 +55,17 @@ pub fn shared_ready_at() -> u64 {
     answered(Features::SUPPORTED)
 }
 
+/// What a destination of this build answers.
+fn ack(features: Features) -> HelloAck {
+    HelloAck {
+        features,
+        state: Some(STATE_VERSION),
+    }
+}
+
 /// Where the answer to a handshake ends.
 fn answered(features: Features) -> u64 {
-    let ack = serde_json::to_vec(&HelloAck { features }).unwrap();
+    let ack = serde_json::to_vec(&ack(features)).unwrap();
     (PREAMBLE_BYTES + HEADER_BYTES + ack.len()) as u64
 }
 
@@ -161,15 +170,18 @@ pub fn listener(script: impl FnOnce(RawLink, &TcpListener) + Send + 'static) -> 
 
 /// Answers preamble and handshake as a receiver should.
 pub fn accept(link: RawLink, features: Features) -> Channel<RawLink> {
+    accept_with(link, &ack(features))
+}
+
+/// As [`accept`], with another answer.
+pub fn accept_with(link: RawLink, ack: &HelloAck) -> Channel<RawLink> {
     let mut channel = preambled(link);
     let header = channel.recv_header().unwrap();
     let mut bytes = Vec::new();
     channel.recv_payload(&header, &mut bytes).unwrap();
     let hello = Hello::decode(&bytes).unwrap();
     channel.set_end(hello.layout.end());
-    channel
-        .send_json(FrameType::HelloAck, &HelloAck { features })
-        .unwrap();
+    channel.send_json(FrameType::HelloAck, ack).unwrap();
     channel
 }
 
@@ -181,8 +193,8 @@ pub fn preambled(link: RawLink) -> Channel<RawLink> {
     channel
 }
 
-/// Takes frames and acknowledges rounds until the state has come.
-pub fn until_state(channel: &mut Channel<RawLink>) {
+/// Takes frames and acknowledges rounds until the state has come, which it returns.
+pub fn until_state(channel: &mut Channel<RawLink>) -> Vec<u8> {
     loop {
         let header = channel.recv_header().unwrap();
         let mut bytes = Vec::new();
@@ -193,7 +205,7 @@ pub fn until_state(channel: &mut Channel<RawLink>) {
             FrameType::RoundEnd => channel
                 .send(Header::bare(FrameType::RoundAck, header.round), &[])
                 .unwrap(),
-            FrameType::State => return,
+            FrameType::State => return bytes,
             _ => {}
         }
     }

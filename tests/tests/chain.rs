@@ -22,6 +22,7 @@ fn snapshot(path: &Path, then: Then) -> SnapshotRequest {
         live: false,
         force: true,
         then,
+        state_version: None,
     }
 }
 

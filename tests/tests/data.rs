@@ -84,6 +84,7 @@ fn a_device_node_is_never_replaced_by_a_file() {
         live: false,
         force: true,
         then: Then::Resume,
+        state_version: None,
     };
     let refused = host.client().snapshot(&request).unwrap_err().to_string();
     assert!(refused.contains(node.to_str().unwrap()), "{refused}");

@@ -6,12 +6,13 @@
 use ferry_migration::options::Options;
 use ferry_migration::port::Link;
 use ferry_migration::report::{Report, Status};
-use ferry_migration::wire::{FLAG_CRC, Features, FrameType, Header, Ready};
+use ferry_migration::wire::{FLAG_CRC, Features, FrameType, Header, HelloAck, Ready};
 use ferry_tests::peer::{
-    RawLink, accept, hold, preamble_of, preambled, receiver, rest, until_state,
+    RawLink, accept, accept_with, hold, preamble_of, preambled, receiver, rest, until_state,
 };
 use ferry_tests::{Host, State, guests_run};
 use ferry_vmm::api::client::Action;
+use ferry_vmm::machine::MachineState;
 use std::io::Write;
 use std::time::Duration;
 
@@ -171,6 +172,7 @@ fn a_source_survives_its_receiver() {
         failed(name, &report, expected);
         source.reaches(State::Running);
     }
+    state_versions(&source);
     // Reads all and never answers: its user loses timeout.
     for answered in [false, true] {
         let uri = receiver(move |mut link| {
@@ -211,6 +213,47 @@ fn a_source_survives_its_receiver() {
     source.recover(true).unwrap();
     source.proves_running();
     source.verdict();
+}
+
+/// The state comes in the version that the destination reads; where there is none, the guest is
+/// not even paused.
+fn state_versions(source: &Host) {
+    for (reads, comes) in [(None, 3), (Some(3), 3), (Some(4), 4), (Some(9), 4)] {
+        let (tell, told) = std::sync::mpsc::channel();
+        let uri = receiver(move |link| {
+            let ack = HelloAck {
+                features: Features::SUPPORTED.without(Features::SHARED_MEMORY),
+                state: reads,
+            };
+            let mut channel = accept_with(link, &ack);
+            let state = until_state(&mut channel);
+            channel.send_abort("seen enough");
+            tell.send(state).unwrap();
+        });
+        let name = format!("reads {reads:?}");
+        let report = source.migrate(&uri, &Host::options());
+        failed(&name, &report, "seen enough");
+        // The byte before it says whether the guest ran.
+        let state = told.recv().unwrap();
+        assert_eq!(&state[1..9], b"FRYSTATE", "{name}");
+        assert_eq!(state[9..13], u32::to_le_bytes(comes), "{name}");
+        MachineState::from_bytes(&state[1..]).unwrap();
+        source.reaches(State::Running);
+    }
+    let uri = receiver(|link| {
+        let ack = HelloAck {
+            features: Features::SUPPORTED,
+            state: Some(2),
+        };
+        hold(accept_with(link, &ack));
+    });
+    let report = source.migrate(&uri, &Host::options());
+    failed(
+        "reads 2",
+        &report,
+        "version 2, but this ferry writes versions 3 to 4",
+    );
+    assert_eq!(report.rounds.len(), 0, "{report:#?}");
 }
 
 /// A receiver that never says a word: the source gives up by itself.

@@ -4,6 +4,9 @@
 //! verifies its memory or its result in the end.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "moves/versions.rs"]
+mod versions;
+
 use ferry_guest_images::{Class, Kernel, Line, Problem};
 use ferry_migration::options::{Compress, Handover, Options};
 use ferry_migration::report::{Event, Phase, Report, Status};

@@ -95,6 +95,7 @@ fn a_snapshot_is_made_only_where_requests_may_name_files() {
         live: false,
         force: false,
         then: Then::Resume,
+        state_version: None,
     };
     let refused = host.client().snapshot(&request).unwrap_err().to_string();
     for words in [

@@ -21,6 +21,7 @@ fn request(path: &Path) -> SnapshotRequest {
         live: false,
         force: false,
         then: Then::Resume,
+        state_version: None,
     }
 }
 

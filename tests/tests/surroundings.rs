@@ -61,6 +61,7 @@ fn a_file_size_limit_fails_the_write_and_not_the_guest() {
         live: true,
         force: false,
         then: Then::default(),
+        state_version: None,
     };
     let refused = host.client().snapshot(&request).unwrap_err();
     assert!(matches!(refused, ClientError::Refused { .. }), "{refused}");

@@ -28,5 +28,6 @@ pub use host::{Capabilities, Host, OpenError};
 pub use irq::IrqLine;
 pub use kick::Kicker;
 pub use state::{MAX_MSRS, MAX_XSAVE, RestoreError, SkippedMsr, VcpuState, VmState};
+pub(crate) use state::{VCPU_FIELDS, VcpuV3, VmV3};
 pub use vcpu::{Vcpu, VmExit};
 pub use vm::{MAX_CPUS, Vm, VmError};

@@ -42,6 +42,7 @@ mod features;
 mod fit;
 mod load;
 mod paused;
+mod requires;
 mod state;
 mod throttle;
 
@@ -70,7 +71,9 @@ pub use ferry_devices::net::MacAddress;
 pub use fit::Misfit;
 pub use load::ApplyError;
 pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};
-pub use state::{DevicesState, MachineState, StateError};
+pub use state::{
+    DevicesState, MachineState, OLDEST_STATE_VERSION, STATE_VERSION, StateError, version_for,
+};
 
 use crate::kvm::{DirtyLog, IrqLine, Vcpu, Vm};
 use crate::memory::GuestRam;

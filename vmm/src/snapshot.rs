@@ -21,12 +21,11 @@ use std::time::UNIX_EPOCH;
 use ferry_devices::block::Disk;
 use serde::{Deserialize, Serialize};
 
-use crate::machine::MachineDescription;
-
 /// What a snapshot's configuration holds, as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Contents {
-    description: MachineDescription,
+    /// A [`MachineDescription`](crate::machine::MachineDescription), whose format is looked at before it is read.
+    description: serde_json::Value,
     #[serde(default)]
     disks: Vec<DiskMark>,
 }

@@ -52,6 +52,7 @@ pub struct TransportState {
 
 /// What is special to a kind of device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DeviceState {
     /// A disk.
     Block(BlockState),

@@ -146,7 +146,10 @@ fn accept<L: Link, H: DestinationVm<L>>(
         ))
     });
     parts.session.channel.set_end(hello.layout.end());
-    let ack = HelloAck { features: agreed };
+    let ack = HelloAck {
+        features: agreed,
+        state: parts.host.state_version(),
+    };
     parts.session.channel.send_json(FrameType::HelloAck, &ack)?;
     Ok(Box::new(Filling {
         sink,

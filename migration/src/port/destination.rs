@@ -121,6 +121,11 @@ pub trait DestinationVm<L: Link> {
     /// Why this host cannot take the guest.
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8])
     -> Result<Arc<Self::Sink>, PortError>;
+    /// The newest version of the machine's state that [`restore`](Self::restore) reads, for
+    /// [`PausedVm::save`](super::PausedVm::save); `None` where there is only one.
+    fn state_version(&self) -> Option<u32> {
+        None
+    }
     /// Puts the state into the machine and checks it.
     ///
     /// # Errors

@@ -65,6 +65,15 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     /// # Errors
     /// When it cannot be described.
     fn description(&self) -> Result<Vec<u8>, PortError>;
+    /// Whether the state can be written for a destination that reads versions up to `newest`, as
+    /// [`PausedVm::save`] will be asked to. Asked in the handshake, while the guest runs.
+    ///
+    /// # Errors
+    /// Why not.
+    fn check_reader(&self, newest: Option<u32>) -> Result<(), PortError> {
+        let _ = newest;
+        Ok(())
+    }
     /// About how many bytes [`PausedVm::save`] will return: part of the downtime's estimate.
     fn state_bytes(&self) -> u64;
     /// Starts the dirty log with every page dirty (or: every page that must be sent).
@@ -125,11 +134,13 @@ pub type Committed<'g> = Box<dyn CommittedVm + 'g>;
 pub trait PausedVm<'g> {
     /// How long ago the last guest instruction was.
     fn stopped_for(&self) -> Duration;
-    /// The machine's state.
+    /// The machine's state, in a version that is not newer than
+    /// [what the destination reads](super::DestinationVm::state_version); `None` from one that did
+    /// not say, and for a snapshot.
     ///
     /// # Errors
     /// When it cannot be read.
-    fn save(&self) -> Result<Vec<u8>, PortError>;
+    fn save(&self, newest: Option<u32>) -> Result<Vec<u8>, PortError>;
     /// Writes down that the guest belongs to the destination: from now on this side never runs it
     /// by itself. The engine calls it before it sends the commit. Disks were
     /// [flushed](SourceDisks::flush) before: here they are only unlocked.

@@ -321,7 +321,7 @@ fn stop<'g, L: Link, G: SourceVm<L>, W: WriteAt>(
     saved.rounds += 1;
     let written = now();
     saved.pages_took = written.saturating_sub(stopped);
-    let state = paused.save().map_err(SaveError::Guest)?;
+    let state = paused.save(None).map_err(SaveError::Guest)?;
     saved.state_took = now().saturating_sub(written);
     Ok((state, paused))
 }

@@ -130,7 +130,7 @@ impl<'g> PausedVm<'g> for Stands<'g> {
     fn stopped_for(&self) -> Duration {
         Duration::ZERO
     }
-    fn save(&self) -> Result<Vec<u8>, PortError> {
+    fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {
         Ok(b"state".to_vec())
     }
     fn commit(self: Box<Self>, _: crate::wire::SessionId) -> Result<Committed<'g>, PortError> {

@@ -147,6 +147,10 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 missing: required.0 & !ack.features.0,
             });
         }
+        self.guest
+            .check_reader(ack.state)
+            .map_err(|e| SourceError::guest("choosing a version of the machine's state", e))?;
+        self.session.reads_state = ack.state;
         self.session.control.set_end(self.memory.layout.end());
         self.session.live_hashes = ack.features.and(offered).has(Features::LIVE_HASHES);
         if ack.features.and(offered).has(Features::SHARED_MEMORY) {

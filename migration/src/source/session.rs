@@ -12,6 +12,8 @@ pub(super) struct Session<'a, L: Link> {
     pub(super) rtt: Duration,
     /// The destination takes hashes of pages while the guest runs.
     pub(super) live_hashes: bool,
+    /// The newest version of the machine's state that the destination reads, if it said so.
+    pub(super) reads_state: Option<u32>,
     /// While the guest stands still: when it runs again at the latest.
     pub(super) until: Option<Duration>,
     /// Bytes sent on channels that were replaced.
@@ -27,6 +29,7 @@ impl<'a, L: Link> Session<'a, L> {
             control: Channel::new(link),
             rtt: Duration::ZERO,
             live_hashes: false,
+            reads_state: None,
             until: None,
             sent_before: 0,
         })

@@ -193,7 +193,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopped<'s, 'a, 'g, L, G> {
             .and_then(|()| self.source.flush_stopped())
             .and_then(|()| {
                 self.paused
-                    .save()
+                    .save(self.source.session.reads_state)
                     .map_err(|e| SourceError::guest("saving the machine's state", e))
             })
             .and_then(|state| self.source.send_state(&state, self.collected));

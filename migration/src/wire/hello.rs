@@ -107,6 +107,10 @@ pub struct Hello {
 pub struct HelloAck {
     /// What will be used.
     pub features: Features,
+    /// The newest version of the machine's state that the destination reads; a ferry that has no
+    /// word for it reads the version from before it had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<u32>,
 }
 
 /// The destination has the whole guest and has checked it.
@@ -213,6 +217,18 @@ mod tests {
         for cut in 0..bytes.len() - 3 {
             assert!(Hello::decode(&bytes[..cut]).is_err(), "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn an_answer_without_a_state_version_is_one_of_an_older_peer() {
+        let old: HelloAck = serde_json::from_str(r#"{"features":3}"#).unwrap();
+        assert_eq!((old.features, old.state), (Features(3), None));
+        let new = HelloAck {
+            state: Some(4),
+            ..old
+        };
+        let json = serde_json::to_string(&new).unwrap();
+        assert_eq!(serde_json::from_str::<HelloAck>(&json).unwrap(), new);
     }
 
     #[test]

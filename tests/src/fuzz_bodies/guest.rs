@@ -171,7 +171,7 @@ impl<'g> PausedVm<'g> for Stands<'g> {
         Duration::ZERO
     }
 
-    fn save(&self) -> Result<Vec<u8>, PortError> {
+    fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {
         Ok(b"state".to_vec())
     }
 

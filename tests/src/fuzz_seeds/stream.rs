@@ -309,6 +309,7 @@ pub(super) fn answers() -> Vec<Vec<u8>> {
     let json = |stream: &mut Stream, kind, json: &str| stream.put(kind, 0, 0, 0, json.as_bytes());
     let ack = serde_json::to_string(&HelloAck {
         features: Features::SUPPORTED.without(Features::SHARED_MEMORY),
+        state: None,
     });
     let ack = ack.unwrap();
     let running = |missing| {

@@ -58,6 +58,7 @@ impl Ground {
             live,
             force: false,
             then,
+            state_version: None,
         };
         std::thread::spawn(move || client.snapshot(&request).map_err(|e| e.to_string()))
     }

@@ -450,6 +450,9 @@ pub struct SnapshotRequest {
     /// What becomes of the guest.
     #[serde(default)]
     pub then: Then,
+    /// The version of the machine's state in the file, for a ferry that does not read the newest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_version: Option<u32>,
 }
 
 /// The answer to `PUT /v1/snapshot`: what was written.

@@ -9,6 +9,7 @@
 mod error;
 mod known;
 mod msrs;
+mod v3;
 mod vcpu;
 mod vm;
 mod xsave;
@@ -16,6 +17,24 @@ mod xsave;
 pub use error::RestoreError;
 pub(super) use msrs::MsrList;
 pub use msrs::{MAX_MSRS, SkippedMsr};
+pub(crate) use v3::{VcpuV3, VmV3};
+pub(crate) use vcpu::VCPU_FIELDS;
 pub use vcpu::VcpuState;
 pub use vm::VmState;
 pub use xsave::MAX_XSAVE;
+
+/// One of KVM's structures with a byte of another value at every place.
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+fn patterned<T: serde::de::DeserializeOwned>(seed: u8) -> T {
+    let byte = |at: usize| at.to_le_bytes()[0].wrapping_mul(31).wrapping_add(seed);
+    let pattern: Vec<u8> = (0..4096).map(byte).collect();
+    postcard::from_bytes(&postcard::to_allocvec(&pattern).unwrap()).unwrap()
+}
+
+/// A field as bytes, for comparison.
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+fn bytes(field: &impl serde::Serialize) -> Vec<u8> {
+    postcard::to_allocvec(field).unwrap()
+}

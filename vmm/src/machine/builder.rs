@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::alarm::Alarm;
 use super::control::{Control, EndWish, Exit};
-use super::description::{DescriptionError, FORMAT, MachineDescription};
+use super::description::{DescriptionError, MachineDescription, OLDEST_FORMAT};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
 use super::fit::{self, HostCpu, Misfit};
@@ -307,7 +307,8 @@ impl Builder {
             None => (here.tsc_khz, here.arch_capabilities),
         };
         let description = MachineDescription {
-            format: FORMAT,
+            format: OLDEST_FORMAT,
+            requires: Vec::new(),
             name: self.name,
             memory: self.memory,
             cpus: self.cpus,

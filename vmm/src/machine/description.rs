@@ -4,11 +4,26 @@ use serde::{Deserialize, Serialize};
 
 use super::devices::{self, DeviceDescription, MAX_DEVICES};
 use super::features;
+use super::requires::{quoted, unknown};
 use crate::kvm::{CpuidEntry, Host, IoctlError, MAX_CPUID_ENTRIES, MAX_CPUS, OpenError};
 use crate::memory::{RamError, RamLayout};
 
-/// Version of [`MachineDescription`].
-pub(super) const FORMAT: u32 = 2;
+/// Newest format of [`MachineDescription`] that is read: since 3 a description may require things.
+pub(super) const FORMAT: u32 = 3;
+/// Oldest format that is read, and the one that is written as long as it says all there is: the
+/// description goes first, before it is known what the other side reads.
+pub(super) const OLDEST_FORMAT: u32 = FORMAT - 1;
+/// The fields that a description may require to be understood.
+const FIELDS: [&str; 8] = [
+    "name",
+    "memory",
+    "cpus",
+    "hugepages",
+    "cpuid",
+    "tsc_khz",
+    "arch_capabilities",
+    "devices",
+];
 /// The longest name, in bytes.
 const MAX_NAME: usize = 255;
 
@@ -16,8 +31,12 @@ const MAX_NAME: usize = 255;
 /// migration, so that a host that cannot run the guest says so before anything else is sent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineDescription {
-    /// Version of this description.
+    /// The oldest format whose readers understand this description. Fields are only ever added: a
+    /// reader skips what it does not know and is not in `requires`.
     pub format: u32,
+    /// Names of fields without which another machine would be built.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requires: Vec<String>,
     /// The machine's name.
     pub name: String,
     /// RAM in bytes.
@@ -43,12 +62,22 @@ pub struct MachineDescription {
 pub enum DescriptionError {
     /// Another version.
     #[error(
-        "the machine's description has version {found}, but this ferry reads version {FORMAT}: use the same version of ferry on both sides"
+        "the machine's description has format {found}, but this ferry reads formats {OLDEST_FORMAT} to {FORMAT}: \
+         go by way of a ferry that reads both"
     )]
     Format {
-        /// The version found.
+        /// The format found.
         found: u32,
     },
+    /// A newer writer says that it must be understood.
+    #[error(
+        "the machine cannot be built without {0} of its description, which this ferry (description format {FORMAT}) does not \
+         know: use a newer ferry here"
+    )]
+    Requires(String),
+    /// Not the JSON that it should be.
+    #[error("the machine's description cannot be understood: {0}")]
+    Json(String),
     /// A number of vCPUs that cannot be.
     #[error("the machine's description has {0} vCPUs, but 1 to {MAX_CPUS} are possible")]
     Cpus(u32),
@@ -98,7 +127,29 @@ pub enum UnfitHost {
     },
 }
 
+/// What is looked at first.
+#[derive(Deserialize)]
+struct Head {
+    format: u32,
+    #[serde(default)]
+    requires: Vec<String>,
+}
+
 impl MachineDescription {
+    /// Reads a description of this format or the one before.
+    ///
+    /// # Errors
+    /// [`DescriptionError`]. What is in it is checked by [`validate`](Self::validate).
+    pub fn from_json(bytes: &[u8]) -> Result<Self, DescriptionError> {
+        let json = |error: serde_json::Error| DescriptionError::Json(quoted(&error.to_string()));
+        let head: Head = serde_json::from_slice(bytes).map_err(json)?;
+        check_format(head.format)?;
+        if let Some(names) = unknown(&head.requires, &FIELDS) {
+            return Err(DescriptionError::Requires(names));
+        }
+        serde_json::from_slice(bytes).map_err(json)
+    }
+
     /// Without what is true within one boot of one kernel: for a file that may be read anywhere.
     #[must_use]
     pub fn anywhere(mut self) -> Self {
@@ -113,9 +164,7 @@ impl MachineDescription {
     /// # Errors
     /// [`DescriptionError`].
     pub fn validate(&self) -> Result<(), DescriptionError> {
-        if self.format != FORMAT {
-            return Err(DescriptionError::Format { found: self.format });
-        }
+        check_format(self.format)?;
         if self.cpus == 0 || self.cpus > MAX_CPUS {
             return Err(DescriptionError::Cpus(self.cpus));
         }
@@ -155,14 +204,101 @@ impl MachineDescription {
     }
 }
 
+fn check_format(found: u32) -> Result<(), DescriptionError> {
+    if (OLDEST_FORMAT..=FORMAT).contains(&found) {
+        return Ok(());
+    }
+    Err(DescriptionError::Format { found })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As ferry wrote it when format 2 was all there was.
+    const RECORDED: &str = include_str!("../../../tests/data/description-v2.json");
+
+    #[test]
+    fn a_recorded_description_is_read_field_by_field() {
+        let read = MachineDescription::from_json(RECORDED.as_bytes()).unwrap();
+        read.validate().unwrap();
+        let backing = super::super::devices::DiskBacking {
+            boot: Some("5b0d4e8c-0000-4000-8000-000000000000".into()),
+            file: Some(ferry_devices::block::FileId {
+                device: 64769,
+                inode: Some(131),
+            }),
+            bytes: 8192,
+            path: "/srv/web.img".into(),
+        };
+        let entry = CpuidEntry {
+            function: 7,
+            index: 0,
+            flags: 1,
+            eax: 2,
+            ebx: 0x219c_07ab,
+            ecx: 0,
+            edx: 0xbc00_0000,
+        };
+        let wanted = MachineDescription {
+            format: 2,
+            requires: Vec::new(),
+            name: "web".into(),
+            memory: 64 << 20,
+            cpus: 1,
+            hugepages: false,
+            cpuid: vec![entry],
+            tsc_khz: Some(2_100_000),
+            arch_capabilities: Some(43),
+            devices: vec![
+                DeviceDescription::Disk {
+                    bytes: 8192,
+                    read_only: true,
+                    backing: Some(backing),
+                },
+                DeviceDescription::Net {
+                    mac: "52:54:00:01:02:03".parse().unwrap(),
+                },
+                DeviceDescription::Balloon,
+                DeviceDescription::Rng,
+            ],
+        };
+        assert_eq!(read, wanted);
+        // What an older ferry is sent is what it would have written itself.
+        let written = serde_json::to_string(&wanted).unwrap();
+        assert_eq!(written, RECORDED.trim_end());
+    }
+
+    #[test]
+    fn unknown_fields_are_skipped_unless_they_are_required() {
+        let mut json: serde_json::Value = serde_json::from_str(RECORDED).unwrap();
+        let read =
+            |json: &serde_json::Value| MachineDescription::from_json(json.to_string().as_bytes());
+        json["colour"] = serde_json::json!({"deep": [1, 2]});
+        read(&json).unwrap();
+        json["format"] = 3.into();
+        json["requires"] = serde_json::json!(["cpuid"]);
+        read(&json).unwrap();
+        json["requires"] = serde_json::json!(["cpuid", "colour", "\u{1b}[2J"]);
+        let text = read(&json).unwrap_err().to_string();
+        assert!(text.contains("without colour, ?[2J of"), "{text}");
+        for found in [0, 1, 4] {
+            json["format"] = found.into();
+            let text = read(&json).unwrap_err().to_string();
+            assert!(text.contains(&format!("format {found},")), "{text}");
+            assert!(text.contains("formats 2 to 3"), "{text}");
+        }
+        let mut vsock: serde_json::Value = serde_json::from_str(RECORDED).unwrap();
+        vsock["devices"][3] = "vsock\n".into();
+        let text = read(&vsock).unwrap_err().to_string();
+        assert!(text.contains("`vsock?`"), "{text}");
+    }
 
     #[test]
     fn impossible_descriptions_are_refused() {
         let good = MachineDescription {
             format: FORMAT,
+            requires: Vec::new(),
             name: "g".into(),
             memory: 1 << 20,
             cpus: 1,

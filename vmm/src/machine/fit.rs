@@ -118,6 +118,7 @@ mod tests {
     fn guest(tsc_khz: Option<u32>, arch_capabilities: Option<u64>) -> MachineDescription {
         MachineDescription {
             format: super::super::description::FORMAT,
+            requires: Vec::new(),
             name: "g".into(),
             memory: 1 << 20,
             cpus: 1,

@@ -13,17 +13,30 @@ use ferry_migration::wire::{MAX_RUNS, SessionId};
 
 use super::disks::DiskCopy;
 use super::{StreamLink, copied, engine_layout, page_runs};
-use crate::machine::{Machine, PausedMachine};
+use crate::machine::{Machine, PausedMachine, version_for};
 use crate::memory::ShareError;
 
 /// The guest of a machine while it is migrated away.
 pub(crate) struct MachineGuest<'a> {
     machine: &'a Arc<Machine>,
+    /// The version that its state is written in, where that is not the destination's affair.
+    version: Option<u32>,
 }
 
 impl<'a> MachineGuest<'a> {
     pub(crate) const fn new(machine: &'a Arc<Machine>) -> Self {
-        Self { machine }
+        Self {
+            machine,
+            version: None,
+        }
+    }
+
+    /// Has the state written in this version.
+    pub(crate) const fn with_state_version(self, version: u32) -> Self {
+        Self {
+            version: Some(version),
+            ..self
+        }
     }
 }
 
@@ -31,6 +44,8 @@ impl<'a> MachineGuest<'a> {
 struct StoppedMachine<'a> {
     machine: &'a Arc<Machine>,
     paused: PausedMachine<'a>,
+    /// As the guest's.
+    version: Option<u32>,
     /// When the guest ran last.
     ran: Instant,
 }
@@ -43,11 +58,12 @@ impl<'g> PausedVm<'g> for StoppedMachine<'g> {
         self.ran.elapsed()
     }
 
-    fn save(&self) -> Result<Vec<u8>, PortError> {
+    fn save(&self, newest: Option<u32>) -> Result<Vec<u8>, PortError> {
+        let version = self.version.map_or_else(|| version_for(newest), Ok)?;
         // A take-over here is refused if the destination ran the guest on its disks meanwhile.
         self.machine.note_disks();
         let mut bytes = vec![u8::from(self.paused.was_running())];
-        bytes.extend(self.paused.save()?.to_bytes()?);
+        bytes.extend(self.paused.save()?.to_bytes_as(version)?);
         Ok(bytes)
     }
 
@@ -125,6 +141,11 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
         Ok(serde_json::to_vec(&self.machine.description_to_send())?)
     }
 
+    fn check_reader(&self, newest: Option<u32>) -> Result<(), PortError> {
+        version_for(newest)?;
+        Ok(())
+    }
+
     /// What the state of a machine came to when it was measured: about 6 KiB for the VM and its
     /// devices, 8 KiB for each vCPU, and less than 256 bytes for each virtio device.
     fn state_bytes(&self) -> u64 {
@@ -194,6 +215,7 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
         Ok(Box::new(StoppedMachine {
             machine: self.machine,
             paused,
+            version: self.version,
             // Each vCPU stops when its kick arrives; the first may have stopped when they were
             // sent.
             ran: last.map_or(asked, |last| last.min(asked)),

@@ -18,7 +18,9 @@ use super::arrival::Owner;
 use super::disks::IncomingDisks;
 use super::gate::Gate;
 use super::{StreamLink, copied, engine_layout, lock, page_runs};
-use crate::machine::{Backends, BuildError, Machine, MachineDescription, MachineState};
+use crate::machine::{
+    Backends, BuildError, Machine, MachineDescription, MachineState, STATE_VERSION,
+};
 use crate::memory::{
     Backing, GuestRam, PageRun, ShareError, SharedRam, Userfault, UserfaultError, Waited,
     check_available, check_userfault,
@@ -284,8 +286,7 @@ impl MachineHost {
         machine: &[u8],
         shared: Option<(SharedRam, Vec<OwnedFd>)>,
     ) -> Result<Arc<RamSink>, PortError> {
-        let description: MachineDescription = serde_json::from_slice(machine)
-            .map_err(|e| format!("the machine's description cannot be understood: {e}"))?;
+        let description = MachineDescription::from_json(machine)?;
         self.gate.check(&description)?;
         description.check_host()?;
         let serial = (self.serial)()
@@ -317,6 +318,10 @@ impl DestinationVm<StreamLink> for MachineHost {
 
     fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<RamSink>, PortError> {
         self.build(layout, machine, None)
+    }
+
+    fn state_version(&self) -> Option<u32> {
+        Some(STATE_VERSION)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {

@@ -11,7 +11,7 @@ use ferry_migration::snapshot::{self as format, SaveError, SaveOptions, SaveSetu
 
 use super::{Contents, DiskMark, ms, threads};
 use crate::api::types::{SnapshotReport, SnapshotRequest, Then};
-use crate::machine::Machine;
+use crate::machine::{Machine, OLDEST_STATE_VERSION, STATE_VERSION, StateError};
 use crate::migrate::guest::MachineGuest;
 use crate::migrate::{MonotonicClock, session_id};
 use crate::new_file::{Making, NewFile, NewFileError};
@@ -33,6 +33,9 @@ pub enum SnapshotError {
     /// It must not be made there.
     #[error("no snapshot can be made: {0}; the guest goes on as before")]
     Outside(#[from] Outside),
+    /// It cannot be of that version.
+    #[error("no snapshot can be made: {0}; the guest goes on as before")]
+    Version(#[from] StateError),
     /// It was not written to the end.
     #[error("the snapshot {} was not written: {source}; the guest goes on as before", path.display())]
     Save {
@@ -69,6 +72,10 @@ pub fn save(
 ) -> Result<SnapshotReport, SnapshotError> {
     let began = Instant::now();
     let path = &request.path;
+    let version = request.state_version.unwrap_or(STATE_VERSION);
+    if !(OLDEST_STATE_VERSION..=STATE_VERSION).contains(&version) {
+        return Err(StateError::Unwritable { wanted: version }.into());
+    }
     let making = Making {
         replace: request.force,
         private: true,
@@ -82,7 +89,7 @@ pub fn save(
     })?;
     let session = session_id();
     let clock = MonotonicClock::new();
-    let guest = MachineGuest::new(machine);
+    let guest = MachineGuest::new(machine).with_state_version(version);
     let mut downtime = Duration::ZERO;
     let setup = SaveSetup {
         session,
@@ -100,7 +107,7 @@ pub fn save(
             flush(machine)?;
             let marks = machine.disks().iter().map(|disk| DiskMark::of(disk));
             let contents = Contents {
-                description: machine.description_to_send().anywhere(),
+                description: serde_json::to_value(machine.description_to_send().anywhere())?,
                 disks: marks.collect::<io::Result<_>>()?,
             };
             Ok(serde_json::to_vec(&contents)?)

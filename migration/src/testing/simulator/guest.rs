@@ -196,7 +196,7 @@ impl PausedVm<'_> for SimPaused {
         Duration::ZERO
     }
 
-    fn save(&self) -> Result<Vec<u8>, PortError> {
+    fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {
         lock(&self.0).port_fails(PortFault::Save)?;
         Ok(STATE.to_vec())
     }

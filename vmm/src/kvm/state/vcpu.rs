@@ -16,23 +16,39 @@ use crate::kvm::vcpu::Vcpu;
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 
+/// The fields of [`VcpuState`], by which a reader knows what a newer writer may require of it.
+pub(crate) const VCPU_FIELDS: [&str; 11] = [
+    "mp_state",
+    "regs",
+    "sregs",
+    "pdptrs",
+    "xsave",
+    "xcrs",
+    "debugregs",
+    "msrs",
+    "lapic",
+    "events",
+    "tsc_khz",
+];
+
 /// Everything that KVM knows about a stopped vCPU. Its CPUID is not in here: that belongs to the
 /// machine's description, which the machine is built from before any state arrives. Nor is the
 /// state of a nested hypervisor: ferry offers guests no VMX or SVM, so there is none.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VcpuState {
-    mp_state: kvm_mp_state,
-    regs: kvm_regs,
-    sregs: kvm_sregs,
+    pub(super) mp_state: kvm_mp_state,
+    pub(super) regs: kvm_regs,
+    pub(super) sregs: kvm_sregs,
     /// Only of a guest in 32-bit PAE paging.
-    pdptrs: Option<[u64; 4]>,
-    xsave: Vec<u8>,
-    xcrs: Option<kvm_xcrs>,
-    debugregs: Option<kvm_debugregs>,
-    msrs: Vec<(u32, u64)>,
-    lapic: kvm_lapic_state,
-    events: kvm_vcpu_events,
-    tsc_khz: Option<u32>,
+    pub(super) pdptrs: Option<[u64; 4]>,
+    #[serde(with = "serde_bytes")]
+    pub(super) xsave: Vec<u8>,
+    pub(super) xcrs: Option<kvm_xcrs>,
+    pub(super) debugregs: Option<kvm_debugregs>,
+    pub(super) msrs: Vec<(u32, u64)>,
+    pub(super) lapic: kvm_lapic_state,
+    pub(super) events: kvm_vcpu_events,
+    pub(super) tsc_khz: Option<u32>,
 }
 
 impl VcpuState {
@@ -56,6 +72,45 @@ impl VcpuState {
     #[must_use]
     pub fn rip(&self) -> u64 {
         self.regs.rip
+    }
+}
+
+#[cfg(test)]
+impl VcpuState {
+    /// One with another value in every field.
+    pub(crate) fn sample() -> Self {
+        use super::patterned;
+        Self {
+            mp_state: patterned(1),
+            regs: patterned(2),
+            sregs: patterned(3),
+            pdptrs: Some([u64::MAX, 1 << 40, 3, 4]),
+            xsave: (0..LEGACY).map(|at| at.to_le_bytes()[0] ^ 0xa5).collect(),
+            xcrs: Some(patterned(4)),
+            debugregs: Some(patterned(5)),
+            msrs: vec![(0x10, u64::MAX), (0xc000_0080, 0xd01), (0x6e0, 0)],
+            lapic: patterned(6),
+            events: patterned(7),
+            tsc_khz: Some(2_100_000),
+        }
+    }
+
+    /// Each field by its name, as bytes that can be compared.
+    pub(crate) fn fields(&self) -> Vec<(&'static str, Vec<u8>)> {
+        use super::bytes;
+        vec![
+            ("mp_state", bytes(&self.mp_state)),
+            ("regs", bytes(&self.regs)),
+            ("sregs", bytes(&self.sregs)),
+            ("pdptrs", bytes(&self.pdptrs)),
+            ("xsave", self.xsave.clone()),
+            ("xcrs", bytes(&self.xcrs)),
+            ("debugregs", bytes(&self.debugregs)),
+            ("msrs", bytes(&self.msrs)),
+            ("lapic", bytes(&self.lapic)),
+            ("events", bytes(&self.events)),
+            ("tsc_khz", bytes(&self.tsc_khz)),
+        ]
     }
 }
 

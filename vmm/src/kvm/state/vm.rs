@@ -13,11 +13,11 @@ use crate::kvm::vm::Vm;
 /// State of the interrupt controllers, of the timer and of the paravirtual clock.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VmState {
-    pic_master: kvm_irqchip,
-    pic_slave: kvm_irqchip,
-    ioapic: kvm_irqchip,
-    pit: Option<kvm_pit_state2>,
-    clock: Option<kvm_clock_data>,
+    pub(super) pic_master: kvm_irqchip,
+    pub(super) pic_slave: kvm_irqchip,
+    pub(super) ioapic: kvm_irqchip,
+    pub(super) pit: Option<kvm_pit_state2>,
+    pub(super) clock: Option<kvm_clock_data>,
 }
 
 impl VmState {
@@ -26,6 +26,33 @@ impl VmState {
         if let Some(clock) = &mut self.clock {
             clock.flags &= !KVM_CLOCK_REALTIME;
         }
+    }
+}
+
+#[cfg(test)]
+impl VmState {
+    /// One with another value in every field.
+    pub(crate) fn sample() -> Self {
+        use super::patterned;
+        Self {
+            pic_master: patterned(8),
+            pic_slave: patterned(9),
+            ioapic: patterned(10),
+            pit: Some(patterned(11)),
+            clock: Some(patterned(12)),
+        }
+    }
+
+    /// Each field by its name, as bytes that can be compared.
+    pub(crate) fn fields(&self) -> Vec<(&'static str, Vec<u8>)> {
+        use super::bytes;
+        vec![
+            ("pic_master", bytes(&self.pic_master)),
+            ("pic_slave", bytes(&self.pic_slave)),
+            ("ioapic", bytes(&self.ioapic)),
+            ("pit", bytes(&self.pit)),
+            ("clock", bytes(&self.clock)),
+        ]
     }
 }
 

@@ -91,6 +91,7 @@ fn wish(then: Then) -> SnapshotRequest {
         live: false,
         force: false,
         then,
+        state_version: None,
     }
 }
 
