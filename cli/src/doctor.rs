@@ -1,21 +1,44 @@
 //! `ferry doctor`.
 
 use ferry_terminal::output::{Failure, put, put_json};
-use ferry_vmm::doctor::{Diagnosis, Need, examine};
+use ferry_vmm::doctor::{Diagnosis, Need, cpu, examine};
+use ferry_vmm::machine::CpuFile;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Say what this host can do, which kind of KVM it has, and what to do about what is missing.
 ///
 /// Exits with 0 when guests can run here, 1 otherwise.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  ferry doctor\n  ferry doctor --json | jq .kind")]
+#[command(after_help = "Examples:
+  ferry doctor
+  ferry doctor --json | jq .kind
+  ferry doctor --cpu-json >a.json
+  ferry doctor --baseline a.json b.json >fleet.json")]
 pub struct Args {
     /// Print one JSON object instead.
     #[arg(long)]
     json: bool,
+    /// Print the CPU that this host can give to a guest, for --baseline.
+    #[arg(long, conflicts_with = "json")]
+    cpu_json: bool,
+    /// Print what the CPUs of these files (of --cpu-json) have in common, for `ferry run --cpu`: a
+    /// guest with that can move between any two of the hosts.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["json", "cpu_json"])]
+    baseline: Vec<PathBuf>,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
+    if args.cpu_json {
+        put_json(&cpu()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.baseline.is_empty() {
+        let files = args.baseline.iter().map(|path| CpuFile::read(path));
+        let files = files.collect::<Result<Vec<_>, _>>()?;
+        put_json(&CpuFile::baseline(&files)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let diagnosis = examine();
     if args.json {
         put_json(&diagnosis)?

@@ -19,7 +19,8 @@ use ferry_terminal::timeline::Timeline;
 use ferry_terminal::units::{duration, memory, size};
 use ferry_vmm::api::types::Boot;
 use ferry_vmm::boot::Kernel;
-use ferry_vmm::machine::{Backends, Machine};
+use ferry_vmm::doctor::cpuid_is_native;
+use ferry_vmm::machine::{Backends, CpuModel, Machine};
 use ferry_vmm::memory::Backing;
 use ferry_vmm::sandbox::Files;
 use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
@@ -37,6 +38,9 @@ use std::time::{Duration, Instant};
 const LINUX_MEMORY: u64 = 256 << 20;
 /// A thread that was woken is in the guest long before.
 const FIRST_ENTRY: Duration = Duration::from_secs(5);
+/// Of --cpu, where CPUID is native.
+const UNHIDDEN: &str = "this host's KVM hides nothing of its CPU from guests: --cpu decides where the guest may move, \
+                        and the guest may use features that are not everywhere there";
 /// There is no PCI, and looking for it takes time; a guest that panics shall end.
 const LINUX_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 
@@ -106,6 +110,16 @@ pub struct Args {
     /// Virtual processors.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Machine")]
     cpus: u32,
+    /// The CPU that the guest sees: the host's, x86-64-v2, -v3 or -v4, or that of a file of
+    /// `ferry doctor --baseline`; without the features that follow, such as host,-avx512f. It keeps
+    /// it for good, and moves only to hosts that have all of it.
+    #[arg(
+        long,
+        value_name = "CPU[,-FEATURE…]",
+        default_value = "host",
+        help_heading = "Machine"
+    )]
+    cpu: String,
     /// The control socket to make; by default that of --name, or one in $XDG_RUNTIME_DIR or /tmp.
     /// Or one that listens already: the open descriptor N (fd:N), or systemd's with
     /// FileDescriptorName=api (systemd) or another (systemd:NAME).
@@ -175,6 +189,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     timeline.mark("start");
     let signals = Signals::take()?;
     let memory = ram(args)?;
+    // A file of it is read before the sandbox.
+    let cpu = CpuModel::choose(&args.cpu)?;
+    let unhidden = !cpu.is_host() && cpuid_is_native();
     // It may have to be downloaded.
     let linux = match args.linux {
         true => Some(linux::Kernel::get(&|sentence| say(sentence))?),
@@ -202,6 +219,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let mut builder = Machine::builder()
         .memory(memory)
         .cpus(args.cpus)
+        .cpu(cpu)
         .dirty(args.dirty)
         .devices(backends)
         .serial(Box::new(spool.clone()));
@@ -209,6 +227,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         builder = builder.name(name.as_str());
     }
     let machine = Arc::new(builder.build()?);
+    if unhidden {
+        say(UNHIDDEN);
+    }
     timeline.mark("machine");
     load(args, linux, &machine, &mut timeline)?;
     timeline.mark("load");

@@ -229,7 +229,8 @@ pub fn open_session(to: SocketAddr, hello: &Hello) -> Channel<RawLink> {
         "{}",
         abort_text(&mut channel, &header)
     );
-    let _: HelloAck = channel.recv_json(&header).unwrap();
+    let ack: HelloAck = channel.recv_json(&header).unwrap();
+    assert_eq!(ack.state, Some(STATE_VERSION));
     channel.set_end(hello.layout.end());
     channel
 }

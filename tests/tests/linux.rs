@@ -25,9 +25,21 @@ fn linux_boots_and_ends_as_it_wants() {
         "{doctor:?}"
     );
 
-    let guest = host.guest(&["--linux", "--cpus", "2"]);
+    // Less than the host has: TCG emulates AVX2.
+    let guest = host.guest(&["--linux", "--cpus", "2", "--cpu", "x86-64-v2"]);
     guest.prints("ferry-guest: ready");
     guest.prints("clocksource=kvm-clock cpus=2");
+    guest.types("flags");
+    guest.prints("end-of-flags");
+    let flags = guest.all();
+    for (flag, there) in [
+        ("sse4_2", true),
+        ("popcnt", true),
+        ("avx", false),
+        ("xsave", false),
+    ] {
+        assert_eq!(flags.contains(&format!(" {flag} ")), there, "{flags}");
+    }
     guest.types("run is.S");
     let verified = guest.line("the kernel's result", |line| match line {
         Line::Result(result) => Some(result.verified),

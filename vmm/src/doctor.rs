@@ -8,6 +8,7 @@
 
 mod checks;
 
+use crate::machine::{CpuError, CpuFile};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -90,12 +91,25 @@ impl Diagnosis {
     pub const SCHEMA: u32 = 1;
 }
 
+/// Whether guests execute CPUID on the processor itself, so that no feature of it can be hidden
+/// from them: software KVM does without the exits of VT-x and AMD-V.
+#[must_use]
+pub fn cpuid_is_native() -> bool {
+    Files::host().kind() == Kind::Software
+}
+
+/// What a guest can be given by this host: `ferry doctor --cpu-json`.
+///
+/// # Errors
+/// KVM cannot be used.
+pub fn cpu() -> Result<CpuFile, CpuError> {
+    CpuFile::of_host(&Files::host().cpu_name())
+}
+
 /// Examines this host; takes milliseconds and changes nothing.
 #[must_use]
 pub fn examine() -> Diagnosis {
-    let files = Files {
-        root: PathBuf::from("/"),
-    };
+    let files = Files::host();
     let checks = checks::all(&files);
     Diagnosis {
         schema: Diagnosis::SCHEMA,
@@ -115,6 +129,12 @@ struct Files {
 }
 
 impl Files {
+    fn host() -> Self {
+        Self {
+            root: PathBuf::from("/"),
+        }
+    }
+
     /// A file's text, trimmed; empty where it cannot be read.
     fn read(&self, path: &str) -> String {
         std::fs::read_to_string(self.root.join(path))

@@ -35,6 +35,7 @@
 mod alarm;
 mod builder;
 mod control;
+mod cpu;
 mod description;
 mod devices;
 mod disk_marks;
@@ -62,6 +63,7 @@ pub use ferry_devices::balloon::auto::Settings as BalloonAuto;
 
 pub use builder::{BuildError, Builder};
 pub use control::{Exit, PauseError, ResumeError, RunState};
+pub use cpu::{CpuError, CpuFile, CpuModel};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
 pub use devices::{
     Backends, BalloonInfo, DeviceDescription, DeviceError, DiskBacking, DiskOptions, MAX_DEVICES,

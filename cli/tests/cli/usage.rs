@@ -177,3 +177,40 @@ fn bad_paths_are_said_before_anything_runs() {
     );
     assert!(text.contains("/nonexistent/log"), "{text}");
 }
+
+/// Words that name no CPU, files that are none, and a CPU that no host has.
+#[test]
+fn a_cpu_that_cannot_be_given_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let refused = |cpu: &str, says: &str| {
+        let args = ["run", "--nas", "is.S", "--serial", "null", "--cpu", cpu];
+        let text = fails(&args, 1);
+        assert!(text.contains(says), "{text}");
+    };
+    refused("host,-avx1024", "`avx1024` is no CPU feature");
+    refused("host,avx2", "`avx2` takes no feature away");
+    refused("x86-64-v9", "give x86-64-v2, x86-64-v3, x86-64-v4");
+    refused("/nonexistent/cpu", "/nonexistent/cpu");
+    std::fs::write(path("damaged"), r#"{"schema":1,"vendor":"Genu"#).unwrap();
+    refused(&path("damaged"), "damaged is no file of a CPU");
+    let text = fails(&["doctor", "--baseline", &path("damaged")], 1);
+    assert!(text.contains("damaged"), "{text}");
+    if !guests_run() {
+        return;
+    }
+    let json = ferry(&["doctor", "--cpu-json"]).stdout;
+    let mut cpu: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    std::fs::write(path("here"), &json).unwrap();
+    let common = ferry(&["doctor", "--baseline", &path("here"), &path("here")]);
+    let common: serde_json::Value = serde_json::from_slice(&common.stdout).unwrap();
+    assert_eq!(common["vendor"], cpu["vendor"]);
+    assert!(
+        common["features"].as_array().unwrap().len() > 20,
+        "{common}"
+    );
+    // No processor has had it since 2011.
+    cpu["features"].as_array_mut().unwrap().push("3dnow".into());
+    std::fs::write(path("more"), cpu.to_string()).unwrap();
+    refused(&path("more"), "does not have: 3dnow;");
+}

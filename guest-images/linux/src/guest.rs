@@ -15,7 +15,7 @@ use crate::{http, work};
 /// This program, which is the first process.
 const SELF: &str = "/init";
 
-const HELP: &str = "commands: status, run WORK (such as run mg.S), disk PATH, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
+const HELP: &str = "commands: status, flags (of the processor), run WORK (such as run mg.S), disk PATH, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
 
 /// Works until the guest is told to end.
 pub fn serve(options: &Options) {
@@ -118,6 +118,7 @@ fn console(working: &Mutex<Option<Child>>) {
         match words.as_slice() {
             [] => {}
             ["status"] => status(),
+            ["flags"] => println!("ferry-linux: flags= {} end-of-flags", flags()),
             ["poweroff"] => power_off(),
             ["reboot"] => reset(),
             ["q"] => {
@@ -143,6 +144,14 @@ fn read(path: &str) -> String {
         .unwrap_or_default()
         .trim()
         .to_owned()
+}
+
+/// The features of the first processor, as the kernel names them.
+fn flags() -> String {
+    let text = read("/proc/cpuinfo");
+    let line = text.lines().find_map(|line| line.strip_prefix("flags"));
+    let names = line.and_then(|line| line.split_once(':'));
+    names.map_or_else(String::new, |(_, names)| names.trim().to_owned())
 }
 
 fn processors() -> usize {

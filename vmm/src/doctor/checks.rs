@@ -41,6 +41,7 @@ pub fn all(files: &Files) -> Vec<Check> {
             checks.push(capabilities(&facts));
             checks.push(guest());
             checks.extend(features(&facts));
+            checks.push(cpuid(files));
             checks.push(huge_page_split(files));
         }
         Err(e) => checks.push(no_kvm(files, &e)),
@@ -212,6 +213,24 @@ fn features(facts: &KvmFacts) -> Vec<Check> {
         "nothing need be done unless guests run guests; `modprobe kvm_intel nested=1` (or kvm_amd) offers it",
     );
     checks
+}
+
+/// Whether the guest's CPU can be another than the host's.
+fn cpuid(files: &Files) -> Check {
+    let name = "cpuid";
+    if files.kind() == Kind::Software {
+        return bad(
+            name,
+            Need::Useful,
+            "guests see this host's CPU, whatever `ferry run --cpu` says: CPUID runs on the processor itself",
+            "nothing need be done between hosts of one processor; else start guests that are to move on hardware KVM",
+        );
+    }
+    good(
+        name,
+        Need::Useful,
+        "guests see the CPU that they are given (`ferry run --cpu`)",
+    )
 }
 
 /// Whether KVM splits huge pages ahead of the guest's writes; only a parameter of its module

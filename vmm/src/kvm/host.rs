@@ -14,6 +14,7 @@ use kvm_bindings::{
     KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SREGS2, KVM_CAP_TSC_CONTROL,
     KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_USER_MEMORY, KVM_CAP_VCPU_EVENTS, KVM_CAP_XCRS,
     KVM_CAP_XSAVE, KVM_CAP_XSAVE2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
+    Msrs, kvm_msr_entry,
 };
 use kvm_ioctls::Kvm;
 use serde::Serialize;
@@ -21,6 +22,7 @@ use serde::Serialize;
 use super::cpuid::{self, CpuidEntry};
 use super::dirty_ring::{self, ENTRY_BYTES};
 use super::error::{IoctlError, Named};
+use super::state::IA32_ARCH_CAPABILITIES;
 
 /// The only version of the KVM API there is.
 const API_VERSION: i32 = 12;
@@ -217,6 +219,23 @@ impl Host {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .named("KVM_GET_SUPPORTED_CPUID")?;
         Ok(cpuid.as_slice().iter().map(CpuidEntry::from).collect())
+    }
+
+    /// IA32_ARCH_CAPABILITIES that a guest with this CPU reads; `None` where it has no such
+    /// register. Asked of a vCPU: what KVM tells of itself (KVM_CAP_GET_MSR_FEATURES) is more than
+    /// some give.
+    #[must_use]
+    pub fn arch_capabilities(&self, cpuid: &[CpuidEntry]) -> Option<u64> {
+        let vm = self.kvm.create_vm().ok()?;
+        let vcpu = vm.create_vcpu(0).ok()?;
+        vcpu.set_cpuid2(&cpuid::for_vcpu(cpuid, 0, 1)?).ok()?;
+        let entry = kvm_msr_entry {
+            index: IA32_ARCH_CAPABILITIES,
+            ..Default::default()
+        };
+        let mut msrs = Msrs::from_entries(&[entry]).ok()?;
+        let read = vcpu.get_msrs(&mut msrs).ok()?;
+        msrs.as_slice()[..read.min(1)].first().map(|e| e.data)
     }
 
     /// The CPUID that a new guest on this host is given: what the host supports, less what cannot

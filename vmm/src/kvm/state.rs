@@ -15,7 +15,7 @@ mod vm;
 mod xsave;
 
 pub use error::RestoreError;
-pub(super) use msrs::MsrList;
+pub(super) use msrs::{IA32_ARCH_CAPABILITIES, MsrList};
 pub use msrs::{MAX_MSRS, SkippedMsr};
 pub(crate) use v3::{VcpuV3, VmV3};
 pub(crate) use vcpu::VCPU_FIELDS;

@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::alarm::Alarm;
 use super::control::{Control, EndWish, Exit};
+use super::cpu::{CpuError, CpuModel};
 use super::description::{DescriptionError, MachineDescription, OLDEST_FORMAT};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
@@ -48,6 +49,9 @@ pub enum BuildError {
         "this host's KVM has no dirty ring, which --dirty ring asked for: leave --dirty out, or use Linux 5.11 or later"
     )]
     NoDirtyRing,
+    /// Not the CPU that was asked for.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// Too many vCPUs, or none.
     #[error("a machine with {asked} vCPUs was asked for, but 1 to {max} are possible on this host")]
     Cpus {
@@ -82,6 +86,7 @@ pub enum BuildError {
 pub struct Builder {
     memory: u64,
     cpus: u32,
+    cpu: CpuModel,
     /// Whether the guest's RAM came from a pool where it arrives from.
     hugepages: bool,
     name: String,
@@ -102,6 +107,7 @@ impl Default for Builder {
         Self {
             memory: 0,
             cpus: 1,
+            cpu: CpuModel::default(),
             hugepages: false,
             name: "ferry".to_owned(),
             serial: Box::new(io::sink()),
@@ -139,6 +145,14 @@ impl Builder {
     #[must_use]
     pub fn cpus(mut self, n: u32) -> Self {
         self.cpus = n;
+        self
+    }
+
+    /// The CPU of a new machine; by default all that the host can give. A machine from a
+    /// description keeps the one it has.
+    #[must_use]
+    pub fn cpu(mut self, model: CpuModel) -> Self {
+        self.cpu = model;
         self
     }
 
@@ -238,7 +252,9 @@ impl Builder {
         }
         let cpuid = match &self.description {
             Some(d) => d.cpuid.clone(),
-            None => host.guest_cpuid().map_err(BuildError::Cpuid)?,
+            None => self
+                .cpu
+                .cpuid(host.guest_cpuid().map_err(BuildError::Cpuid)?)?,
         };
         let ram = Arc::new(match self.shared {
             Some(shared) => GuestRam::adopt(self.memory, self.hugepages, shared)?,
@@ -304,7 +320,7 @@ impl Builder {
                 }
                 (d.tsc_khz, d.arch_capabilities)
             }
-            None => (here.tsc_khz, here.arch_capabilities),
+            None => (here.tsc_khz, self.cpu.tell(&vcpus, here.arch_capabilities)?),
         };
         let description = MachineDescription {
             format: OLDEST_FORMAT,

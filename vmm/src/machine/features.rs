@@ -2,6 +2,10 @@
 //!
 //! Intel SDM vol. 2A and AMD APM vol. 3, "CPUID"; names as in Linux's `/proc/cpuinfo`.
 
+mod set;
+
+pub(super) use set::{FeatureSet, UnknownFeature};
+
 use crate::kvm::CpuidEntry;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -160,25 +164,44 @@ pub(super) fn missing(guest: &[CpuidEntry], host: &[CpuidEntry]) -> Vec<String> 
         }
     }
     // A guest that was told of more address bits may use them in page tables, where fewer fault.
-    let width = |list: &[CpuidEntry]| find(list, 0x8000_0008, 0).map_or(0, |e| e.eax & 0xff);
+    let width = |list: &[CpuidEntry]| find_leaf(list, 0x8000_0008, 0).map_or(0, |e| e.eax & 0xff);
     if width(guest) > width(host) {
         missing.push(format!("{}-bit physical addresses", width(guest)));
     }
     missing
 }
 
-fn find(list: &[CpuidEntry], function: u32, index: u32) -> Option<&CpuidEntry> {
+/// The leaves that have features, each once.
+#[cfg(test)]
+pub(super) fn leaves() -> impl Iterator<Item = (u32, u32)> {
+    let leaves: std::collections::BTreeSet<_> =
+        WORDS.iter().map(|w| (w.function, w.index)).collect();
+    leaves.into_iter()
+}
+
+/// A leaf of CPUID.
+pub(super) fn find_leaf(list: &[CpuidEntry], function: u32, index: u32) -> Option<&CpuidEntry> {
     list.iter()
         .find(|e| e.function == function && e.index == index)
 }
 
 fn value(list: &[CpuidEntry], word: &Word) -> u32 {
-    find(list, word.function, word.index).map_or(0, |e| match word.reg {
+    find_leaf(list, word.function, word.index).map_or(0, |e| match word.reg {
         Eax => e.eax,
         Ebx => e.ebx,
         Ecx => e.ecx,
         Edx => e.edx,
     })
+}
+
+/// A register of a leaf.
+fn register(entry: &mut CpuidEntry, reg: Reg) -> &mut u32 {
+    match reg {
+        Eax => &mut entry.eax,
+        Ebx => &mut entry.ebx,
+        Ecx => &mut entry.ecx,
+        Edx => &mut entry.edx,
+    }
 }
 
 #[cfg(test)]

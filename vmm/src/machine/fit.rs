@@ -44,7 +44,19 @@ const CAPABILITIES: [(u32, &str); 24] = [
 ];
 
 /// Bits that warn of a fault instead: a host without them is the better one.
-const WARNINGS: u64 = 1 << 2 | 1 << 19;
+pub(super) const WARNINGS: u64 = 1 << 2 | 1 << 19;
+
+/// The bit of IA32_ARCH_CAPABILITIES of this name.
+pub(super) fn capability(name: &str) -> Option<u64> {
+    let found = CAPABILITIES.iter().find(|(_, known)| *known == name);
+    found.map(|(bit, _)| 1 << bit)
+}
+
+/// The names of bits of IA32_ARCH_CAPABILITIES; those without one are left out.
+pub(super) fn capability_names(bits: u64) -> Vec<&'static str> {
+    let set = CAPABILITIES.iter().filter(|(bit, _)| bits & 1 << bit != 0);
+    set.map(|(_, name)| *name).collect()
+}
 
 /// What a vCPU of this host is.
 #[derive(Debug, Clone, Copy, Default)]

@@ -34,7 +34,7 @@ pub const STATE_VERSION: u32 = 4;
 pub const OLDEST_STATE_VERSION: u32 = STATE_VERSION - 1;
 const HEADER: usize = 24;
 /// The most bytes that VM and devices are believed to have: 64 KiB of serial input and the queues
-/// of 32 devices are a tenth of it.
+/// of 13 devices are a tenth of it.
 const VM_BYTES: usize = 1 << 20;
 /// The most bytes that a vCPU is believed to have: 64 KiB of vector registers, 512 MSRs of at most
 /// 15 bytes, 3 KiB of the rest.

@@ -17,7 +17,7 @@ pub const MAX_MSRS: usize = 512;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
+pub(in crate::kvm) const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 
 /// The MSRs that this vCPU lets itself be read; found out once, so that saving, which happens in
 /// the guest's pause, is one ioctl for each 256 of them.
@@ -75,6 +75,26 @@ impl Vcpu {
     pub fn arch_capabilities(&self) -> Option<u64> {
         let values = self.read_msrs(&[IA32_ARCH_CAPABILITIES]).ok()?;
         values.first().map(|(_, value)| *value)
+    }
+
+    /// Has the guest read `value` as IA32_ARCH_CAPABILITIES.
+    ///
+    /// # Errors
+    /// KVM does not take it.
+    pub fn set_arch_capabilities(&self, value: u64) -> Result<(), IoctlError> {
+        let entry = kvm_msr_entry {
+            index: IA32_ARCH_CAPABILITIES,
+            data: value,
+            ..Default::default()
+        };
+        let msrs = Msrs::from_entries(&[entry]).map_err(|_| too_many())?;
+        match self.fd().set_msrs(&msrs).named("KVM_SET_MSRS")? {
+            0 => Err(IoctlError::errno(
+                "KVM_SET_MSRS (IA32_ARCH_CAPABILITIES)",
+                libc::EINVAL,
+            )),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn save_msrs(&self) -> Result<Vec<(u32, u64)>, IoctlError> {
