@@ -232,10 +232,14 @@ fn a_guest_file_runs_and_a_flag_beside_it_wins() {
     let printed = names.ferry(&said);
     assert!(printed.status.success(), "{}", stderr(&printed));
     fs::write(&file, &printed.stdout).unwrap();
-    fs::write(names.dir.path().join("odd.toml"), "nas = 'mg.A'\ncpu = 2\n").unwrap();
+    fs::write(
+        names.dir.path().join("odd.toml"),
+        "nas = 'mg.A'\nmemry = 2\n",
+    )
+    .unwrap();
     let text = names.fails(&["run", "odd.toml"], 2);
     assert!(
-        text.contains("odd.toml:2:1: there is no key `cpu`; is `cpus` meant?"),
+        text.contains("odd.toml:2:1: there is no key `memry`; is `memory` meant?"),
         "{text}"
     );
     fs::write(

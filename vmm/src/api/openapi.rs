@@ -5,7 +5,7 @@
 
 use super::routes::TABLE;
 use super::types::*;
-use crate::machine::BalloonAuto;
+use crate::machine::{BalloonAuto, STATE_VERSION};
 use ferry_migration::options::{Compress, Handover, OnTimeout, Options, PolicyKind, Tracking};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::{
@@ -365,6 +365,7 @@ fn samples() -> Vec<(&'static str, Value)> {
         live: true,
         force: true,
         then: Then::Stop,
+        state_version: Some(STATE_VERSION),
     };
     let error = ErrorBody {
         error: "e".into(),
