@@ -103,6 +103,10 @@ struct TransportFlags {
     /// copied. auto does where it can, off sends pages.
     #[arg(long, value_name = "WHEN", value_parser = choice::<Handover>(), default_value = "auto")]
     handover: Handover,
+    /// While pages follow the guest: give memory that the destination has back to this host, so
+    /// that it is there once and not twice.
+    #[arg(long)]
+    free_source: bool,
     /// The longest that the guest may stand still, whatever the destination does; after that it
     /// runs here again [default: 30 s and four times the predicted pause].
     #[arg(long, value_name = "TIME", value_parser = duration)]
@@ -157,6 +161,7 @@ impl Args {
             copy_disk: transport.copy_disk,
             verify: transport.verify,
             handover: transport.handover,
+            free_source: transport.free_source,
             max_pause: transport.max_pause,
             ..self.policy.options()
         }

@@ -241,6 +241,10 @@ pub struct Options {
     pub verify: bool,
     /// Whether memory is handed over instead of being sent.
     pub handover: Handover,
+    /// Post-copy: memory that the destination says to have is given back to the source's host while
+    /// the rest follows.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub free_source: bool,
     /// The longest that the guest may stand still, whatever the destination does: after that it
     /// runs at the source again. `None` is 30 s and four times the predicted pause.
     #[serde(
@@ -275,6 +279,7 @@ impl Default for Options {
             copy_disk: false,
             verify: false,
             handover: Handover::Auto,
+            free_source: false,
             max_pause: None,
         }
     }
@@ -307,6 +312,11 @@ pub enum OptionsError {
         "--no-postcopy contradicts --policy postcopy, --policy hybrid and --on-timeout postcopy; leave one of them out"
     )]
     PostCopy,
+    /// Memory is given back only while pages follow the guest.
+    #[error(
+        "--free-source gives memory back while pages follow the guest; give --policy postcopy, hybrid or auto, or --on-timeout postcopy, with it"
+    )]
+    FreeSource,
     /// A pause of no time.
     #[error("max_pause_ms is 0: no guest can be moved like that; give at least 1")]
     Pause,
@@ -396,6 +406,9 @@ impl Options {
         }
         if self.no_postcopy && self.needs_post_copy() {
             return Err(OptionsError::PostCopy);
+        }
+        if self.free_source && !self.may_post_copy() {
+            return Err(OptionsError::FreeSource);
         }
         if self.max_pause == Some(Duration::ZERO) {
             return Err(OptionsError::Pause);

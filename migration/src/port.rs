@@ -11,6 +11,7 @@
 
 mod blocks;
 mod destination;
+mod free_memory;
 mod source;
 mod throttle;
 
@@ -19,6 +20,7 @@ pub use destination::{
     AdoptMemory, DestinationDisks, DestinationVm, PageFault, PageSink, PostCopySink, PostCopyVm,
 };
 pub(crate) use destination::{post_copy, post_copy_vm};
+pub use free_memory::{FreeMemory, FreedPages};
 pub use source::{
     Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, ShareMemory, SourceDisks,
     SourceVm,

@@ -203,6 +203,17 @@ pub struct SlowedVcpu {
     pub rested_ms: f64,
 }
 
+/// Memory that the source gave back to its host while the rest followed the guest
+/// ([`Options::free_source`](crate::options::Options::free_source)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freed {
+    /// Bytes that were given back before the end.
+    pub bytes: u64,
+    /// The most bytes that both hosts held at a time, or may have held: what the destination has
+    /// not said to have counts as well.
+    pub twice_bytes: u64,
+}
+
 /// What a migration did: the object that `ferry migrate --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -254,6 +265,10 @@ pub struct Report {
     /// How the guest was slowed; `null` where it was not.
     #[serde(default)]
     pub slowed: Option<Slowed>,
+    /// What the source gave back of the guest's memory while that followed; `null` where it was not
+    /// asked to.
+    #[serde(default)]
+    pub freed: Option<Freed>,
     /// The guest ended at the source during its migration, so nothing runs on anywhere.
     #[serde(default)]
     pub guest_ended: bool,
@@ -296,6 +311,7 @@ impl Report {
             why: None,
             steered: Vec::new(),
             slowed: None,
+            freed: None,
             guest_ended: false,
             retry_commit: false,
             abort_untold: None,

@@ -55,6 +55,7 @@ fn usage() {
         &["migrate", "--api", "s", "tcp:h:1", "--channels", "many"],
         &["migrate", "--api", "s", "tcp:h:1", "--channels", "70000"],
         &["migrate", "--api", "s", "tcp:h:1", "--on-timeout", "panic"],
+        &["migrate", "--api", "s", "tcp:h:1", "--free-source"],
         &["migrate", "--api", "s", "tcp:h:1", "--json", "--frobnicate"],
         &["receive"],
         &["receive", "tcp:"],

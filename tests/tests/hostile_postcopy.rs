@@ -6,11 +6,13 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_migration::options::{Options, PolicyKind};
+use ferry_migration::order::PushOrder;
 use ferry_migration::page::{RamLayout, Run};
 use ferry_migration::port::Link;
 use ferry_migration::report::Status;
 use ferry_migration::wire::{
-    Arrived, Channel, Features, FrameType, Header, Hello, Ready, Role, Running, SessionId,
+    Arrived, Channel, FLAG_TELL, Features, FrameType, Header, Hello, Ready, Role, Running,
+    SessionId,
 };
 use ferry_tests::peer::{
     Frame, RawLink, SESSION, abort_of, accept, checked, exchange_preamble, hold, listener,
@@ -349,6 +351,21 @@ fn brings_the_rest(to: SocketAddr, missing_now: u64) {
 
 /// Takes the guest as a destination should, up to and with the commit.
 fn takes(link: RawLink, listener: &TcpListener) -> (Channel<RawLink>, Channel<RawLink>) {
+    takes_as(
+        link,
+        listener,
+        &Running {
+            missing: 1000,
+            ..Running::default()
+        },
+    )
+}
+
+fn takes_as(
+    link: RawLink,
+    listener: &TcpListener,
+    running: &Running,
+) -> (Channel<RawLink>, Channel<RawLink>) {
     let mut control = accept(link, Features::SUPPORTED);
     let (stream, _) = listener.accept().unwrap();
     let mut fault = preambled(RawLink(stream));
@@ -361,11 +378,7 @@ fn takes(link: RawLink, listener: &TcpListener) -> (Channel<RawLink>, Channel<Ra
     };
     control.send_json(FrameType::Ready, &ready).unwrap();
     expect(&mut control, FrameType::Commit);
-    let running = Running {
-        missing: 1000,
-        ..Running::default()
-    };
-    control.send_json(FrameType::Running, &running).unwrap();
+    control.send_json(FrameType::Running, running).unwrap();
     (control, fault)
 }
 
@@ -494,26 +507,74 @@ fn a_source_does_not_believe_every_lack() {
         ),
     ];
     for (name, missing, frames, expected) in lies {
-        let uri = listener(move |link, _| {
-            let mut control = preambled(link);
-            expect(&mut control, FrameType::Commit);
-            let running = Running {
-                missing,
-                ..Running::default()
-            };
-            control.send_json(FrameType::Running, &running).unwrap();
-            for frame in &frames {
-                send(&mut control, frame);
-            }
-            hold(control);
-        });
-        let request = RecoverRequest {
-            uri: Some(uri),
-            ..RecoverRequest::default()
-        };
-        let error = source.client().recover(&request).unwrap_err().to_string();
-        eprintln!("{name}: {error}");
-        assert!(error.contains(expected), "{name}: {error}");
-        assert_eq!(source.state(), State::Interrupted);
+        is_not_believed(&source, name, missing, frames, expected);
     }
+}
+
+/// A destination that lacks what it had, at a source that has given it back.
+#[test]
+fn a_source_sends_nothing_that_it_has_given_back() {
+    if !guests_run() {
+        return;
+    }
+    let source = Host::run(WORK, "32M", 1);
+    let uri = listener(|link, listener| {
+        let running = Running {
+            missing: 8000,
+            tells: true,
+            ..Running::default()
+        };
+        let (mut control, _fault) = takes_as(link, listener, &running);
+        let mut placed = 0;
+        while placed < 4000 {
+            let header = control.recv_header().unwrap();
+            let length = usize::try_from(header.length).unwrap();
+            control.recv_part(length, &mut Vec::new()).unwrap();
+            if header.flags & FLAG_TELL != 0 {
+                let told = Header::bare(FrameType::Placed, header.round);
+                control.send(told, &[]).unwrap();
+            }
+            placed += u64::from(header.count);
+        }
+    });
+    let options = Options {
+        free_source: true,
+        order: PushOrder::Flush,
+        bandwidth: None,
+        ..slowly()
+    };
+    let report = source.migrate(&uri, &options);
+    assert_eq!(report.status, Status::Interrupted, "{report:#?}");
+    let freed = report.freed.unwrap();
+    assert!(freed.bytes >= 2 << 20, "{freed:?}");
+    // All of its pages: what it had is among them.
+    let all = vec![missing_frame(&[Run::new(0, 8192)])];
+    let name = "what it had said to have";
+    is_not_believed(&source, name, 8192, all, "gave back here");
+}
+
+/// What a destination lists as missing is refused with this sentence, and the source keeps its
+/// pages.
+fn is_not_believed(source: &Host, name: &str, missing: u64, frames: Vec<Frame>, expected: &str) {
+    let uri = listener(move |link, _| {
+        let mut control = preambled(link);
+        expect(&mut control, FrameType::Commit);
+        let running = Running {
+            missing,
+            ..Running::default()
+        };
+        control.send_json(FrameType::Running, &running).unwrap();
+        for frame in &frames {
+            send(&mut control, frame);
+        }
+        hold(control);
+    });
+    let request = RecoverRequest {
+        uri: Some(uri),
+        ..RecoverRequest::default()
+    };
+    let error = source.client().recover(&request).unwrap_err().to_string();
+    eprintln!("{name}: {error}");
+    assert!(error.contains(expected), "{name}: {error}");
+    assert_eq!(source.state(), State::Interrupted);
 }

@@ -193,7 +193,12 @@ fn a_cut_interrupts_and_recover_goes_on() {
         (Some(0), PushOrder::Bubble, 2),
         (Some(1), PushOrder::Flush, 1),
     ] {
-        let pushing = Pushing::begin(order, cpus);
+        // What the destination has need not be sent again, and may be gone here.
+        let options = Options {
+            free_source: cut.is_none(),
+            ..options(order)
+        };
+        let pushing = Pushing::begin_with(&options, cpus);
         assert_eq!(pushing.proxy.connections(), 1 + u64::from(cpus));
         match cut {
             None => pushing.proxy.cut(),
@@ -204,6 +209,47 @@ fn a_cut_interrupts_and_recover_goes_on() {
         let (source, destination) = pushing.interrupted();
         recovers(&source, Some(&proxy.uri()));
         complete(source, destination);
+    }
+}
+
+/// With --free-source memory is there once: the source gives back what the destination has, whatever
+/// the order and the channels.
+#[test]
+fn memory_is_given_back_while_the_rest_follows() {
+    if !guests_run() {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    for (policy, order, channels) in [
+        (PolicyKind::Postcopy, PushOrder::Flush, 1),
+        (PolicyKind::Postcopy, PushOrder::Bubble, 2),
+        (PolicyKind::Hybrid, PushOrder::Bubble, 1),
+    ] {
+        let mut source = Host::run(WORK, MEMORY, 1);
+        let destination = Host::receive();
+        let options = Options {
+            policy,
+            free_source: true,
+            channels: Some(channels),
+            bandwidth: Some(40_000_000),
+            ..options(order)
+        };
+        let report = source.migrate_well(destination.uri(), &options);
+        let freed = report.freed.unwrap();
+        eprintln!(
+            "{policy:?} {order:?} {channels}: {freed:?} of {:?}",
+            report.pages
+        );
+        let (back, twice) = (freed.bytes / MIB, freed.twice_bytes / MIB);
+        match (policy, order) {
+            // Both hosts have all of it when the guest moves.
+            (PolicyKind::Hybrid, _) => assert!(twice >= 16, "{report:#?}"),
+            (_, PushOrder::Flush) => assert!(back >= 16 && twice <= 12, "{report:#?}"),
+            // A bubble for each stream of faults: as many pieces are begun and not complete.
+            _ => assert!(back >= 8, "{report:#?}"),
+        }
+        assert_eq!(source.ends(), Some(0));
+        destination.verdict();
     }
 }
 

@@ -57,6 +57,7 @@ use ferry_devices::acpi_pm::AcpiPm;
 use ferry_devices::i8042::I8042;
 use ferry_devices::serial::Serial;
 use ferry_devices::sync::lock;
+use ferry_migration::port::FreedPages;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use ferry_devices::balloon::auto::Settings as BalloonAuto;
@@ -91,6 +92,8 @@ pub struct Machine {
     devices: Devices,
     virtio: Arc<VirtioSet>,
     disk_marks: disk_marks::DiskMarks,
+    /// Memory of a guest that has left, which is not here any more.
+    freed: Mutex<FreedPages>,
     /// The guest ran when the pause began in which it is handed over.
     ran_before: AtomicBool,
     dirty_log: DirtyLog,
@@ -129,6 +132,11 @@ impl Machine {
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {
         self.vm.ram()
+    }
+
+    /// What of the RAM was given back to this host after the guest had left.
+    pub(crate) const fn freed(&self) -> &Mutex<FreedPages> {
+        &self.freed
     }
 
     /// The log of pages that the guest and the VMM dirty.

@@ -165,6 +165,16 @@ pub fn table(report: &Report) -> String {
     if let Some(slowed) = &report.slowed {
         row("slowed", slowing(slowed));
     }
+    if let Some(freed) = &report.freed {
+        row(
+            "memory",
+            format!(
+                "{} given back here while the rest followed; at most {} were on both hosts",
+                traffic(freed.bytes),
+                traffic(freed.twice_bytes)
+            ),
+        );
+    }
     let hidden = report.steered.len().saturating_sub(STEERED);
     for (at, steered) in report.steered.iter().enumerate().skip(hidden) {
         let name = if at == hidden { "steered" } else { "" };
@@ -229,7 +239,7 @@ fn round_rows(report: &Report) -> Vec<RoundRow> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferry_migration::report::{Downtime, Faults, Pages};
+    use ferry_migration::report::{Downtime, Faults, Freed, Pages};
 
     fn report() -> Report {
         Report {
@@ -285,6 +295,7 @@ mod tests {
             channels: Default::default(),
             steered: Vec::new(),
             slowed: None,
+            freed: None,
             disk: None,
             bytes_wire: 430_880_678,
             mbps: 214.1,
@@ -347,6 +358,17 @@ why        pending pages fit the downtime target
             steered.insert(0, steered[0].clone());
         }
         assert_eq!(text(&steered).matches("in round").count(), STEERED);
+    }
+
+    #[test]
+    fn memory_that_was_given_back_is_shown() {
+        let freed = Some(Freed {
+            bytes: 430_000_000,
+            twice_bytes: 8_388_608,
+        });
+        let text = table(&Report { freed, ..report() });
+        let row = "memory     430.0 MB given back here while the rest followed; at most 8.4 MB were on both hosts\n";
+        assert!(text.ends_with(row), "{text}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What the source engine needs from a virtual machine monitor.
 
-use super::{BlockSource, Link, PortError, Throttle};
+use super::{BlockSource, FreeMemory, Link, PortError, Throttle};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::wire::{SessionId, WireError};
 use std::io;
@@ -112,6 +112,11 @@ pub trait SourceVm<L: Link>: PageSource<L> {
     /// The way to give the guest's memory itself to a process on this host; `None` where there is
     /// none.
     fn sharing(&self) -> Option<&dyn ShareMemory<L>> {
+        None
+    }
+    /// The way to give memory back to this host while the guest runs at the destination; `None`
+    /// where there is none.
+    fn freeing(&self) -> Option<&dyn FreeMemory> {
         None
     }
     /// Channels for page faults that are worth having: about as many as the guest has vCPUs.

@@ -5,6 +5,7 @@
 //! [`Timeouts::doubt`] before [`migrate`](super::migrate) returns, and then whenever the VMM calls
 //! [`recover`].
 
+use super::freeing::freed;
 use super::phases::{End, Moved};
 use super::post_copy::FaultChannel;
 use super::{Setup, Source, SourceError, Timeouts, stop::silent};
@@ -135,12 +136,12 @@ impl<'g, L: Link, G: SourceVm<L>> Confirmed<'_, '_, 'g, L, G> {
         let layout = source.memory.layout.clone();
         let order = source.session.setup.options.order;
         let round = source.flight.round;
-        let server = Source::<L, G>::page_server(
-            &layout,
+        let server = Source::page_server(
+            (source.guest, &layout),
             (&source.session.setup, &source.helm.options),
             missing,
-            order,
-            round,
+            (order, round),
+            running.verify,
         );
         // Hashes of pages that came before the connection was lost are still owed.
         let hashes = running.verify.then(|| layout.all());
@@ -250,7 +251,10 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
                 return Err(control.refuse(&header, expected).into());
             }
         }
-        Ok(missing)
+        match freed(self.guest.freeing()).and_then(|freed| freed.first_of(&missing)) {
+            Some(gfn) => Err(SourceError::GivenBack { gfn }),
+            None => Ok(missing),
+        }
     }
 
     fn open_fault_channels(&mut self) -> Result<(), SourceError> {

@@ -1,6 +1,7 @@
 //! Why a migration did not complete, from the source's view.
 
 use crate::options::OptionsError;
+use crate::page::Gfn;
 use crate::port::PortError;
 use crate::report::Status;
 use crate::sender::SendError;
@@ -61,6 +62,14 @@ pub enum SourceError {
         missing: u64,
         /// Pages that there are.
         total: u64,
+    },
+    /// A destination that lacks what it had.
+    #[error(
+        "the destination lacks page {gfn}, which it had said to have and which --free-source gave back here: the guest there has lost it"
+    )]
+    GivenBack {
+        /// The page.
+        gfn: Gfn,
     },
     /// A policy that moves the guest before its pages, where that was not agreed.
     #[error(

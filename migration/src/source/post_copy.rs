@@ -18,6 +18,7 @@
 mod server;
 
 use super::data_channels::no_thread;
+use super::freeing::{Freeing, freed};
 use super::push::{Pushed, Pusher, Stream};
 use super::{Source, SourceError, ms};
 use crate::options::Options;
@@ -56,11 +57,11 @@ impl Drop for EndOnDrop<'_, '_> {
 impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     /// What the guest has not got yet, as the push stream will see it.
     pub(super) fn page_server<'s>(
-        layout: &'s RamLayout,
+        (guest, layout): (&'s G, &'s RamLayout),
         (setup, options): (&super::Setup<'a, L>, &Options),
         missing: PageSet,
-        order: PushOrder,
-        round: u32,
+        (order, round): (PushOrder, u32),
+        verify: bool,
     ) -> PageServer<'s>
     where
         'a: 's,
@@ -68,13 +69,19 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         let push = Push::new(order, usize::from(options.pivots));
         let data_channels = options.channels.unwrap_or(1).max(1);
         let source = (layout, setup.clock);
-        PageServer::new(
+        // What was begun goes on: what is left of a piece is of no use.
+        let begun = freed(guest.freeing()).is_some_and(|freed| !freed.is_empty());
+        let freeing = guest.freeing().filter(|_| options.free_source || begun);
+        let freeing = freeing.map(|memory| Freeing::new(memory, guest, layout, &missing, verify));
+        let mut server = PageServer::new(
             missing,
             (push, data_channels),
             source,
             round,
             options.timeout,
-        )
+        );
+        server.freeing = freeing;
+        server
     }
 
     /// Runs `work` while the fault channels are being answered; not at all where no thread can be
@@ -133,6 +140,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         self.record.pages.zero += sent.zero_pages;
         self.record.pages.skipped += sent.skipped_pages;
         self.record.codecs.join(&sent.codecs);
+        self.record.freed = server.freeing.as_ref().map(Freeing::report);
         let round = Round {
             n: self.record.rounds.last().map_or(1, |last| last.n + 1),
             pages: sent.pages(),

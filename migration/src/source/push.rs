@@ -8,6 +8,7 @@ use crate::page::Run;
 use crate::port::{Link, SourceVm};
 use crate::sender::{Pacer, Sender};
 use crate::wire::{Channel, FrameType, Header, WireError};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// What a stream of pushes remembers from batch to batch.
@@ -17,6 +18,8 @@ pub(super) struct Stream {
     sent_at: Duration,
     /// Where the destination tells what is in place.
     window: Option<Window>,
+    /// What is in the window, where memory is given back.
+    unconfirmed: VecDeque<Vec<Run>>,
 }
 
 impl Stream {
@@ -25,6 +28,7 @@ impl Stream {
             runs: Vec::with_capacity(64),
             sent_at: now,
             window: tells.then(|| Window::new(now)),
+            unconfirmed: VecDeque::new(),
         }
     }
 }
@@ -59,6 +63,9 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
         let clock = self.server.clock;
         if let Some(header) = self.hear(wait)? {
             return Ok(Pushed::Said(header));
+        }
+        if let Some(freeing) = &self.server.freeing {
+            freeing.free_one(self.guest);
         }
         if self.is_full() {
             return Ok(if self.server.goes_on()? {
@@ -97,6 +104,10 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
                 self.stream.sent_at = clock.now();
                 if let Some(window) = &mut self.stream.window {
                     window.sent(sent.bytes, began);
+                    if let Some(freeing) = &self.server.freeing {
+                        freeing.sent(&self.stream.runs);
+                        self.stream.unconfirmed.push_back(self.stream.runs.clone());
+                    }
                 }
             }
         }
@@ -130,6 +141,11 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
             if known != Some(true) {
                 let expected = "a word about pages that were sent";
                 return Err(self.channel.refuse(&header, expected).into());
+            }
+            if let (Some(freeing), Some(runs)) =
+                (&self.server.freeing, self.stream.unconfirmed.pop_front())
+            {
+                freeing.confirmed(&runs);
             }
             wait = Duration::ZERO;
         }

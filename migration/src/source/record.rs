@@ -3,7 +3,7 @@
 use super::{Setup, Source, ms};
 use crate::port::{Link, SourceVm};
 use crate::report::{
-    Codecs, Downtime, Event, Faults, Pages, Phase, Progress, Report, Round, Slowed, Status,
+    Codecs, Downtime, Event, Faults, Freed, Pages, Phase, Progress, Report, Round, Slowed, Status,
 };
 use std::time::Duration;
 
@@ -33,6 +33,8 @@ pub(super) struct Record {
     pub(super) why: Option<String>,
     /// How the guest was slowed.
     pub(super) slowed: Option<Slowed>,
+    /// What was given back of the guest's memory while it followed.
+    pub(super) freed: Option<Freed>,
     pub(super) last_event: Duration,
     pub(super) progress: Progress,
 }
@@ -66,6 +68,7 @@ impl Record {
             verified: None,
             why: None,
             slowed: None,
+            freed: None,
             last_event: now,
             progress: Progress {
                 session: setup.session.to_string(),
@@ -135,6 +138,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             why: record.why.take(),
             steered: std::mem::take(&mut self.helm.list),
             slowed: record.slowed.take(),
+            freed: record.freed,
             retry_commit: false,
             abort_untold: None,
         }

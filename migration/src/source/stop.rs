@@ -6,6 +6,7 @@
 //! whatever the destination sends or takes meanwhile.
 
 use super::commit::{Confirmed, Unconfirmed};
+use super::freeing::freed;
 use super::phases::{End, Moved, Tracking};
 use super::{InFlight, Source, SourceError, ms};
 use crate::order::PushOrder;
@@ -101,12 +102,12 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
         let missing = source.memory.pending.clone();
         let layout = source.memory.layout.clone();
         let round = source.flight.round + 1;
-        let server = Source::<L, G>::page_server(
-            &layout,
+        let server = Source::page_server(
+            (source.guest, &layout),
             (&source.session.setup, &source.helm.options),
             missing.clone(),
-            order,
-            round,
+            (order, round),
+            source.session.setup.options.verify,
         );
         // From the restoring on the destination may touch a page that it lacks.
         let moved = source.while_answering(&server, |source| {
@@ -437,7 +438,14 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             // The guest stands still: what holds nothing stays so, and reading it would make the
             // host populate it.
             let mut hole = self.guest.unpopulated(run);
+            let freed = freed(self.guest.freeing());
+            let freed = freed.filter(|freed| !freed.is_empty());
             for gfn in run.first..run.end() {
+                if let Some(freed) = freed.as_ref().filter(|freed| freed.contains(gfn)) {
+                    let hash = freed.hash(gfn).ok_or(SourceError::GivenBack { gfn })?;
+                    hashes.extend_from_slice(&hash.to_le_bytes());
+                    continue;
+                }
                 if hole.is_some_and(|hole| gfn >= hole.end()) {
                     hole = self.guest.unpopulated(Run::new(gfn, run.end() - gfn));
                 }

@@ -252,6 +252,8 @@ impl Scenario {
             }
         }
         scenario.calls.sort_by_key(|call| call.at);
+        scenario.options.free_source =
+            scenario.options.may_post_copy() && Rng::new(seed ^ 0xf4ee).chance(0.5);
         while rng.chance(0.4) {
             let at = rng.below(30);
             let kind = FaultKind::random(&mut rng);

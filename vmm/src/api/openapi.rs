@@ -9,7 +9,7 @@ use crate::machine::{BalloonAuto, STATE_VERSION};
 use ferry_migration::options::{Compress, Handover, OnTimeout, Options, PolicyKind, Tracking};
 use ferry_migration::order::PushOrder;
 use ferry_migration::report::{
-    Bucket, Change, Disk, Event, Faults, Phase, Progress, Report, Round, Slowed, SlowedVcpu,
+    Bucket, Change, Disk, Event, Faults, Freed, Phase, Progress, Report, Round, Slowed, SlowedVcpu,
     Status as End, Steered,
 };
 use serde::de::DeserializeOwned;
@@ -281,6 +281,7 @@ fn samples() -> Vec<(&'static str, Value)> {
         vcpus: vec![SlowedVcpu::default()],
         ..Slowed::default()
     });
+    report.freed = Some(Freed::default());
     let record = MigrationRecord {
         schema: 1,
         id: "a".into(),
@@ -346,6 +347,7 @@ fn samples() -> Vec<(&'static str, Value)> {
     let migrate = MigrateRequest {
         options: Options {
             max_pause: Some(Duration::from_secs(1)),
+            free_source: true,
             ..Options::default()
         },
         tls: tls.clone(),

@@ -361,6 +361,7 @@ impl Builder {
             },
             virtio,
             disk_marks: DiskMarks::default(),
+            freed: Mutex::default(),
             ran_before: std::sync::atomic::AtomicBool::new(true),
             dirty_log: DirtyLog::new(vm.clone()),
             vm,

@@ -1,20 +1,21 @@
 //! A machine at the source: the engine's [`SourceVm`].
 
 use std::io::{self, ErrorKind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
+use ferry_devices::sync::lock;
+use ferry_migration::page::{Gfn, PAGE_BYTES, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
-    BlockSource, Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, PortError,
-    ShareMemory, SourceDisks, SourceVm, Throttle,
+    BlockSource, Committed, CommittedVm, FreeMemory, FreedPages, NotStarted, PageSource, Paused,
+    PausedVm, PortError, ShareMemory, SourceDisks, SourceVm, Throttle,
 };
 use ferry_migration::wire::{MAX_RUNS, SessionId};
 
 use super::disks::DiskCopy;
 use super::{StreamLink, copied, engine_layout, page_runs};
 use crate::machine::{Machine, PausedMachine, version_for};
-use crate::memory::ShareError;
+use crate::memory::{HUGE_PAGE_SIZE, ShareError};
 
 /// The guest of a machine while it is migrated away.
 pub(crate) struct MachineGuest<'a> {
@@ -94,6 +95,9 @@ impl CommittedVm for CommittedMachine<'_> {
             why = word.why(),
             "the destination did not start the guest: it is here again, as it was"
         );
+        if !lock(self.0.freed()).is_empty() {
+            return Err("the guest's memory was given back to this host while it ran there".into());
+        }
         if self.0.ran_before() {
             self.0.resume()?;
         }
@@ -234,6 +238,10 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
         Some(self)
     }
 
+    fn freeing(&self) -> Option<&dyn FreeMemory> {
+        Some(self)
+    }
+
     fn fault_channels(&self) -> u16 {
         u16::try_from(self.machine.description().cpus).unwrap_or(u16::MAX)
     }
@@ -241,6 +249,26 @@ impl SourceVm<StreamLink> for MachineGuest<'_> {
     fn processors(&self) -> u16 {
         let here = std::thread::available_parallelism();
         here.map_or(1, |n| u16::try_from(n.get()).unwrap_or(u16::MAX))
+    }
+}
+
+impl FreeMemory for MachineGuest<'_> {
+    fn piece(&self) -> u64 {
+        // Of small pages so many that a call is worth it.
+        const SMALL: u64 = 16;
+        if self.machine.ram().fills_huge() {
+            HUGE_PAGE_SIZE / PAGE_BYTES
+        } else {
+            SMALL
+        }
+    }
+
+    fn free(&self, pages: Run) -> Result<(), PortError> {
+        Ok(self.machine.ram().discard(pages.first, pages.count)?)
+    }
+
+    fn freed(&self) -> &Mutex<FreedPages> {
+        self.machine.freed()
     }
 }
 

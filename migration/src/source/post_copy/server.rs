@@ -7,6 +7,7 @@ use crate::page::{PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, SourceVm};
 use crate::sender::{BatchMode, Sender, Sent};
 use crate::source::SourceError;
+use crate::source::freeing::Freeing;
 use crate::wire::{Channel, FrameType, Header, WireError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -77,6 +78,8 @@ pub(in crate::source) struct PageServer<'a> {
     data_channels: u16,
     timeout: Duration,
     began: Duration,
+    /// Where memory is given back meanwhile.
+    pub(in crate::source) freeing: Option<Freeing<'a>>,
 }
 
 impl<'a> PageServer<'a> {
@@ -106,6 +109,7 @@ impl<'a> PageServer<'a> {
             data_channels,
             timeout,
             began: clock.now(),
+            freeing: None,
         }
     }
 
@@ -180,6 +184,10 @@ impl<'a> PageServer<'a> {
                 count: wanted.count,
             });
         }
+        if let Some(freeing) = &self.freeing {
+            // It asks for the next page when the last one is in place.
+            freeing.confirmed(&fault.runs);
+        }
         {
             let mut outgoing = self.outgoing();
             outgoing.take(wanted, &mut fault.runs);
@@ -203,9 +211,14 @@ impl<'a> PageServer<'a> {
             self.mode(false),
             self.clock,
         );
-        let mut outgoing = self.outgoing();
-        outgoing.answering -= 1;
-        outgoing.sent.add(sent?);
+        {
+            let mut outgoing = self.outgoing();
+            outgoing.answering -= 1;
+            outgoing.sent.add(sent?);
+        }
+        if let Some(freeing) = &self.freeing {
+            freeing.sent(&fault.runs);
+        }
         Ok(())
     }
 

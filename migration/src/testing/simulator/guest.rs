@@ -8,8 +8,8 @@ use super::world::{STATE, World, weight_of};
 use crate::codec::content::{self, Content};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{
-    BlockSource, Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, PortError,
-    ShareMemory, SourceDisks, SourceVm, Throttle,
+    BlockSource, Committed, CommittedVm, FreeMemory, FreedPages, NotStarted, PageSource, Paused,
+    PausedVm, PortError, ShareMemory, SourceDisks, SourceVm, Throttle,
 };
 use crate::wire::SessionId;
 use std::io;
@@ -18,11 +18,13 @@ use std::time::Duration;
 
 pub(super) struct SimGuest {
     world: Arc<Mutex<World>>,
+    freed: Arc<Mutex<FreedPages>>,
 }
 
 impl SimGuest {
-    pub const fn new(world: Arc<Mutex<World>>) -> Self {
-        Self { world }
+    pub fn new(world: Arc<Mutex<World>>) -> Self {
+        let freed = Arc::clone(&lock(&world).freed);
+        Self { world, freed }
     }
 }
 
@@ -164,6 +166,25 @@ impl SourceVm<SimLink> for SimGuest {
 
     fn throttle(&self) -> Option<&dyn Throttle> {
         Some(self)
+    }
+
+    fn freeing(&self) -> Option<&dyn FreeMemory> {
+        Some(self)
+    }
+}
+
+impl FreeMemory for SimGuest {
+    fn piece(&self) -> u64 {
+        16
+    }
+
+    fn free(&self, pages: Run) -> Result<(), PortError> {
+        lock(&self.world).free(pages);
+        Ok(())
+    }
+
+    fn freed(&self) -> &Mutex<FreedPages> {
+        &self.freed
     }
 }
 

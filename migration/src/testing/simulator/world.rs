@@ -4,11 +4,12 @@ use super::disk::Disks;
 use super::fault::{ApiCall, Call, FaultKind, PortFault};
 use super::{Rng, Scenario};
 use crate::page::{Gfn, PAGE_BYTES, PageSet, RamLayout, Run};
+use crate::port::FreedPages;
 use crate::source::Ownership;
 use crate::steering::{Change, Steering};
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// A connection: bytes on their way, and whether more will come.
@@ -63,6 +64,8 @@ pub(super) struct World {
     /// Memory as it was when the guest was last paused: what a destination must run with. (A
     /// source that resumed and later died has moved on; an operator who takes over goes back.)
     pub paused_memory: Vec<u64>,
+    /// What the source has given back.
+    pub freed: Arc<Mutex<FreedPages>>,
     pub destination_memory: Vec<u64>,
     pub disks: Disks,
     next_version: u64,
@@ -164,6 +167,7 @@ impl World {
             layout,
             source_memory,
             paused_memory: Vec::new(),
+            freed: Arc::default(),
             destination_memory: Vec::new(),
             disks: Disks::new(scenario.disk_blocks, scenario.forgetful_disk),
             next_version,
@@ -382,7 +386,24 @@ impl World {
             self.violations
                 .push(format!("page {gfn} holds nothing and was read"));
         }
-        self.source_memory[index(gfn)]
+        let version = self.source_memory[index(gfn)];
+        if version == STALE {
+            let wrong = format!("page {gfn} was given back and read");
+            self.violations.push(wrong);
+        }
+        version
+    }
+
+    /// The source gives these pages back to its host.
+    pub fn free(&mut self, pages: Run) {
+        for gfn in pages.first..pages.end() {
+            let lacks = self.missing.as_ref().is_none_or(|set| set.contains(gfn));
+            if lacks || !(self.destination_runs || self.destination_dead) {
+                let wrong = format!("page {gfn} was given back, and the destination lacks it");
+                self.violations.push(wrong);
+            }
+            self.source_memory[index(gfn)] = STALE;
+        }
     }
 
     /// Some of the guest's writes go to its disk.
@@ -595,6 +616,10 @@ impl World {
                 .push("two owners: the source resumed while the destination runs".into());
         }
         self.check_pause();
+        if self.source_memory.contains(&STALE) {
+            self.violations
+                .push("the source resumed a guest whose memory it had given back".into());
+        }
         self.source_runs = true;
         self.ran_since_shared |= self.shared;
     }

@@ -175,6 +175,7 @@ pub fn report() -> Report {
         channels: Default::default(),
         steered: Vec::new(),
         slowed: None,
+        freed: None,
         disk: None,
         bytes_wire: 1,
         mbps: 1.0,
