@@ -18,6 +18,7 @@
 
 mod client;
 mod commands;
+pub mod page;
 mod preflight;
 mod receivers;
 mod server;

@@ -22,6 +22,7 @@ mod nas;
 mod observe;
 mod outcome;
 mod passed;
+mod picture;
 mod pki;
 mod ps;
 mod pty;

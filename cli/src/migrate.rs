@@ -1,13 +1,14 @@
 //! `ferry migrate`.
 
 use super::outcome::{Coded, Ended, HELP, Outcome};
+use super::picture::Picture;
 use super::security::{Certificates, Pair};
 use super::serve::SAME_WISH;
 use super::to_host;
 use ferry_agent::{Agent, Wanted};
 use ferry_migration::options::{Compress, Handover, Options, Tracking};
 use ferry_migration::report::{Event, Report, Status};
-use ferry_terminal::flags::{PolicyFlags, TargetAnd, Word, choice};
+use ferry_terminal::flags::{Guest, PolicyFlags, TargetAnd, Word, choice};
 use ferry_terminal::output::{Failure, put, put_failure, put_json, say};
 use ferry_terminal::progress::Display;
 use ferry_terminal::summary::{sentence, table};
@@ -20,6 +21,7 @@ use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 use std::ffi::OsString;
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -132,6 +134,10 @@ struct ReportFlags {
     /// Print nothing but errors (and the report, with --json).
     #[arg(long)]
     quiet: bool,
+    /// Draw the migration into a new file, for a browser, also one that fails: rounds, pending memory,
+    /// bandwidth, dirty pages, downtime and page faults.
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    html: Option<PathBuf>,
 }
 
 /// A number of connections; `None` is `auto`.
@@ -150,6 +156,18 @@ fn channels(text: &str) -> Result<Channels, String> {
 }
 
 impl Args {
+    /// The file of --html, begun.
+    fn picture(&self) -> Result<Option<Picture>, Failure> {
+        let Some(path) = &self.report.html else {
+            return Ok(None);
+        };
+        let guest = match &self.target.guest {
+            Guest::Named(name) => Some(name.to_string()),
+            _ => None,
+        };
+        Ok(Some(Picture::begin(path, guest, &self.target.word.0)?))
+    }
+
     fn options(&self) -> Options {
         let transport = &self.transport;
         Options {
@@ -197,17 +215,26 @@ pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     })
 }
 
-/// Shows a migration as it goes, and how it has ended.
+/// Shows a migration as it goes, and how it has ended; draws it where that is wanted.
 fn watched(
     args: &Args,
     client: &Client,
     migrate: impl FnOnce(&mut dyn FnMut(&Event)) -> Result<Report, Ended>,
 ) -> Result<ExitCode, Ended> {
+    let mut picture = args.picture()?;
     // Before the first connection, so that Ctrl-C never leaves an unwatched migration behind.
     cancel_on_signal(client.clone(), "cancelling; the guest stays where it is")?;
     let mut display = Display::new(args.report.progress, args.report.quiet);
-    let result = migrate(&mut |event| display.show(event));
+    let result = migrate(&mut |event| {
+        display.show(event);
+        if let Some(picture) = &mut picture {
+            picture.hear(event);
+        }
+    });
     display.clear();
+    if let Some(picture) = picture {
+        picture.end(&result);
+    }
     Ok(show(args, &result?, &display)?)
 }
 

@@ -41,9 +41,28 @@ pub struct Round {
     pub ms: f64,
     /// Pages that the guest dirtied meanwhile.
     pub dirtied: u64,
+    /// Of those, how many in each of at most [`Round::REGIONS`] equal parts of the guest's physical
+    /// addresses, the lowest first; holes in its RAM count as never dirtied. Empty for pages that
+    /// followed.
+    #[serde(default)]
+    pub dirtied_regions: Vec<u64>,
     /// Whether these pages followed the guest, which ran at the destination (post-copy).
     #[serde(default)]
     pub follows: bool,
+}
+
+impl Round {
+    /// Parts of guest memory by which dirtied pages are counted.
+    pub const REGIONS: usize = 64;
+
+    /// Adds pages that the guest has dirtied, by parts of its memory.
+    pub(crate) fn dirty(&mut self, regions: &[u64]) {
+        self.dirtied += regions.iter().sum::<u64>();
+        self.dirtied_regions.resize(regions.len(), 0);
+        for (mine, more) in self.dirtied_regions.iter_mut().zip(regions) {
+            *mine += more;
+        }
+    }
 }
 
 /// Where the downtime went. All in milliseconds; their sum is `downtime_ms`.

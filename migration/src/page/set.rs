@@ -86,6 +86,15 @@ impl PageSet {
             .sum()
     }
 
+    /// How many pages are in each of at most `most` equal parts of `0..end`; the last part may be
+    /// smaller.
+    #[must_use]
+    pub fn len_by_part(&self, most: usize) -> Vec<u64> {
+        let words = self.words.len().div_ceil(most.max(1)).max(1);
+        let len = |part: &[u64]| part.iter().map(|word| u64::from(word.count_ones())).sum();
+        self.words.chunks(words).map(len).collect()
+    }
+
     /// How many pages of a run are in the set.
     #[must_use]
     pub fn count_in(&self, run: Run) -> u64 {

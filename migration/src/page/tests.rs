@@ -145,3 +145,14 @@ fn heat_counts_and_fades() {
     }
     assert_eq!(heat.of(3), 0);
 }
+
+#[test]
+fn parts_are_counted_from_the_lowest() {
+    // Five words in at most three parts: two, two and one.
+    let set = set_of(&[0, 63, 64, 127, 128, 299]);
+    assert_eq!(set.len_by_part(3), [4, 1, 1]);
+    assert_eq!(set.len_by_part(64), [2, 2, 1, 0, 1]);
+    assert_eq!(set.len_by_part(1), [set.len()]);
+    assert_eq!(set.len_by_part(0), [set.len()]);
+    assert!(PageSet::new(0).len_by_part(64).is_empty());
+}

@@ -298,8 +298,10 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
             hashed.subtract(&self.memory.pending);
         }
         self.memory.heat.record(&self.memory.fresh);
+        // Counted in the one pass over the bitmap that is needed in any case.
+        let regions = self.memory.fresh.len_by_part(Round::REGIONS);
         let (pages, over) = (
-            self.memory.fresh.len(),
+            regions.iter().sum::<u64>(),
             now.saturating_sub(self.memory.collected_at),
         );
         // The second collection of a round, after draining, finds only what is not pending yet:
@@ -313,7 +315,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         self.memory.dirtied_round = self.flight.round;
         self.memory.collected_at = now;
         if let Some(last) = self.record.rounds.last_mut() {
-            last.dirtied += pages;
+            last.dirty(&regions);
         }
         Ok(())
     }
@@ -369,6 +371,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
             bytes: sent.bytes,
             ms: 0.0,
             dirtied: 0,
+            dirtied_regions: Vec::new(),
             follows: false,
         });
         self.barrier(self.flight.round)?;

@@ -147,6 +147,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             bytes: sent.bytes,
             ms: ms(self.now().saturating_sub(began)),
             dirtied: 0,
+            dirtied_regions: Vec::new(),
             follows: true,
         };
         (self.session.setup.events)(Event::Round(round.clone()));

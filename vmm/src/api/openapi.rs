@@ -272,7 +272,10 @@ fn samples() -> Vec<(&'static str, Value)> {
         ..Faults::default()
     };
     let mut report = Report::bare("s".into(), "auto".into(), End::Failed, "e".into());
-    report.rounds = vec![Round::default()];
+    report.rounds = vec![Round {
+        dirtied_regions: vec![1],
+        ..Round::default()
+    }];
     report.disk = Some(Disk::default());
     report.channels.bytes = vec![1];
     report.faults = faults.clone();

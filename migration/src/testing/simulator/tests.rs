@@ -34,6 +34,15 @@ fn a_calm_migration_completes() {
             report.rounds.len() >= 2 && report.rounds[0].pages == 512,
             "{report:?}"
         );
+        for round in &report.rounds {
+            let regions = &round.dirtied_regions;
+            assert_eq!(regions.iter().sum::<u64>(), round.dirtied, "{round:?}");
+            assert!(regions.len() <= crate::report::Round::REGIONS, "{round:?}");
+        }
+        assert!(
+            report.rounds.iter().any(|round| round.dirtied > 0),
+            "{report:?}"
+        );
         assert!(
             report.downtime_ms > 0.0 && report.downtime_ms < 10.0,
             "{report:?}"
