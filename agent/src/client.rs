@@ -73,6 +73,8 @@ pub struct Agent {
     host: String,
     port: u16,
     tls: ClientTls,
+    connect: Duration,
+    answer: Duration,
 }
 
 impl Agent {
@@ -89,7 +91,20 @@ impl Agent {
             tls: ClientTls::with_credentials(&credentials, name)?,
             host: host.to_owned(),
             port,
+            connect: CONNECT,
+            answer: ANSWER,
         })
+    }
+
+    /// With so long for being reached, for the handshake, and for each answer: for a question that
+    /// starts nothing.
+    #[must_use]
+    pub fn with_deadline(self, deadline: Duration) -> Self {
+        Self {
+            connect: deadline,
+            answer: deadline,
+            ..self
+        }
     }
 
     /// The host's name, as it was given.
@@ -144,7 +159,7 @@ impl Agent {
         let (status, bytes) = runtime.block_on(async {
             let stream = self.connect().await?;
             let exchange = exchange(stream, method, path, &self.host, body);
-            let answer = timeout(ANSWER, exchange).await;
+            let answer = timeout(self.answer, exchange).await;
             let answer = answer.map_err(|_| lost("it took too long".into()))?;
             // What the agent says of this side's certificate comes with its first answer.
             answer.map_err(|error| {
@@ -205,13 +220,13 @@ impl Agent {
         let slow = |_| failed(io::ErrorKind::TimedOut.into());
         let address = self.host.trim_matches(['[', ']']);
         let stream = TcpStream::connect((address, self.port));
-        let stream = timeout(CONNECT, stream)
+        let stream = timeout(self.connect, stream)
             .await
             .map_err(slow)?
             .map_err(failed)?;
         let connector = TlsConnector::from(self.tls.config());
         let secured = connector.connect(self.tls.name().clone(), stream);
-        timeout(CONNECT, secured)
+        timeout(self.connect, secured)
             .await
             .map_err(slow)?
             .map_err(failed)

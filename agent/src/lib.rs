@@ -26,7 +26,7 @@ mod settings;
 mod types;
 
 pub use client::{Agent, AgentError};
-pub use server::{ServeError, serve};
+pub use server::{Listening, ServeError, serve};
 pub use settings::{Settings, SettingsError};
 pub use types::{Disk, Host, Network, Receiver, Wanted};
 

@@ -2,7 +2,10 @@
 //! draws the agent's page and the file of `ferry migrate --html`, from the same JSON: a [`View`].
 
 mod file;
+mod scene;
+pub(crate) mod server;
 mod view;
+mod watch;
 
 pub use file::file;
 pub use view::{Sample, View};

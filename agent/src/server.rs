@@ -3,7 +3,7 @@
 use crate::commands::{self, output};
 use crate::settings::Settings;
 use crate::types::{Host, Receiver, Wanted};
-use crate::{preflight, receivers};
+use crate::{page, preflight, receivers};
 use axum::extract::{DefaultBodyLimit, Extension, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -49,6 +49,12 @@ pub enum ServeError {
         /// Why.
         cause: io::Error,
     },
+    /// The page's place.
+    #[error(
+        "the page is not served on {0}, where other machines could reach it: give a loopback address, such as 127.0.0.1:7008, \
+         and reach it from elsewhere by ssh -L"
+    )]
+    PageNotLoopback(SocketAddr),
     /// The system.
     #[error("the agent cannot serve ({0})")]
     Io(#[from] io::Error),
@@ -62,11 +68,21 @@ struct Shared {
     starting: Mutex<()>,
 }
 
+/// Where an agent listens.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Listening {
+    /// For other hosts.
+    pub agent: SocketAddr,
+    /// For browsers of this host, where there is a page.
+    pub page: Option<String>,
+}
+
 /// Serves until the process ends; `listening` hears where.
 ///
 /// # Errors
 /// [`ServeError`].
-pub fn serve(settings: Settings, listening: impl FnOnce(SocketAddr)) -> Result<(), ServeError> {
+pub fn serve(settings: Settings, listening: impl FnOnce(&Listening)) -> Result<(), ServeError> {
     let credentials = Credentials::receiver(&settings.tls)?;
     let tls = ServerTls::with_credentials(&credentials, &settings.tls_authz)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -75,11 +91,20 @@ pub fn serve(settings: Settings, listening: impl FnOnce(SocketAddr)) -> Result<(
         .build()?;
     runtime.block_on(async {
         let address = settings.listen;
+        let page = page::server::listen(&settings).await?;
         let listener = TcpListener::bind(address);
         let listener = listener
             .await
             .map_err(|cause| ServeError::Listen { address, cause })?;
-        listening(listener.local_addr()?);
+        let mut places = Listening {
+            agent: listener.local_addr()?,
+            page: None,
+        };
+        if let Some((listener, router)) = page {
+            places.page = Some(page::server::url(listener.local_addr()?));
+            tokio::spawn(page::server::accept(listener, router));
+        }
+        listening(&places);
         let shared = Arc::new(Shared {
             settings,
             starting: Mutex::new(()),
@@ -187,22 +212,27 @@ async fn beside<T: Send + 'static>(
     })
 }
 
+/// What this host has, with these guests.
+pub(crate) fn this_host(guests: Vec<String>) -> Host {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    Host {
+        schema: 1,
+        name: rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        processors: u32::try_from(processors).unwrap_or(u32::MAX),
+        memory_available_bytes: available_memory().unwrap_or(0),
+        guests,
+    }
+}
+
 async fn host() -> Result<Json<Host>, Failure> {
     beside(|| {
         let (guests, _) = commands::guests().map_err(Failure::conflict)?;
         let there = guests.into_iter().filter(|guest| guest.state != "stale");
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Json(Host {
-            schema: 1,
-            name: rustix::system::uname()
-                .nodename()
-                .to_string_lossy()
-                .into_owned(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            processors: u32::try_from(processors).unwrap_or(u32::MAX),
-            memory_available_bytes: available_memory().unwrap_or(0),
-            guests: there.map(|guest| guest.name).collect(),
-        }))
+        Ok(Json(this_host(there.map(|guest| guest.name).collect())))
     })
     .await
 }

@@ -23,6 +23,8 @@ pub struct Settings {
     pub disks: BTreeMap<PathBuf, PathBuf>,
     /// The hosts to which `ferry evacuate` moves guests where it is not said.
     pub peers: Vec<String>,
+    /// Where a page for browsers is served, if it is: a loopback address.
+    pub page: Option<SocketAddr>,
     /// What taps are called here: the name elsewhere, and the name here.
     pub taps: BTreeMap<String, String>,
 }
@@ -36,6 +38,7 @@ impl Default for Settings {
             guests: "/etc/ferry/guests".into(),
             disks: BTreeMap::new(),
             peers: Vec::new(),
+            page: None,
             taps: BTreeMap::new(),
         }
     }

@@ -1,7 +1,7 @@
 //! `ferry agent`.
 
 use super::outcome::Ended;
-use ferry_agent::{Settings, serve};
+use ferry_agent::{Listening, Settings, serve};
 use ferry_terminal::output::{Failure, say};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use std::process::ExitCode;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry agent --listen 192.0.2.7:7007 --tls /etc/ferry/pki")]
 pub struct Args {
-    /// Settings as TOML: listen, tls, tls_authz, guests, peers, and the tables disks and taps with
+    /// Settings as TOML: listen, tls, tls_authz, guests, peers, page, and the tables disks and taps with
     /// the names that disks and taps of other hosts have here.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -30,6 +30,11 @@ pub struct Args {
     /// authority will do.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     tls_authz: Vec<String>,
+    /// Serve a page for browsers of this host: hosts, guests and migrations as they go. A loopback
+    /// address, such as 127.0.0.1:7008; it is in clear, for reading only, and for every user of this
+    /// host.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    page: Option<SocketAddr>,
     /// The folder with guest files, NAME.toml each [default: /etc/ferry/guests].
     #[arg(long, value_name = "DIR")]
     guests: Option<PathBuf>,
@@ -53,12 +58,18 @@ impl Args {
         if let Some(guests) = &self.guests {
             settings.guests.clone_from(guests);
         }
+        settings.page = self.page.or(settings.page);
         Ok(settings)
     }
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Ended> {
-    let listening = |address| say(&format!("the agent listens on {address}"));
+    let listening = |places: &Listening| {
+        say(&format!("the agent listens on {}", places.agent));
+        if let Some(url) = &places.page {
+            say(&format!("its page is {url}"));
+        }
+    };
     serve(args.settings()?, listening).map_err(|e| Failure(e.to_string()))?;
     Ok(ExitCode::SUCCESS)
 }

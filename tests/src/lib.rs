@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 pub mod book;
+pub mod browser;
 mod fd_passing;
 mod ferry;
 pub mod fuzz_bodies;
