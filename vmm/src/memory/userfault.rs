@@ -13,7 +13,8 @@
 //! progress depends on.
 //!
 //! "Absent" means that the memory file has no page there. A page that is in the file but not yet
-//! mapped (it came through [`GuestRam::splice_pages`], say) does not fault.
+//! mapped (it came through [`GuestRam::splice_pages`], say) does not fault, but for memory that
+//! is filled with 2 MiB pages (`userfault/pieces.rs`): there it waits until it is mapped.
 //!
 //! What the kernel's interface leaves to its user, and how it is answered here:
 //! - A page may be reported more than once: by several threads, or by one that looks again. The
@@ -29,16 +30,18 @@
 //!   goes on.
 
 mod error;
+mod pieces;
 mod sys;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::{GuestRam, PAGE_SIZE, RangeError};
+use super::{Backing, GuestRam, PAGE_SIZE, PageRun, RangeError};
+use pieces::Pieces;
 
 pub use error::{PlaceError, UserfaultError};
 
@@ -104,6 +107,7 @@ pub struct Userfault {
     /// An eventfd, readable for ever once it is written to.
     stop: OwnedFd,
     ram: Arc<GuestRam>,
+    pieces: Pieces,
 }
 
 impl Userfault {
@@ -115,15 +119,41 @@ impl Userfault {
     /// # Errors
     /// [`UserfaultError`]; then nothing is changed.
     pub fn register(ram: Arc<GuestRam>) -> Result<Self, UserfaultError> {
+        Self::register_empty(ram, &[])
+    }
+
+    /// As [`register`](Self::register); of `empty` no page is there, and all will come. Where
+    /// memory is of 2 MiB pages and the kernel has minor faults, it is filled with such.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn register_empty(ram: Arc<GuestRam>, empty: &[PageRun]) -> Result<Self, UserfaultError> {
         if ram.hugepages() {
             return Err(UserfaultError::Hugepages);
         }
-        let (fd, _) = sys::open()?;
+        let whole = match ram.backing() {
+            Backing::Transparent => Pieces::whole(&ram, empty),
+            _ => Vec::new(),
+        };
+        let minor = if whole.is_empty() {
+            None
+        } else {
+            sys::open_minor()
+        };
+        let (fd, whole) = match minor {
+            Some(fd) => (fd, whole),
+            None => (sys::open()?.0, Vec::new()),
+        };
         let stop = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|e| UserfaultError::Open { source: e.into() })?;
         ram.forbid_transparent_hugepages();
         // An error on the way drops `this`, and with it what is registered so far.
-        let this = Self { fd, stop, ram };
+        let mut this = Self {
+            fd,
+            stop,
+            ram,
+            pieces: Pieces::default(),
+        };
         for region in this.ram.regions() {
             let (first_gfn, pages) = (region.first_gfn, region.pages);
             let error = |source| UserfaultError::Register {
@@ -138,6 +168,22 @@ impl Userfault {
                 return Err(UserfaultError::Unsupported {
                     missing: "UFFDIO_ZEROPAGE for shared memory",
                 });
+            }
+        }
+        for (first_gfn, pages) in whole {
+            let error = |source| UserfaultError::Register {
+                first_gfn,
+                pages,
+                source,
+            };
+            let (start, len) = this
+                .bytes_of(first_gfn, pages)
+                .map_err(|e| error(io::Error::other(e)))?;
+            if sys::register_minor(&this.fd, start, len).map_err(error)? {
+                this.pieces.add((first_gfn, pages));
+            } else {
+                // What the file has must not be waited for there.
+                sys::register(&this.fd, start, len).map_err(error)?;
             }
         }
         Ok(this)
@@ -216,9 +262,15 @@ impl Userfault {
                 bytes: bytes.len(),
             });
         }
-        self.fill(first_gfn, count, |address, done, _| {
-            let done = usize::try_from(done).unwrap_or(usize::MAX);
-            sys::copy(&self.fd, address, bytes.get(done..).unwrap_or_default())
+        self.parts(first_gfn, count, |(first, count), came| {
+            let bytes = pieces::part_of(bytes, first - first_gfn, count);
+            match came {
+                Some(came) => self.fill_piece(came, (first, count), Some(bytes)),
+                None => self.fill(first, count, |address, done, _| {
+                    let done = usize::try_from(done).unwrap_or(usize::MAX);
+                    sys::copy(&self.fd, address, bytes.get(done..).unwrap_or_default())
+                }),
+            }
         })
     }
 
@@ -228,9 +280,32 @@ impl Userfault {
     /// # Errors
     /// As [`place`](Self::place).
     pub fn place_zero(&self, first_gfn: u64, count: u64) -> Result<Placed, PlaceError> {
-        self.fill(first_gfn, count, |address, _, left| {
-            sys::zeropage(&self.fd, address, left)
+        self.parts(first_gfn, count, |(first, count), came| match came {
+            Some(came) => self.fill_piece(came, (first, count), None),
+            None => self.fill(first, count, |address, _, left| {
+                sys::zeropage(&self.fd, address, left)
+            }),
         })
+    }
+
+    /// Fills a run by `fill(run, what has come of its piece)`, part by part.
+    fn parts(
+        &self,
+        first_gfn: u64,
+        count: u64,
+        fill: impl Fn(PageRun, Option<&Mutex<pieces::Came>>) -> Result<Placed, PlaceError>,
+    ) -> Result<Placed, PlaceError> {
+        self.bytes_of(first_gfn, count)?;
+        let mut result = Placed::default();
+        let mut done = 0;
+        while done < count {
+            let (part, came) = self.pieces.part(first_gfn + done, count - done);
+            let placed = fill((first_gfn + done, part), came)?;
+            result.placed += placed.placed;
+            result.present += placed.present;
+            done += part;
+        }
+        Ok(result)
     }
 
     /// Fills a run by `step(address, bytes done, bytes left)` as often as it takes.

@@ -477,7 +477,9 @@ impl PostCopyVm for MachineHost {
         if let Some(machine) = &self.machine {
             machine.keep_free_pages(true);
         }
-        let faults = Userfault::register(Arc::clone(&sink.ram))?;
+        // All that is missing was dropped, or has never come.
+        let empty: Vec<_> = missing.runs().map(|run| (run.first, run.count)).collect();
+        let faults = Userfault::register_empty(Arc::clone(&sink.ram), &empty)?;
         *lock(&sink.faults) = Faults::Served(Arc::new(faults));
         Ok(())
     }

@@ -250,6 +250,7 @@ const MIGRATION_IOCTLS: &[u32] = &[
     0x8010_aa02,
     0xc028_aa03,
     0xc020_aa04,
+    0xc020_aa07,
     0x4004_54ca,
     0x8004_54d2,
     0x8004_54d7,

@@ -110,7 +110,8 @@ pub enum PlaceError {
 impl PlaceError {
     pub(super) fn kernel(gfn: u64, source: io::Error) -> Self {
         match source.raw_os_error() {
-            Some(libc::ENOMEM) => Self::NoMemory { gfn },
+            // A tmpfs has none left, or there is none for a page of it.
+            Some(libc::ENOMEM | libc::ENOSPC) => Self::NoMemory { gfn },
             Some(libc::ENOENT) => Self::Released { gfn },
             _ => Self::Kernel { gfn, source },
         }

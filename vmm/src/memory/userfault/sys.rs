@@ -22,14 +22,21 @@ ioctl_ior_nr!(UFFDIO_UNREGISTER, UFFDIO, 0x01, uffdio_range);
 ioctl_ior_nr!(UFFDIO_WAKE, UFFDIO, 0x02, uffdio_range);
 ioctl_iowr_nr!(UFFDIO_COPY, UFFDIO, 0x03, uffdio_copy);
 ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFDIO, 0x04, uffdio_zeropage);
+ioctl_iowr_nr!(UFFDIO_CONTINUE, UFFDIO, 0x07, uffdio_continue);
 
 /// `_UFFDIO_WAKE`, `_UFFDIO_COPY` and `_UFFDIO_ZEROPAGE`, as bits of `uffdio_register.ioctls`.
 const RANGE_IOCTLS: u64 = 1 << 0x02 | 1 << 0x03 | 1 << 0x04;
 
+/// `_UFFDIO_CONTINUE`, for ranges that are registered for minor faults as well.
+const MINOR_IOCTL: u64 = 1 << 0x07;
+
 const UFFD_API: u64 = 0xaa;
 const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
+/// Since Linux 5.14.
+const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1 << 0;
+const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
 const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 const UFFD_PAGEFAULT_FLAG_WRITE: u64 = 1 << 0;
 
@@ -84,6 +91,15 @@ struct uffdio_zeropage {
     zeropage: i64,
 }
 
+#[allow(non_camel_case_types)]
+#[repr(C)]
+#[derive(Debug, Default)]
+struct uffdio_continue {
+    range: uffdio_range,
+    mode: u64,
+    mapped: i64,
+}
+
 /// `uffd_msg` as a page fault fills it. The kernel's is packed; here every field is aligned by
 /// itself.
 #[allow(non_camel_case_types)]
@@ -117,6 +133,9 @@ const _: () = {
     assert!(size_of::<uffdio_zeropage>() == 32);
     assert!(offset_of!(uffdio_zeropage, mode) == 16);
     assert!(offset_of!(uffdio_zeropage, zeropage) == 24);
+    assert!(size_of::<uffdio_continue>() == 32);
+    assert!(offset_of!(uffdio_continue, mode) == 16);
+    assert!(offset_of!(uffdio_continue, mapped) == 24);
     assert!(size_of::<uffd_msg>() == 32);
     assert!(offset_of!(uffd_msg, flags) == 8);
     assert!(offset_of!(uffd_msg, address) == 16);
@@ -150,6 +169,15 @@ pub(super) fn open() -> Result<(OwnedFd, UserfaultBy), UserfaultError> {
         }
         Err(source) => Err(UserfaultError::Open { source }),
     }
+}
+
+/// One that knows minor faults as well, where this kernel has those.
+pub(super) fn open_minor() -> Option<OwnedFd> {
+    let (fd, _) = new_fd().ok()?;
+    let wanted = FEATURES
+        .iter()
+        .fold(UFFD_FEATURE_MINOR_SHMEM, |bits, (bit, _)| bits | bit);
+    agree(&fd, wanted).is_ok().then_some(fd)
 }
 
 fn new_fd() -> Result<(OwnedFd, UserfaultBy), UserfaultError> {
@@ -205,6 +233,19 @@ pub(super) fn register(fd: &OwnedFd, start: u64, len: u64) -> io::Result<bool> {
     Ok(register.ioctls & RANGE_IOCTLS == RANGE_IOCTLS)
 }
 
+/// As [`register`], for pages as well that the memory file has and that are not mapped.
+pub(super) fn register_minor(fd: &OwnedFd, start: u64, len: u64) -> io::Result<bool> {
+    let mut register = uffdio_register {
+        range: uffdio_range { start, len },
+        mode: UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
+        ioctls: 0,
+    };
+    // SAFETY: as for `register`.
+    done(unsafe { ioctl_with_mut_ref(fd, UFFDIO_REGISTER(), &mut register) })?;
+    let needed = RANGE_IOCTLS | MINOR_IOCTL;
+    Ok(register.ioctls & needed == needed)
+}
+
 /// Ends the reports of a range; who waits for a page of it goes on.
 pub(super) fn unregister(fd: &OwnedFd, start: u64, len: u64) -> io::Result<()> {
     let range = uffdio_range { start, len };
@@ -249,6 +290,20 @@ pub(super) fn zeropage(fd: &OwnedFd, start: u64, len: u64) -> io::Result<u64> {
     // what it fills see `copy`.
     let status = unsafe { ioctl_with_mut_ref(fd, UFFDIO_ZEROPAGE(), &mut zero) };
     filled(status, zero.zeropage, len)
+}
+
+/// Maps pages that the memory file has, and wakes who waits for them; returns how many bytes until
+/// something was in the way: EEXIST where a page is mapped, EFAULT where the file has none.
+pub(super) fn map_filled(fd: &OwnedFd, start: u64, len: u64) -> io::Result<u64> {
+    let mut filled_range = uffdio_continue {
+        range: uffdio_range { start, len },
+        mode: 0,
+        mapped: 0,
+    };
+    // SAFETY: the ioctl reads and writes one uffdio_continue, whose layout is asserted above, and
+    // changes no contents.
+    let status = unsafe { ioctl_with_mut_ref(fd, UFFDIO_CONTINUE(), &mut filled_range) };
+    filled(status, filled_range.mapped, len)
 }
 
 /// The next report; `None` when there is none now.
