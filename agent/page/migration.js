@@ -73,11 +73,11 @@ const ferryMigration = (() => {
     const below = across.ticks.map((tick, at) =>
       svg("text", { x: x(tick), y: box.top + tall + 16, "text-anchor":
         at === across.ticks.length - 1 ? "end" : at === 0 ? "start" : "middle" }, across.label(tick)));
-    const named = marks.filter(([at]) => at <= across.most).map(([at, name]) => {
+    const named = marks.filter(([at]) => at <= across.most).map(([at, name], n) => {
       const late = x(at) > width - 110;
       return [
         svg("line", { class: "mark", x1: x(at), x2: x(at), y1: box.top, y2: box.top + tall }),
-        svg("text", { x: x(at) + (late ? -4 : 4), y: box.top + 10,
+        svg("text", { x: x(at) + (late ? -4 : 4), y: box.top + 10 + n * 14,
           "text-anchor": late ? "end" : "start" }, name),
       ];
     });
@@ -124,6 +124,7 @@ const ferryMigration = (() => {
       row("on average", report.total_ms > 0 ? rate(report.mbps * 1e6) : null);
       row("pages", `${number(report.pages.sent)} sent (${number(report.pages.resent)} again), `
         + `${number(report.pages.zero + report.pages.skipped)} empty`);
+      row("given back meanwhile", report.freed ? bytes(report.freed.bytes) : null);
       row("memory compared", { true: "equal", false: "NOT equal" }[report.verified]);
     } else if (progress) {
       row("phase", progress.phase);
@@ -261,7 +262,10 @@ const ferryMigration = (() => {
     const stopped = report && report.downtime_ms > 0;
     if (!stopped && forecast === null) return null;
     const rows = [];
-    if (forecast !== null) rows.push([stopped ? "predicted before the pause" : "predicted for a pause now", 0, forecast, "forecast"]);
+    // What is predicted is a pause in which all that is pending crosses: in post-copy it follows.
+    const follows = rounds(view).some((round) => round.follows) || view.samples.some((sample) => sample.phase === "post-copy");
+    const name = follows ? "had nothing followed" : stopped ? "predicted before the pause" : "predicted for a pause now";
+    if (forecast !== null) rows.push([name, 0, forecast, "forecast"]);
     if (stopped) {
       const parts = report.downtime;
       let at = 0;

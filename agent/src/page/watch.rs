@@ -162,3 +162,70 @@ fn ask(scene: &Scene, at: usize, place: &str, tls: &Path) -> Result<(), String> 
         std::thread::sleep(PEER);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::Host;
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    /// A VMM whose guest begins to move, and which then goes away.
+    fn answer(mut stream: UnixStream) {
+        let mut head = [0; 4096];
+        let n = stream.read(&mut head).unwrap_or(0);
+        let asked = String::from_utf8_lossy(&head[..n]).into_owned();
+        let body = if asked.starts_with("GET /v1/status ") {
+            r#"{"schema":1,"version":"0.1.0","pid":7,"state":"running","explanation":"it runs","uptime_ms":1,
+                "guest":{"name":null,"memory_bytes":67108864,"cpus":2},"migration":null,"listening":null}"#
+        } else if asked.starts_with("GET /v1/migrations ") {
+            r#"{"migrations":[]}"#
+        } else {
+            "{\"unix_ms\":1,\"event\":\"state\",\"state\":\"migrating\",\"explanation\":\"it moves\",\"to\":\"tcp:b:1\",\"migration\":\"77\"}\n"
+        };
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+        let _ = stream.write_all((head + body).as_bytes());
+    }
+
+    #[test]
+    fn vmms_that_are_silent_killed_or_gone_are_shown_as_such() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(format!("{name}.sock"));
+        drop(UnixListener::bind(path("dead")).unwrap());
+        // A process that a test beside this one is about to start may hold it for a moment.
+        while UnixStream::connect(path("dead")).is_ok() {
+            std::thread::yield_now();
+        }
+        // Its queue takes the connection, and no process reads the request.
+        let _silent = UnixListener::bind(path("silent")).unwrap();
+        let moving = UnixListener::bind(path("moving")).unwrap();
+        std::thread::spawn(move || moving.incoming().for_each(|stream| answer(stream.unwrap())));
+        let scene = Scene::new(&[]);
+        std::thread::scope(|scope| {
+            for name in ["dead", "silent", "moving", "none"] {
+                let (scene, api) = (&scene, path(name));
+                scope.spawn(move || follow(scene, name, &api));
+            }
+        });
+        let overview = serde_json::to_value(scene.overview(Host::default())).unwrap();
+        let guests = overview["guests"].as_array().unwrap().iter();
+        let states: Vec<_> = guests
+            .map(|g| (g["name"].as_str().unwrap(), g["state"].as_str().unwrap()))
+            .collect();
+        assert_eq!(
+            states,
+            [
+                ("dead", "stale"),
+                ("moving", "migrating"),
+                ("silent", "no-answer")
+            ]
+        );
+        assert_eq!(overview["guests"][1]["cpus"], 2);
+        let lost = scene.migration("77").unwrap();
+        assert!(lost.has_ended() && lost.lost.is_some(), "{lost:?}");
+        assert_eq!(
+            overview["host"]["guests"],
+            serde_json::json!(["moving", "silent"])
+        );
+    }
+}
