@@ -38,8 +38,8 @@ pub struct Args {
     #[command(flatten)]
     security: security::Receiver,
     /// Take a guest although a disk given here is not the file that it uses on this host, or this
-    /// host's CPU (frequency of its time stamp counter, IA32_ARCH_CAPABILITIES) is not what the
-    /// guest counts on.
+    /// host's CPU (vendor, frequency of its time stamp counter, IA32_ARCH_CAPABILITIES) is not what
+    /// the guest counts on.
     #[arg(long)]
     force: bool,
     /// End where no guest has begun to arrive for so long; without it, wait for ever.

@@ -32,8 +32,8 @@ pub struct Args {
     #[arg(long)]
     eager: bool,
     /// Take disks that were changed since the snapshot (the guest's file systems may be destroyed),
-    /// and a CPU (frequency of its time stamp counter, IA32_ARCH_CAPABILITIES) that the guest does
-    /// not count on.
+    /// and a CPU (vendor, frequency of its time stamp counter, IA32_ARCH_CAPABILITIES) that the
+    /// guest does not count on.
     #[arg(long)]
     force: bool,
     /// Print a report as one JSON object, when all memory is there.

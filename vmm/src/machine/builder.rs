@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::alarm::Alarm;
 use super::control::{Control, EndWish, Exit};
-use super::cpu::{CpuError, CpuModel};
+use super::cpu::{CpuError, CpuModel, vendor};
 use super::description::{DescriptionError, MachineDescription, OLDEST_FORMAT};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
@@ -306,13 +306,14 @@ impl Builder {
             .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
             .collect::<Result<_, _>>()?;
         let here = HostCpu {
+            vendor: vendor(&host.guest_cpuid().map_err(BuildError::Cpuid)?),
             tsc_khz: vcpus.first().and_then(Vcpu::tsc_khz),
             scales: host.capabilities().tsc_control,
             arch_capabilities: vcpus.first().and_then(Vcpu::arch_capabilities),
         };
         let (tsc_khz, arch_capabilities) = match &self.description {
             Some(d) => {
-                match fit::check(d, here) {
+                match fit::check(d, &here) {
                     Err(misfit) if self.backends.insist => {
                         tracing::warn!(%misfit, "the guest runs here all the same");
                     }

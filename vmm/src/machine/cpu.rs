@@ -15,6 +15,7 @@ pub use file::CpuFile;
 use std::path::{Path, PathBuf};
 
 use file::Baseline;
+pub(super) use file::vendor;
 use levels::Level;
 
 use super::features::{FeatureSet, UnknownFeature};

@@ -1,10 +1,12 @@
 //! Whether a guest's CPU, as it was described at its source, is what a vCPU of this host is.
 //!
-//! Two things that CPUID does not tell: the frequency of the TSC, which a guest measures once and
+//! Besides the features that CPUID has bits for: whose CPU it is, since kernels choose by that what
+//! they do and which registers they expect; and two things that CPUID does not tell: the frequency of the TSC, which a guest measures once and
 //! counts on for good, and IA32_ARCH_CAPABILITIES, by which a guest decides which of the CPU's
 //! faults it need not work around.
 
 use super::MachineDescription;
+use super::cpu::vendor;
 
 /// How far two frequencies of one kind of CPU may be apart, in millionths: what KVM itself takes
 /// for equal (`tsc_tolerance_ppm` of kvm.ko).
@@ -59,8 +61,10 @@ pub(super) fn capability_names(bits: u64) -> Vec<&'static str> {
 }
 
 /// What a vCPU of this host is.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct HostCpu {
+    /// As CPUID names it; empty where it does not.
+    pub(super) vendor: String,
     pub(super) tsc_khz: Option<u32>,
     /// Whether KVM can give a guest another frequency.
     pub(super) scales: bool,
@@ -71,6 +75,17 @@ pub(super) struct HostCpu {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Misfit {
+    /// Another maker's CPU.
+    #[error(
+        "the guest was started on a CPU of {guest}, and this host's is of {here}: its kernel works around another CPU's faults \
+         and counts on registers that are not here; choose a host of the same vendor, or insist with --force"
+    )]
+    Vendor {
+        /// The guest's.
+        guest: String,
+        /// This host's.
+        here: String,
+    },
     /// The TSC runs at another frequency.
     #[error(
         "the guest's time stamp counter runs at {guest} kHz, this host's at {here} kHz, and its KVM cannot scale it \
@@ -92,7 +107,14 @@ pub enum Misfit {
 }
 
 /// Compares them.
-pub(super) fn check(guest: &MachineDescription, here: HostCpu) -> Result<(), Misfit> {
+pub(super) fn check(guest: &MachineDescription, here: &HostCpu) -> Result<(), Misfit> {
+    let vendor = vendor(&guest.cpuid);
+    if !vendor.is_empty() && !here.vendor.is_empty() && vendor != here.vendor {
+        return Err(Misfit::Vendor {
+            guest: vendor,
+            here: here.vendor.clone(),
+        });
+    }
     if let (Some(theirs), Some(ours), false) = (guest.tsc_khz, here.tsc_khz, here.scales) {
         let apart = u64::from(theirs.abs_diff(ours)) * 1_000_000;
         if apart > u64::from(theirs) * TOLERANCE_PPM {
@@ -156,11 +178,11 @@ mod tests {
             tsc_khz: Some(2_100_000),
             ..HostCpu::default()
         };
-        check(&guest(Some(2_100_000), None), host).unwrap();
+        check(&guest(Some(2_100_000), None), &host).unwrap();
         // Calibrations of one CPU differ by a few kHz.
-        check(&guest(Some(2_100_400), None), host).unwrap();
-        check(&guest(None, None), host).unwrap();
-        let error = check(&guest(Some(2_600_000), None), host).unwrap_err();
+        check(&guest(Some(2_100_400), None), &host).unwrap();
+        check(&guest(None, None), &host).unwrap();
+        let error = check(&guest(Some(2_600_000), None), &host).unwrap_err();
         let text = error.to_string();
         assert!(
             text.contains("2600000 kHz") && text.contains("--force"),
@@ -170,7 +192,39 @@ mod tests {
             scales: true,
             ..host
         };
-        check(&guest(Some(2_600_000), None), scaling).unwrap();
+        check(&guest(Some(2_600_000), None), &scaling).unwrap();
+    }
+
+    #[test]
+    fn another_vendor_is_named() {
+        // CPUID leaf 0: EBX, EDX, ECX.
+        let leaf = |text: &str| {
+            let word = |at: usize| {
+                let bytes = text.as_bytes()[at..at + 4].try_into().unwrap();
+                u32::from_le_bytes(bytes)
+            };
+            CpuidEntry {
+                function: 0,
+                ebx: word(0),
+                edx: word(4),
+                ecx: word(8),
+                ..guest(None, None).cpuid[0]
+            }
+        };
+        let mut amd = guest(None, None);
+        amd.cpuid.push(leaf("AuthenticAMD"));
+        let host = |vendor: &str| HostCpu {
+            vendor: vendor.into(),
+            ..HostCpu::default()
+        };
+        check(&amd, &host("AuthenticAMD")).unwrap();
+        check(&amd, &host("")).unwrap();
+        check(&guest(None, None), &host("GenuineIntel")).unwrap();
+        let text = check(&amd, &host("GenuineIntel")).unwrap_err().to_string();
+        assert!(
+            text.contains("of AuthenticAMD") && text.contains("of GenuineIntel"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -179,15 +233,15 @@ mod tests {
             arch_capabilities: Some(bits),
             ..HostCpu::default()
         };
-        check(&guest(None, Some(0b10_0001)), host(0b11_0001)).unwrap();
-        let error = check(&guest(None, Some(1 | 1 << 5 | 1 << 40)), host(1)).unwrap_err();
+        check(&guest(None, Some(0b10_0001)), &host(0b11_0001)).unwrap();
+        let error = check(&guest(None, Some(1 | 1 << 5 | 1 << 40)), &host(1)).unwrap_err();
         assert_eq!(error, Misfit::ArchCapabilities("MDS_NO, bit 40".into()));
-        assert!(check(&guest(None, Some(1)), HostCpu::default()).is_err());
+        assert!(check(&guest(None, Some(1)), &HostCpu::default()).is_err());
         // A warning that is missing here is no loss.
-        check(&guest(None, Some(1 << 19)), host(0)).unwrap();
+        check(&guest(None, Some(1 << 19)), &host(0)).unwrap();
         // A guest that was never told of the register has not relied on it.
         let mut blind = guest(None, Some(1));
         blind.cpuid.clear();
-        check(&blind, host(0)).unwrap();
+        check(&blind, &host(0)).unwrap();
     }
 }

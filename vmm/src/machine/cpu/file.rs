@@ -215,9 +215,12 @@ impl From<Baseline> for CpuFile {
     }
 }
 
-/// The maker: 12 letters of leaf 0.
-pub(super) fn vendor(list: &[CpuidEntry]) -> String {
-    let letters = find_leaf(list, 0, 0).map_or([0; 3], |e| [e.ebx, e.edx, e.ecx]);
+/// The maker: 12 letters of leaf 0; nothing where there is no such leaf.
+pub(in crate::machine) fn vendor(list: &[CpuidEntry]) -> String {
+    let Some(leaf) = find_leaf(list, 0, 0) else {
+        return String::new();
+    };
+    let letters = [leaf.ebx, leaf.edx, leaf.ecx];
     let bytes: Vec<u8> = letters.iter().flat_map(|word| word.to_le_bytes()).collect();
     quoted(&String::from_utf8_lossy(&bytes))
 }
