@@ -343,6 +343,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
     ) -> Result<Sent, SourceError> {
         self.flight.round += 1;
         let started = self.now();
+        self.record.progress.round = self.flight.round;
         self.record.progress.round_pages = pages.len();
         self.record.progress.round_sent = 0;
         let mode = BatchMode {

@@ -130,6 +130,8 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         hashes: Option<&PageSet>,
     ) -> Result<Option<SourceError>, SourceError> {
         let began = self.now();
+        let n = self.record.rounds.last().map_or(1, |last| last.n + 1);
+        self.record.progress.round = n;
         let result = self.push_and_confirm(server, hashes);
         let sent = match &result {
             Ok(_) => server.counted(),
@@ -142,7 +144,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         self.record.codecs.join(&sent.codecs);
         self.record.freed = server.freeing.as_ref().map(Freeing::report);
         let round = Round {
-            n: self.record.rounds.last().map_or(1, |last| last.n + 1),
+            n,
             pages: sent.pages(),
             bytes: sent.bytes,
             ms: ms(self.now().saturating_sub(began)),

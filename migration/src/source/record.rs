@@ -73,6 +73,7 @@ impl Record {
             progress: Progress {
                 session: setup.session.to_string(),
                 policy: policy.to_owned(),
+                round: 1,
                 pages_total: pages,
                 ..Progress::default()
             },
@@ -99,7 +100,6 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             progress.disk_total = Some(disk.total);
             progress.disk_pending = Some(disk_pending.min(disk.total));
         }
-        progress.round = self.flight.round + 1;
         progress.elapsed_ms = ms(now.saturating_sub(record.began));
         progress.dirtied_pages = self.memory.dirtied.0;
         progress.bytes_wire = wire;

@@ -284,10 +284,11 @@ pub fn run_with(scenario: &Scenario, policy: &mut dyn Policy) -> Outcome {
     let guest = SimGuest::new(Arc::clone(&world));
     let mut connect = |_, _| SimLink::connect(&world, &peer);
     let mut choices = Vec::new();
-    let mut events = |event: Event| {
-        if let Event::Choice { why } = event {
-            choices.push(why);
-        }
+    let mut told = 0;
+    let mut events = |event: Event| match event {
+        Event::Choice { why } => choices.push(why),
+        Event::Progress(progress) => told = told.max(progress.round),
+        _ => {}
     };
     let report = source::migrate_with(
         &guest,
@@ -307,6 +308,10 @@ pub fn run_with(scenario: &Scenario, policy: &mut dyn Policy) -> Outcome {
     // Whatever is still on its way arrives; a broken connection is noticed.
     Peer::drive_all(&peer);
     let mut violations = lock(&world).check(&report, &lock(&peer));
+    let last = report.rounds.last().map_or(1, |round| round.n);
+    if report.status == Status::Completed && told > last {
+        violations.push(format!("progress was told of round {told} of {last}"));
+    }
     let lost = matches!(report.status, Status::InDoubt | Status::Interrupted);
     if lost {
         for fault in &scenario.recoveries {
