@@ -39,6 +39,7 @@ mod sender;
 pub mod snapshot;
 pub mod source;
 pub mod steering;
+mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod trace;

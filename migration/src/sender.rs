@@ -6,6 +6,7 @@ use crate::page::{Gfn, Heat, PAGE_BYTES, PAGE_SIZE, PageSet, Run};
 use crate::policy::{SendOrder, pages_in, seconds};
 use crate::port::{Clock, Link, PageSource, PortError, SourceVm};
 use crate::report::Codecs;
+use crate::sync::lock;
 use crate::wire::{
     Channel, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, MAX_RUNS, RUN_BYTES, WireError,
     encode_runs,
@@ -232,9 +233,7 @@ impl Pacer {
     }
 
     fn paid(&self) -> std::sync::MutexGuard<'_, Paid> {
-        self.0
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

@@ -14,10 +14,11 @@
 //! was not taken: what a user was promised is done, unless the migration fails first.
 
 use crate::options::{OnTimeout, Options, OptionsError, PolicyKind};
+use crate::sync::lock;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 /// What a user changes of a running migration; what is left out stays.
@@ -305,7 +306,7 @@ impl Steering {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

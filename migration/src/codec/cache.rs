@@ -23,9 +23,10 @@
 
 use super::patch::{Page, ZEROS};
 use crate::page::{Gfn, PAGE_BYTES, PAGE_SIZE, Run};
+use crate::sync::lock;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// Locks, so that data channels seldom meet.
 const SHARDS: usize = 16;
@@ -106,9 +107,7 @@ impl DeltaCache {
     fn shard(&self, gfn: Gfn) -> MutexGuard<'_, Shard> {
         // Neighbours are often sent by one data channel: they share a lock in groups.
         let shard = usize::try_from(gfn / 16).unwrap_or(0) % SHARDS;
-        self.shards[shard]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shards[shard])
     }
 
     /// Calls `with` with the base of a page, where there is one, and with the place where its new

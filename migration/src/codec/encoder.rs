@@ -10,10 +10,11 @@ use crate::options::{Compress, Options};
 use crate::page::{AtomicPageSet, Gfn, PAGE_BYTES, PAGE_SIZE, Run};
 use crate::port::{Clock, PortError};
 use crate::report::Codecs;
+use crate::sync::lock;
 use crate::wire::{
     Encoding, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, RUN_BYTES, encode_runs,
 };
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use zstd::bulk::Compressor;
 
@@ -82,7 +83,7 @@ impl Coding {
 
     fn chooser(&self) -> Option<MutexGuard<'_, Chooser>> {
         let chooser = self.chooser.as_ref()?;
-        Some(chooser.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(lock(chooser))
     }
 
     /// A data channel's encoder.

@@ -19,6 +19,7 @@ use super::{DestinationError, FRAME_TIMEOUTS};
 use crate::codec::Decoder;
 use crate::page::{AtomicPageSet, RamLayout};
 use crate::port::{Clock, Link, PageSink};
+use crate::sync::lock;
 use crate::wire::{Channel, Features, FrameType, Header, WireError};
 use std::marker::PhantomData;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -141,7 +142,7 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
     }
 
     fn told(&self) -> MutexGuard<'_, Told<L, S>> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.told)
     }
 
     /// Takes a data channel whose preamble was answered; `index` is the preamble's.

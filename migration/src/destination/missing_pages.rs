@@ -14,6 +14,7 @@ use super::DestinationError;
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, PageFault, PageSink, post_copy};
 use crate::report::{Faults, Latencies};
+use crate::sync::lock;
 use crate::verify::page_hash;
 use std::marker::PhantomData;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -103,11 +104,11 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Pages<S>>> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pages)
     }
 
     fn attached(&self) -> MutexGuard<'_, Vec<bool>> {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.attached)
     }
 
     /// Takes a fault channel of the present connection; returns the connection's era.

@@ -11,6 +11,7 @@ use crate::destination::{
 };
 use crate::port::{DestinationVm, Link};
 use crate::probe::{self, Turn};
+use crate::sync::lock;
 use crate::wire::{Channel, Preamble, Role, SessionId, WireError};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -100,9 +101,7 @@ impl Drop for Over<'_> {
 
 impl<L: Link, V: DestinationVm<L>> Shared<L, V> {
     fn announced(&self) -> MutexGuard<'_, Announced<L, V>> {
-        self.announced
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.announced)
     }
 
     /// Runs the engine, on one control channel after the other.

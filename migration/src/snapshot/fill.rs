@@ -17,9 +17,10 @@ use crate::order::{Push, PushOrder};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, Run};
 use crate::port::{Clock, Link, PageFault, PageSink, post_copy};
 use crate::report::{Faults, Latencies};
+use crate::sync::lock;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// How often a thread without faults looks whether it is over.
@@ -46,7 +47,7 @@ pub fn fill_all<L: Link, S: PageSink<L>, F: ReadAt>(
     let work = || {
         let mut reader = BlockReader::default();
         while !failed.load(Ordering::Relaxed) {
-            let next = frames.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let next = lock(&frames).next();
             let Some(frame) = next else { break };
             if cancelled() {
                 return Err(SnapshotError::Cancelled);
@@ -159,7 +160,7 @@ impl<L: Link, S: PageSink<L>, F: ReadAt> Filling<L, S, F> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Pages> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pages)
     }
 
     /// Pages that are not in place.

@@ -17,13 +17,14 @@ use crate::options::{Compress, Options};
 use crate::page::PageSet;
 use crate::port::{Clock, Link, Paused, PortError, SourceVm};
 use crate::report::Codecs;
+use crate::sync::lock;
 use crate::wire::{FLAG_CRC, Features, FrameType, Header, Hello, SessionId};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::time::Duration;
-use writer::{DataChannel, Shared, lock, write};
+use writer::{DataChannel, Shared, write};
 
 /// Bytes that can be written anywhere, by several threads.
 pub trait WriteAt: Sync {

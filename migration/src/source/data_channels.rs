@@ -12,6 +12,7 @@ use crate::report::Event;
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Pacer, SendError, Sender, Sent};
 use crate::source::Ownership;
 use crate::source::live::{More, PROGRESS_EVERY};
+use crate::sync::lock;
 use crate::wire::{Channel, FrameType, Header, WireError};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -86,7 +87,7 @@ enum Turn {
 
 impl<'a> Shared<'a> {
     fn state(&self) -> MutexGuard<'_, State<'a>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// What data channel `index` does next; a batch goes into `runs`.

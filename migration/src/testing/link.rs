@@ -2,6 +2,7 @@
 
 use super::trouble::Trouble;
 use crate::port::Link;
+use crate::sync::lock;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -41,7 +42,7 @@ impl Pipe {
     }
 
     fn ring(&self) -> MutexGuard<'_, Ring> {
-        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.ring)
     }
 
     /// The ring once it is no longer `stuck`, or closed; `TimedOut` if that takes too long.

@@ -1,6 +1,7 @@
 //! A peer that is a sequence of bytes, for fuzzing and for replaying what a real peer once sent.
 
 use crate::port::Link;
+use crate::sync::lock;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -30,13 +31,13 @@ pub struct Gate {
 impl Gate {
     /// Lets those who wait go on.
     pub fn open(&self) {
-        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *lock(&self.open) = true;
         self.change.notify_all();
     }
 
     /// Whether the gate is open, after at most `timeout`; without one, it is.
     fn wait(&self, timeout: Option<Duration>) -> bool {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = lock(&self.open);
         let Some(timeout) = timeout else {
             let open = self.change.wait_while(open, |open| !*open);
             return *open.unwrap_or_else(PoisonError::into_inner);

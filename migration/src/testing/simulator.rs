@@ -29,11 +29,12 @@ use crate::report::{Event, Report, Status};
 pub use crate::rng::Rng;
 use crate::source::{self, Ownership, Setup};
 use crate::steering::Steering;
+use crate::sync::lock;
 use crate::wire::SessionId;
 pub use fault::{ApiCall, Call, Fault, FaultKind, PortFault, random_change};
 use guest::{SimCommitted, SimGuest};
 use link::{Peer, SimClock, SimLink};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use world::World;
 
@@ -467,10 +468,6 @@ fn operator(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>, violations: &mut
             violations.push("an operator could not take over a complete guest".into());
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

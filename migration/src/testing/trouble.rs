@@ -1,5 +1,6 @@
 //! What a connection in memory can suffer from, so that one channel waits for another's trouble.
 
+use crate::sync::lock;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -18,12 +19,12 @@ pub struct Carried {
 
 impl Carried {
     fn add(&self, bytes: usize) {
-        *self.bytes.lock().unwrap_or_else(PoisonError::into_inner) += bytes as u64;
+        *lock(&self.bytes) += bytes as u64;
         self.change.notify_all();
     }
 
     fn wait_for(&self, bytes: u64) -> io::Result<()> {
-        let held = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = lock(&self.bytes);
         let (_held, waited) = self
             .change
             .wait_timeout_while(held, NEVER, |held| *held < bytes)

@@ -5,10 +5,11 @@ use crate::port::{
     Committed, CommittedVm, DestinationVm, Link, NotStarted, PageSink, PageSource, Paused,
     PausedVm, PortError, SourceVm,
 };
+use crate::sync::lock;
 use crate::wire::SessionId;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 type Page = [u8; PAGE_SIZE];
@@ -44,7 +45,7 @@ impl Memory {
     /// When there is no such page: the engines ask for pages of the layout only.
     pub fn page(&self, gfn: Gfn) -> MutexGuard<'_, Page> {
         let page = &self.pages[usize::try_from(gfn).unwrap_or(usize::MAX)];
-        page.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(page)
     }
 
     /// A page that the destination is about to write.
@@ -136,7 +137,7 @@ impl TestSource {
     }
 
     fn log(&self) -> MutexGuard<'_, PageSet> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.log)
     }
 
     fn write(&self, gfn: Gfn) {

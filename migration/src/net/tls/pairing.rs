@@ -5,6 +5,7 @@
 //! of this is cryptography of our own.
 
 use super::{SECRET_BYTES, Secret};
+use crate::sync::lock;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -166,7 +167,7 @@ impl Pairing {
     }
 
     fn unspent(&self) -> MutexGuard<'_, bool> {
-        self.unspent.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.unspent)
     }
 
     /// Whether this is the token, unused so far. A wrong one does not spend it: 256 random bits

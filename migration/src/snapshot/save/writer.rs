@@ -9,12 +9,9 @@ use crate::report::Codecs;
 use crate::sender::{split, table_header};
 use crate::snapshot::BLOCK_PAGES;
 use crate::snapshot::places::Places;
+use crate::sync::lock;
 use crate::wire::{FLAG_CRC, FrameType, HEADER_BYTES, Header, Limits, decode_runs, encode_runs};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use std::sync::Mutex;
 
 /// A thread's buffers.
 #[derive(Default)]

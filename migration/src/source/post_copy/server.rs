@@ -8,9 +8,10 @@ use crate::port::{Clock, Link, SourceVm};
 use crate::sender::{BatchMode, Sender, Sent};
 use crate::source::SourceError;
 use crate::source::freeing::Freeing;
+use crate::sync::lock;
 use crate::wire::{Channel, FrameType, Header, WireError};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 /// What is still to be sent.
@@ -114,7 +115,7 @@ impl<'a> PageServer<'a> {
     }
 
     pub(super) fn outgoing(&self) -> MutexGuard<'_, Outgoing> {
-        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.outgoing)
     }
 
     pub(in crate::source) const fn mode(&self, tell: bool) -> BatchMode {
