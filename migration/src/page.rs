@@ -48,6 +48,13 @@ impl Run {
         self.first.saturating_add(self.count)
     }
 
+    /// The pages of both.
+    pub(crate) fn overlap(self, other: Self) -> Option<Self> {
+        let first = self.first.max(other.first);
+        let end = self.end().min(other.end());
+        (first < end).then(|| Self::new(first, end - first))
+    }
+
     /// Bytes in the run, saturating.
     #[must_use]
     pub const fn bytes(&self) -> u64 {

@@ -21,6 +21,7 @@ pub use destination::{
 };
 pub(crate) use destination::{post_copy, post_copy_vm};
 pub use free_memory::{FreeMemory, FreedPages};
+pub(crate) use source::holes;
 pub use source::{
     Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, ShareMemory, SourceDisks,
     SourceVm,

@@ -43,7 +43,8 @@ impl FreedPages {
 
     /// The first of these pages that was given back.
     pub(crate) fn first_of(&self, pages: &PageSet) -> Option<Gfn> {
-        pages.iter().find(|gfn| self.contains(*gfn))
+        let freed = self.pages.as_ref()?;
+        pages.iter().find(|gfn| freed.contains(*gfn))
     }
 
     /// The hash of a page that was given back, where one was kept.

@@ -49,6 +49,17 @@ pub trait PageSource<L: Link>: Sync {
     }
 }
 
+/// The parts of a run that hold nothing.
+pub(crate) fn holes<L: Link, G: PageSource<L>>(guest: &G, run: Run) -> impl Iterator<Item = Run> {
+    let mut at = run.first;
+    std::iter::from_fn(move || {
+        let rest = Run::new(at, run.end().checked_sub(at).filter(|count| *count > 0)?);
+        let hole = guest.unpopulated(rest)?.overlap(rest)?;
+        at = hole.end();
+        Some(hole)
+    })
+}
+
 /// A guest at the source. The engine calls these methods from its own thread; those of
 /// [`PageSource`] also from threads that answer page faults, while the guest stands still.
 ///

@@ -3,19 +3,21 @@
 //! twice (Kothari: "duplication is not desirable").
 //!
 //! ```text
-//! sent ──▶ confirmed: PLACED, or the next request on the same fault channel ──▶ all of its piece? ──▶ freed
+//! sent ──▶ confirmed ──▶ all of its piece? ──▶ freed
+//!             └ PLACED, or the next request on the same fault channel
 //! ```
 //!
 //! The destination runs the guest and has said that these pages are in place. The source's copy is
-//! of no more use: a guest that runs elsewhere does not run here again, and what a recovery sends is
-//! what the destination lacks.
+//! of no more use: a guest that runs elsewhere does not run here again, and a recovery sends what
+//! the destination lacks.
 
 use crate::page::{PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::port::{FreeMemory, FreedPages, Link, PageSource, PortError};
+use crate::port::{FreeMemory, FreedPages, Link, PageSource, PortError, holes};
 use crate::report::Freed;
+use crate::sync::lock;
 use crate::verify::page_hash;
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// What follows the guest, piece by piece.
 pub(super) struct Freeing<'a> {
@@ -32,6 +34,8 @@ struct Pieces {
     all: Vec<Piece>,
     /// Those of which the destination has everything, to be given back.
     ready: VecDeque<usize>,
+    /// What the destination has from the start, until that is [counted](Freeing::begin).
+    there: Option<PageSet>,
     /// Pages that both hosts hold, and the most that there were.
     twice: u64,
     most: u64,
@@ -48,134 +52,120 @@ struct Piece {
     twice: u64,
 }
 
+impl Pieces {
+    /// Pages of a piece are on both hosts, or may be.
+    fn add(&mut self, at: usize, pages: u64) {
+        if let Some(piece) = self.all.get_mut(at) {
+            piece.twice += pages;
+            self.twice += pages;
+            self.most = self.most.max(self.twice);
+        }
+    }
+}
+
 impl<'a> Freeing<'a> {
-    /// Of a guest that lacks these pages at the destination.
-    pub(super) fn new<L: Link, G: PageSource<L>>(
+    /// Of a guest that lacks these pages at the destination. The guest may stand still meanwhile.
+    pub(super) fn new(
         memory: &'a dyn FreeMemory,
-        guest: &G,
         layout: &'a RamLayout,
         missing: &PageSet,
         verify: bool,
     ) -> Self {
         let piece = memory.piece().max(1);
         let count = usize::try_from(layout.end().div_ceil(piece)).unwrap_or(0);
-        let mut pieces = Pieces {
-            all: vec![Piece::default(); count],
-            ready: VecDeque::new(),
-            twice: 0,
-            most: 0,
-            freed: 0,
-            failed: false,
-        };
-        let freed = lock(memory.freed());
-        for region in layout.runs() {
-            let mut first = region.first;
-            while first < region.end() {
-                let at = first / piece;
-                let end = region.end().min((at + 1) * piece);
-                let part = Run::new(first, end - first);
-                let Some(piece) = index(at).and_then(|at| pieces.all.get_mut(at)) else {
-                    break;
-                };
-                let lacks = missing.count_in(part);
-                piece.unconfirmed += lacks;
-                if !freed.contains(first) {
-                    piece.twice += part.count - lacks - empty(guest, part, missing);
-                }
-                first = end;
+        let mut all = vec![Piece::default(); count];
+        let mut there = layout.all();
+        there.subtract(missing);
+        for (at, part) in layout.runs().iter().flat_map(|run| parts(*run, piece)) {
+            if let Some(piece) = all.get_mut(at) {
+                piece.unconfirmed += part.count - there.count_in(part);
             }
         }
-        for (at, piece) in pieces.all.iter().enumerate() {
-            pieces.twice += piece.twice;
-            if piece.unconfirmed == 0 && piece.twice > 0 {
-                pieces.ready.push_back(at);
-            }
-        }
-        pieces.most = pieces.twice;
-        drop(freed);
+        let ready = (0..count).filter(|at| all[*at].unconfirmed == 0).collect();
         Self {
             memory,
             layout,
             piece,
             verify,
-            pieces: Mutex::new(pieces),
+            pieces: Mutex::new(Pieces {
+                all,
+                ready,
+                there: Some(there),
+                twice: 0,
+                most: 0,
+                freed: 0,
+                failed: false,
+            }),
         }
     }
 
-    fn pieces(&self) -> MutexGuard<'_, Pieces> {
-        lock(&self.pieces)
+    /// The guest runs at the destination: counts what that has already and what of it holds
+    /// something here, which takes a look at all memory.
+    pub(super) fn begin<L: Link, G: PageSource<L>>(&self, guest: &G) {
+        let Some(there) = lock(&self.pieces).there.take() else {
+            return;
+        };
+        for (at, part) in self.parts_of(self.layout.runs()) {
+            let pages = there.count_in(part);
+            if pages == 0 || lock(self.memory.freed()).contains(part.first) {
+                continue;
+            }
+            let empty: u64 = holes(guest, part).map(|hole| there.count_in(hole)).sum();
+            lock(&self.pieces).add(at, pages - empty);
+        }
     }
 
     /// These pages were sent.
     pub(super) fn sent(&self, runs: &[Run]) {
-        let mut pieces = self.pieces();
-        self.each_part(runs, |at, pages| {
-            if let Some(piece) = pieces.all.get_mut(at) {
-                piece.twice += pages;
-                pieces.twice += pages;
-            }
-        });
-        pieces.most = pieces.most.max(pieces.twice);
+        let mut pieces = lock(&self.pieces);
+        for (at, part) in self.parts_of(runs) {
+            pieces.add(at, part.count);
+        }
     }
 
     /// The destination has these pages.
     pub(super) fn confirmed(&self, runs: &[Run]) {
-        let mut pieces = self.pieces();
-        self.each_part(runs, |at, pages| {
+        let mut pieces = lock(&self.pieces);
+        for (at, part) in self.parts_of(runs) {
             if let Some(piece) = pieces.all.get_mut(at) {
-                piece.unconfirmed = piece.unconfirmed.saturating_sub(pages);
+                piece.unconfirmed = piece.unconfirmed.saturating_sub(part.count);
                 if piece.unconfirmed == 0 {
                     pieces.ready.push_back(at);
                 }
             }
-        });
+        }
     }
 
-    /// Calls with each piece that the runs lie in, and how many of their pages do.
-    fn each_part(&self, runs: &[Run], mut part: impl FnMut(usize, u64)) {
-        for run in runs {
-            let mut first = run.first;
-            while first < run.end() {
-                let at = first / self.piece;
-                let end = run.end().min((at + 1) * self.piece);
-                if let Some(at) = index(at) {
-                    part(at, end - first);
-                }
-                first = end;
+    fn parts_of<'r>(&self, runs: &'r [Run]) -> impl Iterator<Item = (usize, Run)> + use<'r> {
+        let piece = self.piece;
+        runs.iter().flat_map(move |run| parts(*run, piece))
+    }
+
+    /// The next piece that the destination has, and that holds something here.
+    fn next(&self) -> Option<usize> {
+        let mut pieces = lock(&self.pieces);
+        while !pieces.failed {
+            let at = pieces.ready.pop_front()?;
+            if pieces.all.get(at).is_some_and(|piece| piece.twice > 0) {
+                return Some(at);
             }
         }
+        None
     }
 
     /// Gives a piece back, if there is one that the destination has.
     pub(super) fn free_one<L: Link, G: PageSource<L>>(&self, guest: &G) {
-        let at = {
-            let mut pieces = self.pieces();
-            if pieces.failed {
-                return;
-            }
-            pieces.ready.pop_front()
-        };
-        let Some(at) = at else { return };
-        let first = at as u64 * self.piece;
-        let whole = Run::new(first, self.piece);
-        for region in self.layout.runs() {
-            let part = Run::new(
-                region.first.max(whole.first),
-                region
-                    .end()
-                    .min(whole.end())
-                    .saturating_sub(region.first.max(whole.first)),
-            );
-            if part.count == 0 {
-                continue;
-            }
+        let Some(at) = self.next() else { return };
+        let whole = Run::new(at as u64 * self.piece, self.piece);
+        let regions = self.layout.runs().iter();
+        for part in regions.filter_map(|region| region.overlap(whole)) {
             if let Err(error) = self.free(guest, part) {
                 tracing::warn!(%error, "memory of the guest that has left is not given back to this host before the end");
-                self.pieces().failed = true;
+                lock(&self.pieces).failed = true;
                 return;
             }
         }
-        let mut pieces = self.pieces();
+        let mut pieces = lock(&self.pieces);
         if let Some(piece) = pieces.all.get_mut(at) {
             let pages = std::mem::take(&mut piece.twice);
             pieces.twice -= pages;
@@ -201,7 +191,7 @@ impl<'a> Freeing<'a> {
 
     /// What came of it.
     pub(super) fn report(&self) -> Freed {
-        let pieces = self.pieces();
+        let pieces = lock(&self.pieces);
         Freed {
             bytes: pieces.freed * PAGE_SIZE as u64,
             twice_bytes: pieces.most * PAGE_SIZE as u64,
@@ -209,27 +199,16 @@ impl<'a> Freeing<'a> {
     }
 }
 
-/// How many pages of the run hold nothing here and are not missing there.
-fn empty<L: Link, G: PageSource<L>>(guest: &G, run: Run, missing: &PageSet) -> u64 {
-    let (mut at, mut pages) = (run.first, 0);
-    while let Some(hole) = guest.unpopulated(Run::new(at, run.end() - at)) {
-        let hole = Run::new(hole.first, hole.end().min(run.end()) - hole.first);
-        pages += hole.count - missing.count_in(hole);
-        at = hole.end();
-        if at >= run.end() {
-            break;
-        }
-    }
-    pages
-}
-
-fn index(piece: u64) -> Option<usize> {
-    usize::try_from(piece).ok()
-}
-
-/// What was given back, or what of it is known after a panic.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// The parts of a run by the pieces that they lie in.
+fn parts(run: Run, piece: u64) -> impl Iterator<Item = (usize, Run)> {
+    let mut first = run.first;
+    std::iter::from_fn(move || {
+        let at = first / piece;
+        let end = run.end().min((at + 1) * piece);
+        let part = Run::new(first, end.checked_sub(first).filter(|count| *count > 0)?);
+        first = end;
+        Some((usize::try_from(at).ok()?, part))
+    })
 }
 
 /// What of this memory was given back.

@@ -8,7 +8,7 @@ use super::{InFlight, Source, SourceError, ms};
 use crate::first_pass::FirstPass;
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::policy::{self, Decision, Policy, SendOrder};
-use crate::port::{Link, PortError, SourceDisks, SourceVm};
+use crate::port::{Link, PortError, SourceDisks, SourceVm, holes};
 use crate::report::{Event, Phase, Round};
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Sent};
 use crate::wire::{FrameType, Header, WireError};
@@ -240,13 +240,8 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
             return Ok(false);
         }
         for region in self.memory.layout.runs() {
-            let mut at = region.first;
-            while let Some(run) = self.guest.unpopulated(Run::new(at, region.end() - at)) {
-                pages.insert_run(run);
-                at = run.end();
-                if at >= region.end() {
-                    break;
-                }
+            for hole in holes(self.guest, *region) {
+                pages.insert_run(hole);
             }
         }
         pages.intersect_with(&unsent);

@@ -72,7 +72,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         // What was begun goes on: what is left of a piece is of no use.
         let begun = freed(guest.freeing()).is_some_and(|freed| !freed.is_empty());
         let freeing = guest.freeing().filter(|_| options.free_source || begun);
-        let freeing = freeing.map(|memory| Freeing::new(memory, guest, layout, &missing, verify));
+        let freeing = freeing.map(|memory| Freeing::new(memory, layout, &missing, verify));
         let mut server = PageServer::new(
             missing,
             (push, data_channels),
@@ -132,6 +132,9 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         let began = self.now();
         let n = self.record.rounds.last().map_or(1, |last| last.n + 1);
         self.record.progress.round = n;
+        if let Some(freeing) = &server.freeing {
+            freeing.begin(self.guest);
+        }
         let result = self.push_and_confirm(server, hashes);
         let sent = match &result {
             Ok(_) => server.counted(),
