@@ -34,6 +34,7 @@ mod blocks;
 mod commit;
 mod data_channels;
 mod error;
+mod flush;
 mod freeing;
 mod handshake;
 mod helm;
