@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic, missing_docs))]
 
+mod accept;
 mod client;
 mod commands;
 pub mod page;

@@ -3,7 +3,7 @@
 use crate::commands::{self, output};
 use crate::settings::Settings;
 use crate::types::{Host, Receiver, Wanted};
-use crate::{page, preflight, receivers};
+use crate::{accept, page, preflight, receivers};
 use axum::extract::{DefaultBodyLimit, Extension, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -21,7 +21,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
@@ -102,14 +101,14 @@ pub fn serve(settings: Settings, listening: impl FnOnce(&Listening)) -> Result<(
         };
         if let Some((listener, router)) = page {
             places.page = Some(page::server::url(listener.local_addr()?));
-            tokio::spawn(page::server::accept(listener, router));
+            tokio::spawn(page::server::serve_each(listener, router));
         }
         listening(&places);
         let shared = Arc::new(Shared {
             settings,
             starting: Mutex::new(()),
         });
-        accept(listener, tls, shared).await
+        serve_each(listener, tls, shared).await
     })
 }
 
@@ -126,36 +125,24 @@ fn router(shared: Arc<Shared>) -> Router {
         .with_state(shared)
 }
 
-async fn accept(
+async fn serve_each(
     listener: TcpListener,
     tls: ServerTls,
     shared: Arc<Shared>,
 ) -> Result<(), ServeError> {
     let acceptor = TlsAcceptor::from(tls.config());
     let router = router(shared);
-    let turns = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
-            return Ok(());
-        };
-        let (stream, peer) = match listener.accept().await {
-            Ok(connection) => connection,
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                // It is still there: without descriptors this would go round and round.
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
+    accept::each(listener, (CONNECTIONS, "a"), |stream, peer| {
         let (acceptor, tls, router) = (acceptor.clone(), tls.clone(), router.clone());
-        tokio::spawn(async move {
+        async move {
             let served = timeout(LONGEST, connection(stream, &acceptor, &tls, router)).await;
             if let Ok(Err(why)) = served {
                 tracing::info!(%peer, "a connection was refused: {why}");
             }
-            drop(turn);
-        });
-    }
+        }
+    })
+    .await;
+    Ok(())
 }
 
 /// Serves one connection.
@@ -212,15 +199,18 @@ async fn beside<T: Send + 'static>(
     })
 }
 
+/// What this host calls itself.
+pub(crate) fn host_name() -> String {
+    let host = rustix::system::uname();
+    host.nodename().to_string_lossy().into_owned()
+}
+
 /// What this host has, with these guests.
 pub(crate) fn this_host(guests: Vec<String>) -> Host {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     Host {
         schema: 1,
-        name: rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned(),
+        name: host_name(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         processors: u32::try_from(processors).unwrap_or(u32::MAX),
         memory_available_bytes: available_memory().unwrap_or(0),

@@ -1,12 +1,13 @@
 //! The page's server: plain HTTP on a loopback address, for reading.
 //!
 //! A browser on this host is trusted as far as its user is. What other sites have it do is not: a
-//! request is answered only where it was meant for a loopback name (a foreign site that has its name
-//! resolved to 127.0.0.1 is not), nothing may be embedded elsewhere, and no script runs that the
-//! agent did not serve.
+//! request is answered only where it was meant for a loopback name (a foreign site that has its
+//! name resolved to 127.0.0.1 is not), nothing may be embedded elsewhere, and no script runs that
+//! the agent did not serve.
 
 use super::scene::{Overview, Scene};
 use super::{MIGRATION_JS, STYLE_CSS, View, watch};
+use crate::accept;
 use crate::server::{ServeError, this_host};
 use crate::settings::Settings;
 use axum::extract::{Path, Request, State};
@@ -27,7 +28,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 const INDEX_HTML: &str = include_str!("../../page/index.html");
@@ -137,29 +137,16 @@ fn is_for_loopback(uri: &Uri, headers: &HeaderMap) -> bool {
 }
 
 /// Serves until the process ends.
-pub async fn accept(listener: TcpListener, router: Router) {
-    let turns = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                let router = router.clone();
-                tokio::spawn(async move {
-                    if let Err(why) = connection(stream, router).await {
-                        tracing::debug!(%peer, "a browser's connection ended: {why}");
-                    }
-                    drop(turn);
-                });
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a browser's connection could not be accepted");
-                // It is still there: without descriptors this would go round and round.
-                tokio::time::sleep(Duration::from_millis(50)).await;
+pub async fn serve_each(listener: TcpListener, router: Router) {
+    accept::each(listener, (CONNECTIONS, "a browser's"), |stream, peer| {
+        let router = router.clone();
+        async move {
+            if let Err(why) = connection(stream, router).await {
+                tracing::debug!(%peer, "a browser's connection ended: {why}");
             }
         }
-    }
+    })
+    .await;
 }
 
 /// Serves one connection; the end of the browser's side ends it.
@@ -243,7 +230,7 @@ mod tests {
             runtime.block_on(async {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 say.send(listener.local_addr().unwrap()).unwrap();
-                accept(listener, router(Arc::new(Scene::new(&[])))).await;
+                serve_each(listener, router(Arc::new(Scene::new(&[])))).await;
             });
         });
         heard.recv().unwrap()

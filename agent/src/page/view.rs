@@ -1,5 +1,6 @@
 //! What is known of a migration, as the drawing code takes it.
 
+use crate::server::host_name;
 use ferry_migration::report::{Event, Phase, Progress, Round};
 use ferry_vmm::api::types::{Direction, MigrationRecord, RecordStatus, unix_ms};
 use serde::Serialize;
@@ -67,32 +68,17 @@ impl View {
     /// A migration that begins.
     #[must_use]
     pub fn new(guest: Option<String>, id: String, to: Option<String>) -> Self {
-        Self::of(
-            guest,
-            MigrationRecord {
-                schema: MigrationRecord::SCHEMA,
-                id,
-                direction: Direction::Outgoing,
-                to,
-                policy: String::new(),
-                status: RecordStatus::UnderWay,
-                begun_unix_ms: unix_ms(),
-                ended_unix_ms: None,
-                progress: None,
-                report: None,
-                incoming: None,
-            },
-        )
+        let begun = MigrationRecord::begun(id, Direction::Outgoing);
+        Self::of(guest, MigrationRecord { to, ..begun })
     }
 
     /// A migration that a VMM has kept.
     #[must_use]
     pub fn of(guest: Option<String>, record: MigrationRecord) -> Self {
-        let host = rustix::system::uname();
         Self {
             schema: 1,
             guest,
-            host: host.nodename().to_string_lossy().into_owned(),
+            host: host_name(),
             record,
             rounds: Vec::new(),
             samples: Vec::new(),

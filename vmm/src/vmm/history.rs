@@ -80,19 +80,7 @@ impl History {
         if self.records.len() >= Migrations::KEPT {
             self.records.pop_front();
         }
-        let record = MigrationRecord {
-            schema: MigrationRecord::SCHEMA,
-            id: id.to_owned(),
-            direction,
-            to: None,
-            policy: String::new(),
-            status: RecordStatus::UnderWay,
-            begun_unix_ms: unix_ms(),
-            ended_unix_ms: None,
-            progress: None,
-            report: None,
-            incoming: None,
-        };
+        let record = MigrationRecord::begun(id.to_owned(), direction);
         self.records.push_back(record);
         let last = self.records.len() - 1;
         &mut self.records[last]

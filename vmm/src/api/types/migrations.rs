@@ -1,5 +1,6 @@
 //! `GET /v1/migrations`: the migrations of this VMM, kept after they have ended.
 
+use super::unix_ms;
 use ferry_migration::report::{self, Faults, Progress, Report};
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +46,24 @@ pub struct MigrationRecord {
 impl MigrationRecord {
     /// The current value of [`MigrationRecord::schema`].
     pub const SCHEMA: u32 = 1;
+
+    /// A migration that begins now.
+    #[must_use]
+    pub fn begun(id: String, direction: Direction) -> Self {
+        Self {
+            schema: Self::SCHEMA,
+            id,
+            direction,
+            to: None,
+            policy: String::new(),
+            status: RecordStatus::UnderWay,
+            begun_unix_ms: unix_ms(),
+            ended_unix_ms: None,
+            progress: None,
+            report: None,
+            incoming: None,
+        }
+    }
 }
 
 /// Which way a migration goes, seen from a VMM.
