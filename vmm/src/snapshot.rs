@@ -24,7 +24,8 @@ use serde::{Deserialize, Serialize};
 /// What a snapshot's configuration holds, as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Contents {
-    /// A [`MachineDescription`](crate::machine::MachineDescription), whose format is looked at before it is read.
+    /// A [`MachineDescription`](crate::machine::MachineDescription), whose format is looked at
+    /// before it is read.
     description: serde_json::Value,
     #[serde(default)]
     disks: Vec<DiskMark>,

@@ -163,19 +163,27 @@ pub(super) fn for_vcpu(list: &[CpuidEntry], id: u32, count: u32) -> Option<CpuId
 }
 
 #[cfg(test)]
+impl CpuidEntry {
+    /// A leaf whose registers are all alike.
+    pub(crate) const fn uniform(function: u32, index: u32, register: u32) -> Self {
+        Self {
+            function,
+            index,
+            flags: 0,
+            eax: register,
+            ebx: register,
+            ecx: register,
+            edx: register,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     fn entry(function: u32, index: u32) -> CpuidEntry {
-        CpuidEntry {
-            function,
-            index,
-            flags: 0,
-            eax: 0,
-            ebx: 0,
-            ecx: 0,
-            edx: 0,
-        }
+        CpuidEntry::uniform(function, index, 0)
     }
 
     #[test]

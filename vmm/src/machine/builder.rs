@@ -250,11 +250,11 @@ impl Builder {
                 max,
             });
         }
+        let offered = host.guest_cpuid().map_err(BuildError::Cpuid)?;
+        let host_vendor = vendor(&offered);
         let cpuid = match &self.description {
             Some(d) => d.cpuid.clone(),
-            None => self
-                .cpu
-                .cpuid(host.guest_cpuid().map_err(BuildError::Cpuid)?)?,
+            None => self.cpu.cpuid(offered)?,
         };
         let ram = Arc::new(match self.shared {
             Some(shared) => GuestRam::adopt(self.memory, self.hugepages, shared)?,
@@ -306,7 +306,7 @@ impl Builder {
             .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
             .collect::<Result<_, _>>()?;
         let here = HostCpu {
-            vendor: vendor(&host.guest_cpuid().map_err(BuildError::Cpuid)?),
+            vendor: host_vendor,
             tsc_khz: vcpus.first().and_then(Vcpu::tsc_khz),
             scales: host.capabilities().tsc_control,
             arch_capabilities: vcpus.first().and_then(Vcpu::arch_capabilities),

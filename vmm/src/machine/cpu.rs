@@ -253,15 +253,7 @@ mod tests {
 
     /// A processor that has everything.
     fn everything() -> Vec<CpuidEntry> {
-        let entry = |function, index| CpuidEntry {
-            function,
-            index,
-            flags: 0,
-            eax: u32::MAX,
-            ebx: u32::MAX,
-            ecx: u32::MAX,
-            edx: u32::MAX,
-        };
+        let entry = |function, index| CpuidEntry::uniform(function, index, u32::MAX);
         let mut list: Vec<CpuidEntry> = super::super::features::leaves()
             .map(|(function, index)| entry(function, index))
             .collect();

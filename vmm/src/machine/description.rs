@@ -309,15 +309,7 @@ mod tests {
             devices: Vec::new(),
         };
         good.validate().unwrap();
-        let entry = CpuidEntry {
-            function: 0,
-            index: 0,
-            flags: 0,
-            eax: 0,
-            ebx: 0,
-            ecx: 0,
-            edx: 0,
-        };
+        let entry = CpuidEntry::uniform(0, 0, 0);
         for bad in [
             MachineDescription {
                 format: FORMAT + 1,

@@ -1,9 +1,9 @@
 //! Whether a guest's CPU, as it was described at its source, is what a vCPU of this host is.
 //!
 //! Besides the features that CPUID has bits for: whose CPU it is, since kernels choose by that what
-//! they do and which registers they expect; and two things that CPUID does not tell: the frequency of the TSC, which a guest measures once and
-//! counts on for good, and IA32_ARCH_CAPABILITIES, by which a guest decides which of the CPU's
-//! faults it need not work around.
+//! they do and which registers they expect; and two things that CPUID does not tell: the frequency
+//! of the TSC, which a guest measures once and counts on for good, and IA32_ARCH_CAPABILITIES, by
+//! which a guest decides which of the CPU's faults it need not work around.
 
 use super::MachineDescription;
 use super::cpu::vendor;
@@ -158,13 +158,8 @@ mod tests {
             cpus: 1,
             hugepages: false,
             cpuid: vec![CpuidEntry {
-                function: 7,
-                index: 0,
-                flags: 0,
-                eax: 0,
-                ebx: 0,
-                ecx: 0,
                 edx: HAS_ARCH_CAPABILITIES,
+                ..CpuidEntry::uniform(7, 0, 0)
             }],
             tsc_khz,
             arch_capabilities,
@@ -204,11 +199,10 @@ mod tests {
                 u32::from_le_bytes(bytes)
             };
             CpuidEntry {
-                function: 0,
                 ebx: word(0),
                 edx: word(4),
                 ecx: word(8),
-                ..guest(None, None).cpuid[0]
+                ..CpuidEntry::uniform(0, 0, 0)
             }
         };
         let mut amd = guest(None, None);

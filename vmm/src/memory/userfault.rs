@@ -155,38 +155,38 @@ impl Userfault {
             pieces: Pieces::default(),
         };
         for region in this.ram.regions() {
-            let (first_gfn, pages) = (region.first_gfn, region.pages);
-            let error = |source| UserfaultError::Register {
-                first_gfn,
-                pages,
-                source,
-            };
-            let (start, len) = this
-                .bytes_of(first_gfn, pages)
-                .map_err(|e| error(io::Error::other(e)))?;
-            if !sys::register(&this.fd, start, len).map_err(error)? {
+            if !this.register_run((region.first_gfn, region.pages), sys::MISSING)? {
                 return Err(UserfaultError::Unsupported {
                     missing: "UFFDIO_ZEROPAGE for shared memory",
                 });
             }
         }
-        for (first_gfn, pages) in whole {
-            let error = |source| UserfaultError::Register {
-                first_gfn,
-                pages,
-                source,
-            };
-            let (start, len) = this
-                .bytes_of(first_gfn, pages)
-                .map_err(|e| error(io::Error::other(e)))?;
-            if sys::register_minor(&this.fd, start, len).map_err(error)? {
-                this.pieces.add((first_gfn, pages));
+        for run in whole {
+            if this.register_run(run, sys::MISSING_OR_UNMAPPED)? {
+                this.pieces.add(run);
             } else {
                 // What the file has must not be waited for there.
-                sys::register(&this.fd, start, len).map_err(error)?;
+                this.register_run(run, sys::MISSING)?;
             }
         }
         Ok(this)
+    }
+
+    /// Has pages reported; whether they can then be filled.
+    fn register_run(
+        &self,
+        (first_gfn, pages): PageRun,
+        which: sys::Which,
+    ) -> Result<bool, UserfaultError> {
+        let error = |source| UserfaultError::Register {
+            first_gfn,
+            pages,
+            source,
+        };
+        let (start, len) = self
+            .bytes_of(first_gfn, pages)
+            .map_err(|e| error(io::Error::other(e)))?;
+        sys::register(&self.fd, start, len, which).map_err(error)
     }
 
     /// The memory.

@@ -225,15 +225,7 @@ mod tests {
     use super::*;
 
     fn entry(function: u32, index: u32) -> CpuidEntry {
-        CpuidEntry {
-            function,
-            index,
-            flags: 0,
-            eax: u32::MAX,
-            ebx: u32::MAX,
-            ecx: u32::MAX,
-            edx: u32::MAX,
-        }
+        CpuidEntry::uniform(function, index, u32::MAX)
     }
 
     fn set(names: &[&str]) -> FeatureSet {

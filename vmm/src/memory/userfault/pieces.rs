@@ -124,7 +124,8 @@ impl Userfault {
         if let Some(bytes) = bytes {
             self.write(first, bytes)?;
         }
-        // A page of the file is zero until it is written to; where there is none, writing takes one.
+        // A page of the file is zero until it is written to; where there is none, writing takes
+        // one.
         while next < first + count {
             let rest = (next, first + count - next);
             next = self.map_filled(rest)?;

@@ -151,11 +151,15 @@ pub(super) struct Message {
     pub(super) write: bool,
 }
 
+/// The features that are needed, as bits.
+fn needed() -> u64 {
+    FEATURES.iter().fold(0, |bits, (bit, _)| bits | bit)
+}
+
 /// A userfaultfd whose features are agreed on.
 pub(super) fn open() -> Result<(OwnedFd, UserfaultBy), UserfaultError> {
     let (fd, by) = new_fd()?;
-    let wanted = FEATURES.iter().fold(0, |bits, (bit, _)| bits | bit);
-    match agree(&fd, wanted) {
+    match agree(&fd, needed()) {
         Ok(_) => Ok((fd, by)),
         Err(source) if source.raw_os_error() == Some(libc::EINVAL) => {
             // It refuses what it does not have, and does not say which; a fresh one tells what
@@ -174,10 +178,9 @@ pub(super) fn open() -> Result<(OwnedFd, UserfaultBy), UserfaultError> {
 /// One that knows minor faults as well, where this kernel has those.
 pub(super) fn open_minor() -> Option<OwnedFd> {
     let (fd, _) = new_fd().ok()?;
-    let wanted = FEATURES
-        .iter()
-        .fold(UFFD_FEATURE_MINOR_SHMEM, |bits, (bit, _)| bits | bit);
-    agree(&fd, wanted).is_ok().then_some(fd)
+    agree(&fd, needed() | UFFD_FEATURE_MINOR_SHMEM)
+        .is_ok()
+        .then_some(fd)
 }
 
 fn new_fd() -> Result<(OwnedFd, UserfaultBy), UserfaultError> {
@@ -220,30 +223,35 @@ fn agree(fd: &OwnedFd, features: u64) -> io::Result<u64> {
     Ok(api.features)
 }
 
-/// Has missing pages of `len` bytes at `start` reported, and checks that they can then be filled.
-pub(super) fn register(fd: &OwnedFd, start: u64, len: u64) -> io::Result<bool> {
+/// Pages that are reported, and what must be possible with them.
+pub(super) struct Which {
+    mode: u64,
+    ioctls: u64,
+}
+
+/// Absent pages: the memory file has none there.
+pub(super) const MISSING: Which = Which {
+    mode: UFFDIO_REGISTER_MODE_MISSING,
+    ioctls: RANGE_IOCTLS,
+};
+
+/// Pages as well that the memory file has and that are not mapped.
+pub(super) const MISSING_OR_UNMAPPED: Which = Which {
+    mode: UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
+    ioctls: RANGE_IOCTLS | MINOR_IOCTL,
+};
+
+/// Has such pages of `len` bytes at `start` reported; whether they can then be filled.
+pub(super) fn register(fd: &OwnedFd, start: u64, len: u64, which: Which) -> io::Result<bool> {
     let mut register = uffdio_register {
         range: uffdio_range { start, len },
-        mode: UFFDIO_REGISTER_MODE_MISSING,
+        mode: which.mode,
         ioctls: 0,
     };
     // SAFETY: the ioctl reads and writes one uffdio_register, whose layout is asserted above. It
-    // changes no byte of the range, only who is asked when a page of it is absent.
+    // changes no byte of the range, only who is asked when a page of it is touched.
     done(unsafe { ioctl_with_mut_ref(fd, UFFDIO_REGISTER(), &mut register) })?;
-    Ok(register.ioctls & RANGE_IOCTLS == RANGE_IOCTLS)
-}
-
-/// As [`register`], for pages as well that the memory file has and that are not mapped.
-pub(super) fn register_minor(fd: &OwnedFd, start: u64, len: u64) -> io::Result<bool> {
-    let mut register = uffdio_register {
-        range: uffdio_range { start, len },
-        mode: UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
-        ioctls: 0,
-    };
-    // SAFETY: as for `register`.
-    done(unsafe { ioctl_with_mut_ref(fd, UFFDIO_REGISTER(), &mut register) })?;
-    let needed = RANGE_IOCTLS | MINOR_IOCTL;
-    Ok(register.ioctls & needed == needed)
+    Ok(register.ioctls & which.ioctls == which.ioctls)
 }
 
 /// Ends the reports of a range; who waits for a page of it goes on.

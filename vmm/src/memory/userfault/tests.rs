@@ -6,6 +6,8 @@ use std::thread::{Scope, ScopedJoinHandle};
 
 use vm_memory::{Bytes as _, GuestAddress};
 
+mod huge_pages;
+
 use super::*;
 use crate::memory::{Backing, PageKind, Pages};
 
@@ -18,15 +20,23 @@ fn registered(bytes: u64) -> Option<Userfault> {
 }
 
 fn register(ram: Arc<GuestRam>) -> Option<Userfault> {
-    match Userfault::register(ram) {
+    register_empty(ram, &[])
+}
+
+fn register_empty(ram: Arc<GuestRam>, empty: &[PageRun]) -> Option<Userfault> {
+    match Userfault::register_empty(ram, empty) {
         Ok(userfault) => Some(userfault),
         Err(error @ (UserfaultError::Forbidden { .. } | UserfaultError::Unsupported { .. })) => {
-            let test = std::thread::current().name().unwrap_or("?").to_owned();
-            eprintln!("NOT RUN: {test}: {error}");
+            not_run(&error.to_string());
             None
         }
         Err(error) => panic!("{error}"),
     }
+}
+
+fn not_run(why: &str) {
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    eprintln!("NOT RUN: {test}: {why}");
 }
 
 /// The contents of page `gfn`, as every test has them.
@@ -564,117 +574,4 @@ fn what_it_costs() {
         trips[trips.len() / 2],
         trips[trips.len() * 99 / 100],
     );
-}
-
-/// Memory of 2 MiB pages of which nothing has come: page by page, in any order, with zeros between
-/// and pages that come twice, it is filled with such, and no page is seen before it has come.
-#[test]
-fn empty_memory_is_filled_with_2_mib_pages() {
-    let ram = Arc::new(GuestRam::new(8 * MIB, Backing::Auto).unwrap());
-    if ram.backing() != Backing::Transparent {
-        eprintln!(
-            "NOT RUN: empty_memory_is_filled_with_2_mib_pages: {:?}",
-            ram.note()
-        );
-        return;
-    }
-    // The first piece is there in part, and is filled as ever.
-    ram.memory()
-        .write_slice(&page(3), GuestAddress(3 * PAGE_SIZE))
-        .unwrap();
-    ram.drop_pages(4, 508).unwrap();
-    let empty = [(4, 2000)];
-    let userfault = match Userfault::register_empty(Arc::clone(&ram), &empty) {
-        Ok(userfault) => userfault,
-        Err(error) => {
-            eprintln!("NOT RUN: empty_memory_is_filled_with_2_mib_pages: {error}");
-            return;
-        }
-    };
-    let held = || {
-        use std::os::unix::fs::MetadataExt as _;
-        ram.file().metadata().unwrap().blocks() * 512
-    };
-    let placed = |placed, present| Placed { placed, present };
-    std::thread::scope(|s| {
-        // In a piece of which nothing has come, and of which a neighbour has.
-        for gfn in [700, 701] {
-            let touch = reader(s, &ram, gfn);
-            assert_eq!(fault(&userfault).gfn, gfn);
-            let done = userfault.place(gfn, 1, &page(gfn)).unwrap();
-            assert_eq!(done, placed(1, 0));
-            assert_eq!(touch.join().unwrap().0, first_word(gfn));
-        }
-        // Zeros, where the file has a page and where it has none.
-        for gfn in [702, 1200] {
-            let touch = reader(s, &ram, gfn);
-            assert_eq!(fault(&userfault).gfn, gfn);
-            assert_eq!(userfault.place_zero(gfn, 1).unwrap(), placed(1, 0));
-            assert_eq!(touch.join().unwrap().0, 0);
-        }
-    });
-    // What the guest has written since is not written over.
-    ram.memory()
-        .write_obj(1_u64, GuestAddress(701 * PAGE_SIZE))
-        .unwrap();
-    assert_eq!(
-        userfault.place(700, 2, &pages(700, 2)).unwrap(),
-        placed(0, 2)
-    );
-    assert_eq!(userfault.place_zero(701, 1).unwrap(), placed(0, 1));
-    assert_eq!(read(&ram, 701), 1);
-    // Across pieces, those that are none among them.
-    let done = userfault.place(500, 200, &pages(500, 200)).unwrap();
-    assert_eq!(done, placed(200, 0));
-    let done = userfault.place(703, 1300, &pages(703, 1300)).unwrap();
-    assert_eq!(done, placed(1299, 1));
-    assert_eq!(read(&ram, 3), first_word(3));
-    for gfn in (500..700).chain(703..1200).chain(1201..2003) {
-        assert_eq!(read(&ram, gfn), first_word(gfn), "{gfn}");
-    }
-    // Pages 512 to 1535 are in two pages of 2 MiB: of no page are there two.
-    let small = 4 + 12 + (2003 - 1536);
-    assert_eq!(held(), 4 * MIB + small * PAGE_SIZE);
-}
-
-/// Memory of 2 MiB pages, of which some pages are dropped: these alone fault, and the end allows 2
-/// MiB pages again.
-#[test]
-fn pages_of_a_2_mib_page_fault_alone() {
-    let ram = Arc::new(GuestRam::new(4 * MIB, Backing::Auto).unwrap());
-    if ram.backing() != Backing::Transparent {
-        eprintln!(
-            "NOT RUN: pages_of_a_2_mib_page_fault_alone: {:?}",
-            ram.note()
-        );
-        return;
-    }
-    for gfn in 0..1024 {
-        ram.memory()
-            .write_slice(&page(gfn), GuestAddress(gfn * PAGE_SIZE))
-            .unwrap();
-    }
-    let missing = [5, 6, 511, 512];
-    for gfn in missing {
-        ram.drop_pages(gfn, 1).unwrap();
-    }
-    let Some(userfault) = register(Arc::clone(&ram)) else {
-        return;
-    };
-    assert!(!ram.fills_huge());
-    std::thread::scope(|s| {
-        for gfn in missing {
-            let touch = reader(s, &ram, gfn);
-            assert_eq!(fault(&userfault).gfn, gfn);
-            let placed = userfault.place(gfn, 1, &page(gfn)).unwrap();
-            assert_eq!(placed.placed, 1);
-            assert_eq!(touch.join().unwrap().0, first_word(gfn));
-        }
-    });
-    drop(userfault);
-    assert!(ram.fills_huge());
-    // The thread that puts them together works meanwhile: it changes nothing.
-    for gfn in 0..1024 {
-        assert_eq!(read(&ram, gfn), first_word(gfn));
-    }
 }
