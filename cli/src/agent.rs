@@ -16,8 +16,8 @@ use std::process::ExitCode;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry agent --listen 192.0.2.7:7007 --tls /etc/ferry/pki")]
 pub struct Args {
-    /// Settings as TOML: listen, tls, tls_authz, guests, peers, page, and the tables disks and taps with
-    /// the names that disks and taps of other hosts have here.
+    /// Settings as TOML: listen, tls, tls_authz, guests, peers, page, and the tables disks and taps
+    /// with the names that disks and taps of other hosts have here.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where to listen [default: 0.0.0.0:7007].
@@ -31,8 +31,8 @@ pub struct Args {
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     tls_authz: Vec<String>,
     /// Serve a page for browsers of this host: hosts, guests and migrations as they go. A loopback
-    /// address, such as 127.0.0.1:7008; it is in clear, for reading only, and for every user of this
-    /// host.
+    /// address, such as 127.0.0.1:7008; it is in clear, for reading only, and for every user of
+    /// this host.
     #[arg(long, value_name = "ADDRESS:PORT")]
     page: Option<SocketAddr>,
     /// The folder with guest files, NAME.toml each [default: /etc/ferry/guests].

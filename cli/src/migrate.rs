@@ -134,8 +134,8 @@ struct ReportFlags {
     /// Print nothing but errors (and the report, with --json).
     #[arg(long)]
     quiet: bool,
-    /// Draw the migration into a new file, for a browser, also one that fails: rounds, pending memory,
-    /// bandwidth, dirty pages, downtime and page faults.
+    /// Draw the migration into a new file, for a browser, also one that fails: rounds, pending
+    /// memory, bandwidth, dirty pages, downtime and page faults.
     #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     html: Option<PathBuf>,
 }

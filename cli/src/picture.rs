@@ -34,8 +34,8 @@ impl Picture {
         self.view.hear(event);
     }
 
-    /// Makes the file, unless the migration has not begun. That it cannot be made changes nothing of
-    /// how the migration ended.
+    /// Makes the file, unless the migration has not begun. That it cannot be made changes nothing
+    /// of how the migration ended.
     pub fn end(mut self, result: &Result<Report, Ended>) {
         if let Err(ended) = result {
             self.view.lose(ended.sentence.clone());

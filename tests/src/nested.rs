@@ -108,7 +108,8 @@ impl NestedHost {
         let start = || {
             Nested::start(&config, &|sentence| eprintln!("{sentence}")).map_err(|e| e.to_string())
         };
-        // An assertion of QEMU's own while the host boots, before there is a ferry in it: seen once.
+        // An assertion of QEMU's own while the host boots, before there is a ferry in it: seen
+        // once.
         let nested = start().or_else(|error| {
             if !error.contains("Assertion") {
                 return Err(error);

@@ -212,8 +212,8 @@ fn a_cut_interrupts_and_recover_goes_on() {
     }
 }
 
-/// With --free-source memory is there once: the source gives back what the destination has, whatever
-/// the order and the channels.
+/// With --free-source memory is there once: the source gives back what the destination has,
+/// whatever the order and the channels.
 #[test]
 fn memory_is_given_back_while_the_rest_follows() {
     if !guests_run() {

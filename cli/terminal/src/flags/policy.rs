@@ -48,8 +48,8 @@ pub struct PolicyFlags {
     /// The longest acceptable downtime.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "300ms", help_heading = "Limits")]
     downtime: Duration,
-    /// The longest acceptable live phase. A pass that takes longer is cut short where --on-timeout is
-    /// cancel or postcopy.
+    /// The longest acceptable live phase. A pass that takes longer is cut short where --on-timeout
+    /// is cancel or postcopy.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10m", help_heading = "Limits")]
     timeout: Duration,
     /// What to do after it: cancel, stop (pause for as long as it takes), postcopy (move the guest,
