@@ -28,6 +28,8 @@ use tokio_rustls::TlsAcceptor;
 const CONNECTIONS: usize = 64;
 /// How long a handshake, and each request's head, may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a client that is refused may take to hear why.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// How long a connection may last.
 const LONGEST: Duration = Duration::from_secs(120);
 /// The largest request.
@@ -153,20 +155,44 @@ async fn connection(
     router: Router,
 ) -> Result<(), String> {
     let here = stream.local_addr().map_err(|e| e.to_string())?.ip();
-    let secured = timeout(PATIENCE, acceptor.accept(stream)).await;
-    let secured = secured
-        .map_err(|_| "it says nothing")?
-        .map_err(|e| e.to_string())?;
+    let secured = timeout(PATIENCE, acceptor.accept(stream).into_fallible()).await;
+    let secured = match secured.map_err(|_| "it says nothing")? {
+        Ok(secured) => secured,
+        Err((error, stream)) => {
+            // Closing with its request unread would take the alert away.
+            let _ = timeout(LAST_WORD, unread(stream)).await;
+            return Err(error.to_string());
+        }
+    };
     let certificates = secured.get_ref().1.peer_certificates().unwrap_or_default();
-    tls.permits(certificates.first())
-        .map_err(|e| e.to_string())?;
-    let service = TowerToHyperService::new(router.layer(Extension(here)));
+    let refusal = tls.permits(certificates.first()).err();
+    let router = match &refusal {
+        None => router.layer(Extension(here)),
+        Some(why) => {
+            let why = why.to_string();
+            Router::new().fallback(|| async { Failure(StatusCode::FORBIDDEN, why) })
+        }
+    };
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(PATIENCE)
-        .serve_connection(TokioIo::new(secured), service)
+        .keep_alive(refusal.is_none())
+        .serve_connection(TokioIo::new(secured), TowerToHyperService::new(router))
         .await
-        .map_err(|e| e.to_string())
+        .map_err(|e| e.to_string())?;
+    refusal.map_or(Ok(()), |why| Err(why.to_string()))
+}
+
+/// Reads what a client says that has been refused, until it closes.
+async fn unread(stream: TcpStream) -> io::Result<()> {
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut [0; 4096]) {
+            Ok(0) => return Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            _ => {}
+        }
+    }
 }
 
 /// Why a request is not served.

@@ -131,6 +131,20 @@ fn a_guest_is_moved_to_a_host_and_what_cannot_come_is_told_before() {
     let ran = here.ferry(&["migrate", "web", &host, "--tls", strange.text()]);
     assert_eq!(ran.code, Some(1), "{ran:?}");
     assert!(ran.stderr.contains("is of another authority"), "{ran:?}");
+    let late = authority.host_of(&["hostb"], 2001);
+    let ran = here.ferry(&["migrate", "web", &host, "--tls", late.text()]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(
+        ran.stderr.contains("this host's certificate has expired"),
+        "{ran:?}"
+    );
+    let choosy = there.agent(&certificates, &["--tls-authz", "hostc"]);
+    let ran = here.ferry(&[&["migrate", "web", &choosy], &tls[..]].concat());
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(
+        ran.stderr.contains("none of the names of --tls-authz"),
+        "{ran:?}"
+    );
     let ran = here.ferry(&["migrate", "web", "no.such.host.invalid", tls[0], tls[1]]);
     assert_eq!(ran.code, Some(1), "{ran:?}");
     assert!(

@@ -151,12 +151,34 @@ impl TlsSession {
     /// Hands coded bytes to the socket.
     ///
     /// # Errors
-    /// The socket's; the bytes wait.
-    pub fn push(&mut self, socket: &mut impl Write) -> io::Result<()> {
+    /// The socket's, and the bytes wait; where the peer has closed and said why, that.
+    pub fn push(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
+        use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+        match self.write(socket) {
+            Err(error) if !matches!(error.kind(), Interrupted | TimedOut | WouldBlock) => {
+                Err(self.last_word(socket).unwrap_or(error))
+            }
+            done => done,
+        }
+    }
+
+    fn write(&mut self, socket: &mut impl Write) -> io::Result<()> {
         match self.connection.write_tls(socket)? {
             0 => Err(io::ErrorKind::WriteZero.into()),
             _ => Ok(()),
         }
+    }
+
+    /// The alert of a peer that takes no more. A client's handshake is done before the server has
+    /// looked at its certificate (RFC 8446 §4.4.2): what it sends then may find the connection
+    /// closed, and the reason waiting to be read.
+    fn last_word(&mut self, socket: &mut (impl Read + Write)) -> Option<io::Error> {
+        while !self.ended {
+            if let Err(error) = self.pull(socket) {
+                return (error.kind() == io::ErrorKind::InvalidData).then_some(error);
+            }
+        }
+        None
     }
 
     /// Plain bytes that are here, as `read` does: 0 when the peer has closed, `None` when more
@@ -201,7 +223,7 @@ impl TlsSession {
         self.unseen.start += self.connection.read_tls(&mut coded)?;
         if let Err(error) = self.connection.process_new_packets() {
             // The alert tells the peer why; if it cannot be sent, the error is told here.
-            while self.is_waiting() && self.push(socket).is_ok() {}
+            while self.is_waiting() && self.write(socket).is_ok() {}
             return Err(broken(error));
         }
         Ok(())

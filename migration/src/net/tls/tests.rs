@@ -219,6 +219,22 @@ fn strangers_are_refused_with_the_reason() {
     assert!(refusal(near).contains("this host's certificate has expired"));
 }
 
+/// What is sent to a receiver that has refused and gone fails, and not with "broken pipe".
+#[test]
+fn a_refusal_is_told_where_sending_fails_first() {
+    let authority = authority();
+    let host = authority.host("a.example", FAR);
+    let late = authority.host("a.example", 2001);
+    let (near, far) = shake(&client(&late, "a.example"), &server(&host, &[]));
+    drop(far);
+    let error = match near {
+        Err(error) => error,
+        Ok(mut link) => (0..1000).find_map(|_| link.send(&[0; 64], &[]).err()).unwrap(),
+    };
+    let error = error.to_string();
+    assert!(error.contains("this host's certificate has expired"), "{error}");
+}
+
 #[test]
 fn a_source_of_another_name_is_not_admitted() {
     let authority = authority();
