@@ -229,10 +229,15 @@ fn a_refusal_is_told_where_sending_fails_first() {
     drop(far);
     let error = match near {
         Err(error) => error,
-        Ok(mut link) => (0..1000).find_map(|_| link.send(&[0; 64], &[]).err()).unwrap(),
+        Ok(mut link) => (0..1000)
+            .find_map(|_| link.send(&[0; 64], &[]).err())
+            .unwrap(),
     };
     let error = error.to_string();
-    assert!(error.contains("this host's certificate has expired"), "{error}");
+    assert!(
+        error.contains("this host's certificate has expired"),
+        "{error}"
+    );
 }
 
 #[test]

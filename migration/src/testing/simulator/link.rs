@@ -73,7 +73,17 @@ impl SimLink {
 
     pub fn send_weighed(&mut self, bytes: &[u8], weight: u64, guarded: usize) -> io::Result<()> {
         self.check_deadline()?;
-        lock(&self.world).send(self.side, self.connection, bytes, weight, guarded)
+        let mut world = lock(&self.world);
+        if let Some(deadline) = self.deadline {
+            let (takes, left) = (world.takes(weight), deadline.saturating_sub(world.now));
+            if takes > left {
+                let share = left.as_secs_f64() / takes.as_secs_f64();
+                world.send_in_part(self.side, self.connection, bytes, share);
+                world.pass(left);
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        world.send(self.side, self.connection, bytes, weight, guarded)
     }
 
     fn check_deadline(&self) -> io::Result<()> {

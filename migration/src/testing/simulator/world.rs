@@ -494,6 +494,23 @@ impl World {
         self.port_fault == Some(PortFault::Run)
     }
 
+    /// How long the link is busy with so many bytes.
+    pub fn takes(&self, weight: u64) -> Duration {
+        Duration::from_secs_f64(weight as f64 / self.bandwidth)
+            + Duration::from_micros(20)
+            + self.slow
+    }
+
+    /// Hands over the share of a message that the link took before its sender's deadline.
+    pub fn send_in_part(&mut self, side: Side, connection: usize, bytes: &[u8], share: f64) {
+        let dead = self.source_dead && side == Side::Source
+            || self.destination_dead && side == Side::Destination;
+        if !dead && !self.connections[connection].broken {
+            let part = (bytes.len() as f64 * share) as usize;
+            self.deliver(side, connection, &bytes[..part.min(bytes.len())]);
+        }
+    }
+
     /// Sends bytes; `weight` is how many bytes they stand for.
     pub fn send(
         &mut self,
@@ -503,11 +520,7 @@ impl World {
         weight: u64,
         guarded: usize,
     ) -> io::Result<()> {
-        self.pass(
-            Duration::from_secs_f64(weight as f64 / self.bandwidth)
-                + Duration::from_micros(20)
-                + self.slow,
-        );
+        self.pass(self.takes(weight));
         let dead = self.source_dead && side == Side::Source
             || self.destination_dead && side == Side::Destination;
         if dead || self.connections[connection].broken {
