@@ -75,10 +75,9 @@ impl SimLink {
         self.check_deadline()?;
         let mut world = lock(&self.world);
         if let Some(deadline) = self.deadline {
-            let (takes, left) = (world.takes(weight), deadline.saturating_sub(world.now));
-            if takes > left {
-                let share = left.as_secs_f64() / takes.as_secs_f64();
-                world.send_in_part(self.side, self.connection, bytes, share);
+            let left = deadline.saturating_sub(world.now);
+            if world.takes(weight) > left {
+                world.send_in_part(self.side, self.connection, bytes);
                 world.pass(left);
                 return Err(io::ErrorKind::TimedOut.into());
             }

@@ -501,13 +501,13 @@ impl World {
             + self.slow
     }
 
-    /// Hands over the share of a message that the link took before its sender's deadline.
-    pub fn send_in_part(&mut self, side: Side, connection: usize, bytes: &[u8], share: f64) {
+    /// Hands over what the link took of a message until its sender's deadline.
+    pub fn send_in_part(&mut self, side: Side, connection: usize, bytes: &[u8]) {
         let dead = self.source_dead && side == Side::Source
             || self.destination_dead && side == Side::Destination;
         if !dead && !self.connections[connection].broken {
-            let part = (bytes.len() as f64 * share) as usize;
-            self.deliver(side, connection, &bytes[..part.min(bytes.len())]);
+            let part = index(self.rng.below(bytes.len() as u64));
+            self.deliver(side, connection, &bytes[..part]);
         }
     }
 
