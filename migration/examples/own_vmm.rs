@@ -11,8 +11,7 @@ use ferry_migration::net::{self, Listener, StreamLink};
 use ferry_migration::options::{OnTimeout, Options};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
-    Committed, CommittedVm, DestinationVm, NotStarted, PageSink, PageSource, Paused, PausedVm,
-    PortError, SourceVm,
+    DestinationVm, PageSink, PageSource, Pausable, Paused, PortError, SourceVm, pause,
 };
 use ferry_migration::report::Status;
 use ferry_migration::wire::SessionId;
@@ -86,53 +85,27 @@ impl SourceVm<StreamLink> for Vm {
         Ok(())
     }
     fn pause(&self) -> Result<Paused<'_>, PortError> {
+        pause(self)
+    }
+}
+
+impl Pausable for Vm {
+    fn stop(&self) -> Result<(), PortError> {
         self.lock().runs = false;
-        Ok(Box::new(Stands(Some(self.clone()))))
+        Ok(())
     }
-}
-
-/// The guest while it stands still: dropping this lets it run, unless it was given away.
-struct Stands(Option<Vm>);
-
-impl Drop for Stands {
-    fn drop(&mut self) {
-        if let Some(vm) = &self.0 {
-            vm.lock().runs = true;
-        }
-    }
-}
-
-impl<'g> PausedVm<'g> for Stands {
-    fn stopped_for(&self) -> Duration {
-        Duration::ZERO
+    fn resume(&self) -> Result<(), PortError> {
+        self.lock().runs = true;
+        Ok(())
     }
     fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {
-        let vm = self.0.as_ref().ok_or("the guest was given away")?;
-        Ok(vm.lock().steps.to_le_bytes().to_vec())
+        Ok(self.lock().steps.to_le_bytes().to_vec())
     }
-
-    fn commit(mut self: Box<Self>, _: SessionId) -> Result<Committed<'g>, PortError> {
-        // A VMM writes down here that it will never run this guest again by itself.
-        let vm = self.0.take().ok_or("the guest was given away")?;
-        Ok(Box::new(Gone(vm)))
+    fn give_away(&self, _: SessionId) -> Result<(), PortError> {
+        Ok(()) // A VMM writes down here that it will never run this guest again by itself.
     }
-
-    fn keep(mut self: Box<Self>) {
-        self.0 = None;
-    }
-}
-
-/// The guest after the commit.
-struct Gone(Vm);
-
-impl CommittedVm for Gone {
-    fn release(self: Box<Self>) {
-        self.0.lock().ended = true;
-    }
-
-    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), PortError> {
-        self.0.lock().runs = true;
-        Ok(())
+    fn release(&self) {
+        self.lock().ended = true;
     }
 }
 

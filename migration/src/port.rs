@@ -12,6 +12,7 @@
 mod blocks;
 mod destination;
 mod free_memory;
+mod pausable;
 mod source;
 mod throttle;
 
@@ -21,6 +22,7 @@ pub use destination::{
 };
 pub(crate) use destination::{post_copy, post_copy_vm};
 pub use free_memory::{FreeMemory, FreedPages};
+pub use pausable::{Pausable, given_away, pause};
 pub(crate) use source::holes;
 pub use source::{
     Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, ShareMemory, SourceDisks,

@@ -8,7 +8,7 @@
 use ferry_migration::destination::{self, DestinationError};
 use ferry_migration::net::{self, MonotonicClock};
 use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
-use ferry_migration::port::Link;
+use ferry_migration::port::{Link, given_away};
 use ferry_migration::report::{Event, Report, Status};
 use ferry_migration::rng::Rng;
 use ferry_migration::source::{self, Ownership, Setup};
@@ -185,7 +185,7 @@ fn run(seed: u64) -> Outcome {
             &mut silent,
         );
         let recovered = (report.status == Status::InDoubt)
-            .then(|| source::recover(&source, source.committed(), again));
+            .then(|| source::recover(&source, given_away(&source), again));
         (report, recovered, peer.join().unwrap())
     });
     let end = recovered.as_ref().unwrap_or(&report).status;

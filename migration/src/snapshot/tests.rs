@@ -3,7 +3,7 @@ use crate::codec::content::{self, Content};
 use crate::options::Compress;
 use crate::page::{PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{
-    Committed, PageFault, PageSink, PageSource, Paused, PausedVm, PortError, PostCopySink, SourceVm,
+    PageFault, PageSink, PageSource, Pausable, Paused, PortError, PostCopySink, SourceVm, pause,
 };
 use crate::testing::{Loopback, TestClock};
 use proptest::prelude::*;
@@ -113,32 +113,26 @@ impl SourceVm<Loopback> for Writer {
         Ok(())
     }
     fn pause(&self) -> Result<Paused<'_>, PortError> {
+        pause(self)
+    }
+}
+
+impl Pausable for Writer {
+    fn stop(&self) -> Result<(), PortError> {
         *self.paused.lock().unwrap() = true;
-        Ok(Box::new(Stands(self)))
+        Ok(())
     }
-}
-
-struct Stands<'a>(&'a Writer);
-
-impl Drop for Stands<'_> {
-    fn drop(&mut self) {
-        *self.0.paused.lock().unwrap() = false;
-    }
-}
-
-impl<'g> PausedVm<'g> for Stands<'g> {
-    fn stopped_for(&self) -> Duration {
-        Duration::ZERO
+    fn resume(&self) -> Result<(), PortError> {
+        *self.paused.lock().unwrap() = false;
+        Ok(())
     }
     fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {
         Ok(b"state".to_vec())
     }
-    fn commit(self: Box<Self>, _: crate::wire::SessionId) -> Result<Committed<'g>, PortError> {
+    fn give_away(&self, _: crate::wire::SessionId) -> Result<(), PortError> {
         Err("a snapshot commits nothing".into())
     }
-    fn keep(self: Box<Self>) {
-        std::mem::forget(self);
-    }
+    fn release(&self) {}
 }
 
 /// Memory that is filled; a page that was placed keeps what it has.

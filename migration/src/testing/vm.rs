@@ -2,8 +2,7 @@
 
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{
-    Committed, CommittedVm, DestinationVm, Link, NotStarted, PageSink, PageSource, Paused,
-    PausedVm, PortError, SourceVm,
+    DestinationVm, Link, PageSink, PageSource, Pausable, Paused, PortError, SourceVm, pause,
 };
 use crate::sync::lock;
 use crate::wire::SessionId;
@@ -130,12 +129,6 @@ impl TestSource {
         self.runs.load(Ordering::SeqCst)
     }
 
-    /// What is left of a guest after a commit: for a recovery.
-    #[must_use]
-    pub fn committed(&self) -> Committed<'_> {
-        Box::new(Gone(self))
-    }
-
     fn log(&self) -> MutexGuard<'_, PageSet> {
         lock(&self.log)
     }
@@ -204,51 +197,30 @@ impl<L: Link> SourceVm<L> for TestSource {
     }
 
     fn pause(&self) -> Result<Paused<'_>, PortError> {
+        pause(self)
+    }
+}
+
+impl Pausable for TestSource {
+    fn stop(&self) -> Result<(), PortError> {
         self.runs.store(false, Ordering::SeqCst);
-        Ok(Box::new(Stands(Some(self))))
+        Ok(())
     }
-}
 
-/// The guest while it stands still; `None` when it is not to run again.
-struct Stands<'a>(Option<&'a TestSource>);
-
-impl Drop for Stands<'_> {
-    fn drop(&mut self) {
-        if let Some(vm) = self.0 {
-            vm.runs.store(true, Ordering::SeqCst);
-        }
-    }
-}
-
-impl<'g> PausedVm<'g> for Stands<'g> {
-    fn stopped_for(&self) -> Duration {
-        Duration::ZERO
+    fn resume(&self) -> Result<(), PortError> {
+        self.runs.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {
         Ok(STATE.to_vec())
     }
 
-    fn commit(mut self: Box<Self>, _: SessionId) -> Result<Committed<'g>, PortError> {
-        let vm = self.0.take().ok_or("the guest was given away")?;
-        Ok(vm.committed())
-    }
-
-    fn keep(mut self: Box<Self>) {
-        self.0 = None;
-    }
-}
-
-/// The guest after the commit.
-struct Gone<'a>(&'a TestSource);
-
-impl CommittedVm for Gone<'_> {
-    fn release(self: Box<Self>) {}
-
-    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), PortError> {
-        self.0.runs.store(true, Ordering::SeqCst);
+    fn give_away(&self, _: SessionId) -> Result<(), PortError> {
         Ok(())
     }
+
+    fn release(&self) {}
 }
 
 /// A destination VM of as many pages; clones share them.

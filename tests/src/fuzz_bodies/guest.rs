@@ -2,14 +2,13 @@
 
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
-    BLOCK_BYTES, BlockSource, Committed, CommittedVm, Link, NotStarted, PageSource, Paused,
-    PausedVm, PortError, SourceDisks, SourceVm,
+    BLOCK_BYTES, BlockSource, Link, NotStarted, PageSource, Pausable, Paused, PortError,
+    SourceDisks, SourceVm, pause,
 };
 use ferry_migration::testing::RecordedPeer;
 use ferry_migration::wire::SessionId;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
 /// Where a guest stands.
 #[derive(Debug, Default)]
@@ -59,19 +58,6 @@ impl StandIn {
     }
 
     /// What is left of it after a commit.
-    pub(super) fn given_away(&self) -> Committed<'_> {
-        Box::new(Gone(self))
-    }
-
-    fn run_again(&self) {
-        let mut standing = self.standing();
-        assert!(
-            standing.paused && !standing.committed,
-            "a guest that was given away was run"
-        );
-        standing.paused = false;
-    }
-
     fn page(&self, gfn: Gfn) -> &[u8; PAGE_SIZE] {
         assert!(
             self.layout.contains(Run::new(gfn, 1)),
@@ -144,8 +130,7 @@ impl SourceVm<RecordedPeer> for StandIn {
     }
 
     fn pause(&self) -> Result<Paused<'_>, PortError> {
-        self.standing().paused = true;
-        Ok(Box::new(Stands(self)))
+        pause(self)
     }
 
     fn disks(&self) -> Option<&dyn SourceDisks> {
@@ -157,53 +142,42 @@ impl SourceVm<RecordedPeer> for StandIn {
     }
 }
 
-/// The guest while it stands still.
-struct Stands<'a>(&'a StandIn);
-
-impl Drop for Stands<'_> {
-    fn drop(&mut self) {
-        self.0.run_again();
+impl Pausable for StandIn {
+    fn stop(&self) -> Result<(), PortError> {
+        self.standing().paused = true;
+        Ok(())
     }
-}
 
-impl<'g> PausedVm<'g> for Stands<'g> {
-    fn stopped_for(&self) -> Duration {
-        Duration::ZERO
+    fn resume(&self) -> Result<(), PortError> {
+        let mut standing = self.standing();
+        assert!(
+            standing.paused && !standing.committed,
+            "a guest that was given away was run"
+        );
+        standing.paused = false;
+        Ok(())
     }
 
     fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {
         Ok(b"state".to_vec())
     }
 
-    fn commit(self: Box<Self>, _: SessionId) -> Result<Committed<'g>, PortError> {
-        let guest = self.0;
-        std::mem::forget(self);
-        let mut standing = guest.standing();
+    fn give_away(&self, _: SessionId) -> Result<(), PortError> {
+        let mut standing = self.standing();
         assert!(standing.paused, "a guest that runs was given away");
         standing.committed = true;
-        drop(standing);
-        Ok(guest.given_away())
+        Ok(())
     }
 
-    fn keep(self: Box<Self>) {
-        std::mem::forget(self);
-    }
-}
-
-/// The guest after the commit.
-struct Gone<'a>(&'a StandIn);
-
-impl CommittedVm for Gone<'_> {
-    fn release(self: Box<Self>) {
-        let mut standing = self.0.standing();
+    fn release(&self) {
+        let mut standing = self.standing();
         assert!(standing.committed, "a guest that is here was thrown away");
         standing.released = true;
     }
 
-    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), PortError> {
-        self.0.standing().committed = false;
-        self.0.run_again();
-        Ok(())
+    fn take_back(&self, _: NotStarted) -> Result<(), PortError> {
+        self.standing().committed = false;
+        self.resume()
     }
 }
 

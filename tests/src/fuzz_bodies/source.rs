@@ -4,6 +4,7 @@ use super::guest::StandIn;
 use super::link::channels;
 use ferry_migration::options::{Compress, OnTimeout, Options, PolicyKind};
 use ferry_migration::order::PushOrder;
+use ferry_migration::port::given_away;
 use ferry_migration::report::{Report, Status};
 use ferry_migration::source::{Ownership, Setup, Timeouts, migrate, recover};
 use ferry_migration::steering::Steering;
@@ -77,7 +78,7 @@ pub fn source(bytes: &[u8]) -> Option<Report> {
         threads: false,
     };
     let report = if recovers {
-        recover(&guest, guest.given_away(), setup)
+        recover(&guest, given_away(&guest), setup)
     } else {
         migrate(&guest, setup)
     };
