@@ -15,6 +15,8 @@ use crate::priority::in_background;
 
 /// Pages of a 2 MiB page.
 const TOGETHER: u64 = HUGE_PAGE_SIZE / PAGE_SIZE;
+/// `include/uapi/asm-generic/mman-common.h` of Linux 6.1; libc does not have it for musl.
+const MADV_COLLAPSE: libc::c_int = 25;
 /// How much longer it sleeps than it works.
 const REST: u32 = 3;
 /// The shortest sleep, so that the processor is left at all.
@@ -55,7 +57,7 @@ impl GuestRam {
         let size = usize::try_from(HUGE_PAGE_SIZE).map_err(io::Error::other)?;
         // SAFETY: `host_address` has checked that as much is mapped there; collapsing changes no
         // contents.
-        match unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_COLLAPSE) } {
+        match unsafe { libc::madvise(base.as_ptr().cast(), size, MADV_COLLAPSE) } {
             0 => Ok(true),
             _ => Err(io::Error::last_os_error()),
         }

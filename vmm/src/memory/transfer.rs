@@ -89,6 +89,19 @@ impl SplicePipe {
     }
 }
 
+/// A message of these segments alone.
+fn message(segments: &mut [libc::iovec]) -> io::Result<libc::msghdr> {
+    // SAFETY: an all-zero msghdr is a valid one without address, control data and segments.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = segments.as_mut_ptr();
+    let count = segments.len();
+    // The number's type is not the same in glibc and musl.
+    #[allow(clippy::useless_conversion)]
+    let count = count.try_into().map_err(io::Error::other)?;
+    message.msg_iovlen = count;
+    Ok(message)
+}
+
 fn bad_range(error: RangeError) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, error)
 }
@@ -129,10 +142,7 @@ impl GuestRam {
             if rest.is_empty() {
                 return Ok(());
             }
-            // SAFETY: an all-zero msghdr is a valid one without address, control data and segments.
-            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-            message.msg_iov = rest.as_mut_ptr();
-            message.msg_iovlen = rest.len();
+            let message = message(rest)?;
             // SAFETY: each segment is `head`, which outlives the call, or a range of guest memory
             // that `host_address` has bounds-checked within a mapping that `self` keeps alive. The
             // kernel only reads it; that the guest may write meanwhile concerns the contents, not
@@ -165,10 +175,7 @@ impl GuestRam {
             if rest.is_empty() {
                 return Ok(());
             }
-            // SAFETY: as in `write_pages`.
-            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-            message.msg_iov = rest.as_mut_ptr();
-            message.msg_iovlen = rest.len();
+            let mut message = message(rest)?;
             // SAFETY: each segment is a range of guest memory that `host_address` has
             // bounds-checked within a mapping that `self` keeps alive; no reference into it
             // exists.
