@@ -12,6 +12,7 @@ mod cloud;
 mod estimate;
 mod ferry;
 mod flags;
+mod forecast;
 mod goals;
 mod host;
 mod html;

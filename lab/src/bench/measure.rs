@@ -1,5 +1,6 @@
 //! The figures of a run, and how they are taken.
 
+use super::forecast::Forecast;
 use super::interrupt;
 use super::log::Seen;
 use super::process::{Use, Watch, end_by_force};
@@ -67,6 +68,9 @@ pub struct Figures {
     /// Whether the host's 2 MiB pages were at hand right before.
     #[serde(default)]
     pub warm: bool,
+    /// What the model of the same ferry says of the cell, where it can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<Forecast>,
 }
 
 impl Figures {

@@ -1,6 +1,7 @@
 //! A run: two fresh VMMs, a guest that moves from one to the other, and what came of it.
 
 use super::cell::Cell;
+use super::forecast::forecast;
 use super::interrupt;
 use super::listener::{BEAT_MS, silence_ms};
 use super::log::{Log, STAT_MS, seen};
@@ -188,6 +189,7 @@ fn run_in(files: &Files, machine: &Machine, cell: &Cell) -> Result<Figures, Fail
         destination: moved.destination,
         verified,
         warm,
+        forecast: forecast(cell),
     })
 }
 

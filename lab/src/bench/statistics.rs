@@ -1,6 +1,7 @@
 //! What many runs have in common.
 
 use super::cell::Cell;
+use super::forecast::Forecast;
 use super::journal::Run;
 use super::measure::Figures;
 
@@ -43,8 +44,8 @@ pub struct Metric {
 
 const MIB: f64 = (1 << 20) as f64;
 
-/// Every metric; all are better when they are smaller.
-pub const METRICS: [Metric; 24] = [
+/// Every metric; all but the model's are better when they are smaller.
+pub const METRICS: [Metric; 27] = [
     metric(
         true,
         "total_ms",
@@ -248,6 +249,36 @@ pub const METRICS: [Metric; 24] = [
         "what a pair holds before the move beyond the guest's memory, in MiB",
         |f, _| Some((f.source.own_before_kib + f.destination.own_before_kib) as f64 / 1024.0),
     ),
+    metric(
+        false,
+        "model_total",
+        "m÷total",
+        2,
+        "the model's total time ÷ the measured one (ferry, shaped links)",
+        |f, _| over(f, |model| model.total_ms, Some(f.told.total_ms)),
+    ),
+    metric(
+        false,
+        "model_downtime",
+        "m÷down",
+        2,
+        "the model's downtime ÷ the reported one",
+        |f, _| over(f, |model| model.downtime_ms, f.told.downtime_ms),
+    ),
+    metric(
+        false,
+        "model_bytes",
+        "m÷wire",
+        2,
+        "the model's bytes ÷ those that ferry sent",
+        |f, _| {
+            over(
+                f,
+                |model| model.bytes,
+                f.told.wire_bytes.map(|bytes| bytes as f64),
+            )
+        },
+    ),
 ];
 
 const fn metric(
@@ -266,6 +297,12 @@ const fn metric(
         digits,
         of,
     }
+}
+
+/// The model's figure ÷ the measured one.
+fn over(figures: &Figures, of: fn(&Forecast) -> f64, measured: Option<f64>) -> Option<f64> {
+    let measured = measured.filter(|measured| *measured > 0.0)?;
+    Some(of(figures.forecast.as_ref()?) / measured)
 }
 
 fn latency(figures: &Figures, of: fn(&ferry_migration::report::Faults) -> f64) -> Option<f64> {
