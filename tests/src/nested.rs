@@ -14,8 +14,8 @@ use ferry_migration::report::{Report, Status};
 use crate::ferry;
 
 /// How long anything may take in a nested host before the test calls it a hang: it is emulated, and
-/// shares its processors.
-pub const NESTED_TIMEOUT: Duration = Duration::from_secs(240);
+/// shares its processors with other tests.
+pub const NESTED_TIMEOUT: Duration = Duration::from_secs(400);
 
 /// A test's turn: nested hosts are emulated, and two tests at a time would only be slower.
 pub type Turn = MutexGuard<'static, ()>;
