@@ -44,16 +44,19 @@ fn runs(out: &Path) -> Vec<Value> {
         .collect()
 }
 
-/// The child process whose command line has these words, if there is one.
-fn child_of(parent: u32, words: &[&str]) -> Option<Pid> {
+/// The child process that is `ferry COMMAND` with an argument of this begin, if there is one. Until
+/// it has its own, a child has its parent's command line.
+fn child_of(parent: u32, command: &str, argument: &str) -> Option<Pid> {
     let processes = fs::read_dir("/proc").unwrap();
     let mut pids = processes.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let found = pids.find(|pid| {
         let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
         let status = read("status").unwrap_or_default();
         let line = read("cmdline").unwrap_or_default();
+        let mut arguments = line.split('\0').skip(1);
         status.lines().any(|l| l == format!("PPid:\t{parent}"))
-            && words.iter().all(|word| line.contains(word))
+            && arguments.next() == Some(command)
+            && arguments.any(|word| word.starts_with(argument))
     });
     Some(Pid::from_raw(found?.parse().unwrap()))
 }
@@ -117,7 +120,7 @@ fn a_killed_guest_is_a_failed_run_and_the_rest_goes_on() {
     let child = begun(bench(&out, &TWO));
     let mut victim = None;
     until("the guest runs", || {
-        victim = child_of(child.id(), &["run", "dirty:"]);
+        victim = child_of(child.id(), "run", "dirty:");
         victim.is_some()
     });
     kill(victim.unwrap(), Signal::SIGKILL).unwrap();
