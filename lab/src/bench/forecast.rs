@@ -1,15 +1,13 @@
 //! What the model says of a cell, to stand beside what was measured. Nothing of the run goes in.
 
 use super::cell::Cell;
+use super::net::PAYLOAD;
 use ferry_migration::model::{Pattern, Setup, Writer, migrate};
 use ferry_migration::page::{PAGE_BYTES, RamLayout, Run};
 use ferry_nas::dirty::{Fill, Pattern as Order};
 use ferry_nas::workload::Workload as Kind;
 use serde::{Deserialize, Serialize};
 
-/// Of the bytes of a full packet, those of the stream: the rest are headers, which a shaped link
-/// counts.
-const STREAM: f64 = 1448.0 / 1514.0;
 /// What a bare guest does not fill: below its working set, and its generations.
 const UNFILLED: u64 = 4 << 20;
 
@@ -41,7 +39,7 @@ pub fn forecast(cell: &Cell) -> Option<Forecast> {
         Fill::Half | Fill::ZeroRich => return None,
     };
     let layout = RamLayout::new(vec![Run::new(0, pages)]).ok()?;
-    let mut setup = Setup::new(layout, cell.link.rate? as f64 * STREAM);
+    let mut setup = Setup::new(layout, cell.link.rate? as f64 * PAYLOAD);
     // The model's working set lies in the middle, and what holds nothing around it.
     let below = (pages - filled) / 2;
     setup.empty.insert_run(Run::new(0, below));
@@ -94,7 +92,7 @@ mod tests {
             (full.bytes / f64::from(60 << 20) - 1.0).abs() < 0.01,
             "{full:?}"
         );
-        let seconds = full.bytes / STREAM / 12.5e6;
+        let seconds = full.bytes / PAYLOAD / 12.5e6;
         assert!(
             (full.total_ms / 1e3 / seconds - 1.0).abs() < 0.05,
             "{full:?}"

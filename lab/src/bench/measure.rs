@@ -3,6 +3,7 @@
 use super::forecast::Forecast;
 use super::interrupt;
 use super::log::Seen;
+use super::net::PAYLOAD;
 use super::process::{Use, Watch, end_by_force};
 use ferry_migration::report::Faults;
 use ferry_terminal::output::Failure;
@@ -113,10 +114,9 @@ impl Figures {
                 self.seen.lost_ms
             ));
         }
-        // A packet of 1,514 bytes carries 1,448; loopback's packets are so large that their headers
-        // do not count.
+        // Loopback's packets are so large that their headers do not count.
         let payload = if self.back_bytes > 0 {
-            self.link_bytes as f64 * 1448.0 / 1514.0
+            self.link_bytes as f64 * PAYLOAD
         } else {
             self.link_bytes as f64
         };

@@ -13,6 +13,9 @@ const DESTINATION: &str = "10.55.0.2";
 /// Beginning of the names of our namespaces; the process' number follows, then the end.
 const PREFIX: &str = "ferry-bench-";
 
+/// What a TCP connection carries of a shaped link's rate: 1,448 bytes in a packet of 1,514.
+pub const PAYLOAD: f64 = 1448.0 / 1514.0;
+
 /// How a link gets its rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

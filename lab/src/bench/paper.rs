@@ -8,6 +8,7 @@ mod stord;
 use super::Common;
 use super::cell::{Cell, Guest, Link, Policy};
 use super::journal::Run;
+use super::net::PAYLOAD;
 use super::spec::{Spec, product};
 use super::statistics::{Metric, Row};
 use crate::findings::{Finding, table};
@@ -149,9 +150,6 @@ fn extremes(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     let found = super::statistics::spread(values.collect())?;
     Some((found.min, found.max))
 }
-
-/// What a TCP connection carries of a link's rate in packets of 1,514 bytes.
-const PAYLOAD: f64 = 1448.0 / 1514.0;
 
 /// Pages per second that a link of so many bytes per second carries.
 fn pages_per_second(rate: u64) -> f64 {
