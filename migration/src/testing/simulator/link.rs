@@ -97,9 +97,7 @@ impl SimLink {
     /// Takes bytes if enough have arrived.
     fn take(&self, buf: &mut [u8]) -> io::Result<bool> {
         let mut world = lock(&self.world);
-        if self.side == Side::Source && world.source_dead
-            || self.side == Side::Destination && world.destination_dead
-        {
+        if world.is_dead(self.side) {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
         let connection = &mut world.connections[self.connection];

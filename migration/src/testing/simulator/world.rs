@@ -494,6 +494,14 @@ impl World {
         self.port_fault == Some(PortFault::Run)
     }
 
+    /// Whether the process at this end has died.
+    pub fn is_dead(&self, side: Side) -> bool {
+        match side {
+            Side::Source => self.source_dead,
+            Side::Destination => self.destination_dead,
+        }
+    }
+
     /// How long the link is busy with so many bytes.
     pub fn takes(&self, weight: u64) -> Duration {
         Duration::from_secs_f64(weight as f64 / self.bandwidth)
@@ -503,9 +511,7 @@ impl World {
 
     /// Hands over what the link took of a message until its sender's deadline.
     pub fn send_in_part(&mut self, side: Side, connection: usize, bytes: &[u8]) {
-        let dead = self.source_dead && side == Side::Source
-            || self.destination_dead && side == Side::Destination;
-        if !dead && !self.connections[connection].broken {
+        if !self.is_dead(side) && !self.connections[connection].broken {
             let part = index(self.rng.below(bytes.len() as u64));
             self.deliver(side, connection, &bytes[..part]);
         }
@@ -521,9 +527,7 @@ impl World {
         guarded: usize,
     ) -> io::Result<()> {
         self.pass(self.takes(weight));
-        let dead = self.source_dead && side == Side::Source
-            || self.destination_dead && side == Side::Destination;
-        if dead || self.connections[connection].broken {
+        if self.is_dead(side) || self.connections[connection].broken {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
         let at = self.messages;
