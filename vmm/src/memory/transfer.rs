@@ -284,8 +284,14 @@ impl GuestRam {
     pub fn page_is_zero(&self, gfn: u64) -> Result<bool, RangeError> {
         /// Vectors tested at once: two cache lines.
         const STEP: usize = 8;
+        /// Pages between the one that is looked at and the one that is fetched.
+        const AHEAD: usize = 8;
         const VECTOR: usize = size_of::<Vector>();
-        let vectors = self.host_address(gfn, 1)?.cast::<Vector>();
+        let page = self.host_address(gfn, 1)?;
+        // What holds something is known by its first bytes: waiting for them is nearly all that it
+        // costs, so those of a page that is looked at soon are fetched meanwhile.
+        fetch(page.as_ptr().wrapping_add(AHEAD * PAGE_SIZE_USIZE));
+        let vectors = page.cast::<Vector>();
         for group in 0..PAGE_SIZE_USIZE / VECTOR / STEP {
             let mut or = ZERO;
             for vector in 0..STEP {
@@ -481,13 +487,15 @@ impl GuestRam {
 const PAGE_SIZE_USIZE: usize = 4096;
 
 #[cfg(target_arch = "x86_64")]
-use sse2::{Vector, ZERO, is_zero, unite};
+use sse2::{Vector, ZERO, fetch, is_zero, unite};
 
 /// Vectors of the zero check: every x86-64 has SSE2. The compiler may not join volatile reads of
 /// words into such.
 #[cfg(target_arch = "x86_64")]
 mod sse2 {
-    use std::arch::x86_64::{__m128i, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128};
+    use std::arch::x86_64::{
+        __m128i, _MM_HINT_T0, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_prefetch,
+    };
 
     pub type Vector = __m128i;
     // SAFETY: a vector of integers may have any bits.
@@ -502,10 +510,21 @@ mod sse2 {
         // SAFETY: as above. All sixteen bytes are equal to zero.
         unsafe { _mm_movemask_epi8(_mm_cmpeq_epi8(v, ZERO)) == 0xffff }
     }
+
+    /// Has the processor fetch the two cache lines that begin there. Nothing happens where no
+    /// memory is mapped.
+    pub fn fetch(at: *const u8) {
+        // SAFETY: needs SSE, which x86-64 has by definition. A prefetch is a hint: it reads nothing
+        // that the program sees, and never faults (Intel SDM volume 2, PREFETCHh).
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(64).cast());
+        }
+    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-use portable::{Vector, ZERO, is_zero, unite};
+use portable::{Vector, ZERO, fetch, is_zero, unite};
 
 #[cfg(not(target_arch = "x86_64"))]
 mod portable {
@@ -519,6 +538,8 @@ mod portable {
     pub const fn is_zero(v: Vector) -> bool {
         v == 0
     }
+
+    pub const fn fetch(_: *const u8) {}
 }
 
 /// After a failed system call: goes on after signals and time slices, else returns the error.
