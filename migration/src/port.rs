@@ -51,6 +51,28 @@ pub trait Link: Send {
     /// As [`Link::send`]; the end of the stream is `UnexpectedEof`.
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()>;
 
+    /// Receives `length` bytes into a buffer that holds nothing else then.
+    ///
+    /// What the buffer held is received over, so that one in use for long is not filled with zeros
+    /// each time. It grows while bytes arrive: a length that was lied about costs no more memory
+    /// than what the liar really sends.
+    ///
+    /// # Errors
+    /// As [`Link::recv`]; what the buffer holds is then of no use.
+    fn recv_into(&mut self, length: usize, into: &mut Vec<u8>) -> io::Result<()> {
+        const STEP: usize = 256 << 10;
+        into.truncate(length);
+        let mut received = 0;
+        while received < length {
+            if received == into.len() {
+                into.resize(length.min(received + STEP), 0);
+            }
+            self.recv(&mut into[received..])?;
+            received = into.len();
+        }
+        Ok(())
+    }
+
     /// Waits at most so long until bytes can be received (or the peer has hung up); says whether
     /// they can.
     ///
@@ -89,4 +111,51 @@ pub trait Clock: Sync {
     fn now(&self) -> Duration;
     /// Waits.
     fn sleep(&self, duration: Duration);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Bytes that were sent before.
+    struct Sent<'a>(&'a [u8]);
+
+    impl Link for Sent<'_> {
+        fn send(&mut self, _: &[u8], _: &[u8]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
+            io::Read::read_exact(&mut self.0, buf)
+        }
+
+        fn wait_readable(&mut self, _: Duration) -> io::Result<bool> {
+            Ok(true)
+        }
+
+        fn set_timeout(&mut self, _: Option<Duration>) {}
+    }
+
+    proptest! {
+        #[test]
+        fn what_a_buffer_held_is_received_over(lengths in prop::collection::vec(0..700_000_usize, 1..5)) {
+            let sent: Vec<u8> = (0..=250).cycle().take(lengths.iter().sum()).collect();
+            let mut link = Sent(&sent);
+            let (mut buffer, mut at) = (vec![255; 1000], 0);
+            for length in lengths {
+                link.recv_into(length, &mut buffer).unwrap();
+                prop_assert!(buffer == sent[at..at + length], "{length} bytes at {at}");
+                at += length;
+            }
+        }
+    }
+
+    #[test]
+    fn a_length_that_was_lied_about_costs_what_was_sent() {
+        let mut buffer = Vec::new();
+        let error = Sent(&[1; 600 << 10]).recv_into(4 << 30, &mut buffer);
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert!(buffer.capacity() <= 2 << 20, "{}", buffer.capacity());
+    }
 }

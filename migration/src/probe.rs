@@ -155,7 +155,6 @@ pub fn answer<L: Link>(mut channel: Channel<L>) -> Result<(), WireError> {
         };
         match header.kind {
             FrameType::Probe => {
-                bytes.clear();
                 channel.recv_part(header.length as usize, &mut bytes)?;
             }
             FrameType::RoundEnd => {

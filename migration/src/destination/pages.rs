@@ -94,7 +94,6 @@ impl PageReceiver {
         let pages = self.runs.iter().map(|run| run.count).sum();
         self.decoder
             .admit(header.encoding(), pages, header.body_bytes())?;
-        self.body.clear();
         channel.recv_part(header.body_bytes(), &mut self.body)?;
         Ok(check_crc(
             header,
@@ -170,7 +169,6 @@ impl PageReceiver {
         header: &Header,
         layout: &RamLayout,
     ) -> Result<u32, DestinationError> {
-        self.table.clear();
         channel.recv_part(header.table_bytes(), &mut self.table)?;
         let crc = crc32c::crc32c(&self.table);
         if !is_whole(header) {

@@ -57,17 +57,9 @@ pub trait PageSink<L: Link>: Send + Sync {
     /// # Errors
     /// As [`Link::recv`].
     fn fetch(&self, link: &mut L, runs: &[Run], into: &mut Vec<u8>) -> io::Result<()> {
-        // Grows while bytes arrive: a count that was lied about costs what the liar really sends.
-        const STEP: usize = 256 << 10;
         let bytes: u64 = runs.iter().map(Run::bytes).sum();
         let length = usize::try_from(bytes).map_err(io::Error::other)?;
-        into.clear();
-        while into.len() < length {
-            let at = into.len();
-            into.resize(length.min(at + STEP), 0);
-            link.recv(&mut into[at..])?;
-        }
-        Ok(())
+        link.recv_into(length, into)
     }
     /// The same memory for a guest that runs before all of it is here; `None` where that cannot be.
     fn post_copy(&self) -> Option<&dyn PostCopySink> {

@@ -97,10 +97,6 @@ pub struct Channel<L> {
     sent: u64,
 }
 
-/// Payloads grow by steps of this size while they arrive, so that a length that was lied about
-/// costs no more memory than what the liar really sends.
-const READ_STEP: usize = 256 << 10;
-
 impl<L: Link> Channel<L> {
     /// Puts frames on a link.
     pub const fn new(link: L) -> Self {
@@ -254,7 +250,6 @@ impl<L: Link> Channel<L> {
     /// # Errors
     /// [`WireError::Io`], [`WireError::Payload`].
     pub fn recv_payload(&mut self, header: &Header, into: &mut Vec<u8>) -> Result<(), WireError> {
-        into.clear();
         self.recv_part(header.length as usize, into)?;
         if header.flags & FLAG_CRC != 0 {
             check_crc(header, crc32c::crc32c(into))?;
@@ -262,18 +257,12 @@ impl<L: Link> Channel<L> {
         Ok(())
     }
 
-    /// Receives `length` more bytes of a payload.
+    /// Receives the next `length` bytes of a payload; see [`Link::recv_into`].
     ///
     /// # Errors
     /// [`WireError::Io`].
     pub fn recv_part(&mut self, length: usize, into: &mut Vec<u8>) -> Result<(), WireError> {
-        let end = into.len() + length;
-        while into.len() < end {
-            let at = into.len();
-            into.resize(end.min(at + READ_STEP), 0);
-            self.link.recv(&mut into[at..])?;
-        }
-        Ok(())
+        Ok(self.link.recv_into(length, into)?)
     }
 
     /// Receives a JSON message whose header was read.
