@@ -17,7 +17,13 @@ use std::time::Duration;
 /// Pages in a batch: 1 MiB keeps system calls rare and cancelling quick. With every second page
 /// zero a batch has half as many runs, which is within [`MAX_RUNS`].
 pub(crate) const BATCH_PAGES: u64 = 256;
+/// The same, to step by.
+const BATCH_STEP: usize = BATCH_PAGES as usize;
 const _: () = assert!(BATCH_PAGES <= MAX_RUNS as u64 && BATCH_PAGES <= MAX_CODED_PAGES);
+
+/// Pages of memory that seems to hold nothing in a batch of its own: 64 MiB, as much as is worth one
+/// request to the dirty log, so that the guest never waits long for it.
+const EMPTY_PAGES: u64 = 16 << 10;
 
 /// Why a batch was not sent.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +77,8 @@ pub(crate) struct Batches {
     left: u64,
     /// Of a pass that sends last what is being written: pages that will be appended.
     to_come: Option<u64>,
+    /// Pages that held nothing when it was looked.
+    empty: Option<PageSet>,
 }
 
 impl Batches {
@@ -90,7 +98,26 @@ impl Batches {
             size: size.clamp(1, BATCH_PAGES),
             left,
             to_come: None,
+            empty: None,
         }
+    }
+
+    /// These pages held nothing when it was looked: many of them together are a batch, since there
+    /// is next to nothing to send.
+    pub(crate) fn with_empty(mut self, empty: Option<PageSet>) -> Self {
+        self.empty = empty;
+        self
+    }
+
+    /// How many pages from the first of the run on seem to hold nothing.
+    fn empty_from(&self, run: Run) -> u64 {
+        let holds = self
+            .empty
+            .as_ref()
+            .filter(|empty| empty.contains(run.first));
+        holds.map_or(0, |empty| {
+            run.count.min(empty.next_absent(run.first) - run.first)
+        })
     }
 
     /// In batches of at most `size` pages from now on.
@@ -145,7 +172,7 @@ impl Batches {
         let mut room = self.size;
         while room > 0 {
             let Some(part) = self.parts.last() else { break };
-            let Some(run) = part.next_run(self.at, room) else {
+            let Some(mut run) = part.next_run(self.at, EMPTY_PAGES) else {
                 // A batch never spans two parts: within it, runs are in address order.
                 if !runs.is_empty() {
                     break;
@@ -153,6 +180,16 @@ impl Batches {
                 self.parts.pop();
                 self.at = 0;
                 continue;
+            };
+            let empty = self.empty_from(run);
+            if empty > self.size && !runs.is_empty() {
+                break;
+            }
+            run.count = if empty > self.size {
+                room = empty;
+                empty
+            } else {
+                run.count.min(room)
             };
             self.at = run.end();
             room -= run.count;
@@ -275,8 +312,8 @@ impl Sender {
         self.encoder.without_bases();
     }
 
-    /// Sends the pages of `runs` (at most [`BATCH_PAGES`]) in one write: a frame for the zero
-    /// pages, then those of the coded ones, then one for the others.
+    /// Sends the pages of `runs`: at most [`BATCH_PAGES`], or as many as [`Batches`] has found to
+    /// hold nothing.
     pub(crate) fn send<L: Link, G: SourceVm<L> + ?Sized>(
         &mut self,
         channel: &mut Channel<L>,
@@ -284,6 +321,54 @@ impl Sender {
         runs: &[Run],
         mode: BatchMode,
         clock: &dyn Clock,
+    ) -> Result<Sent, SendError> {
+        if runs.iter().map(|run| run.count).sum::<u64>() <= BATCH_PAGES {
+            self.send_batch(channel, guest, runs, mode, clock)
+        } else {
+            self.send_empty(channel, guest, runs, mode, clock)
+        }
+    }
+
+    /// Tells that pages are zero which seemed to hold nothing, and sends those that were written
+    /// meanwhile.
+    fn send_empty<L: Link, G: SourceVm<L> + ?Sized>(
+        &mut self,
+        channel: &mut Channel<L>,
+        guest: &G,
+        runs: &[Run],
+        mode: BatchMode,
+        clock: &dyn Clock,
+    ) -> Result<Sent, SendError> {
+        let mut sent = self.look(guest, runs, mode)?;
+        let mut data = std::mem::take(&mut self.data);
+        if !self.head.is_empty() {
+            let began = clock.now();
+            if let Err(error) = channel.link().send(&self.head, &[]) {
+                self.encoder.failed();
+                return Err(WireError::Io(error).into());
+            }
+            sent.bytes = self.head.len() as u64;
+            channel.count(sent.bytes);
+            sent.link = clock.now().saturating_sub(began);
+        }
+        for run in &data {
+            for first in (run.first..run.end()).step_by(BATCH_STEP) {
+                let part = Run::new(first, BATCH_PAGES.min(run.end() - first));
+                sent.add(self.send_batch(channel, guest, &[part], mode, clock)?);
+            }
+        }
+        data.clear();
+        self.data = data;
+        Ok(sent)
+    }
+
+    /// Clears the pages' dirty bits and then looks what they hold: frames for those that are zero
+    /// are put into `head`, the others into `data`.
+    fn look<L: Link, G: SourceVm<L> + ?Sized>(
+        &mut self,
+        guest: &G,
+        runs: &[Run],
+        mode: BatchMode,
     ) -> Result<Sent, SendError> {
         if !mode.paused {
             // Cleared first, read after: what is written from here on is dirty again.
@@ -293,22 +378,42 @@ impl Sender {
         }
         let skipped_pages = split(guest, runs, &mut self.zero, &mut self.data);
         let told: u64 = self.zero.iter().map(|run| run.count).sum();
-        let zero_pages = told.saturating_sub(skipped_pages);
         self.head.clear();
-        if let Some(first) = self.zero.first().copied() {
+        let zero = std::mem::take(&mut self.zero);
+        for part in zero.chunks(MAX_RUNS as usize) {
+            let Some(first) = part.first() else { break };
             let at = self.reserve_header();
-            encode_runs(&self.zero, &mut self.head);
+            encode_runs(part, &mut self.head);
             let crc = crc32c::crc32c(&self.head[at + HEADER_BYTES..]);
             self.put_header(
                 at,
                 Header {
                     flags: FLAG_CRC,
                     payload_crc: crc,
-                    ..table_header(FrameType::Zero, first.first, self.zero.len(), 0, mode.round)
+                    ..table_header(FrameType::Zero, first.first, part.len(), 0, mode.round)
                 },
             );
         }
-        self.encoder.zeroed(&self.zero);
+        self.encoder.zeroed(&zero);
+        self.zero = zero;
+        Ok(Sent {
+            zero_pages: told.saturating_sub(skipped_pages),
+            skipped_pages,
+            ..Sent::default()
+        })
+    }
+
+    /// Sends the pages of `runs` (at most [`BATCH_PAGES`]) in one write: a frame for the zero
+    /// pages, then those of the coded ones, then one for the others.
+    fn send_batch<L: Link, G: SourceVm<L> + ?Sized>(
+        &mut self,
+        channel: &mut Channel<L>,
+        guest: &G,
+        runs: &[Run],
+        mode: BatchMode,
+        clock: &dyn Clock,
+    ) -> Result<Sent, SendError> {
+        let looked = self.look(guest, runs, mode)?;
         let uncoded = self.head.len();
         let coded = self
             .encoder
@@ -368,12 +473,11 @@ impl Sender {
         self.encoder.sent(&coded, bytes - uncoded as u64, link);
         Ok(Sent {
             data_pages: coded.pages,
-            zero_pages,
-            skipped_pages,
             bytes,
             link,
             coding: coded.took,
             codecs: coded.codecs,
+            ..looked
         })
     }
 
@@ -474,6 +578,41 @@ pub(crate) fn table_header(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    fn set(end: Gfn, runs: &[(Gfn, u64)]) -> PageSet {
+        let mut set = PageSet::new(end);
+        let runs = runs.iter().map(|(first, count)| Run::new(*first, *count));
+        runs.for_each(|run| set.insert_run(run));
+        set
+    }
+
+    proptest! {
+        /// Each page is in one batch, and a batch is small unless all of it seems to hold nothing.
+        #[test]
+        fn batches_take_each_page_once(
+            pages in prop::collection::vec((0..60_000_u64, 1..5_000_u64), 1..8),
+            empty in prop::collection::vec((0..60_000_u64, 1..30_000_u64), 0..8),
+            size in 1..=BATCH_PAGES,
+        ) {
+            let end = 60_000;
+            let (pages, empty) = (set(end, &pages), set(end, &empty));
+            let mut batches = Batches::new(pages.clone(), SendOrder::Address, &Heat::new(end), size)
+                .with_empty(Some(empty.clone()));
+            let (mut runs, mut taken) = (Vec::new(), PageSet::new(end));
+            while batches.next(&mut runs) {
+                let count: u64 = runs.iter().map(|run| run.count).sum();
+                let holes: u64 = runs.iter().map(|run| empty.count_in(*run)).sum();
+                prop_assert!(count <= size || runs.len() == 1 && holes == count && count <= EMPTY_PAGES);
+                for run in &runs {
+                    prop_assert_eq!(taken.count_in(*run), 0);
+                    taken.insert_run(*run);
+                }
+            }
+            prop_assert_eq!(batches.left(), 0);
+            prop_assert!(taken == pages);
+        }
+    }
 
     #[test]
     fn a_small_cap_still_sends_a_page() {

@@ -59,6 +59,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         self.flush_live()?;
         let (mut draining, mut announced) = (false, false);
         let mut other: Option<Box<dyn Policy>> = None;
+        self.look_for_empty();
         self.session.setup.steering.memory();
         loop {
             self.session.check()?;
@@ -175,9 +176,30 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         if pages.is_empty() {
             return Ok(false);
         }
+        self.memory.empty = Some(pages.clone());
         // Whatever the cap: a batch of zero pages is a few bytes.
         self.send_round_in(pages, SendOrder::Address, false, BATCH_PAGES)?;
         Ok(true)
+    }
+
+    /// Looks once, before anything is sent, where nothing seems to lie, as far as that is told soon.
+    fn look_for_empty(&mut self) {
+        /// Memory in more pieces than this is looked at as it goes out.
+        const HOLES: usize = 4096;
+        if self.memory.empty.is_some() {
+            return;
+        }
+        let mut empty = PageSet::new(self.memory.layout.end());
+        let runs = self.memory.layout.runs().iter();
+        let found = runs.flat_map(|region| holes(self.guest, *region));
+        found.take(HOLES).for_each(|hole| empty.insert_run(hole));
+        self.memory.empty = Some(empty);
+    }
+
+    /// Pages to be sent, in batches of at most so many but for those that seem to hold nothing.
+    fn batches(&self, pages: PageSet, order: SendOrder, batch: u64) -> Batches {
+        let empty = self.memory.empty.as_ref().filter(|empty| !empty.is_empty());
+        Batches::new(pages, order, &self.memory.heat, batch).with_empty(empty.cloned())
     }
 
     /// Takes pending pages off the dirty log, which then shows what is written to them: they are
@@ -280,7 +302,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         let sent = if learns {
             self.send_first_pass(pages, mode, batch)?
         } else {
-            let batches = Batches::new(pages, order, &self.memory.heat, batch);
+            let batches = self.batches(pages, order, batch);
             self.send_batches(batches, mode, None)?
         };
         if self.record.rounds.len() >= Self::ROUNDS_KEPT {
@@ -344,8 +366,9 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         let mut log = PageSet::new(self.memory.layout.end());
         let step = pass.next(&log);
         let to_come = pass.left().len();
-        let first =
-            Batches::new(step, SendOrder::Address, &self.memory.heat, batch).before(to_come);
+        let first = self
+            .batches(step, SendOrder::Address, batch)
+            .before(to_come);
         let mut more = || {
             log.clear();
             guest.collect_dirty(&mut log).map_err(failed)?;
@@ -442,10 +465,10 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
     pub(super) fn delivered(&mut self, runs: &[Run], sent: Sent) {
         for run in runs {
             self.memory.pending.remove_run(*run);
-            for gfn in run.first..run.end() {
-                if !self.memory.sent_once.insert(gfn) {
-                    self.record.pages.resent += 1;
-                }
+            self.record.pages.resent += self.memory.sent_once.count_in(*run);
+            self.memory.sent_once.insert_run(*run);
+            if let Some(empty) = &mut self.memory.empty {
+                empty.remove_run(*run);
             }
         }
         self.record.pages.sent += sent.data_pages;

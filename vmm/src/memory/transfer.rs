@@ -373,7 +373,7 @@ impl GuestRam {
     }
 
     /// The first part of the pages for which the memory file holds nothing: zeros without reading.
-    /// Exact at the time of the call; a long part may come in pieces.
+    /// Exact at the time of the call; of the host's pool a long part may come in pieces.
     #[must_use]
     pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
         let (mut at, end) = (first_gfn, first_gfn.checked_add(count)?);
@@ -393,18 +393,28 @@ impl GuestRam {
     /// As [`unpopulated`](Self::unpopulated), but for memory whose 2 MiB pages are being put
     /// together.
     ///
-    /// Two questions, since neither answers alone: `mincore` is quick for memory that is there, but
-    /// takes a page that was swapped out for absent; `SEEK_DATA` knows, and is quick where nothing
-    /// is. Huge pages are never swapped out, and their files take all for data: there `mincore`
-    /// answers, unless pages may have come by another mapping.
+    /// Two questions, since neither answers alone: `SEEK_DATA` is quick where nothing is, and says
+    /// how far that goes; `mincore` is quick for memory that is there, but takes a page that was
+    /// swapped out for absent, and looks for each absent page by itself. Huge pages are never
+    /// swapped out, and their files take all for data: there `mincore` answers, unless pages may
+    /// have come by another mapping.
     fn seems_unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
         const CHUNK: usize = 512;
         if self.hugepages() && self.adopted {
             return None;
         }
-        let mut resident = [0_u8; CHUNK];
         let mut at = first_gfn;
         let end = first_gfn.checked_add(count)?;
+        let hole_at = |at| {
+            let data = self.next_data(at)?.min(end);
+            (data > at).then(|| (at, data - at))
+        };
+        if !self.hugepages()
+            && let Some(hole) = hole_at(at)
+        {
+            return Some(hole);
+        }
+        let mut resident = [0_u8; CHUNK];
         while at < end {
             let pages = (end - at).min(CHUNK as u64);
             let resident = &mut resident[..usize::try_from(pages).unwrap_or(CHUNK)];
@@ -427,9 +437,8 @@ impl GuestRam {
             if self.hugepages() {
                 return Some((first, absent));
             }
-            let data = self.next_data(first).unwrap_or(first);
-            if data > first {
-                return Some((first, (data - first).min(absent)));
+            if let Some(hole) = hole_at(first) {
+                return Some(hole);
             }
             // Swapped out: it has contents.
             at = first + 1;

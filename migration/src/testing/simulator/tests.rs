@@ -1,5 +1,6 @@
 //! The engines under injected faults. `FERRY_SIM_SEEDS=a..b` replays or widens the search.
 mod disks;
+mod empty;
 mod post_copy;
 
 use super::*;
