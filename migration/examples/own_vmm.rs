@@ -10,9 +10,7 @@ use ferry_migration::destination::Timeouts;
 use ferry_migration::net::{self, Listener, StreamLink};
 use ferry_migration::options::{OnTimeout, Options};
 use ferry_migration::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use ferry_migration::port::{
-    DestinationVm, PageSink, PageSource, Pausable, Paused, PortError, SourceVm, pause,
-};
+use ferry_migration::port::{Pausable, PortError, SimpleVm};
 use ferry_migration::report::Status;
 use ferry_migration::wire::SessionId;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,10 +24,8 @@ const STRIDE: u64 = 1237;
 type Page = [u8; PAGE_SIZE];
 
 /// The VMM: memory, the one register of its guest, the dirty log, and whether the guest runs.
-#[derive(Clone, Default)]
-struct Vm(Arc<Mutex<Machine>>);
+struct Vm(Mutex<Machine>);
 
-#[derive(Default)]
 struct Machine {
     ram: Vec<Page>,
     steps: u64,
@@ -38,7 +34,23 @@ struct Machine {
     ended: bool,
 }
 
+impl Machine {
+    fn new() -> Self {
+        Self {
+            ram: vec![[0; PAGE_SIZE]; index(PAGES)],
+            steps: 0,
+            log: None,
+            runs: false,
+            ended: false,
+        }
+    }
+}
+
 impl Vm {
+    fn new() -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Machine::new())))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Machine> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -49,45 +61,6 @@ fn index(gfn: Gfn) -> usize {
 }
 
 // ───────────────────────────── what the engines need of this VMM ─────────────────────────────
-
-impl PageSource<StreamLink> for Vm {
-    fn copy_page(&self, gfn: Gfn, into: &mut Page) -> Result<(), PortError> {
-        *into = *self.lock().ram.get(index(gfn)).ok_or("no such page")?;
-        Ok(())
-    }
-}
-
-impl SourceVm<StreamLink> for Vm {
-    fn layout(&self) -> RamLayout {
-        RamLayout::new(vec![Run::new(0, PAGES)]).unwrap_or_else(|_| unreachable!())
-    }
-    fn description(&self) -> Result<Vec<u8>, PortError> {
-        Ok(b"a counter".to_vec())
-    }
-    fn state_bytes(&self) -> u64 {
-        8
-    }
-    fn start_tracking(&self) -> Result<(), PortError> {
-        self.lock().log = Some(SourceVm::layout(self).all());
-        Ok(())
-    }
-    fn stop_tracking(&self) {
-        self.lock().log = None;
-    }
-    fn collect_dirty(&self, into: &mut PageSet) -> Result<(), PortError> {
-        self.lock().log.iter().for_each(|log| into.union_with(log));
-        Ok(())
-    }
-    fn clear_dirty(&self, runs: &[Run], _: &mut Vec<u64>) -> Result<(), PortError> {
-        let mut vm = self.lock();
-        let log = vm.log.as_mut().ok_or("nothing is logged")?;
-        runs.iter().for_each(|run| log.remove_run(*run));
-        Ok(())
-    }
-    fn pause(&self) -> Result<Paused<'_>, PortError> {
-        pause(self)
-    }
-}
 
 impl Pausable for Vm {
     fn stop(&self) -> Result<(), PortError> {
@@ -109,38 +82,44 @@ impl Pausable for Vm {
     }
 }
 
-impl PageSink<StreamLink> for Vm {
-    fn write(&self, run: Run, bytes: &[u8]) -> Result<(), PortError> {
-        for (gfn, page) in (run.first..run.end()).zip(bytes.as_chunks().0) {
-            *self.lock().ram.get_mut(index(gfn)).ok_or("no such page")? = *page;
-        }
+impl SimpleVm for Vm {
+    fn layout(&self) -> RamLayout {
+        RamLayout::new(vec![Run::new(0, PAGES)]).unwrap_or_else(|_| unreachable!())
+    }
+    fn description(&self) -> Result<Vec<u8>, PortError> {
+        Ok(b"a counter".to_vec())
+    }
+    fn read_page(&self, gfn: Gfn, into: &mut Page) -> Result<(), PortError> {
+        *into = *self.lock().ram.get(index(gfn)).ok_or("no such page")?;
         Ok(())
     }
-    fn copy_page(&self, gfn: Gfn, into: &mut Page) -> Result<(), PortError> {
-        PageSource::copy_page(self, gfn, into)
+    fn write_page(&self, gfn: Gfn, page: &Page) -> Result<(), PortError> {
+        *self.lock().ram.get_mut(index(gfn)).ok_or("no such page")? = *page;
+        Ok(())
     }
-}
-
-impl DestinationVm<StreamLink> for Vm {
-    type Sink = Self;
-
-    fn prepare(&mut self, layout: &RamLayout, machine: &[u8]) -> Result<Arc<Self>, PortError> {
-        if layout.end() != PAGES || machine != b"a counter" {
-            return Err("this host runs counters of 16 MiB only".into());
-        }
-        self.lock().ram = vec![[0; PAGE_SIZE]; index(PAGES)];
-        Ok(Arc::new(self.clone()))
+    fn start_tracking(&self) -> Result<(), PortError> {
+        self.lock().log = Some(self.layout().all());
+        Ok(())
     }
-    fn restore(&mut self, state: &[u8]) -> Result<(), PortError> {
+    fn stop_tracking(&self) {
+        self.lock().log = None;
+    }
+    fn collect_dirty(&self, into: &mut PageSet) -> Result<(), PortError> {
+        self.lock().log.iter().for_each(|log| into.union_with(log));
+        Ok(())
+    }
+    fn clear_dirty(&self, runs: &[Run]) -> Result<(), PortError> {
+        let mut vm = self.lock();
+        let log = vm.log.as_mut().ok_or("nothing is logged")?;
+        runs.iter().for_each(|run| log.remove_run(*run));
+        Ok(())
+    }
+    fn restore(&self, state: &[u8]) -> Result<(), PortError> {
         self.lock().steps = u64::from_le_bytes(state.try_into()?);
         Ok(())
     }
-    fn run(&mut self) -> Result<Duration, PortError> {
-        self.lock().runs = true;
-        Ok(Duration::ZERO)
-    }
-    fn discard(&mut self) {
-        *self.lock() = Machine::default();
+    fn discard(&self) {
+        *self.lock() = Machine::new();
     }
 }
 
@@ -174,8 +153,7 @@ fn corrupt(machine: &Machine) -> usize {
 }
 
 fn main() -> Result<(), PortError> {
-    let (here, there) = (Vm::default(), Vm::default());
-    here.lock().ram = vec![[0; PAGE_SIZE]; index(PAGES)];
+    let (here, there) = (Vm::new(), Vm::new());
     here.lock().runs = true;
     let listener = Listener::tcp("127.0.0.1:0")?;
     let address = listener.address().ok_or("a TCP listener has an address")?;
@@ -189,7 +167,7 @@ fn main() -> Result<(), PortError> {
         scope.spawn(|| processor(&here));
         scope.spawn(|| processor(&there));
         let accept = |timeout| listener.accept(timeout);
-        let vm = there.clone();
+        let vm = Arc::clone(&there);
         let receiver = scope.spawn(move || net::receive(accept, vm, Timeouts::default()));
         let report = net::migrate(&here, || StreamLink::connect_tcp(address), &options);
         let received = receiver.join().map_err(|_| "the receiver panicked");

@@ -8,11 +8,14 @@
 //!
 //! The engines never hold a reference into guest memory, because a running guest writes to it:
 //! pages go from [`PageSource`] to [`Link`] and from [`Link`] to [`PageSink`] behind these traits.
+//!
+//! A VMM without mapped memory, post-copy or disks implements [`Pausable`] and [`SimpleVm`] alone.
 
 mod blocks;
 mod destination;
 mod free_memory;
 mod pausable;
+mod simple;
 mod source;
 mod throttle;
 
@@ -23,6 +26,7 @@ pub use destination::{
 pub(crate) use destination::{post_copy, post_copy_vm};
 pub use free_memory::{FreeMemory, FreedPages};
 pub use pausable::{Pausable, given_away, pause};
+pub use simple::SimpleVm;
 pub(crate) use source::holes;
 pub use source::{
     Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, ShareMemory, SourceDisks,

@@ -40,6 +40,10 @@ mod handshake;
 mod helm;
 mod live;
 mod owner;
+// Here, as `owner.rs` is compiled with other atomics too.
+#[cfg(test)]
+#[path = "source/owner/tests.rs"]
+mod owner_tests;
 mod parts;
 mod phases;
 pub(crate) mod post_copy;

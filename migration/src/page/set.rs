@@ -139,6 +139,14 @@ impl PageSet {
         there
     }
 
+    /// Adds or removes a page. Pages beyond the end are ignored.
+    pub fn set(&mut self, gfn: Gfn, there: bool) {
+        if gfn < self.end {
+            let word = &mut self.words[word_of(gfn)];
+            *word = *word & !(1 << (gfn % 64)) | u64::from(there) << (gfn % 64);
+        }
+    }
+
     /// Applies `f(word, mask)` to every word that the run touches, clipped to the end.
     fn for_words(&mut self, run: Run, f: impl Fn(&mut u64, u64)) {
         for (word, mask) in parts(run, self.end) {

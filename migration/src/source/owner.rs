@@ -12,7 +12,7 @@
 //! value, and the guest itself from the guards ([`PausedVm`](crate::port::PausedVm),
 //! [`CommittedVm`](crate::port::CommittedVm)).
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use crate::sync::atomic::{AtomicU8, Ordering};
 
 /// Who may run the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ impl Ownership {
     /// Of a guest that was committed by an earlier migration: for
     /// [`recover`](crate::source::recover).
     #[must_use]
-    pub const fn in_doubt() -> Self {
+    pub fn in_doubt() -> Self {
         Self(AtomicU8::new(IN_DOUBT))
     }
 
@@ -85,35 +85,5 @@ impl Ownership {
         self.0
             .compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst)
             .is_ok()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cancel_and_a_commit_exclude_each_other() {
-        let owner = Ownership::default();
-        assert!(owner.cancel() && owner.cancel() && owner.is_cancelled());
-        assert!(!owner.commit());
-        assert_eq!(owner.owner(), Owner::Source);
-
-        let owner = Ownership::default();
-        assert!(owner.commit());
-        assert!(!owner.cancel() && !owner.is_cancelled());
-        assert_eq!(owner.owner(), Owner::InDoubt);
-        owner.confirm();
-        assert!(!owner.cancel());
-        assert_eq!(owner.owner(), Owner::Destination);
-    }
-
-    #[test]
-    fn what_was_not_started_can_be_cancelled_again() {
-        let owner = Ownership::in_doubt();
-        assert!(!owner.cancel());
-        owner.take_back();
-        assert_eq!(owner.owner(), Owner::Source);
-        assert!(owner.cancel());
     }
 }

@@ -7,6 +7,7 @@
 use super::fault::PortFault;
 use super::lock;
 use super::world::World;
+use crate::page::PAGE_SIZE;
 use crate::port::{BLOCK_BYTES, BlockSink, BlockSource, PortError, blocks_in};
 use std::sync::{Arc, Mutex};
 
@@ -97,22 +98,38 @@ impl Disks {
     }
 }
 
-/// What bytes `at..` of a block of this version hold.
+/// The words of a block of this version, from byte `at` on, a multiple of 8: the version at the
+/// beginning of each page, a hash of it elsewhere.
+fn words(version: u64, at: usize) -> impl Iterator<Item = [u8; 8]> {
+    let hash = version.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (at / 8..).map(move |n| {
+        if n % (PAGE_SIZE / 8) == 0 {
+            version
+        } else {
+            hash
+        }
+        .to_le_bytes()
+    })
+}
+
+/// What bytes `at..` of a block of this version hold. Disks are of whole sectors, so of whole words.
 fn fill(version: u64, at: usize, into: &mut [u8]) {
-    let word = version.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
-    for (n, byte) in into.iter_mut().enumerate() {
-        *byte = match (at + n) % 4096 {
-            i @ 0..8 => version.to_le_bytes()[i],
-            i => word[i % 8],
-        };
+    let (into, rest) = into.as_chunks_mut();
+    debug_assert!(at.is_multiple_of(8) && rest.is_empty(), "half a word");
+    for (to, word) in into.iter_mut().zip(words(version, at)) {
+        *to = word;
     }
 }
 
 fn version_of(bytes: &[u8]) -> u64 {
-    let version = u64::from_le_bytes(*bytes.first_chunk().unwrap_or(&[0; 8]));
-    let mut whole = vec![0; bytes.len()];
-    fill(version, 0, &mut whole);
-    if whole == bytes { version } else { TORN }
+    let (bytes, rest) = bytes.as_chunks();
+    let version = u64::from_le_bytes(bytes.first().copied().unwrap_or_default());
+    let whole = bytes.iter().zip(words(version, 0)).all(|(a, b)| *a == b);
+    if whole && rest.is_empty() {
+        version
+    } else {
+        TORN
+    }
 }
 
 fn number(offset: u64) -> usize {

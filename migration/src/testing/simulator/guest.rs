@@ -67,13 +67,14 @@ impl PageSource<SimLink> for SimGuest {
     fn transmit(&self, link: &mut SimLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
         let mut bytes = head.to_vec();
         let mut pages = 0;
+        let mut world = lock(&self.world);
         for gfn in runs.iter().flat_map(|run| run.first..run.end()) {
-            let mut world = lock(&self.world);
             bytes.extend_from_slice(&world.read(gfn).to_le_bytes());
             // The guest runs on while its memory is being read.
             world.sneak_a_write();
             pages += 1;
         }
+        drop(world);
         link.send_weighed(&bytes, weight_of(head.len(), pages), head.len())
     }
 

@@ -6,6 +6,8 @@ mod post_copy;
 use super::*;
 use crate::options::{Compress, Handover, PolicyKind};
 use crate::steering::Change;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 fn seeds() -> std::ops::Range<u64> {
     let range = std::env::var("FERRY_SIM_SEEDS").unwrap_or_else(|_| "0..10000".into());
@@ -13,6 +15,84 @@ fn seeds() -> std::ops::Range<u64> {
         .split_once("..")
         .expect("FERRY_SIM_SEEDS is a range, such as 17..18");
     from.parse().unwrap()..to.parse().unwrap()
+}
+
+/// Ends the work of all threads when one fails: what it found is to be told at once.
+struct EndOnPanic<'a>(&'a AtomicU64);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(u64::MAX / 2, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Runs seeds on all processors; what each thread has counted.
+fn on_all_processors<T: Default + Send>(
+    seeds: &std::ops::Range<u64>,
+    run: impl Fn(u64, &mut T) + Sync,
+) -> Vec<T> {
+    let next = AtomicU64::new(seeds.start);
+    let work = || {
+        let _end = EndOnPanic(&next);
+        let mut counted = T::default();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return counted;
+            }
+            run(seed, &mut counted);
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined
+            .map(|counted| counted.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
+}
+
+/// What the runs of many seeds came to.
+#[derive(Default)]
+struct Tally {
+    statuses: BTreeMap<String, u64>,
+    fates: BTreeMap<String, u64>,
+    /// By what was changed, and whether the guest moved.
+    steered: BTreeMap<(String, bool), u64>,
+    codecs: crate::report::Codecs,
+}
+
+impl Tally {
+    fn count(&mut self, outcome: &Outcome) {
+        let report = &outcome.report;
+        self.codecs.join(&report.codecs);
+        for done in &report.steered {
+            let what = done.change.to_string();
+            let kind = what.split(' ').next().unwrap_or_default().to_owned();
+            let ended = report.status == Status::Completed;
+            *self.steered.entry((kind, ended)).or_default() += 1;
+        }
+        let fates = format!("{:?}/{:?}", outcome.source, outcome.destination);
+        *self.fates.entry(fates).or_default() += 1;
+        let status = format!("{:?}", report.status);
+        *self.statuses.entry(status).or_default() += 1;
+    }
+
+    fn add(mut self, other: Self) -> Self {
+        fn join<K: Ord>(into: &mut BTreeMap<K, u64>, from: BTreeMap<K, u64>) {
+            for (key, count) in from {
+                *into.entry(key).or_default() += count;
+            }
+        }
+        join(&mut self.statuses, other.statuses);
+        join(&mut self.fates, other.fates);
+        join(&mut self.steered, other.steered);
+        self.codecs.join(&other.codecs);
+        self
+    }
 }
 
 #[test]
@@ -54,12 +134,8 @@ fn a_calm_migration_completes() {
 
 #[test]
 fn no_seed_loses_a_write_or_makes_two_owners() {
-    let mut statuses = std::collections::BTreeMap::new();
-    let mut fates = std::collections::BTreeMap::new();
-    let mut codecs = crate::report::Codecs::default();
     let began = std::time::Instant::now();
-    let mut steered = std::collections::BTreeMap::new();
-    for seed in seeds() {
+    let tallies = on_all_processors(&seeds(), |seed, tally: &mut Tally| {
         let scenario = Scenario::random(seed);
         let outcome = run(&scenario);
         assert!(
@@ -68,20 +144,15 @@ fn no_seed_loses_a_write_or_makes_two_owners() {
             outcome.violations,
             outcome.report
         );
-        codecs.join(&outcome.report.codecs);
-        for done in &outcome.report.steered {
-            let what = done.change.to_string();
-            let kind = what.split(' ').next().unwrap_or_default().to_owned();
-            let ended = outcome.report.status == Status::Completed;
-            *steered.entry((kind, ended)).or_insert(0) += 1;
-        }
-        *statuses
-            .entry(format!("{:?}", outcome.report.status))
-            .or_insert(0) += 1;
-        *fates
-            .entry(format!("{:?}/{:?}", outcome.source, outcome.destination))
-            .or_insert(0) += 1;
-    }
+        tally.count(&outcome);
+    });
+    let tally = tallies.into_iter().fold(Tally::default(), Tally::add);
+    let Tally {
+        statuses,
+        fates,
+        steered,
+        codecs,
+    } = tally;
     let rate = seeds().count() as f64 / began.elapsed().as_secs_f64();
     println!(
         "steered {steered:?}\nstatuses {statuses:?}\nfates {fates:?}\n{codecs:?}\n{rate:.0} seeds a second"

@@ -5,6 +5,7 @@ use super::fault::{ApiCall, Call, FaultKind, PortFault};
 use super::{Rng, Scenario};
 use crate::page::{Gfn, PAGE_BYTES, PageSet, RamLayout, Run};
 use crate::port::FreedPages;
+use crate::rng::Odds;
 use crate::source::Ownership;
 use crate::steering::{Change, Steering};
 use std::collections::VecDeque;
@@ -34,6 +35,9 @@ pub(super) const STATE: &[u8] = b"registers and devices of the simulated machine
 /// What a message takes on a link that trickles.
 const SLOW: Duration = Duration::from_secs(2);
 
+/// The share of writes with which one to the disk goes.
+const TO_DISK: Odds = Odds::new(0.05);
+
 /// What a dropped page shows in the simulated memory.
 const STALE: u64 = u64::MAX;
 
@@ -46,8 +50,8 @@ pub(super) struct World {
     pub slowed: f64,
     pub rested: Duration,
     racing_writes: f64,
-    zero_writes: f64,
-    given_back: f64,
+    zero_writes: Odds,
+    given_back: Odds,
     owed_writes: f64,
     /// The working set, shuffled, and where a walk through it stands (`None`: writes go anywhere).
     hot: Vec<Gfn>,
@@ -154,8 +158,8 @@ impl World {
             slowed: 0.0,
             rested: Duration::ZERO,
             racing_writes: scenario.racing_writes,
-            zero_writes: scenario.zero_writes,
-            given_back: scenario.given_back,
+            zero_writes: Odds::new(scenario.zero_writes),
+            given_back: Odds::new(scenario.given_back),
             owed_writes: 0.0,
             hot,
             walked: scenario.walk.then_some(0),
@@ -234,17 +238,78 @@ impl World {
         } else {
             self.owed_writes - writes
         };
-        let mut left = writes;
-        while left >= 1.0 {
-            left -= 1.0;
+        #[expect(clippy::cast_possible_truncation, reason = "at most 20,000")]
+        let writes = writes as u64;
+        if self.source_runs {
+            self.run_at_source(writes);
+        } else if self.lacks_what_it_writes() {
+            self.run_at_destination(writes);
+        } else {
+            // These pages are in place: what the guest writes from here on no migration can lose.
+            self.pass_over(writes);
+        }
+    }
+
+    fn lacks_what_it_writes(&self) -> bool {
+        let missing = self.missing.as_ref();
+        missing.is_some_and(|missing| self.hot.iter().any(|gfn| missing.contains(*gfn)))
+    }
+
+    /// So many writes in a row, until one has to wait for its page.
+    fn run_at_destination(&mut self, writes: u64) {
+        for _ in 0..writes {
             let gfn = self.next_written();
             if self.faults_on(gfn) {
                 self.owed_writes = 0.0;
                 return;
             }
             self.write(gfn);
-            self.write_disk();
         }
+    }
+
+    /// So many writes at the destination that nothing looks at: what follows is as if they were done.
+    fn pass_over(&mut self, writes: u64) {
+        let drawn = 1 + u64::from(self.walked.is_none()) + u64::from(!self.given_back.is_none());
+        self.rng.skip(writes * drawn);
+        if let Some(at) = &mut self.walked {
+            *at = index((*at as u64 + writes) % self.hot.len() as u64);
+        }
+    }
+
+    /// So many writes in a row: most of what a simulation does, so the numbers are kept at hand.
+    fn run_at_source(&mut self, writes: u64) {
+        let mut rng = self.rng.clone();
+        let mut version = self.next_version;
+        let blocks = self.disks.source.len() as u64;
+        let (hot, length) = (self.hot.as_slice(), self.hot.len());
+        for _ in 0..writes {
+            let at = match &mut self.walked {
+                Some(at) => {
+                    *at += 1;
+                    if *at == length {
+                        *at = 0;
+                    }
+                    *at
+                }
+                None => index(rng.below(length as u64)),
+            };
+            let gfn = hot[at];
+            let gives = !self.given_back.is_none() && rng.hits(self.given_back);
+            let clears = !gives && rng.hits(self.zero_writes);
+            let empty = gives || clears;
+            version += u64::from(!empty);
+            self.source_memory[index(gfn)] = if empty { 0 } else { version };
+            self.holes.set(gfn, gives);
+            if let Some(log) = &mut self.log {
+                log.insert(gfn);
+            }
+            if blocks > 0 && rng.hits(TO_DISK) {
+                let (block, clear) = (rng.below(blocks), rng.hits(self.zero_writes));
+                self.disks.write(index(block), clear);
+            }
+        }
+        self.rng = rng;
+        self.next_version = version;
     }
 
     /// A user's call to the source's VMM.
@@ -353,7 +418,7 @@ impl World {
 
     /// One write of the guest, wherever it runs; sometimes it clears the page, or gives it back.
     pub fn write(&mut self, gfn: Gfn) {
-        let gives = self.given_back > 0.0 && self.rng.chance(self.given_back);
+        let gives = !self.given_back.is_none() && self.rng.hits(self.given_back);
         if gives && self.source_runs {
             self.holes.insert(gfn);
             self.source_memory[index(gfn)] = 0;
@@ -362,7 +427,7 @@ impl World {
             }
             return;
         }
-        let version = if self.rng.chance(self.zero_writes) {
+        let version = if self.rng.hits(self.zero_writes) {
             0
         } else {
             self.next_version += 1;
@@ -409,8 +474,8 @@ impl World {
     /// Some of the guest's writes go to its disk.
     fn write_disk(&mut self) {
         let blocks = self.disks.source.len() as u64;
-        if self.source_runs && blocks > 0 && self.rng.chance(0.05) {
-            let (block, clear) = (self.rng.below(blocks), self.rng.chance(self.zero_writes));
+        if self.source_runs && blocks > 0 && self.rng.hits(TO_DISK) {
+            let (block, clear) = (self.rng.below(blocks), self.rng.hits(self.zero_writes));
             self.disks.write(index(block), clear);
         }
     }
@@ -537,7 +602,6 @@ impl World {
             .iter()
             .find(|fault| fault.at == at)
             .map(|fault| fault.kind);
-        let mut bytes = bytes.to_vec();
         match fault {
             Some(FaultKind::CutBefore) => self.break_all(),
             Some(FaultKind::LostSilently) => {
@@ -562,9 +626,12 @@ impl World {
             Some(FaultKind::Flip(bit)) => {
                 let range = if self.verified { bytes.len() } else { guarded };
                 let bit = bit as usize % (range * 8).max(1);
+                let mut bytes = bytes.to_vec();
                 if let Some(byte) = bytes.get_mut(bit / 8) {
                     *byte ^= 1 << (bit % 8);
                 }
+                self.deliver(side, connection, &bytes);
+                return Ok(());
             }
             Some(FaultKind::Slow) => self.slow = SLOW,
             Some(FaultKind::Stall) => {
@@ -574,7 +641,7 @@ impl World {
             }
             Some(FaultKind::Cancel) => self.cancel(),
             Some(FaultKind::CutAfter) => {
-                self.deliver(side, connection, &bytes);
+                self.deliver(side, connection, bytes);
                 self.break_all();
                 return Ok(());
             }
@@ -583,7 +650,7 @@ impl World {
         if self.connections[connection].broken {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
-        self.deliver(side, connection, &bytes);
+        self.deliver(side, connection, bytes);
         Ok(())
     }
 
