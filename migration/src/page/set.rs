@@ -199,6 +199,22 @@ impl PageSet {
         }
     }
 
+    /// Becomes the pages that the other has and this set has not, in the memory of this set.
+    pub fn become_difference(&mut self, other: &Self) {
+        for (index, mine) in self.words.iter_mut().enumerate() {
+            *mine = other.words.get(index).copied().unwrap_or(0) & !*mine;
+        }
+        self.trim();
+    }
+
+    /// How many pages both have.
+    #[must_use]
+    pub fn count_common(&self, other: &Self) -> u64 {
+        let both = self.words.iter().zip(&other.words);
+        both.map(|(mine, theirs)| u64::from((mine & theirs).count_ones()))
+            .sum()
+    }
+
     /// Keeps the pages that the other has too.
     pub fn intersect_with(&mut self, other: &Self) {
         for (index, mine) in self.words.iter_mut().enumerate() {

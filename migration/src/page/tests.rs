@@ -15,6 +15,7 @@ enum Op {
     Union(Vec<Gfn>),
     Subtract(Vec<Gfn>),
     Intersect(Vec<Gfn>),
+    Difference(Vec<Gfn>),
     Clear,
 }
 
@@ -30,7 +31,8 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(w, v)| Op::Words(w * 64, v)),
         list.clone().prop_map(Op::Union),
         list.clone().prop_map(Op::Subtract),
-        list.prop_map(Op::Intersect),
+        list.clone().prop_map(Op::Intersect),
+        list.prop_map(Op::Difference),
         Just(Op::Clear),
     ]
 }
@@ -65,6 +67,13 @@ proptest! {
                 Op::Union(list) => { set.union_with(&set_of(&list)); oracle.extend(list); }
                 Op::Subtract(list) => { set.subtract(&set_of(&list)); oracle.retain(|g| !list.contains(g)); }
                 Op::Intersect(list) => { set.intersect_with(&set_of(&list)); oracle.retain(|g| list.contains(g)); }
+                Op::Difference(list) => {
+                    let list = set_of(&list);
+                    let common = oracle.iter().filter(|g| list.contains(**g)).count();
+                    prop_assert_eq!(set.count_common(&list), common as u64);
+                    set.become_difference(&list);
+                    oracle = list.iter().filter(|g| !oracle.contains(g)).collect();
+                }
                 Op::Clear => { set.clear(); oracle.clear(); }
             }
             oracle.retain(|&g| g < END);

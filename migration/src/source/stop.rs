@@ -93,21 +93,32 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
     /// Moves the guest, and lets what is left follow.
     fn let_follow(self, order: PushOrder) -> Result<Moved<'g>, End<'g>> {
         let known = self.source.list_known().map_err(End::Here)?;
+        // Sets are as large as the guest's memory asks for: in the pause none is made anew.
+        let (mut missing, mut news) = (known.clone(), known);
         let Stopped {
             source,
             paused,
             tracking,
             collected,
         } = self.stop()?;
-        let missing = source.memory.pending.clone();
+        missing.clone_from(&source.memory.pending);
+        news.become_difference(&missing);
+        source.record.pages.resent += missing.count_common(&source.memory.sent_once);
+        let verify = source.session.setup.options.verify;
+        let there = verify.then(|| {
+            let mut there = source.memory.layout.all();
+            there.subtract(&missing);
+            there
+        });
+        let hashed = verify.then(|| missing.clone());
         let layout = source.memory.layout.clone();
         let round = source.flight.round + 1;
         let server = Source::page_server(
             (source.guest, &layout),
             (&source.session.setup, &source.helm.options),
-            missing.clone(),
+            missing,
             (order, round),
-            source.session.setup.options.verify,
+            verify,
         );
         // From the restoring on the destination may touch a page that it lacks.
         let moved = source.while_answering(&server, |source| {
@@ -117,7 +128,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
                 tracking,
                 collected,
             };
-            let lists = |source: &mut Source<'a, 'g, L, G>| source.list_news(&missing, &known);
+            let lists = |source: &mut Source<'a, 'g, L, G>| source.list_news(&news, there);
             let confirmed = stopped.hand_over(lists)?;
             if confirmed.is_complete() {
                 // Nothing was pending: as after stop-and-copy, nothing follows.
@@ -130,8 +141,9 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
             source.record.verified = None;
             source.flight.round += 1;
             source.enter(Phase::PostCopy);
-            let hashes = source.session.setup.options.verify.then_some(&missing);
-            let error = source.push_all(&server, hashes).map_err(End::Interrupted)?;
+            let error = source
+                .push_all(&server, hashed.as_ref())
+                .map_err(End::Interrupted)?;
             Ok(Moved { committed, error })
         });
         // Without a thread the guest was not handed over: its guard is dropped.
@@ -320,18 +332,11 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         Ok(known)
     }
 
-    /// In the pause of post-copy: the missing pages that were not `known`, and hashes of those that
-    /// are there.
-    fn list_news(&mut self, missing: &PageSet, known: &PageSet) -> Result<(), SourceError> {
-        let mut news = missing.clone();
-        news.subtract(known);
-        send_set(&mut self.session.control, &news)?;
-        let mut again = missing.clone();
-        again.intersect_with(&self.memory.sent_once);
-        self.record.pages.resent += again.len();
-        let mut there = self.memory.layout.all();
-        there.subtract(missing);
-        self.send_all_hashes(there)
+    /// In the pause of post-copy: the missing pages that the destination has not heard of, and with
+    /// `--verify` hashes of those that are `there`.
+    fn list_news(&mut self, news: &PageSet, there: Option<PageSet>) -> Result<(), SourceError> {
+        send_set(&mut self.session.control, news)?;
+        there.map_or(Ok(()), |there| self.send_all_hashes(there))
     }
 
     /// Waits until the destination has done everything that it was sent: a round without pages.

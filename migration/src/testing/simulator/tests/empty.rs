@@ -6,7 +6,7 @@ use crate::sender::BATCH_PAGES;
 /// Most of its memory was never written; some of it is written while it is being looked at.
 fn nearly_empty(policy: PolicyKind, seed: u64) -> Scenario {
     let mut scenario = Scenario::calm(seed);
-    scenario.pages = 20_000;
+    scenario.pages = 100_000;
     scenario.zero_share = 1.0;
     scenario.given_back = 0.05;
     scenario.zero_writes = 0.0;
