@@ -338,6 +338,18 @@ pub fn dial_unless(
     }
 }
 
+/// Connects as a client to a server that has room in its queue now; the stream does not block. Two
+/// system calls, for a thread whose sandbox has few: the path must fit into an address.
+///
+/// # Errors
+/// Those of connect(2); `WouldBlock` where the server's queue is full.
+pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let address = UnixAddr::new(path)?;
+    let fd = new_socket(SockType::Stream, SockFlag::SOCK_NONBLOCK)?;
+    connect(fd.as_raw_fd(), &address)?;
+    Ok(UnixStream::from(fd))
+}
+
 /// A path by which a socket can be addressed. A longer one than an address holds goes by way of its
 /// directory, for a path that was short as its user wrote it may be long when it is made absolute.
 struct Reach {
