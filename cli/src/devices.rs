@@ -162,6 +162,24 @@ impl FromStr for Net {
     }
 }
 
+/// The file of a vsock's socket, which is removed when this is dropped: by a thread of the VMM, for
+/// others may not.
+pub struct VsockFile(Option<VsockOptions>);
+
+impl VsockFile {
+    pub fn of(backends: &Backends) -> Self {
+        Self(backends.vsock.clone())
+    }
+}
+
+impl Drop for VsockFile {
+    fn drop(&mut self) {
+        if let Some(vsock) = &self.0 {
+            vsock.remove_file();
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Vsock(PathBuf, Option<u32>);
 

@@ -1,5 +1,6 @@
 //! `ferry receive`.
 
+use super::devices::VsockFile;
 use super::passed::Source;
 use super::security;
 use super::serve::{Place, Signals, serve};
@@ -88,8 +89,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         say(&format!("the source needs: --pair {line}"));
     }
     say(&format!("waiting on {uri} for a guest"));
-    // A thread of this kind removes its file.
-    let vsock = console.backends.vsock.clone();
+    let vsock = VsockFile::of(&console.backends);
     let receiver = Receiver::of(
         listener,
         console.serial,

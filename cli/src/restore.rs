@@ -1,5 +1,6 @@
 //! `ferry restore`.
 
+use super::devices::VsockFile;
 use super::serial::Serial;
 use super::serve::{Place, Signals, serve};
 use ferry_terminal::output::{Failure, put_json, say};
@@ -69,8 +70,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         force: args.force,
         dirty: args.place.dirty,
     };
-    // A thread of this kind removes its file.
-    let vsock = console.backends.vsock.clone();
+    let vsock = VsockFile::of(&console.backends);
     let restored = restore(&options, console.serial, console.backends, &|| {
         signals.came()
     })?;

@@ -1,7 +1,7 @@
 //! `ferry run`.
 
 use super::balloon::Setting;
-use super::devices;
+use super::devices::{self, VsockFile};
 use super::observe;
 use super::passed::Api;
 use super::sandbox;
@@ -216,8 +216,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     if args.hugepages {
         backends.memory.backing = Backing::Hugetlb;
     }
-    // A thread of this kind removes its file.
-    let vsock = backends.vsock.clone();
+    let vsock = VsockFile::of(&backends);
     let mut builder = Machine::builder()
         .memory(memory)
         .cpus(args.cpus)

@@ -162,10 +162,9 @@ impl Socket {
     pub fn path(&self) -> &Path {
         &self.path
     }
-}
 
-impl Drop for Socket {
-    fn drop(&mut self) {
+    /// Removes the file, as dropping the socket does: no further process connects to it.
+    pub fn remove_file(&self) {
         // Without the lock another process could replace the file between the question and the
         // removal.
         let _lock = lock_directory(directory(&self.path));
@@ -174,6 +173,12 @@ impl Drop for Socket {
             // A file that cannot be removed is dead for the next starter, who replaces it.
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.remove_file();
     }
 }
 

@@ -57,8 +57,8 @@ pub enum VsockError {
 }
 
 impl VsockOptions {
-    /// Makes the socket that programs of the host connect to. It is there, and its file, as long as
-    /// a clone of this or a machine with it; the last is to be dropped by a thread of the VMM.
+    /// Makes the socket that programs of the host connect to. It is there as long as a clone of
+    /// this or a machine with it, and so is its file, or until [`remove_file`](Self::remove_file).
     ///
     /// # Errors
     /// [`VsockError`].
@@ -78,6 +78,11 @@ impl VsockOptions {
             cid,
             socket: Arc::new(Socket::bind(path)?),
         })
+    }
+
+    /// Removes the socket's file, for machines outlive their guests where replies are still made.
+    pub fn remove_file(&self) {
+        self.socket.remove_file();
     }
 
     /// The socket's path, absolute.
