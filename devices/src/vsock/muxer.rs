@@ -318,7 +318,8 @@ impl Muxer {
                     self.settle(id, fate);
                 }
                 Some(Entry::Lingering(stream, rest)) => {
-                    if rest.flush(stream).is_err() || rest.is_empty() {
+                    let done = rest.flush(stream).is_err() || rest.is_empty();
+                    if done {
                         self.remove(id);
                     }
                 }

@@ -47,11 +47,15 @@ struct Stream {
 
 /// The byte at a place of a stream.
 fn byte(guest: u32, at: u32) -> u8 {
-    (guest * 31 + at * 7 + at / 251) as u8
+    (guest * 31 + at * 7 + at / 251).to_le_bytes()[0]
 }
 
 fn bytes(guest: u32, from: u32, len: u32) -> Vec<u8> {
     (from..from + len).map(|at| byte(guest, at)).collect()
+}
+
+fn number(n: usize) -> u32 {
+    u32::try_from(n).unwrap()
 }
 
 struct Side {
@@ -123,15 +127,15 @@ impl Run {
             Step::ProgramSends(len) if !side.inward.ended => {
                 let data = bytes(guest, side.inward.sent, len.into());
                 if let Ok(n) = side.program.write(&data) {
-                    side.inward.sent += n as u32;
+                    side.inward.sent += number(n);
                 }
             }
             Step::ProgramReads(len) => {
                 let mut data = vec![0; len.into()];
                 if let Ok(n) = side.program.read(&mut data) {
-                    let wanted = bytes(guest, side.outward.arrived, n as u32);
+                    let wanted = bytes(guest, side.outward.arrived, number(n));
                     assert_eq!(data[..n], wanted);
-                    side.outward.arrived += n as u32;
+                    side.outward.arrived += number(n);
                     let all = side.outward.arrived == side.outward.sent;
                     assert!(n > 0 || side.outward.ended && all, "an end too early");
                 }
