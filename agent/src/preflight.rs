@@ -170,12 +170,12 @@ mod tests {
         ] {
             assert!(why.contains(part), "{part:?} is not in {why:?}");
         }
+        let _used = std::os::unix::net::UnixListener::bind(dir.path().join("used")).unwrap();
         for (path, why) in [
             ("v.sock".into(), "does not take"),
             (dir.path().join("none/v.sock"), "has no folder"),
             (dir.path().join("used"), "a process uses"),
         ] {
-            let _used = std::os::unix::net::UnixListener::bind(dir.path().join("used"));
             let found = check_socket(&path).unwrap();
             assert!(found.contains(why), "{found}");
         }
