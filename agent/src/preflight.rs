@@ -8,6 +8,7 @@ use ferry_terminal::units::memory;
 use ferry_vmm::memory::available_memory;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 /// The most disks or network cards of a guest.
@@ -60,10 +61,28 @@ pub fn check(wanted: &Wanted, settings: &Settings, guests: &[Guest]) -> Result<G
             ));
         }
     }
+    wrong.extend(wanted.vsock.as_deref().and_then(check_socket));
     if wrong.is_empty() {
         Ok(name)
     } else {
         Err(wrong.join("; "))
+    }
+}
+
+/// What is wrong with the path of a socket that is to be made, if anything.
+fn check_socket(path: &Path) -> Option<String> {
+    let shown = path.display();
+    if !path.is_absolute() || path.to_str().is_none_or(|path| path.contains(',')) {
+        return Some(format!(
+            "the vsock's socket {shown} has a path that --vsock does not take"
+        ));
+    }
+    if !path.parent().is_some_and(Path::is_dir) {
+        return Some(format!("the vsock's socket {shown} has no folder here"));
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Some(format!("a process uses the vsock's socket {shown} here")),
+        Err(_) => None,
     }
 }
 
@@ -151,6 +170,16 @@ mod tests {
         ] {
             assert!(why.contains(part), "{part:?} is not in {why:?}");
         }
+        let _used = std::os::unix::net::UnixListener::bind(dir.path().join("used")).unwrap();
+        for (path, why) in [
+            ("v.sock".into(), "does not take"),
+            (dir.path().join("none/v.sock"), "has no folder"),
+            (dir.path().join("used"), "a process uses"),
+        ] {
+            let found = check_socket(&path).unwrap();
+            assert!(found.contains(why), "{found}");
+        }
+        assert_eq!(check_socket(&dir.path().join("v.sock")), None);
         // A file of the right size is no problem, nor is one that will be made.
         wanted.disks = vec![disk(&image, 512), disk(&dir.path().join("new"), 1)];
         wanted.copy_disk = true;

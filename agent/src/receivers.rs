@@ -7,6 +7,7 @@ use crate::types::{Receiver, Wanted};
 use ferry_terminal::names::{GuestName, RuntimeFolder};
 use ferry_vmm::thread;
 use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
@@ -63,6 +64,11 @@ pub fn start(
     }
     for network in &wanted.networks {
         command.args(["--net", &format!("tap={}", settings.tap(&network.tap))]);
+    }
+    if let Some(path) = &wanted.vsock {
+        let mut value = OsString::from("socket=");
+        value.push(path);
+        command.arg("--vsock").arg(value);
     }
     let mut child = spawn(&mut command, &log).map_err(failed)?;
     let why = match await_start(&mut child, &log, || heard(&read(&log))) {

@@ -37,6 +37,9 @@ pub struct Wanted {
     /// Its network cards, in order.
     #[serde(default)]
     pub networks: Vec<Network>,
+    /// The socket of its vsock device, which has the same path there; nothing where it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<PathBuf>,
     /// Whether its disks' contents come along: their files are made there.
     #[serde(default)]
     pub copy_disk: bool,

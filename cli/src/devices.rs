@@ -1,4 +1,4 @@
-//! `--disk`, `--net` and `--memory-backing`: what is behind a guest's devices and memory on this
+//! `--disk`, `--net`, `--vsock` and `--memory-backing`: what is behind a guest's devices and memory on this
 //! host.
 
 use std::os::fd::RawFd;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use ferry_terminal::output::Failure;
-use ferry_vmm::machine::{Backends, DiskOptions, MacAddress, NetOptions};
+use ferry_vmm::machine::{Backends, DiskOptions, MacAddress, NetOptions, VsockError, VsockOptions};
 use ferry_vmm::memory::{Backing, MemoryOptions};
 use ferry_vmm::sandbox::{Descriptor, DescriptorError, Passed};
 
@@ -23,6 +23,11 @@ pub struct Args {
     /// card's address if it matters. May be given more than once.
     #[arg(long, value_name = "tap=NAME|fd=N[,mac=MAC]", help_heading = "Machine")]
     net: Vec<Net>,
+    /// Sockets between guest and host (vsock): programs connect to the Unix socket that is made at
+    /// PATH and write `CONNECT PORT`; the guest reaches what listens at PATH_PORT. CID is the
+    /// guest's context if it matters, otherwise 3.
+    #[arg(long, value_name = "socket=PATH[,cid=CID]", help_heading = "Machine")]
+    vsock: Option<Vsock>,
     /// What the guest's memory is made of: 2 MiB pages where the host has them (auto, thp), 4k, or
     /// the host's pool of 2 MiB pages (hugetlb).
     #[arg(
@@ -38,7 +43,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// As the machine wants them. Descriptors are taken: to be called once.
+    /// As the machine wants them. Descriptors are taken, and a socket is made: to be called once.
     pub fn backends(&self) -> Result<Backends, Failure> {
         let memory = MemoryOptions {
             backing: self.memory_backing,
@@ -46,10 +51,12 @@ impl Args {
         };
         let disks: Result<_, _> = self.disk.iter().map(Disk::options).collect();
         let nets: Result<_, _> = self.net.iter().map(Net::options).collect();
+        let vsock = self.vsock.as_ref().map(Vsock::options).transpose();
         Ok(Backends {
             memory,
             disks: disks.map_err(|e| Failure(format!("--disk: {e}")))?,
             nets: nets.map_err(|e| Failure(format!("--net: {e}")))?,
+            vsock: vsock.map_err(|e| Failure(format!("--vsock: {e}")))?,
             ..Backends::default()
         })
     }
@@ -155,6 +162,58 @@ impl FromStr for Net {
     }
 }
 
+/// The file of a vsock's socket, which is removed when this is dropped: by a thread of the VMM, for
+/// others may not.
+pub struct VsockFile(Option<VsockOptions>);
+
+impl VsockFile {
+    pub fn of(backends: &Backends) -> Self {
+        Self(backends.vsock.clone())
+    }
+}
+
+impl Drop for VsockFile {
+    fn drop(&mut self) {
+        if let Some(vsock) = &self.0 {
+            vsock.remove_file();
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Vsock(PathBuf, Option<u32>);
+
+impl Vsock {
+    fn options(&self) -> Result<VsockOptions, VsockError> {
+        VsockOptions::bind(&self.0, self.1)
+    }
+}
+
+impl FromStr for Vsock {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let usage = || {
+            "a vsock device is socket=PATH, and cid=CID if it matters, such as socket=/run/web.vsock"
+                .to_owned()
+        };
+        let (mut socket, mut cid) = (None, None);
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("socket", path)) if socket.is_none() && !path.is_empty() => {
+                    socket = Some(path.into());
+                }
+                Some(("cid", number)) if cid.is_none() => {
+                    cid = Some(number.parse().map_err(|_| usage())?);
+                }
+                _ => return Err(usage()),
+            }
+        }
+        let socket = socket.ok_or_else(usage)?;
+        Ok(Self(socket, cid))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,6 +249,24 @@ mod tests {
             "tap=a,mtu=9",
         ] {
             assert!(net(bad).is_err(), "{bad}");
+        }
+        let vsock = str::parse::<Vsock>;
+        assert_eq!(vsock("socket=/a=b"), Ok(Vsock("/a=b".into(), None)));
+        assert_eq!(
+            vsock("cid=7,socket=v.sock"),
+            Ok(Vsock("v.sock".into(), Some(7)))
+        );
+        for bad in [
+            "",
+            "v.sock",
+            "socket=",
+            "cid=3",
+            "socket=a,cid=-1",
+            "socket=a,cid=4294967296",
+            "socket=a,socket=b",
+            "socket=a,port=9",
+        ] {
+            assert!(vsock(bad).is_err(), "{bad}");
         }
     }
 }

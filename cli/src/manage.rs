@@ -246,6 +246,10 @@ fn machine(configuration: &Configuration) -> String {
         let tap = network.tap.as_deref().map_or("unknown".into(), clean);
         rows.add("network", format!("tap {tap}, {}", clean(&network.mac)));
     }
+    if let Some(vsock) = &c.vsock {
+        let socket = vsock.socket.as_deref().map_or("unknown".into(), clean);
+        rows.add("vsock", format!("{socket}, CID {}", vsock.cid));
+    }
     let others = [(c.balloon, "balloon"), (c.rng, "random numbers")];
     let others = others
         .iter()
@@ -297,7 +301,9 @@ mod tests {
 
     #[test]
     fn a_configuration_for_people() {
-        use ferry_vmm::api::types::{Boot, Cpu, DiskConfiguration, NetworkConfiguration};
+        use ferry_vmm::api::types::{
+            Boot, Cpu, DiskConfiguration, NetworkConfiguration, VsockConfiguration,
+        };
         let mut configuration = Configuration {
             name: Some("web".into()),
             cpus: 2,
@@ -322,6 +328,10 @@ mod tests {
                 mac: "02:00:00:00:00:01".into(),
             }],
             rng: true,
+            vsock: Some(VsockConfiguration {
+                cid: 3,
+                socket: Some("/run/v.sock".into()),
+            }),
             dirty: "log".into(),
             sandbox: Some("on".into()),
             ..Configuration::default()
@@ -332,7 +342,7 @@ mod tests {
             machine(&configuration),
             "name       web\nCPUs       2 × A CPU, TSC 2500 MHz\nmemory     512 MiB, thp\n\
              boot       kernel: /k quiet\ndisk       a.img, 1 GiB, read-only\n\
-             network    tap unknown, 02:00:00:00:00:01\ndevices    random numbers\n\
+             network    tap unknown, 02:00:00:00:00:01\nvsock      /run/v.sock, CID 3\ndevices    random numbers\n\
              dirty      pages are found by the log\nsandbox    on\n"
         );
     }

@@ -1,5 +1,6 @@
 //! `ferry receive`.
 
+use super::devices::VsockFile;
 use super::passed::Source;
 use super::security;
 use super::serve::{Place, Signals, serve};
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 /// Wait for a guest to be migrated here, then be its VMM.
 ///
 /// The guest's size and processors come with it. Give what is behind its disks and network cards
-/// here, in the same order. After a migration that fails before the guest has moved, this waits for
+/// here, in the same order, and its vsock. After a migration that fails before the guest has moved, this waits for
 /// the next one. The keys and signals of `ferry run` work here too.
 ///
 /// On unix:PATH the guest comes from a process on this host, which hands over the memory itself
@@ -88,6 +89,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         say(&format!("the source needs: --pair {line}"));
     }
     say(&format!("waiting on {uri} for a guest"));
+    let vsock = VsockFile::of(&console.backends);
     let receiver = Receiver::of(
         listener,
         console.serial,
@@ -103,7 +105,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         give_up(Arc::downgrade(&receiver), vmm.clone(), wait)?;
     }
     // Held until the end: it answers a source that asks again whether its guest has arrived.
-    let held = (args.place.observe.linger(), receiver);
+    let held = (args.place.observe.linger(), (receiver, vsock));
     serve(&vmm, server, signals, (&console.port, &console.spool), held)
 }
 

@@ -1,5 +1,6 @@
 //! `ferry restore`.
 
+use super::devices::VsockFile;
 use super::serial::Serial;
 use super::serve::{Place, Signals, serve};
 use ferry_terminal::output::{Failure, put_json, say};
@@ -16,8 +17,8 @@ use std::thread::JoinHandle;
 /// Run a guest from a snapshot, and be its VMM.
 ///
 /// The guest runs at once, and its memory is read while it does: first where it waits for a page,
-/// and around there. Give what is behind its disks and network cards, in their order; the disks
-/// must be as they were at the snapshot. The guest's clock goes on from the snapshot. A file that
+/// and around there. Give what is behind its disks and network cards, in their order, and its
+/// vsock; the disks must be as they were at the snapshot. The guest's clock goes on from the snapshot. A file that
 /// is restored twice makes two guests with one identity. The keys and signals of `ferry run` work
 /// here too.
 #[derive(Debug, clap::Args)]
@@ -69,6 +70,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         force: args.force,
         dirty: args.place.dirty,
     };
+    let vsock = VsockFile::of(&console.backends);
     let restored = restore(&options, console.serial, console.backends, &|| {
         signals.came()
     })?;
@@ -81,7 +83,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         false => "the guest is here, paused as it was; `ferry resume` lets it run",
     });
     let reporting = tell_when_done(restored.report, args.json)?;
-    let held = (args.place.observe.linger(), guest);
+    let held = (args.place.observe.linger(), (guest, vsock));
     let result = serve(&vmm, server, signals, (&console.port, &console.spool), held);
     // A guest that ended needs no more memory, so this ends soon.
     let _ = reporting.join();

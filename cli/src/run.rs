@@ -1,7 +1,7 @@
 //! `ferry run`.
 
 use super::balloon::Setting;
-use super::devices;
+use super::devices::{self, VsockFile};
 use super::observe;
 use super::passed::Api;
 use super::sandbox;
@@ -9,7 +9,7 @@ use super::serial::Serial;
 use super::serve::{Signals, serve, setup};
 use super::socket::ControlSocket;
 use super::spool::Spool;
-use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk};
+use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk, VSOCK_MODULES};
 use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
 use ferry_migration::options::Tracking;
 use ferry_terminal::flags::choice;
@@ -216,6 +216,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     if args.hugepages {
         backends.memory.backing = Backing::Hugetlb;
     }
+    let vsock = VsockFile::of(&backends);
     let mut builder = Machine::builder()
         .memory(memory)
         .cpus(args.cpus)
@@ -251,7 +252,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         timeline.write()?;
     }
     tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
-    let held = (args.observe.linger(), (machine, guest));
+    let held = (args.observe.linger(), (machine, guest, vsock));
     serve(&vmm, server, signals, (&port, &spool), held)
 }
 
@@ -370,7 +371,11 @@ fn load_linux(
     machine: &Machine,
     timeline: &mut Timeline,
 ) -> Result<(), Failure> {
-    let disk = RamDisk::new(&kernel.modules(GUEST_MODULES)?)?.finish();
+    let modules = match machine.vsock() {
+        Some(_) => [GUEST_MODULES, VSOCK_MODULES].concat(),
+        None => GUEST_MODULES.to_vec(),
+    };
+    let disk = RamDisk::new(&kernel.modules(&modules)?)?.finish();
     let (initrd, _disk) = in_memory("the initial RAM disk", &disk)?;
     let cmdline = match &args.cmdline {
         Some(more) => format!("{LINUX_CMDLINE} {more}"),

@@ -42,6 +42,10 @@ impl Args {
         if !backends.nets.is_empty() {
             files.taps();
         }
+        // What listens beside it is connected to, which the rules for files do not restrict.
+        if let Some(vsock) = &backends.vsock {
+            files.socket(vsock.path());
+        }
         // The file of one that was passed on is another's.
         if let Some(path) = socket {
             files.socket(path);

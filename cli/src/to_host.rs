@@ -67,6 +67,11 @@ pub fn wanted(guest: Configuration, name: &str) -> Result<Wanted, Failure> {
         cpus: guest.cpus,
         disks,
         networks,
+        vsock: guest
+            .vsock
+            .map(|vsock| known("a vsock device", vsock.socket))
+            .transpose()?
+            .map(Into::into),
         ..Wanted::default()
     })
 }

@@ -19,5 +19,6 @@ pub mod sync;
 pub mod thread;
 mod trigger;
 pub mod virtio;
+pub mod vsock;
 
 pub use trigger::Trigger;

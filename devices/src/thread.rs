@@ -17,6 +17,8 @@ pub enum Kind {
     Vcpu,
     /// Works for a device: reads what the guest wrote into its queues.
     Device,
+    /// Works for a device that connects the guest to Unix sockets of the host.
+    Sockets,
     /// Sends or receives a guest.
     Migration,
     /// Answers a request on the control socket.
@@ -27,9 +29,10 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Vcpu,
         Self::Device,
+        Self::Sockets,
         Self::Migration,
         Self::Api,
         Self::Vmm,
@@ -41,6 +44,7 @@ impl Kind {
         match self {
             Self::Vcpu => "vCPU",
             Self::Device => "device",
+            Self::Sockets => "vsock",
             Self::Migration => "migration",
             Self::Api => "API",
             Self::Vmm => "VMM",

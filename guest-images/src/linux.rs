@@ -42,6 +42,9 @@ pub const GUEST_MODULES: &[&str] = &[
     "evdev",
 ];
 
+/// Modules that a guest with a vsock device needs besides.
+pub const VSOCK_MODULES: &[&str] = &["vmw_vsock_virtio_transport"];
+
 /// Why there is no Linux to boot.
 #[derive(Debug, thiserror::Error)]
 pub enum LinuxError {

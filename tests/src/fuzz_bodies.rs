@@ -10,6 +10,7 @@ mod pairing;
 mod source;
 mod trace;
 mod virtio;
+mod vsock;
 
 pub use api::api;
 pub use destination::{data_channels, handshake};
@@ -21,6 +22,7 @@ pub use pairing::pairing;
 pub use source::source;
 pub use trace::trace;
 pub use virtio::{virtio, virtio_state};
+pub use vsock::vsock;
 
 use ferry_migration::codec::Decoder;
 use ferry_migration::page::{AtomicPageSet, Gfn, PAGE_SIZE, Run};

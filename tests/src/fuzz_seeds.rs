@@ -12,6 +12,7 @@ use ferry_devices::block::BlockState;
 use ferry_devices::net::{MacAddress, NetState};
 use ferry_devices::rng::RngState;
 use ferry_devices::virtio::{DeviceState, QueueState, TransportState, VirtioState};
+use ferry_devices::vsock::{Reset, VsockState};
 use ferry_migration::options::Options;
 use ferry_migration::page::{PageSet, RamLayout, Run};
 use ferry_migration::rng::Rng;
@@ -120,10 +121,28 @@ pub fn snapshot() -> Vec<Vec<u8>> {
 
 /// For [`virtio`](crate::fuzz_bodies::virtio).
 pub fn virtio() -> Vec<Vec<u8>> {
-    [(0, 1), (4, 1), (1, 1), (2, 4), (3, 3)]
+    [(0, 1), (4, 1), (1, 1), (2, 4), (3, 3), (5, 3)]
         .into_iter()
         .map(|(kind, queues)| virtio::driver(kind, queues))
         .collect()
+}
+
+/// For [`vsock`](crate::fuzz_bodies::vsock).
+pub fn vsock() -> Vec<Vec<u8>> {
+    // The guest connects to port 5, is answered, sends; the program answers, reads, hangs up.
+    let guest = vec![
+        1, 0, 5, 0, 0, 255, 0, 8, 255, 3, 1, 4, 5, 100, 0, 255, 0, 13, 1, 255, 12, 1, 40, 10, 8,
+        255, 15, 1, 3, 5, 0, 0, 255, 20, 15, 1, 10, 8, 255, 15, 1, 3, 5, 0, 3, 255, 20, 7, 1, 9,
+    ];
+    // A program connects to port 52, is answered, sends more than there is room for.
+    let program = vec![
+        11, 11, 10, 10, 8, 255, 15, 2, 1, 128, 0, 0, 1, 0, 10, 8, 255, 9, 13, 0, 1, 12, 0, 200, 10,
+        8, 255, 15, 2, 5, 128, 0, 0, 1, 4, 10, 8, 255, 15, 2, 2, 128, 0, 0, 0, 0, 14, 0, 10,
+    ];
+    // More connections than there can be, and none of the answers taken.
+    let flood =
+        (0..u8::MAX).flat_map(|port| [1, 0, port & 0x7f, 0, 0, 1, 0, 2, 0, port, 0, 0, 1, 0]);
+    vec![guest, program, flood.collect()]
 }
 
 /// For [`virtio_state`](crate::fuzz_bodies::virtio_state): devices whose driver has set them up,
@@ -159,6 +178,17 @@ pub fn virtio_state() -> Vec<Vec<u8>> {
             read_only,
         })
     };
+    let vsock = VsockState {
+        cid: 3,
+        reset: true,
+        owed: vec![Reset {
+            cid: 2,
+            host_port: 5,
+            guest_port: 1025,
+            kind: 1,
+        }],
+        next_port: 1 << 30,
+    };
     let net = NetState {
         mac: MacAddress([2, 0, 0, 0, 0, 1]),
         announce: true,
@@ -169,6 +199,7 @@ pub fn virtio_state() -> Vec<Vec<u8>> {
         (1, 1, DeviceState::Rng(RngState::default())),
         (2, 4, DeviceState::Balloon(Box::default())),
         (3, 3, DeviceState::Net(net)),
+        (5, 3, DeviceState::Vsock(vsock)),
     ]
     .into_iter()
     .map(|(kind, queues, device)| {
@@ -293,6 +324,7 @@ pub const TARGETS: &[(&str, Seeds)] = &[
     ("pairing", pairing),
     ("virtio", virtio),
     ("virtio_state", virtio_state),
+    ("vsock", vsock),
     ("kernel", kernel),
     ("api", api),
 ];

@@ -184,6 +184,12 @@ impl NestedHost {
         }
     }
 
+    /// Starts a program.
+    pub fn program(&self, arguments: &[&str]) -> Process {
+        let process = self.nested.spawn(arguments);
+        process.unwrap_or_else(|e| panic!("{arguments:?}: {e}"))
+    }
+
     /// `ferry receive` on a free port of this host, once it listens.
     pub fn receive(&self) -> NestedVmm<'_> {
         self.receive_with(&[])

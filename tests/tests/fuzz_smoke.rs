@@ -2,6 +2,7 @@
 //! time.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use ferry_devices::vsock::Op;
 use ferry_migration::destination::State;
 use ferry_migration::report::Status;
 use ferry_migration::rng::Rng;
@@ -69,6 +70,24 @@ fn snapshots() {
     let read = READ.each_ref().map(|count| count.load(Ordering::Relaxed));
     assert!(read.iter().all(|count| *count > 20), "{read:?}");
     eprintln!("refused, without a page, read: {read:?}");
+}
+
+#[test]
+fn vsock_connections() {
+    let seeds = fuzz_seeds::vsock();
+    // Unchanged they reach connections of both sides, and what is refused.
+    let wanted: [&[Op]; 3] = [
+        &[Op::Response, Op::Data, Op::Shutdown],
+        &[Op::Request, Op::Data, Op::CreditRequest],
+        &[Op::Response, Op::Reset],
+    ];
+    for (seed, wanted) in seeds.iter().zip(wanted) {
+        let taken = fuzz_bodies::vsock(seed);
+        for op in wanted {
+            assert!(taken.contains(op), "no {op:?} in {taken:?}");
+        }
+    }
+    mutations(&seeds, 1000, |bytes| drop(fuzz_bodies::vsock(bytes)));
 }
 
 #[test]

@@ -68,7 +68,7 @@ pub use cpu::{CpuError, CpuFile, CpuModel};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
 pub use devices::{
     Backends, BalloonInfo, DeviceDescription, DeviceError, DiskBacking, DiskOptions, MAX_DEVICES,
-    MmioDevice, NetOptions,
+    MmioDevice, NetOptions, VsockError, VsockOptions,
 };
 pub use ferry_devices::net::MacAddress;
 pub use fit::Misfit;
@@ -91,6 +91,8 @@ pub struct Machine {
     vcpus: Vec<Arc<Mutex<Vcpu>>>,
     devices: Devices,
     virtio: Arc<VirtioSet>,
+    /// Keeps the socket's file, which threads of the devices may not remove.
+    vsock: Option<VsockOptions>,
     disk_marks: disk_marks::DiskMarks,
     /// Memory of a guest that has left, which is not here any more.
     freed: Mutex<FreedPages>,
@@ -345,6 +347,18 @@ impl Machine {
     /// have not all arrived, and of which a page without contents would be fetched again.
     pub fn keep_free_pages(&self, keep: bool) {
         self.virtio.keep_free_pages(keep);
+    }
+
+    /// Closes the connections between the guest and programs of this host: the guest goes on
+    /// elsewhere. To be called while it is paused; if it goes on here it is told.
+    pub fn close_connections(&self) {
+        self.virtio.close_connections();
+    }
+
+    /// The socket behind its vsock device, if it has one.
+    #[must_use]
+    pub fn vsock(&self) -> Option<&std::path::Path> {
+        self.vsock.as_ref().map(VsockOptions::path)
     }
 
     /// The disks, in order: for copying them.

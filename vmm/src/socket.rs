@@ -162,10 +162,9 @@ impl Socket {
     pub fn path(&self) -> &Path {
         &self.path
     }
-}
 
-impl Drop for Socket {
-    fn drop(&mut self) {
+    /// Removes the file, as dropping the socket does: no further process connects to it.
+    pub fn remove_file(&self) {
         // Without the lock another process could replace the file between the question and the
         // removal.
         let _lock = lock_directory(directory(&self.path));
@@ -174,6 +173,12 @@ impl Drop for Socket {
             // A file that cannot be removed is dead for the next starter, who replaces it.
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.remove_file();
     }
 }
 
@@ -336,6 +341,18 @@ pub fn dial_unless(
             Err(e) => return Err(e.into()),
         }
     }
+}
+
+/// Connects as a client to a server that has room in its queue now; the stream does not block. Two
+/// system calls, for a thread whose sandbox has few: the path must fit into an address.
+///
+/// # Errors
+/// Those of connect(2); `WouldBlock` where the server's queue is full.
+pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let address = UnixAddr::new(path)?;
+    let fd = new_socket(SockType::Stream, SockFlag::SOCK_NONBLOCK)?;
+    connect(fd.as_raw_fd(), &address)?;
+    Ok(UnixStream::from(fd))
 }
 
 /// A path by which a socket can be addressed. A longer one than an address holds goes by way of its

@@ -9,6 +9,7 @@ use super::memory::Memory;
 use super::queue::VirtQueue;
 use super::state::{DeviceState, RestoreError};
 use super::violation::Violation;
+use crate::thread;
 
 /// Which device it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +49,11 @@ pub struct DrainError {
 pub trait Device<M: Memory>: Send + 'static {
     /// Which device it is; always the same.
     fn kind(&self) -> Kind;
+
+    /// What its worker may ask of the kernel in a sandbox; always the same.
+    fn thread(&self) -> thread::Kind {
+        thread::Kind::Device
+    }
 
     /// The feature bits that it offers, [`COMMON_FEATURES`](super::COMMON_FEATURES) included;
     /// always the same.

@@ -6,6 +6,7 @@ use crate::balloon::BalloonState;
 use crate::block::BlockState;
 use crate::net::NetState;
 use crate::rng::RngState;
+use crate::vsock::VsockState;
 
 /// A virtqueue, as the driver set it up and as far as it was worked off.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +63,8 @@ pub enum DeviceState {
     Rng(RngState),
     /// A balloon.
     Balloon(Box<BalloonState>),
+    /// Sockets between guest and host.
+    Vsock(VsockState),
 }
 
 impl DeviceState {
@@ -73,6 +76,7 @@ impl DeviceState {
             Self::Net(_) => "network card",
             Self::Rng(_) => "random number generator",
             Self::Balloon(_) => "balloon",
+            Self::Vsock(_) => "vsock",
         }
     }
 }

@@ -55,10 +55,11 @@ impl<D: Device<M>, M: Memory> VirtioDevice<D, M> {
         on_failure: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
         let source = device.source()?;
+        let kind = device.thread();
         let shared = Arc::new(Shared::new(device, memory, line)?);
         let theirs = Arc::clone(&shared);
         let worker = thread::spawn(
-            thread::Kind::Device,
+            kind,
             &format!("virtio-{}", shared.kind.id),
             move || worker::run(&theirs, source.as_ref()),
             on_failure,

@@ -9,3 +9,4 @@ mod moves;
 mod net;
 mod rng;
 mod rules;
+mod vsock;

@@ -15,7 +15,7 @@ use crate::{http, work};
 /// This program, which is the first process.
 const SELF: &str = "/init";
 
-const HELP: &str = "commands: status, flags (of the processor), run WORK (such as run mg.S), disk PATH, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
+const HELP: &str = "commands: status, flags (of the processor), run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
 
 /// Works until the guest is told to end.
 pub fn serve(options: &Options) {
@@ -133,6 +133,8 @@ fn console(working: &Mutex<Option<Child>>) {
             }
             ["run", spec] => drop(begin(&["work", spec, &processors().to_string(), "1"])),
             ["disk", path] => drop(begin(&["disk", path])),
+            ["vsock", port] => drop(begin(&["vsock", port])),
+            ["vsock-serve", port] => drop(begin(&["vsock-serve", port])),
             ["memory", keep, free] => drop(begin(&["memory", keep, free])),
             _ => println!("{HELP}"),
         }

@@ -35,6 +35,7 @@ mod memory;
 mod options;
 mod rng;
 mod sys;
+mod vsock;
 mod work;
 
 use options::Options;
@@ -57,6 +58,11 @@ pub fn main() {
         ["rng", path] => rng::run(path),
         ["get", address, path] => http::get(address, path),
         ["client", address] => client::run(address),
+        ["vsock", port] => vsock::client(port),
+        ["vsock-serve", port] => vsock::serve(port),
+        ["unix-serve", path] => vsock::unix_serve(path),
+        ["unix-ask", path, port, line] => vsock::unix_client(path, port, line, false),
+        ["unix-hold", path, port, line] => vsock::unix_client(path, port, line, true),
         ["cat", path] => machine::cat(path),
         ["write", path] => machine::write(path),
         ["truncate", path, bytes] => machine::truncate(path, bytes),
@@ -64,7 +70,7 @@ pub fn main() {
         ["tap", name] => machine::tap(name),
         ["bridge", network, ports @ ..] => machine::bridge(network, ports),
         _ => Err(
-            "init is the first process; its parts are work, disk, memory, rng, get, client, cat, write, truncate, tasks, tap and bridge"
+            "init is the first process; its parts are work, disk, memory, rng, get, client, vsock, vsock-serve, unix-serve, unix-ask, unix-hold, cat, write, truncate, tasks, tap and bridge"
                 .to_owned(),
         ),
     };

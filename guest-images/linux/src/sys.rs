@@ -1,16 +1,16 @@
 //! The system calls that std does not offer, each as a safe function.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_long, c_ulong, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use std::fs::File;
 use std::io;
 use std::net::UdpSocket;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use crate::options::Network;
 
 /// From the C library, which std links anyway. Declared here because the crate has no dependencies.
 mod c {
-    use super::{c_char, c_int, c_long, c_ulong, c_void};
+    use super::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
     unsafe extern "C" {
         pub fn mount(
             source: *const c_char,
@@ -23,6 +23,11 @@ mod c {
         pub fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
         pub fn reboot(what: c_int) -> c_int;
         pub fn sync();
+        pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> c_int;
+        pub fn bind(fd: c_int, address: *const c_void, len: c_uint) -> c_int;
+        pub fn connect(fd: c_int, address: *const c_void, len: c_uint) -> c_int;
+        pub fn listen(fd: c_int, backlog: c_int) -> c_int;
+        pub fn accept(fd: c_int, address: *mut c_void, len: *mut c_uint) -> c_int;
     }
 }
 
@@ -236,6 +241,81 @@ pub fn configure(network: &Network) -> io::Result<()> {
     };
     // SAFETY: SIOCADDRT takes a `struct rtentry`, which this is, and only reads it.
     checked(unsafe { c::ioctl(socket.as_raw_fd(), SIOCADDRT, &raw const route) })
+}
+
+/// AF_VSOCK, and SOCK_STREAM with SOCK_CLOEXEC.
+const AF_VSOCK: u16 = 40;
+const STREAM: c_int = 0x8_0001;
+/// VMADDR_CID_ANY: whichever context this machine has.
+const ANY_CID: u32 = u32::MAX;
+/// Bytes of a [`VsockAddress`].
+const VSOCK_ADDRESS: c_uint = 16;
+
+/// `struct sockaddr_vm` of `linux/vm_sockets.h`.
+#[repr(C)]
+struct VsockAddress {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    flags: u32,
+}
+
+impl VsockAddress {
+    const fn new(cid: u32, port: u32) -> Self {
+        Self {
+            family: AF_VSOCK,
+            reserved: 0,
+            port,
+            cid,
+            flags: 0,
+        }
+    }
+}
+
+/// What a call that makes a descriptor has made.
+fn owned(fd: c_int) -> io::Result<OwnedFd> {
+    checked(fd)?;
+    // SAFETY: the call that the callers have just made gave this descriptor to them alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn vsock() -> io::Result<OwnedFd> {
+    // SAFETY: socket(2) takes numbers.
+    owned(unsafe { c::socket(AF_VSOCK.into(), STREAM, 0) })
+}
+
+/// Connects to a port of another context; what can be read and written.
+pub fn vsock_connect(cid: u32, port: u32) -> io::Result<File> {
+    let socket = vsock()?;
+    let address = VsockAddress::new(cid, port);
+    let at = (&raw const address).cast();
+    // SAFETY: the address is a whole one of its family, and is only read.
+    checked(unsafe { c::connect(socket.as_raw_fd(), at, VSOCK_ADDRESS) })?;
+    Ok(socket.into())
+}
+
+/// A port of this machine's that others connect to.
+pub struct VsockListener(OwnedFd);
+
+impl VsockListener {
+    pub fn bind(port: u32) -> io::Result<Self> {
+        let socket = vsock()?;
+        let address = VsockAddress::new(ANY_CID, port);
+        let at = (&raw const address).cast();
+        // SAFETY: the address is a whole one of its family, and is only read.
+        checked(unsafe { c::bind(socket.as_raw_fd(), at, VSOCK_ADDRESS) })?;
+        // SAFETY: listen(2) takes numbers.
+        checked(unsafe { c::listen(socket.as_raw_fd(), 16) })?;
+        Ok(Self(socket))
+    }
+
+    /// The next connection; what can be read and written.
+    pub fn accept(&self) -> io::Result<File> {
+        let (address, len) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: without an address to be filled accept(2) takes a number.
+        Ok(owned(unsafe { c::accept(self.0.as_raw_fd(), address, len) })?.into())
+    }
 }
 
 /// The time-stamp counter.

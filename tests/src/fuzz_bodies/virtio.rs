@@ -1,5 +1,6 @@
 //! A guest that does anything at all to its virtio devices.
 
+use super::vsock;
 use ferry_devices::Trigger;
 use ferry_devices::balloon::{Balloon, FreePages};
 use ferry_devices::block::{Block, Disk};
@@ -7,6 +8,7 @@ use ferry_devices::bus::BusDevice;
 use ferry_devices::net::{Backend, MAX_FRAME, MacAddress, Net, Offloads};
 use ferry_devices::rng::Rng;
 use ferry_devices::virtio::{AnyVirtio, Device, VirtioDevice, VirtioState};
+use ferry_devices::vsock::Vsock;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -45,8 +47,8 @@ pub fn virtio_state(bytes: &[u8]) -> bool {
 }
 
 fn run(kind: u8, script: &[u8], state: Option<&VirtioState>) -> bool {
-    match kind % 4 {
-        0 => {
+    match kind % 8 {
+        0 | 4 => {
             // In memory, where there is such a place: a disk that is busy with something else must
             // not look like one that does not answer.
             let mut image = tempfile::NamedTempFile::new_in("/dev/shm")
@@ -62,7 +64,10 @@ fn run(kind: u8, script: &[u8], state: Option<&VirtioState>) -> bool {
             taken
         }
         1 => play(script, state, |_| Rng::new()),
-        2 => play(script, state, |_| Balloon::new(Arc::new(Pages))),
+        2 | 6 => play(script, state, |_| Balloon::new(Arc::new(Pages))),
+        5 => play(script, state, |_| {
+            Vsock::new(vsock::CID, Box::new(vsock::Programs::default())).unwrap()
+        }),
         _ => play(script, state, |_| {
             let (ours, theirs) = UnixDatagram::pair().unwrap();
             theirs.set_nonblocking(true).unwrap();

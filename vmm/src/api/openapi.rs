@@ -342,6 +342,7 @@ fn samples() -> Vec<(&'static str, Value)> {
         }),
         disks: vec![DiskConfiguration::default()],
         networks: vec![NetworkConfiguration::default()],
+        vsock: Some(VsockConfiguration::default()),
         dirty: "log".into(),
         sandbox: Some("on".into()),
         ..Configuration::default()

@@ -8,6 +8,7 @@ pub use migrations::{Direction, IncomingReport, MigrationRecord, Migrations, Rec
 pub use notices::{ArrivalOutcome, Notice, What, unix_ms};
 pub use vm::{
     Boot, Configuration, Cpu, DiskConfiguration, MemoryConfiguration, NetworkConfiguration, Setup,
+    VsockConfiguration,
 };
 
 use crate::machine::{BalloonAuto, BalloonInfo};

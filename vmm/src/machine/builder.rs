@@ -361,6 +361,7 @@ impl Builder {
                 acpi_pm,
             },
             virtio,
+            vsock: self.backends.vsock.clone(),
             disk_marks: DiskMarks::default(),
             freed: Mutex::default(),
             ran_before: std::sync::atomic::AtomicBool::new(true),

@@ -288,10 +288,10 @@ mod tests {
             assert!(text.contains(&format!("format {found},")), "{text}");
             assert!(text.contains("formats 2 to 3"), "{text}");
         }
-        let mut vsock: serde_json::Value = serde_json::from_str(RECORDED).unwrap();
-        vsock["devices"][3] = "vsock\n".into();
-        let text = read(&vsock).unwrap_err().to_string();
-        assert!(text.contains("`vsock?`"), "{text}");
+        let mut sound: serde_json::Value = serde_json::from_str(RECORDED).unwrap();
+        sound["devices"][3] = "sound\n".into();
+        let text = read(&sound).unwrap_err().to_string();
+        assert!(text.contains("`sound?`"), "{text}");
     }
 
     #[test]

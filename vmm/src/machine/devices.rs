@@ -12,6 +12,7 @@ mod balloon;
 mod ballooning;
 mod error;
 mod place;
+mod sockets;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -26,6 +27,7 @@ use ferry_devices::rng::Rng;
 use ferry_devices::virtio::{
     AnyVirtio, Device, MMIO_LEN, PauseError, QUEUE_NOTIFY, RestoreError, VirtioDevice, VirtioState,
 };
+use ferry_devices::vsock::{CIDS, Vsock};
 use serde::{Deserialize, Serialize};
 
 pub use crate::boot::MmioDevice;
@@ -34,6 +36,7 @@ pub(super) use backing::{backings, with as with_backing};
 pub use balloon::BalloonInfo;
 pub use error::DeviceError;
 pub use place::{MAX_DEVICES, place};
+pub use sockets::{VsockError, VsockOptions};
 
 use super::builder::BuildError;
 use crate::kvm::Vm;
@@ -91,6 +94,8 @@ pub struct Backends {
     pub balloon: bool,
     /// Whether there is a source of random numbers. As for the balloon.
     pub rng: bool,
+    /// What is behind the guest's vsock device, if it has one.
+    pub vsock: Option<VsockOptions>,
     /// An operator insists: a guest that arrives is taken although a disk is not the file that it
     /// used on this host, or the CPU not the one that it counts on.
     pub insist: bool,
@@ -118,6 +123,11 @@ pub enum DeviceDescription {
     Balloon,
     /// A source of random numbers.
     Rng,
+    /// Sockets between guest and host.
+    Vsock {
+        /// The guest's context.
+        cid: u32,
+    },
 }
 
 type Memory = GuestMemory;
@@ -134,6 +144,7 @@ pub(super) struct VirtioSet {
     /// Those of the cards, once more.
     taps: Vec<OwnedFd>,
     balloon: Option<Ballooning>,
+    vsock: Option<Arc<VirtioDevice<Vsock, Memory>>>,
     announcing: Announcing,
 }
 
@@ -207,6 +218,14 @@ impl VirtioSet {
                     set.balloon = Some(ballooning.map_err(DeviceError::Resources)?);
                 }
                 DeviceDescription::Rng => drop(set.plug(&socket, Rng::new(), bus)?),
+                DeviceDescription::Vsock { cid } => {
+                    let options = backends.vsock.as_ref();
+                    let options = options.ok_or(DeviceError::Missing("vsock"))?;
+                    let programs = options.programs().map_err(DeviceError::Resources)?;
+                    let vsock = Vsock::new(*cid, Box::new(programs));
+                    let vsock = vsock.map_err(DeviceError::Resources)?;
+                    set.vsock = Some(set.plug(&socket, vsock, bus)?);
+                }
             }
         }
         Ok((set, devices))
@@ -288,6 +307,13 @@ impl VirtioSet {
             .iter()
             .try_for_each(|disk| disk.unlock())
             .map_err(DeviceError::Disk)
+    }
+
+    /// The guest goes on elsewhere, and its connections to this host's programs do not.
+    pub(super) fn close_connections(&self) {
+        if let Some(vsock) = &self.vsock {
+            vsock.with(Vsock::leave);
+        }
     }
 
     /// A guest was put here: its cards tell the network so when it runs for the first time.
@@ -423,6 +449,10 @@ fn wanted(backends: &Backends, disks: &[Arc<Disk>]) -> Result<Vec<DeviceDescript
     }
     devices.extend(backends.balloon.then_some(DeviceDescription::Balloon));
     devices.extend(backends.rng.then_some(DeviceDescription::Rng));
+    let vsock = backends.vsock.as_ref();
+    devices.extend(vsock.map(|options| DeviceDescription::Vsock {
+        cid: options.wanted_cid(),
+    }));
     if devices.len() > MAX_DEVICES {
         return Err(DeviceError::TooMany(devices.len()));
     }
@@ -473,5 +503,30 @@ fn check(
             return Err(DeviceError::Mac { guest, here });
         }
     }
-    Ok(())
+    check_vsock(devices, backends.vsock.as_ref())
+}
+
+fn check_vsock(
+    devices: &[DeviceDescription],
+    here: Option<&VsockOptions>,
+) -> Result<(), DeviceError> {
+    let cids = devices.iter().filter_map(|device| match device {
+        DeviceDescription::Vsock { cid } => Some(*cid),
+        _ => None,
+    });
+    let cids: Vec<u32> = cids.collect();
+    match (cids.as_slice(), here) {
+        ([], None) => Ok(()),
+        ([], Some(_)) => Err(DeviceError::NoVsock),
+        ([_], None) => Err(DeviceError::Vsock),
+        ([guest], Some(options)) => match options.cid().filter(|cid| cid != guest) {
+            None if CIDS.contains(guest) => Ok(()),
+            None => Err(VsockError::Cid(*guest).into()),
+            Some(here) => Err(DeviceError::Cid {
+                guest: *guest,
+                here,
+            }),
+        },
+        _ => Err(DeviceError::Vsocks(cids.len())),
+    }
 }

@@ -73,6 +73,7 @@ impl<'g> PausedVm<'g> for StoppedMachine<'g> {
         // stays: the guard is dropped and takes them again.
         self.machine.release_disks()?;
         self.machine.ram().give_up()?;
+        self.machine.close_connections();
         tracing::info!(%session, "the guest is handed over");
         self.machine.note_run(self.paused.was_running());
         let committed = CommittedMachine(self.machine);

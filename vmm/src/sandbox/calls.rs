@@ -108,6 +108,16 @@ const DEVICE: &[i64] = &[
     SYS_statx,
 ];
 
+/// A vsock device's: connections to and from programs of the host. A socket is a Unix one; which
+/// file it is connected to is not for a filter to see.
+const SOCKETS: &[i64] = &[
+    SYS_accept4,
+    SYS_connect,
+    SYS_recvfrom,
+    SYS_sendto,
+    SYS_shutdown,
+];
+
 /// Sends and receives guests; the receiver builds the machine, so this starts vCPU and device
 /// threads, opens /dev/kvm, disks and taps, and makes memory.
 const MIGRATION: &[i64] = &[
@@ -288,7 +298,7 @@ const PR_SET_VMA: u32 = 0x5356_4d41;
 /// A defect in the lists.
 pub(super) fn allowed(kind: Kind) -> Result<Calls, BackendError> {
     let mut calls = Calls::new();
-    let wide = !matches!(kind, Kind::Vcpu | Kind::Device);
+    let wide = !matches!(kind, Kind::Vcpu | Kind::Device | Kind::Sockets);
     calls.any(ALWAYS);
     let own = getpid();
     // The kick of a vCPU, and abort(3): no signal goes to another process.
@@ -337,6 +347,11 @@ pub(super) fn allowed(kind: Kind) -> Result<Calls, BackendError> {
     match kind {
         Kind::Vcpu => calls.ioctls(VCPU_IOCTLS)?,
         Kind::Device => calls.any(DEVICE),
+        Kind::Sockets => {
+            calls.any(DEVICE);
+            calls.any(SOCKETS);
+            calls.when(SYS_socket, &[(0, Is(libc::AF_UNIX.unsigned_abs()))])?;
+        }
         Kind::Migration => {}
         Kind::Api => calls.any(API),
         _ => {
@@ -359,7 +374,7 @@ const READ_ONLY: u32 = (libc::O_RDONLY | libc::O_CLOEXEC).unsigned_abs();
 pub(super) fn refused(kind: Kind) -> Result<Calls, BackendError> {
     let mut calls = Calls::new();
     match kind {
-        Kind::Vcpu | Kind::Device => {
+        Kind::Vcpu | Kind::Device | Kind::Sockets => {
             // glibc's malloc reads /proc/sys/vm/overcommit_memory before it gives a heap back, and
             // a panic's backtrace looks for symbols.
             calls.when(SYS_openat, &[(2, Is(READ_ONLY))])?;

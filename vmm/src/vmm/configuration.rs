@@ -2,6 +2,7 @@
 
 use crate::api::types::{
     Configuration, Cpu, DiskConfiguration, MemoryConfiguration, NetworkConfiguration,
+    VsockConfiguration,
 };
 use crate::kvm::CpuidEntry;
 use crate::machine::{DeviceDescription, Machine};
@@ -44,6 +45,12 @@ pub(super) fn of(machine: &Machine) -> Configuration {
             }
             DeviceDescription::Balloon => configuration.balloon = true,
             DeviceDescription::Rng => configuration.rng = true,
+            DeviceDescription::Vsock { cid } => {
+                configuration.vsock = Some(VsockConfiguration {
+                    cid: *cid,
+                    socket: machine.vsock().map(|path| path.display().to_string()),
+                });
+            }
         }
     }
     configuration

@@ -6,8 +6,12 @@
 
 use ferry_vmm::sandbox::{Files, Mode, VIOLATION, enter, support};
 use ferry_vmm::thread::{Kind, spawn};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, socket_with,
+};
 use rustix::process::Resource;
 use std::fs::File;
+use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode, Output, Stdio};
@@ -23,12 +27,15 @@ const SIGSYS: i32 = VIOLATION as i32 - 128;
 type Case = (&'static str, Kind, fn());
 
 /// What a thread of the kind must not do, by the name of the system call.
-const ATTACKS: [(&str, Case); 9] = [
+const ATTACKS: [(&str, Case); 12] = [
     ("socket", ("vcpu-socket", Kind::Vcpu, connect)),
     ("openat", ("vcpu-create", Kind::Vcpu, create)),
     ("socket", ("device-socket", Kind::Device, connect)),
     ("openat", ("device-create", Kind::Device, create)),
     ("execve", ("device-execve", Kind::Device, become_a_program)),
+    ("socket", ("vsock-inet", Kind::Sockets, connect_elsewhere)),
+    ("openat", ("vsock-create", Kind::Sockets, create)),
+    ("bind", ("vsock-bind", Kind::Sockets, listen)),
     ("execve", ("migr-execve", Kind::Migration, become_a_program)),
     ("prlimit64", ("migr-limit", Kind::Migration, set_a_limit)),
     ("listen", ("api-listen", Kind::Api, listen)),
@@ -37,15 +44,17 @@ const ATTACKS: [(&str, Case); 9] = [
 
 /// What makes a thread or a process. The C library blocks all signals meanwhile, so that the kernel
 /// ends the process by SIGSYS, and nothing can tell.
-const SILENT: [Case; 3] = [
+const SILENT: [Case; 4] = [
     ("vcpu-thread", Kind::Vcpu, start_a_thread),
+    ("vsock-thread", Kind::Sockets, start_a_thread),
     ("migr-program", Kind::Migration, start_a_program),
     ("vmm-program", Kind::Vmm, start_a_program),
 ];
 
-const WORK: [Case; 5] = [
+const WORK: [Case; 6] = [
     ("vcpu", Kind::Vcpu, work),
     ("device", Kind::Device, work),
+    ("vsock", Kind::Sockets, talk),
     ("migration", Kind::Migration, work),
     ("api", Kind::Api, work),
     ("vmm", Kind::Vmm, work),
@@ -53,6 +62,23 @@ const WORK: [Case; 5] = [
 
 fn connect() {
     let _ = UnixStream::connect("/nowhere");
+}
+
+fn connect_elsewhere() {
+    let _ = TcpStream::connect("127.0.0.1:9");
+}
+
+/// As a vsock device does with programs of the host: it connects, accepts, sends, ends.
+fn talk() {
+    let (kind, flags) = (SocketType::STREAM, SocketFlags::NONBLOCK);
+    let socket = socket_with(AddressFamily::UNIX, kind, flags, None).unwrap();
+    let nowhere = SocketAddrUnix::new("/nowhere").unwrap();
+    assert!(rustix::net::connect(&socket, &nowhere).is_err());
+    assert!(rustix::net::accept_with(&socket, flags).is_err());
+    assert!(rustix::net::send(&socket, b"x", SendFlags::NOSIGNAL).is_err());
+    assert!(rustix::net::recv(&socket, &mut [0; 8], RecvFlags::PEEK).is_err());
+    let _ = UnixStream::from(socket).shutdown(std::net::Shutdown::Write);
+    work();
 }
 
 fn create() {

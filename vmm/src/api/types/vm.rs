@@ -27,6 +27,8 @@ pub struct Configuration {
     pub balloon: bool,
     /// Whether it has a source of random numbers.
     pub rng: bool,
+    /// Its vsock device; `null` when it has none.
+    pub vsock: Option<VsockConfiguration>,
     /// How the pages that it dirties are found: `log` or `ring`.
     pub dirty: String,
     /// Where its serial port goes, as `--serial` takes it; `null` when nothing says.
@@ -39,7 +41,7 @@ pub struct Configuration {
 
 impl Configuration {
     /// The current value of [`Configuration::schema`].
-    pub const SCHEMA: u32 = 1;
+    pub const SCHEMA: u32 = 2;
 }
 
 /// A guest's processors.
@@ -100,6 +102,16 @@ pub struct NetworkConfiguration {
     pub tap: Option<String>,
     /// Its address.
     pub mac: String,
+}
+
+/// A vsock device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VsockConfiguration {
+    /// The guest's context.
+    pub cid: u32,
+    /// The socket behind it here.
+    pub socket: Option<String>,
 }
 
 /// What the program that embeds the VMM knows of it and the VMM does not.

@@ -3,7 +3,7 @@ use std::io;
 use ferry_devices::block::{Disk, DiskError};
 use ferry_devices::net::MacAddress;
 
-use super::{DeviceDescription, MAX_DEVICES};
+use super::{DeviceDescription, MAX_DEVICES, VsockError};
 use crate::tap::TapError;
 
 /// Why a machine cannot have its virtio devices.
@@ -74,6 +74,30 @@ pub enum DeviceError {
         /// The one given.
         here: MacAddress,
     },
+    /// What is behind its vsock is not known.
+    #[error(
+        "the guest has a vsock device, and its socket was not given here: give --vsock socket=PATH"
+    )]
+    Vsock,
+    /// It has none.
+    #[error("the guest has no vsock device, but one was given here: leave --vsock out")]
+    NoVsock,
+    /// It has several.
+    #[error("the machine's description has {0} vsock devices, but one is possible: it is damaged")]
+    Vsocks(usize),
+    /// Another context.
+    #[error(
+        "the guest's vsock device has the context {guest}, but {here} was given here: leave cid= out"
+    )]
+    Cid {
+        /// The guest's.
+        guest: u32,
+        /// The one given.
+        here: u32,
+    },
+    /// A context that cannot be.
+    #[error(transparent)]
+    Context(#[from] VsockError),
     /// A description that disagrees with itself.
     #[error("nothing was given for a {0} of the guest's")]
     Missing(&'static str),

@@ -17,7 +17,7 @@ use crate::kvm::{VcpuV3, VmV3};
 /// Appends the state to `bytes`.
 pub(super) fn encode(state: &MachineState, mut bytes: Vec<u8>) -> Result<Vec<u8>, StateError> {
     let failed = |error: postcard::Error| StateError::Encode(error.to_string());
-    let machine = (Devices::from(&state.devices), VmV3::from(&state.vm));
+    let machine = (Devices::try_from(&state.devices)?, VmV3::from(&state.vm));
     bytes = postcard::to_extend(&machine, bytes).map_err(failed)?;
     for vcpu in &state.vcpus {
         bytes = postcard::to_extend(&VcpuV3::from(vcpu), bytes).map_err(failed)?;
@@ -113,10 +113,13 @@ struct Balloon {
     auto: Option<(u32, u64)>,
 }
 
-impl From<&DevicesState> for Devices {
-    fn from(state: &DevicesState) -> Self {
+impl TryFrom<&DevicesState> for Devices {
+    type Error = StateError;
+
+    fn try_from(state: &DevicesState) -> Result<Self, StateError> {
         let (serial, acpi_pm) = (&state.serial, &state.acpi_pm);
-        Self {
+        let virtio = state.virtio.iter().map(Virtio::try_from);
+        Ok(Self {
             serial: Serial {
                 registers: [
                     serial.baud_divisor_low,
@@ -132,8 +135,8 @@ impl From<&DevicesState> for Devices {
                 input: serial.input.clone(),
             },
             acpi_pm: (acpi_pm.status, acpi_pm.enable, acpi_pm.control),
-            virtio: state.virtio.iter().map(Virtio::from).collect(),
-        }
+            virtio: virtio.collect::<Result<_, _>>()?,
+        })
     }
 }
 
@@ -165,10 +168,12 @@ impl From<Devices> for DevicesState {
     }
 }
 
-impl From<&VirtioState> for Virtio {
-    fn from(state: &VirtioState) -> Self {
+impl TryFrom<&VirtioState> for Virtio {
+    type Error = StateError;
+
+    fn try_from(state: &VirtioState) -> Result<Self, StateError> {
         let transport = &state.transport;
-        Self {
+        Ok(Self {
             status: transport.status,
             device_features_sel: transport.device_features_sel,
             driver_features_sel: transport.driver_features_sel,
@@ -177,8 +182,8 @@ impl From<&VirtioState> for Virtio {
             interrupt_status: transport.interrupt_status,
             config_generation: transport.config_generation,
             queues: transport.queues.iter().map(Queue::from).collect(),
-            device: Device::from(&state.device),
-        }
+            device: Device::try_from(&state.device)?,
+        })
     }
 }
 
@@ -230,9 +235,11 @@ impl From<Queue> for QueueState {
     }
 }
 
-impl From<&DeviceState> for Device {
-    fn from(state: &DeviceState) -> Self {
-        match state {
+impl TryFrom<&DeviceState> for Device {
+    type Error = StateError;
+
+    fn try_from(state: &DeviceState) -> Result<Self, StateError> {
+        Ok(match state {
             DeviceState::Block(block) => Self::Block {
                 sectors: block.sectors,
                 read_only: block.read_only,
@@ -248,7 +255,11 @@ impl From<&DeviceState> for Device {
                 statistics: balloon.statistics.as_ref().map(to_array),
                 auto: balloon.auto.map(|a| (a.interval_ms, a.reserve_bytes)),
             })),
-        }
+            DeviceState::Vsock(_) => {
+                let why = "version 3 has no vsock device; upgrade the older side";
+                return Err(StateError::Encode(why.into()));
+            }
+        })
     }
 }
 

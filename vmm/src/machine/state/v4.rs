@@ -207,12 +207,12 @@ mod tests {
         optional[1].retain(|(name, _)| name.as_text() != Some("pdptrs"));
         parse(&optional).unwrap();
 
-        let mut vsock = maps();
-        let virtio = vsock[0][3].1.as_array_mut().unwrap();
+        let mut sound = maps();
+        let virtio = sound[0][3].1.as_array_mut().unwrap();
         let device = &mut virtio[0].as_map_mut().unwrap()[1].1;
-        device.as_map_mut().unwrap()[0].0 = Value::from("vsock");
-        let text = parse(&vsock).unwrap_err().to_string();
-        assert!(text.contains("`vsock`") && text.contains("newer"), "{text}");
+        device.as_map_mut().unwrap()[0].0 = Value::from("sound");
+        let text = parse(&sound).unwrap_err().to_string();
+        assert!(text.contains("`sound`") && text.contains("newer"), "{text}");
     }
 
     #[test]
