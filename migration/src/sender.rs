@@ -17,8 +17,6 @@ use std::time::Duration;
 /// Pages in a batch: 1 MiB keeps system calls rare and cancelling quick. With every second page
 /// zero a batch has half as many runs, which is within [`MAX_RUNS`].
 pub(crate) const BATCH_PAGES: u64 = 256;
-/// The same, to step by.
-const BATCH_STEP: usize = BATCH_PAGES as usize;
 const _: () = assert!(BATCH_PAGES <= MAX_RUNS as u64 && BATCH_PAGES <= MAX_CODED_PAGES);
 
 /// Pages of memory that seems to hold nothing in a batch of its own: 64 MiB, as much as is worth one
@@ -352,9 +350,11 @@ impl Sender {
             sent.link = clock.now().saturating_sub(began);
         }
         for run in &data {
-            for first in (run.first..run.end()).step_by(BATCH_STEP) {
-                let part = Run::new(first, BATCH_PAGES.min(run.end() - first));
+            let mut at = run.first;
+            while at < run.end() {
+                let part = Run::new(at, BATCH_PAGES.min(run.end() - at));
                 sent.add(self.send_batch(channel, guest, &[part], mode, clock)?);
+                at = part.end();
             }
         }
         data.clear();
