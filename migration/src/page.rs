@@ -157,6 +157,18 @@ impl RamLayout {
             })
     }
 
+    /// The first part of the set that is not RAM.
+    #[must_use]
+    pub fn first_outside(&self, set: &PageSet) -> Option<Run> {
+        let ends = std::iter::once(0).chain(self.runs.iter().map(Run::end));
+        let starts = self.runs.iter().map(|run| run.first);
+        ends.zip(starts.chain(std::iter::once(set.end())))
+            .find_map(|(from, to)| {
+                let run = set.next_run(from, u64::MAX).filter(|run| run.first < to)?;
+                Some(Run::new(run.first, run.end().min(to) - run.first))
+            })
+    }
+
     /// All pages of RAM as a set.
     #[must_use]
     pub fn all(&self) -> PageSet {

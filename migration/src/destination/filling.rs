@@ -212,6 +212,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         recv_set(&mut parts.session.channel, header, &self.layout, &mut part)?;
         let dropped = post_copy_vm(parts.host).and_then(|vm| vm.drop_stale(&part));
         dropped.map_err(DestinationError::Unfit)?;
+        to_follow.missing_pages.prepare();
         let listed = to_follow.listed.get_or_insert_with(|| PageSet::new(end));
         listed.union_with(&part);
         Ok(())
@@ -259,7 +260,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         {
             let begun = post_copy_vm(parts.host).and_then(|vm| vm.begin(missing));
             begun.map_err(DestinationError::Unfit)?;
-            missing_pages.begin(Arc::clone(&self.sink), missing.clone());
+            missing_pages.begin(Arc::clone(&self.sink), missing);
             if let Some(data_channels) = &self.data_channels {
                 data_channels.follow(missing_pages);
             }

@@ -26,6 +26,8 @@ pub struct MissingPages<L, S> {
     clock: Arc<dyn Clock + Send + Sync>,
     verify: bool,
     pages: Mutex<Option<Pages<S>>>,
+    /// Sets whose memory is there already.
+    spares: Mutex<Vec<PageSet>>,
     /// Which of the announced fault channels are connected. Locked before `pages`.
     attached: Mutex<Vec<bool>>,
     change: Condvar,
@@ -97,6 +99,7 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
             clock,
             verify,
             pages: Mutex::new(None),
+            spares: Mutex::new(Vec::new()),
             attached: Mutex::new(vec![false; usize::from(channels)]),
             change: Condvar::new(),
             link: PhantomData,
@@ -122,25 +125,38 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
         Ok(self.lock().as_ref().map_or(0, |p| p.era))
     }
 
+    /// Pages will follow: makes the sets for that, which would take some milliseconds of the pause
+    /// of a large guest.
+    pub(super) fn prepare(&self) {
+        let mut spares = lock(&self.spares);
+        if spares.is_empty() {
+            spares.resize_with(3, || self.layout.all());
+        }
+    }
+
     /// From now on these pages are expected.
-    pub(super) fn begin(&self, sink: Arc<S>, missing: PageSet) {
+    pub(super) fn begin(&self, sink: Arc<S>, missing: &PageSet) {
+        let mut spares = std::mem::take(&mut *lock(&self.spares));
+        let mut copy = || match spares.pop() {
+            Some(mut spare) => {
+                spare.clone_from(missing);
+                spare
+            }
+            None => missing.clone(),
+        };
         let hashes = if self.verify {
             vec![0; usize::try_from(self.layout.end()).unwrap_or(0)]
         } else {
             Vec::new()
         };
-        let none = PageSet::new(self.layout.end());
-        let uncompared = if self.verify {
-            missing.clone()
-        } else {
-            none.clone()
-        };
+        let none = || PageSet::new(self.layout.end());
+        let uncompared = if self.verify { missing.clone() } else { none() };
         *self.lock() = Some(Pages {
             sink,
-            handed: missing.clone(),
-            expected: missing.clone(),
+            handed: copy(),
+            expected: copy(),
             left: missing.len(),
-            missing,
+            missing: copy(),
             waiting: Vec::new(),
             latencies: Latencies::default(),
             on_their_way: 0,
@@ -148,7 +164,7 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
             hashes,
             left_to_compare: uncompared.len(),
             uncompared,
-            told: none,
+            told: none(),
             different: 0,
             lost: None,
             era: 0,

@@ -184,10 +184,13 @@ impl PageSet {
         }
     }
 
-    /// Adds all pages of the other.
+    /// Adds all pages of the other. Where that has none nothing is written: a new set costs the
+    /// memory that is used of it.
     pub fn union_with(&mut self, other: &Self) {
         for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
-            *mine |= theirs;
+            if *theirs != 0 {
+                *mine |= theirs;
+            }
         }
         self.trim();
     }

@@ -165,3 +165,27 @@ fn parts_are_counted_from_the_lowest() {
     assert_eq!(set.len_by_part(0), [set.len()]);
     assert!(PageSet::new(0).len_by_part(64).is_empty());
 }
+
+proptest! {
+    #[test]
+    fn the_first_page_that_is_no_ram_is_found(
+        regions in proptest::collection::vec((0..40u64, 1..60u64), 1..6),
+        list in proptest::collection::vec(0..END, 0..20),
+        runs in proptest::collection::vec((0..END, 1..90u64), 0..3),
+    ) {
+        let (mut at, mut all) = (0, Vec::new());
+        for (gap, count) in regions {
+            all.push(Run::new(at + gap, count));
+            at += gap + count;
+        }
+        let layout = RamLayout::new(all).unwrap();
+        let mut set = set_of(&list);
+        runs.iter().for_each(|(first, count)| set.insert_run(Run::new(*first, *count)));
+        let outside = set.iter().find(|gfn| !layout.contains(Run::new(*gfn, 1)));
+        let found = layout.first_outside(&set);
+        prop_assert_eq!(found.map(|run| run.first), outside);
+        if let Some(run) = found {
+            prop_assert!((run.first..run.end()).all(|gfn| set.contains(gfn) && !layout.contains(Run::new(gfn, 1))));
+        }
+    }
+}

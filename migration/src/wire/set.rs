@@ -100,9 +100,7 @@ pub fn recv_set<L: Link>(
             .collect();
         part.insert_words(header.gfn, &words);
     }
-    let mut outside = part.clone();
-    outside.subtract(&layout.all());
-    if let Some(run) = outside.next_run(0, u64::MAX) {
+    if let Some(run) = layout.first_outside(&part) {
         return Err(WireError::NotRam {
             gfn: run.first,
             count: run.count,

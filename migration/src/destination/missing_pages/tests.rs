@@ -42,7 +42,7 @@ fn missing_pages() -> MissingPages<Loopback, AnySink> {
     let layout = RamLayout::new(vec![Run::new(0, 4)]).unwrap();
     let all = layout.all();
     let missing_pages = MissingPages::new(layout, Arc::new(TestClock::still()), true, 1);
-    missing_pages.begin(Arc::new(AnySink), all);
+    missing_pages.begin(Arc::new(AnySink), &all);
     missing_pages
 }
 
