@@ -2,12 +2,37 @@
 #![allow(clippy::unwrap_used)]
 
 use ferry_migration::destination::Timeouts;
-use ferry_migration::net;
+use ferry_migration::net::{self, MonotonicClock};
 use ferry_migration::options::Options;
 use ferry_migration::page::PAGE_SIZE;
+use ferry_migration::policy::{Decision, Policy, SendOrder, View};
 use ferry_migration::report::Status;
+use ferry_migration::source::{self, Ownership, Setup};
+use ferry_migration::steering::Steering;
 use ferry_migration::testing::{MemoryLink, TestDestination, TestSource};
 use std::sync::mpsc;
+
+/// Sends until nothing is pending: pre-copy's own leaves to the pause what a fast link sends in a
+/// moment.
+struct All;
+
+impl Policy for All {
+    fn name(&self) -> &'static str {
+        "all"
+    }
+
+    fn next(&mut self, view: &View<'_>) -> Decision {
+        if view.pending_pages == 0 {
+            return Decision::Stop {
+                why: "nothing is pending".into(),
+            };
+        }
+        Decision::Send {
+            pages: view.pending.clone(),
+            order: SendOrder::ColdFirst,
+        }
+    }
+}
 
 #[test]
 fn in_the_pause_only_what_was_written_since_is_hashed() {
@@ -23,7 +48,7 @@ fn in_the_pause_only_what_was_written_since_is_hashed() {
         let there = destination.clone();
         let accept = move |time| Ok(listen.recv_timeout(time).ok());
         scope.spawn(move || net::receive(accept, there, Timeouts::default()));
-        let connect = || {
+        let mut connect = |_, _| {
             let (ours, theirs) = MemoryLink::pair();
             dial.send(theirs)
                 .map_err(std::io::Error::other)
@@ -33,7 +58,18 @@ fn in_the_pause_only_what_was_written_since_is_hashed() {
             verify: true,
             ..Options::default()
         };
-        net::migrate(&source, connect, &options)
+        let setup = Setup {
+            connect: &mut connect,
+            clock: &MonotonicClock::new(),
+            options: &options,
+            session: net::session_id(),
+            owner: &Ownership::default(),
+            steering: &Steering::default(),
+            events: &mut |_| {},
+            timeouts: source::Timeouts::default(),
+            threads: true,
+        };
+        source::migrate_with(&source, setup, &mut All)
     });
     assert_eq!(report.status, Status::Completed, "{report:#?}");
     assert_eq!(report.verified, Some(true));
