@@ -112,7 +112,8 @@ fn words(version: u64, at: usize) -> impl Iterator<Item = [u8; 8]> {
     })
 }
 
-/// What bytes `at..` of a block of this version hold. Disks are of whole sectors, so of whole words.
+/// What bytes `at..` of a block of this version hold. Disks are of whole sectors, so of whole
+/// words.
 fn fill(version: u64, at: usize, into: &mut [u8]) {
     let (into, rest) = into.as_chunks_mut();
     debug_assert!(at.is_multiple_of(8) && rest.is_empty(), "half a word");

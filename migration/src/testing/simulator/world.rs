@@ -1,5 +1,7 @@
 //! The state of the simulated world: memories, pipes, time, who runs, and what goes wrong.
 
+mod writes;
+
 use super::disk::Disks;
 use super::fault::{ApiCall, Call, FaultKind, PortFault};
 use super::{Rng, Scenario};
@@ -34,9 +36,6 @@ pub(super) const STATE: &[u8] = b"registers and devices of the simulated machine
 
 /// What a message takes on a link that trickles.
 const SLOW: Duration = Duration::from_secs(2);
-
-/// The share of writes with which one to the disk goes.
-const TO_DISK: Odds = Odds::new(0.05);
 
 /// What a dropped page shows in the simulated memory.
 const STALE: u64 = u64::MAX;
@@ -250,68 +249,6 @@ impl World {
         }
     }
 
-    fn lacks_what_it_writes(&self) -> bool {
-        let missing = self.missing.as_ref();
-        missing.is_some_and(|missing| self.hot.iter().any(|gfn| missing.contains(*gfn)))
-    }
-
-    /// So many writes in a row, until one has to wait for its page.
-    fn run_at_destination(&mut self, writes: u64) {
-        for _ in 0..writes {
-            let gfn = self.next_written();
-            if self.faults_on(gfn) {
-                self.owed_writes = 0.0;
-                return;
-            }
-            self.write(gfn);
-        }
-    }
-
-    /// So many writes at the destination that nothing looks at: what follows is as if they were done.
-    fn pass_over(&mut self, writes: u64) {
-        let drawn = 1 + u64::from(self.walked.is_none()) + u64::from(!self.given_back.is_none());
-        self.rng.skip(writes * drawn);
-        if let Some(at) = &mut self.walked {
-            *at = index((*at as u64 + writes) % self.hot.len() as u64);
-        }
-    }
-
-    /// So many writes in a row: most of what a simulation does, so the numbers are kept at hand.
-    fn run_at_source(&mut self, writes: u64) {
-        let mut rng = self.rng.clone();
-        let mut version = self.next_version;
-        let blocks = self.disks.source.len() as u64;
-        let (hot, length) = (self.hot.as_slice(), self.hot.len());
-        for _ in 0..writes {
-            let at = match &mut self.walked {
-                Some(at) => {
-                    *at += 1;
-                    if *at == length {
-                        *at = 0;
-                    }
-                    *at
-                }
-                None => index(rng.below(length as u64)),
-            };
-            let gfn = hot[at];
-            let gives = !self.given_back.is_none() && rng.hits(self.given_back);
-            let clears = !gives && rng.hits(self.zero_writes);
-            let empty = gives || clears;
-            version += u64::from(!empty);
-            self.source_memory[index(gfn)] = if empty { 0 } else { version };
-            self.holes.set(gfn, gives);
-            if let Some(log) = &mut self.log {
-                log.insert(gfn);
-            }
-            if blocks > 0 && rng.hits(TO_DISK) {
-                let (block, clear) = (rng.below(blocks), rng.hits(self.zero_writes));
-                self.disks.write(index(block), clear);
-            }
-        }
-        self.rng = rng;
-        self.next_version = version;
-    }
-
     /// A user's call to the source's VMM.
     fn call(&mut self, what: ApiCall) {
         match what {
@@ -404,46 +341,6 @@ impl World {
         }
     }
 
-    fn next_written(&mut self) -> Gfn {
-        let length = self.hot.len();
-        let at = match &mut self.walked {
-            Some(at) => {
-                *at = (*at + 1) % length;
-                *at
-            }
-            None => index(self.rng.below(length as u64)),
-        };
-        self.hot[at]
-    }
-
-    /// One write of the guest, wherever it runs; sometimes it clears the page, or gives it back.
-    pub fn write(&mut self, gfn: Gfn) {
-        let gives = !self.given_back.is_none() && self.rng.hits(self.given_back);
-        if gives && self.source_runs {
-            self.holes.insert(gfn);
-            self.source_memory[index(gfn)] = 0;
-            if let Some(log) = &mut self.log {
-                log.insert(gfn);
-            }
-            return;
-        }
-        let version = if self.rng.hits(self.zero_writes) {
-            0
-        } else {
-            self.next_version += 1;
-            self.next_version
-        };
-        if self.source_runs {
-            self.source_memory[index(gfn)] = version;
-            self.holes.remove(gfn);
-            if let Some(log) = &mut self.log {
-                log.insert(gfn);
-            }
-        } else if self.destination_runs {
-            self.destination_memory[index(gfn)] = version;
-        }
-    }
-
     /// A read of a page of the running or paused source. Without races the engine knows
     /// beforehand that it is empty.
     pub fn read(&mut self, gfn: Gfn) -> u64 {
@@ -468,27 +365,6 @@ impl World {
                 self.violations.push(wrong);
             }
             self.source_memory[index(gfn)] = STALE;
-        }
-    }
-
-    /// Some of the guest's writes go to its disk.
-    fn write_disk(&mut self) {
-        let blocks = self.disks.source.len() as u64;
-        if self.source_runs && blocks > 0 && self.rng.hits(TO_DISK) {
-            let (block, clear) = (self.rng.below(blocks), self.rng.hits(self.zero_writes));
-            self.disks.write(index(block), clear);
-        }
-    }
-
-    /// The guest gets to write something in the middle of whatever the engine is doing.
-    pub fn sneak_a_write(&mut self) {
-        if self.slowed > 0.0 && self.rng.chance(self.slowed) {
-            return;
-        }
-        if self.write_rate > 0.0 && !self.paused_by_user && self.rng.chance(self.racing_writes) {
-            let gfn = self.next_written();
-            self.write(gfn);
-            self.write_disk();
         }
     }
 
