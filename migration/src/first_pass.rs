@@ -20,6 +20,9 @@ const REGION: usize = 512;
 const REGION_WORDS: usize = REGION / 64;
 /// The pass is made in about so many steps.
 const STEPS: u64 = 16;
+/// Pages that are worth one request to the dirty log, so that the guest never waits long for it:
+/// 64 MiB.
+pub(crate) const REQUEST_PAGES: u64 = 16 << 10;
 /// A step has at least so many pages.
 const FEWEST: u64 = 64;
 
@@ -93,12 +96,11 @@ impl FirstPass {
     /// What is left, in parts that are worth one request to the dirty log, so that the guest never
     /// waits long for it.
     pub(crate) fn parts(&self) -> impl Iterator<Item = Vec<Run>> + '_ {
-        const PAGES: u64 = 16 << 10;
         const RUNS: usize = 256;
         let mut at = 0;
         std::iter::from_fn(move || {
             let mut part = Vec::new();
-            let mut room = PAGES;
+            let mut room = REQUEST_PAGES;
             while let Some(run) = self.left.next_run(at, room) {
                 at = run.end();
                 room -= run.count;

@@ -177,7 +177,7 @@ impl Sender {
     }
 
     /// Sends the pages of `runs`: at most [`BATCH_PAGES`], or as many as [`Batches`] has found to
-    /// hold nothing.
+    /// hold nothing. Of these, what was written meanwhile goes out in pieces.
     pub(crate) fn send<L: Link, G: SourceVm<L> + ?Sized>(
         &mut self,
         channel: &mut Channel<L>,
@@ -186,45 +186,24 @@ impl Sender {
         mode: BatchMode,
         clock: &dyn Clock,
     ) -> Result<Sent, SendError> {
-        if runs.iter().map(|run| run.count).sum::<u64>() <= BATCH_PAGES {
-            self.send_batch(channel, guest, runs, mode, clock)
-        } else {
-            self.send_empty(channel, guest, runs, mode, clock)
-        }
-    }
-
-    /// Tells that pages are zero which seemed to hold nothing, and sends those that were written
-    /// meanwhile.
-    fn send_empty<L: Link, G: SourceVm<L> + ?Sized>(
-        &mut self,
-        channel: &mut Channel<L>,
-        guest: &G,
-        runs: &[Run],
-        mode: BatchMode,
-        clock: &dyn Clock,
-    ) -> Result<Sent, SendError> {
         let mut sent = self.look(guest, runs, mode)?;
-        let mut data = std::mem::take(&mut self.data);
-        if !self.head.is_empty() {
-            let began = clock.now();
-            if let Err(error) = channel.link().send(&self.head, &[]) {
-                self.encoder.failed();
-                return Err(WireError::Io(error).into());
-            }
-            sent.bytes = self.head.len() as u64;
-            channel.count(sent.bytes);
-            sent.link = clock.now().saturating_sub(began);
+        let pages: u64 = self.data.iter().map(|run| run.count).sum();
+        if pages <= BATCH_PAGES {
+            sent.add(self.send_looked_at(channel, guest, mode, clock)?);
+            return Ok(sent);
         }
-        for run in &data {
+        let written = std::mem::take(&mut self.data);
+        for run in written {
             let mut at = run.first;
             while at < run.end() {
                 let part = Run::new(at, BATCH_PAGES.min(run.end() - at));
-                sent.add(self.send_batch(channel, guest, &[part], mode, clock)?);
                 at = part.end();
+                self.data.clear();
+                self.data.push(part);
+                sent.add(self.send_looked_at(channel, guest, mode, clock)?);
+                self.head.clear();
             }
         }
-        data.clear();
-        self.data = data;
         Ok(sent)
     }
 
@@ -269,17 +248,16 @@ impl Sender {
         })
     }
 
-    /// Sends the pages of `runs` (at most [`BATCH_PAGES`]) in one write: a frame for the zero
-    /// pages, then those of the coded ones, then one for the others.
-    fn send_batch<L: Link, G: SourceVm<L> + ?Sized>(
+    /// Sends what [`look`](Self::look) has found, at most [`BATCH_PAGES`] that hold something, in
+    /// one write: the frames for the zero pages, then those of the coded ones, then one for the
+    /// others.
+    fn send_looked_at<L: Link, G: SourceVm<L> + ?Sized>(
         &mut self,
         channel: &mut Channel<L>,
         guest: &G,
-        runs: &[Run],
         mode: BatchMode,
         clock: &dyn Clock,
     ) -> Result<Sent, SendError> {
-        let looked = self.look(guest, runs, mode)?;
         let uncoded = self.head.len();
         let coded = self
             .encoder
@@ -343,7 +321,7 @@ impl Sender {
             link,
             coding: coded.took,
             codecs: coded.codecs,
-            ..looked
+            ..Sent::default()
         })
     }
 

@@ -9,6 +9,7 @@ const END: Gfn = 300;
 enum Op {
     Insert(Gfn),
     Remove(Gfn),
+    Set(Gfn, bool),
     InsertRun(Run),
     RemoveRun(Run),
     Words(Gfn, Vec<u64>),
@@ -25,6 +26,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         gfn.clone().prop_map(Op::Insert),
         gfn.clone().prop_map(Op::Remove),
+        (gfn.clone(), any::<bool>()).prop_map(|(g, there)| Op::Set(g, there)),
         (gfn.clone(), 0..200u64).prop_map(|(f, c)| Op::InsertRun(Run::new(f, c))),
         (gfn, 0..200u64).prop_map(|(f, c)| Op::RemoveRun(Run::new(f, c))),
         (0..6u64, proptest::collection::vec(any::<u64>(), 0..4))
@@ -54,6 +56,11 @@ proptest! {
             match op {
                 Op::Insert(gfn) => prop_assert_eq!(set.insert(gfn), gfn < END && oracle.insert(gfn)),
                 Op::Remove(gfn) => prop_assert_eq!(set.remove(gfn), oracle.remove(&gfn)),
+                Op::Set(gfn, there) => {
+                    set.set(gfn, there);
+                    oracle.remove(&gfn);
+                    oracle.extend(there.then_some(gfn));
+                }
                 Op::InsertRun(run) => { set.insert_run(run); oracle.extend(run.first..run.end()); }
                 Op::RemoveRun(run) => { set.remove_run(run); oracle.retain(|g| !(run.first..run.end()).contains(g)); }
                 Op::Words(first, words) => {

@@ -1,12 +1,9 @@
 //! A set of pages, cut into batches in the order in which they go out.
 
 use super::BATCH_PAGES;
+use crate::first_pass::REQUEST_PAGES;
 use crate::page::{Gfn, Heat, PageSet, Run};
 use crate::policy::SendOrder;
-
-/// Pages of memory that seems to hold nothing in a batch of its own: 64 MiB, as much as is worth one
-/// request to the dirty log, so that the guest never waits long for it.
-const EMPTY_PAGES: u64 = 16 << 10;
 
 /// Cuts a set into batches in the wanted order.
 #[derive(Debug)]
@@ -43,8 +40,8 @@ impl Batches {
         }
     }
 
-    /// These pages held nothing when it was looked: many of them together are a batch, since there
-    /// is next to nothing to send.
+    /// These pages held nothing when it was looked: many of them together are a batch of its own,
+    /// of up to [`REQUEST_PAGES`], since there is next to nothing to send.
     pub(crate) fn with_empty(mut self, empty: Option<PageSet>) -> Self {
         self.empty = empty;
         self
@@ -113,7 +110,7 @@ impl Batches {
         let mut room = self.size;
         while room > 0 {
             let Some(part) = self.parts.last() else { break };
-            let Some(mut run) = part.next_run(self.at, EMPTY_PAGES) else {
+            let Some(mut run) = part.next_run(self.at, REQUEST_PAGES) else {
                 // A batch never spans two parts: within it, runs are in address order.
                 if !runs.is_empty() {
                     break;
@@ -169,7 +166,7 @@ mod tests {
             while batches.next(&mut runs) {
                 let count: u64 = runs.iter().map(|run| run.count).sum();
                 let holes: u64 = runs.iter().map(|run| empty.count_in(*run)).sum();
-                prop_assert!(count <= size || runs.len() == 1 && holes == count && count <= EMPTY_PAGES);
+                prop_assert!(count <= size || runs.len() == 1 && holes == count && count <= REQUEST_PAGES);
                 for run in &runs {
                     prop_assert_eq!(taken.count_in(*run), 0);
                     taken.insert_run(*run);

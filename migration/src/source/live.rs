@@ -161,44 +161,41 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
     /// next to nothing; to follow the guest it would have to be placed page by page, and take
     /// memory there.
     fn announce_unpopulated(&mut self) -> Result<bool, SourceError> {
-        let mut pages = PageSet::new(self.memory.layout.end());
         let mut unsent = self.memory.pending.clone();
         unsent.subtract(&self.memory.sent_once);
         if unsent.is_empty() {
             return Ok(false);
         }
-        for region in self.memory.layout.runs() {
-            for hole in holes(self.guest, *region) {
-                pages.insert_run(hole);
-            }
-        }
+        let mut pages = self.unpopulated(usize::MAX);
         pages.intersect_with(&unsent);
         if pages.is_empty() {
             return Ok(false);
         }
-        self.memory.empty = Some(pages.clone());
+        self.memory.empty.clone_from(&pages);
         // Whatever the cap: a batch of zero pages is a few bytes.
         self.send_round_in(pages, SendOrder::Address, false, BATCH_PAGES)?;
         Ok(true)
     }
 
-    /// Looks once, before anything is sent, where nothing seems to lie, as far as that is told soon.
-    fn look_for_empty(&mut self) {
-        /// Memory in more pieces than this is looked at as it goes out.
-        const HOLES: usize = 4096;
-        if self.memory.empty.is_some() {
-            return;
-        }
-        let mut empty = PageSet::new(self.memory.layout.end());
+    /// What was never written or was given back, of at most so many pieces.
+    fn unpopulated(&self, pieces: usize) -> PageSet {
+        let mut pages = PageSet::new(self.memory.layout.end());
         let runs = self.memory.layout.runs().iter();
         let found = runs.flat_map(|region| holes(self.guest, *region));
-        found.take(HOLES).for_each(|hole| empty.insert_run(hole));
-        self.memory.empty = Some(empty);
+        found.take(pieces).for_each(|hole| pages.insert_run(hole));
+        pages
+    }
+
+    /// Looks before anything is sent where nothing seems to lie, as far as that is told soon.
+    fn look_for_empty(&mut self) {
+        /// Memory in more pieces than this is looked at as it goes out.
+        const PIECES: usize = 4096;
+        self.memory.empty = self.unpopulated(PIECES);
     }
 
     /// Pages to be sent, in batches of at most so many but for those that seem to hold nothing.
     fn batches(&self, pages: PageSet, order: SendOrder, batch: u64) -> Batches {
-        let empty = self.memory.empty.as_ref().filter(|empty| !empty.is_empty());
+        let empty = Some(&self.memory.empty).filter(|empty| !empty.is_empty());
         Batches::new(pages, order, &self.memory.heat, batch).with_empty(empty.cloned())
     }
 
@@ -467,9 +464,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
             self.memory.pending.remove_run(*run);
             self.record.pages.resent += self.memory.sent_once.count_in(*run);
             self.memory.sent_once.insert_run(*run);
-            if let Some(empty) = &mut self.memory.empty {
-                empty.remove_run(*run);
-            }
+            self.memory.empty.remove_run(*run);
         }
         self.record.pages.sent += sent.data_pages;
         self.record.pages.zero += sent.zero_pages;

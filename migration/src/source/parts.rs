@@ -78,8 +78,8 @@ pub(super) struct Memory {
     pub(super) layout: RamLayout,
     pub(super) pending: PageSet,
     pub(super) sent_once: PageSet,
-    /// Pages that were not sent and held nothing when it was looked; `None` before that.
-    pub(super) empty: Option<PageSet>,
+    /// Pages that were not sent and held nothing when it was looked.
+    pub(super) empty: PageSet,
     /// With `--verify`: pages whose hashes the destination has, and that were not written since.
     /// They were hashed once the policy first wanted to stop.
     pub(super) hashed: Option<PageSet>,
@@ -101,7 +101,7 @@ impl Memory {
         Self {
             pending: layout.all(),
             sent_once: PageSet::new(end),
-            empty: None,
+            empty: PageSet::new(end),
             hashed: None,
             heat: Heat::new(end),
             fresh: PageSet::new(end),
