@@ -1,5 +1,5 @@
-//! `--disk`, `--net`, `--vsock` and `--memory-backing`: what is behind a guest's devices and memory on this
-//! host.
+//! `--disk`, `--net`, `--vsock` and `--memory-backing`: what is behind a guest's devices and memory
+//! on this host.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 /// Wait for a guest to be migrated here, then be its VMM.
 ///
 /// The guest's size and processors come with it. Give what is behind its disks and network cards
-/// here, in the same order, and its vsock. After a migration that fails before the guest has moved, this waits for
-/// the next one. The keys and signals of `ferry run` work here too.
+/// here, in the same order, and its vsock. After a migration that fails before the guest has moved,
+/// this waits for the next one. The keys and signals of `ferry run` work here too.
 ///
 /// On unix:PATH the guest comes from a process on this host, which hands over the memory itself
 /// instead of copying it: the way to go on under a newer ferry. The taps of its network cards come

@@ -18,9 +18,9 @@ use std::thread::JoinHandle;
 ///
 /// The guest runs at once, and its memory is read while it does: first where it waits for a page,
 /// and around there. Give what is behind its disks and network cards, in their order, and its
-/// vsock; the disks must be as they were at the snapshot. The guest's clock goes on from the snapshot. A file that
-/// is restored twice makes two guests with one identity. The keys and signals of `ferry run` work
-/// here too.
+/// vsock; the disks must be as they were at the snapshot. The guest's clock goes on from the
+/// snapshot. A file that is restored twice makes two guests with one identity. The keys and signals
+/// of `ferry run` work here too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry restore web.snap --name web")]
 pub struct Args {

@@ -1,8 +1,8 @@
 //! The switches between the engine and its users, in every order of their threads.
 //!
-//! `owner.rs` decides between a cancel and the commit, `switch.rs` what of a user's changes is made.
-//! Both are compiled here with the primitives of loom. It runs a model once for each order in which
-//! threads can reach them, and for each value that the memory model lets a thread read.
+//! `owner.rs` decides between a cancel and the commit, `switch.rs` what of a user's changes is
+//! made. Both are compiled here with the primitives of loom. It runs a model once for each order in
+//! which threads can reach them, and for each value that the memory model lets a thread read.
 //!
 //! The models can fail: each rule is broken once, and the break must be found.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]

@@ -22,8 +22,8 @@ use crate::virtio::Sparse;
 pub const MOST_CONNECTIONS: usize = 256;
 /// Answers that wait for a buffer of the guest's.
 pub const MOST_RESETS: usize = 256;
-/// The host's ports of connections that the host makes, as Firecracker chooses them: programs seldom
-/// listen there.
+/// The host's ports of connections that the host makes, as Firecracker chooses them: programs
+/// seldom listen there.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = (1 << 31) - 1;
 /// Of the listener, where connections have numbers.

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 /// A VM that reads and writes its memory page by page and keeps a dirty log: an `Arc` of it is a
 /// [`SourceVm`] and a [`DestinationVm`].
 ///
-/// Each page is copied once at either side. A VMM with mapped memory, post-copy, disks, or a machine
-/// that is built when the source has described it implements the two traits themselves.
+/// Each page is copied once at either side. A VMM with mapped memory, post-copy, disks, or a
+/// machine that is built when the source has described it implements the two traits themselves.
 pub trait SimpleVm: Pausable + Send + 'static {
     /// See [`SourceVm::layout`].
     fn layout(&self) -> RamLayout;
