@@ -25,9 +25,7 @@ use ferry_migration::report::Status;
 use ferry_migration::wire::{FrameType, Header, encode_runs};
 use ferry_tests::benchmark_host;
 use ferry_vmm::machine::Machine;
-use ferry_vmm::memory::{
-    Backing, GuestRam, PAGE_SIZE, PageRun, SplicePipe, Userfault, check_userfault,
-};
+use ferry_vmm::memory::{Backing, GuestRam, PAGE_SIZE, SplicePipe, Userfault, check_userfault};
 use ferry_vmm::migrate::{Arrival, Handle, Receiver, Uri, migrate};
 use guest::Guest;
 use measure::{Cost, process_cpu, timed};
@@ -262,7 +260,7 @@ fn send(table: &Table, ram: &GuestRam) -> Result<()> {
 fn feed(ram: &GuestRam, out: &TcpStream, runs: &[Run], framed: bool) -> Result<()> {
     for run in runs {
         let head = if framed { head(*run) } else { Vec::new() };
-        ram.write_pages(out.as_fd(), &head, &[(run.first, run.count)], |_| Ok(()))?;
+        ram.write_pages(out.as_fd(), &head, &[*run], |_| Ok(()))?;
     }
     Ok(())
 }
@@ -281,7 +279,7 @@ fn receive(table: &Table, from: &GuestRam) -> Result<()> {
         ("into memory that is there", false, false, false),
     ];
     for (what, new, splice, single) in ways {
-        let placed: Vec<Vec<PageRun>> = runs.iter().map(|run| pieces(*run, single)).collect();
+        let placed: Vec<Vec<Run>> = runs.iter().map(|run| pieces(*run, single)).collect();
         table.stage("receive", what, || {
             for run in runs.iter().filter(|_| new) {
                 to.drop_pages(run.first, run.count)?;
@@ -307,13 +305,13 @@ fn receive(table: &Table, from: &GuestRam) -> Result<()> {
 }
 
 /// A batch as memory takes it: whole, or page by page, no two of them beside each other.
-fn pieces(run: Run, single: bool) -> Vec<PageRun> {
+fn pieces(run: Run, single: bool) -> Vec<Run> {
     if !single {
-        return vec![(run.first, run.count)];
+        return vec![run];
     }
     let every_other = |from| (from..run.end()).step_by(2);
     let pages = every_other(run.first).chain(every_other(run.first + 1));
-    pages.map(|gfn| (gfn, 1)).collect()
+    pages.map(|gfn| Run::new(gfn, 1)).collect()
 }
 
 /// Pages that were decoded or fetched, into guest memory.

@@ -21,15 +21,16 @@ mod backing;
 mod bitmap;
 mod collapse;
 mod error;
+mod holes;
 mod huge_mount;
 mod layout;
 mod memfd;
 mod shared;
 mod transfer;
 mod userfault;
+mod zero;
 
 use std::fs::File;
-use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,7 +38,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::bitmap::NewBitmap as _;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 pub use available::available_memory;
 pub(crate) use available::check_available;
@@ -48,13 +49,14 @@ pub use error::{RamError, RangeError};
 pub(crate) use huge_mount::root as private_mount;
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
 pub use shared::{ClaimError, ShareError, SharedRam};
-pub use transfer::{PageRun, SplicePipe};
+pub use transfer::SplicePipe;
 pub use userfault::{
     Fault, PlaceError, Placed, Userfault, UserfaultBy, UserfaultError, Waited, check_userfault,
 };
 
 /// Size of a guest page as the dirty log, the wire and this crate count them, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
+const PAGE_SIZE_USIZE: usize = PAGE_SIZE as usize;
 /// Size of a huge page, in bytes.
 pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
@@ -418,103 +420,6 @@ impl GuestRam {
     pub fn clear_dirty_words(&self, first_gfn: u64, words: &[u64]) -> Result<(), RangeError> {
         let (region, word) = self.layout.find_words(first_gfn, words.len())?;
         self.bitmaps[region].and_not(word, words);
-        Ok(())
-    }
-
-    /// Makes pages zero and gives their memory back to the host. They count as written by the VMM,
-    /// since what a migration has already sent of them is out of date.
-    ///
-    /// # Errors
-    /// [`RamError::Range`] when any of the pages is not RAM, [`RamError::Punch`] from the kernel.
-    pub fn discard(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {
-        let unit = match self.pages.kind {
-            PageKind::Hugetlb => HUGE_PAGE_SIZE,
-            PageKind::Small | PageKind::Transparent => PAGE_SIZE,
-        };
-        self.make_zero(first_gfn, count, unit)
-    }
-
-    /// Makes pages zero, as [`discard`](Self::discard) does, and splits no 2 MiB page for it.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn clear(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {
-        let unit = match self.pages.kind {
-            PageKind::Transparent if self.fills_huge() => HUGE_PAGE_SIZE,
-            PageKind::Hugetlb => HUGE_PAGE_SIZE,
-            PageKind::Small | PageKind::Transparent => PAGE_SIZE,
-        };
-        self.make_zero(first_gfn, count, unit)
-    }
-
-    /// Punches out what is whole units of the file, and overwrites the rest.
-    fn make_zero(&self, first_gfn: u64, count: u64, unit: u64) -> Result<(), RamError> {
-        let (region, page) = self.layout.find(first_gfn, count)?;
-        let start = self.layout.regions()[region].offset_of(page);
-        let end = start + count * PAGE_SIZE;
-        let inner = start.next_multiple_of(unit)..(end / unit * unit);
-        if inner.is_empty() {
-            self.overwrite_with_zeros(first_gfn, count)?;
-        } else {
-            self.punch(first_gfn, count, &inner)?;
-            let head = (inner.start - start) / PAGE_SIZE;
-            let tail = (end - inner.end) / PAGE_SIZE;
-            self.overwrite_with_zeros(first_gfn, head)?;
-            self.overwrite_with_zeros(first_gfn + count - tail, tail)?;
-        }
-        self.bitmaps[region].set_pages(page, count);
-        Ok(())
-    }
-
-    /// Makes pages absent: what they held is stale, and who touches them is to wait for what is to
-    /// come (see [`Userfault`]). They do not count as written.
-    ///
-    /// # Errors
-    /// [`RamError::Range`] when any of the pages is not RAM, [`RamError::Punch`] from the kernel,
-    /// and [`RamError::NotAbsent`] when a page stays there.
-    pub fn drop_pages(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {
-        let (region, page) = self.layout.find(first_gfn, count)?;
-        if count == 0 {
-            return Ok(());
-        }
-        let start = self.layout.regions()[region].offset_of(page);
-        // Of a 2 MiB page that it cannot split, since a system call uses it just now, the kernel
-        // overwrites the part with zeros instead: the guest would then read zeros and never wait.
-        // That would be silent, so it is asked for.
-        const TRIES: u32 = 50;
-        const PAUSE: Duration = Duration::from_millis(1);
-        let mut there = None;
-        for _ in 0..TRIES {
-            self.punch(first_gfn, count, &(start..start + count * PAGE_SIZE))?;
-            match self.next_data(first_gfn) {
-                Some(next) if next >= first_gfn + count => return Ok(()),
-                next => there = next,
-            }
-            std::thread::sleep(PAUSE);
-        }
-        Err(RamError::NotAbsent {
-            gfn: there.unwrap_or(first_gfn),
-        })
-    }
-
-    /// Punches bytes of the file out, for pages that an error names.
-    fn punch(&self, first_gfn: u64, count: u64, bytes: &Range<u64>) -> Result<(), RamError> {
-        memfd::punch(&self.file, bytes.start, bytes.end - bytes.start).map_err(|source| {
-            RamError::Punch {
-                first_gfn,
-                count,
-                source,
-            }
-        })
-    }
-
-    fn overwrite_with_zeros(&self, first_gfn: u64, count: u64) -> Result<(), RamError> {
-        const ZEROS: [u8; 4096] = [0; 4096];
-        for gfn in first_gfn..first_gfn + count {
-            self.memory
-                .write_slice(&ZEROS, GuestAddress(gfn * PAGE_SIZE))
-                .map_err(|_| RangeError::new(first_gfn, count))?;
-        }
         Ok(())
     }
 }

@@ -364,20 +364,6 @@ pub(crate) fn engine_layout(
     ferry_migration::page::RamLayout::new(runs)
 }
 
-/// The engine's runs as memory knows them: at most as many as a frame has.
-fn page_runs<'a>(
-    runs: &[ferry_migration::page::Run],
-    buffer: &'a mut [crate::memory::PageRun; ferry_migration::wire::MAX_RUNS as usize],
-) -> std::io::Result<&'a [crate::memory::PageRun]> {
-    let room = buffer
-        .get_mut(..runs.len())
-        .ok_or(std::io::ErrorKind::InvalidInput)?;
-    for (to, run) in room.iter_mut().zip(runs) {
-        *to = (run.first, run.count);
-    }
-    Ok(room)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ferry_migration::page::{PageSet, RamLayout};
+use ferry_migration::page::{PageSet, RamLayout, Run};
 use ferry_migration::trace::Header;
 
 use crate::kvm::DirtyLogError;
@@ -76,16 +76,16 @@ fn about_empty(ram: &GuestRam) -> u64 {
         let end = region.first_gfn + region.pages;
         let mut at = region.first_gfn;
         while at < end {
-            let (next, untouched) = ram.unpopulated(at, end - at).unwrap_or((end, 0));
-            empty += untouched;
+            let untouched = ram.unpopulated(at, end - at).unwrap_or(Run::new(end, 0));
+            empty += untouched.count;
             let mut sampled = at.next_multiple_of(EVERY);
-            while sampled < next {
+            while sampled < untouched.first {
                 if ram.page_is_zero(sampled).unwrap_or(false) {
-                    empty += EVERY.min(next - sampled);
+                    empty += EVERY.min(untouched.first - sampled);
                 }
                 sampled += EVERY;
             }
-            at = next + untouched;
+            at = untouched.end();
         }
     }
     empty

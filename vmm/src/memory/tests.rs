@@ -1,5 +1,6 @@
 use super::*;
-use vm_memory::GuestMemoryBackend as _;
+use ferry_migration::page::Run;
+use vm_memory::{Bytes as _, GuestMemoryBackend as _};
 
 const MIB: u64 = 1 << 20;
 
@@ -201,7 +202,7 @@ fn while_holes_mean_something_nothing_is_written_to_the_file() {
     ram.forbid_transparent_hugepages();
     assert!(!ram.takes_writes());
     ram.write_decoded(7, &[7; 4096], true).unwrap();
-    assert_eq!(ram.unpopulated(6, 1), Some((6, 1)));
+    assert_eq!(ram.unpopulated(6, 1), Some(Run::new(6, 1)));
     assert_eq!(word(&ram, 7), u64::from_ne_bytes([7; 8]));
     ram.allow_transparent_hugepages();
     assert!(ram.takes_writes());
@@ -250,7 +251,7 @@ fn a_split_2_mib_page_is_put_together_again() {
         }
     }
     assert!(!ram.collapse(512).unwrap(), "nothing is there");
-    assert_eq!(ram.unpopulated(512, 512), Some((512, 512)));
+    assert_eq!(ram.unpopulated(512, 512), Some(Run::new(512, 512)));
     for gfn in 0..512 {
         assert_eq!(word(&ram, gfn), gfn + 1);
     }

@@ -9,13 +9,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
-use super::{GuestRam, PAGE_SIZE, PageKind, RangeError};
+use ferry_migration::page::Run;
+
+use super::{GuestRam, PAGE_SIZE, PAGE_SIZE_USIZE, PageKind, RangeError};
 
 /// Segments of one vectored system call; Linux takes 1,024 (`IOV_MAX`).
 const SEGMENTS: usize = 640;
-
-/// Pages in address order: the first frame and how many.
-pub type PageRun = (u64, u64);
 
 /// Segments in a fixed array, so that a transfer allocates nothing.
 struct Segments {
@@ -107,10 +106,10 @@ fn bad_range(error: RangeError) -> io::Error {
 }
 
 impl GuestRam {
-    fn segments_of(&self, segments: &mut Segments, runs: &[PageRun]) -> io::Result<()> {
-        for &(first, count) in runs {
-            let base = self.host_address(first, count).map_err(bad_range)?;
-            let len = usize::try_from(count * PAGE_SIZE).unwrap_or(usize::MAX);
+    fn segments_of(&self, segments: &mut Segments, runs: &[Run]) -> io::Result<()> {
+        for run in runs {
+            let base = self.host_address(run.first, run.count).map_err(bad_range)?;
+            let len = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
             if !segments.push(base.as_ptr(), len) {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidInput,
@@ -130,7 +129,7 @@ impl GuestRam {
         &self,
         socket: BorrowedFd<'_>,
         head: &[u8],
-        runs: &[PageRun],
+        runs: &[Run],
         mut stalled: impl FnMut(bool) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut segments = Segments::new();
@@ -165,7 +164,7 @@ impl GuestRam {
     pub fn read_pages(
         &self,
         socket: BorrowedFd<'_>,
-        runs: &[PageRun],
+        runs: &[Run],
         mut stalled: impl FnMut(bool) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut segments = Segments::new();
@@ -205,12 +204,12 @@ impl GuestRam {
         &self,
         socket: BorrowedFd<'_>,
         pipe: &SplicePipe,
-        runs: &[PageRun],
+        runs: &[Run],
         mut stalled: impl FnMut(bool) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut left = 0;
-        for (first, count) in runs {
-            left += self.in_file(*first, *count)?.1;
+        for run in runs {
+            left += self.in_file(*run)?.1;
         }
         let mut runs = runs.iter();
         // Of the run in hand: where its next byte belongs in the file, and how many are to come.
@@ -233,10 +232,10 @@ impl GuestRam {
             left -= waiting;
             while waiting > 0 {
                 if of_run == 0 {
-                    let Some((first, count)) = runs.next() else {
+                    let Some(run) = runs.next() else {
                         break;
                     };
-                    (offset, of_run) = self.in_file(*first, *count)?;
+                    (offset, of_run) = self.in_file(*run)?;
                 }
                 // SAFETY: `offset` is a valid loff_t that the kernel reads and advances; it stays
                 // within the run's part of the file, since no more than the rest of the run is
@@ -266,48 +265,14 @@ impl GuestRam {
     }
 
     /// Where pages lie in the memory file, and how many bytes they are.
-    fn in_file(&self, first: u64, count: u64) -> io::Result<(libc::loff_t, usize)> {
-        let (region, page) = self.layout.find(first, count).map_err(bad_range)?;
+    fn in_file(&self, run: Run) -> io::Result<(libc::loff_t, usize)> {
+        let (region, page) = self.layout.find(run.first, run.count).map_err(bad_range)?;
         let start = self.layout.regions()[region].offset_of(page);
-        let bytes = usize::try_from(count * PAGE_SIZE).map_err(io::Error::other)?;
+        let bytes = usize::try_from(run.bytes()).map_err(io::Error::other)?;
         Ok((
             libc::loff_t::try_from(start).map_err(io::Error::other)?,
             bytes,
         ))
-    }
-
-    /// Whether a page holds only zeros, as seen now. Reads no further than the first group of bytes
-    /// that are not.
-    ///
-    /// # Errors
-    /// [`RangeError`] when it is not RAM.
-    pub fn page_is_zero(&self, gfn: u64) -> Result<bool, RangeError> {
-        /// Vectors tested at once: two cache lines.
-        const STEP: usize = 8;
-        /// Pages between the one that is looked at and the one that is fetched.
-        const AHEAD: usize = 8;
-        const VECTOR: usize = size_of::<Vector>();
-        let page = self.host_address(gfn, 1)?;
-        // What holds something is known by its first bytes: waiting for them is nearly all that it
-        // costs, so those of a page that is looked at soon are fetched meanwhile.
-        fetch(page.as_ptr().wrapping_add(AHEAD * PAGE_SIZE_USIZE));
-        let vectors = page.cast::<Vector>();
-        for group in 0..PAGE_SIZE_USIZE / VECTOR / STEP {
-            let mut or = ZERO;
-            for vector in 0..STEP {
-                // SAFETY: the index stays below PAGE_SIZE / VECTOR, so the vector lies within the
-                // page, which `host_address` has checked to be mapped; page starts are aligned.
-                // Volatile, since the guest may write at the same time: any value is then as good
-                // as another (the page is in the dirty log again).
-                or = unite(or, unsafe {
-                    vectors.add(group * STEP + vector).read_volatile()
-                });
-            }
-            if !is_zero(or) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 
     /// Writes decoded pages to `first_gfn` and those after it; `bytes` are whole pages. The
@@ -371,184 +336,6 @@ impl GuestRam {
         // SAFETY: the range is mapped (checked by `host_address`); populating changes no contents.
         let _ = unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_POPULATE_WRITE) };
     }
-
-    /// The first part of the pages for which the memory file holds nothing: zeros without reading.
-    /// Exact at the time of the call; of the host's pool a long part may come in pieces.
-    #[must_use]
-    pub fn unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
-        let (mut at, end) = (first_gfn, first_gfn.checked_add(count)?);
-        loop {
-            let (first, absent) = self.seems_unpopulated(at, end - at)?;
-            if self.hugepages() {
-                return Some((first, absent));
-            }
-            self.await_collapse(first, absent);
-            if let Some(run) = self.seems_unpopulated(first, absent) {
-                return Some(run);
-            }
-            at = first + absent;
-        }
-    }
-
-    /// As [`unpopulated`](Self::unpopulated), but for memory whose 2 MiB pages are being put
-    /// together.
-    ///
-    /// Two questions, since neither answers alone: `SEEK_DATA` is quick where nothing is, and says
-    /// how far that goes; `mincore` is quick for memory that is there, but takes a page that was
-    /// swapped out for absent, and looks for each absent page by itself. Huge pages are never
-    /// swapped out, and their files take all for data: there `mincore` answers, unless pages may
-    /// have come by another mapping.
-    fn seems_unpopulated(&self, first_gfn: u64, count: u64) -> Option<PageRun> {
-        const CHUNK: usize = 512;
-        if self.hugepages() && self.adopted {
-            return None;
-        }
-        let mut at = first_gfn;
-        let end = first_gfn.checked_add(count)?;
-        let hole_at = |at| {
-            let data = self.next_data(at)?.min(end);
-            (data > at).then(|| (at, data - at))
-        };
-        if !self.hugepages()
-            && let Some(hole) = hole_at(at)
-        {
-            return Some(hole);
-        }
-        let mut resident = [0_u8; CHUNK];
-        while at < end {
-            let pages = (end - at).min(CHUNK as u64);
-            let resident = &mut resident[..usize::try_from(pages).unwrap_or(CHUNK)];
-            let base = self.host_address(at, pages).ok()?;
-            let len = resident.len() * PAGE_SIZE_USIZE;
-            // SAFETY: the range is mapped (checked by `host_address`), and the kernel writes one
-            // byte for each of its pages into `resident`, which is as long.
-            if unsafe { libc::mincore(base.as_ptr().cast(), len, resident.as_mut_ptr()) } != 0 {
-                return None;
-            }
-            let Some(skip) = resident.iter().position(|state| state & 1 == 0) else {
-                at += pages;
-                continue;
-            };
-            let absent = resident[skip..]
-                .iter()
-                .take_while(|state| **state & 1 == 0)
-                .count() as u64;
-            let first = at + skip as u64;
-            if self.hugepages() {
-                return Some((first, absent));
-            }
-            if let Some(hole) = hole_at(first) {
-                return Some(hole);
-            }
-            // Swapped out: it has contents.
-            at = first + 1;
-        }
-        None
-    }
-
-    /// The first part of the pages, all of one region, that may have contents.
-    #[must_use]
-    pub fn populated(&self, mut first_gfn: u64, count: u64) -> Option<PageRun> {
-        let end = first_gfn.checked_add(count)?;
-        if !self.hugepages() {
-            // Where the file cannot tell, all of it may.
-            let first = self.next_data(first_gfn).unwrap_or(first_gfn);
-            let after = self.seek(first, libc::SEEK_HOLE).unwrap_or(end).min(end);
-            return (first < after).then(|| (first, after - first));
-        }
-        while first_gfn < end {
-            let (hole, absent) = self
-                .unpopulated(first_gfn, end - first_gfn)
-                .unwrap_or((end, 0));
-            if hole > first_gfn {
-                return Some((first_gfn, hole - first_gfn));
-            }
-            first_gfn = hole + absent;
-        }
-        None
-    }
-
-    /// The first page at or after `gfn`, in its region, that has contents in the memory file.
-    pub(super) fn next_data(&self, gfn: u64) -> Option<u64> {
-        self.seek(gfn, libc::SEEK_DATA)
-    }
-
-    fn seek(&self, gfn: u64, whence: libc::c_int) -> Option<u64> {
-        let (region, page) = self.layout.find(gfn, 1).ok()?;
-        let region = &self.layout.regions()[region];
-        let from = libc::off_t::try_from(region.offset_of(page)).ok()?;
-        // SAFETY: lseek takes no pointers. The file's position, which it moves, is unused:
-        // all access is by mapping and by offset.
-        let at = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
-        match u64::try_from(at) {
-            Ok(at) => Some(
-                region.first_gfn + (at / PAGE_SIZE).saturating_sub(region.file_offset / PAGE_SIZE),
-            ),
-            // ENXIO: nothing up to the end of the file.
-            Err(_) if io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => {
-                Some(region.first_gfn + region.pages)
-            }
-            Err(_) => None,
-        }
-    }
-}
-
-const PAGE_SIZE_USIZE: usize = 4096;
-
-#[cfg(target_arch = "x86_64")]
-use sse2::{Vector, ZERO, fetch, is_zero, unite};
-
-/// Vectors of the zero check: every x86-64 has SSE2. The compiler may not join volatile reads of
-/// words into such.
-#[cfg(target_arch = "x86_64")]
-mod sse2 {
-    use std::arch::x86_64::{
-        __m128i, _MM_HINT_T0, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_prefetch,
-    };
-
-    pub type Vector = __m128i;
-    // SAFETY: a vector of integers may have any bits.
-    pub const ZERO: Vector = unsafe { std::mem::zeroed() };
-
-    pub fn unite(a: Vector, b: Vector) -> Vector {
-        // SAFETY: needs SSE2, which x86-64 has by definition.
-        unsafe { _mm_or_si128(a, b) }
-    }
-
-    pub fn is_zero(v: Vector) -> bool {
-        // SAFETY: as above. All sixteen bytes are equal to zero.
-        unsafe { _mm_movemask_epi8(_mm_cmpeq_epi8(v, ZERO)) == 0xffff }
-    }
-
-    /// Has the processor fetch the two cache lines that begin there. Nothing happens where no
-    /// memory is mapped.
-    pub fn fetch(at: *const u8) {
-        // SAFETY: needs SSE, which x86-64 has by definition. A prefetch is a hint: it reads nothing
-        // that the program sees, and never faults (Intel SDM volume 2, PREFETCHh).
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(at.cast());
-            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(64).cast());
-        }
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-use portable::{Vector, ZERO, fetch, is_zero, unite};
-
-#[cfg(not(target_arch = "x86_64"))]
-mod portable {
-    pub type Vector = u64;
-    pub const ZERO: Vector = 0;
-
-    pub const fn unite(a: Vector, b: Vector) -> Vector {
-        a | b
-    }
-
-    pub const fn is_zero(v: Vector) -> bool {
-        v == 0
-    }
-
-    pub const fn fetch(_: *const u8) {}
 }
 
 /// After a failed system call: goes on after signals and time slices, else returns the error.

@@ -40,7 +40,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::{Backing, GuestRam, PAGE_SIZE, PageRun, RangeError};
+use ferry_migration::page::Run;
+
+use super::{Backing, GuestRam, PAGE_SIZE, RangeError};
 use pieces::Pieces;
 
 pub use error::{PlaceError, UserfaultError};
@@ -127,7 +129,7 @@ impl Userfault {
     ///
     /// # Errors
     /// As there.
-    pub fn register_empty(ram: Arc<GuestRam>, empty: &[PageRun]) -> Result<Self, UserfaultError> {
+    pub fn register_empty(ram: Arc<GuestRam>, empty: &[Run]) -> Result<Self, UserfaultError> {
         if ram.hugepages() {
             return Err(UserfaultError::Hugepages);
         }
@@ -155,7 +157,7 @@ impl Userfault {
             pieces: Pieces::default(),
         };
         for region in this.ram.regions() {
-            if !this.register_run((region.first_gfn, region.pages), sys::MISSING)? {
+            if !this.register_run(Run::new(region.first_gfn, region.pages), sys::MISSING)? {
                 return Err(UserfaultError::Unsupported {
                     missing: "UFFDIO_ZEROPAGE for shared memory",
                 });
@@ -173,18 +175,14 @@ impl Userfault {
     }
 
     /// Has pages reported; whether they can then be filled.
-    fn register_run(
-        &self,
-        (first_gfn, pages): PageRun,
-        which: sys::Which,
-    ) -> Result<bool, UserfaultError> {
+    fn register_run(&self, run: Run, which: sys::Which) -> Result<bool, UserfaultError> {
         let error = |source| UserfaultError::Register {
-            first_gfn,
-            pages,
+            first_gfn: run.first,
+            pages: run.count,
             source,
         };
         let (start, len) = self
-            .bytes_of(first_gfn, pages)
+            .bytes_of(run.first, run.count)
             .map_err(|e| error(io::Error::other(e)))?;
         sys::register(&self.fd, start, len, which).map_err(error)
     }
@@ -262,11 +260,11 @@ impl Userfault {
                 bytes: bytes.len(),
             });
         }
-        self.parts(first_gfn, count, |(first, count), came| {
-            let bytes = pieces::part_of(bytes, first - first_gfn, count);
+        self.parts(first_gfn, count, |run, came| {
+            let bytes = pieces::part_of(bytes, run.first - first_gfn, run.count);
             match came {
-                Some(came) => self.fill_piece(came, (first, count), Some(bytes)),
-                None => self.fill(first, count, |address, done, _| {
+                Some(came) => self.fill_piece(came, run, Some(bytes)),
+                None => self.fill(run, |address, done, _| {
                     let done = usize::try_from(done).unwrap_or(usize::MAX);
                     sys::copy(&self.fd, address, bytes.get(done..).unwrap_or_default())
                 }),
@@ -280,9 +278,9 @@ impl Userfault {
     /// # Errors
     /// As [`place`](Self::place).
     pub fn place_zero(&self, first_gfn: u64, count: u64) -> Result<Placed, PlaceError> {
-        self.parts(first_gfn, count, |(first, count), came| match came {
-            Some(came) => self.fill_piece(came, (first, count), None),
-            None => self.fill(first, count, |address, _, left| {
+        self.parts(first_gfn, count, |run, came| match came {
+            Some(came) => self.fill_piece(came, run, None),
+            None => self.fill(run, |address, _, left| {
                 sys::zeropage(&self.fd, address, left)
             }),
         })
@@ -293,14 +291,14 @@ impl Userfault {
         &self,
         first_gfn: u64,
         count: u64,
-        fill: impl Fn(PageRun, Option<&Mutex<pieces::Came>>) -> Result<Placed, PlaceError>,
+        fill: impl Fn(Run, Option<&Mutex<pieces::Came>>) -> Result<Placed, PlaceError>,
     ) -> Result<Placed, PlaceError> {
         self.bytes_of(first_gfn, count)?;
         let mut result = Placed::default();
         let mut done = 0;
         while done < count {
             let (part, came) = self.pieces.part(first_gfn + done, count - done);
-            let placed = fill((first_gfn + done, part), came)?;
+            let placed = fill(Run::new(first_gfn + done, part), came)?;
             result.placed += placed.placed;
             result.present += placed.present;
             done += part;
@@ -311,11 +309,10 @@ impl Userfault {
     /// Fills a run by `step(address, bytes done, bytes left)` as often as it takes.
     fn fill(
         &self,
-        first_gfn: u64,
-        count: u64,
+        Run { first, count }: Run,
         step: impl Fn(u64, u64, u64) -> io::Result<u64>,
     ) -> Result<Placed, PlaceError> {
-        let (start, len) = self.bytes_of(first_gfn, count)?;
+        let (start, len) = self.bytes_of(first, count)?;
         let mut result = Placed::default();
         let mut done = 0;
         let mut error = None;
@@ -331,14 +328,14 @@ impl Userfault {
                 }
                 // The memory's layout is being changed by another thread.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
-                Err(e) => error = Some(PlaceError::kernel(first_gfn + done / PAGE_SIZE, e)),
+                Err(e) => error = Some(PlaceError::kernel(first + done / PAGE_SIZE, e)),
             }
         }
         if result.present > 0 {
             // If such a page came another way than by this descriptor, the threads that
             // wait were not woken.
             let woken = sys::wake(&self.fd, start, done);
-            error = error.or(woken.err().map(|e| PlaceError::kernel(first_gfn, e)));
+            error = error.or(woken.err().map(|e| PlaceError::kernel(first, e)));
         }
         error.map_or(Ok(result), Err)
     }

@@ -3,11 +3,11 @@
 
 use std::io;
 
-use ferry_migration::page::PAGE_SIZE;
+use ferry_migration::page::{PAGE_SIZE, Run};
 use ferry_migration::port::Link;
 
 use super::StreamLink;
-use crate::memory::{GuestRam, PageRun};
+use crate::memory::GuestRam;
 
 /// Pages that are copied at once: 16 records of TLS (256 KiB), which stay in a processor's
 /// second-level cache.
@@ -18,11 +18,11 @@ pub(super) fn send(
     ram: &GuestRam,
     link: &mut StreamLink,
     mut head: &[u8],
-    runs: &[PageRun],
+    runs: &[Run],
 ) -> io::Result<()> {
     let mut copy = link.take_copy(PAGES * PAGE_SIZE);
     let mut full = 0;
-    let pages = runs.iter().flat_map(|(first, count)| *first..first + count);
+    let pages = runs.iter().flat_map(|run| run.first..run.end());
     for gfn in pages {
         let (pages, _) = copy.as_chunks_mut::<PAGE_SIZE>();
         let into = pages.get_mut(full).ok_or(io::ErrorKind::InvalidInput)?;
@@ -45,11 +45,11 @@ pub(super) fn send(
 pub(super) fn receive(
     ram: &GuestRam,
     link: &mut StreamLink,
-    (first, count): PageRun,
+    run: Run,
     fresh: bool,
 ) -> io::Result<()> {
     let mut copy = link.take_copy(PAGES * PAGE_SIZE);
-    let (mut at, end) = (first, first + count);
+    let (mut at, end) = (run.first, run.end());
     while at < end {
         let pages = (end - at).min(PAGES as u64);
         let bytes = usize::try_from(pages).map_err(io::Error::other)? * PAGE_SIZE;

@@ -10,10 +10,10 @@ use ferry_migration::port::{
     BlockSource, Committed, CommittedVm, FreeMemory, FreedPages, NotStarted, PageSource, Paused,
     PausedVm, PortError, ShareMemory, SourceDisks, SourceVm, Throttle,
 };
-use ferry_migration::wire::{MAX_RUNS, SessionId};
+use ferry_migration::wire::SessionId;
 
 use super::disks::DiskCopy;
-use super::{StreamLink, copied, engine_layout, page_runs};
+use super::{StreamLink, copied, engine_layout};
 use crate::machine::{Machine, PausedMachine, version_for};
 use crate::memory::{HUGE_PAGE_SIZE, ShareError};
 
@@ -108,8 +108,6 @@ impl CommittedVm for CommittedMachine<'_> {
 
 impl PageSource<StreamLink> for MachineGuest<'_> {
     fn transmit(&self, link: &mut StreamLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
-        let mut buffer = [(0, 0); MAX_RUNS as usize];
-        let runs = page_runs(runs, &mut buffer)?;
         if link.is_secured() {
             return copied::send(self.machine.ram(), link, head, runs);
         }
@@ -128,10 +126,7 @@ impl PageSource<StreamLink> for MachineGuest<'_> {
     }
 
     fn unpopulated(&self, run: Run) -> Option<Run> {
-        self.machine
-            .ram()
-            .unpopulated(run.first, run.count)
-            .map(|(first, count)| Run::new(first, count))
+        self.machine.ram().unpopulated(run.first, run.count)
     }
 }
 

@@ -12,18 +12,17 @@ use ferry_migration::port::{
     AdoptMemory, BlockSink, DestinationDisks, DestinationVm, PageFault, PageSink, PortError,
     PostCopySink, PostCopyVm,
 };
-use ferry_migration::wire::MAX_RUNS;
 
 use super::arrival::Owner;
 use super::disks::IncomingDisks;
 use super::gate::Gate;
-use super::{StreamLink, copied, engine_layout, lock, page_runs};
+use super::{StreamLink, copied, engine_layout, lock};
 use crate::machine::{
     Backends, BuildError, Machine, MachineDescription, MachineState, STATE_VERSION,
 };
 use crate::memory::{
-    Backing, GuestRam, PageRun, ShareError, SharedRam, Userfault, UserfaultError, Waited,
-    check_available, check_userfault,
+    Backing, GuestRam, ShareError, SharedRam, Userfault, UserfaultError, Waited, check_available,
+    check_userfault,
 };
 
 /// Makes the serial console's output for an arriving machine.
@@ -59,8 +58,8 @@ impl RamSink {
             }
             let mut at = region.first;
             while let Some(run) = ram.populated(at, region.end() - at) {
-                filled.insert_run(Run::new(run.0, run.1));
-                at = run.0 + run.1;
+                filled.insert_run(run);
+                at = run.end();
             }
         }
         Self {
@@ -91,7 +90,7 @@ impl RamSink {
         }
     }
 
-    fn read_direct(&self, link: &StreamLink, runs: &[PageRun]) -> io::Result<()> {
+    fn read_direct(&self, link: &StreamLink, runs: &[Run]) -> io::Result<()> {
         let (fd, mut timeout) = link.parts();
         self.ram
             .read_pages(fd, runs, |progress| timeout.tick(progress))
@@ -99,23 +98,22 @@ impl RamSink {
 
     /// Whether nothing was written to any page of a run. What was, is remembered: to ask the memory
     /// file would mean waiting for another data channel that writes to it.
-    fn is_fresh(&self, (first, count): PageRun) -> bool {
-        self.ram.takes_writes() && self.filled.first_run(Run::new(first, count)).is_none()
+    fn is_fresh(&self, run: Run) -> bool {
+        self.ram.takes_writes() && self.filled.first_run(run).is_none()
     }
 }
 
 impl PageSink<StreamLink> for RamSink {
     fn receive(&self, link: &mut StreamLink, runs: &[Run]) -> io::Result<()> {
-        let mut buffer = [(0, 0); MAX_RUNS as usize];
-        let mut rest = page_runs(runs, &mut buffer)?;
+        let mut rest = runs;
         // Memory that holds nothing yet has a shorter way; all else is read straight into place. As
         // many runs at once as lie together.
         while let Some(first) = rest.first() {
             let fresh = self.is_fresh(*first);
             let alike = rest.iter().take_while(|run| self.is_fresh(**run) == fresh);
             let (now, later) = rest.split_at(alike.count());
-            for (first, count) in now {
-                self.filled.insert_run(Run::new(*first, *count));
+            for run in now {
+                self.filled.insert_run(*run);
             }
             if link.is_secured() {
                 for run in now {
@@ -131,7 +129,7 @@ impl PageSink<StreamLink> for RamSink {
                 }
                 _ => self.read_direct(link, now)?,
             }
-            let pages: u64 = now.iter().map(|(_, count)| count).sum();
+            let pages: u64 = now.iter().map(|run| run.count).sum();
             link.received(pages * PAGE_BYTES);
             rest = later;
         }
@@ -478,7 +476,7 @@ impl PostCopyVm for MachineHost {
             machine.keep_free_pages(true);
         }
         // All that is missing was dropped, or has never come.
-        let empty: Vec<_> = missing.runs().map(|run| (run.first, run.count)).collect();
+        let empty: Vec<_> = missing.runs().collect();
         let faults = Userfault::register_empty(Arc::clone(&sink.ram), &empty)?;
         *lock(&sink.faults) = Faults::Served(Arc::new(faults));
         Ok(())

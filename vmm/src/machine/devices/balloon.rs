@@ -129,6 +129,7 @@ impl FreePages for HostPages {
 mod tests {
     use super::*;
     use crate::memory::Backing;
+    use ferry_migration::page::Run;
     use vm_memory::{Bytes, GuestAddress};
 
     #[test]
@@ -140,21 +141,21 @@ mod tests {
             .unwrap();
         assert_eq!(ram.unpopulated(0, 256), None);
         pages.inflated(16, 8);
-        assert_eq!(ram.unpopulated(0, 256), Some((16, 8)));
+        assert_eq!(ram.unpopulated(0, 256), Some(Run::new(16, 8)));
         // While pages are to stay where they are, they do.
         pages.keep(true);
         pages.reported(100, 4);
         assert_eq!(ram.unpopulated(24, 232), None);
         pages.keep(false);
         pages.reported(100, 4);
-        assert_eq!(ram.unpopulated(24, 232), Some((100, 4)));
+        assert_eq!(ram.unpopulated(24, 232), Some(Run::new(100, 4)));
         assert_eq!(pages.discarded.load(Ordering::Relaxed), 12);
         // The guest takes one back without a word, and another after it has told.
         ram.memory()
             .write_slice(&[1], GuestAddress(17 * 4096))
             .unwrap();
         pages.deflated(18, 1);
-        assert_eq!(ram.unpopulated(0, 24), Some((16, 1)));
+        assert_eq!(ram.unpopulated(0, 24), Some(Run::new(16, 1)));
         // What the device vouches for is checked once more: nothing happens to what is not RAM.
         pages.inflated(1 << 30, 1);
     }

@@ -15,8 +15,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
 use ferry_devices::sync::lock;
+use ferry_migration::page::Run;
 
-use super::super::{GuestRam, HUGE_PAGE_SIZE, PAGE_SIZE, PageRun};
+use super::super::{GuestRam, HUGE_PAGE_SIZE, PAGE_SIZE};
 use super::error::PlaceError;
 use super::{Placed, Userfault, sys};
 
@@ -34,11 +35,11 @@ pub(super) type Came = [u64; (PAGES / 64) as usize];
 
 impl Pieces {
     /// The whole pieces of runs of which no page is there.
-    pub(super) fn whole(ram: &GuestRam, empty: &[PageRun]) -> Vec<PageRun> {
+    pub(super) fn whole(ram: &GuestRam, empty: &[Run]) -> Vec<Run> {
         let mut runs = Vec::new();
-        for (first, count) in empty {
-            let start = first.next_multiple_of(PAGES);
-            let end = (first + count) / PAGES * PAGES;
+        for run in empty {
+            let start = run.first.next_multiple_of(PAGES);
+            let end = run.end() / PAGES * PAGES;
             if start >= end || runs.len() >= MOST_RUNS {
                 continue;
             }
@@ -46,15 +47,15 @@ impl Pieces {
             let offset = ram.layout.find(start, end - start).ok();
             let offset = offset.map(|(region, page)| ram.layout.regions()[region].offset_of(page));
             if offset.is_some_and(|offset| offset % HUGE_PAGE_SIZE == 0) {
-                runs.push((start, end - start));
+                runs.push(Run::new(start, end - start));
             }
         }
         runs
     }
 
     /// These are filled as pieces.
-    pub(super) fn add(&mut self, (first, count): PageRun) {
-        for piece in first / PAGES..(first + count) / PAGES {
+    pub(super) fn add(&mut self, run: Run) {
+        for piece in run.first / PAGES..run.end() / PAGES {
             let Ok(piece) = usize::try_from(piece) else {
                 return;
             };
@@ -87,7 +88,7 @@ impl Userfault {
     pub(super) fn fill_piece(
         &self,
         came: &Mutex<Came>,
-        (first, count): PageRun,
+        Run { first, count }: Run,
         bytes: Option<&[u8]>,
     ) -> Result<Placed, PlaceError> {
         // Held meanwhile: a page that has come belongs to the guest, and is not written again.
@@ -101,35 +102,34 @@ impl Userfault {
             };
             let there = is_there(at);
             let alike = (at..count).take_while(|page| is_there(*page) == there);
-            let run = (first + at, alike.count() as u64);
+            let run = Run::new(first + at, alike.count() as u64);
             if there {
                 // Who touches it may wait all the same: the kernel has unmapped it since.
                 self.map_filled(run)?;
-                result.present += run.1;
+                result.present += run.count;
             } else {
-                self.fill_absent(run, bytes.map(|bytes| part_of(bytes, at, run.1)))?;
-                for page in (run.0..run.0 + run.1).map(|gfn| gfn % PAGES) {
+                self.fill_absent(run, bytes.map(|bytes| part_of(bytes, at, run.count)))?;
+                for page in (run.first..run.end()).map(|gfn| gfn % PAGES) {
                     came[(page / 64) as usize] |= 1 << (page % 64);
                 }
-                result.placed += run.1;
+                result.placed += run.count;
             }
-            at += run.1;
+            at += run.count;
         }
         Ok(result)
     }
 
-    fn fill_absent(&self, (first, count): PageRun, bytes: Option<&[u8]>) -> Result<(), PlaceError> {
+    fn fill_absent(&self, run: Run, bytes: Option<&[u8]>) -> Result<(), PlaceError> {
         const ZERO: [u8; 4096] = [0; 4096];
-        let mut next = first;
+        let mut next = run.first;
         if let Some(bytes) = bytes {
-            self.write(first, bytes)?;
+            self.write(run.first, bytes)?;
         }
         // A page of the file is zero until it is written to; where there is none, writing takes
         // one.
-        while next < first + count {
-            let rest = (next, first + count - next);
-            next = self.map_filled(rest)?;
-            if next < first + count {
+        while next < run.end() {
+            next = self.map_filled(Run::new(next, run.end() - next))?;
+            if next < run.end() {
                 self.write(next, &ZERO)?;
             }
         }
@@ -146,7 +146,7 @@ impl Userfault {
 
     /// Maps pages that the file has, and wakes who waits for them; returns the first page that it
     /// does not have, or the end.
-    fn map_filled(&self, (first, count): PageRun) -> Result<u64, PlaceError> {
+    fn map_filled(&self, Run { first, count }: Run) -> Result<u64, PlaceError> {
         let (start, len) = self.bytes_of(first, count)?;
         let (mut done, mut mapped_before) = (0, false);
         let mut result = Ok(());

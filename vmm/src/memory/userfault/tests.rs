@@ -23,7 +23,7 @@ fn register(ram: Arc<GuestRam>) -> Option<Userfault> {
     register_empty(ram, &[])
 }
 
-fn register_empty(ram: Arc<GuestRam>, empty: &[PageRun]) -> Option<Userfault> {
+fn register_empty(ram: Arc<GuestRam>, empty: &[Run]) -> Option<Userfault> {
     match Userfault::register_empty(ram, empty) {
         Ok(userfault) => Some(userfault),
         Err(error @ (UserfaultError::Forbidden { .. } | UserfaultError::Unsupported { .. })) => {
@@ -138,8 +138,8 @@ fn a_run_comes_at_once_and_what_is_there_is_kept() {
         userfault.place(100, 64, &pages(1, 64)).unwrap(),
         want(0, 64)
     );
-    assert_eq!(ram.unpopulated(0, 512), Some((0, 100)));
-    assert_eq!(ram.unpopulated(100, 412), Some((164, 348)));
+    assert_eq!(ram.unpopulated(0, 512), Some(Run::new(0, 100)));
+    assert_eq!(ram.unpopulated(100, 412), Some(Run::new(164, 348)));
 
     // What the VMM or a splice wrote to the file is there as well, mapped or not.
     let bytes = page(5);
@@ -189,7 +189,7 @@ fn zeros_are_placed_or_promised() {
     assert_eq!(read(ram, 11), first_word(11));
     assert_eq!(read(ram, 501), first_word(501));
     // The others are not requested; they cost nothing until they are written to.
-    assert_eq!(ram.unpopulated(502, 98), Some((502, 98)));
+    assert_eq!(ram.unpopulated(502, 98), Some(Run::new(502, 98)));
     assert_eq!(read(ram, 450), 0);
     let error = userfault.place(460, 1, &page(460)).unwrap_err();
     assert!(
@@ -213,7 +213,14 @@ fn a_system_call_waits_for_its_pages() {
     let ram = userfault.ram();
     let (from, mut to) = UnixStream::pair().unwrap();
     std::thread::scope(|s| {
-        let send = s.spawn(|| ram.write_pages(from.as_fd(), &[], &[(20, 1), (30, 2)], |_| Ok(())));
+        let send = s.spawn(|| {
+            ram.write_pages(
+                from.as_fd(),
+                &[],
+                &[Run::new(20, 1), Run::new(30, 2)],
+                |_| Ok(()),
+            )
+        });
         let receive = s.spawn(move || {
             let mut bytes = vec![0; 3 * 4096];
             to.read_exact(&mut bytes).unwrap();

@@ -23,7 +23,7 @@ fn empty_memory_is_filled_with_2_mib_pages() {
         .write_slice(&page(3), GuestAddress(3 * PAGE_SIZE))
         .unwrap();
     ram.drop_pages(4, 508).unwrap();
-    let empty = [(4, 2000)];
+    let empty = [Run::new(4, 2000)];
     let Some(userfault) = register_empty(Arc::clone(&ram), &empty) else {
         return;
     };
