@@ -32,6 +32,7 @@
 pub mod adaptive;
 pub mod cache;
 mod class;
+mod coding;
 #[cfg(any(test, feature = "testing"))]
 pub mod content;
 mod decoder;
@@ -41,8 +42,9 @@ pub mod words;
 
 pub use crate::wire::{MAX_CODED_BYTES, MAX_CODED_PAGES};
 pub use class::{Class, classify};
+pub use coding::Coding;
 pub use decoder::{CodecError, Decoder};
-pub use encoder::{Batch, Coded, Coding, Encoder};
+pub use encoder::{Batch, Coded, Encoder};
 
 use crate::page::Run;
 

@@ -20,8 +20,13 @@
 //! Prospects come from samples: a few pages are coded and thrown away, for at most [`SAMPLE_SHARE`]
 //! of the time.
 
+mod measured;
+
 use crate::page::PAGE_BYTES;
 use std::time::Duration;
+
+pub use measured::{DataChannel, Outcome};
+use measured::{FLUSH, Lately, Pace};
 
 /// Which coders are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,31 +43,6 @@ pub enum Level {
 impl Level {
     const fn index(self) -> usize {
         self as usize
-    }
-}
-
-/// What a batch came to.
-#[derive(Clone, Copy, Debug)]
-pub struct Outcome {
-    /// How it was coded.
-    pub level: Level,
-    /// Data channels that were sending at the same time: of all they do together, a page takes that
-    /// part of its time on one of them.
-    pub data_channels: u16,
-    /// Its pages, those known to be zero not counted.
-    pub pages: u64,
-    /// Bytes that went out for them.
-    pub bytes: u64,
-    /// Time spent copying, classing and coding them.
-    pub encode: Duration,
-    /// Time spent in sending.
-    pub link: Duration,
-}
-
-impl Outcome {
-    /// Seconds for a page, coding and sending.
-    fn wall(&self) -> f64 {
-        per_page(self.encode.saturating_add(self.link), self.pages)
     }
 }
 
@@ -84,133 +64,6 @@ struct Refuted {
     left: u64,
     /// How many there were at first.
     timeout: u64,
-}
-
-/// Seconds for a page, lately.
-#[derive(Clone, Copy, Debug)]
-struct Pace {
-    seconds: f64,
-    pages: f64,
-}
-
-impl Pace {
-    const UNKNOWN: Self = Self {
-        seconds: 0.0,
-        pages: 0.0,
-    };
-
-    fn get(&self) -> Option<f64> {
-        (self.pages > 0.0).then(|| self.seconds / self.pages)
-    }
-
-    fn add(&mut self, seconds: f64, pages: f64) {
-        self.count_for(MEMORY);
-        self.seconds += seconds;
-        self.pages += pages;
-    }
-
-    /// It cannot be more than that.
-    fn is_at_most(&mut self, most: f64) {
-        match self.get() {
-            Some(known) if known > most => self.seconds *= most / known,
-            Some(_) => {}
-            // The first that is measured itself replaces it.
-            None => (self.seconds, self.pages) = (most, 1.0),
-        }
-    }
-
-    /// What was added is to count for so much at most.
-    fn count_for(&mut self, pages: f64) {
-        if self.pages > pages {
-            self.seconds *= pages / self.pages;
-            self.pages = pages;
-        }
-    }
-}
-
-/// What batches of one level came to.
-#[derive(Clone, Copy, Debug)]
-struct Lately {
-    batches: u32,
-    pages: u64,
-    bytes: u64,
-    encode: Duration,
-    link: Duration,
-}
-
-impl Lately {
-    const NONE: Self = Self {
-        batches: 0,
-        pages: 0,
-        bytes: 0,
-        encode: Duration::ZERO,
-        link: Duration::ZERO,
-    };
-
-    fn add(&mut self, outcome: &Outcome) {
-        self.batches += 1;
-        self.pages = self.pages.saturating_add(outcome.pages);
-        self.bytes = self.bytes.saturating_add(outcome.bytes);
-        self.encode = self.encode.saturating_add(outcome.encode);
-        self.link = self.link.saturating_add(outcome.link);
-    }
-
-    /// Coding and sending.
-    const fn time(&self) -> Duration {
-        self.encode.saturating_add(self.link)
-    }
-
-    /// Seconds for a page of it.
-    fn wall(&self) -> f64 {
-        per_page(self.time(), self.pages)
-    }
-
-    fn is_enough(&self) -> bool {
-        self.time() >= ENOUGH_TIME || self.batches >= ENOUGH_BATCHES && self.bytes >= ENOUGH_BYTES
-    }
-}
-
-/// What a data channel has sent since the last change.
-#[derive(Clone, Copy, Debug)]
-pub struct DataChannel {
-    /// Which it was.
-    change: u64,
-    sent: Lately,
-    /// It tells in what is measured.
-    tells: bool,
-}
-
-impl Default for DataChannel {
-    fn default() -> Self {
-        Self::since(0)
-    }
-}
-
-impl DataChannel {
-    const fn since(change: u64) -> Self {
-        Self {
-            change,
-            sent: Lately::NONE,
-            tells: false,
-        }
-    }
-
-    /// Whether what the data channel measures for this batch is the change's doing: from the first
-    /// wait on after what was sent before has left the buffers.
-    fn tells(&mut self, change: u64, outcome: &Outcome) -> bool {
-        if self.change != change {
-            *self = Self::since(change);
-        }
-        let told = self.tells;
-        if !told {
-            self.sent.add(outcome);
-            // At first buffers are empty: who waits has filled them.
-            let first_wait = change == 0 && outcome.wall() > WAIT;
-            let flushed = self.sent.bytes >= FLUSH && outcome.wall() >= self.sent.wall();
-            self.tells = first_wait || flushed;
-        }
-        told
-    }
 }
 
 /// The decision, for all data channels of a migration.
@@ -257,19 +110,11 @@ const WEIGHT: f64 = 0.2;
 const LOOK_BYTES: u64 = 16 << 20;
 /// What was known counts for so much beside what a look shows.
 const LOOK_LEAVES: f64 = 0.2;
-/// What was measured counts for so many pages at most.
-const MEMORY: f64 = 16_384.0;
 /// Pages after which a level is judged.
 const SETTLE: u64 = 4096;
 /// Of few pages little is known: after that many, a level is left only where it costs this much
 /// more than it may after many.
 const DOUBT: f64 = 0.1;
-/// Batches are judged together until they have taken so long, or are so many and so large: a sender
-/// that waits for room in its socket is woken when a third of it is free, so that of several
-/// batches one waits for all.
-const ENOUGH_TIME: Duration = Duration::from_millis(25);
-const ENOUGH_BATCHES: u32 = 4;
-const ENOUGH_BYTES: u64 = 4 << 20;
 /// Of so many judgements the median tells what the link is, once there are some.
 const STEADY: usize = 7;
 const STEADY_AT_LEAST: usize = 3;
@@ -287,10 +132,6 @@ const UNLIKE: f64 = 0.8;
 const SLOWER: f64 = 2.0;
 /// Another coded level is taken when it promises at most this much of what the present one did.
 const BETTER: f64 = 0.9;
-/// Bytes that a data channel sends after a change before what it measures is the change's doing:
-/// those before lie in the socket's buffers, here and at the receiver, 14 MB of them by Linux's
-/// defaults.
-const FLUSH: u64 = 16 << 20;
 /// The first look comes after this many pages, each further one after twice as many.
 const FIRST_LOOK: u64 = 1 << 15;
 /// Pages until then where no raw page has been sent yet.
@@ -300,8 +141,6 @@ const FIRST_LOOK_UNKNOWN: u64 = 1 << 13;
 const FASTER: f64 = 0.75;
 /// Share of the time that other looks may take.
 const LOOK_SHARE: f64 = 0.03;
-/// A batch that takes longer than this for a page has waited.
-const WAIT: f64 = 15e-6;
 /// Seconds that patching a page takes at least: a copy, a comparison, and a copy into the cache.
 const PATCH: f64 = 3e-6;
 /// Share of the time that samples may take.
@@ -583,10 +422,6 @@ impl Chooser {
         self.lately = Lately::NONE;
         self.change += 1;
     }
-}
-
-fn per_page(time: Duration, pages: u64) -> f64 {
-    time.as_secs_f64() / pages.max(1) as f64
 }
 
 fn blend(old: f64, new: f64, weight: f64) -> f64 {

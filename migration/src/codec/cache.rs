@@ -38,6 +38,8 @@ const MOST_USES: u8 = 3;
 const VOID: u32 = u32::MAX;
 /// Entries looked at for one that may go.
 const LOOKS: usize = 8;
+/// Pages looked up in the cache after which it must have saved something.
+const PROOF: u64 = 4096;
 
 /// The cache of a migration's source.
 #[derive(Debug)]
@@ -259,6 +261,41 @@ impl Shard {
             }
         }
         None
+    }
+}
+
+/// Whether looking pages up in the cache is worth it, by what that has saved lately.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Proof {
+    pages: u64,
+    saved: u64,
+    /// Pages that are sent without it before it is tried again, and how many the next time.
+    rest: u64,
+    pause: u64,
+}
+
+impl Proof {
+    /// So many pages were looked up, which saved so many bytes.
+    pub(super) fn record(&mut self, pages: u64, saved: u64) {
+        self.pages += pages;
+        self.saved += saved;
+        if self.pages >= PROOF {
+            // A thirtieth of what was looked up.
+            if 30 * self.saved < self.pages * PAGE_BYTES {
+                self.pause = (2 * self.pause).max(4 * PROOF);
+                self.rest = self.pause;
+            } else {
+                self.pause = 0;
+            }
+            (self.pages, self.saved) = (0, 0);
+        }
+    }
+
+    /// Whether so many pages are to be looked up.
+    pub(super) fn wants(&mut self, pages: u64) -> bool {
+        let wants = self.rest == 0;
+        self.rest = self.rest.saturating_sub(pages);
+        wants
     }
 }
 

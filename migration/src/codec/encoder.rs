@@ -1,20 +1,17 @@
 //! Coding at the source: one data channel's encoder.
 
-use super::adaptive::{Chooser, DataChannel, Level, Outcome};
-use super::cache::DeltaCache;
+use super::adaptive::{DataChannel, Level, Outcome};
+use super::cache::Proof;
 use super::class::{is_regular, is_sparse};
+use super::coding::Coding;
 use super::patch::{self, Page, ZEROS};
 use super::words;
 use super::{Kind, ZSTD_LEVEL, ZSTD_PAGES, append};
-use crate::options::{Compress, Options};
-use crate::page::{AtomicPageSet, Gfn, PAGE_BYTES, PAGE_SIZE, Run};
+use crate::options::Compress;
+use crate::page::{Gfn, PAGE_BYTES, PAGE_SIZE, Run};
 use crate::port::{Clock, PortError};
 use crate::report::Codecs;
-use crate::sync::lock;
-use crate::wire::{
-    Encoding, FLAG_CRC, Features, FrameType, HEADER_BYTES, Header, RUN_BYTES, encode_runs,
-};
-use std::sync::{Arc, Mutex, MutexGuard};
+use crate::wire::{Encoding, FLAG_CRC, FrameType, HEADER_BYTES, Header, RUN_BYTES, encode_runs};
 use std::time::Duration;
 use zstd::bulk::Compressor;
 
@@ -22,110 +19,6 @@ use zstd::bulk::Compressor;
 const PATCH_LIMIT: usize = PAGE_SIZE * 3 / 4;
 /// Pages in a sample.
 const SAMPLE: u64 = 8;
-/// Pages looked up in the cache after which it must have saved something.
-const PROOF: u64 = 4096;
-
-/// What the data channels of a migration share.
-#[derive(Clone, Debug, Default)]
-pub struct Coding {
-    kind: Compress,
-    patches: bool,
-    zstd: bool,
-    /// What the destination has, where patches of it may be sent.
-    cache: Option<Arc<DeltaCache>>,
-    /// Pages that were sent before: only those are worth a place in the cache, unless one is free.
-    seen: Arc<AtomicPageSet>,
-    /// The cache has a place for every page.
-    roomy: bool,
-    /// What is decided for all of them: they share link and processors, and one that is seldom used
-    /// has no time to learn.
-    chooser: Option<Arc<Mutex<Chooser>>>,
-}
-
-impl Coding {
-    /// What the options may use of what was `agreed` on, for a guest of so many pages below `end`.
-    #[must_use]
-    pub fn new(options: &Options, agreed: Features, guest_pages: u64, end: Gfn) -> Self {
-        let kind = options.compress;
-        let patches = kind.patches() && agreed.has(Features::PATCH);
-        let zstd = kind.zstd() && agreed.has(Features::ZSTD);
-        let cache = DeltaCache::new(options.delta_cache, guest_pages);
-        let useful = patches && cache.capacity() > 0;
-        // Seconds that a byte takes at least, by the user's cap.
-        let floor = options.bandwidth.map_or(0.0, |cap| 1.0 / cap as f64);
-        let kind = if patches || zstd {
-            kind
-        } else {
-            Compress::None
-        };
-        let start = match kind {
-            Compress::Auto => Some(Level::Raw),
-            Compress::Adaptive if zstd => Some(Level::Full),
-            Compress::Adaptive => Some(Level::Patch),
-            Compress::None | Compress::Zstd | Compress::Delta => None,
-        };
-        Self {
-            kind,
-            patches,
-            zstd,
-            roomy: cache.capacity() >= guest_pages,
-            seen: Arc::new(AtomicPageSet::new(if useful { end } else { 0 })),
-            cache: useful.then(|| Arc::new(cache)),
-            chooser: start.map(|level| Arc::new(Mutex::new(Chooser::new(level, floor)))),
-        }
-    }
-
-    /// Whether the cache has a free place that none of so many pages to come needs more.
-    fn has_room(&self, warmer: u64) -> bool {
-        let cache = self.cache.as_ref();
-        cache.is_some_and(|cache| cache.len().saturating_add(warmer) < cache.capacity())
-    }
-
-    fn chooser(&self) -> Option<MutexGuard<'_, Chooser>> {
-        let chooser = self.chooser.as_ref()?;
-        Some(lock(chooser))
-    }
-
-    /// A data channel's encoder.
-    #[must_use]
-    pub fn encoder(&self) -> Encoder {
-        Encoder {
-            shared: self.clone(),
-            ..Encoder::default()
-        }
-    }
-}
-
-/// Whether looking pages up in the cache is worth it, by what that has saved lately.
-#[derive(Clone, Copy, Debug, Default)]
-struct Proof {
-    pages: u64,
-    saved: u64,
-    /// Pages that are sent without it before it is tried again, and how many the next time.
-    rest: u64,
-    pause: u64,
-}
-
-impl Proof {
-    fn record(&mut self, pages: u64, saved: u64) {
-        self.pages += pages;
-        self.saved += saved;
-        if self.pages >= PROOF {
-            // A thirtieth of what was looked up.
-            if 30 * self.saved < self.pages * PAGE_BYTES {
-                self.pause = (2 * self.pause).max(4 * PROOF);
-                self.rest = self.pause;
-            } else {
-                self.pause = 0;
-            }
-            (self.pages, self.saved) = (0, 0);
-        }
-    }
-
-    fn holds(&self) -> bool {
-        self.rest == 0
-    }
-}
 
 /// How a page goes out.
 enum Way {
@@ -196,6 +89,14 @@ pub struct Batch<'a> {
 }
 
 impl Encoder {
+    /// The encoder of one data channel.
+    pub(super) fn of(shared: Coding) -> Self {
+        Self {
+            shared,
+            ..Self::default()
+        }
+    }
+
     /// Whether it has anything to do.
     #[must_use]
     pub fn is_on(&self) -> bool {
@@ -314,11 +215,7 @@ impl Encoder {
         if !has_time {
             return false;
         }
-        if self.proof.holds() {
-            return true;
-        }
-        self.proof.rest = self.proof.rest.saturating_sub(pages);
-        false
+        self.proof.wants(pages)
     }
 
     fn code(
