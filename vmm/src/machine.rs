@@ -48,7 +48,6 @@ mod state;
 mod throttle;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -57,7 +56,7 @@ use ferry_devices::acpi_pm::AcpiPm;
 use ferry_devices::i8042::I8042;
 use ferry_devices::serial::Serial;
 use ferry_devices::sync::lock;
-use ferry_migration::port::FreedPages;
+use ferry_migration::port::{FreedPages, NotStarted};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use ferry_devices::balloon::auto::Settings as BalloonAuto;
@@ -96,8 +95,6 @@ pub struct Machine {
     disk_marks: disk_marks::DiskMarks,
     /// Memory of a guest that has left, which is not here any more.
     freed: Mutex<FreedPages>,
-    /// The guest ran when the pause began in which it is handed over.
-    ran_before: AtomicBool,
     dirty_log: DirtyLog,
     vm: Arc<Vm>,
     description: MachineDescription,
@@ -179,7 +176,8 @@ impl Machine {
     /// thread holds.
     ///
     /// # Errors
-    /// [`ResumeError::Ended`].
+    /// [`ResumeError::Ended`], and [`ResumeError::Committed`] for a guest that was [handed
+    /// over](PausedMachine::commit).
     pub fn resume(&self) -> Result<(), ResumeError> {
         self.control.resume()
     }
@@ -313,14 +311,22 @@ impl Machine {
         self.disk_marks.check()
     }
 
-    /// Notes whether the guest ran before the pause in which it is handed over.
-    pub(crate) fn note_run(&self, ran: bool) {
-        self.ran_before.store(ran, Ordering::SeqCst);
+    /// Takes back a guest that was [handed over](PausedMachine::commit), on the destination's word
+    /// that it did not start it and never will: it does again what it did before.
+    ///
+    /// # Errors
+    /// [`ResumeError::NotCommitted`], or why it cannot go on: it is then here, and paused.
+    pub fn take_back(&self, _: &NotStarted) -> Result<(), ResumeError> {
+        self.control.take_back()
     }
 
-    /// Whether the guest ran before it was handed over: if it comes back, it does as it did.
-    pub(crate) fn ran_before(&self) -> bool {
-        self.ran_before.load(Ordering::SeqCst)
+    /// Lets a guest that was [handed over](PausedMachine::commit) run here, on an operator's word
+    /// that it runs nowhere else. If it does, there are two of it.
+    ///
+    /// # Errors
+    /// [`ResumeError::NotCommitted`], or why it cannot run: nothing is changed then.
+    pub fn take_over(&self) -> Result<(), ResumeError> {
+        self.control.take_over()
     }
 
     /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it

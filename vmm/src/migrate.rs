@@ -332,12 +332,19 @@ pub fn recover(
             &format!("'{session}' is no migration's session"),
         );
     };
+    let Some(committed) = CommittedMachine::of(machine) else {
+        return Report::broken(
+            &handle.progress(),
+            GuestOwner::Source,
+            "there is nothing to recover: the guest was not handed over",
+        );
+    };
     engine(
         machine,
         (&peer.into(), options, session),
         handle,
         events,
-        |guest, setup| source::recover(guest, Box::new(CommittedMachine(machine)), setup),
+        |guest, setup| source::recover(guest, Box::new(committed), setup),
     )
 }
 

@@ -364,7 +364,6 @@ impl Builder {
             vsock: self.backends.vsock.clone(),
             disk_marks: DiskMarks::default(),
             freed: Mutex::default(),
-            ran_before: std::sync::atomic::AtomicBool::new(true),
             dirty_log: DirtyLog::new(vm.clone()),
             vm,
             description,

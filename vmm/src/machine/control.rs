@@ -59,6 +59,9 @@ pub enum RunState {
     Paused,
     /// The vCPUs run.
     Running,
+    /// No guest code runs: the guest belongs to the destination of a migration. Neither
+    /// [`Machine::resume`](super::Machine::resume) nor a pause changes that.
+    Committed,
     /// No guest code will run again.
     Ended(Exit),
 }
@@ -70,6 +73,9 @@ pub enum PauseError {
     /// It has ended.
     #[error("the machine cannot be paused since it has ended: {0}")]
     Ended(Exit),
+    /// Its guest is another's.
+    #[error("the machine cannot be paused: {COMMITTED}")]
+    Committed,
     /// A vCPU did not stop.
     #[error(
         "{0} of the machine's vCPUs did not stop within {TIMEOUT:?}: a device blocks, or a page of the guest's memory has not arrived; the machine runs on"
@@ -87,6 +93,12 @@ pub enum ResumeError {
     /// It has ended.
     #[error("the machine cannot be resumed since it has ended: {0}")]
     Ended(Exit),
+    /// Its guest is another's.
+    #[error("the machine cannot be resumed: {COMMITTED}")]
+    Committed,
+    /// Its guest is its own.
+    #[error("there is no guest to take back: the machine was not handed over to a destination")]
+    NotCommitted,
     /// Its disk is not its own; a sentence.
     #[error("the machine cannot be resumed: {0}")]
     Disk(String),
@@ -95,10 +107,24 @@ pub enum ResumeError {
     Memory(String),
 }
 
+const COMMITTED: &str =
+    "its guest was handed over to the destination of a migration, and may run there";
+
+/// Who may let the guest run. `Committed` is left by [`Control::reclaim`] alone: that the guest never
+/// runs twice rests on it.
+///
+/// ```text
+///  Running ─pause─▶ Paused ─commit─▶ Committed ─end─▶ Ended
+///     ◀─resume, drop─┘  ◀───reclaim──┘
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Paused,
     Running,
+    Committed {
+        /// It ran before the pause in which it was handed over.
+        ran: bool,
+    },
     Ended,
 }
 
@@ -172,7 +198,8 @@ impl Control {
         match (&inner.exit, inner.mode) {
             (Some(exit), _) => RunState::Ended(exit.clone()),
             (None, Mode::Running) => RunState::Running,
-            (None, _) => RunState::Paused,
+            (None, Mode::Committed { .. }) => RunState::Committed,
+            (None, Mode::Paused | Mode::Ended) => RunState::Paused,
         }
     }
 
@@ -182,9 +209,13 @@ impl Control {
         if let Some(exit) = &inner.exit {
             return Err(PauseError::Ended(exit.clone()));
         }
-        if inner.mode == Mode::Paused {
-            inner.guarded = true;
-            return Ok(false);
+        match inner.mode {
+            Mode::Committed { .. } => return Err(PauseError::Committed),
+            Mode::Paused => {
+                inner.guarded = true;
+                return Ok(false);
+            }
+            Mode::Running | Mode::Ended => {}
         }
         inner.guarded = true;
         inner.mode = Mode::Paused;
@@ -243,10 +274,54 @@ impl Control {
         if let Some(exit) = &inner.exit {
             return Err(ResumeError::Ended(exit.clone()));
         }
+        match inner.mode {
+            Mode::Paused => self.start(&mut inner),
+            Mode::Committed { .. } => Err(ResumeError::Committed),
+            Mode::Running | Mode::Ended => Ok(()),
+        }
+    }
+
+    /// Gives the guard back with the guest: it belongs to another machine from now on.
+    pub(super) fn commit(&self, ran: bool) {
+        let mut inner = self.lock();
+        inner.guarded = false;
         if inner.mode == Mode::Paused {
+            inner.mode = Mode::Committed { ran };
+        }
+        self.changed.notify_all();
+    }
+
+    /// The guest is this machine's again: it does what it did before it was handed over.
+    pub(super) fn take_back(&self) -> Result<(), ResumeError> {
+        let mut inner = self.lock();
+        if self.reclaim(&mut inner)? {
             self.start(&mut inner)?;
         }
         Ok(())
+    }
+
+    /// The guest runs here, whatever became of it elsewhere.
+    pub(super) fn take_over(&self) -> Result<(), ResumeError> {
+        let mut inner = self.lock();
+        let ran = self.reclaim(&mut inner)?;
+        let started = self.start(&mut inner);
+        if started.is_err() {
+            // Its memory or its disks are another's: so is the guest, then.
+            inner.mode = Mode::Committed { ran };
+        }
+        started
+    }
+
+    /// The one way out of `Committed`. Returns whether the guest ran before it was handed over.
+    fn reclaim(&self, inner: &mut Inner) -> Result<bool, ResumeError> {
+        if let Some(exit) = &inner.exit {
+            return Err(ResumeError::Ended(exit.clone()));
+        }
+        let Mode::Committed { ran } = inner.mode else {
+            return Err(ResumeError::NotCommitted);
+        };
+        inner.mode = Mode::Paused;
+        Ok(ran)
     }
 
     /// Sets the devices going, and then the vCPUs: the guest must not wait for a device at rest. A
@@ -362,7 +437,8 @@ impl Control {
 
     /// Parks until the machine runs; false when it has ended.
     fn wait_for_run(&self, index: usize) -> bool {
-        let mut inner = self.wait_while(self.lock(), |i| i.mode == Mode::Paused);
+        let stands = |i: &Inner| matches!(i.mode, Mode::Paused | Mode::Committed { .. });
+        let mut inner = self.wait_while(self.lock(), stands);
         inner.parked[index] = inner.mode == Mode::Ended;
         inner.mode == Mode::Running
     }

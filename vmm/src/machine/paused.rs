@@ -162,6 +162,13 @@ impl<'a> PausedMachine<'a> {
         Ok(restored)
     }
 
+    /// The guest belongs to another machine from now on: neither a resume nor a pause of this one
+    /// will be granted, until [`Machine::take_back`] or [`Machine::take_over`].
+    pub fn commit(mut self) {
+        self.released = true;
+        self.machine.control.commit(self.was_running);
+    }
+
     /// Gives the guard up and leaves the machine paused.
     pub fn keep_paused(mut self) {
         self.released = true;
@@ -185,7 +192,7 @@ impl Drop for PausedMachine<'_> {
             match self.machine.control.release(self.was_running) {
                 // A machine that was stopped meanwhile has nothing to resume.
                 Ok(()) | Err(ResumeError::Ended(_)) => {}
-                Err(error @ (ResumeError::Disk(_) | ResumeError::Memory(_))) => {
+                Err(error) => {
                     tracing::error!(%error, "the guest stays paused");
                 }
             }

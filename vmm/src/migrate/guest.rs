@@ -14,7 +14,7 @@ use ferry_migration::wire::SessionId;
 
 use super::disks::DiskCopy;
 use super::{StreamLink, copied, engine_layout};
-use crate::machine::{Machine, PausedMachine, version_for};
+use crate::machine::{Machine, PausedMachine, RunState, version_for};
 use crate::memory::{HUGE_PAGE_SIZE, ShareError};
 
 /// The guest of a machine while it is migrated away.
@@ -52,7 +52,14 @@ struct StoppedMachine<'a> {
 }
 
 /// A machine whose guest was given to the destination. It stands still.
-pub(crate) struct CommittedMachine<'a>(pub(crate) &'a Arc<Machine>);
+pub(crate) struct CommittedMachine<'a>(&'a Arc<Machine>);
+
+impl<'a> CommittedMachine<'a> {
+    /// The machine, if its guest was given away: there is nothing to recover otherwise.
+    pub(crate) fn of(machine: &'a Arc<Machine>) -> Option<Self> {
+        (machine.run_state() == RunState::Committed).then_some(Self(machine))
+    }
+}
 
 impl<'g> PausedVm<'g> for StoppedMachine<'g> {
     fn stopped_for(&self) -> Duration {
@@ -75,10 +82,8 @@ impl<'g> PausedVm<'g> for StoppedMachine<'g> {
         self.machine.ram().give_up()?;
         self.machine.close_connections();
         tracing::info!(%session, "the guest is handed over");
-        self.machine.note_run(self.paused.was_running());
-        let committed = CommittedMachine(self.machine);
-        self.paused.keep_paused();
-        Ok(Box::new(committed))
+        self.paused.commit();
+        Ok(Box::new(CommittedMachine(self.machine)))
     }
 
     fn keep(self: Box<Self>) {
@@ -99,10 +104,7 @@ impl CommittedVm for CommittedMachine<'_> {
         if !lock(self.0.freed()).is_empty() {
             return Err("the guest's memory was given back to this host while it ran there".into());
         }
-        if self.0.ran_before() {
-            self.0.resume()?;
-        }
-        Ok(())
+        Ok(self.0.take_back(&word)?)
     }
 }
 

@@ -52,7 +52,7 @@ impl Core {
                 if !force {
                     guest.check_disks().map_err(Refusal::Conflict)?;
                 }
-                guest.resume().map_err(Refusal::Failed)?;
+                guest.take_over().map_err(Refusal::Failed)?;
                 inner.history.resolved(&session, RecordStatus::Failed);
                 inner.enter(State::Running);
             }

@@ -30,6 +30,12 @@ pub trait Guest: Send + Sync + 'static {
     /// A sentence; the guest then still stands.
     fn resume(&self) -> Result<(), String>;
 
+    /// Lets a guest that was handed over run here, on an operator's word that it runs nowhere else.
+    ///
+    /// # Errors
+    /// A sentence; the guest then still stands.
+    fn take_over(&self) -> Result<(), String>;
+
     /// Whether its processors run, whatever was asked of them.
     fn is_running(&self) -> bool;
 

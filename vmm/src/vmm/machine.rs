@@ -184,6 +184,10 @@ impl Guest for MachineGuest {
         self.machine.resume().map_err(|e| e.to_string())
     }
 
+    fn take_over(&self) -> Result<(), String> {
+        self.machine.take_over().map_err(|e| e.to_string())
+    }
+
     fn is_running(&self) -> bool {
         self.machine.run_state() == RunState::Running
     }

@@ -68,6 +68,10 @@ impl Guest for FakeGuest {
         self.journal.note("resume");
         Ok(())
     }
+    fn take_over(&self) -> Result<(), String> {
+        self.journal.note("take over");
+        Ok(())
+    }
     fn is_running(&self) -> bool {
         !self.journal.stands.load(Ordering::SeqCst)
     }
@@ -420,7 +424,7 @@ fn a_guest_in_doubt_runs_only_on_the_operators_word() {
         .unwrap();
     assert_eq!(
         (rig.state(), rig.journal.calls()),
-        (StateName::Running, vec!["resume"])
+        (StateName::Running, vec!["take over"])
     );
 }
 

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ferry_migration::options::Options;
+use ferry_migration::report::Status;
 use ferry_vmm::machine::{BuildError, Exit, Machine, PauseError, ResumeError, RunState};
+use ferry_vmm::migrate::{Handle, Uri, recover};
 
 use crate::support::{COUNT, COUNTER, MIB, ends, image, kvm, machine, progresses, read};
 
@@ -72,6 +75,46 @@ fn a_second_pause_waits_for_the_first_and_a_stop_does_not() {
     assert_eq!(paused.resume(), Err(ResumeError::Ended(Exit::Stopped)));
     assert!(matches!(m.pause(), Err(PauseError::Ended(Exit::Stopped))));
     assert_eq!(m.exit_event().read().unwrap(), 1);
+}
+
+#[test]
+fn a_guest_that_was_handed_over_runs_on_a_word_alone() {
+    if !kvm() {
+        return;
+    }
+    let m = machine(Machine::builder(), &COUNT);
+    m.resume().unwrap();
+    progresses(&m, COUNTER);
+    assert_eq!(m.take_over(), Err(ResumeError::NotCommitted));
+    m.pause().unwrap().commit();
+    assert_eq!(m.run_state(), RunState::Committed);
+    assert_eq!(m.resume(), Err(ResumeError::Committed));
+    assert_eq!(m.pause().err(), Some(PauseError::Committed));
+    let count = read(&m, COUNTER);
+    std::thread::sleep(Duration::from_millis(2));
+    assert_eq!(read(&m, COUNTER), count);
+    m.take_over().unwrap();
+    progresses(&m, COUNTER);
+    assert_eq!(m.take_over(), Err(ResumeError::NotCommitted));
+    m.pause().unwrap().commit();
+    m.stop();
+    assert_eq!(m.take_over(), Err(ResumeError::Ended(Exit::Stopped)));
+}
+
+/// What an embedder asks for by mistake: there is no commit to repeat.
+#[test]
+fn a_guest_that_is_here_is_not_recovered() {
+    if !kvm() {
+        return;
+    }
+    let m = Arc::new(machine(Machine::builder(), &COUNT));
+    m.resume().unwrap();
+    let to: Uri = "tcp:127.0.0.1:9".parse().unwrap();
+    let (session, options) = ("00".repeat(16), Options::default());
+    let report = recover(&m, to, &session, &options, &Handle::in_doubt(), &mut |_| {});
+    assert_eq!(report.status, Status::Failed, "{report:#?}");
+    assert!(report.error.unwrap().contains("not handed over"));
+    progresses(&m, COUNTER);
 }
 
 #[test]

@@ -10,12 +10,12 @@ use ferry_migration::destination::exchange_preamble;
 use ferry_migration::options::{Options, Tracking};
 use ferry_migration::report::Status;
 use ferry_migration::wire::AbortCode;
-use ferry_vmm::machine::{Backends, Machine, RunState};
+use ferry_vmm::machine::{Backends, Machine, PauseError, ResumeError, RunState};
 use ferry_vmm::migrate::{
     Arrival, Handle, Listener, Owner, Receiver, StreamLink, Uri, migrate, recover,
 };
 
-use crate::support::{COUNT, COUNTER, kvm, machine, progresses};
+use crate::support::{COUNT, COUNTER, kvm, machine, progresses, read};
 
 /// The connections through a proxy.
 type Open = Arc<Mutex<Vec<TcpStream>>>;
@@ -112,7 +112,13 @@ fn what_was_paused_before_a_migration_is_paused_after_its_recovery() {
         let options = Options::default();
         let report = migrate(&source, &to, &options, &Handle::new(), &mut |_| {});
         assert_eq!(report.status, Status::InDoubt, "{report:#?}");
-        assert_eq!(source.run_state(), RunState::Paused);
+        assert_eq!(source.run_state(), RunState::Committed);
+        // Whoever embeds it may hold the machine still: that gives no second copy of the guest.
+        assert_eq!(source.resume(), Err(ResumeError::Committed));
+        assert_eq!(source.pause().err(), Some(PauseError::Committed));
+        let count = read(&source, COUNTER);
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(read(&source, COUNTER), count);
         let report = recover(
             &source,
             never_started(),

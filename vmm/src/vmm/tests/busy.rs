@@ -25,6 +25,9 @@ impl Guest for Busy {
     fn resume(&self) -> Result<(), String> {
         Ok(())
     }
+    fn take_over(&self) -> Result<(), String> {
+        Ok(())
+    }
     fn stop(&self) {}
     fn power_button(&self) -> Result<(), String> {
         Ok(())

@@ -30,6 +30,10 @@ impl Guest for Slow {
         self.note("resume");
         Ok(())
     }
+    fn take_over(&self) -> Result<(), String> {
+        self.note("take over");
+        Ok(())
+    }
     fn is_running(&self) -> bool {
         true
     }
