@@ -44,6 +44,7 @@ mod fit;
 mod load;
 mod paused;
 mod requires;
+mod run_state;
 mod state;
 mod throttle;
 
@@ -62,7 +63,6 @@ use vmm_sys_util::eventfd::EventFd;
 pub use ferry_devices::balloon::auto::Settings as BalloonAuto;
 
 pub use builder::{BuildError, Builder};
-pub use control::{Exit, PauseError, ResumeError, RunState};
 pub use cpu::{CpuError, CpuFile, CpuModel};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
 pub use devices::{
@@ -73,6 +73,7 @@ pub use ferry_devices::net::MacAddress;
 pub use fit::Misfit;
 pub use load::ApplyError;
 pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};
+pub use run_state::{Exit, PauseError, ResumeError, RunState};
 pub use state::{
     DevicesState, MachineState, OLDEST_STATE_VERSION, STATE_VERSION, StateError, version_for,
 };

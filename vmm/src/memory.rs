@@ -33,9 +33,10 @@ mod zero;
 use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ferry_devices::sync::lock;
 use vm_memory::bitmap::NewBitmap as _;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -268,7 +269,7 @@ impl GuestRam {
         const OLD: Duration = Duration::from_secs(1);
         /// At most this part of the time is spent on the answers.
         const SHARE: u32 = 100;
-        let mut last = self.resident.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&self.resident);
         let began = Instant::now();
         if let Some((until, answer)) = *last
             && began < until

@@ -45,6 +45,7 @@ mod newcomers;
 mod peer;
 mod probe;
 mod receive;
+pub(crate) mod sink;
 mod uri;
 
 pub(crate) use arrival::Awaited;

@@ -77,6 +77,7 @@ fn look(scene: &Arc<Scene>) -> Result<(), String> {
                 }
             }
         }
+        // The folder may not be there yet, and inotify tells nothing of one that is to come.
         std::thread::sleep(LOOK);
     }
 }
@@ -152,6 +153,7 @@ fn silent(name: &str, error: &ClientError) -> Guest {
 fn ask(scene: &Scene, at: usize, place: &str, tls: &Path) -> Result<(), String> {
     loop {
         if !scene.is_looked_at() {
+            // The folder may not be there yet, and inotify tells nothing of one that is to come.
             std::thread::sleep(LOOK);
             continue;
         }

@@ -1,14 +1,5 @@
 //! The file behind a disk: opened, locked, read, written.
 //!
-//! # What is locked
-//!
-//! The lock is an OFD lock of the whole file (fcntl(2), as QEMU's): exclusive, or shared when the
-//! disk is read-only. It keeps two VMMs apart that see the same lock manager: processes of one
-//! host, and hosts that share a file by NFS or a cluster file system with POSIX locks. **It is
-//! local to a host for a block device** (iSCSI, Fibre Channel, DRBD, a shared LVM volume): there a
-//! cluster manager, or SCSI reservations, must see to it that one host uses the device. A program
-//! that does not take the lock (`dd`, `mount`) is not kept out.
-//!
 //! # Caches
 //!
 //! A host's page cache knows nothing of what another host writes. So a block device is opened with
@@ -27,6 +18,7 @@
 mod aligned;
 mod copy;
 mod error;
+mod lock;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -36,14 +28,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl, fcntl_setfl, ioctl_blksszget};
 use serde::{Deserialize, Serialize};
 
 use super::WrittenBlocks;
-use crate::sync::lock;
 pub(super) use aligned::AlignedBuffer;
 use aligned::Direct;
 pub use error::DiskError;
@@ -256,60 +245,6 @@ impl Disk {
             self.flush().map_err(|e| self.io("flushed", e))?;
         }
         Ok(())
-    }
-
-    /// Takes the lock, and says whether it was not held before.
-    ///
-    /// # Errors
-    /// [`DiskError::Locked`], or the file system's refusal.
-    pub fn lock(&self) -> Result<bool, DiskError> {
-        let mut locked = lock(&self.locked);
-        if *locked {
-            return Ok(false);
-        }
-        let kind = if self.read_only {
-            libc::F_RDLCK
-        } else {
-            libc::F_WRLCK
-        };
-        match self.set_lock(kind) {
-            Ok(()) => {
-                *locked = true;
-                Ok(true)
-            }
-            Err(Errno::EAGAIN | Errno::EACCES) => Err(DiskError::Locked {
-                path: self.path.clone(),
-            }),
-            Err(error) => Err(self.io("locked", error.into())),
-        }
-    }
-
-    /// Drops the lock, after all that was written has reached the disk: another host may read it
-    /// next. No effect when it is not held.
-    ///
-    /// # Errors
-    /// [`DiskError::Io`]; the lock is still held.
-    pub fn unlock(&self) -> Result<(), DiskError> {
-        let mut locked = lock(&self.locked);
-        if !*locked {
-            return Ok(());
-        }
-        self.settle()?;
-        self.set_lock(libc::F_UNLCK)
-            .map_err(|e| self.io("unlocked", e.into()))?;
-        *locked = false;
-        Ok(())
-    }
-
-    fn set_lock(&self, kind: i32) -> nix::Result<()> {
-        let lock = libc::flock {
-            l_type: libc::c_short::try_from(kind).unwrap_or(0),
-            l_whence: libc::c_short::try_from(libc::SEEK_SET).unwrap_or(0),
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
-        fcntl(&self.file, FcntlArg::F_OFD_SETLK(&lock)).map(drop)
     }
 
     fn io(&self, what: &'static str, source: io::Error) -> DiskError {

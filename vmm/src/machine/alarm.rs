@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex, Weak};
 
 use ferry_devices::sync::lock;
 
-use super::control::{Control, Exit};
+use super::control::Control;
+use super::run_state::Exit;
 
 /// Ends a machine with a sentence. Made before the machine is: devices need it, and the machine
 /// needs its devices.

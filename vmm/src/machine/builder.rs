@@ -15,12 +15,13 @@ use ferry_migration::options::Tracking;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::alarm::Alarm;
-use super::control::{Control, EndWish, Exit};
+use super::control::{Control, EndWish};
 use super::cpu::{CpuError, CpuModel, vendor};
 use super::description::{DescriptionError, MachineDescription, OLDEST_FORMAT};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
 use super::fit::{self, HostCpu, Misfit};
+use super::run_state::Exit;
 use super::{Devices, Machine};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
 use crate::memory::{GuestRam, RamError, ShareError, SharedRam};

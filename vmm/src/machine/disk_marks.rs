@@ -8,9 +8,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use ferry_devices::block::Disk;
+use ferry_devices::sync::lock;
 
 /// By what a file is known again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +54,7 @@ impl DiskMarks {
             (path, mark)
         };
         let marks = disks.iter().filter(|disk| !disk.read_only()).map(mark);
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = marks.collect();
+        *lock(&self.0) = marks.collect();
     }
 
     /// Compares them with what they are now.
@@ -61,7 +62,7 @@ impl DiskMarks {
     /// # Errors
     /// A disk was written, or nothing tells; a sentence.
     pub(super) fn check(&self) -> Result<(), String> {
-        let marks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let marks = lock(&self.0);
         for (path, then) in marks.iter() {
             let now = FileMark::of(path)
                 .map_err(|e| format!("the guest's disk {} cannot be read: {e}", path.display()))?;

@@ -1,8 +1,8 @@
 //! What a receiver tells its owner.
 
 use super::StreamLink;
-use super::host::RamSink;
 use super::receive::Shared;
+use super::sink::RamSink;
 use crate::machine::Machine;
 use ferry_migration::destination::MissingPages;
 use ferry_migration::report::Faults;
@@ -203,6 +203,7 @@ impl Awaited for Sent {
         self.pages.dismiss();
         self.sink.end_faults();
         let until = Instant::now() + MOMENT;
+        // At the end of a guest, once: a condition variable for it would cost each page that comes.
         while !self.pages.is_over() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(2));
         }

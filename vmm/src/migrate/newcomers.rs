@@ -8,8 +8,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
+use ferry_devices::sync::lock;
 use rustix::net::{Shutdown, shutdown};
 
 /// From one address: a source opens its channels one after the other, so it has one here.
@@ -41,7 +42,7 @@ pub(super) struct Newcomers(Mutex<List>);
 
 impl Newcomers {
     fn lock(&self) -> MutexGuard<'_, List> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Takes one more in, and closes the oldest where there are too many; returns what

@@ -36,9 +36,10 @@ use ferry_migration::wire::SessionId;
 
 use super::arrival::{Arrival, Following, GuestInDoubt, Incoming, Owner, Sent};
 use super::gate::Gate;
-use super::host::{MachineHost, RamSink};
+use super::host::MachineHost;
 use super::listener::{Listener, ReceiveError, Stop};
 use super::newcomers::Newcomers;
+use super::sink::RamSink;
 use super::{StreamLink, Uri};
 use crate::machine::Backends;
 use engine::park;

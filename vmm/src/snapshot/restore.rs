@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Contents, modified, ms, threads};
 use crate::machine::{Backends, Machine, RunState};
-use crate::migrate::host::{MachineHost, RamSink};
+use crate::migrate::host::MachineHost;
+use crate::migrate::sink::RamSink;
 use crate::migrate::{Awaited, Following, MonotonicClock, SerialFactory, StreamLink};
 
 /// How a guest is restored.

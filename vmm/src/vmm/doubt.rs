@@ -5,15 +5,16 @@
 //! with it.
 
 use super::control::{conflict, explanation};
+use super::guest::caught;
 use super::state::{Asking, Lost, State};
 use super::{Core, Inner, Migration};
 use crate::api::Refusal;
 use crate::api::types::{RecordStatus, RecoverRequest, Security};
+use ferry_devices::sync::wait_while;
 use ferry_devices::thread;
 use ferry_migration::options::Options;
-use ferry_migration::report::{self, Event, Report};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, MutexGuard, PoisonError};
+use ferry_migration::report::{self, Event};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 /// The pauses between two questions, doubled from the first to the last.
@@ -95,14 +96,7 @@ impl Core {
                 self.feed.migration(&event);
             }
         };
-        let run = AssertUnwindSafe(|| recovery.run(&options, &mut forward));
-        let report = catch_unwind(run).unwrap_or_else(|_| {
-            Report::broken(
-                &handle.progress(),
-                handle.owner(),
-                "the migration engine failed inside; the VMM's output says where",
-            )
-        });
+        let report = caught(&*handle, || recovery.run(&options, &mut forward));
         let mut inner = self.lock();
         // Stopped meanwhile, perhaps: then there is nothing to change.
         let (State::InDoubt(lost) | State::Interrupted(lost)) = &mut inner.state else {
@@ -188,9 +182,7 @@ impl Core {
             }
             _ => false,
         };
-        self.asked
-            .wait_while(self.lock(), asking)
-            .unwrap_or_else(PoisonError::into_inner)
+        wait_while(&self.asked, self.lock(), asking)
     }
 
     /// Asks the destination of a guest in doubt until it answers or an operator decides.

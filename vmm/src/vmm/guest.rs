@@ -10,6 +10,7 @@ use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Progress, Report};
 use ferry_migration::source::Owner;
 use ferry_migration::steering::{Change, SteeringError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -170,4 +171,16 @@ pub trait MigrationHandle: Send + Sync {
     fn progress(&self) -> Progress;
     /// Who owns the guest.
     fn owner(&self) -> Owner;
+}
+
+/// The report of an engine that runs: a defect in it is one, too. The guest itself needs no care then:
+/// what the engine held of it was dropped.
+pub(super) fn caught(handle: &dyn MigrationHandle, run: impl FnOnce() -> Report) -> Report {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+        Report::broken(
+            &handle.progress(),
+            handle.owner(),
+            "the migration engine failed inside; the VMM's output says where",
+        )
+    })
 }

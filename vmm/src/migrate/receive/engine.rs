@@ -28,6 +28,7 @@ pub(super) fn await_source(shared: &Shared, session: SessionId) {
 
 /// Polls the connection of a parked engine while `waits` says so, and takes the engine once its
 /// source has said something; `None` when it is not waited for any more, or the connection is lost.
+/// Polls, since a channel over TLS may have the word in its buffer, where no descriptor tells.
 fn next_word(
     shared: &Shared,
     session: SessionId,

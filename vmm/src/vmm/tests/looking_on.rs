@@ -1,7 +1,7 @@
 //! Listeners, kept migrations, and what is counted.
 
 use super::*;
-use crate::api::types::{Direction, Notice, RecordStatus};
+use crate::api::types::{ArrivalOutcome, Direction, IncomingReport, Notice, RecordStatus};
 use crate::vmm::feed::LISTENERS;
 use ferry_migration::report::Round;
 
