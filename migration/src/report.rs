@@ -8,7 +8,6 @@ pub use crate::data_channels::Channels;
 pub use crate::steering::{Change, Steered};
 pub use latency::{Bucket, Latencies};
 
-use crate::source::Owner;
 use serde::{Deserialize, Serialize};
 
 /// How a migration ended.
@@ -334,28 +333,6 @@ impl Report {
             guest_ended: false,
             retry_commit: false,
             abort_untold: None,
-        }
-    }
-
-    /// The report of an engine that panicked: its numbers by its last progress, its end by who owns
-    /// the guest.
-    #[must_use]
-    pub fn broken(progress: &Progress, owner: Owner, error: &str) -> Self {
-        let status = match owner {
-            Owner::Source => Status::Failed,
-            Owner::InDoubt => Status::InDoubt,
-            Owner::Destination => Status::Interrupted,
-        };
-        Self {
-            total_ms: progress.elapsed_ms,
-            bytes_wire: progress.bytes_wire,
-            mbps: progress.mbps,
-            ..Self::bare(
-                progress.session.clone(),
-                progress.policy.clone(),
-                status,
-                error.to_owned(),
-            )
         }
     }
 }

@@ -47,6 +47,7 @@ mod hello;
 mod preamble;
 mod set;
 
+pub use crate::port::SessionId;
 pub use blocks::{MAX_BLOCKS, MAX_DISK_BLOCKS, MAX_DISKS};
 pub use channel::{Channel, WireError, check_crc};
 pub use frame::{
@@ -55,5 +56,5 @@ pub use frame::{
     encode_runs,
 };
 pub use hello::{Arrived, Features, Hello, HelloAck, HelloError, Ready, Running};
-pub use preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId, VERSION};
+pub use preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, VERSION};
 pub use set::{recv_set, send_set};

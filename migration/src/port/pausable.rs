@@ -11,8 +11,7 @@
 
 #[cfg(doc)]
 use super::SourceVm;
-use super::{Committed, CommittedVm, NotStarted, Paused, PausedVm, PortError};
-use crate::wire::SessionId;
+use super::{Committed, CommittedVm, NotStarted, Paused, PausedVm, PortError, SessionId};
 use std::time::{Duration, Instant};
 
 /// A guest that is stopped and resumed by a call each.
@@ -165,8 +164,7 @@ mod tests {
     const SESSION: SessionId = SessionId([7; 16]);
 
     fn not_started() -> NotStarted {
-        let word = crate::wire::WireError::NotStarted("no memory".into());
-        NotStarted::from_wire(&word).unwrap()
+        NotStarted::new("no memory".into())
     }
 
     #[test]

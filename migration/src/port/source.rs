@@ -1,8 +1,7 @@
 //! What the source engine needs from a virtual machine monitor.
 
-use super::{BlockSource, FreeMemory, Link, PortError, Throttle};
+use super::{BlockSource, FreeMemory, Link, PortError, SessionId, Throttle};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::wire::{SessionId, WireError};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -191,12 +190,9 @@ pub struct NotStarted {
 }
 
 impl NotStarted {
-    /// The word, if the error is one.
-    pub(crate) fn from_wire(error: &WireError) -> Option<Self> {
-        match error {
-            WireError::NotStarted(why) => Some(Self { why: why.clone() }),
-            _ => None,
-        }
+    /// As the destination has sent it.
+    pub(crate) const fn new(why: String) -> Self {
+        Self { why }
     }
 
     /// The destination's reason.

@@ -6,8 +6,9 @@ use super::stop::{How, Stopping};
 use super::throttle::Throttled;
 use super::{InFlight, Source, SourceError, ms};
 use crate::first_pass::FirstPass;
+use crate::model::policy_of;
 use crate::page::{PAGE_BYTES, PageSet, Run};
-use crate::policy::{self, Decision, Policy, SendOrder};
+use crate::policy::{Decision, Policy, SendOrder, switch_over};
 use crate::port::{Link, SourceVm, holes};
 use crate::report::{Event, Phase, Round};
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Sent};
@@ -78,7 +79,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
             self.disks.collect()?;
             self.steer();
             if std::mem::take(&mut self.helm.other_policy) {
-                let taken = other.insert(policy::from_options(&self.helm.options));
+                let taken = other.insert(policy_of(&self.helm.options));
                 self.record.policy = taken.name();
                 taken.name().clone_into(&mut self.record.progress.policy);
             }
@@ -91,7 +92,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
             }
             let view = self.view();
             let decision = if self.helm.switch_over {
-                policy::switch_over(policy, &view, &self.helm.options)
+                switch_over(policy, &view, &self.helm.options)
             } else {
                 policy.next(&view)
             };

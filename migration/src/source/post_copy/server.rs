@@ -1,8 +1,8 @@
 //! What is still to be sent, and who sends it: the push stream takes what comes next, and an answer
 //! takes what was asked for. A page is taken once.
 
-use super::{PUSH_PAGES, QUIET, TICK};
-use crate::order::Push;
+use super::TICK;
+use crate::order::{PUSH_PAGES, Push, QUIET};
 use crate::page::{PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, SourceVm};
 use crate::sender::{BatchMode, Sender, Sent};
