@@ -174,6 +174,29 @@ fn threads_start_in_one_place() {
     assert!(read > 10_000, "{read} lines");
 }
 
+/// Without its features `net` and `testing`, ferry-migration sees time by the clock that it is
+/// given.
+#[test]
+fn the_engines_read_no_clock() {
+    let mut read = 0;
+    for path in sources() {
+        let Some(inside) = path.strip_prefix("migration/src/") else {
+            continue;
+        };
+        let first = inside.split(['/', '.']).next().unwrap();
+        if ["net", "testing"].contains(&first) || inside.ends_with("tests.rs") {
+            continue;
+        }
+        let text = fs::read_to_string(root().join(&path)).unwrap();
+        let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
+        for clock in ["Instant", "SystemTime"] {
+            assert!(!code.contains(clock), "{path} names {clock}");
+        }
+        read += code.lines().count();
+    }
+    assert!(read > 10_000, "{read} lines");
+}
+
 #[test]
 fn unsafe_stands_only_where_the_design_has_it() {
     const ROOMS: [&str; 7] = [

@@ -147,8 +147,11 @@ pub type Committed<'g> = Box<dyn CommittedVm + 'g>;
 /// The guard of a guest that stands still. **Dropping it lets the guest run again** (if it ran
 /// before), whatever made the engine drop it: an error, a cancel, a panic.
 pub trait PausedVm<'g> {
-    /// How long ago the last guest instruction was.
-    fn stopped_for(&self) -> Duration;
+    /// How long ago the last guest instruction was; `None` where that is not known: the engine then
+    /// counts from when it asked for the pause.
+    fn stopped_for(&self) -> Option<Duration> {
+        None
+    }
     /// The machine's state, in a version that is not newer than
     /// [what the destination reads](super::DestinationVm::state_version); `None` from one that did
     /// not say, and for a snapshot.

@@ -308,8 +308,10 @@ fn stop<'g, L: Link, G: SourceVm<L>, W: WriteAt>(
     saved: &mut Saved,
 ) -> Result<(Vec<u8>, Paused<'g>), SaveError> {
     let now = || shared.clock.now();
+    let asked = now();
     let paused = guest.pause().map_err(SaveError::Guest)?;
-    saved.paused_at = now().saturating_sub(paused.stopped_for());
+    let ago = paused.stopped_for();
+    saved.paused_at = ago.map_or(asked, |ago| now().saturating_sub(ago));
     if options.live {
         shared
             .guest
