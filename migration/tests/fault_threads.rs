@@ -21,14 +21,17 @@ use std::time::Duration;
 
 /// Longer than any test takes, on any machine.
 const NEVER: Duration = Duration::from_secs(60);
-const PAGES: usize = 64;
 
-/// A guest whose pages cannot be sent by a thread of this name.
-struct Broken(TestSource, &'static str);
+/// A guest whose pages the threads that answer faults cannot send.
+struct Broken(TestSource);
 
 impl PageSource<MemoryLink> for Broken {
     fn transmit(&self, link: &mut MemoryLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
-        assert_ne!(std::thread::current().name(), Some(self.1), "a defect");
+        assert_ne!(
+            std::thread::current().name(),
+            Some("ferry-serve"),
+            "a defect"
+        );
         self.0.transmit(link, head, runs)
     }
 
@@ -71,10 +74,10 @@ impl SourceVm<MemoryLink> for Broken {
 
 /// A destination that runs the guest and asks for one page; it takes what comes until the source
 /// hangs up.
-fn ask_for_a_page(connections: &Receiver<MemoryLink>) {
+fn ask_for_the_last_page(connections: &Receiver<MemoryLink>, pages: u64) {
     let (mut control, _) = exchange_preamble(connections.recv().unwrap(), NEVER).unwrap();
     control.link().set_timeout(None);
-    let mut fault = None;
+    let (mut fault, mut runs) = (None, false);
     let mut payload = Vec::new();
     while let Ok(header) = control.recv_header() {
         control.recv_payload(&header, &mut payload).unwrap();
@@ -86,26 +89,27 @@ fn ask_for_a_page(connections: &Receiver<MemoryLink>) {
                     state: None,
                 };
                 control.send_json(FrameType::HelloAck, &ack).unwrap();
-                control.set_end(PAGES as u64);
+                control.set_end(pages);
                 let link = connections.recv().unwrap();
                 fault = Some(exchange_preamble(link, NEVER).unwrap().0);
             }
-            FrameType::RoundEnd => {
+            FrameType::RoundEnd if !runs => {
                 let ack = Header::bare(FrameType::RoundAck, header.round);
-                let _ = control.send(ack, &[]);
+                control.send(ack, &[]).unwrap();
             }
             FrameType::State => {
                 let ready = Ready::default();
                 control.send_json(FrameType::Ready, &ready).unwrap();
             }
             FrameType::Commit => {
+                runs = true;
                 let running = Running {
-                    missing: PAGES as u64,
+                    missing: pages,
                     ..Running::default()
                 };
                 control.send_json(FrameType::Running, &running).unwrap();
                 let request = Header {
-                    gfn: 1,
+                    gfn: pages - 1,
                     count: 1,
                     ..Header::bare(FrameType::PageRequest, 0)
                 };
@@ -116,15 +120,15 @@ fn ask_for_a_page(connections: &Receiver<MemoryLink>) {
     }
 }
 
-fn migrate(order: PushOrder, broken: &'static str) -> Report {
-    let guest = Broken(TestSource::new(PAGES), broken);
+fn migrate(pages: usize) -> Report {
+    let guest = Broken(TestSource::with(pages, |_, page| page[0] = 1));
     let options = Options {
         policy: PolicyKind::Postcopy,
-        order,
+        order: PushOrder::Demand,
         ..Options::default()
     };
     let (sender, connections) = channel();
-    let peer = std::thread::spawn(move || ask_for_a_page(&connections));
+    let peer = std::thread::spawn(move || ask_for_the_last_page(&connections, pages as u64));
     let connect = move |_: Role, _| {
         let (ours, theirs) = MemoryLink::pair();
         sender.send(theirs).map_err(|_| io::Error::other("gone"))?;
@@ -155,10 +159,14 @@ fn migrate(order: PushOrder, broken: &'static str) -> Report {
 #[test]
 fn a_panic_of_a_thread_that_answers_faults_is_reported() {
     // While pages are left to push, and while only the last confirmation is missing.
-    for order in [PushOrder::Demand, PushOrder::Flush] {
-        let report = migrate(order, "ferry-serve");
-        assert_eq!(report.status, Status::Interrupted, "{order:?}: {report:?}");
+    for pages in [64, 1] {
+        let report = migrate(pages);
+        assert_eq!(
+            report.status,
+            Status::Interrupted,
+            "{pages} pages: {report:?}"
+        );
         let error = report.error.unwrap();
-        assert!(error.contains("panicked"), "{order:?}: {error}");
+        assert!(error.contains("panicked"), "{pages} pages: {error}");
     }
 }

@@ -108,6 +108,8 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             }
             let result = started.map(|()| work(self));
             server.end();
+            // The work has ended with the panic of a thread; where everything had arrived before
+            // that, the guest is complete.
             self.transport.faults = threads
                 .into_iter()
                 .filter_map(|thread| thread.join().ok())
@@ -330,6 +332,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         let mut until = self.now() + timeout;
         let header = loop {
             self.answer_here(server)?;
+            server.check_threads()?;
             if let Some(header) = said.take() {
                 break header;
             }
