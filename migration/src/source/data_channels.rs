@@ -12,9 +12,9 @@ use crate::report::Event;
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Pacer, SendError, Sender, Sent};
 use crate::source::Ownership;
 use crate::source::live::{More, PROGRESS_EVERY};
-use crate::sync::lock;
+use crate::sync::{lock, wait_timeout};
 use crate::wire::{Channel, FrameType, Header, WireError};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// How often a data channel that is not in use looks whether the user has cancelled.
@@ -114,8 +114,7 @@ impl<'a> Shared<'a> {
                 return Turn::End;
             }
         }
-        let waited = self.change.wait_timeout(state, TICK);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        drop(wait_timeout(&self.change, state, TICK));
         Turn::Wait
     }
 
@@ -253,8 +252,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                     shared.change.notify_all();
                     continue;
                 }
-                let waited = shared.change.wait_timeout(state, LOOK_EVERY);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                state = wait_timeout(&shared.change, state, LOOK_EVERY);
                 let now = self.session.setup.clock.now();
                 if steering.has_news() {
                     let at = (began, round);
