@@ -52,6 +52,7 @@ use std::time::Duration;
 
 /// When a page's dirty bit is cleared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Clearing {
     /// Right before the page is sent: a page that is written in the round before its turn is sent
     /// once. What ferry does.

@@ -20,6 +20,7 @@ pub(crate) const QUIET: Duration = Duration::from_secs(2);
 
 /// In which order post-copy pushes pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 #[serde(rename_all = "lowercase")]
 pub enum PushOrder {
     /// Nothing is pushed: every page waits until the guest touches it (demand paging).

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 /// How a migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+// Exhaustive: by it a VMM decides what becomes of the guest, and must decide for every end.
 pub enum Status {
     /// The guest runs at the destination.
     Completed,
@@ -340,6 +341,7 @@ impl Report {
 /// Where a migration stands, at the source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+// Exhaustive: a display has words for each, and the compiler names the one that it has not.
 pub enum Phase {
     /// Connecting and shaking hands.
     #[default]

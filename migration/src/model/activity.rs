@@ -51,6 +51,7 @@ fn page_at(layout: &RamLayout, mut index: u64) -> Gfn {
 
 /// How a [`Writer`] chooses the next page of its working set.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Pattern {
     /// Any page, each as likely.
     Uniform,

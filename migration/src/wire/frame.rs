@@ -27,6 +27,7 @@ pub const FLAG_TELL: u8 = 2;
 
 /// How the pages of a frame are coded; see [`crate::codec`] for what the coded ones hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 #[repr(u8)]
 pub enum Encoding {
     /// As they are.
@@ -50,6 +51,7 @@ impl Encoding {
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 #[repr(u8)]
 pub enum FrameType {
     /// Source: what is coming. JSON and the machine's description.

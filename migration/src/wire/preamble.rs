@@ -18,6 +18,7 @@ const ARCH_X86_64: u8 = 1;
 /// What a channel is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
+// Exhaustive: a receiver gives each kind of connection to the part that serves it.
 pub enum Role {
     /// The first: handshake, state, commit; pages too when there are no data channels.
     Control = 0,
