@@ -49,6 +49,7 @@ mod phases;
 pub(crate) mod post_copy;
 mod push;
 mod record;
+mod round;
 mod session;
 mod stop;
 mod throttle;
