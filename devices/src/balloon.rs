@@ -14,12 +14,12 @@ mod statistics;
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{Address, GuestAddress};
 
 pub use statistics::Statistics;
 
+pub use crate::state::BalloonState;
 use crate::virtio::{
     COMMON_FEATURES, Chain, Context, Device, DeviceState, DrainError, Kind, Memory, RestoreError,
     Violation, check_ram,
@@ -54,19 +54,6 @@ pub trait FreePages: Send + Sync + 'static {
     /// `count` pages from number `first` are free in the guest. It may use them again at any time,
     /// without a word, and finds zeros or what they held.
     fn reported(&self, first: u64, count: u64);
-}
-
-/// What has to travel of a balloon, beside its queues.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BalloonState {
-    /// Pages that the host asks for.
-    pub target: u32,
-    /// Pages in the balloon, as the driver says.
-    pub actual: u32,
-    /// The last statistics.
-    pub statistics: Option<Statistics>,
-    /// Whether the host moves the target by itself, and how.
-    pub auto: Option<auto::Settings>,
 }
 
 /// When the last statistics came to this host.

@@ -24,7 +24,6 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -34,6 +33,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 pub use dirty::{BLOCK, WrittenBlocks};
 pub use disk::{Disk, DiskError, FileId, SECTOR};
 
+pub use crate::state::BlockState;
 use crate::virtio::{
     COMMON_FEATURES, Context, Device, DeviceState, DrainError, Kind, Memory, RestoreError, Sparse,
     Violation,
@@ -45,15 +45,6 @@ const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE];
 /// Bytes of a block of most file systems: what they discard is aligned to it.
 const FILE_BLOCK: u32 = 4096;
-
-/// What has to travel of a disk: what the guest was told, so that another disk is noticed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlockState {
-    /// Size in sectors of 512 bytes.
-    pub sectors: u64,
-    /// Whether the guest knows it as read-only.
-    pub read_only: bool,
-}
 
 /// A disk.
 pub struct Block<M> {

@@ -15,6 +15,7 @@ pub mod i8042;
 pub mod net;
 pub mod rng;
 pub mod serial;
+mod state;
 pub mod sync;
 pub mod thread;
 mod trigger;

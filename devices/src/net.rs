@@ -18,7 +18,6 @@ mod frame;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
@@ -29,6 +28,7 @@ use virtio_bindings::virtio_net::{
 
 pub use frame::{HEADER, MAX_FRAME, MacAddress, rarp};
 
+pub use crate::state::NetState;
 use crate::virtio::{
     Buffer, COMMON_FEATURES, Context, Device, DeviceState, Kind, Memory, RestoreError, Sparse,
     Violation,
@@ -82,15 +82,6 @@ pub trait Backend: Send + 'static {
     /// # Errors
     /// When it cannot be duplicated.
     fn readable(&self) -> io::Result<OwnedFd>;
-}
-
-/// What has to travel of a network card, beside its queues.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NetState {
-    /// Its address.
-    pub mac: MacAddress,
-    /// The guest was asked to announce itself, and has not said that it did.
-    pub announce: bool,
 }
 
 /// A network card.

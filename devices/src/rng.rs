@@ -1,8 +1,8 @@
 //! An entropy source: virtio-rng (§5.4) over the host's getrandom(2).
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
+pub use crate::state::RngState;
 use crate::virtio::{
     COMMON_FEATURES, Context, Device, DeviceState, Kind, Memory, RestoreError, Violation,
 };
@@ -10,11 +10,6 @@ use crate::virtio::{
 const QUEUE_SIZES: &[u16] = &[64];
 /// Bytes given for one request; a driver that wants more asks again.
 const MOST: usize = 64 << 10;
-
-/// What has to travel: nothing, but for the queue. A type of its own for the day when there is
-/// something.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RngState {}
 
 /// A source of random numbers.
 #[derive(Debug, Default)]

@@ -50,6 +50,7 @@ mod transport;
 mod violation;
 mod worker;
 
+pub use crate::state::DeviceState;
 pub use chain::{Buffer, Chain, Segment};
 pub use device::{Context, Device, DrainError, Kind};
 pub use event::Event;
@@ -60,7 +61,7 @@ pub(crate) use memory::check as check_ram;
 pub use port::{MMIO_LEN, Port, QUEUE_NOTIFY};
 pub use queue::VirtQueue;
 pub(crate) use sparse::Sparse;
-pub use state::{DeviceState, QueueState, RestoreError, TransportState, VirtioState};
+pub use state::{QueueState, RestoreError, TransportState, VirtioState};
 pub use transport::{AnyVirtio, PauseError, VirtioDevice};
 pub use violation::Violation;
 

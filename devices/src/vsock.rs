@@ -30,13 +30,13 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 pub use connection::ROOM;
 pub use muxer::{MOST_CONNECTIONS, MOST_RESETS, Muxer, Reset};
 pub use packet::{HEADER, Header, NO_MORE, NO_RECEIVE, NO_SEND, Op, STREAM};
 
+pub use crate::state::VsockState;
 use crate::thread;
 use crate::virtio::{
     COMMON_FEATURES, Chain, Context, Device, DeviceState, Kind, Memory, RestoreError, Violation,
@@ -73,21 +73,6 @@ pub trait Host: Send + 'static {
     /// # Errors
     /// The system's: there is no such program, or it has too many connections to accept.
     fn connect(&mut self, port: u32) -> io::Result<UnixStream>;
-}
-
-/// What has to travel, beside the queues.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VsockState {
-    /// The guest's context.
-    pub cid: u32,
-    /// The guest is to be told that its connections are gone.
-    pub reset: bool,
-    /// Answers that the guest waits for.
-    #[serde(default)]
-    pub owed: Vec<Reset>,
-    /// The port of the host's for the next connection that a program of the host makes.
-    #[serde(default)]
-    pub next_port: u32,
 }
 
 /// A vsock device.

@@ -7,6 +7,7 @@ use ferry_terminal::units::{duration, grouped, memory, span};
 use ferry_vmm::api::client::Client;
 use ferry_vmm::api::types::RecordRequest;
 use ferry_vmm::new_file::{Making, NewFile};
+use ferry_vmm::sync::lock;
 use ferry_vmm::thread;
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
@@ -14,7 +15,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Seek};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Record which pages a running guest dirties, for `ferry sim --trace`.
@@ -106,10 +107,7 @@ pub fn record(client: &Client, request: &RecordRequest, path: &Path) -> Result<(
 type Unfinished = Mutex<Option<NewFile>>;
 
 fn take(unfinished: &Unfinished) -> Option<NewFile> {
-    unfinished
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take()
+    lock(unfinished).take()
 }
 
 /// Keeps a recording that was broken off, if anything was recorded.

@@ -74,6 +74,7 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Where the destination stands; see the module's figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+// Exhaustive: a VMM decides by it what becomes of the guest, and must decide for every value.
 pub enum State {
     /// Connected; no handshake yet.
     Waiting,
@@ -120,6 +121,7 @@ pub const FRAME_TIMEOUTS: u32 = 10;
 
 /// What happened in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+// Exhaustive: a VMM that did not know a step would leave the guest standing.
 pub enum Step {
     /// More frames are expected.
     Continue,

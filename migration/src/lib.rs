@@ -27,6 +27,7 @@ mod first_pass;
 pub mod model;
 #[cfg(feature = "net")]
 pub mod net;
+mod numbers;
 pub mod options;
 pub mod order;
 pub mod page;

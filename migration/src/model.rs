@@ -25,6 +25,7 @@
 
 mod activity;
 pub mod advise;
+mod auto;
 mod even_in_set;
 mod post_copy;
 pub mod regret;
@@ -33,15 +34,16 @@ mod round;
 pub mod stord;
 
 pub use activity::{Activity, EvenShare, Pattern, Touch, Writer};
+pub use auto::Auto;
 pub use even_in_set::EvenInSet;
 pub use post_copy::Faults;
 pub use replay::Replay;
 
-use crate::options::Options;
-use crate::order::PushOrder;
+use crate::numbers::seconds;
+use crate::options::{Options, PolicyKind};
+use crate::order::{PUSH_PAGES, PushOrder};
 use crate::page::{PAGE_BYTES, PageSet, RamLayout, Run};
-use crate::policy::{self, Decision, Policy, STOP_AND_START, seconds};
-pub(crate) use crate::source::post_copy::PUSH_PAGES;
+use crate::policy::{Decision, Hybrid, Mplm, Policy, PostCopy, PreCopy, STOP_AND_START, Stord};
 use crate::trace::Trace;
 pub(crate) use round::Start;
 use round::{Begin, Rounds};
@@ -50,6 +52,7 @@ use std::time::Duration;
 
 /// When a page's dirty bit is cleared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Clearing {
     /// Right before the page is sent: a page that is written in the round before its turn is sent
     /// once. What ferry does.
@@ -186,17 +189,25 @@ pub(crate) fn millis<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::
     to.serialize_f64(time.as_secs_f64() * 1e3)
 }
 
+/// The policy that the options name: a paper's, or [`Auto`], which asks this model.
+#[must_use]
+pub fn policy_of(options: &Options) -> Box<dyn Policy> {
+    match options.policy {
+        PolicyKind::Precopy => Box::new(PreCopy::new(options)),
+        PolicyKind::Stord => Box::new(Stord::new(options)),
+        PolicyKind::Mplm => Box::new(Mplm::new(options)),
+        PolicyKind::Postcopy => Box::new(PostCopy::new(options)),
+        PolicyKind::Hybrid => Box::new(Hybrid::new(options)),
+        PolicyKind::Auto => Box::new(Auto::new(options)),
+    }
+}
+
 /// The most rounds of a modelled migration: a policy that goes on for longer never ends.
 pub const MAX_ROUNDS: u32 = 100_000;
 
 /// Models a migration with the policy that the options name.
 pub fn migrate(setup: &Setup, options: &Options, guest: &mut dyn Activity) -> Outcome {
-    run(
-        setup,
-        options,
-        policy::from_options(options).as_mut(),
-        guest,
-    )
+    run(setup, options, policy_of(options).as_mut(), guest)
 }
 
 /// How the live phase ended.

@@ -37,6 +37,7 @@ pub(crate) mod optional_millis {
 
 /// Which family decides what is sent when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 #[serde(rename_all = "lowercase")]
 pub enum PolicyKind {
     /// Iterative pre-copy (Clark 2005).
@@ -81,6 +82,7 @@ impl PolicyKind {
 
 /// How pages are made smaller on their way; see [`crate::codec`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 #[serde(rename_all = "lowercase")]
 pub enum Compress {
     /// As `adaptive`, but begins without any coder and takes to one only where a sample and what
@@ -116,6 +118,7 @@ impl Compress {
 /// which was built with one of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+// Exhaustive: a machine is built for each of them, or cannot be.
 pub enum Tracking {
     /// By whatever is better there.
     #[default]
@@ -140,6 +143,7 @@ impl Tracking {
 
 /// What to do when the time is up, or the rounds, or pending pages stop shrinking.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 #[serde(rename_all = "lowercase")]
 pub enum OnTimeout {
     /// Give up: the guest stays where it is. The default, because it is the only answer that
@@ -170,6 +174,7 @@ impl OnTimeout {
 /// Whether the guest's memory itself is given to a destination on the same host, so that no page
 /// need be sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 #[serde(rename_all = "lowercase")]
 pub enum Handover {
     /// Where the link can carry it and the destination takes it.

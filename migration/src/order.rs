@@ -9,9 +9,18 @@ mod bubble;
 use crate::page::{Gfn, PageSet, Run};
 use bubble::Bubbles;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// Pages in a batch of the push stream at most: an answer waits behind one of them for the
+/// processor that both need.
+pub(crate) const PUSH_PAGES: u64 = 64;
+/// Demand paging ends when the guest has missed nothing for so long: what it has not touched
+/// by then follows by address, so that the source may go.
+pub(crate) const QUIET: Duration = Duration::from_secs(2);
 
 /// In which order post-copy pushes pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 #[serde(rename_all = "lowercase")]
 pub enum PushOrder {
     /// Nothing is pushed: every page waits until the guest touches it (demand paging).

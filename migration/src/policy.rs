@@ -4,7 +4,6 @@
 //! clock; the engine alone reads memory, sends, pauses and marks. So a policy can be slow, but
 //! it cannot be wrong: whatever it decides, no write is lost and one side runs the guest.
 
-mod auto;
 mod hybrid;
 mod limits;
 mod mplm;
@@ -14,8 +13,6 @@ mod stall;
 mod stord;
 mod switchover;
 
-pub use auto::Auto;
-pub(crate) use auto::{Goal, Kind, Prediction, choose, sentence};
 pub use hybrid::Hybrid;
 pub use mplm::Mplm;
 pub use post_copy::PostCopy;
@@ -23,7 +20,8 @@ pub use pre_copy::PreCopy;
 pub use stord::Stord;
 pub(crate) use switchover::switch_over;
 
-use crate::options::{Options, PolicyKind};
+use crate::numbers::seconds;
+use crate::options::Options;
 use crate::order::PushOrder;
 use crate::page::{Heat, PAGE_BYTES, PageSet};
 use std::time::Duration;
@@ -117,20 +115,6 @@ impl View<'_> {
     pub fn dirty_rate(&self) -> f64 {
         self.dirtied_pages as f64 / self.dirtied_over.as_secs_f64().max(1e-6)
     }
-}
-
-/// A duration from seconds that came out of a division: huge and odd values become a year.
-pub(crate) fn seconds(s: f64) -> Duration {
-    const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
-    Duration::try_from_secs_f64(s).map_or(YEAR, |d| d.min(YEAR))
-}
-
-/// A number of pages from a division: negative and odd values are none.
-pub(crate) fn pages_in(pages: f64) -> u64 {
-    // Saturates; NaN is 0. No guest has 2⁵³ pages.
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let pages = pages as u64;
-    pages
 }
 
 /// In which order a set of pages is sent.
@@ -244,18 +228,5 @@ pub trait Policy: Send {
     /// that.
     fn hands_over(&self) -> bool {
         false
-    }
-}
-
-/// The policy that the options name.
-#[must_use]
-pub fn from_options(options: &Options) -> Box<dyn Policy> {
-    match options.policy {
-        PolicyKind::Precopy => Box::new(PreCopy::new(options)),
-        PolicyKind::Stord => Box::new(Stord::new(options)),
-        PolicyKind::Mplm => Box::new(Mplm::new(options)),
-        PolicyKind::Postcopy => Box::new(PostCopy::new(options)),
-        PolicyKind::Hybrid => Box::new(Hybrid::new(options)),
-        PolicyKind::Auto => Box::new(Auto::new(options)),
     }
 }

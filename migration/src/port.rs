@@ -15,6 +15,7 @@ mod blocks;
 mod destination;
 mod free_memory;
 mod pausable;
+mod session;
 mod simple;
 mod source;
 mod throttle;
@@ -26,6 +27,7 @@ pub use destination::{
 pub(crate) use destination::{post_copy, post_copy_vm};
 pub use free_memory::{FreeMemory, FreedPages};
 pub use pausable::{Pausable, given_away, pause};
+pub use session::SessionId;
 pub use simple::SimpleVm;
 pub(crate) use source::holes;
 pub use source::{

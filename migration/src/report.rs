@@ -8,12 +8,12 @@ pub use crate::data_channels::Channels;
 pub use crate::steering::{Change, Steered};
 pub use latency::{Bucket, Latencies};
 
-use crate::source::Owner;
 use serde::{Deserialize, Serialize};
 
 /// How a migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+// Exhaustive: by it a VMM decides what becomes of the guest, and must decide for every end.
 pub enum Status {
     /// The guest runs at the destination.
     Completed,
@@ -336,33 +336,12 @@ impl Report {
             abort_untold: None,
         }
     }
-
-    /// The report of an engine that panicked: its numbers by its last progress, its end by who owns
-    /// the guest.
-    #[must_use]
-    pub fn broken(progress: &Progress, owner: Owner, error: &str) -> Self {
-        let status = match owner {
-            Owner::Source => Status::Failed,
-            Owner::InDoubt => Status::InDoubt,
-            Owner::Destination => Status::Interrupted,
-        };
-        Self {
-            total_ms: progress.elapsed_ms,
-            bytes_wire: progress.bytes_wire,
-            mbps: progress.mbps,
-            ..Self::bare(
-                progress.session.clone(),
-                progress.policy.clone(),
-                status,
-                error.to_owned(),
-            )
-        }
-    }
 }
 
 /// Where a migration stands, at the source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+// Exhaustive: a display has words for each, and the compiler names the one that it has not.
 pub enum Phase {
     /// Connecting and shaking hands.
     #[default]

@@ -4,8 +4,8 @@
 mod batches;
 
 use crate::codec::{Batch, Encoder, MAX_CODED_PAGES, append};
+use crate::numbers::{pages_in, seconds};
 use crate::page::{Gfn, PAGE_BYTES, PAGE_SIZE, Run};
-use crate::policy::{pages_in, seconds};
 use crate::port::{Clock, Link, PageSource, PortError, SourceVm};
 use crate::report::Codecs;
 use crate::sync::lock;

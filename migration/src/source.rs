@@ -49,6 +49,7 @@ mod phases;
 pub(crate) mod post_copy;
 mod push;
 mod record;
+mod round;
 mod session;
 mod stop;
 mod throttle;
@@ -58,8 +59,9 @@ pub use commit::{AbortTold, recover, tell_abort};
 pub use error::SourceError;
 pub use owner::{Owner, Ownership};
 
+use crate::model::policy_of;
 use crate::options::Options;
-use crate::policy::{self, Policy, View};
+use crate::policy::{Policy, STOP_AND_START, View};
 use crate::port::{Clock, Link, SourceVm};
 use crate::report::{Event, Phase, Report, Status};
 use crate::steering::Steering;
@@ -152,7 +154,7 @@ pub(crate) struct Source<'a, 'g, L: Link, G: SourceVm<L>> {
 
 /// Moves a guest by the policy that the options name; see [`migrate_with`].
 pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
-    let mut policy = policy::from_options(setup.options);
+    let mut policy = policy_of(setup.options);
     migrate_with(guest, setup, policy.as_mut())
 }
 
@@ -349,7 +351,7 @@ impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
             cap: self.helm.options.bandwidth.map(|cap| cap as f64),
             state_bytes: self.guest.state_bytes(),
             disk_bytes: self.disks.pending_bytes(),
-            pause_overhead: 2 * self.session.rtt + policy::STOP_AND_START + self.record.flush_took,
+            pause_overhead: 2 * self.session.rtt + STOP_AND_START + self.record.flush_took,
             round_trip: self.session.rtt,
             post_copy: !self.transport.faults.is_empty(),
             elapsed: self.now().saturating_sub(self.record.memory_began),

@@ -44,16 +44,18 @@ mod blocks;
 mod channel;
 mod frame;
 mod hello;
+mod kind;
 mod preamble;
 mod set;
 
+pub use crate::port::SessionId;
 pub use blocks::{MAX_BLOCKS, MAX_DISK_BLOCKS, MAX_DISKS};
 pub use channel::{Channel, WireError, check_crc};
 pub use frame::{
-    AbortCode, Encoding, FLAG_CRC, FLAG_TELL, FrameType, HEADER_BYTES, Header, HeaderError, Limits,
-    MAX_BATCH_PAGES, MAX_CODED_BYTES, MAX_CODED_PAGES, MAX_RUNS, RUN_BYTES, decode_runs,
-    encode_runs,
+    FLAG_CRC, FLAG_TELL, HEADER_BYTES, Header, HeaderError, Limits, MAX_BATCH_PAGES,
+    MAX_CODED_BYTES, MAX_CODED_PAGES, MAX_RUNS, RUN_BYTES, decode_runs, encode_runs,
 };
 pub use hello::{Arrived, Features, Hello, HelloAck, HelloError, Ready, Running};
-pub use preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId, VERSION};
+pub use kind::{AbortCode, Encoding, FrameType};
+pub use preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, VERSION};
 pub use set::{recv_set, send_set};

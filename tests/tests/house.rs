@@ -6,6 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+#[path = "house/circles.rs"]
+mod circles;
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -152,10 +155,19 @@ fn unsafe_is_found_where_it_is() {
 /// ferry-migration are joined where they are started, and a panic goes on from there.)
 #[test]
 fn threads_start_in_one_place() {
-    let product = ["devices/src/", "vmm/src/", "cli/src/"];
+    const EXEMPT: [&str; 2] = [
+        // The one place.
+        "devices/src/thread.rs",
+        // Its thread returns a value, and is joined in the function that starts it, which reports a
+        // panic as the failure of the run.
+        "lab/src/bench/cloud.rs",
+    ];
+    const ROOMS: [&str; 5] = ["devices/", "vmm/", "cli/", "agent/", "lab/"];
     let guarded = |path: &String| {
-        product.iter().any(|room| path.starts_with(room))
-            && path != "devices/src/thread.rs"
+        ROOMS
+            .iter()
+            .any(|room| path.starts_with(&format!("{room}src/")))
+            && !EXEMPT.contains(&path.as_str())
             && !path.ends_with("tests.rs")
             && !path.contains("/tests/")
     };
@@ -169,6 +181,49 @@ fn threads_start_in_one_place() {
         read += code.lines().count();
     }
     assert!(read > 10_000, "{read} lines");
+}
+
+/// Without its features `net` and `testing`, ferry-migration sees time by the clock that it is
+/// given.
+#[test]
+fn the_engines_read_no_clock() {
+    let mut read = 0;
+    for path in sources() {
+        let Some(inside) = path.strip_prefix("migration/src/") else {
+            continue;
+        };
+        let first = inside.split(['/', '.']).next().unwrap();
+        if ["net", "testing"].contains(&first) || inside.ends_with("tests.rs") {
+            continue;
+        }
+        let text = fs::read_to_string(root().join(&path)).unwrap();
+        let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
+        for clock in ["Instant", "SystemTime"] {
+            assert!(!code.contains(clock), "{path} names {clock}");
+        }
+        read += code.lines().count();
+    }
+    assert!(read > 10_000, "{read} lines");
+}
+
+/// Two files say what a panic of a lock's holder means; all others take locks and wait by those.
+#[test]
+fn poison_is_dealt_with_in_two_places() {
+    // Of `vmm/` five files are left.
+    const ROOMS: [&str; 5] = ["migration/", "devices/", "cli/", "agent/", "lab/"];
+    const PLACES: [&str; 2] = ["migration/src/sync.rs", "devices/src/sync.rs"];
+    for path in sources() {
+        let text = fs::read_to_string(root().join(&path)).unwrap();
+        let named = text.contains("PoisonError");
+        if PLACES.contains(&path.as_str()) {
+            assert!(named, "{path} is no longer one of the places");
+        } else if ROOMS
+            .iter()
+            .any(|room| path.starts_with(&format!("{room}src/")))
+        {
+            assert!(!named, "{path} names PoisonError beside `sync`");
+        }
+    }
 }
 
 #[test]
@@ -195,14 +250,16 @@ fn unsafe_stands_only_where_the_design_has_it() {
 }
 
 /// The laboratory reaches a VMM through its control socket, reads what `ferry doctor` finds, and
-/// makes files and starts threads as a VMM does.
+/// makes files, takes locks and starts threads as a VMM
+/// does.
 #[test]
 fn the_laboratory_uses_nothing_of_the_vmm_but_a_few_doors() {
-    const DOORS: [&str; 5] = [
+    const DOORS: [&str; 6] = [
         "api::client::",
         "api::types::",
         "doctor",
         "new_file::",
+        "sync::",
         "thread",
     ];
     // It takes memory as a guest's RAM does, to have the host's 2 MiB pages at hand.

@@ -22,9 +22,8 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use super::{PAGE, Statistics};
+pub use crate::state::Settings;
 
 /// Intervals without inflating after pressure.
 const CALM: u32 = 4;
@@ -34,15 +33,6 @@ const CALM_AFTER_OOM: u32 = 12;
 const SAMPLES: u32 = 5;
 /// More page faults that need I/O than this in a second: the guest reads back what it had cached.
 const FAULTING: u64 = 100;
-
-/// How the balloon is to be moved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Settings {
-    /// Between two steps of inflating, in milliseconds.
-    pub interval_ms: u32,
-    /// Bytes that stay available to the guest.
-    pub reserve_bytes: u64,
-}
 
 impl Settings {
     /// The slides' interval.

@@ -1,35 +1,4 @@
-use serde::{Deserialize, Serialize};
-
-/// What a guest says about its memory (§5.5.6.3); a driver may leave any of it out, and may lie.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Statistics {
-    /// Bytes swapped in.
-    pub swap_in: Option<u64>,
-    /// Bytes swapped out.
-    pub swap_out: Option<u64>,
-    /// Page faults that needed I/O.
-    pub major_faults: Option<u64>,
-    /// Page faults that did not.
-    pub minor_faults: Option<u64>,
-    /// Bytes that are not used for anything.
-    pub free_memory: Option<u64>,
-    /// Bytes there are.
-    pub total_memory: Option<u64>,
-    /// Bytes that could be had without swapping.
-    pub available_memory: Option<u64>,
-    /// Bytes of caches that could be dropped.
-    pub disk_caches: Option<u64>,
-    /// Huge pages that were had.
-    pub hugetlb_allocations: Option<u64>,
-    /// Huge pages that were not.
-    pub hugetlb_failures: Option<u64>,
-    /// Processes that were killed for want of memory (Linux 6.12).
-    #[serde(default)]
-    pub oom_kills: Option<u64>,
-    /// Allocations that had to wait for memory (Linux 6.12).
-    #[serde(default)]
-    pub allocation_stalls: Option<u64>,
-}
+pub use crate::state::Statistics;
 
 /// Bytes of an entry: a tag of 16 bits and a value of 64, packed.
 pub(super) const ENTRY: usize = 10;

@@ -1,6 +1,6 @@
 //! Frames and their header, `struct virtio_net_hdr_v1` (§5.1.6).
 
-use serde::{Deserialize, Serialize};
+pub use crate::state::MacAddress;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_HDR_F_NEEDS_CSUM,
     VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
@@ -12,10 +12,6 @@ pub const HEADER: usize = 12;
 /// The longest frame with its header: a 64 KiB segment to be cut up, an Ethernet header and a VLAN
 /// tag.
 pub const MAX_FRAME: usize = HEADER + (64 << 10) + 18;
-
-/// An Ethernet address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MacAddress(pub [u8; 6]);
 
 /// Text that is no address a network card can have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::interrupt::Interrupt;
 use super::memory::Memory;
 use super::queue::VirtQueue;
-use super::state::{DeviceState, RestoreError};
+use super::state::RestoreError;
 use super::violation::Violation;
+use crate::state::DeviceState;
 use crate::thread;
 
 /// Which device it is.

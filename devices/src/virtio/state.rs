@@ -2,11 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::balloon::BalloonState;
-use crate::block::BlockState;
-use crate::net::NetState;
-use crate::rng::RngState;
-use crate::vsock::VsockState;
+use crate::state::DeviceState;
 
 /// A virtqueue, as the driver set it up and as far as it was worked off.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,36 +45,6 @@ pub struct TransportState {
     pub config_generation: u32,
     /// The queues.
     pub queues: Vec<QueueState>,
-}
-
-/// What is special to a kind of device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DeviceState {
-    /// A disk.
-    Block(BlockState),
-    /// A network card.
-    Net(NetState),
-    /// A source of random numbers.
-    Rng(RngState),
-    /// A balloon.
-    Balloon(Box<BalloonState>),
-    /// Sockets between guest and host.
-    Vsock(VsockState),
-}
-
-impl DeviceState {
-    /// For people.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Block(_) => "disk",
-            Self::Net(_) => "network card",
-            Self::Rng(_) => "random number generator",
-            Self::Balloon(_) => "balloon",
-            Self::Vsock(_) => "vsock",
-        }
-    }
 }
 
 /// All of a virtio device that has to travel.

@@ -9,13 +9,13 @@ use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 
 use rustix::event::epoll::EventFlags;
-use serde::{Deserialize, Serialize};
 
 use super::connection::{Connection, Fate, Outward, Ports};
 use super::hello::{Hello, Said};
 use super::packet::{Header, Op, STREAM};
 use super::poll::{Poll, Watched};
 use super::{HOST_CID, Host};
+pub use crate::state::Reset;
 use crate::virtio::Sparse;
 
 /// Connections that there can be at once, those included that are made or still closed.
@@ -28,19 +28,6 @@ const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = (1 << 31) - 1;
 /// Of the listener, where connections have numbers.
 const LISTENER: u64 = 0;
-
-/// A RST that the guest is owed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reset {
-    /// Whom the guest takes it from.
-    pub cid: u64,
-    /// Of that side.
-    pub host_port: u32,
-    /// Of the guest.
-    pub guest_port: u32,
-    /// `type` of the packet that it answers.
-    pub kind: u16,
-}
 
 impl Reset {
     const fn of(ports: Ports) -> Self {

@@ -13,12 +13,14 @@ use ferry_terminal::rows::aligned;
 use ferry_terminal::timeline::{Mark, Timeline, nanos};
 use ferry_terminal::units::{size, span};
 use ferry_vmm::doctor::examine;
+use ferry_vmm::sync::lock;
+use ferry_vmm::thread;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// The stages, in their order, and what has happened when each is reached.
@@ -213,14 +215,18 @@ fn boot(args: &Args, dir: &Path) -> Result<Boot, Failure> {
     let lines = Arc::new(Mutex::new(Vec::new()));
     let console = vmm.take_stdout()?;
     let to = Arc::clone(&lines);
-    std::thread::Builder::new()
-        .name("ferry-console".into())
-        .spawn(move || follow(console, &to))?;
+    let read = move || {
+        follow(console, &to);
+        Ok(())
+    };
+    // The guest is then said not to become ready.
+    let failed = |why: String| say(&why);
+    thread::spawn(thread::Kind::Vmm, "ferry-console", read, failed)?;
     let printed = interrupt::until(
         TIMEOUT,
         || format!("the guest is not ready after {TIMEOUT:?}"),
         || {
-            let found = printed(&lines.lock().unwrap_or_else(PoisonError::into_inner));
+            let found = printed(&lock(&lines));
             if found.is_none() && !vmm.runs() {
                 return Err(Failure(format!(
                     "ferry run ended too early: {}",
@@ -242,7 +248,7 @@ fn boot(args: &Args, dir: &Path) -> Result<Boot, Failure> {
 fn follow(mut console: impl Read, to: &Mutex<Vec<(u64, String)>>) {
     let add = |line: String| {
         let line = (nanos(Instant::now()), line);
-        to.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+        lock(to).push(line);
     };
     let mut first = [0];
     if console.read_exact(&mut first).is_err() {

@@ -1,6 +1,7 @@
 //! Ctrl-C: what runs is ended, what was measured is kept.
 
 use ferry_terminal::output::{Failure, say};
+use ferry_vmm::thread;
 use nix::sys::signal::{SigSet, Signal};
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,19 +21,22 @@ pub fn watch() -> Result<(), Failure> {
     signals
         .thread_block()
         .map_err(|e| Failure(format!("cannot watch for Ctrl-C ({e})")))?;
-    std::thread::Builder::new()
-        .name("ferry-signals".into())
-        .spawn(move || {
-            while signals.wait().is_ok() {
-                if !WANTED.swap(true, Ordering::Relaxed) {
-                    // The bar is on the line.
-                    if std::io::stderr().is_terminal() {
-                        eprintln!();
-                    }
-                    say("ending the run in hand; the others are kept, and the same command goes on with the rest");
+    let note = move || {
+        while signals.wait().is_ok() {
+            if !WANTED.swap(true, Ordering::Relaxed) {
+                // The bar is on the line.
+                if std::io::stderr().is_terminal() {
+                    eprintln!();
                 }
+                say(
+                    "ending the run in hand; the others are kept, and the same command goes on with the rest",
+                );
             }
-        })?;
+        }
+        Ok(())
+    };
+    let failed = |why: String| say(&format!("Ctrl-C is not noted from now on: {why}"));
+    thread::spawn(thread::Kind::Vmm, "ferry-signals", note, failed)?;
     Ok(())
 }
 

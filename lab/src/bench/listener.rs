@@ -5,11 +5,13 @@
 //! and of the VMM's report, and its resolution is the beat.
 
 use ferry_guest_images::Manner;
-use ferry_terminal::output::Failure;
+use ferry_terminal::output::{Failure, say};
+use ferry_vmm::sync::lock;
+use ferry_vmm::thread;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -37,14 +39,14 @@ impl Listener {
             let mut buffer = [0; 4096];
             loop {
                 let count = match from.read(&mut buffer) {
-                    Ok(0) => return,
+                    Ok(0) => return Ok(()),
                     Ok(count) => count,
                     Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                    Err(_) => return,
+                    Err(_) => return Ok(()),
                 };
                 let now = Instant::now();
                 {
-                    let mut arrivals = mine.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut arrivals = lock(&mine);
                     if arrivals.len() < MAX_ARRIVALS {
                         arrivals.push(now);
                     }
@@ -52,13 +54,13 @@ impl Listener {
                 let text = text(&buffer[..count]);
                 if !text.is_empty() && file.write_all(&text).is_err() {
                     // Without the guest's text the run fails, and names what it waited for.
-                    return;
+                    return Ok(());
                 }
             }
         };
-        let thread = std::thread::Builder::new()
-            .name("ferry-listener".into())
-            .spawn(listen)?;
+        // What was recorded until then counts.
+        let failed = |why: String| say(&why);
+        let thread = thread::spawn(thread::Kind::Vmm, "ferry-listener", listen, failed)?;
         Ok(Self {
             arrivals,
             thread: Some(thread),
@@ -68,15 +70,14 @@ impl Listener {
     /// Waits until everything is read that the process wrote before it ended.
     pub fn end(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // After a panic, what was recorded until then counts.
+            // A panic was told.
             let _ = thread.join();
         }
     }
 
     /// When bytes arrived, so far.
     pub fn arrivals(&self) -> Vec<Instant> {
-        let arrivals = self.arrivals.lock();
-        arrivals.unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.arrivals).clone()
     }
 }
 

@@ -30,6 +30,7 @@ use measured::{FLUSH, Lately, Pace};
 
 /// Which coders are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Level {
     /// None: pages go straight from guest memory.
     Raw,

@@ -10,6 +10,7 @@ use crate::page::PAGE_SIZE;
 
 /// The coder that suffices for a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Class {
     /// At least a third of its words are zero: packing them away gets most of what there is to get.
     Sparse,

@@ -5,6 +5,7 @@ use crate::page::PAGE_SIZE;
 
 /// A kind of content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Content {
     /// Incompressible.
     Noise,

@@ -19,10 +19,10 @@ use super::{DestinationError, FRAME_TIMEOUTS};
 use crate::codec::Decoder;
 use crate::page::{AtomicPageSet, RamLayout};
 use crate::port::{Clock, Link, PageSink};
-use crate::sync::lock;
+use crate::sync::{lock, wait_timeout};
 use crate::wire::{Channel, Features, FrameType, Header, WireError};
 use std::marker::PhantomData;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// How often a wait looks whether it is over.
@@ -266,11 +266,7 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
             if told.closed || self.silent(&told, &mut silence) {
                 return Err(DestinationError::DataChannelSilent { round, missing });
             }
-            told = self
-                .change
-                .wait_timeout(told, TICK.min(self.timeout))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            told = wait_timeout(&self.change, told, TICK.min(self.timeout));
         }
     }
 

@@ -75,9 +75,10 @@ impl<L: Link, S: PageSink<L> + 'static> Guest<L, S> {
             let error = DestinationError::NotStarted(error);
             return Err(End::new(Phase::Discarded, error));
         }
+        let called = parts.session.now();
         match parts.host.run() {
             Ok(ago) => {
-                let ran = parts.session.now().saturating_sub(ago);
+                let ran = ago.map_or(called, |ago| parts.session.now().saturating_sub(ago));
                 let started = Started { asked, ran };
                 Ok((Phase::Started(self, started), Step::Running))
             }

@@ -14,10 +14,10 @@ use super::DestinationError;
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, PageFault, PageSink, post_copy};
 use crate::report::{Faults, Latencies};
-use crate::sync::lock;
+use crate::sync::{lock, wait_while};
 use crate::verify::page_hash;
 use std::marker::PhantomData;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// What has come, who waits for what.
@@ -176,10 +176,9 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
 
     /// Waits until pages are expected; `None` when that does not happen in time.
     pub(crate) fn wait_begun(&self, timeout: Duration) -> Option<Arc<S>> {
-        let (guard, _) = self
-            .change
-            .wait_timeout_while(self.lock(), timeout, |pages| pages.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
+        let (guard, _) = wait_while(&self.change, self.lock(), Some(timeout), |pages| {
+            pages.is_none()
+        });
         guard.as_ref().map(|p| Arc::clone(&p.sink))
     }
 

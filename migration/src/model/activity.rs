@@ -51,6 +51,7 @@ fn page_at(layout: &RamLayout, mut index: u64) -> Gfn {
 
 /// How a [`Writer`] chooses the next page of its working set.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Pattern {
     /// Any page, each as likely.
     Uniform,
@@ -145,7 +146,7 @@ fn zipf(n: u64, exponent: f64, u: f64) -> u64 {
         let power = 1.0 - exponent;
         (u * (ranks.powf(power) - 1.0) + 1.0).powf(1.0 / power)
     };
-    crate::policy::pages_in(rank - 1.0).min(n - 1)
+    crate::numbers::pages_in(rank - 1.0).min(n - 1)
 }
 
 /// The page at a place in a walk of so many pages in steps: 0, step, 2·step …, 1, step + 1 …
@@ -170,7 +171,7 @@ fn scatter(n: u64) -> u64 {
         }
         a
     }
-    let mut step = crate::policy::pages_in(n as f64 * 0.618_034).max(1);
+    let mut step = crate::numbers::pages_in(n as f64 * 0.618_034).max(1);
     while gcd(step, n) != 1 {
         step += 1;
     }

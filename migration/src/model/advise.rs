@@ -4,9 +4,10 @@
 //! moment. Of their outcomes the middle counts for what a migration costs, and the worst for what a
 //! goal forbids. The choice is made by the rule of `--policy auto`.
 
+use super::auto::{Goal, Kind, Prediction, choose, sentence};
 use super::{Outcome, Replay, Setup, migrate, millis};
 use crate::options::{OnTimeout, Options, PolicyKind};
-use crate::policy::{Goal, Kind, LONGEST_ROUND_TRIP, Prediction, choose, sentence};
+use crate::policy::LONGEST_ROUND_TRIP;
 use crate::trace::Trace;
 use serde::Serialize;
 use std::time::Duration;

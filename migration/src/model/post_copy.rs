@@ -7,11 +7,10 @@
 
 use super::round::Rounds;
 use super::{Activity, Setup};
+use crate::numbers::seconds;
 use crate::options::Options;
-use crate::order::{Push, PushOrder};
+use crate::order::{Push, PushOrder, QUIET};
 use crate::page::{PageSet, Run};
-use crate::policy::seconds;
-use crate::source::post_copy::QUIET;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -3,8 +3,9 @@
 
 use super::{Activity, Clearing, Outcome, Round, Setup};
 use crate::first_pass::FirstPass;
+use crate::numbers::{pages_in, seconds};
 use crate::page::{Heat, PageSet, Run};
-use crate::policy::{SendOrder, View, pages_in, seconds};
+use crate::policy::{SendOrder, View};
 use crate::sender::{BATCH_PAGES, Batches};
 use std::collections::VecDeque;
 use std::time::Duration;

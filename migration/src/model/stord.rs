@@ -6,8 +6,9 @@
 
 use super::round::{Begin, Rounds};
 use super::{Activity, MAX_ROUNDS, Outcome, Setup};
+use crate::numbers::{pages_in, seconds};
 use crate::page::PageSet;
-use crate::policy::{SendOrder, Stord, pages_in, seconds};
+use crate::policy::{SendOrder, Stord};
 use std::time::Duration;
 
 /// The paper's closed forms (section 2.3), in multiples of the memory size, for infinitely many

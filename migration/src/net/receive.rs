@@ -11,12 +11,12 @@ use crate::destination::{
 };
 use crate::port::{DestinationVm, Link};
 use crate::probe::{self, Turn};
-use crate::sync::lock;
+use crate::sync::{lock, wait_while};
 use crate::wire::{Channel, Preamble, Role, SessionId, WireError};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// How often a wait looks whether the migration is over.
@@ -230,12 +230,11 @@ impl<L: Link, V: DestinationVm<L>> Shared<L, V> {
 
     /// What the handshake announces, once it was taken.
     fn wait_for<T>(&self, announced: impl Fn(&Announced<L, V>) -> Option<T>) -> Option<T> {
-        let (guard, _) = self
-            .change
-            .wait_timeout_while(self.announced(), self.timeouts.handshake, |all| {
-                announced(all).is_none() && !self.over.load(Ordering::SeqCst)
-            })
-            .unwrap_or_else(PoisonError::into_inner);
+        let waits = |all: &mut Announced<L, V>| {
+            announced(all).is_none() && !self.over.load(Ordering::SeqCst)
+        };
+        let timeout = Some(self.timeouts.handshake);
+        let (guard, _) = wait_while(&self.change, self.announced(), timeout, waits);
         announced(&guard)
     }
 }

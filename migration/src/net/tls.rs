@@ -67,6 +67,7 @@ impl Secret {
 
 /// Why a connection may be a channel of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Admission {
     /// The peer's certificate says it all: a control channel between hosts of one CA.
     Certificate,

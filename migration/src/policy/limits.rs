@@ -27,6 +27,24 @@ struct Slowing {
     why: String,
 }
 
+impl Slowing {
+    /// Slows the guest further, once for each round, until the time is up for that, too.
+    fn check(&mut self, view: &View<'_>, timeout: Duration) -> Option<Decision> {
+        let over = view.elapsed.saturating_sub(self.since);
+        if over >= timeout {
+            let why = format!(
+                "{}; the guest was slowed for {over:?}, and that did not suffice: raise --downtime, --throttle or \
+                 --bandwidth, or use --on-timeout stop or postcopy",
+                self.why
+            );
+            return Some(Decision::GiveUp { why });
+        }
+        let news = self.round != view.round;
+        self.round = view.round;
+        news.then(|| Limits::slow(view, String::new()))
+    }
+}
+
 impl Limits {
     /// Passes over the set without fewer pending pages after which nothing more is expected.
     pub(super) const STALLED_ROUNDS: u32 = 6;
@@ -96,46 +114,47 @@ impl Limits {
         if let Some(predicted) = predicted
             && (short || predicted <= self.downtime)
         {
-            // Within the target. While a round still halves what is left, it is cheaper than
-            // the pause that it saves: all such rounds together take less than twice the first.
-            let rate = view.live_rate().unwrap_or(f64::INFINITY);
-            let left = view.dirty_rate() * crate::page::PAGE_BYTES as f64 / rate;
-            if short || left > Self::WORTHWHILE || self.limit(view).is_some() {
-                let (ms, target) = (
-                    predicted.as_secs_f64() * 1e3,
-                    self.downtime.as_secs_f64() * 1e3,
-                );
-                let why = if predicted <= self.downtime {
-                    format!(
-                        "the predicted pause of {ms:.1} ms is within the target of {target:.0} ms"
-                    )
-                } else {
-                    format!(
-                        "the predicted pause of {ms:.1} ms is over the target of {target:.0} ms, but it is round trips \
-                         and state: another round would not shorten it"
-                    )
-                };
-                return Some(Decision::Stop { why });
-            }
-            return None;
+            return self.within_target(view, predicted, short);
         }
-        if let Some(slowing) = &mut self.slowing
-            && self.on_timeout == OnTimeout::Throttle
+        if self.on_timeout == OnTimeout::Throttle
+            && let Some(slowing) = &mut self.slowing
         {
-            let over = view.elapsed.saturating_sub(slowing.since);
-            if over >= self.timeout {
-                let why = format!(
-                    "{}; the guest was slowed for {over:?}, and that did not suffice: raise --downtime, --throttle or \
-                     --bandwidth, or use --on-timeout stop or postcopy",
-                    slowing.why
-                );
-                return Some(Decision::GiveUp { why });
-            }
-            // Once for each round.
-            let news = slowing.round != view.round;
-            slowing.round = view.round;
-            return news.then(|| Self::slow(view, String::new()));
+            return slowing.check(view, self.timeout);
         }
+        self.at_the_limit(view, predicted)
+    }
+
+    /// Stops where the pause is short enough and another round is not worth it.
+    fn within_target(
+        &mut self,
+        view: &View<'_>,
+        predicted: Duration,
+        short: bool,
+    ) -> Option<Decision> {
+        // While a round still halves what is left, it is cheaper than the pause that it saves: all
+        // such rounds together take less than twice the first.
+        let rate = view.live_rate().unwrap_or(f64::INFINITY);
+        let left = view.dirty_rate() * crate::page::PAGE_BYTES as f64 / rate;
+        if short || left > Self::WORTHWHILE || self.limit(view).is_some() {
+            let (ms, target) = (
+                predicted.as_secs_f64() * 1e3,
+                self.downtime.as_secs_f64() * 1e3,
+            );
+            let why = if predicted <= self.downtime {
+                format!("the predicted pause of {ms:.1} ms is within the target of {target:.0} ms")
+            } else {
+                format!(
+                    "the predicted pause of {ms:.1} ms is over the target of {target:.0} ms, but it is round trips \
+                         and state: another round would not shorten it"
+                )
+            };
+            return Some(Decision::Stop { why });
+        }
+        None
+    }
+
+    /// What the user wants where a limit is reached.
+    fn at_the_limit(&mut self, view: &View<'_>, predicted: Option<Duration>) -> Option<Decision> {
         let limit = self.limit(view)?;
         let state = predicted.map_or_else(
             || "and no bandwidth could be measured".to_owned(),

@@ -96,7 +96,7 @@ impl Policy for Mplm {
         }
         // One turn of both groups takes about one sync interval.
         let bytes = view.live_rate().unwrap_or(0.0) * self.sync.as_secs_f64();
-        let both = super::pages_in(bytes / PAGE_BYTES as f64);
+        let both = crate::numbers::pages_in(bytes / PAGE_BYTES as f64);
         let first = (both * 100 / (100 + self.share)).max(Self::LEAST);
         let mut pages = PageSet::new(view.pending.end());
         Self::take(&unsent, 0, first, &mut pages);

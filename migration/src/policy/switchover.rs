@@ -30,8 +30,8 @@ pub(crate) fn switch_over(policy: &dyn Policy, view: &View<'_>, options: &Option
 
 #[cfg(test)]
 mod tests {
-    use super::super::from_options;
     use super::*;
+    use crate::model::policy_of;
     use crate::page::{Heat, PageSet, Run};
     use std::time::Duration;
 
@@ -60,7 +60,7 @@ mod tests {
             post_copy,
             elapsed: Duration::from_secs(1),
         };
-        match switch_over(&*from_options(options), &view, options) {
+        match switch_over(&*policy_of(options), &view, options) {
             Decision::HandOver { .. } => true,
             Decision::Stop { .. } => false,
             other => panic!("{other:?}"),

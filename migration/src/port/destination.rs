@@ -132,11 +132,12 @@ pub trait DestinationVm<L: Link> {
     fn claim(&mut self) -> Result<(), PortError> {
         Ok(())
     }
-    /// The source has committed: runs the guest. Returns how long ago its first instruction was.
+    /// The source has committed: runs the guest. Returns how long ago its first instruction was;
+    /// `None` where that is not known: the engine then counts from this call.
     ///
     /// # Errors
     /// Why it does not run.
-    fn run(&mut self) -> Result<Duration, PortError>;
+    fn run(&mut self) -> Result<Option<Duration>, PortError>;
     /// Throws the machine away; the source still owns the guest.
     fn discard(&mut self);
     /// For disks that move with the guest; `None` where this host takes no copies.

@@ -11,9 +11,7 @@
 
 #[cfg(doc)]
 use super::SourceVm;
-use super::{Committed, CommittedVm, NotStarted, Paused, PausedVm, PortError};
-use crate::wire::SessionId;
-use std::time::{Duration, Instant};
+use super::{Committed, CommittedVm, NotStarted, Paused, PausedVm, PortError, SessionId};
 
 /// A guest that is stopped and resumed by a call each.
 pub trait Pausable: Sync {
@@ -54,10 +52,8 @@ pub trait Pausable: Sync {
 /// # Errors
 /// When it cannot be stopped.
 pub fn pause<V: Pausable>(vm: &V) -> Result<Paused<'_>, PortError> {
-    let since = Instant::now();
     vm.stop()?;
-    let vm = Some(vm);
-    Ok(Box::new(Standing { vm, since }))
+    Ok(Box::new(Standing(Some(vm))))
 }
 
 /// What is left of a guest that [was given away](Pausable::give_away).
@@ -65,39 +61,31 @@ pub fn given_away<V: Pausable>(vm: &V) -> Committed<'_> {
     Box::new(Given(vm))
 }
 
-/// The guest stands still, and is this side's.
-struct Standing<'g, V: Pausable> {
-    /// `None` when it is not to resume.
-    vm: Option<&'g V>,
-    since: Instant,
-}
+/// The guest stands still, and is this side's; `None` when it is not to resume.
+struct Standing<'g, V: Pausable>(Option<&'g V>);
 
 impl<V: Pausable> Drop for Standing<'_, V> {
     fn drop(&mut self) {
-        if let Some(Err(error)) = self.vm.map(Pausable::resume) {
+        if let Some(Err(error)) = self.0.map(Pausable::resume) {
             tracing::error!(%error, "the guest stands still: it could not be resumed");
         }
     }
 }
 
 impl<'g, V: Pausable> PausedVm<'g> for Standing<'g, V> {
-    fn stopped_for(&self) -> Duration {
-        self.since.elapsed()
-    }
-
     fn save(&self, newest: Option<u32>) -> Result<Vec<u8>, PortError> {
-        self.vm.ok_or(GIVEN_AWAY)?.save(newest)
+        self.0.ok_or(GIVEN_AWAY)?.save(newest)
     }
 
     fn commit(mut self: Box<Self>, session: SessionId) -> Result<Committed<'g>, PortError> {
-        let vm = self.vm.ok_or(GIVEN_AWAY)?;
+        let vm = self.0.ok_or(GIVEN_AWAY)?;
         vm.give_away(session)?;
-        self.vm = None;
+        self.0 = None;
         Ok(given_away(vm))
     }
 
     fn keep(mut self: Box<Self>) {
-        self.vm = None;
+        self.0 = None;
     }
 }
 
@@ -165,8 +153,7 @@ mod tests {
     const SESSION: SessionId = SessionId([7; 16]);
 
     fn not_started() -> NotStarted {
-        let word = crate::wire::WireError::NotStarted("no memory".into());
-        NotStarted::from_wire(&word).unwrap()
+        NotStarted::new("no memory".into())
     }
 
     #[test]

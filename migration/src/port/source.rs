@@ -1,8 +1,7 @@
 //! What the source engine needs from a virtual machine monitor.
 
-use super::{BlockSource, FreeMemory, Link, PortError, Throttle};
+use super::{BlockSource, FreeMemory, Link, PortError, SessionId, Throttle};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
-use crate::wire::{SessionId, WireError};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -148,8 +147,11 @@ pub type Committed<'g> = Box<dyn CommittedVm + 'g>;
 /// The guard of a guest that stands still. **Dropping it lets the guest run again** (if it ran
 /// before), whatever made the engine drop it: an error, a cancel, a panic.
 pub trait PausedVm<'g> {
-    /// How long ago the last guest instruction was.
-    fn stopped_for(&self) -> Duration;
+    /// How long ago the last guest instruction was; `None` where that is not known: the engine then
+    /// counts from when it asked for the pause.
+    fn stopped_for(&self) -> Option<Duration> {
+        None
+    }
     /// The machine's state, in a version that is not newer than
     /// [what the destination reads](super::DestinationVm::state_version); `None` from one that did
     /// not say, and for a snapshot.
@@ -191,12 +193,9 @@ pub struct NotStarted {
 }
 
 impl NotStarted {
-    /// The word, if the error is one.
-    pub(crate) fn from_wire(error: &WireError) -> Option<Self> {
-        match error {
-            WireError::NotStarted(why) => Some(Self { why: why.clone() }),
-            _ => None,
-        }
+    /// As the destination has sent it.
+    pub(crate) const fn new(why: String) -> Self {
+        Self { why }
     }
 
     /// The destination's reason.

@@ -80,7 +80,7 @@ impl Latencies {
     /// The duration that this share of all did not exceed; zero when there are none.
     #[must_use]
     pub fn percentile(&self, share: f64) -> Duration {
-        let rank = crate::policy::pages_in((self.count as f64 * share).ceil()).max(1);
+        let rank = crate::numbers::pages_in((self.count as f64 * share).ceil()).max(1);
         let mut seen = 0;
         for (index, count) in self.counts.iter().enumerate() {
             seen += count;

@@ -14,7 +14,7 @@ use super::places::Places;
 use super::{Trailer, encode_head};
 use crate::codec::Coding;
 use crate::options::{Compress, Options};
-use crate::page::PageSet;
+use crate::page::{PageSet, RamLayout};
 use crate::port::{Clock, Link, Paused, PortError, SourceVm};
 use crate::report::Codecs;
 use crate::sync::lock;
@@ -193,24 +193,7 @@ pub fn save<'g, L: Link, G: SourceVm<L>, W: WriteAt>(
         released,
     } = setup;
     let layout = guest.layout();
-    let threads = options.threads.clamp(1, 64);
-    let coding = Coding::new(
-        &Options {
-            compress: match options.compress {
-                Compress::Delta => Compress::Adaptive,
-                other => other,
-            },
-            // Every page by itself: it is read without the others.
-            delta_cache: 0,
-            ..Options::default()
-        },
-        Features::SUPPORTED,
-        layout.pages(),
-        layout.end(),
-    );
-    let mut data_channels: Vec<DataChannel> = (0..threads)
-        .map(|_| DataChannel::new(coding.encoder()))
-        .collect();
+    let mut data_channels = data_channels(options, &layout);
     let shared = Shared {
         guest,
         file,
@@ -268,6 +251,28 @@ pub fn save<'g, L: Link, G: SourceVm<L>, W: WriteAt>(
     Ok((saved, paused))
 }
 
+/// One for each thread that writes.
+fn data_channels(options: &SaveOptions, layout: &RamLayout) -> Vec<DataChannel> {
+    let coding = Coding::new(
+        &Options {
+            compress: match options.compress {
+                Compress::Delta => Compress::Adaptive,
+                other => other,
+            },
+            // Every page by itself: it is read without the others.
+            delta_cache: 0,
+            ..Options::default()
+        },
+        Features::SUPPORTED,
+        layout.pages(),
+        layout.end(),
+    );
+    let threads = options.threads.clamp(1, 64);
+    (0..threads)
+        .map(|_| DataChannel::new(coding.encoder()))
+        .collect()
+}
+
 /// The live rounds; leaves what is to be written in the pause in `pending`.
 fn rounds<L: Link, G: SourceVm<L>, W: WriteAt>(
     shared: &Shared<'_, G, W>,
@@ -308,8 +313,10 @@ fn stop<'g, L: Link, G: SourceVm<L>, W: WriteAt>(
     saved: &mut Saved,
 ) -> Result<(Vec<u8>, Paused<'g>), SaveError> {
     let now = || shared.clock.now();
+    let asked = now();
     let paused = guest.pause().map_err(SaveError::Guest)?;
-    saved.paused_at = now().saturating_sub(paused.stopped_for());
+    let ago = paused.stopped_for();
+    saved.paused_at = ago.map_or(asked, |ago| now().saturating_sub(ago));
     if options.live {
         shared
             .guest

@@ -10,7 +10,7 @@ use super::phases::{End, Moved};
 use super::post_copy::FaultChannel;
 use super::{Setup, Source, SourceError, Timeouts, stop::silent};
 use crate::page::PageSet;
-use crate::port::{Committed, Link, NotStarted, SourceVm};
+use crate::port::{Committed, Link, SourceVm};
 use crate::report::{Phase, Report, Status};
 use crate::wire::{Channel, FrameType, Header, Role, Running, SessionId, WireError, recv_set};
 use std::io;
@@ -68,7 +68,7 @@ fn refused<'g, L: Link, G: SourceVm<L>>(
     committed: Committed<'g>,
 ) -> End<'g> {
     let word = match &error {
-        SourceError::Wire(wire) => NotStarted::from_wire(wire),
+        SourceError::Wire(wire) => wire.not_started(),
         _ => None,
     };
     let Some(word) = word else {

@@ -4,6 +4,10 @@
 //! others; the data channels that are not in use
 //! (see [`crate::data_channels`]) wait for the round's end.
 
+use super::helm::Helm;
+use super::parts::Flight;
+use super::record::Record;
+use super::round::{More, PROGRESS_EVERY};
 use super::{Source, SourceError};
 use crate::data_channels::DataChannels;
 use crate::page::{PAGE_BYTES, PageSet, Run};
@@ -11,10 +15,10 @@ use crate::port::{Clock, Link, SourceVm};
 use crate::report::Event;
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Pacer, SendError, Sender, Sent};
 use crate::source::Ownership;
-use crate::source::live::{More, PROGRESS_EVERY};
-use crate::sync::lock;
+use crate::steering::Steering;
+use crate::sync::{lock, wait_timeout};
 use crate::wire::{Channel, FrameType, Header, WireError};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// How often a data channel that is not in use looks whether the user has cancelled.
@@ -114,8 +118,7 @@ impl<'a> Shared<'a> {
                 return Turn::End;
             }
         }
-        let waited = self.change.wait_timeout(state, TICK);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        drop(wait_timeout(&self.change, state, TICK));
         Turn::Wait
     }
 
@@ -185,13 +188,104 @@ impl<'a> Shared<'a> {
 /// How often it is looked whether the round before is in place.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
+/// What the engine's thread does while the data channels send: it says what comes next, tells the
+/// progress, and sees when the round before is in place.
+struct Supervisor<'s, 'm, L> {
+    control: &'s mut Channel<L>,
+    events: &'s mut dyn FnMut(Event),
+    steering: &'s Steering,
+    helm: &'s mut Helm,
+    flight: &'s mut Flight,
+    record: &'s mut Record,
+    more: Option<More<'m>>,
+    failure: Option<SourceError>,
+    /// When progress was told last, and when the source last said that it lives.
+    told: Duration,
+    alive_at: Duration,
+}
+
+impl<L: Link> Supervisor<'_, '_, L> {
+    /// Until all data channels have ended, or `over` says so of as many.
+    fn run(&mut self, shared: &Shared<'_>, over: impl Fn(usize) -> bool) {
+        let mut state = shared.state();
+        while !over(state.ended) {
+            if state.is_low()
+                && let Some(more) = &mut self.more
+            {
+                drop(state);
+                match more() {
+                    Ok(pages) => {
+                        shared.state().append(pages);
+                        shared.change.notify_all();
+                    }
+                    Err(error) => self.fail(shared, error),
+                }
+                state = shared.state();
+                continue;
+            }
+            state = wait_timeout(&shared.change, state, LOOK_EVERY);
+            let now = shared.clock.now();
+            self.steer(shared, &mut state, now);
+            self.look_for_answer(now);
+            if now.saturating_sub(self.told) >= PROGRESS_EVERY {
+                self.told = now;
+                self.record.progress.round_sent = state.sent_pages;
+                (self.events)(Event::Progress(self.record.progress.clone()));
+            }
+            if now.saturating_sub(self.alive_at) >= shared.alive {
+                self.alive_at = now;
+                drop(state);
+                let alive = Header::bare(FrameType::Alive, 0);
+                if let Err(error) = self.control.send(alive, &[]) {
+                    self.fail(shared, error.into());
+                }
+                state = shared.state();
+            }
+        }
+    }
+
+    /// Takes what the user has changed, and ends the round where that or the time asks for it: what
+    /// was not sent stays pending.
+    fn steer(&mut self, shared: &Shared<'_>, state: &mut State<'_>, now: Duration) {
+        if self.steering.has_news() {
+            let (pacer, at) = (shared.pacer, (self.record.began, self.flight.round));
+            let how = (pacer, shared.clock);
+            state.over |= self.helm.take(self.steering, how, at, self.events);
+            state.batches.resize(pacer.batch_pages());
+            shared.change.notify_all();
+        }
+        let lasted = now.saturating_sub(self.record.memory_began);
+        if !shared.mode.paused && self.helm.is_time_up(lasted) {
+            state.over = true;
+            shared.change.notify_all();
+        }
+    }
+
+    /// Notes when the destination's word about the round before is there.
+    fn look_for_answer(&mut self, now: Duration) {
+        if !self.flight.in_flight.is_empty()
+            && self.flight.answered_at.is_none()
+            && self.control.link().readable().unwrap_or(false)
+        {
+            self.flight.answered_at = Some(now);
+        }
+    }
+
+    /// Ends the round.
+    fn fail(&mut self, shared: &Shared<'_>, error: SourceError) {
+        self.failure = Some(error);
+        shared.state().over = true;
+        shared.change.notify_all();
+    }
+}
+
 impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// Sends the batches, and `more` of them, on as many data channels as are in use.
     pub(super) fn send_on_data_channels(
         &mut self,
         batches: Batches,
         mode: BatchMode,
-        mut more: Option<More<'_>>,
+        more: Option<More<'_>>,
     ) -> Result<Sent, SourceError> {
         self.transport.used.begin_round();
         let guest = self.guest;
@@ -212,12 +306,19 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             alive: self.session.setup.timeouts.alive,
             mode,
         };
-        let (steering, clock) = (self.session.setup.steering, self.session.setup.clock);
-        let (pacer, round) = (&self.transport.pacer, self.flight.round);
-        let (began, memory_began) = (self.record.began, self.record.memory_began);
-        let events = &mut self.session.setup.events;
-        let snapshot = &mut self.record.progress;
-        let mut failure: Option<SourceError> = None;
+        let now = self.session.setup.clock.now();
+        let mut supervisor = Supervisor {
+            control: &mut self.session.control,
+            events: &mut *self.session.setup.events,
+            steering: self.session.setup.steering,
+            helm: &mut self.helm,
+            flight: &mut self.flight,
+            record: &mut self.record,
+            more,
+            failure: None,
+            told: now,
+            alive_at: now,
+        };
         let results: Vec<Done> = std::thread::scope(|scope| {
             let shared = &shared;
             let mut handles = Vec::with_capacity(count);
@@ -226,78 +327,20 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 match thread.spawn_scoped(scope, move || shared.run(index, data_channel, guest)) {
                     Ok(handle) => handles.push(handle),
                     Err(error) => {
-                        failure = Some(no_thread(error));
-                        shared.state().over = true;
-                        shared.change.notify_all();
+                        supervisor.fail(shared, no_thread(error));
                         break;
                     }
                 }
             }
-            // This thread says meanwhile what comes next, tells the progress, and sees when the
-            // round before is in place.
-            let mut told = self.session.setup.clock.now();
-            let mut alive_at = told;
-            let mut state = shared.state();
-            while state.ended < count && !handles.iter().all(|handle| handle.is_finished()) {
-                if let (true, Some(more)) = (state.is_low(), &mut more) {
-                    drop(state);
-                    let next = more();
-                    state = shared.state();
-                    match next {
-                        Ok(pages) => state.append(pages),
-                        Err(error) => {
-                            failure = Some(error);
-                            state.over = true;
-                        }
-                    }
-                    shared.change.notify_all();
-                    continue;
-                }
-                let waited = shared.change.wait_timeout(state, LOOK_EVERY);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
-                let now = self.session.setup.clock.now();
-                if steering.has_news() {
-                    let at = (began, round);
-                    // What was not sent stays pending.
-                    state.over |= self.helm.take(steering, (pacer, clock), at, &mut **events);
-                    state.batches.resize(pacer.batch_pages());
-                    shared.change.notify_all();
-                }
-                let lasted = now.saturating_sub(memory_began);
-                if !mode.paused && self.helm.is_time_up(lasted) {
-                    state.over = true;
-                    shared.change.notify_all();
-                }
-                if !self.flight.in_flight.is_empty()
-                    && self.flight.answered_at.is_none()
-                    && self.session.control.link().readable().unwrap_or(false)
-                {
-                    self.flight.answered_at = Some(now);
-                }
-                if now.saturating_sub(told) >= PROGRESS_EVERY {
-                    told = now;
-                    snapshot.round_sent = state.sent_pages;
-                    events(Event::Progress(snapshot.clone()));
-                }
-                if now.saturating_sub(alive_at) >= shared.alive {
-                    alive_at = now;
-                    drop(state);
-                    let alive = Header::bare(FrameType::Alive, 0);
-                    let said = self.session.control.send(alive, &[]);
-                    state = shared.state();
-                    if let Err(error) = said {
-                        failure = Some(error.into());
-                        state.over = true;
-                        shared.change.notify_all();
-                    }
-                }
-            }
-            drop(state);
+            supervisor.run(shared, |ended| {
+                ended == count || handles.iter().all(|handle| handle.is_finished())
+            });
             handles
                 .into_iter()
                 .filter_map(|handle| handle.join().ok())
                 .collect()
         });
+        let mut failure = supervisor.failure;
         drop(shared);
         self.record.progress.round_sent = 0;
         let lost = results.len() < count;

@@ -1,6 +1,6 @@
 //! Flushing the guest's disks: while it runs, so that little is left for the pause.
 
-use super::live::PROGRESS_EVERY;
+use super::round::PROGRESS_EVERY;
 use super::{Source, SourceError};
 use crate::port::{Link, PortError, SourceDisks, SourceVm};
 use std::sync::mpsc::RecvTimeoutError;

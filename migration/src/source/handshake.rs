@@ -36,6 +36,15 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Connecting<'s, 'a, 'g, L, G> {
     }
 }
 
+/// What the source offers and needs.
+struct Offer {
+    offered: Features,
+    required: Features,
+    /// Data channels, and channels for page faults.
+    channels: u16,
+    faults: u16,
+}
+
 impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// Agrees on what both sides can do and opens the channels; whether the destination takes the
     /// memory itself.
@@ -44,51 +53,55 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         if self.helm.options.on_timeout == OnTimeout::Throttle && self.guest.throttle().is_none() {
             return Err(SourceError::NoThrottle);
         }
-        let timeouts = self.session.setup.timeouts;
+        self.open_control()?;
+        let offer = self.offer()?;
+        let ack = self.say_hello(&offer)?;
+        let agreed = ack.features.and(offer.offered);
+        self.session.reads_state = ack.state;
+        self.session.control.set_end(self.memory.layout.end());
+        self.session.live_hashes = agreed.has(Features::LIVE_HASHES);
+        if agreed.has(Features::SHARED_MEMORY) {
+            let transfer = self.session.setup.timeouts.transfer;
+            self.session.wait_at_most(transfer, None);
+            self.record.policy = HANDOVER;
+            HANDOVER.clone_into(&mut self.record.progress.policy);
+            self.memory.pending.clear();
+            return Ok(true);
+        }
+        self.open_channels(&offer, &ack)?;
+        Ok(false)
+    }
+
+    /// Opens the control channel, and measures the round trip on it.
+    fn open_control(&mut self) -> Result<(), SourceError> {
+        let timeout = self.session.setup.timeouts.handshake;
         // A destination that trickles bytes holds nothing open.
-        self.session
-            .wait_at_most(timeouts.handshake, Some(timeouts.handshake));
+        self.session.wait_at_most(timeout, Some(timeout));
         let session = self.session.setup.session;
         let sent = self.now();
         self.session.control.open(Role::Control, 0, session)?;
         self.session.rtt = self.now().saturating_sub(sent);
+        Ok(())
+    }
+
+    /// What goes into HELLO, by the options and by what guest and host can do. The guest's memory
+    /// itself goes with it where it can be shared.
+    fn offer(&mut self) -> Result<Offer, SourceError> {
         let options = self.session.setup.options;
         let (channels, why) = to_open(options, self.guest.processors());
         self.transport.used = DataChannels::new(channels, options.channels.is_some());
         self.transport.why = why;
-        let mut faults = 0;
-        let mut required = Features::default();
         if options.copy_disk {
-            self.disks = Disks::new(
-                self.guest
-                    .disks()
-                    .map_or_else(Vec::new, |disks| disks.to_copy()),
-            );
+            let disks = self.guest.disks();
+            self.disks = Disks::new(disks.map_or_else(Vec::new, |disks| disks.to_copy()));
         }
-        if !self.disks.is_empty() {
-            required = required.or(Features::DISKS);
-        }
-        if options.verify {
-            required = required.or(Features::VERIFY);
-        }
-        if channels > 0 {
-            required = required.or(Features::CHANNELS);
-        }
-        match options.compress {
-            Compress::Zstd => required = required.or(Features::ZSTD),
-            Compress::Delta => required = required.or(Features::PATCH),
-            // These use what the destination can do.
-            Compress::Auto | Compress::Adaptive | Compress::None => {}
-        }
-        if options.needs_post_copy() {
-            required = required.or(Features::POST_COPY);
-        }
-        if options.may_post_copy() {
-            faults = self
-                .guest
-                .fault_channels()
-                .clamp(1, Self::MOST_FAULT_CHANNELS);
-        }
+        let mut required = self.required(channels);
+        let faults = if options.may_post_copy() {
+            let wanted = self.guest.fault_channels();
+            wanted.clamp(1, Self::MOST_FAULT_CHANNELS)
+        } else {
+            0
+        };
         let mut offered = Features::SUPPORTED;
         if faults == 0 {
             offered = offered.without(Features::POST_COPY);
@@ -98,19 +111,46 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         } else if options.handover == Handover::On {
             required = required.or(Features::SHARED_MEMORY);
         }
-        if !self
-            .guest
-            .sharing()
-            .is_some_and(|sharing| sharing.has_files())
-        {
+        let sharing = self.guest.sharing();
+        if !sharing.is_some_and(|sharing| sharing.has_files()) {
             offered = offered.without(Features::SHARED_FILES);
         }
-        let hello = Hello {
+        Ok(Offer {
             offered,
             required,
-            layout: self.memory.layout.clone(),
             channels,
             faults,
+        })
+    }
+
+    /// What the destination must be able to do: what the user asked for by name.
+    fn required(&self, channels: u16) -> Features {
+        let options = self.session.setup.options;
+        let coder = match options.compress {
+            Compress::Zstd => Features::ZSTD,
+            Compress::Delta => Features::PATCH,
+            // These use what the destination can do.
+            Compress::Auto | Compress::Adaptive | Compress::None => Features::default(),
+        };
+        [
+            (!self.disks.is_empty(), Features::DISKS),
+            (options.verify, Features::VERIFY),
+            (channels > 0, Features::CHANNELS),
+            (options.needs_post_copy(), Features::POST_COPY),
+        ]
+        .into_iter()
+        .filter(|(needed, _)| *needed)
+        .fold(coder, |all, (_, feature)| all.or(feature))
+    }
+
+    /// Sends HELLO, hands over the files that the destination asks for, and checks its answer.
+    fn say_hello(&mut self, offer: &Offer) -> Result<HelloAck, SourceError> {
+        let hello = Hello {
+            offered: offer.offered,
+            required: offer.required,
+            layout: self.memory.layout.clone(),
+            channels: offer.channels,
+            faults: offer.faults,
             disks: self.disks.sizes(),
             policy: self.record.policy.to_owned(),
             machine: self
@@ -123,7 +163,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             .send(Header::bare(FrameType::Hello, 0), &hello.encode())?;
         let mut header = self.session.recv()?;
         if header.kind == FrameType::FilesWanted
-            && offered.has(Features::SHARED_FILES)
+            && offer.offered.has(Features::SHARED_FILES)
             && let Some(sharing) = self.guest.sharing()
         {
             sharing
@@ -135,31 +175,24 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             header = self.session.recv()?;
         }
         if header.kind != FrameType::HelloAck {
-            return Err(self
-                .session
-                .control
-                .refuse(&header, "the answer to the handshake")
-                .into());
+            let expected = "the answer to the handshake";
+            return Err(self.session.control.refuse(&header, expected).into());
         }
         let ack: HelloAck = self.session.control.recv_json(&header)?;
-        if !ack.features.has(required) {
+        if !ack.features.has(offer.required) {
             return Err(SourceError::Features {
-                missing: required.0 & !ack.features.0,
+                missing: offer.required.0 & !ack.features.0,
             });
         }
         self.guest
             .check_reader(ack.state)
             .map_err(|e| SourceError::guest("choosing a version of the machine's state", e))?;
-        self.session.reads_state = ack.state;
-        self.session.control.set_end(self.memory.layout.end());
-        self.session.live_hashes = ack.features.and(offered).has(Features::LIVE_HASHES);
-        if ack.features.and(offered).has(Features::SHARED_MEMORY) {
-            self.session.wait_at_most(timeouts.transfer, None);
-            self.record.policy = HANDOVER;
-            HANDOVER.clone_into(&mut self.record.progress.policy);
-            self.memory.pending.clear();
-            return Ok(true);
-        }
+        Ok(ack)
+    }
+
+    /// Opens the channels of pages and faults, and lets the user steer from here on.
+    fn open_channels(&mut self, offer: &Offer, ack: &HelloAck) -> Result<(), SourceError> {
+        let options = self.session.setup.options;
         let coding = Coding::new(
             options,
             ack.features,
@@ -168,27 +201,28 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         );
         self.disks.agree(options, ack.features);
         self.transport.sender = Sender::new(coding.encoder());
-        for index in 0..channels {
+        for index in 0..offer.channels {
             let channel = self.open_channel(Role::Data, index)?;
             self.transport
                 .data_channels
                 .push((channel, Sender::new(coding.encoder())));
         }
-        if !ack.features.and(offered).has(Features::POST_COPY) {
-            faults = 0;
-        }
-        for index in 0..faults {
-            let channel = self.open_channel(Role::Fault, index)?;
-            self.transport.faults.push(FaultChannel::new(channel));
+        if ack.features.and(offer.offered).has(Features::POST_COPY) {
+            for index in 0..offer.faults {
+                let channel = self.open_channel(Role::Fault, index)?;
+                self.transport.faults.push(FaultChannel::new(channel));
+            }
         }
         self.transport.alive_at = self.now();
-        self.session.wait_at_most(timeouts.transfer, None);
+        let transfer = self.session.setup.timeouts.transfer;
+        self.session.wait_at_most(transfer, None);
         let post_copy = !self.transport.faults.is_empty();
+        let throttles = self.guest.throttle().is_some();
         self.session
             .setup
             .steering
-            .open(options, post_copy, self.guest.throttle().is_some());
-        Ok(false)
+            .open(options, post_copy, throttles);
+        Ok(())
     }
 
     /// Has the guest's memory itself go out with the handshake, where that is wanted and can be.

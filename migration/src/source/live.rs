@@ -1,26 +1,32 @@
 //! The live phase: collect, decide, send; and draining the link before the pause.
 
-use super::data_channels::worth_data_channels;
 use super::phases::{End, Live};
 use super::stop::{How, Stopping};
 use super::throttle::Throttled;
-use super::{InFlight, Source, SourceError, ms};
+use super::{Source, SourceError, ms};
 use crate::first_pass::FirstPass;
-use crate::page::{PAGE_BYTES, PageSet, Run};
-use crate::policy::{self, Decision, Policy, SendOrder};
+use crate::model::policy_of;
+use crate::page::{PAGE_BYTES, PageSet};
+use crate::policy::{Decision, Policy, SendOrder, switch_over};
 use crate::port::{Link, SourceVm, holes};
 use crate::report::{Event, Phase, Round};
-use crate::sender::{BATCH_PAGES, BatchMode, Batches, Sent};
-use crate::wire::{FrameType, Header, WireError};
-use std::time::Duration;
+use crate::sender::BATCH_PAGES;
+use crate::wire::{FrameType, WireError};
 
-/// Progress is told this often.
-pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-/// Returns the next step of the pages that [`Batches::to_come`] counts; called on the engine's
-/// thread.
-pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<PageSet, SourceError>;
 /// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
 const MEASURABLE: u64 = 64 << 10;
+
+/// What the live phase remembers from round to round.
+struct Course<'p, 'g> {
+    policy: &'p mut dyn Policy,
+    /// The policy that the user has asked for instead.
+    other: Option<Box<dyn Policy>>,
+    /// The link is being emptied before the pause.
+    draining: bool,
+    /// What was never written was said to be zero.
+    announced: bool,
+    slowed: Option<Throttled<'g>>,
+}
 
 impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Live<'s, 'a, 'g, L, G> {
     /// Sends rounds until the policy stops, the link is empty and the disks are flushed.
@@ -43,93 +49,29 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Live<'s, 'a, 'g, L, G> {
 impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
     /// Whatever comes of it, the guest runs at full speed afterwards.
     fn live(&mut self, policy: &mut dyn Policy) -> Result<How, SourceError> {
-        let mut slowed = None;
-        let result = self.send_rounds(policy, &mut slowed);
-        self.full_speed(slowed);
+        let mut course = Course {
+            policy,
+            other: None,
+            draining: false,
+            announced: false,
+            slowed: None,
+        };
+        let result = self.send_rounds(&mut course);
+        self.full_speed(course.slowed);
         result
     }
 
-    fn send_rounds(
-        &mut self,
-        policy: &mut dyn Policy,
-        slowed: &mut Option<Throttled<'g>>,
-    ) -> Result<How, SourceError> {
+    fn send_rounds(&mut self, course: &mut Course<'_, 'g>) -> Result<How, SourceError> {
         // What the host has cached of the disks is written while memory goes out, and not in the
         // pause.
         self.flush_live()?;
-        let (mut draining, mut announced) = (false, false);
-        let mut other: Option<Box<dyn Policy>> = None;
         self.look_for_empty();
         self.session.setup.steering.memory();
         loop {
-            self.session.check()?;
-            self.take_acks()?;
-            // One round may be on its way while the next is prepared: the link never idles, and
-            // a peer that has gone silent is noticed instead of being sent rounds for ever.
-            while self.flight.in_flight.len() > 1 {
-                self.take_ack()?;
-            }
-            // While the link is drained nothing more goes out, but what the pause would have to
-            // send is known.
-            if !draining {
-                self.send_written_blocks()?;
-            }
-            self.collect()?;
-            self.disks.collect()?;
-            self.steer();
-            if std::mem::take(&mut self.helm.other_policy) {
-                let taken = other.insert(policy::from_options(&self.helm.options));
-                self.record.policy = taken.name();
-                taken.name().clone_into(&mut self.record.progress.policy);
-            }
-            let policy: &mut dyn Policy = match &mut other {
-                Some(other) => other.as_mut(),
-                None => &mut *policy,
-            };
-            if std::mem::take(&mut self.helm.other_limits) {
-                policy.tune(&self.helm.options);
-            }
-            let view = self.view();
-            let decision = if self.helm.switch_over {
-                policy::switch_over(policy, &view, &self.helm.options)
-            } else {
-                policy.next(&view)
-            };
-            if let Some(why) = policy.choice() {
-                (self.session.setup.events)(Event::Choice { why });
-            }
-            let (how, why) = match decision {
-                Decision::Send { mut pages, order } => {
-                    pages.intersect_with(&self.memory.pending);
-                    if std::mem::take(&mut draining) {
-                        self.enter(Phase::Live);
-                    }
-                    self.send_round(pages, order, false)?;
-                    continue;
-                }
-                Decision::Watch => {
-                    self.watch()?;
-                    continue;
-                }
-                Decision::Throttle { dirty_rate, why } => {
-                    self.slow(slowed, dirty_rate, why)?;
-                    continue;
-                }
-                Decision::GiveUp { why } if self.session.setup.steering.close() => {
-                    return Err(SourceError::GaveUp(why));
-                }
-                // The user has just asked for something else.
-                Decision::GiveUp { .. } => continue,
-                Decision::Stop { why } => (How::Copy, why),
-                Decision::HandOver { order, why } => {
-                    if self.transport.faults.is_empty() {
-                        return Err(SourceError::NoPostCopy);
-                    }
-                    if !std::mem::replace(&mut announced, true) && self.announce_unpopulated()? {
-                        continue;
-                    }
-                    (How::Follow(order), why)
-                }
+            self.catch_up(course.draining)?;
+            let decision = self.decide(course);
+            let Some((how, why)) = self.carry_out(decision, course)? else {
+                continue;
             };
             // What the guest writes meanwhile may be worth another round.
             if self.hash_live()? {
@@ -143,18 +85,106 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
                 self.record.why = Some(why);
                 return Ok(how);
             }
-            // What still lies in socket buffers and disk caches would be paid for in the pause.
-            if !std::mem::replace(&mut draining, true) {
-                self.enter(Phase::Draining);
+            self.drain(course)?;
+        }
+    }
+
+    /// Takes what the destination has acknowledged and what the guest has written meanwhile.
+    fn catch_up(&mut self, draining: bool) -> Result<(), SourceError> {
+        self.session.check()?;
+        self.take_acks()?;
+        // One round may be on its way while the next is prepared: the link never idles, and
+        // a peer that has gone silent is noticed instead of being sent rounds for ever.
+        while self.flight.in_flight.len() > 1 {
+            self.take_ack()?;
+        }
+        // While the link is drained nothing more goes out, but what the pause would have to
+        // send is known.
+        if !draining {
+            self.send_written_blocks()?;
+        }
+        self.collect()?;
+        self.disks.collect()
+    }
+
+    /// Asks the policy, or another one that the user has asked for meanwhile.
+    fn decide(&mut self, course: &mut Course<'_, 'g>) -> Decision {
+        self.steer();
+        if std::mem::take(&mut self.helm.other_policy) {
+            let taken = course.other.insert(policy_of(&self.helm.options));
+            self.record.policy = taken.name();
+            taken.name().clone_into(&mut self.record.progress.policy);
+        }
+        let policy: &mut dyn Policy = match &mut course.other {
+            Some(other) => other.as_mut(),
+            None => &mut *course.policy,
+        };
+        if std::mem::take(&mut self.helm.other_limits) {
+            policy.tune(&self.helm.options);
+        }
+        let view = self.view();
+        let decision = if self.helm.switch_over {
+            switch_over(policy, &view, &self.helm.options)
+        } else {
+            policy.next(&view)
+        };
+        if let Some(why) = policy.choice() {
+            (self.session.setup.events)(Event::Choice { why });
+        }
+        decision
+    }
+
+    /// Does what was decided; how and why the live phase ends, if it does.
+    fn carry_out(
+        &mut self,
+        decision: Decision,
+        course: &mut Course<'_, 'g>,
+    ) -> Result<Option<(How, String)>, SourceError> {
+        match decision {
+            Decision::Send { mut pages, order } => {
+                pages.intersect_with(&self.memory.pending);
+                if std::mem::take(&mut course.draining) {
+                    self.enter(Phase::Live);
+                }
+                self.send_round(pages, order, false)?;
             }
-            while !self.flight.in_flight.is_empty() || self.disks.is_awaiting() {
-                self.session.check()?;
-                self.take_ack()?;
+            Decision::Watch => self.watch()?,
+            Decision::Throttle { dirty_rate, why } => {
+                self.slow(&mut course.slowed, dirty_rate, why)?;
             }
-            if !self.is_flushed() {
-                self.flush_live()?;
+            Decision::GiveUp { why } if self.session.setup.steering.close() => {
+                return Err(SourceError::GaveUp(why));
+            }
+            // The user has just asked for something else.
+            Decision::GiveUp { .. } => {}
+            Decision::Stop { why } => return Ok(Some((How::Copy, why))),
+            Decision::HandOver { order, why } => {
+                if self.transport.faults.is_empty() {
+                    return Err(SourceError::NoPostCopy);
+                }
+                let first = !std::mem::replace(&mut course.announced, true);
+                if !(first && self.announce_unpopulated()?) {
+                    return Ok(Some((How::Follow(order), why)));
+                }
             }
         }
+        Ok(None)
+    }
+
+    /// Waits for what still lies in socket buffers and disk caches: it would be paid for in the
+    /// pause.
+    fn drain(&mut self, course: &mut Course<'_, 'g>) -> Result<(), SourceError> {
+        if !std::mem::replace(&mut course.draining, true) {
+            self.enter(Phase::Draining);
+        }
+        while !self.flight.in_flight.is_empty() || self.disks.is_awaiting() {
+            self.session.check()?;
+            self.take_ack()?;
+        }
+        if !self.is_flushed() {
+            self.flush_live()?;
+        }
+        Ok(())
     }
 
     /// Before post-copy: what was never written is said to be zero while the guest runs. That costs
@@ -193,12 +223,6 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         self.memory.empty = self.unpopulated(PIECES);
     }
 
-    /// Pages to be sent, in batches of at most so many but for those that seem to hold nothing.
-    fn batches(&self, pages: PageSet, order: SendOrder, batch: u64) -> Batches {
-        let empty = Some(&self.memory.empty).filter(|empty| !empty.is_empty());
-        Batches::new(pages, order, &self.memory.heat, batch).with_empty(empty.cloned())
-    }
-
     /// Takes pending pages off the dirty log, which then shows what is written to them: they are
     /// pending all the same.
     fn watch(&mut self) -> Result<(), SourceError> {
@@ -212,7 +236,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         self.clear(&FirstPass::new(log))
     }
 
-    fn clear(&mut self, pass: &FirstPass) -> Result<(), SourceError> {
+    pub(super) fn clear(&mut self, pass: &FirstPass) -> Result<(), SourceError> {
         let mut words = Vec::new();
         for part in pass.parts() {
             self.guest
@@ -259,218 +283,6 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
             last.dirty(&regions);
         }
         Ok(())
-    }
-
-    /// A report has at most this many rounds.
-    const ROUNDS_KEPT: usize = 1000;
-
-    /// Sends `pages` as one round and ends it with a barrier.
-    pub(super) fn send_round(
-        &mut self,
-        pages: PageSet,
-        order: SendOrder,
-        paused: bool,
-    ) -> Result<Sent, SourceError> {
-        self.send_round_in(pages, order, paused, self.transport.pacer.batch_pages())
-    }
-
-    /// As [`send_round`](Self::send_round), in batches of so many pages.
-    fn send_round_in(
-        &mut self,
-        pages: PageSet,
-        order: SendOrder,
-        paused: bool,
-        batch: u64,
-    ) -> Result<Sent, SourceError> {
-        self.flight.round += 1;
-        let started = self.now();
-        self.record.progress.round = self.flight.round;
-        self.record.progress.round_pages = pages.len();
-        self.record.progress.round_sent = 0;
-        let mode = BatchMode {
-            round: self.flight.round,
-            paused,
-            tell: false,
-            warmer: 0,
-            data_channels: 1,
-        };
-        // How often the first pages are dirtied is not known yet.
-        let learns = order == SendOrder::ColdFirst && self.memory.sent_once.is_empty();
-        let sent = if learns {
-            self.send_first_pass(pages, mode, batch)?
-        } else {
-            let batches = self.batches(pages, order, batch);
-            self.send_batches(batches, mode, None)?
-        };
-        if self.record.rounds.len() >= Self::ROUNDS_KEPT {
-            // The first and the last tell the story.
-            self.record.rounds.remove(Self::ROUNDS_KEPT / 2);
-            self.record.rounds_omitted += 1;
-        }
-        self.record.rounds.push(Round {
-            n: self.flight.round,
-            pages: sent.pages(),
-            bytes: sent.bytes,
-            ms: 0.0,
-            dirtied: 0,
-            dirtied_regions: Vec::new(),
-            follows: false,
-        });
-        self.barrier(self.flight.round)?;
-        let ended = self.now();
-        // Data channels send at the same time, and each looks for zero pages while others send:
-        // more than the time that went by cannot have been the link's.
-        let link = (sent.link + sent.coding).min(ended.saturating_sub(started));
-        self.flight.in_flight.push_back(InFlight {
-            round: self.flight.round,
-            sent,
-            link,
-            started,
-            ended,
-            disks: self.disks.take_since_round(),
-        });
-        Ok(sent)
-    }
-
-    /// What a round sends, on the channels that are worth it.
-    fn send_batches(
-        &mut self,
-        batches: Batches,
-        mode: BatchMode,
-        more: Option<More<'_>>,
-    ) -> Result<Sent, SourceError> {
-        let few = !worth_data_channels(batches.left() + batches.to_come());
-        if few || self.transport.data_channels.is_empty() {
-            self.send_here(batches, mode, more)
-        } else {
-            self.send_on_data_channels(batches, mode, more)
-        }
-    }
-
-    /// A first pass that learns meanwhile what the guest writes to, and sends that last.
-    fn send_first_pass(
-        &mut self,
-        pages: PageSet,
-        mode: BatchMode,
-        batch: u64,
-    ) -> Result<Sent, SourceError> {
-        let failed = |e| SourceError::guest("reading the dirty log", e);
-        let guest = self.guest;
-        let mut pass = FirstPass::new(pages);
-        // All are pending: from here on the log tells which of them are written. Each is cleared
-        // once more as it leaves.
-        self.clear(&pass)?;
-        let mut log = PageSet::new(self.memory.layout.end());
-        let step = pass.next(&log);
-        let to_come = pass.left().len();
-        let first = self
-            .batches(step, SendOrder::Address, batch)
-            .before(to_come);
-        let mut more = || {
-            log.clear();
-            guest.collect_dirty(&mut log).map_err(failed)?;
-            Ok(pass.next(&log))
-        };
-        self.send_batches(first, mode, Some(&mut more))
-    }
-
-    /// Marks the end of a round on every channel.
-    pub(super) fn barrier(&mut self, round: u32) -> Result<(), SourceError> {
-        for (data_channel, _) in &mut self.transport.data_channels {
-            data_channel.send(Header::bare(FrameType::RoundEnd, round), &[])?;
-        }
-        self.transport.alive_at = self.now();
-        self.session
-            .control
-            .send(Header::bare(FrameType::RoundEnd, round), &[])?;
-        Ok(())
-    }
-
-    /// Everything on the control channel, in this thread: there is no other, or little to send.
-    fn send_here(
-        &mut self,
-        mut batches: Batches,
-        mode: BatchMode,
-        mut more: Option<More<'_>>,
-    ) -> Result<Sent, SourceError> {
-        let mut total = Sent::default();
-        let mut runs = Vec::with_capacity(64);
-        loop {
-            if !batches.next(&mut runs) {
-                match &mut more {
-                    Some(more) if batches.to_come() > 0 => batches.append(more()?),
-                    _ => return Ok(total),
-                }
-                continue;
-            }
-            self.session.check()?;
-            let mode = BatchMode {
-                warmer: batches.warmer(),
-                ..mode
-            };
-            let waited = self.pace(mode);
-            let mut sent = self.transport.sender.send(
-                &mut self.session.control,
-                self.guest,
-                &runs,
-                mode,
-                self.session.setup.clock,
-            )?;
-            self.transport
-                .pacer
-                .charge(sent.bytes, self.session.setup.clock);
-            sent.link += waited;
-            self.delivered(&runs, sent);
-            total.add(sent);
-            self.take_acks()?;
-            self.keep_alive()?;
-            self.tell_progress();
-            if self.session.setup.steering.has_news() {
-                // What was not sent stays pending.
-                if self.steer() {
-                    return Ok(total);
-                }
-                batches.resize(self.transport.pacer.batch_pages());
-            }
-            let lasted = self.now().saturating_sub(self.record.memory_began);
-            if !mode.paused && self.helm.is_time_up(lasted) {
-                return Ok(total);
-            }
-        }
-    }
-
-    /// Tells the progress, unless that was done a moment ago.
-    pub(super) fn tell_progress(&mut self) {
-        if self.now().saturating_sub(self.record.last_event) >= PROGRESS_EVERY {
-            self.emit_progress();
-        }
-    }
-
-    /// Waits for the user's cap. Not in the pause: there it would cost the guest.
-    fn pace(&self, mode: BatchMode) -> Duration {
-        if mode.paused {
-            return Duration::ZERO;
-        }
-        let (owner, steering) = (self.session.setup.owner, self.session.setup.steering);
-        self.transport.pacer.wait(self.session.setup.clock, &|| {
-            owner.is_cancelled() || steering.has_news()
-        })
-    }
-
-    /// Takes pages that were handed to the link off the pending set; before this they are still
-    /// pending, whatever failed.
-    pub(super) fn delivered(&mut self, runs: &[Run], sent: Sent) {
-        for run in runs {
-            self.memory.pending.remove_run(*run);
-            self.record.pages.resent += self.memory.sent_once.count_in(*run);
-            self.memory.sent_once.insert_run(*run);
-            self.memory.empty.remove_run(*run);
-        }
-        self.record.pages.sent += sent.data_pages;
-        self.record.pages.zero += sent.zero_pages;
-        self.record.pages.skipped += sent.skipped_pages;
-        self.record.codecs.join(&sent.codecs);
-        self.record.progress.round_sent += sent.pages();
     }
 
     /// Takes what has arrived, without waiting: acknowledgements, or the peer's reason to give up.

@@ -16,6 +16,7 @@ use crate::sync::atomic::{AtomicU8, Ordering};
 
 /// Who may run the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+// Exhaustive: a VMM decides by it who may run the guest, and must decide for every value.
 pub enum Owner {
     /// The source: nothing was committed.
     Source,

@@ -32,16 +32,10 @@ use std::time::Duration;
 
 pub(super) use server::{FaultChannel, Next, PageServer};
 
-/// Pages in a batch of the push stream at most: an answer waits behind one of them for the
-/// processor that both need.
-pub(crate) const PUSH_PAGES: u64 = 64;
 /// How much of the push stream may wait in a socket, not yet sent.
 const QUEUE: u32 = 128 << 10;
 /// How often threads look whether it is over.
 const TICK: Duration = Duration::from_millis(100);
-/// Demand paging ends when the guest has missed nothing for so long: what it has not touched
-/// by then follows by address, so that the source may go.
-pub(crate) const QUIET: Duration = Duration::from_secs(2);
 /// How long after a failed send the destination's last word may take.
 const PARTING: Duration = Duration::from_millis(500);
 
@@ -114,6 +108,8 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             }
             let result = started.map(|()| work(self));
             server.end();
+            // The work has ended with the panic of a thread; where everything had arrived before
+            // that, the guest is complete.
             self.transport.faults = threads
                 .into_iter()
                 .filter_map(|thread| thread.join().ok())
@@ -336,6 +332,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
         let mut until = self.now() + timeout;
         let header = loop {
             self.answer_here(server)?;
+            server.check_threads()?;
             if let Some(header) = said.take() {
                 break header;
             }

@@ -2,8 +2,9 @@
 //! [`Window`] allow.
 
 use super::SourceError;
-use super::post_copy::{Next, PUSH_PAGES, PageServer};
+use super::post_copy::{Next, PageServer};
 use super::window::Window;
+use crate::order::PUSH_PAGES;
 use crate::page::Run;
 use crate::port::{Link, SourceVm};
 use crate::sender::{Pacer, Sender};

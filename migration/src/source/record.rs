@@ -1,6 +1,6 @@
 //! What the user is told: progress while it runs, and the report. It decides nothing.
 
-use super::{Setup, Source, ms};
+use super::{Owner, Setup, Source, ms};
 use crate::port::{Link, SourceVm};
 use crate::report::{
     Codecs, Downtime, Event, Faults, Freed, Pages, Phase, Progress, Report, Round, Slowed, Status,
@@ -141,6 +141,30 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             freed: record.freed,
             retry_commit: false,
             abort_untold: None,
+        }
+    }
+}
+
+impl Report {
+    /// The report of an engine that panicked: its numbers by its last progress, its end by who owns
+    /// the guest.
+    #[must_use]
+    pub fn broken(progress: &Progress, owner: Owner, error: &str) -> Self {
+        let status = match owner {
+            Owner::Source => Status::Failed,
+            Owner::InDoubt => Status::InDoubt,
+            Owner::Destination => Status::Interrupted,
+        };
+        Self {
+            total_ms: progress.elapsed_ms,
+            bytes_wire: progress.bytes_wire,
+            mbps: progress.mbps,
+            ..Self::bare(
+                progress.session.clone(),
+                progress.policy.clone(),
+                status,
+                error.to_owned(),
+            )
         }
     }
 }

@@ -9,9 +9,10 @@ use super::commit::{Confirmed, Unconfirmed};
 use super::freeing::freed;
 use super::phases::{End, Moved, Tracking};
 use super::{InFlight, Source, SourceError, ms};
+use crate::numbers::seconds;
 use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, PAGE_SIZE, PageSet, Run};
-use crate::policy::{SendOrder, seconds};
+use crate::policy::SendOrder;
 use crate::port::{Link, Paused, SourceVm};
 use crate::report::Phase;
 use crate::sender::Sent;
@@ -177,12 +178,14 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
         } = self;
         source.session.check().map_err(End::Here)?;
         let longest = source.longest_pause();
+        let asked = source.now();
         let paused = source
             .guest
             .pause()
             .map_err(|e| End::Here(SourceError::guest("pausing the guest", e)))?;
         let now = source.now();
-        let stopped_at = now.saturating_sub(paused.stopped_for());
+        let ago = paused.stopped_for();
+        let stopped_at = ago.map_or(asked, |ago| now.saturating_sub(ago));
         source.record.paused_at = Some(stopped_at);
         source.record.downtime.quiesce_ms = ms(now.saturating_sub(stopped_at));
         source.enter(Phase::Stopped);

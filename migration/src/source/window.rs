@@ -15,8 +15,8 @@
 //! model, Cardwell et al. 2016, without its probing: what is measured here is the destination's
 //! placing, not the network alone.)
 
+use crate::numbers::{pages_in, seconds};
 use crate::page::PAGE_BYTES;
-use crate::policy::{pages_in, seconds};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ const LOSS: f64 = 0.95;
 /// The largest batch is so many times what the rate alone asks for.
 const LARGEST: u64 = 64;
 /// Pages in the largest batch.
-const MOST_PAGES: u64 = super::post_copy::PUSH_PAGES;
+const MOST_PAGES: u64 = crate::order::PUSH_PAGES;
 /// The most bytes that are ever under way.
 const MOST: u64 = 64 << 20;
 /// A rate is measured over at least so long, and over so many batches, and counts for so many

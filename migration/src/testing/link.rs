@@ -2,10 +2,10 @@
 
 use super::trouble::Trouble;
 use crate::port::Link;
-use crate::sync::lock;
+use crate::sync::{lock, wait_while};
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// 1 MiB: a whole batch of pages fits, as into a socket's buffers.
@@ -52,12 +52,8 @@ impl Pipe {
         stuck: impl Fn(&Ring) -> bool,
     ) -> io::Result<MutexGuard<'_, Ring>> {
         let stuck = |ring: &mut Ring| stuck(ring) && !ring.closed;
-        let timeout = timeout.unwrap_or(Duration::MAX);
-        let (ring, waited) = self
-            .change
-            .wait_timeout_while(self.ring(), timeout, stuck)
-            .unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
+        let (ring, moves) = wait_while(&self.change, self.ring(), timeout, stuck);
+        if !moves {
             return Err(io::ErrorKind::TimedOut.into());
         }
         Ok(ring)

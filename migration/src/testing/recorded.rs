@@ -1,10 +1,10 @@
 //! A peer that is a sequence of bytes, for fuzzing and for replaying what a real peer once sent.
 
 use crate::port::Link;
-use crate::sync::lock;
+use crate::sync::{lock, wait_while};
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// 1 MiB: the most that an engine may allocate before a byte of it has arrived.
@@ -38,12 +38,7 @@ impl Gate {
     /// Whether the gate is open, after at most `timeout`; without one, it is.
     fn wait(&self, timeout: Option<Duration>) -> bool {
         let open = lock(&self.open);
-        let Some(timeout) = timeout else {
-            let open = self.change.wait_while(open, |open| !*open);
-            return *open.unwrap_or_else(PoisonError::into_inner);
-        };
-        let waited = self.change.wait_timeout_while(open, timeout, |open| !*open);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
+        *wait_while(&self.change, open, timeout, |open| !*open).0
     }
 }
 

@@ -21,10 +21,11 @@ mod verdict;
 mod world;
 
 use crate::destination;
+use crate::model::policy_of;
 use crate::options::{Compress, OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, PageSet};
-use crate::policy::{self, Policy};
+use crate::policy::Policy;
 use crate::report::{Event, Report, Status};
 pub use crate::rng::Rng;
 use crate::source::{self, Ownership, Setup};
@@ -268,7 +269,7 @@ impl Scenario {
 /// Runs a scenario to its end, recovery included, and checks every promise.
 #[must_use]
 pub fn run(scenario: &Scenario) -> Outcome {
-    run_with(scenario, policy::from_options(&scenario.options).as_mut())
+    run_with(scenario, policy_of(&scenario.options).as_mut())
 }
 
 /// As [`run`], by a policy of the caller's.

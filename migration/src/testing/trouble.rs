@@ -1,8 +1,8 @@
 //! What a connection in memory can suffer from, so that one channel waits for another's trouble.
 
-use crate::sync::lock;
+use crate::sync::{lock, wait_while};
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 /// Longer than any test takes, on any machine.
@@ -25,11 +25,8 @@ impl Carried {
 
     fn wait_for(&self, bytes: u64) -> io::Result<()> {
         let held = lock(&self.bytes);
-        let (_held, waited) = self
-            .change
-            .wait_timeout_while(held, NEVER, |held| *held < bytes)
-            .unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
+        let (_held, came) = wait_while(&self.change, held, Some(NEVER), |held| *held < bytes);
+        if !came {
             return Err(io::Error::other("what was waited for did not come"));
         }
         Ok(())

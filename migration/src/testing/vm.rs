@@ -300,9 +300,9 @@ impl<L: Link> DestinationVm<L> for TestDestination {
         Ok(())
     }
 
-    fn run(&mut self) -> Result<Duration, PortError> {
+    fn run(&mut self) -> Result<Option<Duration>, PortError> {
         self.runs.store(true, Ordering::SeqCst);
-        Ok(Duration::ZERO)
+        Ok(Some(Duration::ZERO))
     }
 
     fn discard(&mut self) {}

@@ -6,7 +6,7 @@ use super::{
     PREAMBLE_BYTES, Preamble, PreambleError, Role, SessionId,
 };
 use crate::page::Gfn;
-use crate::port::Link;
+use crate::port::{Link, NotStarted};
 use std::io;
 
 /// What can go wrong on a channel.
@@ -79,6 +79,14 @@ pub enum WireError {
 }
 
 impl WireError {
+    /// The destination's word that it did not start the guest, if the error is that.
+    pub(crate) fn not_started(&self) -> Option<NotStarted> {
+        match self {
+            Self::NotStarted(why) => Some(NotStarted::new(why.clone())),
+            _ => None,
+        }
+    }
+
     /// Whether the peer itself has said that it is over: it need not be told.
     #[must_use]
     pub const fn is_from_peer(&self) -> bool {

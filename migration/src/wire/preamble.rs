@@ -1,7 +1,7 @@
 //! The fixed first 64 bytes of every channel, in both directions.
 
 use crate::page::PAGE_SHIFT;
-use std::fmt;
+use crate::port::SessionId;
 
 /// The protocol version that this build speaks; it also speaks the one before.
 pub const VERSION: u16 = 1;
@@ -15,30 +15,10 @@ pub(super) const TLS_ALERT_BYTES: usize = 7;
 /// Guests of this build.
 const ARCH_X86_64: u8 = 1;
 
-/// Names one migration; all its channels carry it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SessionId(pub [u8; 16]);
-
-impl SessionId {
-    /// What a peer answers that could not read the preamble; its reason follows as an ABORT.
-    pub const UNREAD: Self = Self([0; 16]);
-}
-
-impl fmt::Display for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SessionId({self})")
-    }
-}
-
 /// What a channel is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
+// Exhaustive: a receiver gives each kind of connection to the part that serves it.
 pub enum Role {
     /// The first: handshake, state, commit; pages too when there are no data channels.
     Control = 0,

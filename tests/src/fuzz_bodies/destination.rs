@@ -349,9 +349,9 @@ impl DestinationVm<RecordedPeer> for FuzzHost {
         Ok(())
     }
 
-    fn run(&mut self) -> Result<Duration, PortError> {
+    fn run(&mut self) -> Result<Option<Duration>, PortError> {
         self.ran = true;
-        Ok(Duration::ZERO)
+        Ok(Some(Duration::ZERO))
     }
 
     fn discard(&mut self) {

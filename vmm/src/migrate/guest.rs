@@ -62,8 +62,8 @@ impl<'a> CommittedMachine<'a> {
 }
 
 impl<'g> PausedVm<'g> for StoppedMachine<'g> {
-    fn stopped_for(&self) -> Duration {
-        self.ran.elapsed()
+    fn stopped_for(&self) -> Option<Duration> {
+        Some(self.ran.elapsed())
     }
 
     fn save(&self, newest: Option<u32>) -> Result<Vec<u8>, PortError> {

@@ -182,16 +182,16 @@ impl DestinationVm<StreamLink> for MachineHost {
         }
     }
 
-    fn run(&mut self) -> Result<Duration, PortError> {
+    fn run(&mut self) -> Result<Option<Duration>, PortError> {
         let machine = self.machine.as_ref().ok_or("there is no machine")?;
         self.started = true;
         self.disks.arrived()?;
         if !self.run_after {
-            return Ok(Duration::ZERO);
+            return Ok(Some(Duration::ZERO));
         }
         machine.resume()?;
         let first = machine.wait_first_entry(Duration::from_secs(5));
-        Ok(first.map_or(Duration::ZERO, |at| at.elapsed()))
+        Ok(Some(first.map_or(Duration::ZERO, |at| at.elapsed())))
     }
 
     fn discard(&mut self) {

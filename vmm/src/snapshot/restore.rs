@@ -252,7 +252,7 @@ pub fn restore(
         .map_err(refused)?;
     let total = began.elapsed();
     report.total_ms = ms(total);
-    report.start_ms = ms(total.saturating_sub(start));
+    report.start_ms = ms(total.saturating_sub(start.unwrap_or_default()));
     let (done, reported) = mpsc::channel();
     // Its other end is here.
     let _ = done.send(report);
@@ -293,7 +293,7 @@ fn on_demand(
         }
         host.restore(&state)?;
         let ran_for = host.run()?;
-        report.start_ms = ms(began.elapsed().saturating_sub(ran_for));
+        report.start_ms = ms(began.elapsed().saturating_sub(ran_for.unwrap_or_default()));
         threads.push(thread("ferry-push", Pages::push)?);
         Ok(())
     })();

@@ -5,7 +5,7 @@
 //! of this is cryptography of our own.
 
 use super::{SECRET_BYTES, Secret};
-use crate::sync::lock;
+use crate::sync::{lock, wait_while};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -13,7 +13,7 @@ use rustls::{DigitallySignedStruct, Error, SignatureScheme};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// How long a source that tries again waits for the end of the migration that used its token.
@@ -177,10 +177,7 @@ impl Pairing {
             return false;
         }
         let spent = |unspent: &mut bool| !*unspent;
-        let waited = self
-            .restored
-            .wait_timeout_while(self.unspent(), SETTLING, spent);
-        let (mut unspent, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let (mut unspent, _) = wait_while(&self.restored, self.unspent(), Some(SETTLING), spent);
         std::mem::take(&mut *unspent)
     }
 }

@@ -1,8 +1,8 @@
 //! What is still to be sent, and who sends it: the push stream takes what comes next, and an answer
 //! takes what was asked for. A page is taken once.
 
-use super::{PUSH_PAGES, QUIET, TICK};
-use crate::order::Push;
+use super::TICK;
+use crate::order::{PUSH_PAGES, Push, QUIET};
 use crate::page::{PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, SourceVm};
 use crate::sender::{BatchMode, Sender, Sent};
@@ -26,6 +26,8 @@ pub(super) struct Outgoing {
     /// When the guest last missed a page.
     last_fault: Duration,
     pub(super) failed: Option<SourceError>,
+    /// A thread that answers faults has panicked: the pages that it had taken are lost.
+    panicked: bool,
 }
 
 impl Outgoing {
@@ -60,6 +62,17 @@ impl Outgoing {
             into.push(run);
         }
         !into.is_empty()
+    }
+
+    fn check_threads(&self) -> Result<(), SourceError> {
+        if self.panicked {
+            let error = "a thread that answers page faults panicked".into();
+            return Err(SourceError::guest(
+                "sending the pages that the guest waits for",
+                error,
+            ));
+        }
+        Ok(())
     }
 
     fn remove(&mut self, run: Run) {
@@ -100,6 +113,7 @@ impl<'a> PageServer<'a> {
             answering: 0,
             last_fault: clock.now(),
             failed: None,
+            panicked: false,
         };
         Self {
             outgoing: Mutex::new(outgoing),
@@ -146,12 +160,21 @@ impl<'a> PageServer<'a> {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Answers faults until the phase ends.
+    /// Whether every thread that answers faults is sound.
+    ///
+    /// # Errors
+    /// One has panicked: a page that it was about to send never leaves.
+    pub(super) fn check_threads(&self) -> Result<(), SourceError> {
+        self.outgoing().check_threads()
+    }
+
+    /// Answers faults until the phase ends. A panic ends the phase.
     pub(in crate::source) fn answer_all<L: Link, G: SourceVm<L>>(
         &self,
         fault: &mut FaultChannel<L>,
         guest: &G,
     ) {
+        let _sound = TellPanic(self);
         while !self.stopped() {
             let result = match fault.channel.link().wait_readable(TICK) {
                 Ok(true) => self.answer(fault, guest),
@@ -228,7 +251,8 @@ impl<'a> PageServer<'a> {
     pub(super) fn counted(&self) -> Sent {
         loop {
             let outgoing = self.outgoing();
-            if outgoing.answering == 0 {
+            // A thread that has panicked counts nothing more.
+            if outgoing.answering == 0 || outgoing.panicked {
                 return outgoing.sent;
             }
             drop(outgoing);
@@ -242,6 +266,7 @@ impl<'a> PageServer<'a> {
     }
 
     fn more(&self, outgoing: &mut Outgoing) -> Result<bool, SourceError> {
+        outgoing.check_threads()?;
         match outgoing.failed.take() {
             Some(error) => Err(error),
             None => Ok(!self.stopped() && outgoing.left > 0),
@@ -268,6 +293,17 @@ impl<'a> PageServer<'a> {
             outgoing.push.flush();
         }
         Ok(Next::Wait)
+    }
+}
+
+/// Held by a thread that answers faults.
+struct TellPanic<'a, 'b>(&'a PageServer<'b>);
+
+impl Drop for TellPanic<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.outgoing().panicked = true;
+        }
     }
 }
 

@@ -214,8 +214,8 @@ impl Drop for SimPaused {
 }
 
 impl PausedVm<'_> for SimPaused {
-    fn stopped_for(&self) -> Duration {
-        Duration::ZERO
+    fn stopped_for(&self) -> Option<Duration> {
+        Some(Duration::ZERO)
     }
 
     fn save(&self, _newest: Option<u32>) -> Result<Vec<u8>, PortError> {

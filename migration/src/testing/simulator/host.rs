@@ -143,14 +143,14 @@ impl DestinationVm<SimLink> for SimHost {
         Ok(())
     }
 
-    fn run(&mut self) -> Result<Duration, PortError> {
+    fn run(&mut self) -> Result<Option<Duration>, PortError> {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Run)?;
         if world.shared {
             world.claim()?;
         }
         world.destination_starts();
-        Ok(Duration::ZERO)
+        Ok(Some(Duration::ZERO))
     }
 
     fn discard(&mut self) {

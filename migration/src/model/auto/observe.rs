@@ -1,7 +1,7 @@
 //! What the guest writes to: the dirty log, watched over a few intervals.
 
-use super::super::View;
 use crate::page::{Gfn, PageSet};
+use crate::policy::View;
 use std::time::Duration;
 
 /// Intervals that are remembered: one bit each in a page's mask.

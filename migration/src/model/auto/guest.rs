@@ -1,10 +1,10 @@
 //! The guest as it was observed: a sample of its pages, and what it will write to them.
 
-use super::super::View;
+use super::super::{Activity, Start, Touch};
 use super::observe::{INTERVALS, Observed, REGION};
 use super::rates::Rates;
-use crate::model::{Activity, Start, Touch};
 use crate::page::{Gfn, Heat, PageSet, RamLayout, Run};
+use crate::policy::View;
 use crate::rng::Rng;
 
 /// Pages of the sample: what is pending is then known to 1 %, and a prediction takes milliseconds.
@@ -196,7 +196,7 @@ impl<'a> Future<'a> {
 
     fn walk_at(&self, index: f64) -> Option<Gfn> {
         let walk = &self.sample.walk.0;
-        let index = crate::policy::pages_in(index);
+        let index = crate::numbers::pages_in(index);
         let index = index.checked_rem(walk.len() as u64)?;
         walk.get(usize::try_from(index).ok()?).copied()
     }

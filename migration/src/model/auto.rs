@@ -23,11 +23,13 @@ mod observe;
 mod predict;
 mod rates;
 
-use super::{Decision, LONGEST_ROUND_TRIP, Policy, PreCopy, SendOrder, View};
+use super::policy_of;
 use crate::first_pass::FirstPass;
+use crate::numbers::pages_in;
 use crate::options::{OnTimeout, Options, PolicyKind};
 use crate::page::PAGE_BYTES;
-pub(crate) use choose::{Goal, Kind, Prediction, choose, sentence};
+use crate::policy::{Decision, LONGEST_ROUND_TRIP, Policy, PreCopy, SendOrder, View};
+pub(super) use choose::{Goal, Kind, Prediction, choose, sentence};
 use guest::Sample;
 use observe::Observed;
 
@@ -206,8 +208,7 @@ impl Auto {
             Some(rate) => {
                 let in_flight = 2.0 * rate * view.round_trip.as_secs_f64() / PAGE_BYTES as f64;
                 let interval = rate * self.interval / PAGE_BYTES as f64;
-                super::pages_in(interval.max(in_flight))
-                    .clamp(64, most.max(super::pages_in(in_flight)))
+                pages_in(interval.max(in_flight)).clamp(64, most.max(pages_in(in_flight)))
             }
         }
     }
@@ -291,7 +292,7 @@ impl Auto {
                 timeout: options.timeout,
                 ..chosen.prediction.options.clone()
             };
-            super::from_options(&real)
+            policy_of(&real)
         });
         let view = View {
             round: view.round.saturating_sub(chosen.rounds),

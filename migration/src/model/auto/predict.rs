@@ -1,12 +1,13 @@
 //! What each way of going on comes to: the model runs the real policies over a sample of the guest.
 
-use super::super::{Decision, Policy, SendOrder, View};
+use super::super::{PUSH_PAGES, Setup, policy_of, run_from};
 use super::choose::{Kind, Prediction};
 use super::guest::{Future, Sample};
-use crate::model::{self, Setup};
+use crate::numbers::pages_in;
 use crate::options::{OnTimeout, Options, PolicyKind};
 use crate::order::PushOrder;
 use crate::page::{PAGE_BYTES, PageSet};
+use crate::policy::{Decision, Policy, SendOrder, View};
 
 /// The guest's writes are taken in so many steps of a pass, and in four of the longest pause.
 const STEPS: f64 = 512.0;
@@ -122,7 +123,7 @@ pub(super) fn all(view: &View<'_>, sample: &Sample, options: &Options) -> Vec<Pr
         page_bytes,
         state_bytes: view.state_bytes,
         pause_overhead: view.pause_overhead,
-        push_pages: (model::PUSH_PAGES / super::super::pages_in(sample.stands_for).max(1)).max(1),
+        push_pages: (PUSH_PAGES / pages_in(sample.stands_for).max(1)).max(1),
         stands_for: sample.stands_for,
         ..Setup::with_round_trip(sample.layout.clone(), bandwidth, view.round_trip)
     };
@@ -134,10 +135,10 @@ pub(super) fn all(view: &View<'_>, sample: &Sample, options: &Options) -> Vec<Pr
         let mut policy: Box<dyn Policy> = match kind {
             Kind::Stop => Box::new(StopNow),
             Kind::ColdThenPostCopy => Box::new(ColdThenPostCopy(options.order)),
-            _ => super::super::from_options(&options),
+            _ => policy_of(&options),
         };
         let mut guest = Future::new(sample, step);
-        let outcome = model::run_from(
+        let outcome = run_from(
             &setup,
             &options,
             policy.as_mut(),
