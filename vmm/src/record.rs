@@ -9,7 +9,19 @@ use crate::kvm::DirtyLogError;
 use crate::machine::Machine;
 use crate::memory::GuestRam;
 use crate::migrate::engine_layout;
-use crate::vmm::Recording;
+
+/// A guest whose dirty pages are being watched. Dropping it ends that.
+pub trait Recording: Send {
+    /// What is recorded, all but the interval.
+    fn header(&self) -> Header;
+
+    /// Puts the pages that were dirtied since the last call (the first time: since the recording
+    /// began) into the set.
+    ///
+    /// # Errors
+    /// A sentence; the recording is over.
+    fn sample(&mut self, into: &mut PageSet) -> Result<(), String>;
+}
 
 /// A machine whose dirty log is on to be recorded.
 #[derive(Debug)]

@@ -44,9 +44,9 @@ mod snapshot;
 mod state;
 
 pub use crate::api::types::Missing;
+pub use crate::record::Recording;
 pub use guest::{Guest, Migration, MigrationHandle, TakeOver};
 pub use machine::{Arrivals, MachineGuest};
-pub use recording::Recording;
 pub use state::{Ending, Outcome};
 
 use crate::api::events::Publisher;

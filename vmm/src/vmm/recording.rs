@@ -7,23 +7,11 @@ use super::state::State;
 use super::{Core, Guest};
 use crate::api::Refusal;
 use crate::api::types::RecordRequest;
+use crate::record::Recording;
 use ferry_migration::page::PageSet;
 use ferry_migration::trace::{Header, Writer};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// A guest whose dirty pages are being watched. Dropping it ends that.
-pub trait Recording: Send {
-    /// What is recorded, all but the interval.
-    fn header(&self) -> Header;
-
-    /// Puts the pages that were dirtied since the last call (the first time: since the recording
-    /// began) into the set.
-    ///
-    /// # Errors
-    /// A sentence; the recording is over.
-    fn sample(&mut self, into: &mut PageSet) -> Result<(), String>;
-}
 
 /// How long a recording may overlook that the guest has ended.
 const LOOK: Duration = Duration::from_millis(50);

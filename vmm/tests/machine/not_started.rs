@@ -113,7 +113,7 @@ fn what_was_paused_before_a_migration_is_paused_after_its_recovery() {
         let report = migrate(&source, &to, &options, &Handle::new(), &mut |_| {});
         assert_eq!(report.status, Status::InDoubt, "{report:#?}");
         assert_eq!(source.run_state(), RunState::Committed);
-        // Whoever embeds it may hold the machine still: that gives no second copy of the guest.
+        // An embedder may hold the machine still: that gives no second copy of the guest.
         assert_eq!(source.resume(), Err(ResumeError::Committed));
         assert_eq!(source.pause().err(), Some(PauseError::Committed));
         let count = read(&source, COUNTER);
