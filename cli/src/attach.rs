@@ -118,8 +118,8 @@ impl Attached {
         }
     }
 
-    /// Waits until the guest has written or keys can be read. Two descriptors of one thread that does
-    /// nothing else: an event manager would hold no more of it.
+    /// Waits until the guest has written or keys can be read. Two descriptors of one thread that
+    /// does nothing else: an event manager would hold no more of it.
     fn wait(&self) -> io::Result<(bool, bool)> {
         let mut wanted = PollFlags::IN;
         if !self.pending.is_empty() {

@@ -1,7 +1,7 @@
 //! Guest files: the options of `ferry run` as TOML.
 //!
-//! The keys are the long options of `ferry run`, as its own definition lists them: a new option is a
-//! new key. A file becomes options on the command line before that is read, so that both have one
+//! The keys are the long options of `ferry run`, as its own definition lists them: a new option is
+//! a new key. A file becomes options on the command line before that is read, so that both have one
 //! reader. A flag beside the file drops the file's value, and those values that the flag excludes.
 
 use super::outcome::Ended;

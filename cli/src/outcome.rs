@@ -1,7 +1,7 @@
 //! How commands end, for scripts: an exit status, and a `code` in the JSON. Both are an interface.
 //!
-//! Every command that fails has 1 and one of `failed`, `no-guest` (no guest has that name), `no-vmm`,
-//! `not-ferry` and `refused`, or 2 and `usage`. `ferry migrate` has more:
+//! Every command that fails has 1 and one of `failed`, `no-guest` (no guest has that name),
+//! `no-vmm`, `not-ferry` and `refused`, or 2 and `usage`. `ferry migrate` has more:
 //!
 //! | status | `code` | |
 //! |---|---|---|

@@ -28,8 +28,8 @@ const ASKERS: usize = 32;
 
 /// List the guests that have a name on this host.
 ///
-/// A guest has one by `--name` without --api. `stale` is a guest whose VMM was killed: the next guest
-/// of that name takes its place. `no-answer` is one whose VMM did not answer within a second.
+/// A guest has one by `--name` without --api. `stale` is a guest whose VMM was killed: the next
+/// guest of that name takes its place. `no-answer` is one whose VMM did not answer within a second.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry ps")]
 pub struct Args {

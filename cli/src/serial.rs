@@ -84,8 +84,8 @@ impl SerialPort<'_> {
         *self.place == Serial::Stdio
     }
 
-    /// Lets a status say where it goes, for `ferry logs` and `ferry console`, whose working directory
-    /// is another.
+    /// Lets a status say where it goes, for `ferry logs` and `ferry console`, whose working
+    /// directory is another.
     pub fn tell(&self, vmm: &Vmm) {
         vmm.set_serial(match (self.place, &self.pty) {
             (_, Some(pty)) => format!("pty:{}", pty.path().display()),

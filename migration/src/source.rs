@@ -162,8 +162,8 @@ pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Repor
 /// the report's status is `Completed` or `Interrupted` (it runs at the destination) or `InDoubt`
 /// (it runs nowhere).
 ///
-/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads. A
-/// user who [steers](crate::steering) to another policy gets the one that the options name.
+/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads.
+/// A user who [steers](crate::steering) to another policy gets the one that the options name.
 /// Post-copy ([`Decision::HandOver`](crate::policy::Decision::HandOver)) must be agreed on in the
 /// handshake: it is where [`Options::may_post_copy`] holds.
 pub fn migrate_with<L: Link, G: SourceVm<L>>(

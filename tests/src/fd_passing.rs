@@ -10,7 +10,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// The most files that pass at once: more than a memory and its spares, for tests that send too many.
+/// The most files that pass at once: more than a memory and its spares, for tests that send too
+/// many.
 const FILES: usize = SharedRam::SPARES + 16;
 
 /// Sends all bytes, the files with the first of them.

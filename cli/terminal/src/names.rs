@@ -7,7 +7,8 @@
 //! | any other | `$XDG_RUNTIME_DIR/ferry` |
 //!
 //! The socket of the guest `web` is `web.sock` in that folder. The folder has mode 0700. It belongs
-//! to its user, and no other user may write into it: a socket in it was made by that user or by root.
+//! to its user, and no other user may write into it: a socket in it was made by that user or by
+//! root.
 
 use rustix::process::geteuid;
 use std::env::var_os;

@@ -66,7 +66,8 @@ pub(crate) fn holes<L: Link, G: PageSource<L>>(guest: &G, run: Run) -> impl Iter
 /// until [`clear_dirty`](SourceVm::clear_dirty), which the engine calls right before it reads the
 /// page for sending. So what was not sent is still dirty, whatever fails in between.
 ///
-/// What only some guests have is a trait of its own: [`SourceDisks`], [`ShareMemory`], [`Throttle`].
+/// What only some guests have is a trait of its own: [`SourceDisks`], [`ShareMemory`],
+/// [`Throttle`].
 pub trait SourceVm<L: Link>: PageSource<L> {
     /// Where the guest has RAM.
     fn layout(&self) -> RamLayout;

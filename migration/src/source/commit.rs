@@ -316,8 +316,8 @@ pub enum AbortTold {
 /// this until it is answered.
 pub fn tell_abort<L: Link>(setup: &mut Setup<'_, L>, reason: &str) -> AbortTold {
     let mut answer = say_abort(setup, reason);
-    // The network may have cut the connection before ABORT was there, or before its answer was here.
-    // A destination that took it answers the next one that it does not know the migration.
+    // The network may have cut the connection before ABORT was there, or before its answer was
+    // here. A destination that took it answers the next one that it does not know the migration.
     if matches!(&answer, SourceError::Wire(WireError::Io(e)) if e.kind() == io::ErrorKind::UnexpectedEof)
     {
         answer = say_abort(setup, reason);

@@ -94,8 +94,8 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
     /// Moves the guest, and lets what is left follow.
     fn let_follow(self, order: PushOrder) -> Result<Moved<'g>, End<'g>> {
         let known = self.source.list_known().map_err(End::Here)?;
-        // Sets are as large as the guest's memory asks for: in the pause none is made anew, but with
-        // `--verify`.
+        // Sets are as large as the guest's memory asks for: in the pause none is made anew, but
+        // with `--verify`.
         let (mut missing, mut news) = (known.clone(), known);
         let Stopped {
             source,

@@ -24,8 +24,8 @@ use crate::memory::GuestRam;
 /// device whose output blocks.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Who may let the guest run. `Committed` is left by [`Control::reclaim`] alone: that the guest never
-/// runs twice rests on it.
+/// Who may let the guest run. `Committed` is left by [`Control::reclaim`] alone: that the guest
+/// never runs twice rests on it.
 ///
 /// ```text
 ///  Running ─pause─▶ Paused ─commit─▶ Committed ─end─▶ Ended

@@ -89,8 +89,8 @@ impl Throttle {
         self.set(&[]);
     }
 
-    /// Stores the shares, and says whether any is not 0. To be called with `beating` locked: between
-    /// its last look and its wait no vCPU may miss it.
+    /// Stores the shares, and says whether any is not 0. To be called with `beating` locked:
+    /// between its last look and its wait no vCPU may miss it.
     fn set(&self, shares: &[f64]) -> bool {
         let mut on = false;
         for (at, share) in self.shares.iter().enumerate() {

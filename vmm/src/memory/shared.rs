@@ -48,8 +48,8 @@ pub struct SharedRam {
 }
 
 impl SharedRam {
-    /// The most spares: as many times memory can be handed on before it is copied again. (The kernel
-    /// passes at most 253 files at once, `SCM_MAX_FD`.)
+    /// The most spares: as many times memory can be handed on before it is copied again. (The
+    /// kernel passes at most 253 files at once, `SCM_MAX_FD`.)
     pub const SPARES: usize = 64;
 }
 

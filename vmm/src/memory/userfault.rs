@@ -199,8 +199,8 @@ impl Userfault {
     /// The kernel's, none of which is expected.
     pub fn wait(&self, timeout: Duration) -> io::Result<Waited> {
         let deadline = Instant::now().checked_add(timeout);
-        // Several threads wait for the same descriptor, and the wait is in the path of each fault: no
-        // event manager, which has its own descriptor and one thread.
+        // Several threads wait for the same descriptor, and the wait is in the path of each fault:
+        // no event manager, which has its own descriptor and one thread.
         loop {
             // More than the clock can tell is for ever.
             let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));

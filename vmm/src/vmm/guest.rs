@@ -1,5 +1,5 @@
-//! What a VMM needs of its guest: the traits behind which a machine, a migration and a guest in doubt
-//! stand.
+//! What a VMM needs of its guest: the traits behind which a machine, a migration and a guest in
+//! doubt stand.
 
 use super::{Ending, Recording};
 use crate::api::types::{
@@ -173,8 +173,8 @@ pub trait MigrationHandle: Send + Sync {
     fn owner(&self) -> Owner;
 }
 
-/// The report of an engine that runs: a defect in it is one, too. The guest itself needs no care then:
-/// what the engine held of it was dropped.
+/// The report of an engine that runs: a defect in it is one, too. The guest itself needs no care
+/// then: what the engine held of it was dropped.
 pub(super) fn caught(handle: &dyn MigrationHandle, run: impl FnOnce() -> Report) -> Report {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
         Report::broken(

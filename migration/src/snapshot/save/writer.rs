@@ -1,5 +1,5 @@
-//! Writing pages: data channels take blocks of a pass in turn, code them and write each to a place of
-//! its own.
+//! Writing pages: data channels take blocks of a pass in turn, code them and write each to a place
+//! of its own.
 
 use super::{SaveError, WriteAt};
 use crate::codec::{Batch, Encoder};
