@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::sync::lock;
 
-/// A device that can be reached by loads and disks (or `in` and `out`).
+/// A device that can be reached by loads and stores (or `in` and `out`).
 pub trait BusDevice: Send {
     /// Fills `data` with what the guest reads at `offset` bytes from the start of the device's
     /// range.

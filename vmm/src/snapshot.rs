@@ -6,6 +6,25 @@
 //! disk changed behind its back destroys it. What is restored is the guest as it was: its clock
 //! goes on where it stood, and a second restore of the same file is a second guest with the same
 //! identity.
+//!
+//! ```no_run
+//! use ferry_vmm::api::types::SnapshotRequest;
+//! use ferry_vmm::machine::{Backends, Machine};
+//! use ferry_vmm::snapshot::{RestoreOptions, restore, save};
+//! use std::sync::Arc;
+//! use std::sync::atomic::AtomicBool;
+//!
+//! # fn example(machine: Arc<Machine>, request: SnapshotRequest, options: RestoreOptions)
+//! # -> Result<(), Box<dyn std::error::Error>> {
+//! let written = save(&machine, &request, &AtomicBool::new(false))?;
+//! println!("{} bytes, the guest stood still for {} ms", written.bytes, written.downtime_ms);
+//! drop(machine);
+//! let console = Arc::new(|| Ok(Box::new(std::io::stdout()) as _));
+//! let restored = restore(&options, console, Backends::default(), &|| false)?;
+//! println!("it runs: {}", restored.is_running());
+//! # Ok(())
+//! # }
+//! ```
 
 #![forbid(unsafe_code)]
 

@@ -23,6 +23,28 @@
 //! who says so (`take_over`) lets a guest in doubt run here; the same holds for `ArrivalInDoubt`,
 //! which is what the destination has of the same doubt.
 //!
+//! ```no_run
+//! use ferry_vmm::api::server::{Limits, Server};
+//! use ferry_vmm::machine::Machine;
+//! use ferry_vmm::vmm::{MachineGuest, Vmm};
+//! use std::path::Path;
+//! use std::sync::Arc;
+//!
+//! # fn run(machine: Machine) -> Result<(), Box<dyn std::error::Error>> {
+//! let guest = MachineGuest::new(Arc::new(machine)); // built and loaded, and paused still
+//! let vmm = Vmm::new(guest.clone(), false)?;
+//! guest.watch(&vmm)?;
+//! // `ferry status`, `ferry resume`, `ferry migrate` reach it at this socket.
+//! let control = Arc::new(vmm.clone());
+//! let server = Server::bind(Path::new("/run/user/1000/vm.sock"), control, Limits::default())?;
+//! while vmm.outcome().is_none() {
+//!     // Of an event loop, when `server` or `vmm.finished_event()` is readable.
+//!     server.accept();
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! One lock (`Core::inner`) guards the state, and is held for moments only: never while a machine
 //! is paused, as a device may be slow to stop, and never while a migration runs. Requests that
 //! begin something take turns (`Core::turn`, before `inner`); a status and a stop wait for none of
