@@ -62,8 +62,19 @@ pub fn faults(faults: &Faults) -> Option<String> {
 
 /// Everything else that people want to know.
 pub fn table(report: &Report) -> String {
-    let head = ["round", "pages", "wire", "time", "dirtied"];
     let mut rows = Rows::default();
+    pause_and_pages(report, &mut rows);
+    coders_and_disks(report, &mut rows);
+    if let Some(text) = faults(&report.faults) {
+        rows.add("faults", text);
+    }
+    how_it_was_steered(report, &mut rows);
+    let head = ["round", "pages", "wire", "time", "dirtied"];
+    rounds(&head, &round_rows(report)) + &rows.text()
+}
+
+/// The pause, and what crossed by which channels.
+fn pause_and_pages(report: &Report, rows: &mut Rows) {
     let mut row = |name: &str, value: String| rows.add(name, value);
     let d = &report.downtime;
     let verify = match report.verified {
@@ -110,6 +121,11 @@ pub fn table(report: &Report) -> String {
             ),
         );
     }
+}
+
+/// What the coders saved, and the disks that moved along.
+fn coders_and_disks(report: &Report, rows: &mut Rows) {
+    let mut row = |name: &str, value: String| rows.add(name, value);
     let c = &report.codecs;
     if !c.is_empty() {
         let coders = [
@@ -149,9 +165,11 @@ pub fn table(report: &Report) -> String {
             ),
         );
     }
-    if let Some(text) = faults(&report.faults) {
-        row("faults", text);
-    }
+}
+
+/// Whether memory is equal, and what was decided on the way.
+fn how_it_was_steered(report: &Report, rows: &mut Rows) {
+    let mut row = |name: &str, value: String| rows.add(name, value);
     let verified = match report.verified {
         Some(true) => "yes, all memory is equal on both sides",
         Some(false) => "NO: memory differs between the sides",
@@ -184,7 +202,6 @@ pub fn table(report: &Report) -> String {
             format!("after {when}, in round {}: {change}", steered.round),
         );
     }
-    rounds(&head, &round_rows(report)) + &rows.text()
 }
 
 /// How the guest was slowed: the vCPUs that were, up to a line's worth of them.

@@ -66,24 +66,7 @@ pub(super) fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, ReadErro
     let used = match request.parse(bytes) {
         Ok(httparse::Status::Complete(used)) => used,
         Ok(httparse::Status::Partial) => return Ok(None),
-        Err(httparse::Error::TooManyHeaders) => {
-            return Err(refused(
-                431,
-                format!("the request has more than {MAX_FIELDS} header fields"),
-            ));
-        }
-        Err(httparse::Error::Version) => {
-            return Err(refused(
-                505,
-                "this socket speaks HTTP/1.1 and HTTP/1.0 only",
-            ));
-        }
-        Err(e) => {
-            return Err(refused(
-                400,
-                format!("this is no HTTP request ({e}); try GET /v1/status"),
-            ));
-        }
+        Err(error) => return Err(no_request(error)),
     };
     if used > MAX_HEAD {
         return Err(refused(
@@ -103,38 +86,10 @@ pub(super) fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, ReadErro
     };
     let (mut hosts, mut chunked) = (0, false);
     for field in request.headers.iter() {
-        let name = field.name;
-        if name.eq_ignore_ascii_case("content-length") {
-            if head.length.is_some() {
-                return Err(refused(400, "the request has more than one Content-Length"));
-            }
-            head.length = Some(parse_length(field.value)?);
-        } else if name.eq_ignore_ascii_case("transfer-encoding") {
-            chunked = true;
-        } else if name.eq_ignore_ascii_case("host") {
-            hosts += 1;
-        } else if name.eq_ignore_ascii_case("connection") {
-            for token in field.value.split(|b| *b == b',').map(<[u8]>::trim_ascii) {
-                if token.eq_ignore_ascii_case(b"close") {
-                    head.keep_alive = false;
-                } else if token.eq_ignore_ascii_case(b"keep-alive") && !modern {
-                    head.keep_alive = true;
-                }
-            }
-        } else if name.eq_ignore_ascii_case("accept") {
-            let types = field.value.split(|b| *b == b',' || *b == b';');
-            head.event_stream |= types
-                .map(<[u8]>::trim_ascii)
-                .any(|t| t.eq_ignore_ascii_case(b"text/event-stream"));
-        } else if name.eq_ignore_ascii_case("expect") {
-            if !field.value.eq_ignore_ascii_case(b"100-continue") {
-                return Err(refused(
-                    417,
-                    "this socket meets no expectation but 100-continue",
-                ));
-            }
-            head.expects_continue = modern;
-        }
+        let is = |name: &str| field.name.eq_ignore_ascii_case(name);
+        hosts += u32::from(is("host"));
+        chunked |= is("transfer-encoding");
+        head.take(field, modern)?;
     }
     if modern && hosts != 1 {
         return Err(refused(
@@ -142,23 +97,67 @@ pub(super) fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, ReadErro
             "an HTTP/1.1 request needs one Host header; any value will do",
         ));
     }
-    if chunked {
-        return Err(if head.length.is_some() {
-            refused(
-                400,
-                "the request has both a Content-Length and a Transfer-Encoding",
-            )
-        } else {
-            refused(
-                411,
-                "chunked requests are not served; send a Content-Length",
-            )
-        });
+    match (chunked, head.length) {
+        (true, Some(_)) => Err(refused(
+            400,
+            "the request has both a Content-Length and a Transfer-Encoding",
+        )),
+        (true, None) => Err(refused(
+            411,
+            "chunked requests are not served; send a Content-Length",
+        )),
+        (false, Some(length)) if length > MAX_BODY => Err(too_large()),
+        (false, _) => Ok(Some((head, used))),
     }
-    if head.length.is_some_and(|l| l > MAX_BODY) {
-        return Err(too_large());
+}
+
+fn no_request(error: httparse::Error) -> ReadError {
+    match error {
+        httparse::Error::TooManyHeaders => refused(
+            431,
+            format!("the request has more than {MAX_FIELDS} header fields"),
+        ),
+        httparse::Error::Version => refused(505, "this socket speaks HTTP/1.1 and HTTP/1.0 only"),
+        error => refused(
+            400,
+            format!("this is no HTTP request ({error}); try GET /v1/status"),
+        ),
     }
-    Ok(Some((head, used)))
+}
+
+impl Head {
+    /// Takes what a header field says of the request, of HTTP/1.1 if it is `modern`.
+    fn take(&mut self, field: &httparse::Header<'_>, modern: bool) -> Result<(), ReadError> {
+        let is = |name: &str| field.name.eq_ignore_ascii_case(name);
+        if is("content-length") {
+            if self.length.is_some() {
+                return Err(refused(400, "the request has more than one Content-Length"));
+            }
+            self.length = Some(parse_length(field.value)?);
+        } else if is("connection") {
+            for token in field.value.split(|b| *b == b',').map(<[u8]>::trim_ascii) {
+                if token.eq_ignore_ascii_case(b"close") {
+                    self.keep_alive = false;
+                } else if token.eq_ignore_ascii_case(b"keep-alive") && !modern {
+                    self.keep_alive = true;
+                }
+            }
+        } else if is("accept") {
+            let types = field.value.split(|b| *b == b',' || *b == b';');
+            self.event_stream |= types
+                .map(<[u8]>::trim_ascii)
+                .any(|t| t.eq_ignore_ascii_case(b"text/event-stream"));
+        } else if is("expect") {
+            if !field.value.eq_ignore_ascii_case(b"100-continue") {
+                return Err(refused(
+                    417,
+                    "this socket meets no expectation but 100-continue",
+                ));
+            }
+            self.expects_continue = modern;
+        }
+        Ok(())
+    }
 }
 
 fn parse_length(value: &[u8]) -> Result<usize, ReadError> {
