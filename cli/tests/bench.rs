@@ -101,6 +101,32 @@ fn a_cell_is_measured_written_down_and_not_measured_twice() {
     assert_eq!(again.iter().filter(|line| line["line"] == "run").count(), 1);
 }
 
+/// The certificates are made for the run, and the guest arrives by them.
+#[test]
+fn a_secured_cell_is_measured() {
+    if !kvm("a secured benchmark") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let output = bench(&[
+        "--guest",
+        "idle:fill=half",
+        "--policy",
+        "precopy,tls=true",
+        "--runs",
+        "1",
+        "--cold",
+        "--out",
+        out.to_str().unwrap(),
+    ]);
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{stdout}{stderr}");
+    assert!(stdout.contains("1/1 verified"), "{stdout}");
+    let run = &lines(&out.join("results.jsonl"))[1];
+    assert_eq!(run["cell"]["policy"]["tls"], true, "{run}");
+}
+
 #[test]
 fn a_qemu_that_is_no_qemu_fails_its_cell_and_the_rest_goes_on() {
     if !kvm("a benchmark whose peer dies") {

@@ -44,6 +44,9 @@ pub struct Policy {
     /// ferry, with these options; what is left out is as `ferry migrate` has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ferry: Option<Options>,
+    /// ferry's connections are secured by certificates, which are made for the run.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub tls: bool,
     /// QEMU, with these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<Qemu>,
@@ -54,6 +57,12 @@ pub struct Policy {
         skip_serializing_if = "Option::is_none"
     )]
     pub cloud: Option<Cloud>,
+}
+
+// serde gives references to it.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+const fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// What Cloud Hypervisor is told.
@@ -309,6 +318,10 @@ impl Policy {
             (Some(options), None, None) => options
                 .check()
                 .map_err(|e| format!("policy `{}`: {e}", self.name)),
+            (None, _, _) if self.tls => Err(format!(
+                "policy `{}` is not ferry's; `tls = true` is for policies of ferry",
+                self.name
+            )),
             (None, Some(qemu), None) if qemu.channels == 0 => Err(format!(
                 "policy `{}` has no channels; give at least 1",
                 self.name
@@ -339,6 +352,7 @@ impl Policy {
         Self {
             name: name.to_owned(),
             ferry: Some(options),
+            tls: false,
             qemu: None,
             cloud: None,
         }
@@ -349,6 +363,7 @@ impl Policy {
         Self {
             name: name.to_owned(),
             ferry: None,
+            tls: false,
             qemu: Some(qemu),
             cloud: None,
         }
@@ -359,6 +374,7 @@ impl Policy {
         Self {
             name: name.to_owned(),
             ferry: None,
+            tls: false,
             qemu: None,
             cloud: Some(cloud),
         }

@@ -12,10 +12,10 @@ use ferry_migration::options::Options;
 use ferry_migration::report::{Event, Report, Status};
 use ferry_terminal::output::Failure;
 use ferry_vmm::api::client::Client;
-use ferry_vmm::api::types::MigrateRequest;
+use ferry_vmm::api::types::{MigrateRequest, TlsFiles};
 use std::fs::File;
-use std::path::Path;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// `ferry run` and `ferry receive`.
@@ -29,7 +29,7 @@ pub struct Ferry {
 pub fn clock(ferry: &Path, files: &Files) -> Result<Process, Failure> {
     Process::start(
         "ferry run",
-        std::process::Command::new(ferry)
+        Command::new(ferry)
             .args(["run", "--nas", "idle:fill=none", "--memory", "32M", "--api"])
             .arg(files.path("a.sock"))
             .arg("--serial")
@@ -37,6 +37,26 @@ pub fn clock(ferry: &Path, files: &Files) -> Result<Process, Failure> {
             .stdin(Stdio::null())
             .stderr(File::create(files.path("a.err"))?),
     )
+}
+
+/// The name in the certificates: both ends are this machine.
+const HOST: &str = "laboratory";
+
+/// Makes an authority and certificates of it, with ferry's own command; returns their folder.
+fn certificates(ferry: &Path, files: &Files) -> Result<PathBuf, Failure> {
+    let authority = files.path("pki");
+    for (command, name) in [("init", None), ("host", Some(HOST))] {
+        let made = Command::new(ferry)
+            .args(["pki", command])
+            .arg(&authority)
+            .args(name)
+            .output()?;
+        if !made.status.success() {
+            let why = String::from_utf8_lossy(&made.stderr);
+            return Err(Failure(format!("no certificates were made: {why}")));
+        }
+    }
+    Ok(authority.join(HOST))
 }
 
 /// Starts both, and the guest.
@@ -47,23 +67,37 @@ pub fn start(
     net: &Net,
     files: &Files,
 ) -> Result<Ferry, Failure> {
+    let certificates = match cell.policy.tls {
+        true => Some(certificates(&machine.ferry, files)?),
+        false => None,
+    };
+    let mut receive = net.at_destination(&machine.ferry);
+    receive
+        .arg("receive")
+        .arg(format!("tcp:{}:0", net.address()));
+    match &certificates {
+        Some(dir) => receive.arg("--tls").arg(dir),
+        // Only the two ends of a laboratory's link reach it.
+        None => receive.arg("--insecure"),
+    };
     let destination = Process::start(
         "ferry receive",
-        net.at_destination(&machine.ferry)
-            .arg("receive")
-            .arg(format!("tcp:{}:0", net.address()))
-            // Only the two ends of a laboratory's link reach it.
-            .args(["--insecure", "--serial", "stdio", "--api"])
+        receive
+            .args(["--serial", "stdio", "--api"])
             .arg(files.path("b.sock"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(File::create(files.path("b.err"))?),
     )?
     .recorded_in(&files.destination())?;
+    let mut run = net.at_source(&machine.ferry);
+    run.arg("run");
+    if let Some(dir) = &certificates {
+        run.arg("--allow").arg(dir);
+    }
     let source = Process::start(
         "ferry run",
-        net.at_source(&machine.ferry)
-            .args(["run", "--nas", &cell.guest.work.to_string()])
+        run.args(["--nas", &cell.guest.work.to_string()])
             .args(["--repeat", "0", "--stat", &format!("{STAT_MS}ms")])
             .args(["--beat", &format!("{BEAT_MS}ms")])
             .args(["--memory", &format!("{}M", cell.guest.mib())])
@@ -97,6 +131,10 @@ pub fn start(
         request: MigrateRequest {
             uri,
             options,
+            tls: certificates.map(|dir| TlsFiles {
+                dir,
+                authz: Some(HOST.to_owned()),
+            }),
             ..MigrateRequest::default()
         },
     })

@@ -26,8 +26,8 @@ pub struct Flags {
     /// A link: loopback, or a rate such as 1Gbit; may be repeated.
     #[arg(long, value_name = "RATE", value_parser = link)]
     link: Vec<Link>,
-    /// ferry's policy and its options, such as precopy or postcopy,order=flush,channels=2; may be
-    /// repeated.
+    /// ferry's policy and its options, such as precopy or postcopy,order=flush,channels=2, and
+    /// tls=true for connections that are secured; may be repeated.
     #[arg(long, value_name = "NAME[,OPTION=VALUE…]", value_parser = ours)]
     policy: Vec<Policy>,
     /// What else to measure on the same guests and links: qemu or cloud-hypervisor, with
@@ -79,11 +79,19 @@ fn ours(text: &str) -> Result<Policy, String> {
             .unwrap_or_else(|| Value::String(value.to_owned()));
         object.insert(name.to_owned(), value);
     }
+    let tls = match object.remove("tls") {
+        None => false,
+        Some(Value::Bool(tls)) => tls,
+        Some(other) => return Err(format!("tls={other}: give true or false")),
+    };
     let options: Options = serde_json::from_value(Value::Object(object))
         .map_err(|e| e.to_string().replace('`', "'"))?;
     options.check().map_err(|e| e.to_string())?;
     let name = format!("ferry {}", text.replace(',', " "));
-    Ok(Policy::of_ferry(&name, options))
+    Ok(Policy {
+        tls,
+        ..Policy::of_ferry(&name, options)
+    })
 }
 
 fn peer(text: &str) -> Result<Peer, String> {
@@ -282,6 +290,7 @@ mod tests {
             (["--policy", "precopy,speed=9"], "speed"),
             (["--policy", "precopy,channels"], "channels=…"),
             (["--policy", "precopy,channels=0"], "0 channels"),
+            (["--policy", "precopy,tls=yes"], "true or false"),
             (["--peer", "vmware"], "vmware"),
             (["--peer", "cloud-hypervisor:multifd"], "postcopy"),
             (["--peer", "qemu=/bin/qemu"], "--qemu PATH"),
