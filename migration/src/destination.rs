@@ -90,7 +90,7 @@ pub enum State {
     Discarded,
     /// Ready, and the source is silent: the machine is kept and does not run.
     InDoubt,
-    /// The guest runs and lacks pages, and the connection to the source is lost.
+    /// The guest runs, pages are missing, and the connection to the source is lost.
     Interrupted,
 }
 

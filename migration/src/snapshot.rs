@@ -183,7 +183,7 @@ pub enum SnapshotError {
         source: crate::port::PortError,
     },
     /// The pages are not waited for any more.
-    #[error("reading was given up")]
+    #[error("reading was cancelled")]
     Cancelled,
 }
 

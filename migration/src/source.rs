@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!              HELLO-ACK      policy: stop, drained    pause         READY, written down    RUNNING
-//!  Connecting ─(disks)──▶ Live ───────────▶ Stopping ──────▶ Stopped ───────────▶ Unconfirmed ───────▶ Confirmed ─▶ Moved
+//!  Connecting ─(disks)──▶ Live ───────────▶ Stopping ──────▶ Stopped ───────────▶ CommitSent ────────▶ Confirmed ─▶ Moved
 //!      │                   │                   │               │                    │    │                ▲
 //!      │   any failure, cancel, the policy     │   resumes     │        NOT STARTED │    │ no answer      │
 //!      └──────────┬────────┴───────────────────┴───────────────┘◀───────────────────┘    ▼                │
@@ -13,7 +13,7 @@
 //! Every box is a type (`source/phases.rs`) that consumes itself and owns what it needs: the
 //! started log, the [`Paused`](crate::port::Paused) guest, the
 //! [`Committed`](crate::port::Committed) guest. What it drops on an error is undone: up to and
-//! including Stopped, every failure leaves the guest running at the source. From Unconfirmed on the
+//! including Stopped, every failure leaves the guest running at the source. From CommitSent on the
 //! source never runs the guest by itself; [`Ownership`] says so to everybody else.
 //!
 //! Disks that move with the guest (`source/blocks.rs`) are sent before memory is logged. Where the
@@ -24,7 +24,7 @@
 //!
 //! ```text
 //!             RUNNING             ARRIVED
-//!  Unconfirmed ──────▶ Confirmed ──────────▶ Moved
+//!  CommitSent ───────▶ Confirmed ──────────▶ Moved
 //!                        │   ▲
 //!        connection lost ▼   │ recover: the pages that the destination lists as missing
 //!                     Interrupted
@@ -162,8 +162,8 @@ pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Repor
 /// the report's status is `Completed` or `Interrupted` (it runs at the destination) or `InDoubt`
 /// (it runs nowhere).
 ///
-/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads. A
-/// user who [steers](crate::steering) to another policy gets the one that the options name.
+/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads.
+/// A user who [steers](crate::steering) to another policy gets the one that the options name.
 /// Post-copy ([`Decision::HandOver`](crate::policy::Decision::HandOver)) must be agreed on in the
 /// handshake: it is where [`Options::may_post_copy`] holds.
 ///
