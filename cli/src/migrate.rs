@@ -228,7 +228,7 @@ fn watched(
     let result = migrate(&mut |event| {
         display.show(event);
         if let Some(picture) = &mut picture {
-            picture.hear(event);
+            picture.receive(event);
         }
     });
     display.clear();

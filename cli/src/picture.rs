@@ -29,9 +29,9 @@ impl Picture {
     }
 
     /// Takes what the migration says.
-    pub fn hear(&mut self, event: &Event) {
+    pub fn receive(&mut self, event: &Event) {
         self.begun = true;
-        self.view.hear(event);
+        self.view.receive(event);
     }
 
     /// Makes the file, unless the migration has not begun. That it cannot be made changes nothing
@@ -70,12 +70,12 @@ mod tests {
 
         let mut failed = begin("failed.html");
         let report = Report::bare("s".into(), "auto".into(), Status::Failed, "no room".into());
-        failed.hear(&Event::Report(Box::new(report.clone())));
+        failed.receive(&Event::Report(Box::new(report.clone())));
         failed.end(&Ok(report));
         assert!(read("failed.html").contains("\"error\":\"no room\""));
 
         let mut broken = begin("broken.html");
-        broken.hear(&Event::Progress(Progress::default()));
+        broken.receive(&Event::Progress(Progress::default()));
         broken.end(&lost());
         assert!(read("broken.html").contains("the VMM went away"));
 

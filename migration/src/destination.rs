@@ -90,7 +90,7 @@ pub enum State {
     Discarded,
     /// Ready, and the source is silent: the machine is kept and does not run.
     InDoubt,
-    /// The guest runs and lacks pages, and the connection to the source is lost.
+    /// The guest runs, pages are missing, and the connection to the source is lost.
     Interrupted,
 }
 
@@ -178,6 +178,36 @@ pub fn turn_away<L: Link>(mut link: L, timeout: Duration, why: &str) {
 }
 
 /// One migration, as it arrives.
+///
+/// ```
+/// use ferry_migration::destination::{Destination, State, Step, Timeouts, exchange_preamble};
+/// use ferry_migration::net::{self, MonotonicClock};
+/// use ferry_migration::options::Options;
+/// use ferry_migration::testing::{MemoryLink, TestDestination, TestSource};
+/// use std::sync::Arc;
+///
+/// // A source that connects once: without data channels, everything comes on one link.
+/// let (ours, theirs) = MemoryLink::pair();
+/// let source = std::thread::spawn(move || {
+///     let mut links = Some(ours);
+///     let connect = || links.take().ok_or_else(|| std::io::Error::other("one channel only"));
+///     net::migrate(&TestSource::new(64), connect, &Options::default())
+/// });
+///
+/// let timeouts = Timeouts::default();
+/// let (channel, preamble) = exchange_preamble(theirs, timeouts.handshake)?;
+/// let vm = TestDestination::new(64);
+/// let clock = Arc::new(MonotonicClock::new());
+/// let mut engine = Destination::new(channel, &preamble, vm.clone(), timeouts, clock);
+/// assert_eq!(engine.state(), State::Waiting);
+/// // One frame after the other, so that the guest is booked before the source is told.
+/// while engine.step()? != Step::Running {}
+/// assert!(vm.runs());
+/// engine.run()?;
+/// assert_eq!(engine.state(), State::Complete);
+/// # assert_eq!(source.join().unwrap().error, None);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Destination<L: Link, H: DestinationVm<L>> {
     session: Session<L>,
     host: H,

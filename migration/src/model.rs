@@ -154,11 +154,11 @@ pub struct Round {
 pub struct Outcome {
     /// The policy's name.
     pub policy: String,
-    /// Whether the guest moved; otherwise the policy gave up and it stayed.
+    /// Whether the guest moved; otherwise the policy left it where it was.
     pub completed: bool,
     /// The policy's sentence about the end.
     pub why: String,
-    /// From the beginning to the guest's start at the destination, or to giving up.
+    /// From the beginning to the guest's start at the destination, or to the policy's end.
     #[serde(rename = "total_ms", serialize_with = "millis")]
     pub total: Duration,
     /// The pause; zero where the guest stayed.

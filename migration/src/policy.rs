@@ -41,7 +41,7 @@ pub struct View<'a> {
     pub round: u32,
     /// Pages of RAM.
     pub total_pages: u64,
-    /// Pages that the destination lacks or has stale.
+    /// Pages that are missing or stale at the destination.
     pub pending: &'a PageSet,
     /// How many those are.
     pub pending_pages: u64,
@@ -62,8 +62,8 @@ pub struct View<'a> {
     pub cap: Option<f64>,
     /// Bytes of CPU and device state that the pause will have to send.
     pub state_bytes: u64,
-    /// Bytes of blocks of disks that the destination lacks or has stale; what is pending of them is
-    /// sent before each round.
+    /// Bytes of blocks of disks that are missing or stale at the destination; what is pending of
+    /// them is sent before each round.
     pub disk_bytes: u64,
     /// What a pause costs beside sending: a few round trips, stopping and starting.
     pub pause_overhead: Duration,

@@ -23,8 +23,8 @@ pub enum Status {
     Cancelled,
     /// The commit was sent and not confirmed: neither side runs the guest by itself.
     InDoubt,
-    /// The guest runs at the destination and lacks pages that are only here: the connection was
-    /// lost in post-copy. Both sides keep everything.
+    /// The guest runs at the destination, and pages are missing there that are only here: the
+    /// connection was lost in post-copy. Both sides keep everything.
     Interrupted,
 }
 
@@ -194,7 +194,7 @@ pub struct Faults {
     pub max_us: f64,
     /// Sum over the vCPUs of the time they waited, in milliseconds.
     pub stalled_ms: f64,
-    /// Faults whose page had left already when they were heard of.
+    /// Faults whose page had left already when they were received.
     #[serde(default)]
     pub on_their_way: u64,
     /// Their latencies, for a distribution: the buckets that are not empty.
@@ -362,9 +362,9 @@ pub enum Phase {
     Completed,
     /// It failed or was cancelled; the guest runs at the source.
     Aborted,
-    /// Committed, unconfirmed.
+    /// Committed, and not answered.
     InDoubt,
-    /// The guest runs at the destination and lacks pages that are only here.
+    /// The guest runs at the destination, and pages are missing there that are only here.
     Interrupted,
 }
 
@@ -387,13 +387,13 @@ pub struct Progress {
     pub round_pages: u64,
     /// Of those, sent already.
     pub round_sent: u64,
-    /// Pages that the destination lacks or has stale, as last known.
+    /// Pages that are missing or stale at the destination, as last known.
     pub pending_pages: u64,
     /// Bytes of disks that move with the guest; `null` where none does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_total: Option<u64>,
-    /// Bytes of disks that the destination lacks or has stale, as last known; `null` where no disk
-    /// moves.
+    /// Bytes of disks that are missing or stale at the destination, as last known; `null` where no
+    /// disk moves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_pending: Option<u64>,
     /// Pages found dirty in the last collection.

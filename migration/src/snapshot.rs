@@ -29,6 +29,44 @@
 //!  restore   head, trailer, HELLO, STATE, index ─▶ machine built ─▶ [all frames ─▶ memory] ─▶ it runs
 //!                                                    on demand: ◀── fault ── frame ─▶ memory, and a push beside it
 //! ```
+//!
+//! A guest is written to a file, here one in memory, and read back into another machine:
+//!
+//! ```
+//! use ferry_migration::net::{MonotonicClock, session_id};
+//! use ferry_migration::options::Compress;
+//! use ferry_migration::snapshot::{SaveOptions, SaveSetup, Snapshot, fill_all, save};
+//! use ferry_migration::testing::{MemoryLink, TestDestination, TestSource};
+//! use std::{sync::Mutex, time::Duration};
+//!
+//! let guest = TestSource::new(64);
+//! let file = Mutex::new(Vec::new());
+//! let setup = SaveSetup {
+//!     session: session_id(),
+//!     options: SaveOptions {
+//!         compress: Compress::Zstd,
+//!         threads: 2,
+//!         live: true,
+//!         downtime: Duration::from_millis(100),
+//!     },
+//!     clock: &MonotonicClock::new(),
+//!     cancelled: &|| false,
+//!     describe: &mut || Ok(b"64 pages".to_vec()),
+//!     resume: false,
+//!     released: &mut |_| {},
+//! };
+//! let (saved, paused) = save::<MemoryLink, _, _>(&guest, &file, setup)?;
+//! assert!(saved.data_pages < saved.pages && paused.is_some() && !guest.runs());
+//!
+//! let snapshot = Snapshot::open(file.into_inner()?)?;
+//! assert_eq!(snapshot.machine(), b"64 pages");
+//! let vm = TestDestination::new(64);
+//! fill_all::<MemoryLink, _, _>(&snapshot, vm.memory(), 2, &|| false)?;
+//! assert!(vm.memory() == guest.memory());
+//! drop(paused);
+//! assert!(guest.runs());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod fill;
 mod places;
@@ -145,7 +183,7 @@ pub enum SnapshotError {
         source: crate::port::PortError,
     },
     /// The pages are not waited for any more.
-    #[error("reading was given up")]
+    #[error("reading was cancelled")]
     Cancelled,
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!              HELLO-ACK      policy: stop, drained    pause         READY, written down    RUNNING
-//!  Connecting ─(disks)──▶ Live ───────────▶ Stopping ──────▶ Stopped ───────────▶ Unconfirmed ───────▶ Confirmed ─▶ Moved
+//!  Connecting ─(disks)──▶ Live ───────────▶ Stopping ──────▶ Stopped ───────────▶ CommitSent ────────▶ Confirmed ─▶ Moved
 //!      │                   │                   │               │                    │    │                ▲
 //!      │   any failure, cancel, the policy     │   resumes     │        NOT STARTED │    │ no answer      │
 //!      └──────────┬────────┴───────────────────┴───────────────┘◀───────────────────┘    ▼                │
@@ -13,7 +13,7 @@
 //! Every box is a type (`source/phases.rs`) that consumes itself and owns what it needs: the
 //! started log, the [`Paused`](crate::port::Paused) guest, the
 //! [`Committed`](crate::port::Committed) guest. What it drops on an error is undone: up to and
-//! including Stopped, every failure leaves the guest running at the source. From Unconfirmed on the
+//! including Stopped, every failure leaves the guest running at the source. From CommitSent on the
 //! source never runs the guest by itself; [`Ownership`] says so to everybody else.
 //!
 //! Disks that move with the guest (`source/blocks.rs`) are sent before memory is logged. Where the
@@ -24,7 +24,7 @@
 //!
 //! ```text
 //!             RUNNING             ARRIVED
-//!  Unconfirmed ──────▶ Confirmed ──────────▶ Moved
+//!  CommitSent ───────▶ Confirmed ──────────▶ Moved
 //!                        │   ▲
 //!        connection lost ▼   │ recover: the pages that the destination lists as missing
 //!                     Interrupted
@@ -166,6 +166,55 @@ pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Repor
 /// A user who [steers](crate::steering) to another policy gets the one that the options name.
 /// Post-copy ([`Decision::HandOver`](crate::policy::Decision::HandOver)) must be agreed on in the
 /// handshake: it is where [`Options::may_post_copy`] holds.
+///
+/// ```
+/// use ferry_migration::net::{self, MonotonicClock};
+/// use ferry_migration::policy::{Decision, Policy, View};
+/// use ferry_migration::source::{Ownership, Setup, Timeouts, migrate_with};
+/// use ferry_migration::testing::{MemoryLink, TestDestination, TestSource};
+/// use ferry_migration::{destination, options::Options, report::Status, steering::Steering};
+///
+/// /// Sends nothing while the guest runs: all of it goes out in the pause.
+/// struct StopAtOnce;
+///
+/// impl Policy for StopAtOnce {
+///     fn name(&self) -> &'static str {
+///         "stop-at-once"
+///     }
+///
+///     fn next(&mut self, view: &View<'_>) -> Decision {
+///         let why = format!("{} pages are sent in the pause", view.pending_pages);
+///         Decision::Stop { why }
+///     }
+/// }
+///
+/// // A guest of 64 pages, and a destination behind a link in memory.
+/// let (guest, there) = (TestSource::new(64), TestDestination::new(64));
+/// let (ours, theirs) = MemoryLink::pair();
+/// let vm = there.clone();
+/// let receiver = std::thread::spawn(move || {
+///     let mut links = Some(theirs);
+///     let accept = |_| Ok(links.take());
+///     net::receive(accept, vm, destination::Timeouts::default()).is_ok()
+/// });
+///
+/// let mut links = Some(ours);
+/// let setup = Setup {
+///     connect: &mut |_, _| links.take().ok_or_else(|| std::io::Error::other("one channel only")),
+///     clock: &MonotonicClock::new(),
+///     options: &Options::default(),
+///     session: net::session_id(),
+///     owner: &Ownership::default(),
+///     steering: &Steering::default(),
+///     events: &mut |event| println!("{event:?}"),
+///     timeouts: Timeouts::default(),
+///     threads: true,
+/// };
+/// let report = migrate_with(&guest, setup, &mut StopAtOnce);
+/// assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+/// assert_eq!(report.policy, "stop-at-once");
+/// assert!(receiver.join().unwrap() && there.runs() && !guest.runs());
+/// ```
 pub fn migrate_with<L: Link, G: SourceVm<L>>(
     guest: &G,
     setup: Setup<'_, L>,

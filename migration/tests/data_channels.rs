@@ -56,7 +56,7 @@ fn serve(
                     else {
                         return;
                     };
-                    // A source that gives up may come once more, to say so.
+                    // A source that aborts may come once more, to say so.
                     if preamble.role != Role::Data {
                         continue;
                     }

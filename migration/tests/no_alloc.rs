@@ -65,7 +65,7 @@ fn serve(connections: Receiver<MemoryLink>, vm: TestDestination) {
             scope.spawn(move || {
                 for link in connections {
                     let (channel, preamble) = destination::exchange_preamble(link, NEVER).unwrap();
-                    // A source that gives up may come once more, to say so.
+                    // A source that aborts may come once more, to say so.
                     if preamble.role != Role::Data {
                         continue;
                     }

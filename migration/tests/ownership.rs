@@ -189,7 +189,7 @@ impl World {
             Source::Stopped => {
                 let mut world = resumed();
                 world.sent.abort = true;
-                step("the source gives up", world);
+                step("the source aborts", world);
                 if self.sent.refused {
                     step("the source reads ABORT", resumed());
                 }

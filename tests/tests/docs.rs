@@ -34,6 +34,49 @@ fn every_block_of_commands_has_a_mark() {
     fails(&found);
 }
 
+/// Whether a block of Rust stands word for word in the file that its info string names, which is
+/// compiled and run as a test.
+fn check_rust(block: &Block) -> Result<(), String> {
+    let Some(("rust", file)) = block.info.split_once(' ') else {
+        return Err("name the file behind `rust` that the block is from".into());
+    };
+    let text = fs::read_to_string(root().join(file)).map_err(|e| format!("{file}: {e}"))?;
+    if text.contains(&block.text) {
+        Ok(())
+    } else {
+        Err(format!("the block is not what {file} has"))
+    }
+}
+
+#[test]
+fn every_block_of_rust_is_part_of_an_example_that_runs() {
+    let (mut checked, mut found) = (0, Vec::new());
+    for page in pages() {
+        for block in page.blocks.iter().filter(|b| b.info.starts_with("rust")) {
+            checked += 1;
+            if let Err(why) = check_rust(block) {
+                found.push(format!("{}:{}: {why}", page.name, block.line));
+            }
+        }
+    }
+    fails(&found);
+    assert!(checked > 0);
+    let block = |info: &str, text: &str| Block {
+        line: 1,
+        info: info.into(),
+        text: text.into(),
+    };
+    let file = "rust migration/examples/own_policy.rs";
+    assert!(check_rust(&block(file, "struct Halving {\n")).is_ok());
+    for (info, text) in [
+        (file, "struct Thirds {\n"),
+        ("rust,ignore", "struct Halving {\n"),
+        ("rust no/such.rs", "struct Halving {\n"),
+    ] {
+        assert!(check_rust(&block(info, text)).is_err(), "{info}: {text}");
+    }
+}
+
 #[test]
 fn links_lead_somewhere() {
     let pages = pages();

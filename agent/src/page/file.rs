@@ -74,7 +74,7 @@ mod tests {
     fn words_from_outside_end_no_script_and_come_back_whole() {
         let mut view = View::new(Some(ODD.into()), "s".into(), Some(ODD.into()));
         let report = Report::bare("s".into(), ODD.into(), Status::Failed, ODD.into());
-        view.hear(&Event::Report(Box::new(report)));
+        view.receive(&Event::Report(Box::new(report)));
         let whole = file(&view).unwrap();
         assert_eq!(whole.matches("<script").count(), 3, "{whole}");
         assert_eq!(whole.matches("</script>").count(), 3, "{whole}");

@@ -208,7 +208,7 @@ impl Scene {
     }
 
     /// What a guest's VMM says. Returns whether the guest's size is not known.
-    pub fn hear(&self, guest: &str, notice: &Notice) -> bool {
+    pub fn receive(&self, guest: &str, notice: &Notice) -> bool {
         let mut state = lock(&self.0);
         match &notice.what {
             What::State {
@@ -240,7 +240,7 @@ impl Scene {
                     _ => None,
                 };
                 if let Some(view) = state.view_for(guest, id) {
-                    view.hear(event);
+                    view.receive(event);
                 }
             }
             _ => {}
@@ -302,7 +302,7 @@ mod tests {
     use ferry_migration::report::{Progress, Report, Round, Status as End};
 
     fn say(scene: &Scene, guest: &str, what: What) {
-        scene.hear(guest, &Notice::now(what));
+        scene.receive(guest, &Notice::now(what));
     }
 
     fn migrating(id: &str) -> What {

@@ -96,7 +96,7 @@ impl View {
     }
 
     /// Takes what the migration says.
-    pub fn hear(&mut self, event: &Event) {
+    pub fn receive(&mut self, event: &Event) {
         match event {
             Event::Progress(progress) => self.progress(progress),
             Event::Round(round) => {
@@ -184,16 +184,16 @@ mod tests {
     fn a_long_migration_is_thinned_and_its_turns_stay() {
         let mut view = view();
         for ms in 0..50_000 {
-            view.hear(&at(ms, Phase::Live));
-            view.hear(&Event::Round(Round {
+            view.receive(&at(ms, Phase::Live));
+            view.receive(&Event::Round(Round {
                 n: ms,
                 ..Round::default()
             }));
         }
-        view.hear(&at(50_000, Phase::Stopped));
+        view.receive(&at(50_000, Phase::Stopped));
         for ms in 50_001..50_500 {
             let often = [Phase::Live, Phase::Draining][ms as usize % 2];
-            view.hear(&at(ms, often));
+            view.receive(&at(ms, often));
         }
         assert!(
             (SAMPLES / 2..=SAMPLES).contains(&view.samples.len()),
@@ -212,15 +212,15 @@ mod tests {
     #[test]
     fn a_report_ends_it_and_a_lost_one_does_not_undo_that() {
         let mut view = view();
-        view.hear(&at(1, Phase::Live));
-        view.hear(&Event::Round(Round::default()));
+        view.receive(&at(1, Phase::Live));
+        view.receive(&Event::Round(Round::default()));
         let mut lost = view.clone();
         lost.lose("the VMM ended".into());
         assert_eq!(lost.record.status, RecordStatus::InDoubt);
         assert!(lost.has_ended() && lost.lost.is_some() && lost.rounds.len() == 1);
 
         let report = Report::bare("7".into(), "auto".into(), Status::Failed, "no".into());
-        view.hear(&Event::Report(Box::new(report)));
+        view.receive(&Event::Report(Box::new(report)));
         view.lose("the VMM ended".into());
         assert_eq!(view.record.status, RecordStatus::Failed);
         assert_eq!((view.lost, view.record.progress), (None, None));

@@ -123,7 +123,7 @@ fn follow(scene: &Scene, name: &str, api: &Path) {
         scene.kept(name, kept.migrations);
     }
     let ended = client.events(&mut |notice| {
-        if scene.hear(name, notice)
+        if scene.receive(name, notice)
             && let Ok(status) = client.status()
         {
             scene.guest(Guest::of(name, status));

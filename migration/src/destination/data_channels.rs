@@ -34,7 +34,7 @@ enum Target<L, S> {
     Filling(Arc<S>),
     /// Nowhere.
     Sealed,
-    /// Into the memory of a guest that lacks them.
+    /// Into the memory of a guest at which they are missing.
     Following(Arc<MissingPages<L, S>>),
 }
 
@@ -48,8 +48,8 @@ impl<L, S> Clone for Target<L, S> {
     }
 }
 
-/// What the data channels have told.
-struct Told<L, S> {
+/// Where the data channels stand.
+struct SetState<L, S> {
     /// The last round that each data channel has ended, the control channel's last.
     rounds: Vec<u32>,
     attached: Vec<bool>,
@@ -70,7 +70,7 @@ pub struct DataChannelSet<L, S> {
     hashes: Option<Arc<Hashes>>,
     timeout: Duration,
     clock: Arc<dyn Clock + Send + Sync>,
-    told: Mutex<Told<L, S>>,
+    state: Mutex<SetState<L, S>>,
     change: Condvar,
     link: PhantomData<fn(L)>,
 }
@@ -98,9 +98,9 @@ impl<L: Link, S: PageSink<L>> Drop for PagesFrame<'_, L, S> {
         ) {
             return;
         }
-        let mut told = self.set.told();
-        told.writing -= 1;
-        told.frames += 1;
+        let mut state = self.set.state();
+        state.writing -= 1;
+        state.frames += 1;
     }
 }
 
@@ -119,7 +119,7 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
         timeout: Duration,
         clock: Arc<dyn Clock + Send + Sync>,
     ) -> Self {
-        let told = Told {
+        let state = SetState {
             rounds: vec![0; usize::from(count) + 1],
             attached: vec![false; usize::from(count)],
             failed: None,
@@ -135,14 +135,14 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
             hashes,
             timeout,
             clock,
-            told: Mutex::new(told),
+            state: Mutex::new(state),
             change: Condvar::new(),
             link: PhantomData,
         }
     }
 
-    fn told(&self) -> MutexGuard<'_, Told<L, S>> {
-        lock(&self.told)
+    fn state(&self) -> MutexGuard<'_, SetState<L, S>> {
+        lock(&self.state)
     }
 
     /// Takes a data channel whose preamble was answered; `index` is the preamble's.
@@ -155,8 +155,8 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
         index: u16,
     ) -> Result<DataChannel<L, S>, DestinationError> {
         {
-            let mut told = self.told();
-            match told.attached.get_mut(usize::from(index)) {
+            let mut state = self.state();
+            match state.attached.get_mut(usize::from(index)) {
                 Some(attached) if !*attached => *attached = true,
                 _ => {
                     return Err(DestinationError::DataChannel {
@@ -185,41 +185,41 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
     /// # Errors
     /// A channel is in the middle of pages that belong to no round.
     pub(super) fn seal(&self) -> Result<(), DestinationError> {
-        let mut told = self.told();
-        if told.writing > 0 {
+        let mut state = self.state();
+        if state.writing > 0 {
             return Err(DestinationError::PagesAfterState);
         }
-        told.target = Target::Sealed;
+        state.target = Target::Sealed;
         Ok(())
     }
 
     /// From now on the channels bring what is missing.
     pub(super) fn follow(&self, missing_pages: &Arc<MissingPages<L, S>>) {
-        self.told().target = Target::Following(Arc::clone(missing_pages));
+        self.state().target = Target::Following(Arc::clone(missing_pages));
     }
 
     /// Begins a frame of pages, which ends when the value is dropped, also by a panic: a set that
     /// counts a writer that is gone could never be sealed.
     fn begin_pages(&self) -> PagesFrame<'_, L, S> {
-        let mut told = self.told();
-        if !matches!(told.target, Target::Sealed) {
-            told.writing += 1;
+        let mut state = self.state();
+        if !matches!(state.target, Target::Sealed) {
+            state.writing += 1;
         }
         PagesFrame {
             set: self,
-            target: told.target.clone(),
+            target: state.target.clone(),
         }
     }
 
     /// A frame has come on a channel.
-    pub(super) fn heard(&self) {
-        self.told().frames += 1;
+    pub(super) fn received(&self) {
+        self.state().frames += 1;
     }
 
     /// Begins to watch for silence.
     pub(super) fn silence(&self) -> Silence {
         Silence {
-            frames: self.told().frames,
+            frames: self.state().frames,
             since: self.clock.now(),
         }
     }
@@ -227,20 +227,20 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
     /// Whether every channel has been silent for too long. One that is in the middle of a frame is
     /// not: its link notices that by itself.
     pub(super) fn is_silent(&self, silence: &mut Silence) -> bool {
-        self.silent(&self.told(), silence)
+        self.silent(&self.state(), silence)
     }
 
-    fn silent(&self, told: &Told<L, S>, silence: &mut Silence) -> bool {
+    fn silent(&self, state: &SetState<L, S>, silence: &mut Silence) -> bool {
         let now = self.clock.now();
-        if told.frames != silence.frames || told.writing > 0 {
-            (silence.frames, silence.since) = (told.frames, now);
+        if state.frames != silence.frames || state.writing > 0 {
+            (silence.frames, silence.since) = (state.frames, now);
         }
         now.saturating_sub(silence.since) >= self.timeout
     }
 
     /// The control channel has ended `round`; waits until every data channel has.
     pub(super) fn end_round(&self, round: u32) -> Result<(), DestinationError> {
-        if let Some(ended) = self.told().rounds.last_mut() {
+        if let Some(ended) = self.state().rounds.last_mut() {
             *ended = round;
         }
         self.change.notify_all();
@@ -251,35 +251,35 @@ impl<L: Link, S: PageSink<L>> DataChannelSet<L, S> {
     /// any channel brings something.
     fn wait(&self, round: u32) -> Result<(), DestinationError> {
         let mut silence = self.silence();
-        let mut told = self.told();
+        let mut state = self.state();
         loop {
-            if let Some((index, reason)) = &told.failed {
+            if let Some((index, reason)) = &state.failed {
                 return Err(DestinationError::DataChannel {
                     index: *index,
                     reason: reason.clone(),
                 });
             }
-            let missing = told.rounds.iter().filter(|&&ended| ended < round).count();
+            let missing = state.rounds.iter().filter(|&&ended| ended < round).count();
             if missing == 0 {
                 return Ok(());
             }
-            if told.closed || self.silent(&told, &mut silence) {
+            if state.closed || self.silent(&state, &mut silence) {
                 return Err(DestinationError::DataChannelSilent { round, missing });
             }
-            told = wait_timeout(&self.change, told, TICK.min(self.timeout));
+            state = wait_timeout(&self.change, state, TICK.min(self.timeout));
         }
     }
 
     fn is_closed(&self) -> bool {
-        self.told().closed
+        self.state().closed
     }
 
     /// The migration is over: data channels that fail from now on do not matter.
     pub(super) fn close(&self) {
-        let mut told = self.told();
-        told.closed = true;
-        told.target = Target::Sealed;
-        drop(told);
+        let mut state = self.state();
+        state.closed = true;
+        state.target = Target::Sealed;
+        drop(state);
         self.change.notify_all();
     }
 }
@@ -288,11 +288,11 @@ impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
     /// Handles frames until the channel ends.
     pub fn run(mut self) {
         if let Err(error) = self.receive() {
-            let mut told = self.set.told();
-            if !told.closed {
-                told.failed.get_or_insert((self.index, error.to_string()));
+            let mut state = self.set.state();
+            if !state.closed {
+                state.failed.get_or_insert((self.index, error.to_string()));
             }
-            drop(told);
+            drop(state);
             self.set.change.notify_all();
         }
     }
@@ -302,7 +302,7 @@ impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
             let header = self.channel.recv_header()?;
             match header.kind {
                 FrameType::Pages | FrameType::Zero => self.pages(&header)?,
-                FrameType::Alive => self.set.heard(),
+                FrameType::Alive => self.set.received(),
                 FrameType::RoundEnd => self.round_end(&header)?,
                 _ => {
                     return Err(self
@@ -354,8 +354,8 @@ impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
     }
 
     fn round_end(&mut self, header: &Header) -> Result<(), DestinationError> {
-        let mut told = self.set.told();
-        let ended = &mut told.rounds[usize::from(self.index)];
+        let mut state = self.set.state();
+        let ended = &mut state.rounds[usize::from(self.index)];
         if header.round != *ended + 1 {
             return Err(WireError::Unexpected {
                 kind: header.kind,
@@ -365,8 +365,8 @@ impl<L: Link, S: PageSink<L>> DataChannel<L, S> {
             .into());
         }
         *ended = header.round;
-        told.frames += 1;
-        drop(told);
+        state.frames += 1;
+        drop(state);
         self.set.change.notify_all();
         // A page of the next round may have been sent in this one on another channel, and be still
         // on its way there: it must not be placed over the newer one, and it may be what that one

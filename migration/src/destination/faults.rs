@@ -73,14 +73,14 @@ impl<L: Link, S: PageSink<L>> FaultChannel<L, S> {
         // No source can be asked now. Faults are noted, and requested when the source is
         // back.
         while missing_pages.is_lost(era) {
-            let heard = post_copy(&*sink).and_then(|memory| match memory.next_fault(TICK)? {
+            let noted = post_copy(&*sink).and_then(|memory| match memory.next_fault(TICK)? {
                 Some(fault) if missing_pages.fault(fault, era) == FaultIs::Local => {
                     memory.place_zero(Run::new(fault.gfn, 1))
                 }
                 _ => Ok(()),
             });
-            if let Err(error) = heard {
-                tracing::warn!(%error, "page faults are not heard of until the source reconnects");
+            if let Err(error) = noted {
+                tracing::warn!(%error, "page faults are not noted until the source reconnects");
                 return;
             }
         }

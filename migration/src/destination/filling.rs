@@ -131,7 +131,7 @@ impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
         let Some(data_channels) = &self.data_channels else {
             return Ok(());
         };
-        data_channels.heard();
+        data_channels.received();
         let mut silence = data_channels.silence();
         let link = session.channel.link();
         while !link.wait_readable(TICK).map_err(WireError::Io)? {

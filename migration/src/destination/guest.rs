@@ -39,7 +39,7 @@ impl Started {
 }
 
 impl<L: Link, S: PageSink<L> + 'static> Guest<L, S> {
-    /// One that runs here and lacks nothing.
+    /// One that runs here and is complete.
     pub const fn whole() -> Self {
         Self {
             push: None,

@@ -45,7 +45,7 @@ struct Pages<S> {
     waiting: Vec<Waiting>,
     latencies: Latencies,
     on_their_way: u64,
-    /// Faults whose page was in place when they were heard of.
+    /// Faults whose page was in place when they were received.
     late: u64,
     /// By frame number, with verification only: of a page in place, or what the source says of one
     /// that is not.
@@ -274,8 +274,8 @@ impl<L: Link, S: PageSink<L>> MissingPages<L, S> {
         self.lock().as_ref().is_some_and(|pages| pages.dismissed)
     }
 
-    /// A thread waits for a page, as a fault channel of this era has heard. One whose connection is
-    /// lost cannot ask: it leaves that to the next.
+    /// A thread waits for a page, as a fault channel of this era has received. One whose connection
+    /// is lost cannot ask: it leaves that to the next.
     pub(super) fn fault(&self, fault: PageFault, era: u64) -> FaultIs {
         let gfn = fault.gfn;
         let now = self.clock.now();

@@ -20,10 +20,10 @@ pub(super) enum Phase<L, S> {
     Started(Guest<L, S>, Started),
     /// The guest runs and pages follow it.
     Following(Push<L, S>),
-    /// The guest runs and lacks pages; the connection is lost, or is a new one that has said
+    /// The guest runs and pages are missing; the connection is lost, or is a new one that has said
     /// nothing yet.
     Interrupted(Push<L, S>),
-    /// The guest runs and lacks nothing; its source may ask.
+    /// The guest runs and is complete; its source may ask.
     Owned,
     /// The source was told.
     Complete,

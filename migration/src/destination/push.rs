@@ -1,4 +1,4 @@
-//! Following and Interrupted: the guest runs, and the pages that it lacks follow it.
+//! Following and Interrupted: the guest runs, and the missing pages follow it.
 
 use super::data_channels::DataChannelSet;
 use super::guest::{Guest, Started};

@@ -59,7 +59,7 @@ pub(super) struct Begin {
 /// Where a migration stands that is modelled from there on.
 #[derive(Clone, Debug)]
 pub(crate) struct Start {
-    /// Pages that the destination lacks or has stale.
+    /// Pages that are missing or stale at the destination.
     pub pending: PageSet,
     /// Pages that were sent at least once.
     pub sent: PageSet,
@@ -117,7 +117,7 @@ impl<'a> Rounds<'a> {
         u32::try_from(self.rounds.len()).unwrap_or(u32::MAX)
     }
 
-    /// Pages that the destination lacks or has stale, as last collected.
+    /// Pages that are missing or stale at the destination, as last collected.
     pub const fn pending(&self) -> &PageSet {
         &self.pending
     }

@@ -174,7 +174,7 @@ fn closed_forms_at_k_2() {
     assert!((one.stord - one.pre_copy).abs() < 1e-9);
 }
 
-/// The finding about formula (4): its sum lacks the last term.
+/// The finding about formula (4): its sum misses the last term.
 #[test]
 fn the_whole_formula_4_is_what_a_split_leaves() {
     let setup = paper(65_536);

@@ -103,7 +103,7 @@ impl Limits {
         }
     }
 
-    /// What the limits say before another round: stop, give up, or (`None`) go on.
+    /// What the limits say before another round: stop, leave the guest, or (`None`) go on.
     pub(super) fn check(&mut self, view: &View<'_>) -> Option<Decision> {
         let predicted = view.predicted_downtime();
         // What another round could still save is next to nothing. The rest of the pause is round

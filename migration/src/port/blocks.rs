@@ -14,9 +14,9 @@ pub const fn blocks_in(bytes: u64) -> u64 {
 
 /// A disk at the source. The guest goes on writing to it while it is copied.
 ///
-/// A write counts as written when it is done, and before the guest hears that it is: what was read
-/// too early or half is then found written later, and read again. While the guest is paused nothing
-/// is written, and every write that was done is counted.
+/// A write counts as written when it is done, and before the guest is told that it is: what was
+/// read too early or half is then found written later, and read again. While the guest is paused
+/// nothing is written, and every write that was done is counted.
 pub trait BlockSource: Send + Sync {
     /// Its size in bytes; it does not change.
     fn bytes(&self) -> u64;

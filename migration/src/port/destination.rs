@@ -84,7 +84,7 @@ pub trait PostCopySink: Send + Sync {
     /// threads.
     ///
     /// # Errors
-    /// When faults cannot be heard of.
+    /// When faults cannot be received.
     fn next_fault(&self, timeout: Duration) -> Result<Option<PageFault>, PortError>;
 }
 

@@ -19,13 +19,13 @@ use std::time::Duration;
 /// Pauses between two attempts to reach a destination, doubled from the first to the last.
 const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
 
-/// The guest was given to the destination, which has not confirmed it.
-pub(super) struct Unconfirmed<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
+/// The guest was given to the destination, which has not answered the commit.
+pub(super) struct CommitSent<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
     pub(super) source: &'s mut Source<'a, 'g, L, G>,
     pub(super) committed: Committed<'g>,
 }
 
-impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Unconfirmed<'s, 'a, 'g, L, G> {
+impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> CommitSent<'s, 'a, 'g, L, G> {
     /// Says the commit on the control channel and waits for RUNNING.
     pub(super) fn confirm(self) -> Result<Confirmed<'s, 'a, 'g, L, G>, End<'g>> {
         let Self { source, committed } = self;
@@ -203,7 +203,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
                     self.session.setup.clock.sleep(pause);
                     pause = (pause * 2).min(RETRY[1]);
                     result = match self.reconnect() {
-                        Ok(()) => Unconfirmed {
+                        Ok(()) => CommitSent {
                             source: self,
                             committed,
                         }
@@ -286,7 +286,7 @@ pub fn recover<'g, L: Link, G: SourceVm<L>>(
         Ok(mut source) => {
             source.memory.pending.clear();
             source.record.progress.phase = Phase::Committed;
-            let asked = Unconfirmed {
+            let asked = CommitSent {
                 source: &mut source,
                 committed,
             }

@@ -63,9 +63,9 @@ pub enum SourceError {
         /// Pages that there are.
         total: u64,
     },
-    /// A destination that lacks what it had.
+    /// A destination at which is missing what it had.
     #[error(
-        "the destination lacks page {gfn}, which it had said to have and which --free-source gave back here: the guest there has lost it"
+        "page {gfn} is missing at the destination, which had said to have it, and --free-source gave it back here: the guest there has lost it"
     )]
     GivenBack {
         /// The page.

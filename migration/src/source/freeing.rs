@@ -9,7 +9,7 @@
 //!
 //! The destination runs the guest and has said that these pages are in place. The source's copy is
 //! of no more use: a guest that runs elsewhere does not run here again, and a recovery sends what
-//! the destination lacks.
+//! is missing at the destination.
 
 use crate::page::{PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{FreeMemory, FreedPages, Link, PageSource, PortError, holes};
@@ -47,7 +47,7 @@ struct Pieces {
 #[derive(Clone, Copy, Default)]
 struct Piece {
     /// Pages that the destination is not known to have.
-    unconfirmed: u64,
+    unacknowledged: u64,
     /// Pages that it has, or was sent, and that hold something here.
     twice: u64,
 }
@@ -64,7 +64,8 @@ impl Pieces {
 }
 
 impl<'a> Freeing<'a> {
-    /// Of a guest that lacks these pages at the destination. The guest may stand still meanwhile.
+    /// Of a guest at whose destination these pages are missing. The guest may stand still
+    /// meanwhile.
     pub(super) fn new(
         memory: &'a dyn FreeMemory,
         layout: &'a RamLayout,
@@ -78,10 +79,12 @@ impl<'a> Freeing<'a> {
         there.subtract(missing);
         for (at, part) in layout.runs().iter().flat_map(|run| parts(*run, piece)) {
             if let Some(piece) = all.get_mut(at) {
-                piece.unconfirmed += part.count - there.count_in(part);
+                piece.unacknowledged += part.count - there.count_in(part);
             }
         }
-        let ready = (0..count).filter(|at| all[*at].unconfirmed == 0).collect();
+        let ready = (0..count)
+            .filter(|at| all[*at].unacknowledged == 0)
+            .collect();
         Self {
             memory,
             layout,
@@ -128,8 +131,8 @@ impl<'a> Freeing<'a> {
         let mut pieces = lock(&self.pieces);
         for (at, part) in self.parts_of(runs) {
             if let Some(piece) = pieces.all.get_mut(at) {
-                piece.unconfirmed = piece.unconfirmed.saturating_sub(part.count);
-                if piece.unconfirmed == 0 {
+                piece.unacknowledged = piece.unacknowledged.saturating_sub(part.count);
+                if piece.unacknowledged == 0 {
                     pieces.ready.push_back(at);
                 }
             }

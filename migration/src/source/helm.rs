@@ -49,7 +49,7 @@ impl Helm {
             return false;
         }
         self.overdue = true;
-        // It hears that a round was cut short.
+        // The policy is told that a round was cut short.
         self.other_limits = true;
         true
     }

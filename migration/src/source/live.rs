@@ -285,7 +285,7 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         Ok(())
     }
 
-    /// Takes what has arrived, without waiting: acknowledgements, or the peer's reason to give up.
+    /// Takes what has arrived, without waiting: acknowledgements, or the peer's reason to abort.
     pub(super) fn take_acks(&mut self) -> Result<(), SourceError> {
         while self
             .session

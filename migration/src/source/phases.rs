@@ -5,8 +5,8 @@
 //! | `Connecting` | the guest runs | `Live`, or `Stopping` where memory is shared |
 //! | `Live` | the dirty log | `Stopping` |
 //! | `Stopping` | the dirty log, how to move | `Stopped` |
-//! | `Stopped` | a [`Paused`](crate::port::Paused) guest: dropping it resumes | `Unconfirmed` |
-//! | `Unconfirmed` | a [`Committed`](crate::port::Committed) guest | `Confirmed`, or itself on a new connection |
+//! | `Stopped` | a [`Paused`](crate::port::Paused) guest: dropping it resumes | `CommitSent` |
+//! | `CommitSent` | a [`Committed`](crate::port::Committed) guest | `Confirmed`, or itself on a new connection |
 //! | `Confirmed` | a [`Committed`](crate::port::Committed) guest and the destination's word | [`Moved`] |
 //!
 //! Every phase borrows the [`Source`]: its parts are what any phase may use. An error drops what
@@ -26,7 +26,7 @@ pub(super) enum End<'g> {
         /// `None` when the guest was taken back and cannot run.
         committed: Option<Committed<'g>>,
     },
-    /// The destination runs the guest and lacks pages.
+    /// The destination runs the guest, and pages are missing there.
     Interrupted(SourceError),
 }
 

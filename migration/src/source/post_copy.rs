@@ -239,8 +239,8 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
             match pusher.push(wait)? {
                 Pushed::All => return Ok(None),
                 Pushed::More => {}
-                // Its guest has ended, or it gives up.
-                Pushed::Said(header) => return Ok(Some(header)),
+                // Its guest has ended, or it aborts.
+                Pushed::Received(header) => return Ok(Some(header)),
             }
             self.keep_alive()?;
             if self.now().saturating_sub(self.record.last_event) >= TICK {
@@ -291,7 +291,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                             let error = match pusher.push(TICK) {
                                 Ok(Pushed::More) => continue,
                                 Ok(Pushed::All) => return,
-                                Ok(Pushed::Said(header)) => {
+                                Ok(Pushed::Received(header)) => {
                                     let expected = "a word about pages that were sent";
                                     pusher.channel.refuse(&header, expected).into()
                                 }

@@ -20,7 +20,7 @@ pub(super) struct Stream {
     /// Where the destination tells what is in place.
     window: Option<Window>,
     /// What is in the window, where memory is given back.
-    unconfirmed: VecDeque<Vec<Run>>,
+    unacknowledged: VecDeque<Vec<Run>>,
 }
 
 impl Stream {
@@ -29,7 +29,7 @@ impl Stream {
             runs: Vec::with_capacity(64),
             sent_at: now,
             window: tells.then(|| Window::new(now)),
-            unconfirmed: VecDeque::new(),
+            unacknowledged: VecDeque::new(),
         }
     }
 }
@@ -41,7 +41,7 @@ pub(super) enum Pushed {
     /// Everything has been taken.
     All,
     /// The destination has said this, which is not about what is in place.
-    Said(Header),
+    Received(Header),
 }
 
 /// One stream of pushes: takes, waits for the cap and for the window, sends, until nothing is left.
@@ -62,8 +62,8 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
     /// One batch, or a wait of at most `wait` for the destination's word.
     pub(super) fn push(&mut self, wait: Duration) -> Result<Pushed, SourceError> {
         let clock = self.server.clock;
-        if let Some(header) = self.hear(wait)? {
-            return Ok(Pushed::Said(header));
+        if let Some(header) = self.receive(wait)? {
+            return Ok(Pushed::Received(header));
         }
         if let Some(freeing) = &self.server.freeing {
             freeing.free_one(self.guest);
@@ -107,7 +107,9 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
                     window.sent(sent.bytes, began);
                     if let Some(freeing) = &self.server.freeing {
                         freeing.sent(&self.stream.runs);
-                        self.stream.unconfirmed.push_back(self.stream.runs.clone());
+                        self.stream
+                            .unacknowledged
+                            .push_back(self.stream.runs.clone());
                     }
                 }
             }
@@ -121,7 +123,7 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
 
     /// Takes the destination's words about what is in place, waiting for one if the window is full;
     /// returns another word of its.
-    fn hear(&mut self, wait: Duration) -> Result<Option<Header>, SourceError> {
+    fn receive(&mut self, wait: Duration) -> Result<Option<Header>, SourceError> {
         let mut wait = if self.is_full() { wait } else { Duration::ZERO };
         while self
             .channel
@@ -144,7 +146,7 @@ impl<L: Link, G: SourceVm<L>> Pusher<'_, '_, L, G> {
                 return Err(self.channel.refuse(&header, expected).into());
             }
             if let (Some(freeing), Some(runs)) =
-                (&self.server.freeing, self.stream.unconfirmed.pop_front())
+                (&self.server.freeing, self.stream.unacknowledged.pop_front())
             {
                 freeing.confirmed(&runs);
             }

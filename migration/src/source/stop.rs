@@ -5,7 +5,7 @@
 //! ([`Options::max_pause`](crate::options::Options::max_pause)) holds from the pause to the commit,
 //! whatever the destination sends or takes meanwhile.
 
-use super::commit::{Confirmed, Unconfirmed};
+use super::commit::{CommitSent, Confirmed};
 use super::freeing::freed;
 use super::phases::{End, Moved, Tracking};
 use super::{InFlight, Source, SourceError, ms};
@@ -122,7 +122,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopping<'s, 'a, 'g, L, G> {
             (order, round),
             verify,
         );
-        // From the restoring on the destination may touch a page that it lacks.
+        // From the restoring on the destination may touch a missing page.
         let moved = source.while_answering(&server, |source| {
             let stopped = Stopped {
                 source,
@@ -244,7 +244,7 @@ impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Stopped<'s, 'a, 'g, L, G> {
         })?;
         source.record.progress.phase = Phase::Committed;
         source.emit_progress();
-        let confirmed = Unconfirmed { source, committed }.confirm()?;
+        let confirmed = CommitSent { source, committed }.confirm()?;
         // The log of a guest that runs elsewhere goes with what is left of it.
         if let Some(log) = tracking {
             log.leave();
@@ -336,7 +336,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         Ok(known)
     }
 
-    /// In the pause of post-copy: the missing pages that the destination has not heard of, and with
+    /// In the pause of post-copy: the missing pages that the destination does not know of, and with
     /// `--verify` hashes of those that are `there`.
     fn list_news(&mut self, news: &PageSet, there: Option<PageSet>) -> Result<(), SourceError> {
         send_set(&mut self.session.control, news)?;

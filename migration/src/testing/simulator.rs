@@ -460,11 +460,11 @@ fn operator(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>, violations: &mut
         if stale && result.is_ok() {
             violations.push("an operator took over a guest whose memory has gone on".into());
         }
-        let lacks = world.missing.as_ref().is_some_and(|set| !set.is_empty());
-        if lacks && result.is_ok() {
+        let misses = world.missing.as_ref().is_some_and(|set| !set.is_empty());
+        if misses && result.is_ok() {
             violations.push("an operator took over a guest whose pages are gone".into());
         }
-        if !lacks && !stale && !world.start_fails() && (result.is_err() || !world.destination_runs)
+        if !misses && !stale && !world.start_fails() && (result.is_err() || !world.destination_runs)
         {
             violations.push("an operator could not take over a complete guest".into());
         }

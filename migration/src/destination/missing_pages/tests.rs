@@ -108,7 +108,7 @@ fn faults_without_a_connection_wait_for_the_next() {
     missing_pages.reconnect();
     let new = missing_pages.attach(0).unwrap();
     assert!(missing_pages.ended(old) && !missing_pages.is_lost(old) && !missing_pages.ended(new));
-    // Heard by a thread of the old connection, which is on its way out.
+    // Received by a thread of the old connection, which is on its way out.
     assert_eq!(missing_pages.fault(fault(2), old), FaultIs::Known);
     assert_eq!(missing_pages.next_unasked(old), None);
     let asked: Vec<_> = std::iter::from_fn(|| missing_pages.next_unasked(new)).collect();

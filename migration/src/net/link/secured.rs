@@ -57,7 +57,7 @@ impl<S: Socket> StreamLink<S> {
         })
     }
 
-    /// Secures the connection from the receiver's side, and hears why it may be a channel. Whether
+    /// Secures the connection from the receiver's side, and learns why it may be a channel. Whether
     /// an [`Admission::Session`] is of the right session is for the caller to compare.
     ///
     /// # Errors

@@ -104,7 +104,7 @@ impl PostCopySink for SimSink {
         let mut world = lock(&self.world);
         world.port_fails(PortFault::Place(0))?;
         for gfn in run.first..run.end() {
-            // A fault that was heard of late: its page has come.
+            // A fault that was received late: its page has come.
             if world.missing.as_ref().is_some_and(|set| set.contains(gfn)) {
                 world.place(gfn, 0);
             }

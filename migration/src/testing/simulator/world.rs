@@ -96,8 +96,8 @@ pub(super) struct World {
     pub faults: Vec<super::Fault>,
     pub port_fault: Option<PortFault>,
     port_calls: [u64; 6],
-    /// Post-copy: pages that the destination lacks, what the guest waits for, and whom that was
-    /// told.
+    /// Post-copy: pages that are missing at the destination, what the guest waits for, and whom
+    /// that was told.
     pub missing: Option<PageSet>,
     blocked: Option<Gfn>,
     pub faults_heard: VecDeque<Gfn>,
@@ -359,9 +359,10 @@ impl World {
     /// The source gives these pages back to its host.
     pub fn free(&mut self, pages: Run) {
         for gfn in pages.first..pages.end() {
-            let lacks = self.missing.as_ref().is_none_or(|set| set.contains(gfn));
-            if lacks || !(self.destination_runs || self.destination_dead) {
-                let wrong = format!("page {gfn} was given back, and the destination lacks it");
+            let misses = self.missing.as_ref().is_none_or(|set| set.contains(gfn));
+            if misses || !(self.destination_runs || self.destination_dead) {
+                let wrong =
+                    format!("page {gfn} was given back, and it is missing at the destination");
                 self.violations.push(wrong);
             }
             self.source_memory[index(gfn)] = STALE;
