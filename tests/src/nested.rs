@@ -153,7 +153,12 @@ impl NestedHost {
 
     /// `ferry restore` of a file of this host.
     pub fn restore(&self, path: &str) -> NestedVmm<'_> {
-        NestedVmm::start(self, &["restore", path])
+        self.restore_with(path, &[])
+    }
+
+    /// As [`NestedHost::restore`], with these options.
+    pub fn restore_with(&self, path: &str, options: &[&str]) -> NestedVmm<'_> {
+        NestedVmm::start(self, &[&["restore", path], options].concat())
     }
 
     /// Runs a program that must succeed; what it printed.
@@ -296,6 +301,12 @@ impl<'a> NestedVmm<'a> {
     /// Waits for a part of its guest's output.
     pub fn prints(&self, part: &str) {
         self.awaits("the guest never printed", part, |out, _| out.contains(part));
+    }
+
+    /// Waits until a part of its guest's output has come so often.
+    pub fn prints_times(&self, part: &str, times: usize) {
+        let enough = |out: &str, _: &str| out.matches(part).count() >= times;
+        self.awaits("the guest never printed (often enough)", part, enough);
     }
 
     /// Waits for a part of what the program itself says.

@@ -30,6 +30,7 @@ mod content;
 mod disk;
 mod guest;
 mod http;
+mod identity;
 mod machine;
 mod memory;
 mod options;

@@ -142,17 +142,18 @@ pub fn tasks() -> Result<(), String> {
             );
         }
     }
-    for record in kernel_log() {
+    const LAST: usize = 20;
+    let log = kernel_log();
+    for record in &log[log.len().saturating_sub(LAST)..] {
         println!("kernel: {record}");
     }
     Ok(())
 }
 
-/// The last that the kernel said.
-fn kernel_log() -> Vec<String> {
+/// What the kernel said, as far as it remembers.
+pub fn kernel_log() -> Vec<String> {
     /// A reader does not wait for more.
     const O_NONBLOCK: i32 = 0o4000;
-    const LAST: usize = 20;
     let log = File::options()
         .read(true)
         .custom_flags(O_NONBLOCK)
@@ -166,7 +167,7 @@ fn kernel_log() -> Vec<String> {
         let line = text.lines().next().and_then(|l| l.split_once(';'));
         records.extend(line.map(|(_, said)| said.to_owned()));
     }
-    records.split_off(records.len().saturating_sub(LAST))
+    records
 }
 
 /// The entries of a directory whose names are numbers, in order.

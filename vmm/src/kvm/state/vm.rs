@@ -132,7 +132,7 @@ impl Vm {
         Ok(())
     }
 
-    fn irqchip(&self, chip_id: u32) -> Result<kvm_irqchip, IoctlError> {
+    pub(in crate::kvm) fn irqchip(&self, chip_id: u32) -> Result<kvm_irqchip, IoctlError> {
         let mut chip = kvm_irqchip {
             chip_id,
             ..Default::default()
