@@ -303,12 +303,6 @@ impl<'a> NestedVmm<'a> {
         self.awaits("the guest never printed", part, |out, _| out.contains(part));
     }
 
-    /// Waits until a part of its guest's output has come so often.
-    pub fn prints_times(&self, part: &str, times: usize) {
-        let enough = |out: &str, _: &str| out.matches(part).count() >= times;
-        self.awaits("the guest never printed (often enough)", part, enough);
-    }
-
     /// Waits for a part of what the program itself says.
     pub fn says(&self, part: &str) {
         self.awaits("it never said", part, |_, said| said.contains(part));
@@ -319,6 +313,15 @@ impl<'a> NestedVmm<'a> {
             .process
             .until(NESTED_TIMEOUT, |out, said| has(out, said).then_some(()));
         assert!(found.is_some(), "{never} {part:?}; {}", self.trouble());
+    }
+
+    /// Waits for a whole line of its guest.
+    pub fn line_with(&self, wanted: impl Fn(&str) -> bool) -> String {
+        let found = self.process.until(NESTED_TIMEOUT, |out, _| {
+            let mut whole = out.split_inclusive('\n').filter(|l| l.ends_with('\n'));
+            whole.find(|line| wanted(line)).map(str::to_owned)
+        });
+        found.unwrap_or_else(|| panic!("the guest never printed that line; {}", self.trouble()))
     }
 
     /// Waits for a line of its guest that `wanted` makes something of.

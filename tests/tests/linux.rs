@@ -358,12 +358,9 @@ fn ms(us: impl TryInto<i32, Error: std::fmt::Debug>) -> f64 {
 
 /// What a Linux guest says of its identity: its VM generation id, how often it was told of a new
 /// one, and how often that changed its random numbers.
-fn identity(guest: &NestedVmm<'_>, asked: usize) -> (String, u64, u64) {
+fn identity(guest: &NestedVmm<'_>) -> (String, u64, u64) {
     guest.types("identity");
-    guest.prints_times("end-of-identity", asked);
-    let all = guest.all();
-    let line = all.lines().filter(|l| l.contains("end-of-identity")).last();
-    let line = line.unwrap().to_owned();
+    let line = guest.line_with(|line| line.contains("end-of-identity"));
     let value = |name: &str| {
         let words = line.split_ascii_whitespace();
         let value = words
@@ -384,18 +381,18 @@ fn identity(guest: &NestedVmm<'_>, asked: usize) -> (String, u64, u64) {
 /// it moves nor when it keeps its identity. With a kernel that has the driver, its random numbers
 /// change with it.
 fn copies_of(host: &NestedHost, guest: NestedVmm<'_>, has_driver: bool) {
-    let (id, told, reseeded) = identity(&guest, 1);
+    let (id, told, reseeded) = identity(&guest);
     assert_eq!((told, reseeded), (0, 0), "{}", guest.all());
     let there = host.receive();
     guest.migrate(there.uri(), &[]);
     assert_eq!(guest.ends().code, 0);
-    assert_eq!(identity(&there, 1), (id.clone(), 0, 0), "{}", there.all());
+    assert_eq!(identity(&there), (id.clone(), 0, 0), "{}", there.all());
     let saved = there.command(&["snapshot", "/tmp/copied.snap", "--then", "stop"]);
     assert_eq!(saved.code, 0, "{saved:?}");
     assert_eq!(there.ends().code, 0);
 
     let copy = host.restore("/tmp/copied.snap");
-    let (other, told, reseeded) = identity(&copy, 1);
+    let (other, told, reseeded) = identity(&copy);
     assert_ne!(other, id);
     assert_eq!(
         (told, reseeded),
@@ -407,7 +404,7 @@ fn copies_of(host: &NestedHost, guest: NestedVmm<'_>, has_driver: bool) {
     assert_eq!(copy.ends().code, 0);
 
     let same = host.restore_with("/tmp/copied.snap", &["--same-identity"]);
-    assert_eq!(identity(&same, 1), (id, 0, 0), "{}", same.all());
+    assert_eq!(identity(&same), (id, 0, 0), "{}", same.all());
     same.types("poweroff");
     assert_eq!(same.ends().code, 0);
 }

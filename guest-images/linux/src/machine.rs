@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::options::{Network, network};
 use crate::sys;
@@ -94,6 +94,39 @@ pub fn uptime_ms() -> u64 {
     let seconds = text.split(' ').next().and_then(|t| t.parse::<f64>().ok());
     Duration::try_from_secs_f64(seconds.unwrap_or(0.0))
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// CLOCK_REALTIME.
+fn time() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+/// Both clocks of this machine, on one line that ends in `mark`.
+pub fn time_line(mark: &str) -> String {
+    let time_ms = time().as_millis();
+    format!(
+        "ferry-linux: time_ms={time_ms} uptime_ms={} {mark}",
+        uptime_ms()
+    )
+}
+
+/// `init clock [MS]`: moves the clock by so many milliseconds, and tells it, in milliseconds.
+pub fn clock(by: Option<&str>) -> Result<(), String> {
+    if let Some(by) = by {
+        let by: i64 = by
+            .parse()
+            .map_err(|_| format!("`{by}` is not a number of milliseconds"))?;
+        let distance = Duration::from_millis(by.unsigned_abs());
+        let moved = match by < 0 {
+            true => time().saturating_sub(distance),
+            false => time() + distance,
+        };
+        sys::set_clock(moved).map_err(|e| format!("the clock cannot be set ({e})"))?;
+    }
+    println!("{}", time().as_millis());
+    Ok(())
 }
 
 /// `init cat PATH`.
