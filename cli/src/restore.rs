@@ -19,8 +19,8 @@ use std::thread::JoinHandle;
 /// The guest runs at once, and its memory is read while it does: first where it waits for a page,
 /// and around there. Give what is behind its disks and network cards, in their order, and its
 /// vsock; the disks must be as they were at the snapshot. The guest's clock goes on from the
-/// snapshot. A file that is restored twice makes two guests with one identity. The keys and signals
-/// of `ferry run` work here too.
+/// snapshot. It is told that it is a copy, by a new VM generation id, and what else it shares with
+/// other copies is its own to change. The keys and signals of `ferry run` work here too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry restore web.snap --name web")]
 pub struct Args {
@@ -37,6 +37,10 @@ pub struct Args {
     /// guest does not count on.
     #[arg(long)]
     force: bool,
+    /// Keep the guest's VM generation id: it goes on as the one that was saved, which does not run any
+    /// more, and is restored from this file once only.
+    #[arg(long)]
+    same_identity: bool,
     /// Print a report as one JSON object, when all memory is there.
     #[arg(long)]
     json: bool,
@@ -68,6 +72,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         path: args.path.clone(),
         eager: args.eager,
         force: args.force,
+        same_identity: args.same_identity,
         dirty: args.place.dirty,
     };
     let vsock = VsockFile::of(&console.backends);
@@ -82,7 +87,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         true => "the guest runs here",
         false => "the guest is here, paused as it was; `ferry resume` lets it run",
     });
-    let reporting = tell_when_done(restored.report, args.json)?;
+    let reporting = tell_when_done(restored.report, args)?;
     let held = (args.place.observe.linger(), (guest, vsock));
     let result = serve(&vmm, server, signals, (&console.port, &console.spool), held);
     // A guest that ended needs no more memory, so this ends soon.
@@ -92,13 +97,19 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
 
 fn tell_when_done(
     report: mpsc::Receiver<RestoreReport>,
-    json: bool,
+    args: &Args,
 ) -> Result<JoinHandle<()>, Failure> {
+    let (json, copied) = (args.json, !args.same_identity);
     let tell = move || {
         // Without one the guest was ended, with a sentence of its own.
         let Ok(report) = report.recv() else {
             return Ok(());
         };
+        if copied && report.generation.is_none() {
+            say(
+                "the guest has no VM generation id, since it was started by an older ferry: it is not told that it is a copy",
+            );
+        }
         if let Some(why) = &report.why_eager {
             say(&format!("all memory was read before the guest ran: {why}"));
         }

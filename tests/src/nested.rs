@@ -153,7 +153,12 @@ impl NestedHost {
 
     /// `ferry restore` of a file of this host.
     pub fn restore(&self, path: &str) -> NestedVmm<'_> {
-        NestedVmm::start(self, &["restore", path])
+        self.restore_with(path, &[])
+    }
+
+    /// As [`NestedHost::restore`], with these options.
+    pub fn restore_with(&self, path: &str, options: &[&str]) -> NestedVmm<'_> {
+        NestedVmm::start(self, &[&["restore", path], options].concat())
     }
 
     /// Runs a program that must succeed; what it printed.
@@ -308,6 +313,15 @@ impl<'a> NestedVmm<'a> {
             .process
             .until(NESTED_TIMEOUT, |out, said| has(out, said).then_some(()));
         assert!(found.is_some(), "{never} {part:?}; {}", self.trouble());
+    }
+
+    /// Waits for a whole line of its guest.
+    pub fn line_with(&self, wanted: impl Fn(&str) -> bool) -> String {
+        let found = self.process.until(NESTED_TIMEOUT, |out, _| {
+            let mut whole = out.split_inclusive('\n').filter(|l| l.ends_with('\n'));
+            whole.find(|line| wanted(line)).map(str::to_owned)
+        });
+        found.unwrap_or_else(|| panic!("the guest never printed that line; {}", self.trouble()))
     }
 
     /// Waits for a line of its guest that `wanted` makes something of.

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::Line;
-use ferry_tests::{CONFINED, NestedHost, nested_hosts};
+use ferry_tests::{CONFINED, NestedHost, NestedVmm, nested_hosts};
 use std::path::Path;
 
 /// What a guest of these tests does: it writes memory and verifies what it wrote.
@@ -354,4 +354,67 @@ fn a_guest_of_huge_pages_goes_all_ways_but_one() {
 /// Microseconds in milliseconds, exact far beyond any test.
 fn ms(us: impl TryInto<i32, Error: std::fmt::Debug>) -> f64 {
     f64::from(us.try_into().unwrap()) / 1e3
+}
+
+/// What a Linux guest says of its identity: its VM generation id, how often it was told of a new
+/// one, and how often that changed its random numbers.
+fn identity(guest: &NestedVmm<'_>) -> (String, u64, u64) {
+    guest.types("identity");
+    let line = guest.line_with(|line| line.contains("end-of-identity"));
+    let value = |name: &str| {
+        let words = line.split_ascii_whitespace();
+        let value = words
+            .filter_map(|word| word.split_once('='))
+            .find(|w| w.0 == name);
+        value.unwrap_or_else(|| panic!("no {name} in {line}")).1
+    };
+    let id = value("generation");
+    assert!(id.len() == 32 && id.contains(|c| c != '0'), "{line}");
+    (
+        id.to_owned(),
+        value("told").parse().unwrap(),
+        value("reseeded").parse().unwrap(),
+    )
+}
+
+/// A guest sees its generation id, is interrupted for a new one when it is a copy, and neither when
+/// it moves nor when it keeps its identity. With a kernel that has the driver, its random numbers
+/// change with it.
+fn copies_of(host: &NestedHost, guest: NestedVmm<'_>, has_driver: bool) {
+    let (id, told, reseeded) = identity(&guest);
+    assert_eq!((told, reseeded), (0, 0), "{}", guest.all());
+    let there = host.receive();
+    guest.migrate(there.uri(), &[]);
+    assert_eq!(guest.ends().code, 0);
+    assert_eq!(identity(&there), (id.clone(), 0, 0), "{}", there.all());
+    let saved = there.command(&["snapshot", "/tmp/copied.snap", "--then", "stop"]);
+    assert_eq!(saved.code, 0, "{saved:?}");
+    assert_eq!(there.ends().code, 0);
+
+    let copy = host.restore("/tmp/copied.snap");
+    let (other, told, reseeded) = identity(&copy);
+    assert_ne!(other, id);
+    assert_eq!(
+        (told, reseeded),
+        (1, u64::from(has_driver)),
+        "{}",
+        copy.all()
+    );
+    copy.types("poweroff");
+    assert_eq!(copy.ends().code, 0);
+
+    let same = host.restore_with("/tmp/copied.snap", &["--same-identity"]);
+    assert_eq!(identity(&same), (id, 0, 0), "{}", same.all());
+    same.types("poweroff");
+    assert_eq!(same.ends().code, 0);
+}
+
+/// Debian's kernel for clouds lacks the driver of the generation id; its ACPI has the event.
+#[test]
+fn a_restored_linux_is_told_that_it_is_a_copy() {
+    let Some(_turn) = nested_hosts() else { return };
+    let host = NestedHost::start();
+    let guest = host.guest(&["--linux", "--memory", "128M"]);
+    guest.prints("ferry-guest: ready");
+    copies_of(&host, guest, false);
 }

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::Line;
-use ferry_migration::options::Compress;
-use ferry_migration::snapshot::Snapshot;
+use ferry_migration::options::{Compress, Handover};
+use ferry_migration::snapshot::{BlockReader, Snapshot};
 use ferry_tests::{Host, State, can_pretend, guests_run, run};
 use ferry_vmm::api::client::Action;
 use ferry_vmm::api::types::{SnapshotReport, SnapshotRequest, Then};
@@ -120,6 +120,77 @@ fn writers_come_back() {
     }
 }
 
+/// The VM generation id in a file's memory; `None` for a guest without the device.
+fn generation(path: &Path) -> Option<String> {
+    const GFN: u64 = 0xef;
+    let snapshot = Snapshot::open(std::fs::read(path).unwrap()).unwrap();
+    let frame = snapshot.frame_of(GFN)?;
+    let mut reader = BlockReader::default();
+    let block = reader.read(&snapshot, frame).unwrap();
+    let page = block.pieces().find_map(|(run, bytes)| {
+        let at = run.first..run.first + run.count;
+        let page = usize::try_from(GFN.checked_sub(at.start)?).unwrap() * 4096;
+        at.contains(&GFN).then(|| bytes[page..page + 32].to_vec())
+    });
+    let page = page.filter(|page| page.starts_with(b"FERRY GENERATION"))?;
+    Some(page[16..].iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// Each restore is a guest of its own, by an id in its memory that all its moves keep.
+#[test]
+fn a_copy_has_an_identity_of_its_own_and_a_moved_guest_keeps_its() {
+    let Some((dir, first, source)) = writer() else {
+        return;
+    };
+    let file = |name: &str| dir.path().join(name);
+    let saved = |host: &Host, name: &str| {
+        snapshot(host, &request(&file(name)));
+        generation(&file(name)).unwrap()
+    };
+    snapshot(&source, &request(&first));
+    let id = generation(&first).unwrap();
+    assert_eq!(saved(&source, "again"), id, "writing it changes nothing");
+    let mut seen = vec![id.clone()];
+    for (name, more) in [("demand", &[][..]), ("eager", &["--eager"])] {
+        let copy = restore(&first, more);
+        copy.says("all of the guest's memory is here");
+        let its = saved(&copy, name);
+        assert!(!seen.contains(&its), "{its} in {seen:?}");
+        seen.push(its);
+        copy.proves_running();
+        if name == "demand" {
+            continue;
+        }
+        // It moves, by each way that its memory can go, and what is saved of it says who it is.
+        let mut here = copy;
+        for (to, handover) in [(Host::receive(), false), (Host::receive_unix(), true)] {
+            let mut options = Host::options();
+            if handover {
+                options.handover = Handover::On;
+            }
+            here.migrate_well(to.uri(), &options);
+            assert_eq!(here.ends(), Some(0));
+            let name = if handover { "handed" } else { "moved" };
+            assert_eq!(Some(&saved(&to, name)), seen.last());
+            here = to;
+        }
+    }
+    let same = restore(&first, &["--same-identity"]);
+    same.says("all of the guest's memory is here");
+    assert_eq!(saved(&same, "same"), id);
+    assert!(same.verdict().writes > 0);
+
+    // A state of an older version is of a guest with an id all the same.
+    let older = SnapshotRequest {
+        state_version: Some(3),
+        ..request(&file("older"))
+    };
+    snapshot(&source, &older);
+    let copy = restore(&older.path, &["--eager"]);
+    copy.says("all of the guest's memory is here");
+    assert!(!seen.contains(&saved(&copy, "newer")));
+}
+
 /// A kernel in the middle of its run: its result is the published one.
 #[test]
 fn a_kernel_comes_back_and_its_result_is_right() {
@@ -226,6 +297,8 @@ fn the_report_of_a_restore_is_one_object() {
             (saved.pages, saved.data_pages)
         );
         assert_eq!(report.session, saved.session);
+        let id = report.generation.as_deref().map(str::len);
+        assert_eq!((id, report.new_identity), (Some(32), true), "{report:#?}");
         assert!(
             report.bytes_read > 0 && report.bytes_read < saved.bytes,
             "{report:#?}"

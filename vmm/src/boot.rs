@@ -16,6 +16,7 @@
 //! 0x06000  hvm_start_info      0x20000  command line
 //! 0x07000  boot_params or      0x9fc00  end of usable low memory
 //!          memory map, modules 0xe0000  ACPI tables
+//!                              0xef000  VM generation id
 //! ```
 //!
 //! A kernel file is untrusted input: every number in it is checked against the file's size and the
@@ -26,6 +27,7 @@ mod bzimage;
 mod elf;
 mod error;
 mod file;
+mod generation;
 mod linux;
 mod memory_map;
 mod mmio_device;
@@ -38,6 +40,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use error::LoadError;
+pub use generation::GenerationId;
+pub(crate) use generation::{GENERATION_GSI, GENERATION_ID, GENERATION_MARK, GENERATION_PAGE};
 pub use mmio_device::MmioDevice;
 pub use tables::Gdt;
 
@@ -69,6 +73,8 @@ pub struct Platform {
     pub cpus: u32,
     /// The virtio devices.
     pub mmio: Vec<MmioDevice>,
+    /// The guest's first generation id.
+    pub generation: GenerationId,
 }
 
 /// How the boot processor enters the kernel.

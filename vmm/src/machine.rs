@@ -41,6 +41,7 @@ mod devices;
 mod disk_marks;
 mod features;
 mod fit;
+mod identity;
 mod load;
 mod paused;
 mod requires;
@@ -62,6 +63,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use ferry_devices::balloon::auto::Settings as BalloonAuto;
 
+pub use crate::boot::GenerationId;
 pub use builder::{BuildError, Builder};
 pub use cpu::{CpuError, CpuFile, CpuModel};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
@@ -71,6 +73,7 @@ pub use devices::{
 };
 pub use ferry_devices::net::MacAddress;
 pub use fit::Misfit;
+pub use identity::IdentityError;
 pub use load::ApplyError;
 pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};
 pub use run_state::{Exit, PauseError, ResumeError, RunState};

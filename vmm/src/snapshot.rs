@@ -3,9 +3,9 @@
 //!
 //! The disks are not in the file: a snapshot has the size and the time of change of each, as of the
 //! guest's pause, and is only restored with disks that are as they were then, for a guest whose
-//! disk changed behind its back destroys it. What is restored is the guest as it was: its clock
-//! goes on where it stood, and a second restore of the same file is a second guest with the same
-//! identity.
+//! disk changed behind its back destroys it. What is restored is the guest as it was, and its clock
+//! goes on where it stood; but it is another guest than the one that was saved, and it is told so by
+//! its VM generation id ([`crate::machine::GenerationId`]).
 //!
 //! ```no_run
 //! use ferry_vmm::api::types::SnapshotRequest;

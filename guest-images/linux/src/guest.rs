@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use ferry_nas::line::Line;
 
-use crate::machine::{power_off, reset, uptime_ms};
+use crate::machine::{power_off, reset, time_line, uptime_ms};
 use crate::options::Options;
-use crate::{http, work};
+use crate::{http, identity, work};
 
 /// This program, which is the first process.
 const SELF: &str = "/init";
 
-const HELP: &str = "commands: status, flags (of the processor), run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
+const HELP: &str = "commands: status, flags (of the processor), identity, time MARK, run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
 
 /// Works until the guest is told to end.
 pub fn serve(options: &Options) {
@@ -119,6 +119,8 @@ fn console(working: &Mutex<Option<Child>>) {
             [] => {}
             ["status"] => status(),
             ["flags"] => println!("ferry-linux: flags= {} end-of-flags", flags()),
+            ["time", mark] => println!("{}", time_line(mark)),
+            ["identity"] => println!("{}", identity::line()),
             ["poweroff"] => power_off(),
             ["reboot"] => reset(),
             ["q"] => {

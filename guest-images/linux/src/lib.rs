@@ -30,6 +30,7 @@ mod content;
 mod disk;
 mod guest;
 mod http;
+mod identity;
 mod machine;
 mod memory;
 mod options;
@@ -63,6 +64,8 @@ pub fn main() {
         ["unix-serve", path] => vsock::unix_serve(path),
         ["unix-ask", path, port, line] => vsock::unix_client(path, port, line, false),
         ["unix-hold", path, port, line] => vsock::unix_client(path, port, line, true),
+        ["clock"] => machine::clock(None),
+        ["clock", by] => machine::clock(Some(by)),
         ["cat", path] => machine::cat(path),
         ["write", path] => machine::write(path),
         ["truncate", path, bytes] => machine::truncate(path, bytes),
@@ -70,7 +73,7 @@ pub fn main() {
         ["tap", name] => machine::tap(name),
         ["bridge", network, ports @ ..] => machine::bridge(network, ports),
         _ => Err(
-            "init is the first process; its parts are work, disk, memory, rng, get, client, vsock, vsock-serve, unix-serve, unix-ask, unix-hold, cat, write, truncate, tasks, tap and bridge"
+            "init is the first process; its parts are work, disk, memory, rng, get, client, vsock, vsock-serve, unix-serve, unix-ask, unix-hold, clock, cat, write, truncate, tasks, tap and bridge"
                 .to_owned(),
         ),
     };

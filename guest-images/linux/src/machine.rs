@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::options::{Network, network};
 use crate::sys;
@@ -96,6 +96,39 @@ pub fn uptime_ms() -> u64 {
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
+/// CLOCK_REALTIME.
+fn time() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+/// Both clocks of this machine, on one line that ends in `mark`.
+pub fn time_line(mark: &str) -> String {
+    let time_ms = time().as_millis();
+    format!(
+        "ferry-linux: time_ms={time_ms} uptime_ms={} {mark}",
+        uptime_ms()
+    )
+}
+
+/// `init clock [MS]`: moves the clock by so many milliseconds, and tells it, in milliseconds.
+pub fn clock(by: Option<&str>) -> Result<(), String> {
+    if let Some(by) = by {
+        let by: i64 = by
+            .parse()
+            .map_err(|_| format!("`{by}` is not a number of milliseconds"))?;
+        let distance = Duration::from_millis(by.unsigned_abs());
+        let moved = match by < 0 {
+            true => time().saturating_sub(distance),
+            false => time() + distance,
+        };
+        sys::set_clock(moved).map_err(|e| format!("the clock cannot be set ({e})"))?;
+    }
+    println!("{}", time().as_millis());
+    Ok(())
+}
+
 /// `init cat PATH`.
 pub fn cat(path: &str) -> Result<(), String> {
     let copied =
@@ -142,17 +175,18 @@ pub fn tasks() -> Result<(), String> {
             );
         }
     }
-    for record in kernel_log() {
+    const LAST: usize = 20;
+    let log = kernel_log();
+    for record in &log[log.len().saturating_sub(LAST)..] {
         println!("kernel: {record}");
     }
     Ok(())
 }
 
-/// The last that the kernel said.
-fn kernel_log() -> Vec<String> {
+/// What the kernel said, as far as it remembers.
+pub fn kernel_log() -> Vec<String> {
     /// A reader does not wait for more.
     const O_NONBLOCK: i32 = 0o4000;
-    const LAST: usize = 20;
     let log = File::options()
         .read(true)
         .custom_flags(O_NONBLOCK)
@@ -166,7 +200,7 @@ fn kernel_log() -> Vec<String> {
         let line = text.lines().next().and_then(|l| l.split_once(';'));
         records.extend(line.map(|(_, said)| said.to_owned()));
     }
-    records.split_off(records.len().saturating_sub(LAST))
+    records
 }
 
 /// The entries of a directory whose names are numbers, in order.

@@ -10,7 +10,7 @@ use crate::options::Network;
 
 /// From the C library, which std links anyway. Declared here because the crate has no dependencies.
 mod c {
-    use super::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
+    use super::{TimeSpec, c_char, c_int, c_long, c_uint, c_ulong, c_void};
     unsafe extern "C" {
         pub fn mount(
             source: *const c_char,
@@ -23,6 +23,7 @@ mod c {
         pub fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
         pub fn reboot(what: c_int) -> c_int;
         pub fn sync();
+        pub fn clock_settime(clock: c_int, time: *const TimeSpec) -> c_int;
         pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> c_int;
         pub fn bind(fd: c_int, address: *const c_void, len: c_uint) -> c_int;
         pub fn connect(fd: c_int, address: *const c_void, len: c_uint) -> c_int;
@@ -87,6 +88,24 @@ pub fn end(reset: bool) -> io::Error {
         c::reboot(if reset { RB_AUTOBOOT } else { RB_POWER_OFF });
     }
     io::Error::last_os_error()
+}
+
+/// `struct timespec`.
+#[repr(C)]
+pub struct TimeSpec {
+    seconds: c_long,
+    nanoseconds: c_long,
+}
+
+/// Sets CLOCK_REALTIME, to a time since 1970.
+pub fn set_clock(time: std::time::Duration) -> io::Result<()> {
+    const CLOCK_REALTIME: c_int = 0;
+    let time = TimeSpec {
+        seconds: c_long::try_from(time.as_secs()).map_err(io::Error::other)?,
+        nanoseconds: time.subsec_nanos().into(),
+    };
+    // SAFETY: clock_settime(2) reads a `struct timespec`, which this is.
+    checked(unsafe { c::clock_settime(CLOCK_REALTIME, &raw const time) })
 }
 
 /// `struct ifreq` of `linux/if.h`: a name and a union of 24 bytes.

@@ -30,7 +30,7 @@ pub fn kernel(bytes: &[u8]) -> bool {
     let ram = RamLayout::new(RAM[usize::from(mode % 4)], false).unwrap();
     let platform = Platform {
         cpus: 2,
-        mmio: Vec::new(),
+        ..Platform::default()
     };
     let Ok(image) = load(&kernel, &ram, &platform) else {
         return false;

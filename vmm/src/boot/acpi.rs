@@ -1,8 +1,9 @@
 //! ACPI tables: how an unmodified kernel finds processors, interrupt controllers, the serial port,
-//! virtio devices, and the way to switch the machine off. ACPI specification 6.5, chapter 5.
+//! virtio devices, the VM generation id, and the way to switch the machine off. ACPI specification
+//! 6.5, chapter 5.
 //!
 //! ```text
-//! RSDP ─▶ XSDT ─┬▶ FADT ─┬▶ DSDT   serial port, virtio devices, \_S5
+//! RSDP ─▶ XSDT ─┬▶ FADT ─┬▶ DSDT   serial port, virtio devices, generation id, \_S5
 //!               │        └▶ FACS
 //!               └▶ MADT            local APICs, IOAPIC
 //! ```
@@ -12,7 +13,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -26,8 +28,8 @@ use ferry_devices::acpi_pm::{
 use ferry_devices::i8042::I8042_BASE;
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN};
 
-use super::Platform;
 use super::mmio_device::MmioDevice;
+use super::{GENERATION_GSI, GENERATION_ID, Platform};
 
 /// Where the tables are.
 pub(super) const TABLES: u64 = 0xe_0000;
@@ -44,6 +46,8 @@ const RESET_COMMAND: u8 = 0xfe;
 
 /// FADT IA-PC boot flags: there is no VGA, and no CMOS clock.
 const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
+/// The notification of a generation id that has changed.
+const CHANGED: u8 = 0x80;
 /// MADT: there are 8259s beside the APICs.
 const PC_AT_COMPATIBLE: u32 = 1;
 /// MADT: active high, an edge (ACPI 6.5, table 5.26).
@@ -142,6 +146,7 @@ fn dsdt(platform: &Platform) -> Sdt {
     for (number, device) in platform.mmio.iter().enumerate() {
         virtio(number, device, &mut devices);
     }
+    generation(&mut devices);
     let mut body = Scope::raw(Path::new("\\_SB_"), devices);
     Name::new(
         Path::new("_S5_"),
@@ -194,8 +199,53 @@ fn virtio(number: usize, device: &MmioDevice, to: &mut Vec<u8>) {
     .to_aml_bytes(to);
 }
 
+/// What Microsoft's specification calls VGEN, and what tells its driver of a new id: a generic
+/// event device (ACPI 6.5, 5.6.9), which needs no register that a guest could lose on the way.
+fn generation(to: &mut Vec<u8>) {
+    let (low, high) = (
+        u32::try_from(GENERATION_ID & 0xffff_ffff).unwrap_or(0),
+        u32::try_from(GENERATION_ID >> 32).unwrap_or(0),
+    );
+    Device::new(
+        Path::new("VGEN"),
+        vec![
+            &Name::new(Path::new("_HID"), &"QEMUVGID"),
+            &Name::new(Path::new("_CID"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("ADDR"), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(to);
+    Device::new(
+        Path::new("GED_"),
+        vec![
+            &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&Interrupt::new(
+                    true,
+                    true,
+                    false,
+                    false,
+                    GENERATION_GSI,
+                )]),
+            ),
+            // One line, one event: its number need not be looked at.
+            &Method::new(
+                Path::new("_EVT"),
+                1,
+                true,
+                vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &CHANGED)],
+            ),
+        ],
+    )
+    .to_aml_bytes(to);
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::GENERATION_PAGE;
     use super::*;
 
     fn word(bytes: &[u8], at: usize, len: usize) -> usize {
@@ -227,9 +277,11 @@ mod tests {
         let platform = Platform {
             cpus: 254,
             mmio: (0..16).map(mmio).collect(),
+            ..Platform::default()
         };
         let all = tables(&platform);
-        assert!(all.len() < 0x2_0000, "they end below 1 MiB");
+        let end = TABLES + u64::try_from(all.len()).unwrap();
+        assert!(end <= GENERATION_PAGE, "they end at {end:#x}");
         assert_eq!(&all[..8], b"RSD PTR ");
         assert_eq!((sum(&all[..20]), sum(&all[..36])), (0, 0));
         let xsdt = table(&all, word(&all, 24, 8));
@@ -260,5 +312,36 @@ mod tests {
         let has = |what: &[u8]| dsdt.windows(what.len()).any(|w| w == what);
         assert!(has(b"_S5_") && has(b"COM1") && has(b"V00F") && !has(b"V010"));
         assert_eq!(dsdt.windows(8).filter(|w| w == b"LNRO0005").count(), 16);
+    }
+
+    /// Decoded by hand after ACPI 6.5, 20.2: what a driver evaluates.
+    #[test]
+    fn the_generation_id_is_a_device_with_an_address_and_an_event() {
+        let mut aml = Vec::new();
+        generation(&mut aml);
+        let find = |what: &[u8]| {
+            let found = aml.windows(what.len()).position(|w| w == what);
+            found.unwrap_or_else(|| panic!("{what:x?} in {aml:x?}"))
+        };
+        // DeviceOp with its length, and the name.
+        assert_eq!(aml[..2], [0x5b, 0x82]);
+        assert!(find(b"VGEN") < find(b"GED_"));
+        find(b"\x08_HID\x0dQEMUVGID\0");
+        find(b"\x08_CID\x0dVM_Gen_Counter\0");
+        find(b"\x08_DDN\x0dVM_Gen_Counter\0");
+        // A package of two: the lower and the upper half of the address. Zero has a code of its own.
+        let at = find(b"\x08ADDR\x12");
+        let package = &aml[at + 6..];
+        let length = usize::from(package[0]);
+        assert_eq!(package[1], 2);
+        let low = u32::try_from(GENERATION_ID).unwrap().to_le_bytes();
+        let halves = [&[0x0c][..], &low, &[0x00]].concat();
+        assert_eq!(package[2..length], halves);
+        assert_eq!((GENERATION_ID % 8, GENERATION_ID / 0x1000), (0, 0xef));
+        // The extended interrupt: a consumer's, an edge, active high, one, its number.
+        find(b"\x08_HID\x0dACPI0013\0");
+        find(&[0x89, 6, 0, 0b0011, 1, 15, 0, 0, 0]);
+        // _EVT, serialized, of one argument: Notify (\_SB.VGEN, 0x80).
+        find(b"_EVT\x09\x86\\\x2e_SB_VGEN\x0a\x80");
     }
 }

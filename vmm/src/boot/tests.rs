@@ -3,6 +3,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 const MIB: u64 = 1 << 20;
+const GENERATION: [u8; 16] = *b"one of a kind id";
 
 fn ram(bytes: u64) -> RamLayout {
     RamLayout::new(bytes, false).unwrap()
@@ -92,6 +93,7 @@ fn load(k: &Kernel, ram: &RamLayout) -> Result<BootImage, LoadError> {
             size: 0x1000,
             gsi: 16,
         }],
+        generation: GENERATION.into(),
     };
     super::load(k, ram, &platform)
 }
@@ -161,6 +163,31 @@ fn a_bzimage_is_entered_at_its_64_bit_entry() {
     let params = bytes_at(&image, 0x7000);
     assert_eq!(params[0x210], 0xff);
     assert_eq!(&params[0x218..0x220], [0, 0xf0, 0xff, 3, 100, 0, 0, 0]);
+}
+
+/// By either protocol: the id is where the tables say, and no kernel takes that for RAM.
+#[test]
+fn the_generation_id_is_in_reserved_memory() {
+    let files = [true, false].map(|pvh| file(&elf_file(0x10_0000, pvh)));
+    for (file, map, entry) in [(&files[0], 0x7000, 24), (&files[1], 0x72d0, 20)] {
+        let image = load(&kernel(file.path()), &ram(64 * MIB)).unwrap();
+        let page = bytes_at(&image, 0xe_f000);
+        assert_eq!(page[..16], GENERATION_MARK);
+        assert_eq!(page[16..], GENERATION);
+        // In E820's or PVH's words: address, size, kind.
+        let params = image.writes.iter().find(|w| w.address == 0x7000).unwrap();
+        let WriteData::Bytes(bytes) = &params.data else {
+            panic!("bytes expected")
+        };
+        let ranges = bytes[map - 0x7000..].chunks_exact(entry).take(3);
+        let range = |bytes: &[u8]| {
+            let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+            (word(0), word(0) + word(8), bytes[16])
+        };
+        let covers = |(start, end, _): &(u64, u64, u8)| *start < 0xf_0000 && *end > 0xe_f000;
+        let over: Vec<_> = ranges.map(range).filter(covers).collect();
+        assert_eq!(over, [(0x9_fc00, 0x10_0000, 2)]);
+    }
 }
 
 #[test]

@@ -196,6 +196,13 @@ fn features(facts: &KvmFacts) -> Vec<Check> {
         "migrate between hosts of one TSC frequency",
     );
     check(
+        "tsc-offset",
+        facts.tsc_offset,
+        "a guest's TSC goes on by what its clock counts of a move (KVM_VCPU_TSC_OFFSET)".into(),
+        "a guest's TSC cannot be set exactly: one that keeps time by it, and not by KVM's clock, may see it jump",
+        "nothing need be done on Linux 5.16 and later with VT-x or AMD-V; a software KVM shows guests the host's TSC",
+    );
+    check(
         "xsave2",
         facts.xsave_bytes > 0,
         format!(

@@ -11,6 +11,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::state::offsets_work;
+
 /// KVM's answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools)]
@@ -28,6 +30,8 @@ pub struct KvmFacts {
     pub dirty_ring_entries: u32,
     /// KVM_CAP_TSC_CONTROL.
     pub tsc_control: bool,
+    /// Whether a guest's TSC can be set to what it was elsewhere (KVM_VCPU_TSC_OFFSET).
+    pub tsc_offset: bool,
     /// The TSC's frequency in kHz that guests see by default; `None` where KVM cannot tell.
     pub tsc_khz: Option<u32>,
     /// KVM_CAP_XSAVE2: bytes of a processor's extended state; 0 where it is the classic 4 KiB.
@@ -95,6 +99,8 @@ pub fn kvm() -> Result<KvmFacts, ProbeError> {
                 .ok()
         })
         .flatten();
+    let vcpu = kvm.create_vm().and_then(|vm| vm.create_vcpu(0));
+    let tsc_offset = vcpu.is_ok_and(|vcpu| offsets_work(&vcpu));
     Ok(KvmFacts {
         api_version: kvm.get_api_version(),
         lacks: needed
@@ -106,6 +112,7 @@ pub fn kvm() -> Result<KvmFacts, ProbeError> {
         dirty_log_initially_set: manual & 2 != 0,
         dirty_ring_entries: ring,
         tsc_control: number(KVM_CAP_TSC_CONTROL) > 0,
+        tsc_offset,
         tsc_khz,
         xsave_bytes: number(KVM_CAP_XSAVE2),
         nested_state_bytes: number(KVM_CAP_NESTED_STATE),

@@ -1,7 +1,8 @@
 //! The state of vCPUs and VM: read from KVM on one host, written to KVM on another.
 //!
 //! The order of the ioctls is argued where they are made ([`vcpu`], [`vm`]); across the two it is:
-//! vCPUs first, then the VM's interrupt controllers, then the clock, then devices. Setting the
+//! vCPUs first, then the VM's interrupt controllers, then the clock and by it the vCPUs' time stamp
+//! counters ([`tsc`]), then devices. Setting the
 //! IOAPIC makes KVM deliver what is pending on its pins into the local APICs, and setting a local
 //! APIC afterwards would wipe that out. The clock comes late, since it runs from the moment it is
 //! set.
@@ -9,6 +10,7 @@
 mod error;
 mod known;
 mod msrs;
+mod tsc;
 mod v3;
 mod vcpu;
 mod vm;
@@ -17,6 +19,7 @@ mod xsave;
 pub use error::RestoreError;
 pub(super) use msrs::{IA32_ARCH_CAPABILITIES, MsrList};
 pub use msrs::{MAX_MSRS, SkippedMsr};
+pub(super) use tsc::offsets_work;
 pub(crate) use v3::{VcpuV3, VmV3};
 pub(crate) use vcpu::VCPU_FIELDS;
 pub use vcpu::VcpuState;

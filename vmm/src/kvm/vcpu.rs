@@ -47,6 +47,8 @@ pub struct Vcpu {
     page: Arc<RunPage>,
     kicker: Kicker,
     id: u32,
+    /// Frequency of the TSC before a guest's was set, in kHz: the host's.
+    host_tsc_khz: Option<u32>,
     /// The number of its dirty ring, where there are rings.
     ring: Option<usize>,
     pub(super) msrs: super::state::MsrList,
@@ -68,15 +70,18 @@ impl Vcpu {
         })?;
         let page = Arc::new(page);
         let kicker = Kicker::new(page.clone());
-        Ok(Self {
+        let mut vcpu = Self {
             fd,
             page,
             kicker,
             id,
+            host_tsc_khz: None,
             ring,
             msrs: super::state::MsrList::default(),
             vm,
-        })
+        };
+        vcpu.host_tsc_khz = vcpu.tsc_khz();
+        Ok(vcpu)
     }
 
     /// The vCPU's number, which is its APIC id.
@@ -104,6 +109,11 @@ impl Vcpu {
             return None;
         }
         self.fd.get_tsc_khz().ok().filter(|khz| *khz != 0)
+    }
+
+    /// What a guest's TSC runs at here unless it is scaled, in kHz.
+    pub(super) const fn host_tsc_khz(&self) -> Option<u32> {
+        self.host_tsc_khz
     }
 
     /// Runs guest code until KVM comes back once, and lets the buses answer if it was for a device.

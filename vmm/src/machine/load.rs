@@ -7,7 +7,7 @@ use ferry_devices::sync::lock;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::{Machine, PauseError};
-use crate::boot::{self, BootImage, Kernel, LoadError, Platform, WriteData};
+use crate::boot::{self, BootImage, GenerationId, Kernel, LoadError, Platform, WriteData};
 use crate::kvm::IoctlError;
 
 /// Why a kernel could not be put into a machine.
@@ -40,6 +40,9 @@ pub enum ApplyError {
         /// Why.
         source: io::Error,
     },
+    /// No generation id.
+    #[error("the host's kernel has no random numbers for the guest's generation id: {0}")]
+    Random(#[source] io::Error),
     /// KVM refused the entry state.
     #[error("the boot processor could not be set to the kernel's entry: {0}")]
     Entry(#[from] IoctlError),
@@ -54,6 +57,7 @@ impl Machine {
         let platform = Platform {
             cpus: self.description.cpus,
             mmio: self.mmio_devices(),
+            generation: GenerationId::random().map_err(ApplyError::Random)?,
         };
         self.apply(&boot::load(kernel, self.ram().layout(), &platform)?)
     }

@@ -5,7 +5,7 @@ use ferry_devices::sync::lock;
 
 use super::state::{DevicesState, MachineState};
 use super::{Machine, ResumeError};
-use crate::kvm::{IoctlError, RestoreError, SkippedMsr};
+use crate::kvm::{IoctlError, RestoreError, SkippedMsr, VcpuState};
 
 /// Why a machine could not be saved.
 #[derive(Debug, thiserror::Error)]
@@ -111,12 +111,15 @@ impl<'a> PausedMachine<'a> {
             virtio: self.machine.virtio.save(),
         };
         let vm = self.machine.vm.save()?;
-        let vcpus = self
-            .machine
-            .vcpus
-            .iter()
-            .map(|vcpu| lock(vcpu).save())
-            .collect::<Result<_, _>>()?;
+        let vcpus = self.machine.vcpus.iter().map(|vcpu| lock(vcpu).save());
+        let mut vcpus: Vec<VcpuState> = vcpus.collect::<Result<_, _>>()?;
+        let first = self.machine.vcpus.first();
+        let scaled = first.map(|first| lock(first).scaled_tsc_at(&vm));
+        if let Some(scaled) = scaled.transpose()?.flatten() {
+            for (vcpu, state) in self.machine.vcpus.iter().zip(&mut vcpus) {
+                lock(vcpu).note_tsc(state, scaled)?;
+            }
+        }
         Ok(MachineState { devices, vm, vcpus })
     }
 
@@ -147,6 +150,13 @@ impl<'a> PausedMachine<'a> {
             restored.skipped_msrs.extend(lock(vcpu).restore(state)?);
         }
         self.machine.vm.restore(&state.vm)?;
+        let moment = vcpus.first().map(|first| lock(first).moment(&state.vm));
+        if let Some(moment) = moment.transpose().map_err(RestoreError::Vm)? {
+            for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
+                let skipped = lock(vcpu).restore_tsc(state, &moment)?;
+                restored.skipped_msrs.extend(skipped);
+            }
+        }
         let devices = &self.machine.devices;
         lock(&devices.i8042).restore(&state.devices.i8042);
         lock(&devices.acpi_pm)

@@ -42,6 +42,8 @@ pub struct MachineHost {
     started: bool,
     /// The guest's clock goes on from where it stood when the state was saved.
     stopped_clock: bool,
+    /// The guest is a copy, and is told so.
+    new_identity: bool,
     /// How large a guest may be.
     gate: Gate,
     /// Who the guest is for; `None` where that cannot change its mind.
@@ -61,6 +63,7 @@ impl MachineHost {
             run_after: true,
             started: false,
             stopped_clock: false,
+            new_identity: false,
             gate: Gate::default(),
             owner: None,
         }
@@ -76,6 +79,12 @@ impl MachineHost {
     /// since.
     pub(crate) fn with_stopped_clock(mut self) -> Self {
         self.stopped_clock = true;
+        self
+    }
+
+    /// Makes the guest another one than all copies of it.
+    pub(crate) const fn with_new_identity(mut self, new: bool) -> Self {
+        self.new_identity = new;
         self
     }
 
@@ -162,7 +171,12 @@ impl DestinationVm<StreamLink> for MachineHost {
         }
         let paused = machine.pause()?;
         let restored = paused.restore(&state);
+        let renewed = match (&restored, self.new_identity) {
+            (Ok(_), true) => paused.renew_identity().map(drop),
+            _ => Ok(()),
+        };
         paused.keep_paused();
+        renewed?;
         for skipped in restored?.skipped_msrs {
             tracing::info!(
                 name = skipped.name(),

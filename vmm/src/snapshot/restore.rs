@@ -29,6 +29,8 @@ pub struct RestoreOptions {
     /// Disks that are not as they were, and a CPU that the guest does not count on, are taken all
     /// the same.
     pub force: bool,
+    /// The guest goes on as the one that was saved, and is not told that it may be a copy.
+    pub same_identity: bool,
     /// How the pages that the guest dirties are found when it is migrated on.
     pub dirty: Tracking,
 }
@@ -102,6 +104,10 @@ pub struct RestoreReport {
     pub session: String,
     /// Why memory could not be read to the end, in a sentence: the guest was ended then.
     pub error: Option<String>,
+    /// The guest's VM generation id, in hexadecimal digits; `None` where it was started without.
+    pub generation: Option<String>,
+    /// Whether that is a new one, which tells the guest that it is a copy.
+    pub new_identity: bool,
     /// Whether all memory was read before the guest ran.
     pub eager: bool,
     /// Why, when it was not asked for.
@@ -122,6 +128,16 @@ pub struct RestoreReport {
     pub faults: Faults,
     /// Waits for pages that turned out to be zero, which takes no reading.
     pub zero_faults: u64,
+}
+
+impl RestoreReport {
+    /// Called while the guest has not run yet.
+    fn note_identity(&mut self, machine: &Machine) -> Result<(), PortError> {
+        let id = machine.generation()?;
+        self.new_identity &= id.is_some();
+        self.generation = id.map(|id| id.to_string());
+        Ok(())
+    }
 }
 
 /// A guest that was restored.
@@ -221,15 +237,18 @@ pub fn restore(
         insist: options.force,
         ..backends
     };
-    let mut host = MachineHost::new(serial, backends, options.dirty).with_stopped_clock();
+    let mut host = MachineHost::new(serial, backends, options.dirty)
+        .with_stopped_clock()
+        .with_new_identity(!options.same_identity);
     let sink = host
         .prepare(snapshot.layout(), &description)
         .map_err(refused)?;
     let machine = host.machine().cloned();
     let machine = machine.ok_or_else(|| refused("there is no machine".into()))?;
     let mut report = RestoreReport {
-        schema: 1,
+        schema: 2,
         path: path.clone(),
+        new_identity: !options.same_identity,
         session: snapshot.session().to_string(),
         pages: snapshot.layout().pages(),
         data_pages: snapshot.data_pages(),
@@ -248,6 +267,7 @@ pub fn restore(
     report.bytes_read = fill_all(&snapshot, &*sink, threads(), cancelled).map_err(format)?;
     let start = host
         .restore(snapshot.state())
+        .and_then(|()| report.note_identity(&machine))
         .and_then(|()| host.run())
         .map_err(refused)?;
     let total = began.elapsed();
@@ -292,6 +312,7 @@ fn on_demand(
             threads.push(thread("ferry-faults", Pages::serve)?);
         }
         host.restore(&state)?;
+        report.note_identity(&machine)?;
         let ran_for = host.run()?;
         report.start_ms = ms(began.elapsed().saturating_sub(ran_for.unwrap_or_default()));
         threads.push(thread("ferry-push", Pages::push)?);

@@ -10,6 +10,7 @@ mod balloon;
 mod cards;
 mod copy_disk;
 mod dirty;
+mod identity;
 mod life;
 mod not_started;
 mod serial;

@@ -15,8 +15,8 @@ use crate::kvm::vcpu::Vcpu;
 /// The most MSRs a saved vCPU may have; KVM's list has about a hundred.
 pub const MAX_MSRS: usize = 512;
 
-const IA32_TSC: u32 = 0x10;
-const IA32_TSC_DEADLINE: u32 = 0x6e0;
+pub(super) const IA32_TSC: u32 = 0x10;
+pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 pub(in crate::kvm) const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 
 /// The MSRs that this vCPU lets itself be read; found out once, so that saving, which happens in
@@ -102,7 +102,7 @@ impl Vcpu {
     }
 
     /// Reads those that can be read, in the order given.
-    fn read_msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, IoctlError> {
+    pub(super) fn read_msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, IoctlError> {
         let mut values = Vec::with_capacity(indices.len());
         let mut rest = indices;
         while !rest.is_empty() {
@@ -121,29 +121,32 @@ impl Vcpu {
         Ok(values)
     }
 
-    /// Writes the MSRs, TSC_DEADLINE last: arming the deadline compares it with the guest's TSC, so
-    /// the TSC must be right by then (and the local APIC's timer in deadline mode, which the caller
-    /// sees to). Returns what could not be written and matters.
+    /// Writes the MSRs but the time stamp counter and its deadline, which
+    /// [`restore_tsc`](Self::restore_tsc) does. Returns what could not be written and matters.
     ///
     /// The wall clock is left out. It is a request rather than a state: a guest writes the register
     /// each time that it wants to know. And nothing may be written into guest memory here, which
     /// may still belong to the guest at its source.
     pub(super) fn restore_msrs(&self, saved: &[(u32, u64)]) -> Result<Vec<SkippedMsr>, IoctlError> {
-        let entry = |&(index, data): &(u32, u64)| kvm_msr_entry {
+        let written = |index| {
+            !matches!(index, IA32_TSC | IA32_TSC_DEADLINE)
+                && matches!(known::kind(index), Some(Kind::State | Kind::Description))
+        };
+        let states = saved.iter().copied().filter(|(i, _)| written(*i));
+        self.write_msrs(states)
+    }
+
+    /// Writes those, in this order. Returns what could not be written and is not so anyway.
+    pub(super) fn write_msrs(
+        &self,
+        values: impl Iterator<Item = (u32, u64)>,
+    ) -> Result<Vec<SkippedMsr>, IoctlError> {
+        let entry = |(index, data)| kvm_msr_entry {
             index,
             data,
             ..Default::default()
         };
-        let rank = |index| match index {
-            IA32_TSC => 1,
-            IA32_TSC_DEADLINE => 2,
-            _ => 0,
-        };
-        let written = |index| matches!(known::kind(index), Some(Kind::State | Kind::Description));
-        let states = saved.iter().filter(|(i, _)| written(*i));
-        let mut entries: Vec<kvm_msr_entry> = states.map(entry).collect();
-        // Stable: all else stays in KVM's order. The TSC comes late, close to the moment it counts.
-        entries.sort_by_key(|e| rank(e.index));
+        let entries: Vec<kvm_msr_entry> = values.map(entry).collect();
         let mut refused = Vec::new();
         let mut rest = entries.as_slice();
         while !rest.is_empty() {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 
+use super::msrs::IA32_TSC;
 use super::xsave::LEGACY;
 use super::{MAX_MSRS, MAX_XSAVE, RestoreError, SkippedMsr};
 use crate::kvm::error::{IoctlError, Named};
@@ -66,6 +67,22 @@ impl VcpuState {
             return Err("vector registers of an impossible size");
         }
         Ok(())
+    }
+
+    /// The time stamp counter as the guest reads it, at the instant of the VM's clock.
+    pub(super) fn tsc(&self) -> Option<u64> {
+        self.msr(IA32_TSC)
+    }
+
+    pub(super) fn msr(&self, wanted: u32) -> Option<u64> {
+        let found = self.msrs.iter().find(|(index, _)| *index == wanted);
+        found.map(|(_, value)| *value)
+    }
+
+    pub(super) fn set_tsc(&mut self, value: u64) {
+        for (_, tsc) in self.msrs.iter_mut().filter(|(index, _)| *index == IA32_TSC) {
+            *tsc = value;
+        }
     }
 
     /// RIP, for messages and tests.
@@ -175,8 +192,9 @@ impl Vcpu {
         })
     }
 
-    /// Writes a state that was saved elsewhere (and [checked](VcpuState::check)). Returns the MSRs
-    /// that this KVM would not take.
+    /// Writes a state that was saved elsewhere (and [checked](VcpuState::check)), but for its time
+    /// stamp counter: see [`restore_tsc`](Self::restore_tsc). Returns the MSRs that this KVM would
+    /// not take.
     ///
     /// # Errors
     /// [`RestoreError`]; the vCPU's state is then a mixture, and it must not run.
@@ -232,7 +250,6 @@ impl Vcpu {
         fd.set_lapic(&state.lapic)
             .named("KVM_SET_LAPIC")
             .map_err(error)?;
-        // After the local APIC: KVM drops a write to TSC_DEADLINE unless the timer is in that mode.
         let skipped = self.restore_msrs(&state.msrs).map_err(error)?;
         // Last, as it was read last.
         fd.set_vcpu_events(&state.events)
