@@ -293,10 +293,10 @@ fn a_tap_that_is_gone_is_not_read_over_and_over_and_one_that_comes_back_is_used(
         d.kick(RX);
     };
     room(&mut d);
+    let before = lan.reads.load(Ordering::SeqCst);
     lan.gone.store(true, Ordering::SeqCst);
     // Never taken: the wire is readable from here on, as a deleted tap is.
     lan.socket.send(&frame(60, 1)).unwrap();
-    let before = lan.reads.load(Ordering::SeqCst);
     eventually("the card tries", || {
         lan.reads.load(Ordering::SeqCst) > before
     });
