@@ -57,7 +57,7 @@ pub use userfault::{
 
 /// Size of a guest page as the dirty log, the wire and this crate count them, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
-const PAGE_SIZE_USIZE: usize = PAGE_SIZE as usize;
+const PAGE_SIZE_USIZE: usize = 4096;
 /// Size of a huge page, in bytes.
 pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
