@@ -107,6 +107,8 @@ pub struct Config {
     pub cpus: u32,
     /// Programs of this machine to take along, with the libraries that they need: at `/bin/NAME`.
     pub programs: Vec<PathBuf>,
+    /// Further files to take along: where they are there, and their bytes.
+    pub files: Vec<(PathBuf, Vec<u8>)>,
     /// A cable to another one.
     pub cable: Option<Cable>,
     /// Pages of 2 MiB in its pool of huge pages, of its RAM.
@@ -119,6 +121,7 @@ impl Default for Config {
             memory_mib: 2048,
             cpus: 2,
             programs: Vec::new(),
+            files: Vec::new(),
             cable: None,
             huge_pages: 0,
         }
@@ -274,6 +277,9 @@ fn ram_disk(kernel: &Kernel, config: &Config) -> Result<Vec<u8>, NestedError> {
         for (place, bytes) in program(path)? {
             disk.add(&place, &bytes)?;
         }
+    }
+    for (place, bytes) in &config.files {
+        disk.add(place, bytes)?;
     }
     let modules = [GUEST_MODULES, VSOCK_MODULES].concat();
     for (file, bytes) in kernel.export(&kernel.modules(&modules)?)? {

@@ -1,6 +1,6 @@
 //! `ferry` processes in a nested host: what [`Host`](crate::Host) is on this one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -69,6 +69,14 @@ impl NestedHost {
     pub fn start_with_pool(huge_pages: u32) -> Self {
         Self::start_with(Config {
             huge_pages,
+            ..Config::default()
+        })
+    }
+
+    /// One by itself, with further files.
+    pub fn start_with_files(files: Vec<(PathBuf, Vec<u8>)>) -> Self {
+        Self::start_with(Config {
+            files,
             ..Config::default()
         })
     }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::Line;
+use ferry_guest_images::linux::RamDisk;
 use ferry_tests::{CONFINED, NestedHost, NestedVmm, nested_hosts};
 use std::path::Path;
 
@@ -417,4 +418,38 @@ fn a_restored_linux_is_told_that_it_is_a_copy() {
     let guest = host.guest(&["--linux", "--memory", "128M"]);
     guest.prints("ferry-guest: ready");
     copies_of(&host, guest, false);
+}
+
+/// Debian's kernel for all machines has the driver. It is 70 MB to download, so who
+/// wants this test brings the image.
+#[test]
+#[ignore = "wants Debian's generic kernel: tests/run --long with FERRY_VMGENID_KERNEL"]
+fn a_restored_linux_with_the_driver_makes_new_random_numbers() {
+    let Some(_turn) = nested_hosts() else { return };
+    let Some(image) = std::env::var_os("FERRY_VMGENID_KERNEL") else {
+        eprintln!(
+            "NOT RUN: Linux's driver of the generation id (FERRY_VMGENID_KERNEL names no kernel: the vmlinuz of Debian's \
+             linux-image-amd64 has it)"
+        );
+        return;
+    };
+    // It needs no module to boot.
+    let initrd = RamDisk::new(&[]).unwrap().finish();
+    let files = vec![
+        ("generic/vmlinuz".into(), std::fs::read(image).unwrap()),
+        ("generic/initrd".into(), initrd),
+    ];
+    let host = NestedHost::start_with_files(files);
+    let guest = host.guest(&[
+        "--kernel",
+        "/generic/vmlinuz",
+        "--initrd",
+        "/generic/initrd",
+        "--cmdline",
+        "console=ttyS0 quiet mitigations=off random.trust_cpu=on",
+        "--memory",
+        "256M",
+    ]);
+    guest.prints("ferry-guest: ready");
+    copies_of(&host, guest, true);
 }
