@@ -15,6 +15,7 @@ mod evacuate;
 mod events;
 mod generate;
 mod guest_file;
+mod lines;
 mod logs;
 mod manage;
 mod migrate;

@@ -2,14 +2,14 @@
 
 use super::balloon::Setting;
 use super::devices::{self, VsockFile};
+use super::lines::Opened;
 use super::observe;
 use super::passed::Api;
 use super::sandbox;
 use super::serial::Serial;
 use super::serve::{Signals, serve, setup};
 use super::socket::ControlSocket;
-use super::spool::Spool;
-use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk, VSOCK_MODULES};
+use ferry_guest_images::linux::{self, CONSOLE_MODULES, GUEST_MODULES, RamDisk, VSOCK_MODULES};
 use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
 use ferry_migration::options::Tracking;
 use ferry_terminal::flags::choice;
@@ -198,17 +198,17 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         false => None,
     };
     let socket = ControlSocket::choose(args.api.as_ref(), args.name.as_ref())?;
-    let port = args.serial.prepare()?;
-    let sink = port.open()?;
+    let opened = Opened::open(&args.serial, args.devices.console())?;
     let backends = args.devices.backends()?;
     let scraping = args.observe.bind()?;
     let mut setup = setup(&backends, &args.sandbox, &scraping);
     setup.boot = Some(boot(args));
     let files = files(args, linux.as_ref(), (&backends, &socket))?;
     args.sandbox.enter(&backends, files)?;
-    let spool = Spool::new(sink)?;
+    let lines = opened.spool()?;
     let mut backends = Backends {
         balloon: args.balloon.is_some(),
+        console: lines.console(),
         // The built-in guest has no use for random numbers.
         rng: args.nas.is_none(),
         ..backends
@@ -223,7 +223,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         .cpu(cpu)
         .dirty(args.dirty)
         .devices(backends)
-        .serial(Box::new(spool.clone()));
+        .serial((lines.serial())()?);
     if let Some(name) = &args.name {
         builder = builder.name(name.as_str());
     }
@@ -240,7 +240,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;
-    port.tell(&vmm);
+    lines.tell(&vmm);
     vmm.set_setup(setup);
     let server = socket.bind(&vmm)?;
     let _scraped = scraping.serve(&vmm)?;
@@ -253,7 +253,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
     let held = (args.observe.linger(), (machine, guest, vsock));
-    serve(&vmm, server, signals, (&port, &spool), held)
+    serve(&vmm, server, signals, &lines, held)
 }
 
 /// What is booted, for `GET /v1/vm`.
@@ -371,10 +371,13 @@ fn load_linux(
     machine: &Machine,
     timeline: &mut Timeline,
 ) -> Result<(), Failure> {
-    let modules = match machine.vsock() {
-        Some(_) => [GUEST_MODULES, VSOCK_MODULES].concat(),
-        None => GUEST_MODULES.to_vec(),
-    };
+    let mut modules = GUEST_MODULES.to_vec();
+    if machine.vsock().is_some() {
+        modules.extend(VSOCK_MODULES);
+    }
+    if machine.has_console() {
+        modules.extend(CONSOLE_MODULES);
+    }
     let disk = RamDisk::new(&kernel.modules(&modules)?)?.finish();
     let (initrd, _disk) = in_memory("the initial RAM disk", &disk)?;
     let cmdline = match &args.cmdline {

@@ -19,6 +19,7 @@ fn usage_errors_are_2_and_one_sentence() {
         &["run", "--nas", "mg.Z"],
         &["run", "--nas", "mg.A", "--memory", "lots"],
         &["run", "--nas", "mg.A", "--serial", "loud"],
+        &["run", "--nas", "mg.A", "--console", "loud"],
         &["nas", "dirty:"],
         &["receive", "carrier-pigeon"],
     ] {
@@ -32,7 +33,7 @@ fn usage_errors_are_2_and_one_sentence() {
 fn help_is_on_stdout_with_an_example() {
     let commands = [
         "run", "receive", "migrate", "cancel", "status", "pause", "resume", "stop", "recover",
-        "doctor", "nas", "record", "sim",
+        "console", "doctor", "nas", "record", "sim",
     ];
     for command in commands {
         let out = ferry(&[command, "--help"]);

@@ -223,6 +223,11 @@ impl<D: Device<M>, M: Memory> Locked<'_, D, M> {
         self.inner.device.write_config(offset, data);
     }
 
+    /// Whether the machine runs.
+    pub(super) fn running(&self) -> bool {
+        self.inner.running
+    }
+
     pub(super) fn live(&self) -> bool {
         self.inner.running && self.inner.registers.active()
     }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::balloon::BalloonState;
 use crate::block::BlockState;
+use crate::console::ConsoleState;
 use crate::net::NetState;
 use crate::rng::RngState;
 use crate::vsock::VsockState;
@@ -65,6 +66,8 @@ pub enum DeviceState {
     Balloon(Box<BalloonState>),
     /// Sockets between guest and host.
     Vsock(VsockState),
+    /// A console.
+    Console(ConsoleState),
 }
 
 impl DeviceState {
@@ -77,6 +80,7 @@ impl DeviceState {
             Self::Rng(_) => "random number generator",
             Self::Balloon(_) => "balloon",
             Self::Vsock(_) => "vsock",
+            Self::Console(_) => "console",
         }
     }
 }

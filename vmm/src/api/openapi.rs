@@ -329,6 +329,8 @@ fn samples() -> Vec<(&'static str, Value)> {
         balloon: Some(balloon.clone()),
         serial_output_lost: 0,
         serial: None,
+        console_output_lost: 0,
+        console: None,
         to: None,
     };
     let configuration = Configuration {

@@ -135,6 +135,14 @@ pub struct Status {
     /// when the program that embeds the VMM does not say.
     #[serde(default)]
     pub serial: Option<String>,
+    /// Bytes of the output on the guest's console that were dropped, because nothing took them in
+    /// time.
+    #[serde(default)]
+    pub console_output_lost: u64,
+    /// Where the guest's console goes, as `--console` takes it, with an absolute path; `null` when
+    /// nothing was given for one here.
+    #[serde(default)]
+    pub console: Option<String>,
     /// Where the guest is being migrated to, or was; `null` when it is here alone.
     #[serde(default)]
     pub to: Option<String>,
@@ -142,7 +150,7 @@ pub struct Status {
 
 impl Status {
     /// The current value of [`Status::schema`].
-    pub const SCHEMA: u32 = 1;
+    pub const SCHEMA: u32 = 2;
 }
 
 /// Pages that have not arrived of a guest that runs already.

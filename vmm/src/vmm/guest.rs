@@ -1,5 +1,5 @@
-//! What a VMM needs of its guest: the traits behind which a machine, a migration and a guest in doubt
-//! stand.
+//! What a VMM needs of its guest: the traits behind which a machine, a migration and a guest in
+//! doubt stand.
 
 use super::{Ending, Recording};
 use crate::api::types::{
@@ -53,6 +53,17 @@ pub trait Guest: Send + Sync + 'static {
 
     /// Bytes typed at the guest's console; returns how many of them it took.
     fn input(&self, bytes: &[u8]) -> usize;
+
+    /// Bytes typed at the guest's virtio console; returns how many of them it took. Without one
+    /// they are dropped.
+    fn console_input(&self, bytes: &[u8]) -> usize {
+        bytes.len()
+    }
+
+    /// Says how large the terminal at its virtio console is; whether it heard.
+    fn set_console_size(&self, _columns: u16, _rows: u16) -> bool {
+        false
+    }
 
     /// Prepares a migration to `uri`; nothing has happened yet when this returns.
     ///
@@ -109,6 +120,11 @@ pub trait Guest: Send + Sync + 'static {
 
     /// Bytes of its serial output that were dropped, because nothing took them in time.
     fn serial_output_lost(&self) -> u64 {
+        0
+    }
+
+    /// Bytes of the output on its virtio console that were dropped.
+    fn console_output_lost(&self) -> u64 {
         0
     }
 

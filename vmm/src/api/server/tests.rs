@@ -61,6 +61,8 @@ impl Control for Fake {
             listening: None,
             serial_output_lost: 0,
             serial: None,
+            console_output_lost: 0,
+            console: None,
             to: None,
         }
     }
