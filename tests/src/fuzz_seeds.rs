@@ -308,6 +308,7 @@ pub fn api() -> Vec<Vec<u8>> {
         put("balloon", r#"{"auto":{"interval_ms":100,"reserve_bytes":4096}}"#)
             + &put("balloon", r#"{"size_bytes":4096}"#),
         put("snapshot", r#"{"path":"/a"}"#),
+        get("memory") + &put("memory", r#"{"size_bytes":0}"#),
         "HEAD /v1/status?a HTTP/1.0\r\nConnection: keep-alive\r\n\r\n".into(),
         "PUT http://a/v1/stop HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}".into(),
     ]

@@ -403,12 +403,14 @@ fn samples() -> Vec<(&'static str, Value)> {
             }),
         ),
         ("BalloonStatus", value(&balloon)),
+        ("MemoryStatus", value(&MemoryStatus::of(1 << 30, &balloon))),
         ("SnapshotReport", value(&SnapshotReport::default())),
         ("MigrateRequest", value(&migrate)),
         ("Change", value(&change)),
         ("RecoverRequest", value(&recover)),
         ("RecordRequest", value(&RecordRequest::default())),
         ("BalloonRequest", value(&set_balloon)),
+        ("MemoryRequest", value(&MemoryRequest::default())),
         ("SnapshotRequest", value(&snapshot)),
     ];
     let events = [

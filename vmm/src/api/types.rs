@@ -1,9 +1,11 @@
 //! The JSON of the control socket. Names are an interface: fields are added, never renamed.
 
+mod memory;
 mod migrations;
 mod notices;
 mod vm;
 
+pub use memory::{MemoryRequest, MemoryStatus};
 pub use migrations::{Direction, IncomingReport, MigrationRecord, Migrations, RecordStatus};
 pub use notices::{ArrivalOutcome, Notice, What, unix_ms};
 pub use vm::{
@@ -320,6 +322,9 @@ pub struct BalloonStatus {
     pub target_bytes: u64,
     /// Bytes that it has given, as it says.
     pub actual_bytes: u64,
+    /// Whether the guest has a driver for it: without one nothing goes in or out.
+    #[serde(default)]
+    pub driver: bool,
     /// Bytes that went back to the host so far, inflated or reported free, each time that they did.
     pub discarded_bytes: u64,
     /// How the size is moved automatically; `null` when it is not.
@@ -361,6 +366,7 @@ impl From<BalloonInfo> for BalloonStatus {
         Self {
             target_bytes: info.target_bytes,
             actual_bytes: info.actual_bytes,
+            driver: info.driver,
             discarded_bytes: info.discarded_bytes,
             auto: info.auto,
             guest: info.statistics.map(|s| GuestMemory {

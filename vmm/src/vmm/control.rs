@@ -391,5 +391,8 @@ impl Inner {
 }
 
 fn no_balloon() -> Refusal {
-    Refusal::Conflict("the guest has no balloon; start it with `ferry run --balloon`".into())
+    Refusal::Conflict(
+        "the guest has no balloon; start it with `ferry run --balloon` or `--memory SIZE,max=MAX`"
+            .into(),
+    )
 }
