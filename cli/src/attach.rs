@@ -1,6 +1,7 @@
-//! `ferry console`: this terminal as the console of a guest with `--serial pty`.
+//! `ferry console`: this terminal as the console of a guest with `--console pty` or `--serial pty`.
 
 use super::console::{Key, Terminal};
+use super::lines::Line;
 use super::outcome::Ended;
 use ferry_terminal::flags::Target;
 use ferry_terminal::output::{Failure, say};
@@ -8,6 +9,7 @@ use ferry_vmm::api::client::Client;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::{Errno, read, write};
+use rustix::termios::{tcgetwinsize, tcsetwinsize};
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,7 +22,8 @@ const MAX_PENDING: usize = 64 << 10;
 const KEYS: &str =
     "keys: Ctrl-A x leaves the console, Ctrl-A h shows this, Ctrl-A Ctrl-A sends Ctrl-A";
 
-/// Attach this terminal to a guest's serial port, which `--serial pty` made for that.
+/// Attach this terminal to a guest's console or serial port, which `--console pty` or `--serial
+/// pty` made for that. Where both did, to the console.
 ///
 /// Ctrl-A x leaves the console, and the guest runs on. What the guest writes while nothing is
 /// attached is dropped. stdin may be a file or a pipe, too.
@@ -29,21 +32,29 @@ const KEYS: &str =
 pub struct Args {
     #[command(flatten)]
     target: Target,
+    /// The serial port, where the console could be attached to as well.
+    #[arg(long)]
+    serial: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Ended> {
-    let serial = Client::new(&args.target.socket()?).status()?.serial;
-    let place = serial
-        .as_deref()
-        .unwrap_or("a place that its VMM does not tell");
-    let Some(path) = place.strip_prefix("pty:").map(Path::new) else {
+    let status = Client::new(&args.target.socket()?).status()?;
+    let console = status.console.as_deref().filter(|_| !args.serial);
+    let serial = status.serial.as_deref();
+    let mut ptys = [console, serial].into_iter().flatten();
+    let Some(path) = ptys.find_map(|place| place.strip_prefix("pty:")) else {
+        let place = serial.unwrap_or("a place that its VMM does not tell");
+        let console = console.map_or(String::new(), |place| {
+            format!(", and its console to {place}")
+        });
         let sentence = format!(
-            "the guest's serial port goes to {place}; a guest of `ferry run --serial pty` can be attached to"
+            "the guest's serial port goes to {place}{console}; a guest of `ferry run` with --serial pty or --console pty \
+             can be attached to"
         );
         return Err(Failure(sentence).into());
     };
-    let pty = open(path)?;
-    let terminal = Terminal::take();
+    let pty = open(Path::new(path))?;
+    let terminal = Terminal::take(Line::Console);
     if terminal.is_some() {
         say(KEYS);
     }
@@ -165,6 +176,10 @@ impl Attached {
                 return Ok(true);
             };
             self.pending.append(&mut terminal.take_pending());
+            // The VMM tells the guest with the next key.
+            if let Ok(size) = tcgetwinsize(terminal.device()) {
+                let _ = tcsetwinsize(&self.pty, size);
+            }
             for key in keys {
                 match key {
                     Key::Quit => return Ok(true),

@@ -140,10 +140,14 @@ pub fn show(balloon: &BalloonStatus, rows: &mut Rows) {
             memory(auto.reserve_bytes)
         )
     });
+    let driver = match balloon.driver {
+        true => "",
+        false => "; the guest has no driver for it",
+    };
     rows.add(
         "balloon",
         format!(
-            "{} of {}{auto}; {} went back to the host",
+            "{} of {}{auto}; {} went back to the host{driver}",
             memory(balloon.actual_bytes),
             memory(balloon.target_bytes),
             memory(balloon.discarded_bytes)
@@ -214,6 +218,7 @@ mod tests {
         let mut balloon = BalloonStatus {
             target_bytes: 512 << 20,
             actual_bytes: 500 << 20,
+            driver: true,
             discarded_bytes: 700 << 20,
             auto: Some(BalloonAuto {
                 interval_ms: 5000,
@@ -234,9 +239,10 @@ mod tests {
         );
         balloon.auto = None;
         balloon.guest = None;
+        balloon.driver = false;
         assert_eq!(
             text(&balloon),
-            "balloon    500 MiB of 512 MiB; 700 MiB went back to the host\n"
+            "balloon    500 MiB of 512 MiB; 700 MiB went back to the host; the guest has no driver for it\n"
         );
     }
 }

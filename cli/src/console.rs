@@ -4,6 +4,7 @@
 //! Ctrl-A x ends the guest, Ctrl-A h shows the keys, Ctrl-A Ctrl-A sends one Ctrl-A to the guest.
 //! All other keys, Ctrl-C too, are the guest's.
 
+use super::lines::{Line, Size};
 use ferry_terminal::output::say;
 use ferry_vmm::thread;
 use ferry_vmm::vmm::Vmm;
@@ -60,12 +61,14 @@ pub struct Terminal {
     before: Termios,
     escape: Escape,
     pending: Vec<u8>,
+    line: Line,
+    size: Size,
 }
 
 impl Terminal {
     /// Takes the terminal on stdin. `None` where stdin is no terminal, or where this process is in
     /// the background.
-    pub fn take() -> Option<Self> {
+    pub fn take(line: Line) -> Option<Self> {
         let stdin = io::stdin();
         if tcgetpgrp(&stdin).ok()? != getpgrp() {
             return None;
@@ -82,6 +85,8 @@ impl Terminal {
             before,
             escape: Escape::default(),
             pending: Vec::new(),
+            line,
+            size: Size::default(),
         })
     }
 
@@ -100,11 +105,18 @@ impl Terminal {
         Some(keys)
     }
 
-    /// Hands pending keys to the guest; whether some are left.
+    /// Hands pending keys to the guest, and the terminal's size; whether keys are left.
     pub fn flush(&mut self, vmm: &Vmm) -> bool {
-        let taken = vmm.input(&self.pending).min(self.pending.len());
+        self.size.update(vmm, self.line, &self.stdin);
+        let taken = self.line.input(vmm, &self.pending);
+        let taken = taken.min(self.pending.len());
         self.pending.drain(..taken);
         !self.pending.is_empty()
+    }
+
+    /// The terminal, for its size.
+    pub const fn device(&self) -> &Stdin {
+        &self.stdin
     }
 
     /// The keys that were typed for the guest and not [flushed](Terminal::flush).
@@ -127,9 +139,9 @@ impl Drop for Terminal {
 }
 
 /// Gives the guest these bytes, as fast as it takes them.
-pub fn hand_over(vmm: &Vmm, mut bytes: &[u8]) {
+pub fn hand_over(vmm: &Vmm, line: Line, mut bytes: &[u8]) {
     while !bytes.is_empty() && vmm.outcome().is_none() {
-        let taken = vmm.input(bytes).min(bytes.len());
+        let taken = line.input(vmm, bytes).min(bytes.len());
         bytes = &bytes[taken..];
         if taken == 0 {
             // The port's queue is short and the guest empties it in its own time.
@@ -139,7 +151,7 @@ pub fn hand_over(vmm: &Vmm, mut bytes: &[u8]) {
 }
 
 /// stdin that is no terminal: a file or a pipe, given to the guest as fast as it takes it.
-pub fn feed_from_pipe(vmm: Vmm) -> io::Result<()> {
+pub fn feed_from_pipe(vmm: Vmm, line: Line) -> io::Result<()> {
     let feed = move || {
         let mut bytes = [0; 1024];
         let mut stdin = io::stdin().lock();
@@ -150,7 +162,7 @@ pub fn feed_from_pipe(vmm: Vmm) -> io::Result<()> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e.to_string()),
             };
-            hand_over(&vmm, &bytes[..n]);
+            hand_over(&vmm, line, &bytes[..n]);
         }
     };
     let failure = |why: String| say(&format!("the guest gets no more input from stdin: {why}"));

@@ -1,10 +1,11 @@
-//! `--disk`, `--net`, `--vsock` and `--memory-backing`: what is behind a guest's devices and memory
-//! on this host.
+//! `--disk`, `--net`, `--vsock`, `--console` and `--memory-backing`: what is behind a guest's
+//! devices and memory on this host.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::serial::Serial;
 use ferry_terminal::output::Failure;
 use ferry_vmm::machine::{Backends, DiskOptions, MacAddress, NetOptions, VsockError, VsockOptions};
 use ferry_vmm::memory::{Backing, MemoryOptions};
@@ -28,6 +29,15 @@ pub struct Args {
     /// guest's context if it matters, otherwise 3.
     #[arg(long, value_name = "socket=PATH[,cid=CID]", help_heading = "Machine")]
     vsock: Option<Vsock>,
+    /// A fast console (virtio-console, Linux' /dev/hvc0) beside the serial port, and where it goes:
+    /// stdio, file:PATH, pty (for `ferry console`) or null. A guest that arrives with one keeps it;
+    /// without this option its output is dropped.
+    #[arg(
+        long,
+        value_name = "stdio|file:PATH|pty|null",
+        help_heading = "Machine"
+    )]
+    console: Option<Serial>,
     /// What the guest's memory is made of: 2 MiB pages where the host has them (auto, thp), 4k, or
     /// the host's pool of 2 MiB pages (hugetlb).
     #[arg(
@@ -43,6 +53,11 @@ pub struct Args {
 }
 
 impl Args {
+    /// Where the console goes, if there is one.
+    pub fn console(&self) -> Option<&Serial> {
+        self.console.as_ref()
+    }
+
     /// As the machine wants them. Descriptors are taken, and a socket is made: to be called once.
     pub fn backends(&self) -> Result<Backends, Failure> {
         let memory = MemoryOptions {

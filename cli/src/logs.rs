@@ -1,4 +1,4 @@
-//! `ferry logs`: what a guest has written to its serial port, where that is a file.
+//! `ferry logs`: what a guest has written to its serial port or console, where that is a file.
 
 use super::outcome::Ended;
 use ferry_terminal::flags::Target;
@@ -13,7 +13,8 @@ use std::time::Duration;
 /// How often --follow looks for more.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Print what a guest has written to its serial port, where `--serial file:PATH` keeps it.
+/// Print what a guest has written to its serial port, where `--serial file:PATH` keeps it, or else
+/// to its console, where `--console file:PATH` does.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ferry logs web --follow")]
 pub struct Args {
@@ -26,7 +27,14 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<ExitCode, Ended> {
     let client = Client::new(&args.target.socket()?);
-    let serial = client.status()?.serial;
+    let status = client.status()?;
+    let is_file = |place: &Option<String>| place.as_ref().is_some_and(|p| p.starts_with("file:"));
+    let console = is_file(&status.console) && !is_file(&status.serial);
+    let serial = if console {
+        status.console
+    } else {
+        status.serial
+    };
     let path = match serial.as_deref().map(|serial| serial.split_once(':')) {
         Some(Some(("file", path))) => Path::new(path),
         Some(Some(("pty", _))) => {

@@ -15,8 +15,10 @@ mod evacuate;
 mod events;
 mod generate;
 mod guest_file;
+mod lines;
 mod logs;
 mod manage;
+mod memory;
 mod migrate;
 mod nas;
 mod observe;
@@ -34,6 +36,7 @@ mod sandbox;
 mod security;
 mod serial;
 mod serve;
+mod set;
 mod snapshot;
 mod socket;
 mod spool;
@@ -107,6 +110,7 @@ enum Command {
     Console(attach::Args),
     Logs(logs::Args),
     Balloon(balloon::Args),
+    Set(set::Args),
     Record(record::Args),
     Snapshot(snapshot::Args),
     Restore(restore::Args),
@@ -183,6 +187,7 @@ fn run_command(command: Command) -> Result<ExitCode, Ended> {
         Command::Console(args) => attach::run(&args)?,
         Command::Logs(args) => logs::run(&args)?,
         Command::Balloon(args) => balloon::run(&args)?,
+        Command::Set(args) => set::run(&args)?,
         Command::Record(args) => record::run(&args)?,
         Command::Snapshot(args) => snapshot::run(&args)?,
         Command::Restore(args) => restore::run(&args)?,

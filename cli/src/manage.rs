@@ -183,6 +183,13 @@ fn text(status: &StatusBody) -> String {
             format!("{lost} bytes of output were dropped, as nothing took them"),
         );
     }
+    if status.console_output_lost > 0 {
+        let lost = status.console_output_lost;
+        rows.add(
+            "console",
+            format!("{lost} bytes of output were dropped, as nothing took them"),
+        );
+    }
     if let Some(progress) = &status.migration {
         rows.add("migration", line(progress));
     } else if status.state == StateName::InDoubt {
@@ -265,6 +272,7 @@ fn machine(configuration: &Configuration) -> String {
     );
     let places = [
         ("serial", &c.serial),
+        ("console", &c.console),
         ("sandbox", &c.sandbox),
         ("metrics", &c.metrics),
     ];
@@ -379,6 +387,8 @@ mod tests {
             listening: None,
             serial_output_lost: 0,
             serial: None,
+            console_output_lost: 0,
+            console: None,
             to: None,
             missing: None,
             balloon: None,

@@ -1,8 +1,10 @@
-//! `--serial pty`: a pseudo-terminal that `ferry console`, or any terminal program, attaches to.
+//! `--serial pty`, `--console pty`: a pseudo-terminal that `ferry console`, or any terminal
+//! program, attaches to.
 //!
 //! Output is dropped while nothing is attached, as QEMU does it: otherwise who attaches would read
 //! the oldest megabyte first. Bytes in flight when the program detaches are lost.
 
+use super::lines::{Line, Size};
 use ferry_terminal::output::say;
 use ferry_vmm::thread;
 use ferry_vmm::vmm::Vmm;
@@ -53,14 +55,19 @@ impl Pty {
         Ok(Output(self.master.try_clone()?))
     }
 
-    /// Gives the guest what is typed, as fast as it takes it.
-    pub fn feed(&self, vmm: Vmm) -> io::Result<()> {
+    /// Gives the guest what is typed, as fast as it takes it, and with it the size of the terminal
+    /// that it is typed at.
+    pub fn feed(&self, vmm: Vmm, line: Line) -> io::Result<()> {
         let mut master = self.master.try_clone()?;
         let feed = move || {
             let mut bytes = [0; 1024];
+            let mut size = Size::default();
             loop {
                 match master.read(&mut bytes) {
-                    Ok(n) if n > 0 => super::console::hand_over(&vmm, &bytes[..n]),
+                    Ok(n) if n > 0 => {
+                        size.update(&vmm, line, &master);
+                        super::console::hand_over(&vmm, line, &bytes[..n]);
+                    }
                     // Nothing is attached.
                     Ok(_) => std::thread::sleep(LOOK),
                     Err(e) if e.raw_os_error() == Some(Errno::IO.raw_os_error()) => {

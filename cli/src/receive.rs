@@ -68,7 +68,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let listener = listener.behind(gate);
     let uri = listener.local_uri().to_string();
     let vmm = Vmm::receiving(uri.clone())?;
-    console.port.tell(&vmm);
+    console.lines.tell(&vmm);
     vmm.set_setup(console.setup);
     let server = socket.bind(&vmm)?;
     let _scraped = console.scraping.serve(&vmm)?;
@@ -106,7 +106,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     // Held until the end: it answers a source that asks again whether its guest has arrived.
     let held = (args.place.observe.linger(), (receiver, vsock));
-    serve(&vmm, server, signals, (&console.port, &console.spool), held)
+    serve(&vmm, server, signals, &console.lines, held)
 }
 
 /// Ends the VMM when it has waited for a guest for so long.

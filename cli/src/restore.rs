@@ -47,9 +47,11 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
-    if args.json && args.place.serial == Serial::Stdio {
+    let console = args.place.devices.console();
+    if args.json && [Some(&args.place.serial), console].contains(&Some(&Serial::Stdio)) {
         return Err(Failure(
-            "--json prints on stdout, where the guest's serial port is; add --serial null or --serial file:PATH".into(),
+            "--json prints on stdout, where the guest's serial port or console is; add --serial null or --serial file:PATH, \
+             and give --console another place".into(),
         ));
     }
     let signals = Signals::take()?;
@@ -64,7 +66,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     });
     // The socket before the guest: once that runs nothing may fail.
     let vmm = Vmm::receiving(format!("the snapshot {}", args.path.display()))?;
-    console.port.tell(&vmm);
+    console.lines.tell(&vmm);
     vmm.set_setup(console.setup);
     let server = socket.bind(&vmm)?;
     let _scraped = console.scraping.serve(&vmm)?;
@@ -89,7 +91,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     });
     let reporting = tell_when_done(restored.report, args)?;
     let held = (args.place.observe.linger(), (guest, vsock));
-    let result = serve(&vmm, server, signals, (&console.port, &console.spool), held);
+    let result = serve(&vmm, server, signals, &console.lines, held);
     // A guest that ended needs no more memory, so this ends soon.
     let _ = reporting.join();
     result

@@ -2,22 +2,23 @@
 
 use super::balloon::Setting;
 use super::devices::{self, VsockFile};
+use super::lines::Opened;
+use super::memory::Memory;
 use super::observe;
 use super::passed::Api;
 use super::sandbox;
 use super::serial::Serial;
 use super::serve::{Signals, serve, setup};
 use super::socket::ControlSocket;
-use super::spool::Spool;
-use ferry_guest_images::linux::{self, GUEST_MODULES, RamDisk, VSOCK_MODULES};
+use ferry_guest_images::linux::{self, CONSOLE_MODULES, GUEST_MODULES, RamDisk, VSOCK_MODULES};
 use ferry_guest_images::{BARE, MAX_CPUS, Manner, Workload};
 use ferry_migration::options::Tracking;
 use ferry_terminal::flags::choice;
 use ferry_terminal::names::GuestName;
 use ferry_terminal::output::{Failure, say};
 use ferry_terminal::timeline::Timeline;
-use ferry_terminal::units::{duration, memory, size};
-use ferry_vmm::api::types::Boot;
+use ferry_terminal::units::{duration, memory};
+use ferry_vmm::api::types::{BalloonRequest, Boot, MemoryRequest};
 use ferry_vmm::boot::Kernel;
 use ferry_vmm::doctor::cpuid_is_native;
 use ferry_vmm::machine::{Backends, CpuModel, Machine};
@@ -104,9 +105,10 @@ pub struct Args {
     /// the serial port.
     #[arg(long, value_name = "TIME", requires = "nas", value_parser = beat_interval, help_heading = "Guest")]
     beat: Option<Duration>,
-    /// RAM, such as 512M; what the work needs, with --nas; 256M with --linux.
-    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Machine")]
-    memory: Option<u64>,
+    /// RAM, such as 512M; what the work needs, with --nas; 256M with --linux. With max= the guest
+    /// has a balloon and can grow to MAX: see `ferry set`.
+    #[arg(long, value_name = "SIZE[,max=MAX]", help_heading = "Machine")]
+    memory: Option<Memory>,
     /// Virtual processors.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Machine")]
     cpus: u32,
@@ -189,6 +191,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     timeline.mark("start");
     let signals = Signals::take()?;
     let memory = ram(args)?;
+    let balloon = balloon(args, memory)?;
     // A file of it is read before the sandbox.
     let cpu = CpuModel::choose(&args.cpu)?;
     let unhidden = !cpu.is_host() && cpuid_is_native();
@@ -198,17 +201,17 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         false => None,
     };
     let socket = ControlSocket::choose(args.api.as_ref(), args.name.as_ref())?;
-    let port = args.serial.prepare()?;
-    let sink = port.open()?;
+    let opened = Opened::open(&args.serial, args.devices.console())?;
     let backends = args.devices.backends()?;
     let scraping = args.observe.bind()?;
     let mut setup = setup(&backends, &args.sandbox, &scraping);
     setup.boot = Some(boot(args));
     let files = files(args, linux.as_ref(), (&backends, &socket))?;
     args.sandbox.enter(&backends, files)?;
-    let spool = Spool::new(sink)?;
+    let lines = opened.spool()?;
     let mut backends = Backends {
-        balloon: args.balloon.is_some(),
+        balloon: balloon.is_some(),
+        console: lines.console(),
         // The built-in guest has no use for random numbers.
         rng: args.nas.is_none(),
         ..backends
@@ -223,7 +226,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         .cpu(cpu)
         .dirty(args.dirty)
         .devices(backends)
-        .serial(Box::new(spool.clone()));
+        .serial((lines.serial())()?);
     if let Some(name) = &args.name {
         builder = builder.name(name.as_str());
     }
@@ -235,12 +238,12 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     load(args, linux, &machine, &mut timeline)?;
     timeline.mark("load");
     let guest = MachineGuest::with_workload(Arc::clone(&machine), workload(args));
-    if let Some(setting) = args.balloon {
-        guest.set_balloon(&setting.request()).map_err(Failure)?;
+    if let Some(setting) = balloon {
+        guest.set_balloon(&setting).map_err(Failure)?;
     }
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;
-    port.tell(&vmm);
+    lines.tell(&vmm);
     vmm.set_setup(setup);
     let server = socket.bind(&vmm)?;
     let _scraped = scraping.serve(&vmm)?;
@@ -253,7 +256,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     tracing::info!(?memory, cpus = args.cpus, guest = ?guest.info().name, "the guest runs");
     let held = (args.observe.linger(), (machine, guest, vsock));
-    serve(&vmm, server, signals, (&port, &spool), held)
+    serve(&vmm, server, signals, &lines, held)
 }
 
 /// What is booted, for `GET /v1/vm`.
@@ -291,11 +294,28 @@ fn files(
     Ok(files)
 }
 
+/// What the balloon is to be asked for, if there is one.
+fn balloon(args: &Args, ram: u64) -> Result<Option<BalloonRequest>, Failure> {
+    let growing = args.memory.filter(|memory| memory.max.is_some());
+    match (growing, args.balloon) {
+        (None, setting) => Ok(setting.map(Setting::request)),
+        (Some(memory), None | Some(Setting::Size(0))) => {
+            let size_bytes = memory.size;
+            let request = MemoryRequest { size_bytes }.balloon(ram);
+            request.map(Some).map_err(Failure)
+        }
+        (Some(_), Some(_)) => Err(Failure(
+            "--memory with max= says how much is in the balloon, and so does --balloon: leave one of them out".into(),
+        )),
+    }
+}
+
 /// The RAM that was asked for, or what the bare guest's work needs.
 fn ram(args: &Args) -> Result<u64, Failure> {
     let Some(workload) = &args.nas else {
         return args
             .memory
+            .map(|memory| memory.ram())
             .or(args.linux.then_some(LINUX_MEMORY))
             .ok_or_else(|| Failure("--kernel needs --memory, such as --memory 512M".into()));
     };
@@ -307,7 +327,7 @@ fn ram(args: &Args) -> Result<u64, Failure> {
     }
     // Huge pages are of 2 MiB; what the workload needs is whole ones.
     let needed = workload.memory_needed(cpus);
-    match args.memory {
+    match args.memory.map(|memory| memory.ram()) {
         Some(given) if given < needed => Err(Failure(format!(
             "{workload} needs {} of memory on {cpus} processors, --memory gives {}; give it more or leave it out",
             memory(needed),
@@ -371,10 +391,13 @@ fn load_linux(
     machine: &Machine,
     timeline: &mut Timeline,
 ) -> Result<(), Failure> {
-    let modules = match machine.vsock() {
-        Some(_) => [GUEST_MODULES, VSOCK_MODULES].concat(),
-        None => GUEST_MODULES.to_vec(),
-    };
+    let mut modules = GUEST_MODULES.to_vec();
+    if machine.vsock().is_some() {
+        modules.extend(VSOCK_MODULES);
+    }
+    if machine.has_console() {
+        modules.extend(CONSOLE_MODULES);
+    }
     let disk = RamDisk::new(&kernel.modules(&modules)?)?.finish();
     let (initrd, _disk) = in_memory("the initial RAM disk", &disk)?;
     let cmdline = match &args.cmdline {

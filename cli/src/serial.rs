@@ -1,11 +1,11 @@
-//! Where the guest's serial port goes: `--serial stdio|file:PATH|pty|null`.
+//! Where a line of the guest's goes: `--serial` and `--console` `stdio|file:PATH|pty|null`.
 //!
 //! Output passes through a [`Spool`](super::spool::Spool), so that no vCPU and no pause of a
 //! migration waits for a terminal, a pipe or a disk.
 
+use super::lines::Line;
 use super::pty::Pty;
 use ferry_terminal::output::Failure;
-use ferry_vmm::vmm::Vmm;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf, absolute};
 use std::str::FromStr;
 
-/// `--serial`.
+/// `--serial`, `--console`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serial {
     /// This process's stdin and stdout.
@@ -36,33 +36,49 @@ impl FromStr for Serial {
             None if text == "stdio" => Ok(Self::Stdio),
             None if text == "pty" => Ok(Self::Pty),
             None if text == "null" => Ok(Self::Null),
-            _ => Err("a serial port goes to stdio, file:PATH, pty or null".into()),
+            _ => Err("a serial port or console goes to stdio, file:PATH, pty or null".into()),
         }
     }
 }
 
-/// A serial port's place, as far as it is made before the sandbox is entered.
-pub struct SerialPort<'a> {
+/// A line's place, as far as it is made before the sandbox is entered.
+pub struct Port<'a> {
+    line: Line,
     place: &'a Serial,
     pty: Option<Pty>,
 }
 
 impl Serial {
     /// Makes the pseudo-terminal, where it is one.
-    pub fn prepare(&self) -> Result<SerialPort<'_>, Failure> {
+    pub fn prepare(&self, line: Line) -> Result<Port<'_>, Failure> {
         let pty = match self {
             Self::Pty => Some(Pty::open().map_err(|e| {
                 Failure(format!(
-                    "cannot make a pseudo-terminal ({e}); choose another place for --serial"
+                    "cannot make a pseudo-terminal ({e}); choose another place for {}",
+                    line.option()
                 ))
             })?),
             _ => None,
         };
-        Ok(SerialPort { place: self, pty })
+        Ok(Port {
+            line,
+            place: self,
+            pty,
+        })
     }
 }
 
-impl SerialPort<'_> {
+impl Port<'_> {
+    /// Which line it is of.
+    pub const fn line(&self) -> Line {
+        self.line
+    }
+
+    /// The pseudo-terminal, if it is one.
+    pub const fn pty(&self) -> Option<&Pty> {
+        self.pty.as_ref()
+    }
+
     /// Opens it, so that errors come before the guest does: what a spool writes to.
     pub fn open(&self) -> Result<Box<dyn Write + Send>, Failure> {
         Ok(match (self.place, &self.pty) {
@@ -71,7 +87,8 @@ impl SerialPort<'_> {
             (Serial::Stdio, _) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
             (Serial::File(path), _) => Box::new(open_file(path).map_err(|e| {
                 Failure(format!(
-                    "cannot write the serial output to {} ({e}); choose another file",
+                    "cannot write the {} to {} ({e}); choose another file",
+                    self.line.output(),
                     path.display()
                 ))
             })?),
@@ -84,10 +101,9 @@ impl SerialPort<'_> {
         *self.place == Serial::Stdio
     }
 
-    /// Lets a status say where it goes, for `ferry logs` and `ferry console`, whose working
-    /// directory is another.
-    pub fn tell(&self, vmm: &Vmm) {
-        vmm.set_serial(match (self.place, &self.pty) {
+    /// Where it goes, for `ferry logs` and `ferry console`, whose working directory is another.
+    pub fn place(&self) -> String {
+        match (self.place, &self.pty) {
             (_, Some(pty)) => format!("pty:{}", pty.path().display()),
             (Serial::File(path), _) => {
                 let path = absolute(path).unwrap_or_else(|_| path.clone());
@@ -95,14 +111,6 @@ impl SerialPort<'_> {
             }
             (Serial::Stdio, _) => "stdio".into(),
             (Serial::Pty | Serial::Null, None) => "null".into(),
-        });
-    }
-
-    /// Gives the guest what is typed at its pseudo-terminal.
-    pub fn feed(&self, vmm: &Vmm) -> Result<(), Failure> {
-        match &self.pty {
-            Some(pty) => Ok(pty.feed(vmm.clone())?),
-            None => Ok(()),
         }
     }
 }
@@ -136,6 +144,12 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
+    fn spool(path: &Path) -> Spool {
+        let place = Serial::File(path.to_owned());
+        let sink = place.prepare(Line::Serial).unwrap().open();
+        Spool::new(sink.unwrap(), Line::Serial.output()).unwrap()
+    }
+
     #[test]
     fn reads_its_forms() {
         assert_eq!("stdio".parse(), Ok(Serial::Stdio));
@@ -155,8 +169,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "before\n").unwrap();
-        let sink = Serial::File(path.clone()).prepare().unwrap().open();
-        let mut spool = Spool::new(sink.unwrap()).unwrap();
+        let mut spool = spool(&path);
         spool.write_all(b"one\n").unwrap();
         spool.drain(LONG);
         assert_eq!(std::fs::read(&path).unwrap(), b"before\none\n");
@@ -171,8 +184,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
         nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
-        let sink = Serial::File(path.clone()).prepare().unwrap().open();
-        let mut spool = Spool::new(sink.unwrap()).unwrap();
+        let mut spool = spool(&path);
         spool.write_all(b"early").unwrap();
         spool.drain(LONG);
         let mut found = [0; 5];

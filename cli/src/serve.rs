@@ -2,12 +2,12 @@
 
 use super::console::{KEYS, Key, Terminal, feed_from_pipe};
 use super::devices;
+use super::lines::{Line, Lines, Opened};
 use super::observe::{self, Scraping};
 use super::passed::Api;
 use super::sandbox;
-use super::serial::{Serial, SerialPort};
+use super::serial::Serial;
 use super::socket::ControlSocket;
-use super::spool::Spool;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use ferry_migration::options::Tracking;
 use ferry_terminal::flags::choice;
@@ -23,7 +23,7 @@ use ferry_vmm::sandbox::Files;
 use ferry_vmm::vmm::{Outcome, Vmm};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -118,7 +118,7 @@ impl Place {
         ControlSocket::choose(self.api.as_ref(), self.name.as_ref())
     }
 
-    /// Enters the sandbox, where `more` may be opened too, and opens where the serial port goes:
+    /// Enters the sandbox, where `more` may be opened too, and opens where the guest's lines go:
     /// for [`serve`], and for the machine that comes.
     pub fn console(
         &self,
@@ -128,19 +128,18 @@ impl Place {
         let backends = self.devices.backends()?;
         let scraping = self.observe.bind()?;
         let setup = setup(&backends, &self.sandbox, &scraping);
-        let port = self.serial.prepare()?;
-        let sink = port.open()?;
+        let opened = Opened::open(&self.serial, self.devices.console())?;
         let mut files = self.sandbox.files(&backends, socket.path())?;
         more(&mut files);
         self.sandbox.enter(&backends, files)?;
-        let spool = Spool::new(sink)?;
-        let output = spool.clone();
-        let serial = move || Ok(Box::new(output.clone()) as Box<dyn Write + Send>);
+        let lines = opened.spool()?;
         Ok(Console {
-            port,
-            spool,
-            serial: Arc::new(serial),
-            backends,
+            serial: lines.serial(),
+            backends: Backends {
+                console: lines.console(),
+                ..backends
+            },
+            lines,
             scraping,
             setup,
         })
@@ -149,8 +148,7 @@ impl Place {
 
 /// What a VMM is told here, opened.
 pub struct Console<'a> {
-    pub port: SerialPort<'a>,
-    pub spool: Spool,
+    pub lines: Lines<'a>,
     pub serial: SerialFactory,
     pub backends: Backends,
     pub scraping: Scraping,
@@ -176,18 +174,21 @@ pub fn serve(
     vmm: &Vmm,
     server: Server,
     signals: Signals,
-    (port, spool): (&SerialPort<'_>, &Spool),
+    lines: &Lines<'_>,
     (linger, held): (Duration, impl Sized),
 ) -> Result<ExitCode, Failure> {
-    let terminal = match port.is_stdio() {
-        true => Terminal::take(),
-        false => None,
-    };
-    match &terminal {
-        Some(_) => say(KEYS),
-        None if port.is_stdio() => feed_stdin(vmm)?,
-        None => port.feed(vmm)?,
+    let line = lines.on_stdio();
+    let mut terminal = line.and_then(Terminal::take);
+    match (&mut terminal, line) {
+        (Some(terminal), _) => {
+            say(KEYS);
+            // Its size, where the guest is here.
+            terminal.flush(vmm);
+        }
+        (None, Some(line)) => feed_stdin(vmm, line)?,
+        (None, None) => {}
     }
+    lines.feed(vmm)?;
     let server = Arc::new(server);
     let subscriber = Loop {
         vmm: vmm.clone(),
@@ -232,8 +233,7 @@ pub fn serve(
     }
     // The terminal is the user's again before we speak.
     drop(manager);
-    spool.drain(FAREWELL);
-    spool.close();
+    lines.close(FAREWELL);
     if let Some(server) = Arc::into_inner(server) {
         server.shutdown(FAREWELL);
     }
@@ -254,11 +254,11 @@ fn tell(outcome: &Outcome) -> ExitCode {
 }
 
 /// A process in the background must not read its terminal: reading would stop it.
-fn feed_stdin(vmm: &Vmm) -> Result<(), Failure> {
+fn feed_stdin(vmm: &Vmm, line: Line) -> Result<(), Failure> {
     if io::IsTerminal::is_terminal(&io::stdin()) {
         return Ok(());
     }
-    feed_from_pipe(vmm.clone())
+    feed_from_pipe(vmm.clone(), line)
         .map_err(|e| Failure(format!("cannot start a thread for stdin ({e})")))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  vCPU ── write ──▶ queue (1 MiB) ── thread ──▶ file, pipe, terminal
-//!           │ full: refused, the serial port counts it as lost
+//!           │ full: refused, the serial port or the console counts it as lost
 //! ```
 //!
 //! A sink that fails (no space, a pipe without a reader) is tried again until it works; the queue
@@ -52,14 +52,14 @@ impl Shared {
 
 impl Shared {
     /// The sink takes nothing more.
-    fn end(&self, why: &str) {
+    fn end(&self, output: &str, why: &str) {
         let mut queue = self.lock();
         queue.broken = true;
         queue.bytes.clear();
         drop(queue);
         self.changed.notify_all();
         say(&format!(
-            "the guest's serial output is lost from here on ({why}); the guest runs on"
+            "the guest's {output} is lost from here on ({why}); the guest runs on"
         ));
     }
 }
@@ -71,16 +71,17 @@ pub struct Spool {
 }
 
 impl Spool {
-    pub fn new(sink: Box<dyn Write + Send>) -> Result<Self, Failure> {
+    /// `output` is what it carries, for sentences.
+    pub fn new(sink: Box<dyn Write + Send>, output: &'static str) -> Result<Self, Failure> {
         let shared = Arc::new(Shared::default());
         let (mine, failed) = (Arc::clone(&shared), Arc::clone(&shared));
         let work = move || {
-            empty(&mine, sink);
+            empty(&mine, sink, output);
             Ok(())
         };
-        let failure = move |why: String| failed.end(&why);
+        let failure = move |why: String| failed.end(output, &why);
         thread::spawn(thread::Kind::Vmm, "ferry-serial", work, failure)
-            .map_err(|e| Failure(format!("cannot start a thread for the serial output ({e})")))?;
+            .map_err(|e| Failure(format!("cannot start a thread for the {output} ({e})")))?;
         Ok(Self { shared })
     }
 
@@ -133,7 +134,7 @@ impl Write for Spool {
 }
 
 /// The thread: moves the queue to the sink.
-fn empty(shared: &Shared, mut sink: Box<dyn Write + Send>) {
+fn empty(shared: &Shared, mut sink: Box<dyn Write + Send>, output: &str) {
     let mut told = false;
     let mut queue = shared.lock();
     loop {
@@ -160,7 +161,7 @@ fn empty(shared: &Shared, mut sink: Box<dyn Write + Send>) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if is_final(&e) => {
                 drop(queue);
-                return shared.end(&e.to_string());
+                return shared.end(output, &e.to_string());
             }
             other => {
                 if queue.closed {
@@ -171,7 +172,7 @@ fn empty(shared: &Shared, mut sink: Box<dyn Write + Send>) {
                     // Without the lock: stderr may block, and a vCPU must not.
                     drop(queue);
                     say(&format!(
-                        "the guest's serial output cannot be written now ({why}); the last {} KiB are kept and tried \
+                        "the guest's {output} cannot be written now ({why}); the last {} KiB are kept and tried \
                          again, further output is dropped; the guest runs on",
                         MAX_SPOOL >> 10
                     ));
@@ -214,7 +215,7 @@ mod tests {
 
     fn slow() -> Ends {
         let ((out, seen), (go, gate)) = (mpsc::channel(), mpsc::channel());
-        let spool = Spool::new(Box::new(Slow(out, gate))).unwrap();
+        let spool = Spool::new(Box::new(Slow(out, gate)), "serial output").unwrap();
         (spool, seen, go)
     }
 

@@ -123,6 +123,12 @@ impl Balloon {
         self.state.actual
     }
 
+    /// Whether the guest has a driver for it: without one nothing goes in or out.
+    #[must_use]
+    pub fn has_driver(&self) -> bool {
+        self.features != 0
+    }
+
     /// What the guest last said about its memory.
     #[must_use]
     pub fn statistics(&self) -> Option<&Statistics> {

@@ -36,6 +36,7 @@ pub mod acpi_pm;
 pub mod balloon;
 pub mod block;
 pub mod bus;
+pub mod console;
 pub mod i8042;
 pub mod net;
 pub mod rng;

@@ -17,6 +17,8 @@ pub enum DeviceState {
     Balloon(Box<BalloonState>),
     /// Sockets between guest and host.
     Vsock(VsockState),
+    /// A console.
+    Console(ConsoleState),
 }
 
 impl DeviceState {
@@ -29,6 +31,7 @@ impl DeviceState {
             Self::Rng(_) => "random number generator",
             Self::Balloon(_) => "balloon",
             Self::Vsock(_) => "vsock",
+            Self::Console(_) => "console",
         }
     }
 }
@@ -59,6 +62,18 @@ pub struct MacAddress(pub [u8; 6]);
 /// something.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RngState {}
+
+/// What has to travel of a console, beside its queues.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    /// Typed bytes that the driver has not taken, oldest first.
+    #[serde(with = "serde_bytes")]
+    pub input: Vec<u8>,
+    /// Columns of the terminal; 0 when they are not known.
+    pub columns: u16,
+    /// Rows of the terminal; 0 when they are not known.
+    pub rows: u16,
+}
 
 /// What has to travel of a balloon, beside its queues.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

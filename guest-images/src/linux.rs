@@ -45,6 +45,9 @@ pub const GUEST_MODULES: &[&str] = &[
 /// Modules that a guest with a vsock device needs besides.
 pub const VSOCK_MODULES: &[&str] = &["vmw_vsock_virtio_transport"];
 
+/// Modules that a guest with a virtio console needs besides.
+pub const CONSOLE_MODULES: &[&str] = &["virtio_console"];
+
 /// Why there is no Linux to boot.
 #[derive(Debug, thiserror::Error)]
 pub enum LinuxError {

@@ -32,7 +32,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 pub use process::{Process, Ran};
 pub use program::program;
 
-use crate::linux::{GUEST_MODULES, Kernel, LinuxError, RamDisk, VSOCK_MODULES};
+use crate::linux::{CONSOLE_MODULES, GUEST_MODULES, Kernel, LinuxError, RamDisk, VSOCK_MODULES};
 
 /// The emulator.
 pub const QEMU: &str = "qemu-system-x86_64";
@@ -281,7 +281,7 @@ fn ram_disk(kernel: &Kernel, config: &Config) -> Result<Vec<u8>, NestedError> {
     for (place, bytes) in &config.files {
         disk.add(place, bytes)?;
     }
-    let modules = [GUEST_MODULES, VSOCK_MODULES].concat();
+    let modules = [GUEST_MODULES, VSOCK_MODULES, CONSOLE_MODULES].concat();
     for (file, bytes) in kernel.export(&kernel.modules(&modules)?)? {
         disk.add(&Path::new(CACHE).join(file), &bytes)?;
     }

@@ -9,6 +9,7 @@ mod virtio;
 
 use crate::guests_run;
 use ferry_devices::block::BlockState;
+use ferry_devices::console::ConsoleState;
 use ferry_devices::net::{MacAddress, NetState};
 use ferry_devices::rng::RngState;
 use ferry_devices::virtio::{DeviceState, QueueState, TransportState, VirtioState};
@@ -121,7 +122,7 @@ pub fn snapshot() -> Vec<Vec<u8>> {
 
 /// For [`virtio`](crate::fuzz_bodies::virtio).
 pub fn virtio() -> Vec<Vec<u8>> {
-    [(0, 1), (4, 1), (1, 1), (2, 4), (3, 3), (5, 3)]
+    [(0, 1), (4, 1), (1, 1), (2, 4), (3, 3), (5, 3), (7, 2)]
         .into_iter()
         .map(|(kind, queues)| virtio::driver(kind, queues))
         .collect()
@@ -189,6 +190,11 @@ pub fn virtio_state() -> Vec<Vec<u8>> {
         }],
         next_port: 1 << 30,
     };
+    let console = ConsoleState {
+        input: b"typed".to_vec(),
+        columns: 80,
+        rows: 25,
+    };
     let net = NetState {
         mac: MacAddress([2, 0, 0, 0, 0, 1]),
         announce: true,
@@ -200,6 +206,7 @@ pub fn virtio_state() -> Vec<Vec<u8>> {
         (2, 4, DeviceState::Balloon(Box::default())),
         (3, 3, DeviceState::Net(net)),
         (5, 3, DeviceState::Vsock(vsock)),
+        (7, 2, DeviceState::Console(console)),
     ]
     .into_iter()
     .map(|(kind, queues, device)| {
@@ -301,6 +308,7 @@ pub fn api() -> Vec<Vec<u8>> {
         put("balloon", r#"{"auto":{"interval_ms":100,"reserve_bytes":4096}}"#)
             + &put("balloon", r#"{"size_bytes":4096}"#),
         put("snapshot", r#"{"path":"/a"}"#),
+        get("memory") + &put("memory", r#"{"size_bytes":0}"#),
         "HEAD /v1/status?a HTTP/1.0\r\nConnection: keep-alive\r\n\r\n".into(),
         "PUT http://a/v1/stop HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}".into(),
     ]

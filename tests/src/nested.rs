@@ -380,6 +380,12 @@ impl<'a> NestedVmm<'a> {
         self.process.input(format!("{line}\n").as_bytes()).unwrap();
     }
 
+    /// `ferry console` about this VMM: stdin is typed at the guest's console, and what the guest
+    /// prints there from then on is stdout.
+    pub fn console(&self) -> Process {
+        self.host.program(&["ferry", "console", "--api", &self.api])
+    }
+
     /// A command about this VMM, to its end.
     pub fn command(&self, arguments: &[&str]) -> Ran {
         self.host

@@ -17,6 +17,8 @@
 //! | `PUT /v1/record` | [`types::RecordRequest`] | 200, a stream of `application/octet-stream`: a dirty trace ([`ferry_migration::trace`]), as it is recorded |
 //! | `GET /v1/balloon` | | 200, [`types::BalloonStatus`] |
 //! | `PUT /v1/balloon` | [`types::BalloonRequest`] | 204 |
+//! | `GET /v1/memory` | | 200, [`types::MemoryStatus`] |
+//! | `PUT /v1/memory` | [`types::MemoryRequest`] | 200, [`types::MemoryStatus`] |
 //!
 //! Every failure is `{"error": "one sentence"}` with 400, 404, 405, 409 or 500 (and 408, 411, 413,
 //! 417, 431, 503 where HTTP asks for them). `HEAD` works wherever `GET` does.
@@ -46,8 +48,9 @@ pub mod types;
 use events::Subscription;
 use ferry_migration::steering::Change;
 use types::{
-    BalloonRequest, BalloonStatus, Configuration, MigrateRequest, MigrationRecord, MigrationStatus,
-    Migrations, Notice, RecordRequest, RecoverRequest, SnapshotReport, SnapshotRequest, Status,
+    BalloonRequest, BalloonStatus, Configuration, MemoryRequest, MemoryStatus, MigrateRequest,
+    MigrationRecord, MigrationStatus, Migrations, Notice, RecordRequest, RecoverRequest,
+    SnapshotReport, SnapshotRequest, Status,
 };
 
 /// Why a request was refused. The text is one sentence for the user.
@@ -184,6 +187,27 @@ pub trait Control: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal`] when there is none, the guest is not here any more, or the size cannot be.
     fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal>;
+
+    /// How much memory the guest is to have, and has.
+    ///
+    /// # Errors
+    /// [`Refusal`] when it has no balloon.
+    fn memory(&self) -> Result<MemoryStatus, Refusal> {
+        let balloon = self.balloon()?;
+        let guest = self.status().guest.map_or(0, |guest| guest.memory_bytes);
+        Ok(MemoryStatus::of(guest, &balloon))
+    }
+
+    /// Lets the guest grow or shrink, by its balloon; it follows in its own time.
+    ///
+    /// # Errors
+    /// [`Refusal`] when it has no balloon, is not here any more, or the size cannot be.
+    fn set_memory(&self, request: &MemoryRequest) -> Result<MemoryStatus, Refusal> {
+        let memory = self.memory()?;
+        let balloon = request.balloon(memory.max_bytes);
+        self.set_balloon(&balloon.map_err(Refusal::Invalid)?)?;
+        self.memory()
+    }
 
     /// Writes the guest to a file; blocks until it is there.
     ///

@@ -68,8 +68,8 @@ pub use builder::{BuildError, Builder};
 pub use cpu::{CpuError, CpuFile, CpuModel};
 pub use description::{DescriptionError, MachineDescription, UnfitHost};
 pub use devices::{
-    Backends, BalloonInfo, DeviceDescription, DeviceError, DiskBacking, DiskOptions, MAX_DEVICES,
-    MmioDevice, NetOptions, VsockError, VsockOptions,
+    Backends, BalloonInfo, ConsoleOptions, DeviceDescription, DeviceError, DiskBacking,
+    DiskOptions, MAX_DEVICES, MmioDevice, NetOptions, VsockError, VsockOptions,
 };
 pub use ferry_devices::net::MacAddress;
 pub use fit::Misfit;
@@ -399,6 +399,30 @@ impl Machine {
             return 0;
         }
         lock(&self.devices.serial).input(bytes)
+    }
+
+    /// Gives the guest's console bytes to read; returns how many it took. It takes none while the
+    /// machine is paused, and a console that is at work may take none at this moment.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.virtio.console_input(bytes)
+    }
+
+    /// Says how large the console's terminal is. Whether that was heard: a machine that has no
+    /// console, is paused, or whose console is at work does not.
+    pub fn set_console_size(&self, columns: u16, rows: u16) -> bool {
+        self.virtio.set_console_size(columns, rows)
+    }
+
+    /// Whether the guest has a console.
+    #[must_use]
+    pub fn has_console(&self) -> bool {
+        self.virtio.has_console()
+    }
+
+    /// Bytes that the guest sent to its console and its writer refused.
+    #[must_use]
+    pub fn console_output_lost(&self) -> u64 {
+        self.virtio.console_output_lost()
     }
 
     /// Presses the machine's power button. A guest with ACPI ends in its own time; one without does

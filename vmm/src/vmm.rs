@@ -125,6 +125,7 @@ struct Core {
     /// nothing that a status may take its time for.
     dirty_rate: Mutex<Option<f64>>,
     serial: OnceLock<String>,
+    console: OnceLock<String>,
     setup: OnceLock<Setup>,
     since: Instant,
 }
@@ -184,6 +185,7 @@ impl Vmm {
                 released: AtomicBool::new(false),
                 dirty_rate: Mutex::default(),
                 serial: OnceLock::new(),
+                console: OnceLock::new(),
                 setup: OnceLock::new(),
                 since: Instant::now(),
             }),
@@ -193,6 +195,11 @@ impl Vmm {
     /// Says where the guest's serial port goes, for a status; the first word stands.
     pub fn set_serial(&self, serial: String) {
         let _ = self.core.serial.set(serial);
+    }
+
+    /// Says where the guest's console goes, for a status; the first word stands.
+    pub fn set_console(&self, console: String) {
+        let _ = self.core.console.set(console);
     }
 
     /// Says what the program that embeds the VMM knows of it, for `GET /v1/vm`; the first word
@@ -226,6 +233,18 @@ impl Vmm {
     pub fn input(&self, bytes: &[u8]) -> usize {
         let guest = self.core.lock().guest.clone();
         guest.map_or(bytes.len(), |guest| guest.input(bytes))
+    }
+
+    /// As [`input`](Self::input), at the guest's virtio console.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        let guest = self.core.lock().guest.clone();
+        guest.map_or(bytes.len(), |guest| guest.console_input(bytes))
+    }
+
+    /// Says how large the terminal at the guest's virtio console is; whether that was heard.
+    pub fn set_console_size(&self, columns: u16, rows: u16) -> bool {
+        let guest = self.core.lock().guest.clone();
+        guest.is_some_and(|guest| guest.set_console_size(columns, rows))
     }
 
     /// A request to end from outside (a signal, the console's quit key). Ends the guest, except

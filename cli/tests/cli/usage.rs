@@ -19,6 +19,10 @@ fn usage_errors_are_2_and_one_sentence() {
         &["run", "--nas", "mg.Z"],
         &["run", "--nas", "mg.A", "--memory", "lots"],
         &["run", "--nas", "mg.A", "--serial", "loud"],
+        &["run", "--nas", "mg.A", "--console", "loud"],
+        &["run", "--nas", "mg.A", "--memory", "1G,max=512M"],
+        &["set", "web"],
+        &["set", "web", "--memory", "lots"],
         &["nas", "dirty:"],
         &["receive", "carrier-pigeon"],
     ] {
@@ -32,7 +36,7 @@ fn usage_errors_are_2_and_one_sentence() {
 fn help_is_on_stdout_with_an_example() {
     let commands = [
         "run", "receive", "migrate", "cancel", "status", "pause", "resume", "stop", "recover",
-        "doctor", "nas", "record", "sim",
+        "set", "console", "doctor", "nas", "record", "sim",
     ];
     for command in commands {
         let out = ferry(&[command, "--help"]);

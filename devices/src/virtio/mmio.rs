@@ -49,6 +49,11 @@ impl Registers {
         self.status & status == status
     }
 
+    /// Whether driver and device have agreed on features.
+    pub(super) const fn agreed(&self) -> bool {
+        self.has(VIRTIO_CONFIG_S_FEATURES_OK)
+    }
+
     /// Whether queues are to be worked on.
     pub(super) const fn active(&self) -> bool {
         self.has(VIRTIO_CONFIG_S_DRIVER_OK)
@@ -59,8 +64,11 @@ impl Registers {
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
     }
 
-    pub(super) const fn known_status(status: u32) -> bool {
-        status & !(STEPS | VIRTIO_CONFIG_S_NEEDS_RESET) == 0
+    /// Whether a device can have this status: DRIVER_OK comes after FEATURES_OK.
+    pub(super) const fn possible_status(status: u32) -> bool {
+        let ready = status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        let agreed = status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
+        status & !(STEPS | VIRTIO_CONFIG_S_NEEDS_RESET) == 0 && (agreed || !ready)
     }
 
     pub(super) fn read(&self, offset: u32, features: u64, queues: &[VirtQueue]) -> u32 {

@@ -223,6 +223,11 @@ impl<D: Device<M>, M: Memory> Locked<'_, D, M> {
         self.inner.device.write_config(offset, data);
     }
 
+    /// Whether the machine runs.
+    pub(super) fn running(&self) -> bool {
+        self.inner.running
+    }
+
     pub(super) fn live(&self) -> bool {
         self.inner.running && self.inner.registers.active()
     }
@@ -381,8 +386,8 @@ impl<D: Device<M>, M: Memory> Locked<'_, D, M> {
             });
         }
         let absurd = |what| Err(RestoreError::Registers { here, what });
-        if !Registers::known_status(t.status) {
-            return absurd("a status with unknown bits");
+        if !Registers::possible_status(t.status) {
+            return absurd("an impossible status");
         }
         let features = t.driver_features & !self.shared.features;
         let registers = Registers {
@@ -393,8 +398,9 @@ impl<D: Device<M>, M: Memory> Locked<'_, D, M> {
             queue_sel: t.queue_sel,
             config_generation: t.config_generation,
         };
-        // Before FEATURES_OK a driver may have written anything.
-        if features != 0 && registers.active() {
+        // Before FEATURES_OK a driver may have written anything; afterwards they are not looked at
+        // again.
+        if features != 0 && registers.agreed() {
             return Err(RestoreError::Features { here, features });
         }
         inner.device.restore(&state.device)?;

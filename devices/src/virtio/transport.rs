@@ -105,6 +105,26 @@ impl<D: Device<M>, M: Memory> VirtioDevice<D, M> {
         self.shared.try_lock()?.with_queues(f)
     }
 
+    /// Calls `f` with the device itself; `None`, and at once, while it is paused or something else
+    /// works on it. What `f` changes is in the state that the next pause lets be saved.
+    pub fn try_while_running<R>(&self, f: impl FnOnce(&mut D) -> R) -> Option<R> {
+        let mut locked = self.shared.try_lock()?;
+        locked.running().then(|| f(locked.device_mut()))
+    }
+
+    /// As [`try_while_running`](Self::try_while_running), and tells the driver, if there is one,
+    /// that the configuration has changed where `f` says so. Whether `f` was called.
+    pub fn try_reconfigure(&self, f: impl FnOnce(&mut D) -> bool) -> bool {
+        let Some(mut locked) = self.shared.try_lock() else {
+            return false;
+        };
+        let running = locked.running();
+        if running && f(locked.device_mut()) {
+            locked.reconfigured();
+        }
+        running
+    }
+
     /// Changes the device's configuration and tells the driver, if there is one.
     pub fn reconfigure(&self, f: impl FnOnce(&mut D)) {
         let mut locked = self.shared.lock();

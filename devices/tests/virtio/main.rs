@@ -3,6 +3,7 @@
 
 mod balloon;
 mod block;
+mod console;
 mod driver;
 mod failures;
 mod moves;

@@ -411,3 +411,27 @@ fn states_that_cannot_be_are_refused() {
     d.device.restore(&good).unwrap();
     assert_eq!(d.device.save().transport.queues[0], queue);
 }
+
+/// Those of a driver that is not done yet, too: it would go on with what the device does not have.
+#[test]
+fn features_that_were_agreed_on_and_are_not_offered_are_refused() {
+    let d = rng();
+    d.device.pause().unwrap();
+    let mut state = d.device.save();
+    state.transport.driver_features |= 1 << 5;
+    let (agreed, ready) = (ACKNOWLEDGE | DRIVER | FEATURES_OK, DRIVER_OK);
+    for (status, taken) in [
+        (ACKNOWLEDGE | DRIVER, true),
+        (agreed, false),
+        (agreed | ready, false),
+        (agreed | ready | NEEDS_RESET, false),
+    ] {
+        state.transport.status = status;
+        assert_eq!(d.device.restore(&state).is_ok(), taken, "{status:#x}");
+    }
+    // Features could still be written to a device that works.
+    state.transport.driver_features = 1 << 32;
+    state.transport.status = ACKNOWLEDGE | DRIVER | ready;
+    let error = d.device.restore(&state).unwrap_err().to_string();
+    assert!(error.contains("impossible status"), "{error}");
+}

@@ -1,7 +1,8 @@
-//! What a guest does: HTTP, the work it was given, a disk, and commands on its console.
+//! What a guest does: HTTP, the work it was given, a disk, and commands on its consoles.
 
 use std::fs;
-use std::io::{BufRead, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,10 +13,15 @@ use crate::machine::{power_off, reset, time_line, uptime_ms};
 use crate::options::Options;
 use crate::{http, identity, work};
 
+/// The virtio console, where there is one.
+const CONSOLE: &str = "/dev/hvc0";
+/// `O_NOCTTY` of `fcntl.h`.
+const NO_CONTROLLING_TERMINAL: i32 = 0o400;
+
 /// This program, which is the first process.
 const SELF: &str = "/init";
 
-const HELP: &str = "commands: status, flags (of the processor), identity, time MARK, run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
+const HELP: &str = "commands: status, flags (of the processor), identity, meminfo, time MARK, run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
 
 /// Works until the guest is told to end.
 pub fn serve(options: &Options) {
@@ -23,7 +29,7 @@ pub fn serve(options: &Options) {
         println!("init: `{token}` on the command line is not understood");
     }
     start_line(options);
-    status();
+    println!("{}", status());
     std::thread::spawn(http::serve);
     power_button();
     let working = Arc::new(Mutex::new(None));
@@ -47,7 +53,9 @@ pub fn serve(options: &Options) {
         }
         None => println!("{}\n{HELP}", Line::Ready { t_ms: uptime_ms() }),
     }
-    console(&working);
+    fast_console(&working);
+    let input = std::io::stdin().lock();
+    console(&working, input, &mut std::io::stdout());
     // Without a console the guest lives until its work ends or its machine does.
     loop {
         std::thread::park();
@@ -111,16 +119,38 @@ fn end_after(working: &Mutex<Option<Child>>) {
     }
 }
 
-/// Reads commands, a line each, until the console ends.
-fn console(working: &Mutex<Option<Child>>) {
-    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+/// Takes commands at the virtio console as well, where there is one.
+fn fast_console(working: &Arc<Mutex<Option<Child>>>) {
+    let mut options = fs::OpenOptions::new();
+    options.read(true).write(true);
+    options.custom_flags(NO_CONTROLLING_TERMINAL);
+    let Ok(input) = options.open(CONSOLE) else {
+        return;
+    };
+    let working = Arc::clone(working);
+    std::thread::spawn(move || {
+        let Ok(mut output) = input.try_clone() else {
+            return;
+        };
+        // What the host does not take is lost to it, and not to the guest.
+        let _ = writeln!(output, "ferry-linux: {CONSOLE} is ready");
+        console(&working, BufReader::new(input), &mut output);
+    });
+}
+
+/// Reads commands, a line each, until the console ends. What commands start prints on the first
+/// console.
+fn console(working: &Mutex<Option<Child>>, input: impl BufRead, output: &mut impl Write) {
+    for line in input.lines().map_while(Result::ok) {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let mut say = |sentence: &str| drop(writeln!(output, "{sentence}"));
         match words.as_slice() {
             [] => {}
-            ["status"] => status(),
-            ["flags"] => println!("ferry-linux: flags= {} end-of-flags", flags()),
-            ["time", mark] => println!("{}", time_line(mark)),
-            ["identity"] => println!("{}", identity::line()),
+            ["status"] => say(&status()),
+            ["flags"] => say(&format!("ferry-linux: flags= {} end-of-flags", flags())),
+            ["meminfo"] => say(&meminfo()),
+            ["time", mark] => say(&time_line(mark)),
+            ["identity"] => say(&identity::line()),
             ["poweroff"] => power_off(),
             ["reboot"] => reset(),
             ["q"] => {
@@ -138,7 +168,7 @@ fn console(working: &Mutex<Option<Child>>) {
             ["vsock", port] => drop(begin(&["vsock", port])),
             ["vsock-serve", port] => drop(begin(&["vsock-serve", port])),
             ["memory", keep, free] => drop(begin(&["memory", keep, free])),
-            _ => println!("{HELP}"),
+            _ => say(HELP),
         }
     }
 }
@@ -194,8 +224,24 @@ fn start_line(options: &Options) {
     );
 }
 
+/// What the kernel says of its memory, on one line, in KiB.
+fn meminfo() -> String {
+    let text = read("/proc/meminfo");
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let number = line.and_then(|line| line.trim().split(' ').next());
+        number.unwrap_or("0").to_owned()
+    };
+    format!(
+        "ferry-linux: meminfo total={} free={} available={}",
+        value("MemTotal:"),
+        value("MemFree:"),
+        value("MemAvailable:")
+    )
+}
+
 /// What the guest found, on one line.
-fn status() {
+fn status() -> String {
     let names = |path: &str| {
         let entries = fs::read_dir(path).into_iter().flatten().flatten();
         let mut names: Vec<String> = entries
@@ -204,7 +250,7 @@ fn status() {
         names.sort();
         names.join(",")
     };
-    println!(
+    format!(
         "ferry-linux: kernel={} clocksource={} cpus={} t_ms={} blocks={} networks={} virtio={}",
         read("/proc/sys/kernel/osrelease"),
         read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
@@ -213,5 +259,5 @@ fn status() {
         names("/sys/block"),
         names("/sys/class/net"),
         names("/sys/bus/virtio/devices"),
-    );
+    )
 }

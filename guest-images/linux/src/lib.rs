@@ -15,7 +15,8 @@
 //! | `ferry.disk=/dev/vda` | a disk that the guest writes all over, again and again, and verifies |
 //! | `ferry.rng=/dev/hwrng` | random numbers that the guest reads all the time, none of which may come twice |
 //!
-//! A guest also answers HTTP on port 80 (a counter and an echo) and takes commands on its console.
+//! A guest also answers HTTP on port 80 (a counter and an echo) and takes commands on its console,
+//! and on its virtio console (`/dev/hvc0`) where it has one.
 //!
 //! The crate is compiled with rustc alone and linked statically, so it has no dependency but the
 //! kernels; the system calls that std does not offer are in `sys`.

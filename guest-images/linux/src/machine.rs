@@ -16,6 +16,7 @@ pub fn set_up() -> Vec<String> {
         (c"proc", c"/proc"),
         (c"sysfs", c"/sys"),
         (c"devtmpfs", c"/dev"),
+        (c"devpts", c"/dev/pts"),
         (c"tmpfs", c"/tmp"),
         (c"tmpfs", c"/run"),
     ] {

@@ -75,6 +75,8 @@ impl Control for Willing {
             listening: None,
             serial_output_lost: 0,
             serial: None,
+            console_output_lost: 0,
+            console: None,
             to: None,
         }
     }

@@ -5,6 +5,7 @@ use ferry_devices::Trigger;
 use ferry_devices::balloon::{Balloon, FreePages};
 use ferry_devices::block::{Block, Disk};
 use ferry_devices::bus::BusDevice;
+use ferry_devices::console::Console;
 use ferry_devices::net::{Backend, MAX_FRAME, MacAddress, Net, Offloads};
 use ferry_devices::rng::Rng;
 use ferry_devices::virtio::{AnyVirtio, Device, VirtioDevice, VirtioState};
@@ -67,6 +68,11 @@ fn run(kind: u8, script: &[u8], state: Option<&VirtioState>) -> bool {
         2 | 6 => play(script, state, |_| Balloon::new(Arc::new(Pages))),
         5 => play(script, state, |_| {
             Vsock::new(vsock::CID, Box::new(vsock::Programs::default())).unwrap()
+        }),
+        7 => play(script, state, |_| {
+            let mut console = Console::new(Box::new(Screen)).unwrap();
+            assert_eq!(console.input(b"typed before there was a driver"), 31);
+            console
         }),
         _ => play(script, state, |_| {
             let (ours, theirs) = UnixDatagram::pair().unwrap();
@@ -194,6 +200,23 @@ struct Nothing;
 
 impl Trigger for Nothing {
     fn trigger(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Takes output as a slow terminal does: in part.
+struct Screen;
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        assert!(!bytes.is_empty() && u64::try_from(bytes.len()).unwrap() <= RAM);
+        match bytes.len() % 3 {
+            0 => Err(io::ErrorKind::WouldBlock.into()),
+            1 => Ok(1),
+            _ => Ok(bytes.len()),
+        }
+    }
+    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

@@ -3,9 +3,9 @@
 mod reply;
 
 use super::types::{
-    BalloonRequest, BalloonStatus, Configuration, ErrorBody, MigrateRequest, MigrationRecord,
-    MigrationStatus, Migrations, Notice, RecordRequest, RecoverRequest, SnapshotReport,
-    SnapshotRequest, Status,
+    BalloonRequest, BalloonStatus, Configuration, ErrorBody, MemoryRequest, MemoryStatus,
+    MigrateRequest, MigrationRecord, MigrationStatus, Migrations, Notice, RecordRequest,
+    RecoverRequest, SnapshotReport, SnapshotRequest, Status,
 };
 use crate::socket::dial;
 use ferry_migration::report::{Event, Report};
@@ -168,6 +168,23 @@ impl Client {
         let body = self.to_json(request)?;
         self.request("PUT", "/v1/balloon", Some(body), Some(TIMEOUT))
             .map(drop)
+    }
+
+    /// `GET /v1/memory`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn memory(&self) -> Result<MemoryStatus, ClientError> {
+        self.read_json(self.request("GET", "/v1/memory", None, Some(TIMEOUT))?)
+    }
+
+    /// `PUT /v1/memory`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn set_memory(&self, request: &MemoryRequest) -> Result<MemoryStatus, ClientError> {
+        let body = self.to_json(request)?;
+        self.read_json(self.request("PUT", "/v1/memory", Some(body), Some(TIMEOUT))?)
     }
 
     /// `PATCH /v1/migrate`.

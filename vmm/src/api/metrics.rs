@@ -267,6 +267,11 @@ fn guest(page: &mut Page, status: &Status) {
         "Serial output that was dropped because nothing took it.",
         status.serial_output_lost,
     );
+    page.counter(
+        "ferry_guest_console_lost_bytes_total",
+        "Output on the virtio console that was dropped because nothing took it.",
+        status.console_output_lost,
+    );
 }
 
 /// The migration that leaves now.

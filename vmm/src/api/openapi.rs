@@ -329,6 +329,8 @@ fn samples() -> Vec<(&'static str, Value)> {
         balloon: Some(balloon.clone()),
         serial_output_lost: 0,
         serial: None,
+        console_output_lost: 0,
+        console: None,
         to: None,
     };
     let configuration = Configuration {
@@ -401,12 +403,14 @@ fn samples() -> Vec<(&'static str, Value)> {
             }),
         ),
         ("BalloonStatus", value(&balloon)),
+        ("MemoryStatus", value(&MemoryStatus::of(1 << 30, &balloon))),
         ("SnapshotReport", value(&SnapshotReport::default())),
         ("MigrateRequest", value(&migrate)),
         ("Change", value(&change)),
         ("RecoverRequest", value(&recover)),
         ("RecordRequest", value(&RecordRequest::default())),
         ("BalloonRequest", value(&set_balloon)),
+        ("MemoryRequest", value(&MemoryRequest::default())),
         ("SnapshotRequest", value(&snapshot)),
     ];
     let events = [

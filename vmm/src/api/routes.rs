@@ -3,8 +3,8 @@
 use super::events::Subscription;
 use super::http::Head;
 use super::types::{
-    BalloonRequest, ErrorBody, MigrateRequest, Migrations, Notice, RecordRequest, RecoverRequest,
-    SnapshotRequest,
+    BalloonRequest, ErrorBody, MemoryRequest, MigrateRequest, Migrations, Notice, RecordRequest,
+    RecoverRequest, SnapshotRequest,
 };
 use super::{Control, Pieces, Refusal};
 use ferry_migration::steering::Change;
@@ -31,6 +31,8 @@ pub enum Route {
     Record,
     Balloon,
     SetBalloon,
+    Memory,
+    SetMemory,
     Snapshot,
     Metrics,
 }
@@ -54,6 +56,8 @@ pub const TABLE: &[(&str, &str, Route)] = &[
     ("PUT", "/v1/record", Route::Record),
     ("GET", "/v1/balloon", Route::Balloon),
     ("PUT", "/v1/balloon", Route::SetBalloon),
+    ("GET", "/v1/memory", Route::Memory),
+    ("PUT", "/v1/memory", Route::SetMemory),
     ("PUT", "/v1/snapshot", Route::Snapshot),
     ("GET", "/metrics", Route::Metrics),
 ];
@@ -133,6 +137,7 @@ pub fn find(head: &Head) -> Result<Route, Answer> {
             | Route::Recover
             | Route::Record
             | Route::SetBalloon
+            | Route::SetMemory
             | Route::Snapshot
     );
     if needs_body && head.length.is_none() {
@@ -223,6 +228,13 @@ fn answer(
         Route::SetBalloon => {
             let request: BalloonRequest = parse(body)?;
             control.set_balloon(&request).map(|()| Answer::Done)
+        }
+        Route::Memory => control.memory().map(|memory| json(200, &memory)),
+        Route::SetMemory => {
+            let request: MemoryRequest = parse(body)?;
+            control
+                .set_memory(&request)
+                .map(|memory| json(200, &memory))
         }
         Route::Snapshot => {
             let request: SnapshotRequest = parse(body)?;

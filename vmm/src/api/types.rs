@@ -1,9 +1,11 @@
 //! The JSON of the control socket. Names are an interface: fields are added, never renamed.
 
+mod memory;
 mod migrations;
 mod notices;
 mod vm;
 
+pub use memory::{MemoryRequest, MemoryStatus};
 pub use migrations::{Direction, IncomingReport, MigrationRecord, Migrations, RecordStatus};
 pub use notices::{ArrivalOutcome, Notice, What, unix_ms};
 pub use vm::{
@@ -135,6 +137,14 @@ pub struct Status {
     /// when the program that embeds the VMM does not say.
     #[serde(default)]
     pub serial: Option<String>,
+    /// Bytes of the output on the guest's console that were dropped, because nothing took them in
+    /// time.
+    #[serde(default)]
+    pub console_output_lost: u64,
+    /// Where the guest's console goes, as `--console` takes it, with an absolute path; `null` when
+    /// nothing was given for one here.
+    #[serde(default)]
+    pub console: Option<String>,
     /// Where the guest is being migrated to, or was; `null` when it is here alone.
     #[serde(default)]
     pub to: Option<String>,
@@ -142,7 +152,7 @@ pub struct Status {
 
 impl Status {
     /// The current value of [`Status::schema`].
-    pub const SCHEMA: u32 = 1;
+    pub const SCHEMA: u32 = 2;
 }
 
 /// Pages that have not arrived of a guest that runs already.
@@ -312,6 +322,9 @@ pub struct BalloonStatus {
     pub target_bytes: u64,
     /// Bytes that it has given, as it says.
     pub actual_bytes: u64,
+    /// Whether the guest has a driver for it: without one nothing goes in or out.
+    #[serde(default)]
+    pub driver: bool,
     /// Bytes that went back to the host so far, inflated or reported free, each time that they did.
     pub discarded_bytes: u64,
     /// How the size is moved automatically; `null` when it is not.
@@ -353,6 +366,7 @@ impl From<BalloonInfo> for BalloonStatus {
         Self {
             target_bytes: info.target_bytes,
             actual_bytes: info.actual_bytes,
+            driver: info.driver,
             discarded_bytes: info.discarded_bytes,
             auto: info.auto,
             guest: info.statistics.map(|s| GuestMemory {

@@ -10,18 +10,22 @@ mod announcing;
 mod backing;
 mod balloon;
 mod ballooning;
+mod console;
 mod error;
 mod place;
 mod sockets;
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ferry_devices::balloon::Balloon;
 use ferry_devices::balloon::auto::Settings;
 use ferry_devices::block::{Block, Disk};
 use ferry_devices::bus::Bus;
+use ferry_devices::console::Console;
 use ferry_devices::net::{Backend as _, MacAddress, Net};
 use ferry_devices::rng::Rng;
 use ferry_devices::virtio::{
@@ -34,6 +38,7 @@ pub use crate::boot::MmioDevice;
 pub use backing::DiskBacking;
 pub(super) use backing::{backings, with as with_backing};
 pub use balloon::BalloonInfo;
+pub use console::ConsoleOptions;
 pub use error::DeviceError;
 pub use place::{MAX_DEVICES, place};
 pub use sockets::{VsockError, VsockOptions};
@@ -96,6 +101,9 @@ pub struct Backends {
     pub rng: bool,
     /// What is behind the guest's vsock device, if it has one.
     pub vsock: Option<VsockOptions>,
+    /// What is behind the guest's console. A guest that arrives has one if it had one; without this
+    /// its output is dropped.
+    pub console: Option<ConsoleOptions>,
     /// An operator insists: a guest that arrives is taken although a disk is not the file that it
     /// used on this host, or the CPU not the one that it counts on.
     pub insist: bool,
@@ -128,6 +136,8 @@ pub enum DeviceDescription {
         /// The guest's context.
         cid: u32,
     },
+    /// A console.
+    Console,
 }
 
 type Memory = GuestMemory;
@@ -145,6 +155,8 @@ pub(super) struct VirtioSet {
     taps: Vec<OwnedFd>,
     balloon: Option<Ballooning>,
     vsock: Option<Arc<VirtioDevice<Vsock, Memory>>>,
+    console: Option<Arc<VirtioDevice<Console, Memory>>>,
+    console_lost: Arc<AtomicU64>,
     announcing: Announcing,
 }
 
@@ -225,6 +237,15 @@ impl VirtioSet {
                     let vsock = Vsock::new(*cid, Box::new(programs));
                     let vsock = vsock.map_err(DeviceError::Resources)?;
                     set.vsock = Some(set.plug(&socket, vsock, bus)?);
+                }
+                DeviceDescription::Console => {
+                    let output = match &backends.console {
+                        Some(options) => options.open().map_err(DeviceError::Resources)?,
+                        None => Box::new(io::sink()),
+                    };
+                    let console = Console::new(output).map_err(DeviceError::Resources)?;
+                    set.console_lost = console.lost_output();
+                    set.console = Some(set.plug(&socket, console, bus)?);
                 }
             }
         }
@@ -314,6 +335,28 @@ impl VirtioSet {
         if let Some(vsock) = &self.vsock {
             vsock.with(Vsock::leave);
         }
+    }
+
+    /// Bytes typed at the console; how many it took. At once: a console that is at work, or rests,
+    /// takes none.
+    pub(super) fn console_input(&self, bytes: &[u8]) -> usize {
+        let console = self.console.as_ref();
+        let taken = console.and_then(|c| c.try_while_running(|c| c.input(bytes)));
+        taken.unwrap_or(0)
+    }
+
+    /// The size of the console's terminal; whether the console has taken note, at once.
+    pub(super) fn set_console_size(&self, columns: u16, rows: u16) -> bool {
+        let console = self.console.as_ref();
+        console.is_some_and(|c| c.try_reconfigure(|c| c.set_size(columns, rows)))
+    }
+
+    pub(super) fn has_console(&self) -> bool {
+        self.console.is_some()
+    }
+
+    pub(super) fn console_output_lost(&self) -> u64 {
+        self.console_lost.load(Ordering::Relaxed)
     }
 
     /// A guest was put here: its cards tell the network so when it runs for the first time.
@@ -453,6 +496,8 @@ fn wanted(backends: &Backends, disks: &[Arc<Disk>]) -> Result<Vec<DeviceDescript
     devices.extend(vsock.map(|options| DeviceDescription::Vsock {
         cid: options.wanted_cid(),
     }));
+    let console = backends.console.as_ref();
+    devices.extend(console.map(|_| DeviceDescription::Console));
     if devices.len() > MAX_DEVICES {
         return Err(DeviceError::TooMany(devices.len()));
     }
@@ -502,6 +547,12 @@ fn check(
         if let Some(here) = options.mac.filter(|mac| *mac != guest) {
             return Err(DeviceError::Mac { guest, here });
         }
+    }
+    let console = |device: &&DeviceDescription| matches!(device, DeviceDescription::Console);
+    match devices.iter().filter(console).count() {
+        0 if backends.console.is_some() => return Err(DeviceError::NoConsole),
+        0 | 1 => {}
+        several => return Err(DeviceError::Consoles(several)),
     }
     check_vsock(devices, backends.vsock.as_ref())
 }

@@ -33,8 +33,8 @@ pub const STATE_VERSION: u32 = 4;
 /// The oldest version that is read, and written where it is asked for.
 pub const OLDEST_STATE_VERSION: u32 = STATE_VERSION - 1;
 const HEADER: usize = 24;
-/// The most bytes that VM and devices are believed to have: 64 KiB of serial input and the queues
-/// of 13 devices are a tenth of it.
+/// The most bytes that VM and devices are believed to have: 64 KiB of input for the serial port,
+/// as much for a console, and the queues of 13 devices are a fifth of it.
 const VM_BYTES: usize = 1 << 20;
 /// The most bytes that a vCPU is believed to have: 64 KiB of vector registers, 512 MSRs of at most
 /// 15 bytes, 3 KiB of the rest.

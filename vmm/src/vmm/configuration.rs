@@ -45,6 +45,8 @@ pub(super) fn of(machine: &Machine) -> Configuration {
             }
             DeviceDescription::Balloon => configuration.balloon = true,
             DeviceDescription::Rng => configuration.rng = true,
+            // Where it goes is for the embedding program to say.
+            DeviceDescription::Console => configuration.console = Some("null".into()),
             DeviceDescription::Vsock { cid } => {
                 configuration.vsock = Some(VsockConfiguration {
                     cid: *cid,

@@ -58,7 +58,9 @@ impl Control for Vmm {
         // waits for nothing.
         let guest = self.core.lock().guest.clone();
         let balloon = guest.as_ref().and_then(|guest| guest.balloon());
+        let guest = guest.as_ref();
         let serial_output_lost = guest.map_or(0, |guest| guest.serial_output_lost());
+        let console_output_lost = guest.map_or(0, |guest| guest.console_output_lost());
         let inner = self.core.lock();
         let missing = inner.guest.as_ref().and_then(|guest| guest.missing());
         Status {
@@ -85,6 +87,8 @@ impl Control for Vmm {
             balloon,
             serial_output_lost,
             serial: self.core.serial.get().cloned(),
+            console_output_lost,
+            console: self.core.console.get().cloned(),
             to: inner.state.to().map(str::to_owned),
             listening: match &inner.state {
                 State::Receiving { listening } => Some(listening.clone()),
@@ -293,6 +297,10 @@ impl Control for Vmm {
         };
         let mut configuration = guest.and_then(|g| g.configuration()).ok_or(none)?;
         configuration.serial = self.core.serial.get().cloned();
+        if let (Some(console), Some(place)) = (&mut configuration.console, self.core.console.get())
+        {
+            console.clone_from(place);
+        }
         if let Some(setup) = self.core.setup.get() {
             configuration.boot.clone_from(&setup.boot);
             configuration.sandbox.clone_from(&setup.sandbox);
@@ -383,5 +391,8 @@ impl Inner {
 }
 
 fn no_balloon() -> Refusal {
-    Refusal::Conflict("the guest has no balloon; start it with `ferry run --balloon`".into())
+    Refusal::Conflict(
+        "the guest has no balloon; start it with `ferry run --balloon` or `--memory SIZE,max=MAX`"
+            .into(),
+    )
 }

@@ -61,6 +61,17 @@ pub trait Guest: Send + Sync + 'static {
     /// Bytes typed at the guest's console; returns how many of them it took.
     fn input(&self, bytes: &[u8]) -> usize;
 
+    /// Bytes typed at the guest's virtio console; returns how many of them it took. Without one
+    /// they are dropped.
+    fn console_input(&self, bytes: &[u8]) -> usize {
+        bytes.len()
+    }
+
+    /// Says how large the terminal at its virtio console is; whether it heard.
+    fn set_console_size(&self, _columns: u16, _rows: u16) -> bool {
+        false
+    }
+
     /// Prepares a migration to `uri`; nothing has happened yet when this returns.
     ///
     /// # Errors
@@ -116,6 +127,11 @@ pub trait Guest: Send + Sync + 'static {
 
     /// Bytes of its serial output that were dropped, because nothing took them in time.
     fn serial_output_lost(&self) -> u64 {
+        0
+    }
+
+    /// Bytes of the output on its virtio console that were dropped.
+    fn console_output_lost(&self) -> u64 {
         0
     }
 

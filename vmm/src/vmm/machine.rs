@@ -228,6 +228,10 @@ impl Guest for MachineGuest {
         self.machine.serial_output_lost()
     }
 
+    fn console_output_lost(&self) -> u64 {
+        self.machine.console_output_lost()
+    }
+
     fn balloon(&self) -> Option<BalloonStatus> {
         self.machine.balloon().map(BalloonStatus::from)
     }
@@ -266,6 +270,18 @@ impl Guest for MachineGuest {
 
     fn input(&self, bytes: &[u8]) -> usize {
         self.machine.serial_input(bytes)
+    }
+
+    fn console_input(&self, bytes: &[u8]) -> usize {
+        // What is typed at a console that the guest does not have waits for nothing.
+        match self.machine.has_console() {
+            true => self.machine.console_input(bytes),
+            false => bytes.len(),
+        }
+    }
+
+    fn set_console_size(&self, columns: u16, rows: u16) -> bool {
+        self.machine.set_console_size(columns, rows)
     }
 
     fn migration(&self, uri: &str, security: &Security) -> Result<Box<dyn Migration>, String> {

@@ -8,6 +8,7 @@ mod absent;
 mod arrival;
 mod balloon;
 mod cards;
+mod console;
 mod copy_disk;
 mod dirty;
 mod identity;

@@ -61,6 +61,8 @@ impl Control for Fake {
             listening: None,
             serial_output_lost: 0,
             serial: None,
+            console_output_lost: 0,
+            console: None,
             to: None,
         }
     }
@@ -333,10 +335,26 @@ fn serves_each_route() {
         let rest = format!("Content-Length: {}\r\n\r\n{body}", body.len());
         assert_eq!(status("PUT /v1/balloon", &rest), answer, "{body}");
     }
+    assert_eq!(status("GET /v1/memory", "\r\n"), "200");
+    assert_eq!(status("PUT /v1/memory", "\r\n"), "411");
+    assert_eq!(status("PATCH /v1/memory", "\r\n"), "405");
+    // The fake guest has 1 MiB, and can do with no less.
+    for (body, answer) in [
+        (r#"{"size_bytes":1048576}"#, "200"),
+        (r#"{"size_bytes":1048575}"#, "400"),
+        (r#"{"size_bytes":1048577}"#, "400"),
+        ("{}", "400"),
+    ] {
+        let rest = format!("Content-Length: {}\r\n\r\n{body}", body.len());
+        assert_eq!(status("PUT /v1/memory", &rest), answer, "{body}");
+    }
     let calls = std::mem::take(&mut *r.fake.calls.lock().unwrap());
     assert_eq!(calls[..3], ["pause", "pause", "power-button"]);
     assert!(
-        calls.len() == 5 && calls[3].contains("4096") && calls[4].contains("1000"),
+        calls.len() == 6
+            && calls[3].contains("4096")
+            && calls[4].contains("1000")
+            && calls[5].contains("Some(0)"),
         "{calls:?}"
     );
     assert_eq!(status("PATCH /v1/migrate", "\r\n"), "411");

@@ -29,6 +29,8 @@ pub struct Configuration {
     pub rng: bool,
     /// Its vsock device; `null` when it has none.
     pub vsock: Option<VsockConfiguration>,
+    /// Where its console goes, as `--console` takes it; `null` when it has none.
+    pub console: Option<String>,
     /// How the pages that it dirties are found: `log` or `ring`.
     pub dirty: String,
     /// Where its serial port goes, as `--serial` takes it; `null` when nothing says.
@@ -41,7 +43,7 @@ pub struct Configuration {
 
 impl Configuration {
     /// The current value of [`Configuration::schema`].
-    pub const SCHEMA: u32 = 2;
+    pub const SCHEMA: u32 = 3;
 }
 
 /// A guest's processors.

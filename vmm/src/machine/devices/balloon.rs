@@ -15,6 +15,8 @@ pub struct BalloonInfo {
     pub target_bytes: u64,
     /// Bytes in the balloon, as the guest says.
     pub actual_bytes: u64,
+    /// Whether the guest has a driver for it: without one nothing goes in or out.
+    pub driver: bool,
     /// Bytes that were given back to the host so far, inflated or reported free, each time that
     /// they were.
     pub discarded_bytes: u64,
@@ -31,6 +33,7 @@ impl BalloonInfo {
         Self {
             target_bytes: u64::from(balloon.target()) * PAGE,
             actual_bytes: u64::from(balloon.actual()) * PAGE,
+            driver: balloon.has_driver(),
             discarded_bytes: pages.discarded.load(Ordering::Relaxed) * PAGE,
             auto: balloon.auto(),
             statistics: balloon.statistics().cloned(),

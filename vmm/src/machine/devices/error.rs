@@ -85,6 +85,12 @@ pub enum DeviceError {
     /// It has several.
     #[error("the machine's description has {0} vsock devices, but one is possible: it is damaged")]
     Vsocks(usize),
+    /// It has no console.
+    #[error("the guest has no console, but one was given here: leave --console out")]
+    NoConsole,
+    /// It has several consoles.
+    #[error("the machine's description has {0} consoles, but one is possible: it is damaged")]
+    Consoles(usize),
     /// Another context.
     #[error(
         "the guest's vsock device has the context {guest}, but {here} was given here: leave cid= out"

@@ -259,6 +259,10 @@ impl TryFrom<&DeviceState> for Device {
                 let why = "version 3 has no vsock device; upgrade the older side";
                 return Err(StateError::Encode(why.into()));
             }
+            DeviceState::Console(_) => {
+                let why = "version 3 has no console; upgrade the older side";
+                return Err(StateError::Encode(why.into()));
+            }
         })
     }
 }
