@@ -61,13 +61,14 @@ impl Line {
 pub struct Size(Option<(u16, u16)>);
 
 impl Size {
-    /// Tells the guest where it is news. A serial port has none.
-    pub fn update(&mut self, vmm: &Vmm, line: Line, terminal: &impl AsFd) {
+    /// Tells the guest where it is news; a serial port has none. `false` while the console is busy:
+    /// it is to be told again.
+    pub fn update(&mut self, vmm: &Vmm, line: Line, terminal: &impl AsFd) -> bool {
         if line == Line::Serial {
-            return;
+            return true;
         }
         let Ok(now) = tcgetwinsize(terminal) else {
-            return;
+            return true;
         };
         let now = Some((now.ws_col, now.ws_row));
         if let (true, Some((columns, rows))) = (now != self.0, now)
@@ -75,6 +76,7 @@ impl Size {
         {
             self.0 = now;
         }
+        self.0 == now
     }
 }
 

@@ -21,6 +21,10 @@ use std::time::Duration;
 /// How often it is looked whether something is attached.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How often, and how long after another, a busy console is told the terminal's size.
+const AGAIN: u32 = 50;
+const MOMENT: Duration = Duration::from_millis(20);
+
 /// The VMM's side of a pseudo-terminal.
 #[derive(Debug)]
 pub struct Pty {
@@ -65,8 +69,17 @@ impl Pty {
             loop {
                 match master.read(&mut bytes) {
                     Ok(n) if n > 0 => {
-                        size.update(&vmm, line, &master);
+                        let mut known = size.update(&vmm, line, &master);
                         super::console::hand_over(&vmm, line, &bytes[..n]);
+                        // A console is busy for moments, or as long as a snapshot or a migration has
+                        // the guest paused; where it waits for a page to come, it may be for longer.
+                        for _ in 0..AGAIN {
+                            if known {
+                                break;
+                            }
+                            std::thread::sleep(MOMENT);
+                            known = size.update(&vmm, line, &master);
+                        }
                     }
                     // Nothing is attached.
                     Ok(_) => std::thread::sleep(LOOK),

@@ -550,7 +550,7 @@ fn a_source_sends_nothing_that_it_has_given_back() {
     // All of its pages: what it had is among them.
     let all = vec![missing_frame(&[Run::new(0, 8192)])];
     let name = "what it had said to have";
-    is_not_believed(&source, name, 8192, all, "gave back here");
+    is_not_believed(&source, name, 8192, all, "gave it back here");
 }
 
 /// What a destination lists as missing is refused with this sentence, and the source keeps its
