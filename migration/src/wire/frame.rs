@@ -50,7 +50,7 @@ pub struct Header {
     pub length: u32,
     /// The first page, where the frame is about pages.
     pub gfn: Gfn,
-    /// Runs in the table, hashes, or pages asked for; of an ABORT its [`AbortCode`].
+    /// Runs in the table, hashes, or pages asked for; of an ABORT its [`AbortCode`](super::AbortCode).
     pub count: u32,
     /// The round that it belongs to.
     pub round: u32,

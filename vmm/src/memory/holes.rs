@@ -60,7 +60,7 @@ impl GuestRam {
     }
 
     /// Makes pages absent: what they held is stale, and who touches them is to wait for what is to
-    /// come (see [`Userfault`]). They do not count as written.
+    /// come (see [`Userfault`](super::Userfault)). They do not count as written.
     ///
     /// # Errors
     /// [`RamError::Range`] when any of the pages is not RAM, [`RamError::Punch`] from the kernel,

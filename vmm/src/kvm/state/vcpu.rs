@@ -193,7 +193,7 @@ impl Vcpu {
     }
 
     /// Writes a state that was saved elsewhere (and [checked](VcpuState::check)), but for its time
-    /// stamp counter: see [`restore_tsc`](Self::restore_tsc). Returns the MSRs that this KVM would
+    /// stamp counter: see `restore_tsc`. Returns the MSRs that this KVM would
     /// not take.
     ///
     /// # Errors
