@@ -10,7 +10,7 @@
 //!              the guest runs here
 //! ```
 //!
-//! Every box is a type (`source/phases.rs`) that consumes itself and owns what it needs: the
+//! Every box is a type, in the file of its phase, that consumes itself and owns what it needs: the
 //! started log, the [`Paused`](crate::port::Paused) guest, the
 //! [`Committed`](crate::port::Committed) guest. What it drops on an error is undone: up to and
 //! including Stopped, every failure leaves the guest running at the source. From CommitSent on the
@@ -30,13 +30,21 @@
 //!                     Interrupted
 //! ```
 
+mod abort;
+mod acks;
 mod blocks;
+mod coder;
 mod commit;
 mod data_channels;
+mod dirty_log;
+mod disk_rounds;
+mod engine;
 mod error;
+mod finish;
 mod flush;
 mod freeing;
 mod handshake;
+mod hashes;
 mod helm;
 mod live;
 mod owner;
@@ -44,113 +52,33 @@ mod owner;
 #[cfg(test)]
 #[path = "source/owner/tests.rs"]
 mod owner_tests;
+mod page_server;
 mod parts;
 mod phases;
-pub(crate) mod post_copy;
+mod post_copy;
 mod push;
 mod record;
 mod round;
 mod session;
+mod setup;
 mod stop;
 mod throttle;
 mod window;
 
-pub use commit::{AbortTold, recover, tell_abort};
+pub use abort::{AbortTold, tell_abort};
 pub use error::SourceError;
 pub use owner::{Owner, Ownership};
+pub use setup::{Setup, Timeouts};
 
 use crate::model::policy_of;
-use crate::options::Options;
-use crate::policy::{Policy, STOP_AND_START, View};
-use crate::port::{Clock, Link, SourceVm};
-use crate::report::{Event, Phase, Report, Status};
-use crate::steering::Steering;
-use crate::wire::{FrameType, Role, SessionId, WireError};
-use blocks::Disks;
-use helm::Helm;
-use parts::{Flight, InFlight, Memory, Transport};
-use phases::{Agreed, Connecting, End, Moved};
-use record::Record;
-use session::Session;
-use std::io;
-use std::time::Duration;
-
-/// What the report calls a migration whose memory was handed over: no policy had anything to
-/// decide.
-const HANDOVER: &str = "handover";
-
-/// How long the engine waits for a peer.
-#[derive(Clone, Copy, Debug)]
-pub struct Timeouts {
-    /// For the whole handshake: the destination builds the machine meanwhile.
-    pub handshake: Duration,
-    /// For any progress of the link while the guest runs.
-    pub transfer: Duration,
-    /// For any progress in the pause, which [`Options::max_pause`] bounds as a whole; the guest
-    /// then resumes at the source.
-    pub ready: Duration,
-    /// For the confirmation of the commit, on each connection that it is sent on.
-    pub commit: Duration,
-    /// For as long the commit is repeated before the migration is reported as in doubt.
-    pub doubt: Duration,
-    /// The source says at least so often on each channel that it lives.
-    pub alive: Duration,
-}
-
-impl Timeouts {
-    /// What `ferry` uses.
-    pub const DEFAULT: Self = Self {
-        handshake: Duration::from_secs(20),
-        transfer: Duration::from_secs(30),
-        ready: Duration::from_secs(30),
-        commit: Duration::from_secs(10),
-        doubt: Duration::from_secs(10),
-        // A twelfth of what the destination waits.
-        alive: Duration::from_secs(5),
-    };
-}
-
-impl Default for Timeouts {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
-}
-
-/// What the engine works with.
-pub struct Setup<'a, L: Link> {
-    /// Opens a channel: the role and its index.
-    pub connect: &'a mut dyn FnMut(Role, u16) -> io::Result<L>,
-    /// Time.
-    pub clock: &'a dyn Clock,
-    /// What the user asked for.
-    pub options: &'a Options,
-    /// Names the migration; random.
-    pub session: SessionId,
-    /// Who owns the guest, for those who look on, and the user's way to cancel.
-    pub owner: &'a Ownership,
-    /// The user's way to change what the options say while it runs.
-    pub steering: &'a Steering,
-    /// Takes progress and the finished rounds; the report is returned.
-    pub events: &'a mut dyn FnMut(Event),
-    /// How long to wait for the peer.
-    pub timeouts: Timeouts,
-    /// Whether page faults are answered by threads of their own. Without, they are answered between
-    /// two batches: for simulators, where all must happen in one order.
-    pub threads: bool,
-}
-
-/// The source engine: the parts that every phase works with.
-pub(crate) struct Source<'a, 'g, L: Link, G: SourceVm<L>> {
-    guest: &'g G,
-    session: Session<'a, L>,
-    transport: Transport<L>,
-    memory: Memory,
-    /// Disks that move with the guest.
-    disks: Disks,
-    flight: Flight,
-    helm: Helm,
-    record: Record,
-}
+use crate::policy::Policy;
+use crate::port::{Committed, Link, SourceVm};
+use crate::report::{Phase, Report, Status};
+use crate::wire::Role;
+use commit::CommitSent;
+use engine::Source;
+use handshake::{Agreed, Connecting};
+use phases::{End, Moved};
 
 /// Moves a guest by the policy that the options name; see [`migrate_with`].
 pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Report {
@@ -239,171 +167,45 @@ pub fn migrate_with<L: Link, G: SourceVm<L>>(
     }
 }
 
-fn ms(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
+/// For a source that is in doubt or was interrupted: says the commit again on a new connection, and
+/// sends the missing pages. The destination runs the guest if it does not run it yet.
+/// Blocks until the destination has everything. `committed` is what is left of the guest here.
+///
+/// The report's status is `Completed`; `Failed` when the destination says that it did not start the
+/// guest, which runs here again; `InDoubt` when the destination cannot be reached, belongs to
+/// another migration or no longer has the guest; `Interrupted` when it runs the guest and the
+/// connection was lost again. Its numbers are those of this connection.
+pub fn recover<'g, L: Link, G: SourceVm<L>>(
+    guest: &'g G,
+    committed: Committed<'g>,
+    setup: Setup<'_, L>,
+) -> Report {
+    let name = setup.options.policy.name();
+    let session = setup.session.to_string();
+    match Source::connect(guest, setup, Role::Recover, name) {
+        Ok(mut source) => {
+            source.memory.pending.clear();
+            source.record.progress.phase = Phase::Committed;
+            let asked = CommitSent {
+                source: &mut source,
+                committed,
+            }
+            .ask();
+            source.finish(asked)
+        }
+        Err(error) => Report {
+            retry_commit: error.may_retry(),
+            ..Report::bare(session, name.to_owned(), Status::InDoubt, error.to_string())
+        },
+    }
 }
 
-impl<'a, 'g, L: Link, G: SourceVm<L>> Source<'a, 'g, L, G> {
-    /// An engine with nothing but its control channel, whose preamble was not sent yet.
-    fn connect(
-        guest: &'g G,
-        setup: Setup<'a, L>,
-        role: Role,
-        policy: &'static str,
-    ) -> Result<Self, SourceError> {
-        let began = setup.clock.now();
-        let layout = guest.layout();
-        let helm = Helm::new(setup.options);
-        Ok(Self {
-            guest,
-            transport: Transport::new(setup.options, began),
-            record: Record::new(&setup, policy, layout.pages(), began),
-            session: Session::connect(setup, role)?,
-            memory: Memory::new(layout, began),
-            disks: Disks::none(),
-            flight: Flight::default(),
-            helm,
-        })
-    }
-
-    fn now(&self) -> Duration {
-        self.session.now()
-    }
-
-    /// Shows where the migration stands.
-    fn enter(&mut self, phase: Phase) {
-        let (session, from) = (self.session.setup.session, self.record.progress.phase);
-        tracing::debug!(%session, ?from, to = ?phase, "source");
-        self.record.progress.phase = phase;
-        if phase == Phase::Completed {
-            self.record.ended = Some(self.now());
-        }
-        self.emit_progress();
-    }
-
+impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
     fn run(&mut self, policy: &mut dyn Policy) -> Result<Moved<'g>, End<'g>> {
         let stopping = match (Connecting { source: self }).shake_hands()? {
             Agreed::Send(live) => live.run(policy)?,
             Agreed::Share(stopping) => stopping,
         };
         stopping.move_guest()
-    }
-
-    /// What the end means for who owns the guest. The guest runs already where it can: this only
-    /// explains and tells.
-    fn finish(&mut self, end: Result<Moved<'g>, End<'g>>) -> Report {
-        self.session.setup.steering.end();
-        let mut retry_commit = false;
-        let mut abort_untold = None;
-        let (status, error, moved) = match end {
-            Ok(Moved { committed, error }) => (Status::Completed, error, Some(committed)),
-            Err(End::Here(error)) => {
-                let lost = matches!(
-                    error,
-                    SourceError::Wire(WireError::Io(_))
-                        | SourceError::Silent(_)
-                        | SourceError::PauseTooLong
-                );
-                let error = self.explain(error);
-                abort_untold = self.abort(&error, lost);
-                (error.status(), Some(error), None)
-            }
-            Err(End::InDoubt { error, committed }) => {
-                retry_commit = committed.is_some() && error.may_retry();
-                let error = self.explain(error);
-                self.enter(Phase::InDoubt);
-                (Status::InDoubt, Some(error), None)
-            }
-            Err(End::Interrupted(error)) => {
-                let error = self.explain(error);
-                if !matches!(error, SourceError::Wire(_)) {
-                    self.session.control.send_abort(&error.to_string());
-                }
-                self.enter(Phase::Interrupted);
-                (Status::Interrupted, Some(error), None)
-            }
-        };
-        self.disks.stop();
-        let mut report = self.report(status, error.map(|error| error.to_string()));
-        report.retry_commit = retry_commit;
-        report.abort_untold = abort_untold;
-        if let Some(committed) = moved {
-            committed.release();
-        }
-        report
-    }
-
-    /// What the user wants to know: a connection that the peer closed often holds its reason.
-    fn explain(&mut self, error: SourceError) -> SourceError {
-        const LAST_WORDS: Duration = Duration::from_millis(200);
-        self.session.wait_at_most(LAST_WORDS, None);
-        if !matches!(error, SourceError::Wire(WireError::Io(_))) {
-            return error;
-        }
-        // A wait that the user ended looks like a broken connection.
-        if self.session.setup.owner.is_cancelled() {
-            return SourceError::Cancelled;
-        }
-        let control = &mut self.session.control;
-        if !control.link().readable().unwrap_or(false) {
-            return error;
-        }
-        // Acknowledgements may still lie before it.
-        for _ in 0..4 {
-            match control.recv_header() {
-                Ok(header)
-                    if matches!(
-                        header.kind,
-                        FrameType::RoundAck | FrameType::BlocksStored | FrameType::Alive
-                    ) => {}
-                Ok(header) if header.kind == FrameType::Abort => {
-                    return control.refuse(&header, "").into();
-                }
-                _ => break,
-            }
-        }
-        error
-    }
-
-    /// Tells the peer that the guest stays here; on a new connection where the old one is `lost`.
-    /// Returns what a destination that may be ready could not be told.
-    fn abort(&mut self, error: &SourceError, lost: bool) -> Option<String> {
-        let told = matches!(error, SourceError::Wire(error) if error.is_from_peer());
-        let reason = error.for_peer();
-        if !told {
-            self.session.control.send_abort(&reason);
-        }
-        self.enter(Phase::Aborted);
-        // The destination may be ready and wait for a commit that will never come.
-        if self.record.paused_at.is_none() || !lost || told {
-            return None;
-        }
-        match tell_abort(&mut self.session.setup, &reason) {
-            AbortTold::Answered => None,
-            AbortTold::Unanswered => Some(reason),
-        }
-    }
-
-    /// What the policy may look at.
-    fn view(&self) -> View<'_> {
-        View {
-            round: self.flight.round,
-            total_pages: self.record.pages.total,
-            pending: &self.memory.pending,
-            pending_pages: self.memory.pending.len(),
-            sent: &self.memory.sent_once,
-            heat: &self.memory.heat,
-            written: &self.memory.written,
-            dirtied_pages: self.memory.dirtied.0,
-            dirtied_over: self.memory.dirtied.1,
-            bandwidth: self.flight.bandwidth.estimate(),
-            cap: self.helm.options.bandwidth.map(|cap| cap as f64),
-            state_bytes: self.guest.state_bytes(),
-            disk_bytes: self.disks.pending_bytes(),
-            pause_overhead: 2 * self.session.rtt + STOP_AND_START + self.record.flush_took,
-            round_trip: self.session.rtt,
-            post_copy: !self.transport.faults.is_empty(),
-            elapsed: self.now().saturating_sub(self.record.memory_began),
-        }
     }
 }

@@ -4,20 +4,20 @@
 //! others; the data channels that are not in use
 //! (see [`crate::data_channels`]) wait for the round's end.
 
+use super::engine::Source;
+use super::error::SourceError;
 use super::helm::Helm;
+use super::owner::Ownership;
 use super::parts::Flight;
-use super::record::Record;
-use super::round::{More, PROGRESS_EVERY};
-use super::{Source, SourceError};
+use super::record::{PROGRESS_EVERY, Record};
 use crate::data_channels::DataChannels;
 use crate::page::{PAGE_BYTES, PageSet, Run};
 use crate::port::{Clock, Link, SourceVm};
 use crate::report::Event;
 use crate::sender::{BATCH_PAGES, BatchMode, Batches, Pacer, SendError, Sender, Sent};
-use crate::source::Ownership;
 use crate::steering::Steering;
 use crate::sync::{lock, wait_timeout};
-use crate::wire::{Channel, FrameType, Header, WireError};
+use crate::wire::{Channel, FrameType, Header};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -38,6 +38,10 @@ const fn low(said: u64) -> u64 {
 pub(super) const fn worth_data_channels(pages: u64) -> bool {
     pages > SMALL
 }
+
+/// Returns the next step of the pages that [`Batches::to_come`] counts; called on the engine's
+/// thread.
+pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<PageSet, SourceError>;
 
 /// What the data channels of a round share.
 struct Shared<'a> {
@@ -327,7 +331,7 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 match thread.spawn_scoped(scope, move || shared.run(index, data_channel, guest)) {
                     Ok(handle) => handles.push(handle),
                     Err(error) => {
-                        supervisor.fail(shared, no_thread(error));
+                        supervisor.fail(shared, SourceError::no_thread(error));
                         break;
                     }
                 }
@@ -360,30 +364,4 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             None => self.session.check().map(|()| total),
         }
     }
-
-    /// Says on each channel that the source lives, unless that was done a moment ago.
-    pub(super) fn keep_alive(&mut self) -> Result<(), WireError> {
-        let now = self.now();
-        let last = self.transport.alive_at;
-        if now.saturating_sub(last) < self.session.setup.timeouts.alive {
-            return Ok(());
-        }
-        self.transport.alive_at = now;
-        let alive = Header::bare(FrameType::Alive, 0);
-        for (data_channel, _) in &mut self.transport.data_channels {
-            data_channel.send(alive, &[])?;
-        }
-        self.session.control.send(alive, &[])
-    }
-}
-
-/// The system has no thread left for a data channel.
-pub(super) fn no_thread(error: std::io::Error) -> SourceError {
-    SourceError::guest(
-        "starting a thread for a data channel",
-        format!(
-            "{error}; raise the limit of threads (ulimit -u, TasksMax=), or use fewer --channels"
-        )
-        .into(),
-    )
 }

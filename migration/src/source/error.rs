@@ -126,6 +126,27 @@ impl SourceError {
     pub(super) fn for_peer(&self) -> String {
         format!("the source keeps the guest: {self}")
     }
+
+    /// The system has no thread left for a data channel.
+    pub(super) fn no_thread(error: io::Error) -> Self {
+        Self::guest(
+            "starting a thread for a data channel",
+            format!(
+                "{error}; raise the limit of threads (ulimit -u, TasksMax=), or use fewer --channels"
+            )
+            .into(),
+        )
+    }
+
+    /// A time-out in the pause, said as what was waited for.
+    pub(super) fn or_silent(self, what: &'static str) -> Self {
+        match self {
+            Self::Wire(WireError::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
+                Self::Silent(what)
+            }
+            other => other,
+        }
+    }
 }
 
 impl From<SendError> for SourceError {

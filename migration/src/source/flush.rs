@@ -1,7 +1,8 @@
 //! Flushing the guest's disks: while it runs, so that little is left for the pause.
 
-use super::round::PROGRESS_EVERY;
-use super::{Source, SourceError};
+use super::engine::Source;
+use super::error::SourceError;
+use super::record::PROGRESS_EVERY;
 use crate::port::{Link, PortError, SourceDisks, SourceVm};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;

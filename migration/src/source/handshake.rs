@@ -1,17 +1,36 @@
 //! Before memory moves: the handshake, what both sides can do, the channels.
 
 use super::blocks::Disks;
-use super::phases::{Agreed, Connecting, End, Live, Tracking};
-use super::post_copy::FaultChannel;
+use super::engine::Source;
+use super::error::SourceError;
+use super::live::Live;
+use super::page_server::FaultChannel;
+use super::phases::{End, Tracking};
 use super::stop::{How, Stopping};
-use super::{HANDOVER, Source, SourceError};
 use crate::codec::Coding;
 use crate::data_channels::{DataChannels, to_open};
 use crate::options::{Compress, Handover, OnTimeout};
 use crate::port::{Link, SourceVm};
 use crate::report::Phase;
 use crate::sender::Sender;
-use crate::wire::{Channel, Features, FrameType, Header, Hello, HelloAck, Role};
+use crate::wire::{Features, FrameType, Header, Hello, HelloAck, Role};
+
+/// What the report calls a migration whose memory was handed over: no policy had anything to
+/// decide.
+const HANDOVER: &str = "handover";
+
+/// The guest runs; nothing was agreed.
+pub(super) struct Connecting<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
+    pub(super) source: &'s mut Source<'a, 'g, L, G>,
+}
+
+/// What both sides have agreed on.
+pub(super) enum Agreed<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
+    /// Memory is sent.
+    Send(Live<'s, 'a, 'g, L, G>),
+    /// The destination maps the guest's memory itself.
+    Share(Stopping<'s, 'a, 'g, L, G>),
+}
 
 impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Connecting<'s, 'a, 'g, L, G> {
     /// Shakes hands, copies the disks that move, and starts the dirty log.
@@ -252,26 +271,5 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
                 Ok(false)
             }
         }
-    }
-
-    /// With more fault channels than this, answers wait for the link.
-    pub(super) const MOST_FAULT_CHANNELS: u16 = 16;
-
-    /// Opens one more channel of this migration.
-    pub(super) fn open_channel(
-        &mut self,
-        role: Role,
-        index: u16,
-    ) -> Result<Channel<L>, SourceError> {
-        let link = (self.session.setup.connect)(role, index).map_err(SourceError::Connect)?;
-        let mut channel = Channel::new(link);
-        channel.set_end(self.memory.layout.end());
-        let timeouts = self.session.setup.timeouts;
-        channel.link().set_timeout(Some(timeouts.handshake));
-        channel.link().set_deadline(Some(timeouts.handshake));
-        channel.open(role, index, self.session.setup.session)?;
-        channel.link().set_deadline(None);
-        channel.link().set_timeout(Some(timeouts.transfer));
-        Ok(channel)
     }
 }

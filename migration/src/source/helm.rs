@@ -1,8 +1,8 @@
 //! What the user has changed of a running migration, as the engine has taken it.
 
-use super::{Source, ms};
+use super::record::ms;
 use crate::options::{OnTimeout, Options};
-use crate::port::{Clock, Link, SourceVm};
+use crate::port::Clock;
 use crate::report::{Event, Steered};
 use crate::sender::Pacer;
 use crate::steering::Steering;
@@ -86,18 +86,5 @@ impl Helm {
             events(Event::Steered(steered));
         }
         cut
-    }
-}
-
-impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
-    /// Makes the changes that were accepted; whether the round under way is to end for them.
-    pub(super) fn steer(&mut self) -> bool {
-        let setup = &mut self.session.setup;
-        self.helm.take(
-            setup.steering,
-            (&self.transport.pacer, setup.clock),
-            (self.record.began, self.flight.round),
-            setup.events,
-        )
     }
 }

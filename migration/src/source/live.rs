@@ -1,20 +1,16 @@
 //! The live phase: collect, decide, send; and draining the link before the pause.
 
-use super::phases::{End, Live};
+use super::engine::Source;
+use super::error::SourceError;
+use super::phases::{End, Tracking};
 use super::stop::{How, Stopping};
 use super::throttle::Throttled;
-use super::{Source, SourceError, ms};
-use crate::first_pass::FirstPass;
 use crate::model::policy_of;
-use crate::page::{PAGE_BYTES, PageSet};
+use crate::page::PageSet;
 use crate::policy::{Decision, Policy, SendOrder, switch_over};
 use crate::port::{Link, SourceVm, holes};
-use crate::report::{Event, Phase, Round};
+use crate::report::{Event, Phase};
 use crate::sender::BATCH_PAGES;
-use crate::wire::{FrameType, WireError};
-
-/// Rounds of fewer bytes measure the latency of the link rather than its bandwidth.
-const MEASURABLE: u64 = 64 << 10;
 
 /// What the live phase remembers from round to round.
 struct Course<'p, 'g> {
@@ -26,6 +22,12 @@ struct Course<'p, 'g> {
     /// What was never written was said to be zero.
     announced: bool,
     slowed: Option<Throttled<'g>>,
+}
+
+/// The guest runs and is logged; memory goes out.
+pub(super) struct Live<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
+    pub(super) source: &'s mut Source<'a, 'g, L, G>,
+    pub(super) tracking: Tracking<'g, L, G>,
 }
 
 impl<'s, 'a, 'g, L: Link, G: SourceVm<L>> Live<'s, 'a, 'g, L, G> {
@@ -221,135 +223,5 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         /// Memory in more pieces than this is looked at as it goes out.
         const PIECES: usize = 4096;
         self.memory.empty = self.unpopulated(PIECES);
-    }
-
-    /// Takes pending pages off the dirty log, which then shows what is written to them: they are
-    /// pending all the same.
-    fn watch(&mut self) -> Result<(), SourceError> {
-        let log = if std::mem::replace(&mut self.memory.watched, true) {
-            let mut log = self.memory.written.clone();
-            log.intersect_with(&self.memory.pending);
-            log
-        } else {
-            self.memory.pending.clone()
-        };
-        self.clear(&FirstPass::new(log))
-    }
-
-    pub(super) fn clear(&mut self, pass: &FirstPass) -> Result<(), SourceError> {
-        let mut words = Vec::new();
-        for part in pass.parts() {
-            self.guest
-                .clear_dirty(&part, &mut words)
-                .map_err(|e| SourceError::guest("clearing the dirty log", e))?;
-        }
-        Ok(())
-    }
-
-    /// Unites the dirty log with what is pending.
-    pub(super) fn collect(&mut self) -> Result<(), SourceError> {
-        self.memory.fresh.clear();
-        self.guest
-            .collect_dirty(&mut self.memory.fresh)
-            .map_err(|e| SourceError::guest("reading the dirty log", e))?;
-        let now = self.now();
-        if self.memory.watched {
-            self.memory.written.clone_from(&self.memory.fresh);
-        }
-        // A page stays in the log until it is cleared for sending: what was pending is not news.
-        self.memory.fresh.subtract(&self.memory.pending);
-        self.memory.pending.union_with(&self.memory.fresh);
-        if let Some(hashed) = &mut self.memory.hashed {
-            hashed.subtract(&self.memory.pending);
-        }
-        self.memory.heat.record(&self.memory.fresh);
-        // Counted in the one pass over the bitmap that is needed in any case.
-        let regions = self.memory.fresh.len_by_part(Round::REGIONS);
-        let (pages, over) = (
-            regions.iter().sum::<u64>(),
-            now.saturating_sub(self.memory.collected_at),
-        );
-        // The second collection of a round, after draining, finds only what is not pending yet:
-        // taken alone it would make a guest that writes its working set all the time look calm, and
-        // pre-copy would send round after round in search of a pause that it has.
-        self.memory.dirtied = if self.memory.dirtied_round == self.flight.round {
-            (self.memory.dirtied.0 + pages, self.memory.dirtied.1 + over)
-        } else {
-            (pages, over)
-        };
-        self.memory.dirtied_round = self.flight.round;
-        self.memory.collected_at = now;
-        if let Some(last) = self.record.rounds.last_mut() {
-            last.dirty(&regions);
-        }
-        Ok(())
-    }
-
-    /// Takes what has arrived, without waiting: acknowledgements, or the peer's reason to abort.
-    pub(super) fn take_acks(&mut self) -> Result<(), SourceError> {
-        while self
-            .session
-            .control
-            .link()
-            .readable()
-            .map_err(WireError::Io)?
-        {
-            self.take_ack()?;
-        }
-        Ok(())
-    }
-
-    /// Waits for the next acknowledgement.
-    pub(super) fn take_ack(&mut self) -> Result<(), SourceError> {
-        let answered_at = self.flight.answered_at.take();
-        let header = self.session.recv()?;
-        if self.disks.take_answer(&header) {
-            return Ok(());
-        }
-        let expected = self.flight.in_flight.front().copied();
-        match expected {
-            Some(flight) if header.kind == FrameType::RoundAck && header.round == flight.round => {
-                self.flight.in_flight.pop_front();
-                // It may have come while data channels were sending.
-                let now = answered_at.unwrap_or_else(|| self.now());
-                let took = now.saturating_sub(flight.started);
-                // What the link took: the time in its calls and until the last byte was placed.
-                let (blocks, blocks_took) = flight.disks;
-                let link = flight.link + now.saturating_sub(flight.ended) + blocks_took;
-                if flight.sent.bytes + blocks < MEASURABLE {
-                    // A small round measures the round trip, and the handshake's was measured while
-                    // the destination had other things to do.
-                    self.session.rtt = self.session.rtt.min(now.saturating_sub(flight.ended));
-                }
-                if flight.sent.data_pages * PAGE_BYTES + blocks >= MEASURABLE
-                    || self.flight.bandwidth.estimate().is_none() && flight.sent.pages() > 0
-                {
-                    // Of pages as they are in memory: it is pending pages that the estimate is for.
-                    let bytes = flight.sent.bytes.max(flight.sent.data_pages * PAGE_BYTES);
-                    self.flight.bandwidth.record((bytes + blocks).max(1), link);
-                }
-                if let Some(round) = self.record.rounds.iter_mut().find(|r| r.n == flight.round) {
-                    round.ms = ms(took);
-                    let round = round.clone();
-                    (self.session.setup.events)(Event::Round(round));
-                }
-                // The next round's pages began to move when this one's were in place.
-                if let Some(next) = self.flight.in_flight.front_mut() {
-                    next.started = next.started.max(now);
-                    next.ended = next.ended.max(now);
-                }
-                Ok(())
-            }
-            _ => Err(self
-                .session
-                .control
-                .refuse(&header, "the acknowledgement of a round")
-                .into()),
-        }
-    }
-
-    /// Rounds whose acknowledgement never came have no duration; the report keeps them as sent.
-    pub(super) fn drop_unacknowledged(&mut self) {
-        self.flight.in_flight.clear();
     }
 }

@@ -1,6 +1,6 @@
 //! The parts of the source engine that hold state: transport, memory, and what is on its way.
 
-use super::post_copy::FaultChannel;
+use super::page_server::FaultChannel;
 use crate::bandwidth::Bandwidth;
 use crate::data_channels::{Channels, DataChannels};
 use crate::options::Options;

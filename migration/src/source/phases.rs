@@ -9,10 +9,11 @@
 //! | `CommitSent` | a [`Committed`](crate::port::Committed) guest | `Confirmed`, or itself on a new connection |
 //! | `Confirmed` | a [`Committed`](crate::port::Committed) guest and the destination's word | [`Moved`] |
 //!
-//! Every phase borrows the [`Source`]: its parts are what any phase may use. An error drops what
-//! the phase has, and so resumes the guest and stops its log, before the error is reported.
+//! Each is in the file of its steps; here is what several of them have. Every phase borrows the
+//! [`Source`](super::engine::Source): its parts are what any phase may use. An error drops what the
+//! phase has, and so resumes the guest and stops its log, before the error is reported.
 
-use super::{Source, SourceError};
+use super::error::SourceError;
 use crate::port::{Committed, Link, SourceVm};
 use std::marker::PhantomData;
 
@@ -67,23 +68,4 @@ impl<L: Link, G: SourceVm<L>> Drop for Tracking<'_, L, G> {
     fn drop(&mut self) {
         self.guest.stop_tracking();
     }
-}
-
-/// The guest runs; nothing was agreed.
-pub(super) struct Connecting<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
-    pub(super) source: &'s mut Source<'a, 'g, L, G>,
-}
-
-/// What both sides have agreed on.
-pub(super) enum Agreed<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
-    /// Memory is sent.
-    Send(Live<'s, 'a, 'g, L, G>),
-    /// The destination maps the guest's memory itself.
-    Share(super::stop::Stopping<'s, 'a, 'g, L, G>),
-}
-
-/// The guest runs and is logged; memory goes out.
-pub(super) struct Live<'s, 'a, 'g, L: Link, G: SourceVm<L>> {
-    pub(super) source: &'s mut Source<'a, 'g, L, G>,
-    pub(super) tracking: Tracking<'g, L, G>,
 }

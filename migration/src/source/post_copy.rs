@@ -15,12 +15,13 @@
 //! before it is sent: what a broken connection loses with it, the destination lists as missing when
 //! the source reconnects.
 
-mod server;
-
-use super::data_channels::no_thread;
+use super::engine::Source;
+use super::error::SourceError;
 use super::freeing::{Freeing, freed};
+use super::page_server::{PageServer, TICK};
 use super::push::{Pushed, Pusher, Stream};
-use super::{Source, SourceError, ms};
+use super::record::ms;
+use super::setup::Setup;
 use crate::options::Options;
 use crate::order::{Push, PushOrder};
 use crate::page::{PageSet, RamLayout};
@@ -30,12 +31,8 @@ use crate::wire::{Arrived, FrameType, Header, WireError};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-pub(super) use server::{FaultChannel, Next, PageServer};
-
 /// How much of the push stream may wait in a socket, not yet sent.
 const QUEUE: u32 = 128 << 10;
-/// How often threads look whether it is over.
-const TICK: Duration = Duration::from_millis(100);
 /// How long after a failed send the destination's last word may take.
 const PARTING: Duration = Duration::from_millis(500);
 
@@ -52,7 +49,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
     /// What the guest has not got yet, as the push stream will see it.
     pub(super) fn page_server<'s>(
         (guest, layout): (&'s G, &'s RamLayout),
-        (setup, options): (&super::Setup<'a, L>, &Options),
+        (setup, options): (&Setup<'a, L>, &Options),
         missing: PageSet,
         (order, round): (PushOrder, u32),
         verify: bool,
@@ -103,7 +100,7 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                 };
                 match thread.spawn_scoped(scope, answer) {
                     Ok(thread) => threads.push(thread),
-                    Err(error) => started = Err(no_thread(error)),
+                    Err(error) => started = Err(SourceError::no_thread(error)),
                 }
             }
             let result = started.map(|()| work(self));
@@ -302,7 +299,9 @@ impl<'a, L: Link, G: SourceVm<L>> Source<'a, '_, L, G> {
                     };
                     let thread = std::thread::Builder::new().name("ferry-push".into());
                     let started = thread.spawn_scoped(scope, push);
-                    started.map_err(|e| server.fail(no_thread(e))).ok()
+                    started
+                        .map_err(|e| server.fail(SourceError::no_thread(e)))
+                        .ok()
                 })
                 .collect();
             drop(ended);

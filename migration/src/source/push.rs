@@ -1,8 +1,8 @@
 //! A stream of pushes in post-copy: what is pushed next goes out as the user's cap and the
 //! [`Window`] allow.
 
-use super::SourceError;
-use super::post_copy::{Next, PageServer};
+use super::error::SourceError;
+use super::page_server::{Next, PageServer};
 use super::window::Window;
 use crate::order::PUSH_PAGES;
 use crate::page::Run;

@@ -1,11 +1,15 @@
 //! What the user is told: progress while it runs, and the report. It decides nothing.
 
-use super::{Owner, Setup, Source, ms};
-use crate::port::{Link, SourceVm};
+use super::owner::Owner;
+use super::setup::Setup;
+use crate::port::Link;
 use crate::report::{
-    Codecs, Downtime, Event, Faults, Freed, Pages, Phase, Progress, Report, Round, Slowed, Status,
+    Codecs, Downtime, Faults, Freed, Pages, Progress, Report, Round, Slowed, Status,
 };
 use std::time::Duration;
+
+/// Progress is told this often.
+pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// What was measured and counted so far.
 pub(super) struct Record {
@@ -81,70 +85,6 @@ impl Record {
     }
 }
 
-impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
-    fn bytes_wire(&self) -> u64 {
-        self.session.sent_before + self.session.control.sent() + self.transport.sent()
-    }
-
-    pub(super) fn emit_progress(&mut self) {
-        let view = self.view();
-        let (predicted, pending) = (view.predicted_downtime(), view.pending_pages);
-        let disk_pending = self.disks.pending_bytes();
-        let (now, wire) = (self.now(), self.bytes_wire());
-        let record = &mut self.record;
-        let progress = &mut record.progress;
-        let moved = progress.phase == Phase::PostCopy;
-        progress.predicted_downtime_ms = predicted.map(ms).filter(|_| !moved);
-        progress.pending_pages = pending;
-        if let Some(disk) = self.disks.report() {
-            progress.disk_total = Some(disk.total);
-            progress.disk_pending = Some(disk_pending.min(disk.total));
-        }
-        progress.elapsed_ms = ms(now.saturating_sub(record.began));
-        progress.dirtied_pages = self.memory.dirtied.0;
-        progress.bytes_wire = wire;
-        progress.mbps = self.flight.bandwidth.estimate().unwrap_or(0.0) / 1e6;
-        record.last_event = now;
-        (self.session.setup.events)(Event::Progress(progress.clone()));
-    }
-
-    pub(super) fn report(&mut self, status: Status, error: Option<String>) -> Report {
-        self.drop_unacknowledged();
-        let bytes_wire = self.bytes_wire();
-        let now = self.now();
-        let record = &mut self.record;
-        let total = record.ended.unwrap_or(now).saturating_sub(record.began);
-        let d = &record.downtime;
-        Report {
-            guest_ended: false,
-            schema: Report::SCHEMA,
-            session: self.session.setup.session.to_string(),
-            policy: record.policy.to_owned(),
-            status,
-            error,
-            total_ms: ms(total),
-            downtime_ms: d.quiesce_ms + d.last_pages_ms + d.verify_ms + d.state_ms + d.start_ms,
-            downtime: d.clone(),
-            rounds: std::mem::take(&mut record.rounds),
-            rounds_omitted: record.rounds_omitted,
-            pages: record.pages.clone(),
-            codecs: record.codecs,
-            channels: self.transport.channels(),
-            disk: self.disks.report(),
-            bytes_wire,
-            mbps: bytes_wire as f64 / total.as_secs_f64().max(1e-6) / 1e6,
-            faults: std::mem::take(&mut record.faults_there),
-            verified: record.verified,
-            why: record.why.take(),
-            steered: std::mem::take(&mut self.helm.list),
-            slowed: record.slowed.take(),
-            freed: record.freed,
-            retry_commit: false,
-            abort_untold: None,
-        }
-    }
-}
-
 impl Report {
     /// The report of an engine that panicked: its numbers by its last progress, its end by who owns
     /// the guest.
@@ -167,4 +107,8 @@ impl Report {
             )
         }
     }
+}
+
+pub(super) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
 }

@@ -1,21 +1,17 @@
 //! A round: its batches, on the channels that are worth it, and the barrier that ends it.
 
-use super::data_channels::worth_data_channels;
-use super::{InFlight, Source, SourceError};
+use super::data_channels::{More, worth_data_channels};
+use super::engine::Source;
+use super::error::SourceError;
+use super::parts::InFlight;
 use crate::first_pass::FirstPass;
-use crate::page::{PageSet, Run};
+use crate::page::PageSet;
 use crate::policy::SendOrder;
 use crate::port::{Link, SourceVm};
 use crate::report::Round;
 use crate::sender::{BatchMode, Batches, Sent};
 use crate::wire::{FrameType, Header};
 use std::time::Duration;
-
-/// Progress is told this often.
-pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-/// Returns the next step of the pages that [`Batches::to_come`] counts; called on the engine's
-/// thread.
-pub(super) type More<'m> = &'m mut dyn FnMut() -> Result<PageSet, SourceError>;
 
 impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
     /// A report has at most this many rounds.
@@ -196,13 +192,6 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         }
     }
 
-    /// Tells the progress, unless that was done a moment ago.
-    pub(super) fn tell_progress(&mut self) {
-        if self.now().saturating_sub(self.record.last_event) >= PROGRESS_EVERY {
-            self.emit_progress();
-        }
-    }
-
     /// Waits for the user's cap. Not in the pause: there it would cost the guest.
     fn pace(&self, mode: BatchMode) -> Duration {
         if mode.paused {
@@ -214,25 +203,25 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         })
     }
 
-    /// Takes pages that were handed to the link off the pending set; before this they are still
-    /// pending, whatever failed.
-    pub(super) fn delivered(&mut self, runs: &[Run], sent: Sent) {
-        for run in runs {
-            self.memory.pending.remove_run(*run);
-            self.record.pages.resent += self.memory.sent_once.count_in(*run);
-            self.memory.sent_once.insert_run(*run);
-            self.memory.empty.remove_run(*run);
-        }
-        self.record.pages.sent += sent.data_pages;
-        self.record.pages.zero += sent.zero_pages;
-        self.record.pages.skipped += sent.skipped_pages;
-        self.record.codecs.join(&sent.codecs);
-        self.record.progress.round_sent += sent.pages();
-    }
-
     /// Pages to be sent, in batches of at most so many but for those that seem to hold nothing.
     fn batches(&self, pages: PageSet, order: SendOrder, batch: u64) -> Batches {
         let empty = Some(&self.memory.empty).filter(|empty| !empty.is_empty());
         Batches::new(pages, order, &self.memory.heat, batch).with_empty(empty.cloned())
+    }
+
+    /// Waits until the destination has done everything that it was sent: a round without pages.
+    pub(super) fn settle(&mut self) -> Result<(), SourceError> {
+        self.flight.round += 1;
+        self.barrier(self.flight.round)?;
+        let now = self.now();
+        self.flight.in_flight.push_back(InFlight {
+            round: self.flight.round,
+            sent: Sent::default(),
+            link: Duration::ZERO,
+            started: now,
+            ended: now,
+            disks: (0, Duration::ZERO),
+        });
+        self.take_ack()
     }
 }

@@ -1,6 +1,7 @@
 //! The control channel of one migration, and how long to wait on it.
 
-use super::{Setup, SourceError};
+use super::error::SourceError;
+use super::setup::Setup;
 use crate::port::Link;
 use crate::wire::{Channel, FrameType, Header, Role};
 use std::time::Duration;

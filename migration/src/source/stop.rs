@@ -6,24 +6,19 @@
 //! whatever the destination sends or takes meanwhile.
 
 use super::commit::{CommitSent, Confirmed};
-use super::freeing::freed;
+use super::engine::Source;
+use super::error::SourceError;
 use super::phases::{End, Moved, Tracking};
-use super::{InFlight, Source, SourceError, ms};
+use super::record::ms;
 use crate::numbers::seconds;
 use crate::order::PushOrder;
-use crate::page::{PAGE_BYTES, PAGE_SIZE, PageSet, Run};
+use crate::page::{PAGE_BYTES, PageSet};
 use crate::policy::SendOrder;
 use crate::port::{Link, Paused, SourceVm};
 use crate::report::Phase;
-use crate::sender::Sent;
-use crate::verify::page_hash;
 use crate::wire::{FrameType, Header, Ready, WireError, send_set};
-use std::io;
 use std::time::Duration;
 
-/// Hashes in one VERIFY frame, of 16 MiB of memory: the destination compares them while the source
-/// hashes the next.
-const VERIFY_PAGES: u64 = 4 << 10;
 /// The longest pause where the user has set none: this, and four times what was predicted.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const PREDICTED: u32 = 4;
@@ -343,22 +338,6 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
         there.map_or(Ok(()), |there| self.send_all_hashes(there))
     }
 
-    /// Waits until the destination has done everything that it was sent: a round without pages.
-    fn settle(&mut self) -> Result<(), SourceError> {
-        self.flight.round += 1;
-        self.barrier(self.flight.round)?;
-        let now = self.now();
-        self.flight.in_flight.push_back(InFlight {
-            round: self.flight.round,
-            sent: Sent::default(),
-            link: Duration::ZERO,
-            started: now,
-            ended: now,
-            disks: (0, Duration::ZERO),
-        });
-        self.take_ack()
-    }
-
     /// The last flush of the disks: nothing is written any more.
     fn flush_stopped(&mut self) -> Result<(), SourceError> {
         self.flush(false)?;
@@ -373,12 +352,12 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             .send(Header::bare(FrameType::State, round), state)?;
         while !self.flight.in_flight.is_empty() || self.disks.is_awaiting() {
             self.take_ack()
-                .map_err(|e| silent(e, "that the last pages and blocks arrived"))?;
+                .map_err(|e| e.or_silent("that the last pages and blocks arrived"))?;
         }
         let placed = self.now();
         let hashing = self.record.hashing;
         self.record.downtime.last_pages_ms = ms(placed.saturating_sub(collected + hashing));
-        let header = self.session.recv().map_err(|e| silent(e, "ready"))?;
+        let header = self.session.recv().map_err(|e| e.or_silent("ready"))?;
         if header.kind != FrameType::Ready {
             return Err(self.session.control.refuse(&header, "ready").into());
         }
@@ -398,92 +377,5 @@ impl<L: Link, G: SourceVm<L>> Source<'_, '_, L, G> {
             self.record.verified = Some(true);
         }
         Ok(ready_at)
-    }
-
-    /// With `--verify`, in the pause: hashes of all disks, and of these pages but for those whose
-    /// hashes still hold.
-    fn send_all_hashes(&mut self, mut pages: PageSet) -> Result<(), SourceError> {
-        if !self.session.setup.options.verify {
-            return Ok(());
-        }
-        let began = self.now();
-        self.send_block_hashes()?;
-        if let Some(hashed) = &self.memory.hashed {
-            pages.subtract(hashed);
-        }
-        self.send_hashes(&pages)?;
-        self.record.hashing = self.now().saturating_sub(began);
-        Ok(())
-    }
-
-    /// With `--verify`, once, while the guest runs: hashes of all pages that the destination has,
-    /// so that in the pause only what is written from now on is hashed. A page that is written
-    /// while it is hashed is in the dirty log, and is hashed again with the others. Says whether it
-    /// did that.
-    pub(super) fn hash_live(&mut self) -> Result<bool, SourceError> {
-        let wanted = self.session.setup.options.verify && self.session.live_hashes;
-        if !wanted || self.memory.hashed.is_some() {
-            return Ok(false);
-        }
-        let mut pages = self.memory.sent_once.clone();
-        pages.subtract(&self.memory.pending);
-        self.memory.hashed = Some(pages.clone());
-        self.send_hashes(&pages)?;
-        // No page of a later round may come on a data channel before these are compared.
-        self.settle()?;
-        Ok(true)
-    }
-
-    /// Sends a hash of every page of the set, so that the destination can compare.
-    pub(super) fn send_hashes(&mut self, pages: &PageSet) -> Result<(), SourceError> {
-        let mut page = [0; PAGE_SIZE];
-        let mut hashes: Vec<u8> = Vec::new();
-        let mut at = 0;
-        while let Some(run) = pages.next_run(at, VERIFY_PAGES) {
-            at = run.end();
-            self.session.check()?;
-            self.keep_alive()?;
-            hashes.clear();
-            // The guest stands still: what holds nothing stays so, and reading it would make the
-            // host populate it.
-            let mut hole = self.guest.unpopulated(run);
-            let freed = freed(self.guest.freeing());
-            let freed = freed.filter(|freed| !freed.is_empty());
-            for gfn in run.first..run.end() {
-                if let Some(freed) = freed.as_ref().filter(|freed| freed.contains(gfn)) {
-                    let hash = freed.hash(gfn).ok_or(SourceError::GivenBack { gfn })?;
-                    hashes.extend_from_slice(&hash.to_le_bytes());
-                    continue;
-                }
-                if hole.is_some_and(|hole| gfn >= hole.end()) {
-                    hole = self.guest.unpopulated(Run::new(gfn, run.end() - gfn));
-                }
-                if hole.is_some_and(|hole| gfn >= hole.first) {
-                    page.fill(0);
-                } else {
-                    self.guest
-                        .copy_page(gfn, &mut page)
-                        .map_err(|e| SourceError::guest("hashing guest memory", e))?;
-                }
-                hashes.extend_from_slice(&page_hash(gfn, &page).to_le_bytes());
-            }
-            let header = Header {
-                gfn: run.first,
-                count: u32::try_from(run.count).unwrap_or(u32::MAX),
-                ..Header::bare(FrameType::Verify, self.flight.round)
-            };
-            self.session.control.send(header, &hashes)?;
-        }
-        Ok(())
-    }
-}
-
-/// A time-out in the pause, said as what was waited for.
-pub(super) fn silent(error: SourceError, what: &'static str) -> SourceError {
-    match error {
-        SourceError::Wire(WireError::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
-            SourceError::Silent(what)
-        }
-        other => other,
     }
 }

@@ -5,7 +5,9 @@
 //! should for a writer whose working set fits into one round, whose measured rate falls late. Where
 //! the host counts the vCPUs' pages apart, only those are slowed that dirty more than their part.
 
-use super::{Source, SourceError, ms};
+use super::engine::Source;
+use super::error::SourceError;
+use super::record::ms;
 use crate::port::{Link, SourceVm, Throttle};
 use crate::report::{Event, Slowed, SlowedVcpu};
 use std::time::Duration;

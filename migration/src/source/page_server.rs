@@ -1,18 +1,20 @@
 //! What is still to be sent, and who sends it: the push stream takes what comes next, and an answer
 //! takes what was asked for. A page is taken once.
 
-use super::TICK;
+use super::error::SourceError;
+use super::freeing::Freeing;
 use crate::order::{PUSH_PAGES, Push, QUIET};
 use crate::page::{PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, SourceVm};
 use crate::sender::{BatchMode, Sender, Sent};
-use crate::source::SourceError;
-use crate::source::freeing::Freeing;
 use crate::sync::lock;
 use crate::wire::{Channel, FrameType, Header, WireError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
+
+/// How often threads look whether it is over.
+pub(super) const TICK: Duration = Duration::from_millis(100);
 
 /// What is still to be sent.
 pub(super) struct Outgoing {
@@ -82,22 +84,22 @@ impl Outgoing {
 }
 
 /// What the threads of the phase share.
-pub(in crate::source) struct PageServer<'a> {
+pub(super) struct PageServer<'a> {
     outgoing: Mutex<Outgoing>,
     stop: AtomicBool,
     layout: &'a RamLayout,
-    pub(in crate::source) clock: &'a dyn Clock,
+    pub(super) clock: &'a dyn Clock,
     pub(super) round: u32,
     /// That push at the same time.
     data_channels: u16,
     timeout: Duration,
     began: Duration,
     /// Where memory is given back meanwhile.
-    pub(in crate::source) freeing: Option<Freeing<'a>>,
+    pub(super) freeing: Option<Freeing<'a>>,
 }
 
 impl<'a> PageServer<'a> {
-    pub(in crate::source) fn new(
+    pub(super) fn new(
         missing: PageSet,
         (push, data_channels): (Push, u16),
         source: (&'a RamLayout, &'a dyn Clock),
@@ -132,7 +134,7 @@ impl<'a> PageServer<'a> {
         lock(&self.outgoing)
     }
 
-    pub(in crate::source) const fn mode(&self, tell: bool) -> BatchMode {
+    pub(super) const fn mode(&self, tell: bool) -> BatchMode {
         BatchMode {
             round: self.round,
             paused: true,
@@ -143,20 +145,20 @@ impl<'a> PageServer<'a> {
     }
 
     /// Counts what a stream has sent.
-    pub(in crate::source) fn pushed(&self, sent: Sent) {
+    pub(super) fn pushed(&self, sent: Sent) {
         self.outgoing().sent.add(sent);
     }
 
-    pub(in crate::source) fn fail(&self, error: SourceError) {
+    pub(super) fn fail(&self, error: SourceError) {
         self.outgoing().failed.get_or_insert(error);
     }
 
-    pub(in crate::source) fn stopped(&self) -> bool {
+    pub(super) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
     /// Ends the threads.
-    pub(in crate::source) fn end(&self) {
+    pub(super) fn end(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 
@@ -169,7 +171,7 @@ impl<'a> PageServer<'a> {
     }
 
     /// Answers faults until the phase ends. A panic ends the phase.
-    pub(in crate::source) fn answer_all<L: Link, G: SourceVm<L>>(
+    pub(super) fn answer_all<L: Link, G: SourceVm<L>>(
         &self,
         fault: &mut FaultChannel<L>,
         guest: &G,
@@ -261,7 +263,7 @@ impl<'a> PageServer<'a> {
     }
 
     /// Whether there is more to push.
-    pub(in crate::source) fn goes_on(&self) -> Result<bool, SourceError> {
+    pub(super) fn goes_on(&self) -> Result<bool, SourceError> {
         self.more(&mut self.outgoing())
     }
 
@@ -274,11 +276,7 @@ impl<'a> PageServer<'a> {
     }
 
     /// What the push stream sends next, into `runs`.
-    pub(in crate::source) fn next_push(
-        &self,
-        limit: u64,
-        runs: &mut Vec<Run>,
-    ) -> Result<Next, SourceError> {
+    pub(super) fn next_push(&self, limit: u64, runs: &mut Vec<Run>) -> Result<Next, SourceError> {
         let mut outgoing = self.outgoing();
         if !self.more(&mut outgoing)? {
             return Ok(Next::Done);
@@ -308,21 +306,21 @@ impl Drop for TellPanic<'_, '_> {
 }
 
 /// What the push does next.
-pub(in crate::source) enum Next {
+pub(super) enum Next {
     Send,
     Wait,
     Done,
 }
 
 /// A channel on which the destination asks for pages.
-pub(in crate::source) struct FaultChannel<L> {
-    pub(in crate::source) channel: Channel<L>,
+pub(super) struct FaultChannel<L> {
+    pub(super) channel: Channel<L>,
     sender: Sender,
     runs: Vec<Run>,
 }
 
 impl<L: Link> FaultChannel<L> {
-    pub(in crate::source) fn new(channel: Channel<L>) -> Self {
+    pub(super) fn new(channel: Channel<L>) -> Self {
         Self {
             channel,
             sender: Sender::default(),
