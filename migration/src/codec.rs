@@ -37,6 +37,7 @@ mod coding;
 pub mod content;
 mod decoder;
 mod encoder;
+mod frames;
 pub mod patch;
 pub mod words;
 

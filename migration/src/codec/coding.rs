@@ -2,7 +2,6 @@
 
 use super::adaptive::{Chooser, Level};
 use super::cache::DeltaCache;
-use super::encoder::Encoder;
 use crate::options::{Compress, Options};
 use crate::page::{AtomicPageSet, Gfn};
 use crate::sync::lock;
@@ -68,11 +67,5 @@ impl Coding {
     pub(super) fn chooser(&self) -> Option<MutexGuard<'_, Chooser>> {
         let chooser = self.chooser.as_ref()?;
         Some(lock(chooser))
-    }
-
-    /// A data channel's encoder.
-    #[must_use]
-    pub fn encoder(&self) -> Encoder {
-        Encoder::of(self.clone())
     }
 }

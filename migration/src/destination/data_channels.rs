@@ -11,11 +11,11 @@
 //! So before READY no channel can write into the guest, and what is written after it was compared
 //! counts as not compared.
 
+use super::error::DestinationError;
 use super::hashes::Hashes;
 use super::missing_pages::MissingPages;
-use super::pages::PageReceiver;
-use super::push::tell_placed;
-use super::{DestinationError, FRAME_TIMEOUTS};
+use super::pages::{PageReceiver, tell_placed};
+use super::timeouts::FRAME_TIMEOUTS;
 use crate::codec::Decoder;
 use crate::page::{AtomicPageSet, RamLayout};
 use crate::port::{Clock, Link, PageSink};

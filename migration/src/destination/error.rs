@@ -1,10 +1,10 @@
 //! Why a migration ended at the destination other than by completing.
 
-use super::BlocksError;
 use crate::codec::CodecError;
 use crate::options::Options;
 use crate::port::PortError;
-use crate::wire::WireError;
+use crate::wire::{MAX_DISK_BLOCKS, MAX_DISKS, WireError};
+use std::io;
 
 /// Why a migration ended here other than by completing.
 #[derive(Debug, thiserror::Error)]
@@ -136,4 +136,102 @@ impl DestinationError {
     pub(super) const fn is_io(&self) -> bool {
         matches!(self, Self::Wire(WireError::Io(_)))
     }
+}
+
+/// Why blocks of a disk were refused, or could not be kept. Disks are counted from 0.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BlocksError {
+    /// A handshake that cannot be meant.
+    #[error(
+        "the source announces {disks} disks of {blocks} blocks of 64 KiB together; 1 to {MAX_DISKS} disks of at most \
+         {MAX_DISK_BLOCKS} blocks can move, none of them empty"
+    )]
+    Announced {
+        /// How many disks.
+        disks: usize,
+        /// Their blocks.
+        blocks: u64,
+    },
+    /// The host made another number of places for them.
+    #[error("the source announces {announced} disks, and {made} are here")]
+    Made {
+        /// Disks announced.
+        announced: usize,
+        /// Disks here.
+        made: usize,
+    },
+    /// Blocks that no disk has.
+    #[error(
+        "the source sent block {first} (+{count}) of disk {disk}, which no disk of the guest has"
+    )]
+    Outside {
+        /// Which disk.
+        disk: usize,
+        /// The first block.
+        first: u64,
+        /// How many.
+        count: u64,
+    },
+    /// A payload that is not what its blocks come to.
+    #[error("the source sent {found} bytes for blocks of disk {disk} that have {wanted}")]
+    Length {
+        /// Which disk.
+        disk: usize,
+        /// Bytes that came.
+        found: u64,
+        /// Bytes of the blocks.
+        wanted: u64,
+    },
+    /// A coding that the handshake did not settle on.
+    #[error("the source sent compressed blocks, which was not agreed on in the handshake")]
+    NotAgreed,
+    /// Not what zstd makes.
+    #[error("compressed blocks of disk {disk} cannot be decompressed: {error}")]
+    Zstd {
+        /// Which disk.
+        disk: usize,
+        /// zstd's word.
+        error: io::Error,
+    },
+    /// This host's disk.
+    #[error("{what} disk {disk} failed: {error}")]
+    Disk {
+        /// What was done.
+        what: &'static str,
+        /// Which disk.
+        disk: usize,
+        /// Why it failed.
+        error: PortError,
+    },
+    /// The guest was to come before its disks.
+    #[error("the source hands the guest over, yet {blocks} blocks of disk {disk} never came")]
+    Incomplete {
+        /// Which disk.
+        disk: usize,
+        /// How many.
+        blocks: u64,
+    },
+    /// The hashes differ.
+    #[error(
+        "disk {disk} differs from the source's in {blocks} blocks of 64 KiB, the first is block {first}"
+    )]
+    Differs {
+        /// The disk of the first.
+        disk: usize,
+        /// How many, on all disks.
+        blocks: u64,
+        /// The first of them.
+        first: u64,
+    },
+    /// With `--verify`.
+    #[error(
+        "the source hands the guest over with hashes of {compared} blocks of its disks, which have {total}"
+    )]
+    NotCompared {
+        /// Compared.
+        compared: u64,
+        /// Blocks of all disks.
+        total: u64,
+    },
 }

@@ -3,7 +3,7 @@
 //! One thread each, one request under way each: take a fault, ask, place the answer. With as many
 //! as the guest has vCPUs none of them waits for another's page.
 
-use super::DestinationError;
+use super::error::DestinationError;
 use super::missing_pages::{FaultIs, MissingPages};
 use super::pages::PageReceiver;
 use crate::page::{Gfn, Run};

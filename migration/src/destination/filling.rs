@@ -1,55 +1,17 @@
 //! Filling: pages, blocks and hashes arrive, and last the state.
 
-use super::blocks::Disks;
-use super::data_channels::DataChannelSet;
-use super::guest::Guest;
-use super::hashes::{Hashes, Unequal};
-use super::missing_pages::MissingPages;
-use super::pages::PageReceiver;
-use super::phase::{End, Phase, Stepped};
-use super::push::Push;
+use super::error::DestinationError;
+use super::hashes::Unequal;
+use super::phase::{Compared, End, Filling, Guest, Phase, Push, Stepped, ToFollow};
 use super::session::{Parts, Session, micros};
-use super::{DestinationError, Step, TICK};
-use crate::page::{PAGE_SIZE, PageSet, RamLayout};
+use super::state::Step;
+use super::timeouts::TICK;
+use crate::page::{PAGE_SIZE, PageSet};
 use crate::port::{DestinationVm, Link, PageSink, post_copy_vm};
 use crate::wire::{FrameType, Header, Ready, WireError, recv_set};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// The machine stands; its memory arrives.
-pub(super) struct Filling<L, S> {
-    pub layout: RamLayout,
-    pub sink: Arc<S>,
-    /// The memory is the source's own: no page comes.
-    pub shared: bool,
-    pub receiver: PageReceiver,
-    pub data_channels: Option<Arc<DataChannelSet<L, S>>>,
-    /// In post-copy.
-    pub to_follow: Option<ToFollow<L, S>>,
-    pub disks: Disks,
-    /// The last round of pages, and of blocks.
-    pub round: u32,
-    pub block_round: u32,
-    /// The pages are all here: what is compared now is not written any more.
-    pub sealed: bool,
-    /// With `--verify`.
-    pub hashes: Option<Compared>,
-}
-
-/// Comparing pages with the source's.
-pub(super) struct Compared {
-    pub hashes: Arc<Hashes>,
-    /// What that has taken since the last round ended, in the end in the pause.
-    pub took: Duration,
-}
-
-/// Pages that are to follow the guest.
-pub(super) struct ToFollow<L, S> {
-    pub missing_pages: Arc<MissingPages<L, S>>,
-    /// As far as they were listed; `None` where the policy has not decided for post-copy.
-    pub listed: Option<PageSet>,
-}
 
 impl<L: Link, S: PageSink<L> + 'static> Filling<L, S> {
     pub fn step<H: DestinationVm<L, Sink = S>>(

@@ -1,42 +1,12 @@
 //! Ready, InDoubt and Started: the guest is complete here, but for pages that follow it.
 
-use super::data_channels::DataChannelSet;
-use super::phase::{End, Phase, Stepped};
-use super::push::Push;
+use super::error::DestinationError;
+use super::phase::{End, Guest, Phase, Push, Started, Stepped};
 use super::session::{Parts, Session, micros};
-use super::{DestinationError, Step};
+use super::state::Step;
 use crate::page::PageSet;
 use crate::port::{DestinationVm, Link, PageSink};
 use crate::wire::{AbortCode, FrameType, Running, send_set};
-use std::sync::Arc;
-use std::time::Duration;
-
-/// The machine with its state.
-pub(super) struct Guest<L, S> {
-    /// What follows it.
-    pub push: Option<Push<L, S>>,
-    /// Of the connection, to be closed with it.
-    pub data_channels: Option<Arc<DataChannelSet<L, S>>>,
-}
-
-/// When the guest was started, by the engine's clock.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Started {
-    /// The commit was read.
-    asked: Duration,
-    /// The guest's first instruction.
-    ran: Duration,
-}
-
-impl Started {
-    /// It runs already.
-    pub const fn at(now: Duration) -> Self {
-        Self {
-            asked: now,
-            ran: now,
-        }
-    }
-}
 
 impl<L: Link, S: PageSink<L> + 'static> Guest<L, S> {
     /// One that runs here and is complete.

@@ -1,8 +1,9 @@
 //! After the connection was lost: the source's word on another one, or an operator's.
 
+use super::engine::Destination;
+use super::error::DestinationError;
 use super::phase::Phase;
 use super::session::Parts;
-use super::{Destination, DestinationError};
 use crate::port::{DestinationVm, Link};
 use crate::wire::{Channel, FrameType, Preamble};
 
@@ -48,7 +49,7 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     }
 
     /// Takes the source's last word on the present connection, after
-    /// [`Step::Complete`](super::Step::Complete) and where it [has one](Destination::has_word):
+    /// [`Step::Complete`](super::state::Step::Complete) and where it [has one](Destination::has_word):
     /// whether it knows that the guest runs here. A source that does not asks again.
     pub fn take_acknowledgement(&mut self) -> bool {
         let link = self.session.channel.link();

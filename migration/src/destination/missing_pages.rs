@@ -10,7 +10,7 @@
 //! A page is *expected* until its bytes were received and *missing* until it is in place: the
 //! second set is what a source that reconnects is told.
 
-use super::DestinationError;
+use super::error::DestinationError;
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{Clock, Link, PageFault, PageSink, post_copy};
 use crate::report::{Faults, Latencies};

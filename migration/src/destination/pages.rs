@@ -1,13 +1,14 @@
 //! Receiving page frames into guest memory.
 
-use super::DestinationError;
+use super::error::DestinationError;
 use super::hashes::Hashes;
 use super::missing_pages::MissingPages;
 use crate::codec::Decoder;
 use crate::page::{PAGE_BYTES, PAGE_SIZE, RamLayout, Run};
 use crate::port::{Link, PageSink};
 use crate::wire::{
-    Channel, Encoding, FLAG_CRC, FrameType, Header, HeaderError, WireError, check_crc, decode_runs,
+    Channel, Encoding, FLAG_CRC, FLAG_TELL, FrameType, Header, HeaderError, WireError, check_crc,
+    decode_runs,
 };
 use std::sync::Arc;
 
@@ -198,4 +199,15 @@ const fn is_whole(header: &Header) -> bool {
 /// Whether the pages are coded.
 fn is_coded(header: &Header) -> bool {
     header.kind == FrameType::Pages && header.encoding() != Encoding::Raw
+}
+
+/// Says that the pages of a frame are in place, if it asks for that.
+pub(super) fn tell_placed<L: Link>(
+    channel: &mut Channel<L>,
+    header: &Header,
+) -> Result<(), DestinationError> {
+    if header.flags & FLAG_TELL != 0 {
+        channel.send(Header::bare(FrameType::Placed, header.round), &[])?;
+    }
+    Ok(())
 }

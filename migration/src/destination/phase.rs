@@ -1,12 +1,19 @@
-//! The phases, each with what it has, and how one follows another.
+//! The phases, each with what it has: what a phase cannot have, its type does not have.
+//!
+//! How one follows another is in the file of its steps: `waiting.rs`, `filling.rs`, `guest.rs`,
+//! `push.rs`. A step consumes its phase.
 
-use super::filling::Filling;
-use super::guest::{Guest, Started};
-use super::push::Push;
-use super::session::Parts;
-use super::waiting::Waiting;
-use super::{DestinationError, State, Step};
-use crate::port::{DestinationVm, Link, PageSink};
+use super::blocks::Disks;
+use super::data_channels::DataChannelSet;
+use super::error::DestinationError;
+use super::hashes::Hashes;
+use super::missing_pages::MissingPages;
+use super::pages::PageReceiver;
+use super::state::{State, Step};
+use crate::page::{Gfn, PageSet, RamLayout};
+use crate::wire::Hello;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Where the destination stands, with all that it has there; see the figure in [`super`].
 pub(super) enum Phase<L, S> {
@@ -31,6 +38,91 @@ pub(super) enum Phase<L, S> {
     Discarded,
 }
 
+/// Connected; the machine is not built.
+#[derive(Default)]
+pub(super) struct Waiting {
+    /// What is coming, while the files that go with it are asked for.
+    pub offer: Option<Hello>,
+}
+
+/// The machine stands; its memory arrives.
+pub(super) struct Filling<L, S> {
+    pub layout: RamLayout,
+    pub sink: Arc<S>,
+    /// The memory is the source's own: no page comes.
+    pub shared: bool,
+    pub receiver: PageReceiver,
+    pub data_channels: Option<Arc<DataChannelSet<L, S>>>,
+    /// In post-copy.
+    pub to_follow: Option<ToFollow<L, S>>,
+    pub disks: Disks,
+    /// The last round of pages, and of blocks.
+    pub round: u32,
+    pub block_round: u32,
+    /// The pages are all here: what is compared now is not written any more.
+    pub sealed: bool,
+    /// With `--verify`.
+    pub hashes: Option<Compared>,
+}
+
+/// Comparing pages with the source's.
+pub(super) struct Compared {
+    pub hashes: Arc<Hashes>,
+    /// What that has taken since the last round ended, in the end in the pause.
+    pub took: Duration,
+}
+
+/// Pages that are to follow the guest.
+pub(super) struct ToFollow<L, S> {
+    pub missing_pages: Arc<MissingPages<L, S>>,
+    /// As far as they were listed; `None` where the policy has not decided for post-copy.
+    pub listed: Option<PageSet>,
+}
+
+/// The machine with its state.
+pub(super) struct Guest<L, S> {
+    /// What follows it.
+    pub push: Option<Push<L, S>>,
+    /// Of the connection, to be closed with it.
+    pub data_channels: Option<Arc<DataChannelSet<L, S>>>,
+}
+
+/// When the guest was started, by the engine's clock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Started {
+    /// The commit was read.
+    pub asked: Duration,
+    /// The guest's first instruction.
+    pub ran: Duration,
+}
+
+impl Started {
+    /// It runs already.
+    pub const fn at(now: Duration) -> Self {
+        Self {
+            asked: now,
+            ran: now,
+        }
+    }
+}
+
+/// Pages that follow a guest.
+pub(super) struct Push<L, S> {
+    pub missing_pages: Arc<MissingPages<L, S>>,
+    /// Of this connection.
+    pub data_channels: Option<Arc<DataChannelSet<L, S>>>,
+    pub receiver: PageReceiver,
+    /// The frame after the guest's last.
+    pub end: Gfn,
+    /// The last round that has ended.
+    pub round: u32,
+    /// The source has said that it pushed everything.
+    pub pushed: bool,
+    pub verify: bool,
+    /// The connection is one that the source opened later: it does not know what is missing.
+    pub reattached: bool,
+}
+
 /// What a step leads to.
 pub(super) type Next<L, S> = (Phase<L, S>, Step);
 
@@ -49,7 +141,7 @@ impl<L, S> End<L, S> {
 
 pub(super) type Stepped<L, S> = Result<Next<L, S>, Box<End<L, S>>>;
 
-impl<L: Link, S: PageSink<L> + 'static> Phase<L, S> {
+impl<L, S> Phase<L, S> {
     pub const fn state(&self) -> State {
         match self {
             Self::Waiting(_) => State::Waiting,
@@ -72,38 +164,5 @@ impl<L: Link, S: PageSink<L> + 'static> Phase<L, S> {
             Self::Following(push) | Self::Interrupted(push) => Some(push),
             _ => None,
         }
-    }
-
-    /// Handles one frame, or what needs none.
-    pub fn step<H: DestinationVm<L, Sink = S>>(self, parts: &mut Parts<'_, L, H>) -> Stepped<L, S> {
-        match self {
-            Self::Waiting(waiting) => waiting.step(parts),
-            Self::Filling(filling) => filling.step(parts),
-            Self::Ready(guest) | Self::InDoubt(guest) => guest.decide(parts),
-            Self::Started(guest, started) => guest.tell(started, parts),
-            Self::Following(push) => push.step(parts),
-            Self::Interrupted(push) => push.resume(parts),
-            Self::Owned => owned(parts),
-            ended @ (Self::Complete | Self::Discarded) => {
-                let channel = &mut parts.session.channel;
-                let error = match channel.recv_header() {
-                    Ok(header) => channel.refuse(&header, "nothing more"),
-                    Err(error) => error,
-                };
-                Err(End::new(ended, error.into()))
-            }
-        }
-    }
-}
-
-/// A source asks whether its guest runs: it says the commit again.
-fn owned<L: Link, H: DestinationVm<L>>(parts: &mut Parts<'_, L, H>) -> Stepped<L, H::Sink> {
-    parts.session.wait_for_commit();
-    match parts.session.commit() {
-        Ok(()) => {
-            let started = Started::at(parts.session.now());
-            Ok((Phase::Started(Guest::whole(), started), Step::Running))
-        }
-        Err(error) => Err(End::new(Phase::Owned, error)),
     }
 }

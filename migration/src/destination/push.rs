@@ -1,46 +1,15 @@
 //! Following and Interrupted: the guest runs, and the missing pages follow it.
 
-use super::data_channels::DataChannelSet;
-use super::guest::{Guest, Started};
-use super::missing_pages::MissingPages;
-use super::pages::PageReceiver;
-use super::phase::{End, Next, Phase, Stepped};
+use super::error::DestinationError;
+use super::pages::tell_placed;
+use super::phase::{End, Guest, Next, Phase, Push, Started, Stepped};
 use super::session::{Parts, Session};
-use super::{DestinationError, Step, TICK};
-use crate::page::Gfn;
+use super::state::Step;
+use super::timeouts::TICK;
 use crate::port::{DestinationVm, Link, PageSink};
-use crate::wire::{Arrived, Channel, FLAG_TELL, FrameType, Header, WireError};
+use crate::wire::{Arrived, FrameType, WireError};
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
-
-/// Pages that follow a guest.
-pub(super) struct Push<L, S> {
-    pub missing_pages: Arc<MissingPages<L, S>>,
-    /// Of this connection.
-    pub data_channels: Option<Arc<DataChannelSet<L, S>>>,
-    pub receiver: PageReceiver,
-    /// The frame after the guest's last.
-    pub end: Gfn,
-    /// The last round that has ended.
-    pub round: u32,
-    /// The source has said that it pushed everything.
-    pub pushed: bool,
-    pub verify: bool,
-    /// The connection is one that the source opened later: it does not know what is missing.
-    pub reattached: bool,
-}
-
-/// Says that the pages of a frame are in place, if it asks for that.
-pub(super) fn tell_placed<L: Link>(
-    channel: &mut Channel<L>,
-    header: &Header,
-) -> Result<(), DestinationError> {
-    if header.flags & FLAG_TELL != 0 {
-        channel.send(Header::bare(FrameType::Placed, header.round), &[])?;
-    }
-    Ok(())
-}
 
 impl<L: Link, S: PageSink<L> + 'static> Push<L, S> {
     pub fn step<H: DestinationVm<L, Sink = S>>(

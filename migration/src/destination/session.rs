@@ -1,6 +1,7 @@
 //! What every phase has: the connection to the source, and how long it is waited for.
 
-use super::{DestinationError, FRAME_TIMEOUTS, Timeouts};
+use super::error::DestinationError;
+use super::timeouts::{FRAME_TIMEOUTS, Timeouts};
 use crate::port::{Clock, DestinationVm, Link};
 use crate::wire::{Channel, FrameType, Header, SessionId, WireError};
 use std::sync::Arc;

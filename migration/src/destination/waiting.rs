@@ -2,13 +2,13 @@
 
 use super::blocks::Disks;
 use super::data_channels::DataChannelSet;
-use super::filling::{Compared, Filling, ToFollow};
+use super::error::DestinationError;
 use super::hashes::Hashes;
 use super::missing_pages::MissingPages;
 use super::pages::PageReceiver;
-use super::phase::{End, Phase, Stepped};
+use super::phase::{Compared, End, Filling, Phase, Stepped, ToFollow, Waiting};
 use super::session::Parts;
-use super::{DestinationError, Step};
+use super::state::Step;
 use crate::codec::Decoder;
 use crate::options::Options;
 use crate::page::AtomicPageSet;
@@ -16,13 +16,6 @@ use crate::port::{BlockSink, DestinationVm, Link, post_copy_vm};
 use crate::wire::{Features, FrameType, Header, Hello, HelloAck, WireError};
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Connected; the machine is not built.
-#[derive(Default)]
-pub(super) struct Waiting {
-    /// What is coming, while the files that go with it are asked for.
-    offer: Option<Hello>,
-}
 
 type Filled<L, H> = Box<Filling<L, <H as DestinationVm<L>>::Sink>>;
 

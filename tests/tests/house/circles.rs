@@ -1,52 +1,110 @@
-//! The top-level modules of a crate use each other in one direction only: what a reader needs to
-//! understand one of them never leads back to it.
+//! The modules of a crate use each other in one direction only, and so do the modules within one of
+//! them: what a reader needs to understand one of them never leads back to it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
+const PACKAGES: [&str; 3] = ["migration", "devices", "vmm"];
+
+/// These are read as a whole: KVM's VM, its vCPUs, and the state that is read from and written to
+/// both; and a machine with what it is built from.
+const ONE_ROOM: [(&str, &str); 2] = [("vmm", "kvm"), ("vmm", "machine")];
+
 #[test]
 fn modules_form_no_circle() {
-    for package in ["migration", "devices", "vmm"] {
-        let files = super::sources()
-            .into_iter()
-            .filter_map(|path| {
-                let inside = path.strip_prefix(&format!("{package}/src/"))?.to_owned();
-                Some((
-                    inside,
-                    fs::read_to_string(super::root().join(path)).unwrap(),
-                ))
-            })
-            .collect();
-        let uses = uses(&files);
+    for package in PACKAGES {
+        let uses = uses(&files_in(&format!("{package}/src/")), &[]);
         assert!(uses.len() > 5, "{package}: {uses:?}");
         let circles = circles(&uses);
         assert!(circles.is_empty(), "{package}: {circles:#?}");
     }
 }
 
-/// Which top-level module uses which, and in which files.
+#[test]
+fn modules_within_a_module_form_no_circle() {
+    let mut read = 0;
+    let mut found = BTreeMap::new();
+    for package in PACKAGES {
+        for module in modules_of(&files_in(&format!("{package}/src/"))) {
+            let files = files_in(&format!("{package}/src/{module}/"));
+            let uses = uses(&files, &["crate", &module]);
+            read += uses.len();
+            found.insert((package, module), circles(&uses));
+        }
+    }
+    found.retain(|_, circles| !circles.is_empty());
+    for (package, module) in ONE_ROOM {
+        let circles = found.remove(&(package, module.to_owned()));
+        assert!(circles.is_some(), "{package}, {module}: none is left");
+    }
+    assert!(found.is_empty(), "{found:#?}");
+    assert!(read > 100, "{read} uses");
+}
+
+/// The engines' modules hold what their parts have in common: they name what their parts name, and
+/// no part names anything of theirs.
+#[test]
+fn the_parts_of_an_engine_use_each_other_and_not_the_whole() {
+    for module in ["source", "destination"] {
+        let files = files_in(&format!("migration/src/{module}/"));
+        let modules = modules_of(&files);
+        assert!(modules.len() > 10, "{module}: {modules:?}");
+        for (path, code) in code_of(&files) {
+            let depth = path.split('/').count();
+            for name in named(&tokens(code), depth, &["crate", module]) {
+                assert!(modules.contains(&name), "{module}/{path} uses {name}");
+            }
+        }
+    }
+}
+
+/// The sources below a directory, by their paths from there.
+fn files_in(directory: &str) -> BTreeMap<String, String> {
+    let inside = |path: String| {
+        let inside = path.strip_prefix(directory)?.to_owned();
+        Some((
+            inside,
+            fs::read_to_string(super::root().join(path)).unwrap(),
+        ))
+    };
+    super::sources().into_iter().filter_map(inside).collect()
+}
+
+/// The module that a file is of, or lies below.
+fn top(path: &str) -> String {
+    let first = path.split('/').next().unwrap_or_default();
+    first.trim_end_matches(".rs").to_owned()
+}
+
+fn modules_of(files: &BTreeMap<String, String>) -> BTreeSet<String> {
+    files.keys().map(|path| top(path)).collect()
+}
+
+/// What is no test, of files that are not the crate's root.
+fn code_of(files: &BTreeMap<String, String>) -> impl Iterator<Item = (&str, &str)> {
+    let is_code =
+        |path: &str| !path.ends_with("tests.rs") && !path.contains("tests/") && path != "lib.rs";
+    let files = files.iter().filter(move |(path, _)| is_code(path));
+    files.map(|(path, text)| {
+        let code = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+        (path.as_str(), code)
+    })
+}
+
+/// Which module uses which, and in which files.
 type Uses = BTreeMap<(String, String), BTreeSet<String>>;
 
-/// The uses between the top-level modules of a crate, whose files are given by their paths below
-/// `src/`. Tests do not count.
-fn uses(files: &BTreeMap<String, String>) -> Uses {
-    let top = |path: &str| {
-        let first = path.split('/').next().unwrap_or_default();
-        first.trim_end_matches(".rs").to_owned()
-    };
-    let modules: BTreeSet<String> = files.keys().map(|path| top(path)).collect();
+/// The uses between the modules of a crate, or of its module `root`, whose files are given by their
+/// paths from there. Tests do not count.
+fn uses(files: &BTreeMap<String, String>, root: &[&str]) -> Uses {
+    let modules = modules_of(files);
     let mut uses = Uses::new();
-    for (path, text) in files {
-        let is_test = path.ends_with("tests.rs") || path.contains("tests/");
-        if is_test || path == "lib.rs" {
-            continue;
-        }
-        let code = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+    for (path, code) in code_of(files) {
         let depth = path.split('/').count();
-        for to in named(&tokens(code), depth) {
+        for to in named(&tokens(code), depth, root) {
             let from = top(path);
             if to != from && modules.contains(&to) {
-                uses.entry((from, to)).or_default().insert(path.clone());
+                uses.entry((from, to)).or_default().insert(path.to_owned());
             }
         }
     }
@@ -113,23 +171,25 @@ fn text_length(rest: &str) -> usize {
     rest.len()
 }
 
-/// The top-level names that code reaches by `crate::` and, from a file that lies `depth` modules
-/// deep, by `super::`.
-fn named(tokens: &[String], depth: usize) -> BTreeSet<String> {
+/// The names below `root` (empty for the crate) that code reaches by its path and, from a file that
+/// lies `depth` modules deeper, by `super::`.
+fn named(tokens: &[String], depth: usize, root: &[&str]) -> BTreeSet<String> {
+    let root = if root.is_empty() { &["crate"] } else { root };
     let mut found = BTreeSet::new();
     let is = |at: usize, token: &str| tokens.get(at).is_some_and(|found| found == token);
     let mut at = 0;
     while at < tokens.len() {
         let mut climbed = 0;
         let mut end = at;
-        if is(at, "crate") && is(at + 1, "::") {
-            (climbed, end) = (depth, at + 2);
+        let mut path = root.iter().enumerate();
+        if path.all(|(n, name)| is(at + 2 * n, name) && is(at + 2 * n + 1, "::")) {
+            (climbed, end) = (depth, at + 2 * root.len());
         }
         while is(end, "super") && is(end + 1, "::") {
             climbed += 1;
             end += 2;
         }
-        if climbed >= depth {
+        if climbed == depth {
             firsts(&tokens[end..], &mut found);
         }
         at = end.max(at + 1);
@@ -170,7 +230,7 @@ mod tests {
             .iter()
             .map(|(path, text)| ((*path).to_owned(), (*text).to_owned()))
             .collect();
-        circles(&uses(&files)).into_keys().collect()
+        circles(&uses(&files, &[])).into_keys().collect()
     }
 
     fn pair(from: &str, to: &str) -> (String, String) {
@@ -214,5 +274,18 @@ mod tests {
             ("b/tests.rs", "use crate::a;"),
         ];
         assert_eq!(found(&files), []);
+    }
+
+    #[test]
+    fn within_a_module_names_above_it_do_not_count() {
+        let files = [
+            ("one.rs", "use super::two::X;\nuse crate::one::Y;"),
+            ("two.rs", "use super::super::one::Z;"),
+            ("two/deep.rs", "use crate::whole::one::W;\nuse super::Own;"),
+        ];
+        let files = files.map(|(path, text)| (path.to_owned(), text.to_owned()));
+        let found = circles(&uses(&files.into(), &["crate", "whole"]));
+        let found: Vec<_> = found.into_keys().collect();
+        assert_eq!(found, [pair("one", "two"), pair("two", "one")]);
     }
 }

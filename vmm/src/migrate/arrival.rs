@@ -1,7 +1,6 @@
 //! What a receiver tells its owner.
 
 use super::StreamLink;
-use super::receive::Shared;
 use super::sink::RamSink;
 use crate::machine::Machine;
 use ferry_migration::destination::MissingPages;
@@ -100,9 +99,21 @@ pub enum Arrival {
     Unreachable(String),
 }
 
+/// What keeps a guest in doubt.
+pub(super) trait KeepsGuest: Send + Sync {
+    /// As [`Receiver::take_over`](super::Receiver::take_over).
+    fn take_over(self: Arc<Self>, force: bool) -> Result<(), String>;
+}
+
 /// A guest that is complete at a receiver and was not handed over.
-#[derive(Clone, Debug)]
-pub struct GuestInDoubt(pub(super) Weak<Shared>);
+#[derive(Clone)]
+pub struct GuestInDoubt(pub(super) Weak<dyn KeepsGuest>);
+
+impl std::fmt::Debug for GuestInDoubt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("GuestInDoubt")
+    }
+}
 
 impl GuestInDoubt {
     /// As [`Receiver::take_over`](super::Receiver::take_over).

@@ -34,7 +34,7 @@ use ferry_migration::probe::Turn;
 use ferry_migration::report::Faults;
 use ferry_migration::wire::SessionId;
 
-use super::arrival::{Arrival, Following, GuestInDoubt, Incoming, Owner, Sent};
+use super::arrival::{Arrival, Following, GuestInDoubt, Incoming, KeepsGuest, Owner, Sent};
 use super::gate::Gate;
 use super::host::MachineHost;
 use super::listener::{Listener, ReceiveError, Stop};
@@ -234,7 +234,7 @@ impl Receiver {
     /// No guest is in doubt here, the source keeps it, its disks have been written, or it cannot be
     /// started; a sentence.
     pub fn take_over(&self, force: bool) -> Result<(), String> {
-        self.shared.take_over(force)
+        Arc::clone(&self.shared).take_over(force)
     }
 
     /// An operator's word that the source has the guest: throws the copy here away and waits for
@@ -326,7 +326,22 @@ impl Shared {
         }
     }
 
-    pub(super) fn take_over(self: &Arc<Self>, force: bool) -> Result<(), String> {
+    /// For its owner.
+    fn guest_in_doubt(self: &Arc<Self>) -> GuestInDoubt {
+        let keeper: Arc<dyn KeepsGuest> = Arc::<Self>::clone(self);
+        GuestInDoubt(Arc::downgrade(&keeper))
+    }
+
+    fn has_guest(&self) -> bool {
+        let active = self.active();
+        active
+            .as_ref()
+            .is_some_and(|a| matches!(a.state, ReceiveState::Done | ReceiveState::Following))
+    }
+}
+
+impl KeepsGuest for Shared {
+    fn take_over(self: Arc<Self>, force: bool) -> Result<(), String> {
         let mut engine = match self.in_doubt() {
             Ok(engine) => engine,
             // The source's own word has come meanwhile.
@@ -351,16 +366,9 @@ impl Shared {
             // The owner may have claimed the guest already: it is in doubt as before.
             self.tell(Arrival::InDoubt {
                 why: format!("the guest is complete here and does not run: {why}"),
-                guest: GuestInDoubt(Arc::downgrade(self)),
+                guest: self.guest_in_doubt(),
             });
         }
         result
-    }
-
-    fn has_guest(&self) -> bool {
-        let active = self.active();
-        active
-            .as_ref()
-            .is_some_and(|a| matches!(a.state, ReceiveState::Done | ReceiveState::Following))
     }
 }

@@ -1,7 +1,7 @@
 //! What the control socket may do with a [`Vmm`], state by state.
 
 use super::recording;
-use super::state::State;
+use super::state::{State, conflict};
 use super::{Inner, Missing, Vmm};
 use crate::api::events::{Publisher, Subscription};
 use crate::api::types::{
@@ -15,11 +15,6 @@ use ferry_devices::thread;
 use ferry_migration::steering::{Change, SteeringError};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-
-/// A refusal that says what is and what can be done.
-pub(super) fn conflict(wish: &str, state: &State) -> Refusal {
-    Refusal::Conflict(format!("cannot {wish}: {}", state.explanation()))
-}
 
 /// One sentence: what is, and what can be done.
 pub(super) fn explanation(state: &State, missing: Option<&Missing>) -> String {

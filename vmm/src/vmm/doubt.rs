@@ -4,9 +4,9 @@
 //! once, and `--take-over` waits for a question that is under way: the commit may be on its way
 //! with it.
 
-use super::control::{conflict, explanation};
+use super::control::explanation;
 use super::guest::caught;
-use super::state::{Asking, Lost, State};
+use super::state::{Asking, Lost, State, conflict};
 use super::{Core, Inner, Migration};
 use crate::api::Refusal;
 use crate::api::types::{RecordStatus, RecoverRequest, Security};

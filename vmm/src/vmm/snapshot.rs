@@ -1,8 +1,7 @@
 //! Writing a guest to a file, beside the VMM's states: meanwhile it is neither paused, resumed,
 //! migrated nor recorded.
 
-use super::control::conflict;
-use super::state::State;
+use super::state::{State, conflict};
 use super::{Core, Inner};
 use crate::api::Refusal;
 use crate::api::types::{SnapshotReport, SnapshotRequest, Then};

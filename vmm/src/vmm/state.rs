@@ -1,6 +1,7 @@
 //! The states of a [`Vmm`](super::Vmm), and what to say about them.
 
 use super::{MigrationHandle, TakeOver};
+use crate::api::Refusal;
 use crate::api::types::StateName;
 use ferry_migration::source::Owner;
 use std::sync::Arc;
@@ -77,6 +78,11 @@ pub(super) enum State {
     /// The guest runs at the destination and lacks pages that are here.
     Interrupted(Lost),
     Ended(Ending),
+}
+
+/// A refusal that says what is and what can be done.
+pub(super) fn conflict(wish: &str, state: &State) -> Refusal {
+    Refusal::Conflict(format!("cannot {wish}: {}", state.explanation()))
 }
 
 /// A destination that was lost after the commit.

@@ -6,7 +6,7 @@ use ferry_migration::destination::{DestinationError, State, Step};
 use ferry_migration::wire::SessionId;
 
 use super::{Active, Engine, POLL, ReceiveState, Shared};
-use crate::migrate::arrival::{Arrival, GuestInDoubt};
+use crate::migrate::arrival::Arrival;
 
 /// Waits until the source says that it knows that the guest runs here, and ends the listening: no
 /// question comes any more. A connection that is lost before says nothing, and the source may ask
@@ -145,7 +145,7 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
             let why = format!(
                 "the guest is complete here and does not run, for the source fell silent before it handed it over ({why})"
             );
-            let guest = GuestInDoubt(Arc::downgrade(shared));
+            let guest = shared.guest_in_doubt();
             (ReceiveState::InDoubt, Some(Arrival::InDoubt { why, guest }))
         }
         State::Waiting | State::Filling | State::Discarded => {
