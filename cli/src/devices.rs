@@ -91,11 +91,7 @@ impl Disk {
     fn options(&self) -> Result<DiskOptions, DescriptorError> {
         let read_only = self.1;
         Ok(match &self.0 {
-            Place::Path(path) => DiskOptions {
-                path: path.clone(),
-                read_only,
-                open: None,
-            },
+            Place::Path(path) => DiskOptions::new(path, read_only),
             Place::Number(number) => {
                 DiskOptions::open(Descriptor::disk(*number, read_only)?, read_only)
             }
@@ -137,15 +133,12 @@ struct Net(Place, Option<MacAddress>);
 
 impl Net {
     fn options(&self) -> Result<NetOptions, DescriptorError> {
-        let (tap, open) = match &self.0 {
-            Place::Path(name) => (name.display().to_string(), None),
-            Place::Number(number) => (String::new(), Some(Descriptor::tap(*number)?)),
+        let mut options = match &self.0 {
+            Place::Path(name) => NetOptions::new(name.display().to_string()),
+            Place::Number(number) => NetOptions::open(Descriptor::tap(*number)?),
         };
-        Ok(NetOptions {
-            tap,
-            mac: self.1,
-            open,
-        })
+        options.mac = self.1;
+        Ok(options)
     }
 }
 

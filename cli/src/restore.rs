@@ -70,13 +70,11 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     vmm.set_setup(console.setup);
     let server = socket.bind(&vmm)?;
     let _scraped = console.scraping.serve(&vmm)?;
-    let options = RestoreOptions {
-        path: args.path.clone(),
-        eager: args.eager,
-        force: args.force,
-        same_identity: args.same_identity,
-        dirty: args.place.dirty,
-    };
+    let mut options = RestoreOptions::new(&args.path);
+    options.eager = args.eager;
+    options.force = args.force;
+    options.same_identity = args.same_identity;
+    options.dirty = args.place.dirty;
     let vsock = VsockFile::of(&console.backends);
     let restored = restore(&options, console.serial, console.backends, &|| {
         signals.came()

@@ -24,7 +24,7 @@ use ferry_vmm::doctor::cpuid_is_native;
 use ferry_vmm::machine::{Backends, CpuModel, Machine};
 use ferry_vmm::memory::Backing;
 use ferry_vmm::sandbox::Files;
-use ferry_vmm::vmm::{Guest, MachineGuest, Vmm};
+use ferry_vmm::vmm::{Guest, GuestBalloon, MachineGuest, Vmm};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::io::Write;
@@ -239,7 +239,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     timeline.mark("load");
     let guest = MachineGuest::with_workload(Arc::clone(&machine), workload(args));
     if let Some(setting) = balloon {
-        guest.set_balloon(&setting).map_err(Failure)?;
+        GuestBalloon::set(&*guest, &setting).map_err(Failure)?;
     }
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;

@@ -30,6 +30,7 @@ const AGAIN: u32 = 8;
 /// The channels of a migration, as the report shows them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct Channels {
     /// Data channels that were opened beside the control channel; 0: pages shared the control
     /// channel.

@@ -125,6 +125,7 @@ pub struct Disk {
 
 /// What one coder did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Coder {
     /// Pages that went through it.
     pub pages: u64,
@@ -151,6 +152,7 @@ impl Coder {
 /// Pages by the coder that they went through; what is in none of them went out as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct Codecs {
     /// Compressed.
     pub zstd: Coder,

@@ -290,3 +290,111 @@ fn sentences_name_their_actor() {
         }
     }
 }
+
+/// Options get more fields. They have a default, for `X { …, ..X::default() }`, or only the crate
+/// itself can list their fields.
+#[test]
+fn options_can_grow() {
+    let mut read = 0;
+    for path in sources() {
+        let library = ["migration/src/", "vmm/src/", "devices/src/"];
+        if !library.iter().any(|room| path.starts_with(room)) {
+            continue;
+        }
+        let text = fs::read_to_string(root().join(&path)).unwrap();
+        for (at, _) in text.match_indices("\npub struct ") {
+            let rest = &text[at + "\npub struct ".len()..];
+            let name = rest.split(|c: char| !c.is_alphanumeric()).next().unwrap();
+            let fields = rest.split("\n}").next().unwrap();
+            if !name.ends_with("Options") || !fields.contains("    pub ") {
+                continue;
+            }
+            read += 1;
+            let attributes = text[..at].rsplit("\n\n").next().unwrap();
+            let can_grow = attributes.contains("non_exhaustive")
+                || attributes.contains("Default")
+                || text.contains(&format!("impl Default for {name} "));
+            assert!(can_grow, "{path}: {name}");
+        }
+    }
+    assert!(read >= 5, "{read} structs");
+}
+
+/// A file is one idea, and a function fits a screen. Tests are exempt: they are read one by one.
+#[test]
+fn files_and_functions_stay_short() {
+    const LINES_OF_A_FILE: usize = 500;
+    const LINES_OF_A_FUNCTION: usize = 80;
+    const ROOMS: [&str; 6] = ["migration/", "devices/", "vmm/", "cli/", "agent/", "lab/"];
+    // Lists of what a paper claims, one after the other.
+    const LISTS: [(&str, &str); 6] = [
+        ("lab/src/bench/paper/mplm.rs", "experiment"),
+        ("lab/src/bench/paper/postcopy.rs", "judge"),
+        ("lab/src/sim/mplm.rs", "findings"),
+        ("lab/src/sim/postcopy/claims.rs", "findings"),
+        ("lab/src/sim/stord.rs", "findings"),
+        ("lab/src/sim/postcopy.rs", "run"),
+    ];
+    let mut read = 0;
+    for path in sources() {
+        let product = ROOMS.iter().any(|room| path.starts_with(room)) && path.contains("/src/");
+        if !product || path.contains("/tests/") || path.ends_with("tests.rs") {
+            continue;
+        }
+        let text = fs::read_to_string(root().join(&path)).unwrap();
+        let lines = text.lines().count();
+        assert!(lines <= LINES_OF_A_FILE, "{path}: {lines} lines");
+        let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
+        for (name, lines) in functions(code) {
+            let is_list = LISTS.contains(&(path.as_str(), name.as_str()));
+            assert!(
+                lines <= LINES_OF_A_FUNCTION || is_list,
+                "{path}: {name} has {lines} lines"
+            );
+            read += 1;
+        }
+    }
+    assert!(read > 3000, "{read} functions");
+}
+
+/// The functions of code that rustfmt has formatted, by name, and how many lines each has.
+fn functions(code: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = code.lines().collect();
+    let mut found = Vec::new();
+    for (first, line) in lines.iter().enumerate() {
+        let indent = line.len() - line.trim_start().len();
+        let words: Vec<&str> = line.trim_start().split(' ').collect();
+        let Some(at) = words.iter().take(5).position(|word| *word == "fn") else {
+            continue;
+        };
+        let modifiers = [
+            "pub",
+            "pub(crate)",
+            "pub(super)",
+            "const",
+            "unsafe",
+            "async",
+        ];
+        if !words[..at].iter().all(|word| modifiers.contains(word)) {
+            continue;
+        }
+        let name = words.get(at + 1).unwrap_or(&"");
+        let name = name.split(['(', '<']).next().unwrap_or_default().to_owned();
+        let close = format!("{}}}", &line[..indent]);
+        let ends = |line: &&&str| **line == close;
+        let one_line = line.ends_with('}') || line.ends_with(';');
+        let rest = lines[first..].iter();
+        let length = rest.take_while(|line| !ends(line)).count() + 1;
+        found.push((name, if one_line { 1 } else { length }));
+    }
+    found
+}
+
+#[test]
+fn functions_are_counted() {
+    let code = "impl X {\n    pub const fn a(&self) -> u8 {\n        1\n    }\n\n    fn b() {}\n}\n\n\
+                fn c<T>(\n    t: T,\n) {\n    drop(t);\n}\n// a fn of none\n";
+    let found = [("a", 3), ("b", 1), ("c", 5)];
+    let found: Vec<_> = found.map(|(name, n)| (name.to_owned(), n)).into();
+    assert_eq!(functions(code), found);
+}

@@ -37,12 +37,12 @@ pub mod client;
 pub mod events;
 pub mod http;
 pub mod metrics;
-#[cfg(test)]
-mod openapi;
 pub mod prometheus;
 mod routes;
 pub mod scrape;
 pub mod server;
+#[cfg(test)]
+mod tests;
 pub mod types;
 
 use events::Subscription;
@@ -147,17 +147,13 @@ pub trait Control: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`Refusal`] when there is none.
-    fn configuration(&self) -> Result<Configuration, Refusal> {
-        Err(Refusal::Conflict("nothing here tells of a guest".into()))
-    }
+    fn configuration(&self) -> Result<Configuration, Refusal>;
 
     /// What happens from now on; the state comes first.
     ///
     /// # Errors
     /// [`Refusal`] when too many listen.
-    fn events(&self) -> Result<Subscription<Notice>, Refusal> {
-        Ok(Subscription::ended(None))
-    }
+    fn events(&self) -> Result<Subscription<Notice>, Refusal>;
 
     /// The page for Prometheus.
     fn metrics(&self) -> String {
@@ -213,10 +209,5 @@ pub trait Control: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`Refusal`] when the guest cannot be written; it goes on as before.
-    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal> {
-        let _ = request;
-        Err(Refusal::Conflict(
-            "nothing here can be written to a file".into(),
-        ))
-    }
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal>;
 }

@@ -353,6 +353,12 @@ impl Machine {
         self.virtio.balloon()
     }
 
+    /// Whether the guest has a balloon.
+    #[must_use]
+    pub fn has_balloon(&self) -> bool {
+        self.virtio.has_balloon()
+    }
+
     /// While `true`, memory that the guest gives back stays where it is: for a guest whose pages
     /// have not all arrived, and of which a page without contents would be fetched again.
     pub fn keep_free_pages(&self, keep: bool) {

@@ -67,7 +67,9 @@ mod state;
 
 pub use crate::api::types::Missing;
 pub use crate::record::Recording;
-pub use guest::{Guest, Migration, MigrationHandle, TakeOver};
+pub use guest::{
+    Guest, GuestBalloon, GuestConsole, GuestSnapshots, Migration, MigrationHandle, TakeOver,
+};
 pub use machine::{Arrivals, MachineGuest};
 pub use state::{Ending, Outcome};
 
@@ -235,16 +237,18 @@ impl Vmm {
         guest.map_or(bytes.len(), |guest| guest.input(bytes))
     }
 
-    /// As [`input`](Self::input), at the guest's virtio console.
+    /// As [`input`](Self::input), at the guest's virtio console. Where it has none they are dropped.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         let guest = self.core.lock().guest.clone();
-        guest.map_or(bytes.len(), |guest| guest.console_input(bytes))
+        let console = guest.as_deref().and_then(Guest::console);
+        console.map_or(bytes.len(), |console| console.input(bytes))
     }
 
     /// Says how large the terminal at the guest's virtio console is; whether that was heard.
     pub fn set_console_size(&self, columns: u16, rows: u16) -> bool {
         let guest = self.core.lock().guest.clone();
-        guest.is_some_and(|guest| guest.set_console_size(columns, rows))
+        let console = guest.as_deref().and_then(Guest::console);
+        console.is_some_and(|console| console.set_size(columns, rows))
     }
 
     /// A request to end from outside (a signal, the console's quit key). Ends the guest, except

@@ -6,6 +6,9 @@ use std::time::Duration;
 pub(super) const TICK: Duration = Duration::from_millis(100);
 
 /// How long the destination waits for the source.
+///
+/// Built by functional update, `Timeouts { …, ..Timeouts::default() }`: a new field has a default and breaks no
+/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
     /// For all of the handshake, until the machine is built.

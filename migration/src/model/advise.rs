@@ -41,6 +41,7 @@ pub struct Forecast {
 
 /// Forecasts of all policies.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Advice {
     /// One for each policy, `auto` last.
     pub forecasts: Vec<Forecast>,

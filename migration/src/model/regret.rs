@@ -143,6 +143,7 @@ fn feasible(outcome: &Outcome, options: &Options) -> bool {
 
 /// `auto` beside the oracle, in one case, with post-copy or without.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Comparison {
     /// The case.
     pub case: Case,

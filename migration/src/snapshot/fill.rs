@@ -88,6 +88,7 @@ pub fn fill_all<L: Link, S: PageSink<L>, F: ReadAt>(
 
 /// What an on-demand restore did.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Filled {
     /// Pages that were placed.
     pub pages: u64,

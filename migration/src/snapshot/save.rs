@@ -55,6 +55,9 @@ impl WriteAt for Mutex<Vec<u8>> {
 }
 
 /// How a snapshot is written.
+///
+/// Built by functional update, `SaveOptions { …, ..SaveOptions::default() }`: a new field has a default and breaks no
+/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
 #[derive(Clone, Copy, Debug)]
 pub struct SaveOptions {
     /// How pages are made smaller. Differences are never used.
@@ -65,6 +68,18 @@ pub struct SaveOptions {
     pub live: bool,
     /// With `live`: the pause that is good enough.
     pub downtime: Duration,
+}
+
+impl Default for SaveOptions {
+    /// One thread, and a guest that stands still meanwhile.
+    fn default() -> Self {
+        Self {
+            compress: Compress::Auto,
+            threads: 1,
+            live: false,
+            downtime: Duration::from_millis(300),
+        }
+    }
 }
 
 /// Why there is no snapshot.
@@ -100,6 +115,7 @@ pub enum SaveError {
 
 /// What was written.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Saved {
     /// Size of the file.
     pub bytes: u64,

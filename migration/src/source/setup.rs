@@ -10,6 +10,9 @@ use std::io;
 use std::time::Duration;
 
 /// How long the engine waits for a peer.
+///
+/// Built by functional update, `Timeouts { …, ..Timeouts::default() }`: a new field has a default and breaks no
+/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
     /// For the whole handshake: the destination builds the machine meanwhile.
@@ -47,6 +50,8 @@ impl Default for Timeouts {
 }
 
 /// What the engine works with.
+///
+/// Not `#[non_exhaustive]`: no field has a default, and a migration runs without none of them.
 pub struct Setup<'a, L: Link> {
     /// Opens a channel: the role and its index.
     pub connect: &'a mut dyn FnMut(Role, u16) -> io::Result<L>,

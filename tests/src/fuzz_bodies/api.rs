@@ -7,8 +7,8 @@ use ferry_migration::steering::Change;
 use ferry_vmm::api::events::{Publisher, Subscription};
 use ferry_vmm::api::server::{Limits, Server};
 use ferry_vmm::api::types::{
-    BalloonRequest, BalloonStatus, MigrateRequest, MigrationStatus, RecordRequest, RecoverRequest,
-    StateName, Status,
+    BalloonRequest, BalloonStatus, Configuration, MigrateRequest, MigrationStatus, Notice,
+    RecordRequest, RecoverRequest, SnapshotReport, SnapshotRequest, StateName, Status,
 };
 use ferry_vmm::api::{Control, Pieces, Refusal};
 use std::io::{Read, Write};
@@ -116,6 +116,17 @@ impl Control for Willing {
     fn record(&self, request: &RecordRequest) -> Result<Pieces, Refusal> {
         assert_eq!(request.check(), Ok(()));
         Ok(Box::new((0..3).map(|n| vec![n; usize::from(n)])))
+    }
+    fn configuration(&self) -> Result<Configuration, Refusal> {
+        Ok(Configuration::default())
+    }
+    fn events(&self) -> Result<Subscription<Notice>, Refusal> {
+        Ok(Subscription::ended(None))
+    }
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal> {
+        let mut report = SnapshotReport::default();
+        report.path.clone_from(&request.path);
+        Ok(report)
     }
     fn balloon(&self) -> Result<BalloonStatus, Refusal> {
         Ok(BalloonStatus::default())

@@ -21,6 +21,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// How many and how long.
+///
+/// Built by functional update, `Limits { …, ..Limits::default() }`: a new field has a default and breaks no
+/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// Connections at a time. A further one takes the place of the one that has been without a
@@ -387,7 +390,7 @@ fn send(
     let body = body.as_deref().map(|body| (content, body));
     // Every reply of a test is what `openapi.yaml` says.
     #[cfg(test)]
-    super::openapi::note(&head.method, &head.path, status, body);
+    super::tests::openapi::note(&head.method, &head.path, status, body);
     let bytes = reply(status, allow.as_deref(), body, head_only, keep);
     connection.write(&bytes, limits.reply).is_ok()
 }
@@ -459,7 +462,7 @@ fn stream<T: Line>(
             return false;
         };
         #[cfg(test)]
-        super::openapi::note(&head.method, &head.path, 200, Some((LINES, &text)));
+        super::tests::openapi::note(&head.method, &head.path, 200, Some((LINES, &text)));
         if content == EVENT_STREAM {
             // JSON has no line breaks.
             text.splice(0..0, *b"data: ");

@@ -199,6 +199,9 @@ pub struct TlsFiles {
 }
 
 /// The body of `PUT /v1/migrate`.
+///
+/// Built by functional update, `MigrateRequest { …, ..MigrateRequest::default() }`: a new field has a default and breaks no
+/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateRequest {
@@ -231,6 +234,7 @@ impl MigrateRequest {
 
 /// The answer to `GET /v1/migration`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct MigrationStatus {
     /// Names the running migration, or the last one that ended: for `GET /v1/migrations/ID`.
     #[serde(default)]
@@ -354,6 +358,7 @@ pub struct SnapshotRequest {
 
 /// The answer to `PUT /v1/snapshot`: what was written.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct SnapshotReport {
     /// Version of this object; grows when a field is added.
     pub schema: u32,

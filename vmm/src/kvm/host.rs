@@ -73,6 +73,7 @@ pub enum OpenError {
 /// What this host's KVM can do, asked by `KVM_CHECK_EXTENSION`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[allow(clippy::struct_excessive_bools)]
+#[non_exhaustive]
 pub struct Capabilities {
     /// KVM_CAP_SET_TSS_ADDR.
     pub set_tss_addr: bool,

@@ -16,6 +16,7 @@ use super::state::offsets_work;
 /// KVM's answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools)]
+#[non_exhaustive]
 pub struct KvmFacts {
     /// KVM_GET_API_VERSION; 12 on every Linux since 2.6.22.
     pub api_version: i32,

@@ -24,7 +24,7 @@ use super::fit::{self, HostCpu, Misfit};
 use super::run_state::Exit;
 use super::{Devices, Machine};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
-use crate::memory::{GuestRam, RamError, ShareError, SharedRam};
+use crate::memory::{GuestRam, MemoryOptions, RamError, ShareError, SharedRam};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -244,51 +244,21 @@ impl Builder {
             description.validate()?;
         }
         let host = Host::open()?;
-        let max = host.capabilities().max_vcpus.min(MAX_CPUS);
-        if self.cpus == 0 || self.cpus > max {
-            return Err(BuildError::Cpus {
-                asked: self.cpus,
-                max,
-            });
-        }
+        check_cpus(self.cpus, &host)?;
         let offered = host.guest_cpuid().map_err(BuildError::Cpuid)?;
         let host_vendor = vendor(&offered);
         let cpuid = match &self.description {
             Some(d) => d.cpuid.clone(),
             None => self.cpu.cpuid(offered)?,
         };
-        let ram = Arc::new(match self.shared {
-            Some(shared) => GuestRam::adopt(self.memory, self.hugepages, shared)?,
-            None => GuestRam::arriving(self.memory, self.hugepages, self.backends.memory)?,
-        });
-        if let Some(note) = ram.note() {
-            tracing::info!(note, "the guest's memory");
-        }
+        let bytes = (self.memory, self.hugepages);
+        let ram = guest_ram(bytes, self.shared, self.backends.memory)?;
         let hugepages = ram.hugepages();
-        let entries = match self.dirty {
-            Tracking::Log => 0,
-            Tracking::Ring if !host.has_dirty_rings() => return Err(BuildError::NoDirtyRing),
-            Tracking::Auto if !host.prefers_dirty_rings() => 0,
-            Tracking::Auto | Tracking::Ring => self
-                .ring_entries
-                .unwrap_or_else(|| host.dirty_ring_entries(self.cpus)),
-        };
-        let vm = Arc::new(Vm::with_dirty_rings(&host, ram, entries)?);
+        let entries = ring_entries(self.dirty, self.ring_entries, self.cpus, &host)?;
+        let vm = Arc::new(Vm::with_dirty_rings(&host, Arc::new(ram), entries)?);
 
         let wish = EndWish::default();
-        let serial_irq = vm.irq_line(COM1_IRQ)?;
-        let line = serial_irq
-            .try_clone()
-            .map_err(io_error("the serial port's interrupt"))?;
-        let serial = Arc::new(Mutex::new(Serial::new(Box::new(line), self.serial)));
-        let i8042 = Arc::new(Mutex::new(I8042::new(Box::new(wish.reset_line()))));
-        let sci = vm.irq_line(ACPI_PM_IRQ)?;
-        let power_off = Box::new(wish.power_off_line());
-        let acpi_pm = Arc::new(Mutex::new(AcpiPm::new(Box::new(sci), power_off)));
-        let mut pio = Bus::new();
-        pio.insert(COM1_BASE, COM1_LEN, serial.clone())?;
-        pio.insert(I8042_BASE, I8042_LEN, i8042.clone())?;
-        pio.insert(ACPI_PM_BASE, ACPI_PM_LEN, acpi_pm.clone())?;
+        let (own, pio) = own_devices(&vm, self.serial, &wish)?;
         let mut mmio = Bus::new();
         let alarm = Alarm::default();
         let raised = alarm.clone();
@@ -306,20 +276,10 @@ impl Builder {
         let vcpus: Vec<Vcpu> = (0..self.cpus)
             .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
             .collect::<Result<_, _>>()?;
-        let here = HostCpu {
-            vendor: host_vendor,
-            tsc_khz: vcpus.first().and_then(Vcpu::tsc_khz),
-            scales: host.capabilities().tsc_control,
-            arch_capabilities: vcpus.first().and_then(Vcpu::arch_capabilities),
-        };
+        let here = host_cpu(&host, host_vendor, &vcpus);
         let (tsc_khz, arch_capabilities) = match &self.description {
             Some(d) => {
-                match fit::check(d, &here) {
-                    Err(misfit) if self.backends.insist => {
-                        tracing::warn!(%misfit, "the guest runs here all the same");
-                    }
-                    other => other?,
-                }
+                check_fit(d, &here, self.backends.insist)?;
                 (d.tsc_khz, d.arch_capabilities)
             }
             None => (here.tsc_khz, self.cpu.tell(&vcpus, here.arch_capabilities)?),
@@ -339,28 +299,13 @@ impl Builder {
         // A name that is too long is found here for a new machine.
         description.validate()?;
 
-        let kickers = vcpus.iter().map(Vcpu::kicker).collect();
-        let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-            .map_err(io_error("the event of its end"))?;
-        let control = Control::new(
-            kickers,
-            wish,
-            exit_event,
-            virtio.clone(),
-            Arc::clone(vm.ram()),
-        );
-        let control = Arc::new(control);
+        let control = Arc::new(control(&vcpus, wish, &virtio, &vm)?);
         alarm.connect(&control);
         let machine = Machine {
             control: control.clone(),
             threads: Mutex::new(Vec::new()),
             vcpus: vcpus.into_iter().map(|v| Arc::new(Mutex::new(v))).collect(),
-            devices: Devices {
-                serial,
-                serial_irq,
-                i8042,
-                acpi_pm,
-            },
+            devices: own,
             virtio,
             vsock: self.backends.vsock.clone(),
             disk_marks: DiskMarks::default(),
@@ -370,20 +315,137 @@ impl Builder {
             description,
         };
         // From here on dropping `machine` stops and joins the threads there are.
-        for (index, vcpu) in machine.vcpus.iter().enumerate() {
-            let (vcpu, buses) = (vcpu.clone(), buses.clone());
-            let (control, failed) = (control.clone(), control.clone());
-            let work = move || {
-                control.vcpu_thread(index, &vcpu, &buses.0, &buses.1);
-                Ok(())
-            };
-            let failure = move |why| failed.end(Exit::Failure(why));
-            let thread = thread::spawn(thread::Kind::Vcpu, &format!("vcpu{index}"), work, failure)
-                .map_err(io_error("a thread for a vCPU"))?;
-            lock(&machine.threads).push(thread);
-        }
+        start_vcpus(&machine, &buses)?;
         Ok(machine)
     }
+}
+
+/// # Errors
+/// [`BuildError::Cpus`].
+fn check_cpus(asked: u32, host: &Host) -> Result<(), BuildError> {
+    let max = host.capabilities().max_vcpus.min(MAX_CPUS);
+    match asked {
+        0 => Err(BuildError::Cpus { asked, max }),
+        _ if asked > max => Err(BuildError::Cpus { asked, max }),
+        _ => Ok(()),
+    }
+}
+
+/// The guest's memory: its own, or what was shared.
+fn guest_ram(
+    (bytes, hugepages): (u64, bool),
+    shared: Option<SharedRam>,
+    options: MemoryOptions,
+) -> Result<GuestRam, BuildError> {
+    let ram = match shared {
+        Some(shared) => GuestRam::adopt(bytes, hugepages, shared)?,
+        None => GuestRam::arriving(bytes, hugepages, options)?,
+    };
+    if let Some(note) = ram.note() {
+        tracing::info!(note, "the guest's memory");
+    }
+    Ok(ram)
+}
+
+/// What the guest's CPU is here.
+fn host_cpu(host: &Host, vendor: String, vcpus: &[Vcpu]) -> HostCpu {
+    HostCpu {
+        vendor,
+        tsc_khz: vcpus.first().and_then(Vcpu::tsc_khz),
+        scales: host.capabilities().tsc_control,
+        arch_capabilities: vcpus.first().and_then(Vcpu::arch_capabilities),
+    }
+}
+
+/// Whether the guest can run on this host's CPU, which an operator may insist on.
+fn check_fit(
+    description: &MachineDescription,
+    here: &HostCpu,
+    insist: bool,
+) -> Result<(), BuildError> {
+    match fit::check(description, here) {
+        Err(misfit) if insist => {
+            tracing::warn!(%misfit, "the guest runs here all the same");
+            Ok(())
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Entries of each vCPU's dirty ring; 0 where the guest is logged by bitmap.
+fn ring_entries(
+    dirty: Tracking,
+    wanted: Option<u32>,
+    cpus: u32,
+    host: &Host,
+) -> Result<u32, BuildError> {
+    match dirty {
+        Tracking::Log => Ok(0),
+        Tracking::Ring if !host.has_dirty_rings() => Err(BuildError::NoDirtyRing),
+        Tracking::Auto if !host.prefers_dirty_rings() => Ok(0),
+        Tracking::Auto | Tracking::Ring => {
+            Ok(wanted.unwrap_or_else(|| host.dirty_ring_entries(cpus)))
+        }
+    }
+}
+
+/// The devices that every machine has, on the bus of their ports.
+fn own_devices(
+    vm: &Vm,
+    output: Box<dyn Write + Send>,
+    wish: &EndWish,
+) -> Result<(Devices, Bus), BuildError> {
+    let serial_irq = vm.irq_line(COM1_IRQ)?;
+    let line = serial_irq
+        .try_clone()
+        .map_err(io_error("the serial port's interrupt"))?;
+    let serial = Arc::new(Mutex::new(Serial::new(Box::new(line), output)));
+    let i8042 = Arc::new(Mutex::new(I8042::new(Box::new(wish.reset_line()))));
+    let sci = vm.irq_line(ACPI_PM_IRQ)?;
+    let power_off = Box::new(wish.power_off_line());
+    let acpi_pm = Arc::new(Mutex::new(AcpiPm::new(Box::new(sci), power_off)));
+    let mut pio = Bus::new();
+    pio.insert(COM1_BASE, COM1_LEN, serial.clone())?;
+    pio.insert(I8042_BASE, I8042_LEN, i8042.clone())?;
+    pio.insert(ACPI_PM_BASE, ACPI_PM_LEN, acpi_pm.clone())?;
+    let devices = Devices {
+        serial,
+        serial_irq,
+        i8042,
+        acpi_pm,
+    };
+    Ok((devices, pio))
+}
+
+/// What stops, resumes and ends the machine.
+fn control(
+    vcpus: &[Vcpu],
+    wish: EndWish,
+    virtio: &Arc<VirtioSet>,
+    vm: &Vm,
+) -> Result<Control, BuildError> {
+    let kickers = vcpus.iter().map(Vcpu::kicker).collect();
+    let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(io_error("the event of its end"))?;
+    let (virtio, ram) = (Arc::clone(virtio), Arc::clone(vm.ram()));
+    Ok(Control::new(kickers, wish, exit_event, virtio, ram))
+}
+
+/// Starts a thread for each vCPU; it waits for the machine to be resumed.
+fn start_vcpus(machine: &Machine, buses: &Arc<(Bus, Bus)>) -> Result<(), BuildError> {
+    for (index, vcpu) in machine.vcpus.iter().enumerate() {
+        let (vcpu, buses) = (vcpu.clone(), buses.clone());
+        let (control, failed) = (machine.control.clone(), machine.control.clone());
+        let work = move || {
+            control.vcpu_thread(index, &vcpu, &buses.0, &buses.1);
+            Ok(())
+        };
+        let failure = move |why| failed.end(Exit::Failure(why));
+        let thread = thread::spawn(thread::Kind::Vcpu, &format!("vcpu{index}"), work, failure)
+            .map_err(io_error("a thread for a vCPU"))?;
+        lock(&machine.threads).push(thread);
+    }
+    Ok(())
 }
 
 fn io_error(what: &'static str) -> impl Fn(io::Error) -> BuildError {

@@ -30,6 +30,7 @@ const MAX_NAME: usize = 255;
 /// All that has to be known to build the same machine on another host. It goes ahead of a
 /// migration, so that a host that cannot run the guest says so before anything else is sent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct MachineDescription {
     /// The oldest format whose readers understand this description. Fields are only ever added: a
     /// reader skips what it does not know and is not in `requires`.

@@ -51,10 +51,11 @@ use crate::sandbox::Descriptor;
 use announcing::Announcing;
 use balloon::HostPages;
 use ballooning::Ballooning;
-use fitting::{cards, check, wanted};
+use fitting::{Card, cards, check, wanted};
 
 /// A disk as it is given on a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DiskOptions {
     /// A raw image or a block device.
     pub path: PathBuf,
@@ -65,6 +66,16 @@ pub struct DiskOptions {
 }
 
 impl DiskOptions {
+    /// A raw image or a block device.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>, read_only: bool) -> Self {
+        Self {
+            path: path.into(),
+            read_only,
+            open: None,
+        }
+    }
+
     /// A disk that is open already.
     #[must_use]
     pub fn open(disk: Descriptor, read_only: bool) -> Self {
@@ -78,6 +89,7 @@ impl DiskOptions {
 
 /// A network card as it is given on a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct NetOptions {
     /// Name of a tap device that exists.
     pub tap: String,
@@ -87,7 +99,32 @@ pub struct NetOptions {
     pub open: Option<Descriptor>,
 }
 
+impl NetOptions {
+    /// A card at a tap device that exists, with a random address.
+    #[must_use]
+    pub fn new(tap: impl Into<String>) -> Self {
+        Self {
+            tap: tap.into(),
+            mac: None,
+            open: None,
+        }
+    }
+
+    /// A tap device that is open already.
+    #[must_use]
+    pub const fn open(tap: Descriptor) -> Self {
+        Self {
+            tap: String::new(),
+            mac: None,
+            open: Some(tap),
+        }
+    }
+}
+
 /// What is behind the guest's memory and virtio devices on this host.
+///
+/// Built by functional update, `Backends { …, ..Backends::default() }`: a new field has a default and breaks no
+/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Backends {
     /// What its memory is made of.
@@ -197,7 +234,7 @@ impl VirtioSet {
             ..Self::default()
         };
         let memory = Arc::new(vm.ram().memory().clone());
-        let (mut disks, mut cards) = (0, cards.into_iter());
+        let mut left = (0, cards.into_iter());
         for (number, device) in devices.iter().enumerate() {
             let place = place(number).ok_or(DeviceError::TooMany(devices.len()))?;
             let socket = Socket {
@@ -206,51 +243,66 @@ impl VirtioSet {
                 place,
                 on_failure,
             };
-            match device {
-                DeviceDescription::Disk { .. } => {
-                    let disk = set.disks.get(disks).cloned();
-                    let disk = disk.ok_or(DeviceError::Missing("disk"))?;
-                    let id = format!("ferry-{disks}");
-                    disks += 1;
-                    let block = Block::new(disk, &id, Arc::clone(&memory));
-                    set.plug(&socket, block.map_err(DeviceError::Resources)?, bus)?;
-                }
-                DeviceDescription::Net { mac } => {
-                    let card = cards.next().ok_or(DeviceError::Missing("network card"))?;
-                    let tap = card.tap()?;
-                    let file = tap.readable().map_err(DeviceError::Resources)?;
-                    set.taps.push(file);
-                    let net = set.plug(&socket, Net::new(Box::new(tap), *mac), bus)?;
-                    set.nets.push(net);
-                }
-                DeviceDescription::Balloon => {
-                    let pages = Arc::new(HostPages::new(Arc::clone(vm.ram())));
-                    let balloon = Balloon::new(Arc::clone(&pages) as _);
-                    let balloon = set.plug(&socket, balloon, bus)?;
-                    let ballooning = Ballooning::start(balloon, pages, vm.ram().size());
-                    set.balloon = Some(ballooning.map_err(DeviceError::Resources)?);
-                }
-                DeviceDescription::Rng => drop(set.plug(&socket, Rng::new(), bus)?),
-                DeviceDescription::Vsock { cid } => {
-                    let options = backends.vsock.as_ref();
-                    let options = options.ok_or(DeviceError::Missing("vsock"))?;
-                    let programs = options.programs().map_err(DeviceError::Resources)?;
-                    let vsock = Vsock::new(*cid, Box::new(programs));
-                    let vsock = vsock.map_err(DeviceError::Resources)?;
-                    set.vsock = Some(set.plug(&socket, vsock, bus)?);
-                }
-                DeviceDescription::Console => {
-                    let output = match &backends.console {
-                        Some(options) => options.open().map_err(DeviceError::Resources)?,
-                        None => Box::new(io::sink()),
-                    };
-                    let console = Console::new(output).map_err(DeviceError::Resources)?;
-                    set.console_lost = console.lost_output();
-                    set.console = Some(set.plug(&socket, console, bus)?);
-                }
-            }
+            set.add(device, &socket, backends, &mut left, bus)?;
         }
         Ok((set, devices))
+    }
+
+    /// Makes a device and puts it on the bus. Of the disks the number of those that were added is
+    /// counted, and of the cards are those left that were not.
+    fn add<'c>(
+        &mut self,
+        device: &DeviceDescription,
+        socket: &Socket<'_>,
+        backends: &Backends,
+        (disks, cards): &mut (usize, impl Iterator<Item = Card<'c>>),
+        bus: &mut Bus,
+    ) -> Result<(), BuildError> {
+        match device {
+            DeviceDescription::Disk { .. } => {
+                let number = *disks;
+                let disk = self.disks.get(number).cloned();
+                let disk = disk.ok_or(DeviceError::Missing("disk"))?;
+                let id = format!("ferry-{number}");
+                *disks += 1;
+                let block = Block::new(disk, &id, Arc::clone(socket.memory));
+                self.plug(socket, block.map_err(DeviceError::Resources)?, bus)?;
+            }
+            DeviceDescription::Net { mac } => {
+                let card = cards.next().ok_or(DeviceError::Missing("network card"))?;
+                let tap = card.tap()?;
+                let file = tap.readable().map_err(DeviceError::Resources)?;
+                self.taps.push(file);
+                let net = self.plug(socket, Net::new(Box::new(tap), *mac), bus)?;
+                self.nets.push(net);
+            }
+            DeviceDescription::Balloon => {
+                let pages = Arc::new(HostPages::new(Arc::clone(socket.vm.ram())));
+                let balloon = Balloon::new(Arc::clone(&pages) as _);
+                let balloon = self.plug(socket, balloon, bus)?;
+                let ballooning = Ballooning::start(balloon, pages, socket.vm.ram().size());
+                self.balloon = Some(ballooning.map_err(DeviceError::Resources)?);
+            }
+            DeviceDescription::Rng => drop(self.plug(socket, Rng::new(), bus)?),
+            DeviceDescription::Vsock { cid } => {
+                let options = backends.vsock.as_ref();
+                let options = options.ok_or(DeviceError::Missing("vsock"))?;
+                let programs = options.programs().map_err(DeviceError::Resources)?;
+                let vsock = Vsock::new(*cid, Box::new(programs));
+                let vsock = vsock.map_err(DeviceError::Resources)?;
+                self.vsock = Some(self.plug(socket, vsock, bus)?);
+            }
+            DeviceDescription::Console => {
+                let output = match &backends.console {
+                    Some(options) => options.open().map_err(DeviceError::Resources)?,
+                    None => Box::new(io::sink()),
+                };
+                let console = Console::new(output).map_err(DeviceError::Resources)?;
+                self.console_lost = console.lost_output();
+                self.console = Some(self.plug(socket, console, bus)?);
+            }
+        }
+        Ok(())
     }
 
     fn plug<D: Device<Memory>>(
@@ -388,6 +440,10 @@ impl VirtioSet {
     pub(super) fn set_balloon_auto(&self, settings: Settings) -> bool {
         let balloon = self.balloon.as_ref();
         balloon.map(|b| b.set_auto(settings)).is_some()
+    }
+
+    pub(super) const fn has_balloon(&self) -> bool {
+        self.balloon.is_some()
     }
 
     pub(super) fn balloon(&self) -> Option<BalloonInfo> {

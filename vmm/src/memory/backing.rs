@@ -68,6 +68,9 @@ impl FromStr for Backing {
 }
 
 /// How guest memory is made on this host.
+///
+/// Built by functional update, `MemoryOptions { …, ..MemoryOptions::default() }`: a new field has a default and breaks no
+/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryOptions {
     /// What it is made of.
@@ -125,6 +128,7 @@ impl PageKind {
 
 /// How much of the guest's memory is there, and how much of that in pages of 2 MiB.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Resident {
     /// Bytes that this process has mapped.
     pub bytes: u64,

@@ -34,12 +34,7 @@ pub struct MachineHost {
     dirty: Tracking,
     /// Those that are copied here.
     disks: IncomingDisks,
-    machine: Option<Arc<Machine>>,
-    sink: Option<Arc<RamSink>>,
-    /// That came, while the taps are asked for.
-    memory: Option<SharedRam>,
-    run_after: bool,
-    started: bool,
+    phase: Phase,
     /// The guest's clock goes on from where it stood when the state was saved.
     stopped_clock: bool,
     /// The guest is a copy, and is told so.
@@ -50,6 +45,45 @@ pub struct MachineHost {
     owner: Option<Arc<dyn Owner>>,
 }
 
+/// What there is of the guest here.
+///
+/// ```text
+///  Empty ──▶ Offered ──▶ Built ──state──▶ Restored ──commit──▶ Started
+///    │                     ▲    │             │
+///    └─────────────────────┘    └── discard ──┴──▶ Empty
+/// ```
+enum Phase {
+    /// Nothing.
+    Empty,
+    /// Its memory came, and the taps are asked for.
+    Offered(SharedRam),
+    /// Its machine, whose memory arrives.
+    Built(Built),
+    /// Its machine with its state.
+    Restored(Built, Then),
+    /// The guest belongs here: its machine is not discarded any more.
+    Started(Built, Then),
+}
+
+/// What the state says of a guest that is started here.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// It ran at the source.
+    Run,
+    /// It was paused.
+    Stand,
+}
+
+/// A machine and its memory.
+struct Built {
+    sink: Arc<RamSink>,
+    machine: Arc<Machine>,
+}
+
+fn no_machine() -> PortError {
+    "there is no machine".into()
+}
+
 impl MachineHost {
     pub(crate) fn new(serial: SerialFactory, backends: Backends, dirty: Tracking) -> Self {
         Self {
@@ -57,11 +91,7 @@ impl MachineHost {
             backends,
             dirty,
             disks: IncomingDisks::default(),
-            machine: None,
-            sink: None,
-            memory: None,
-            run_after: true,
-            started: false,
+            phase: Phase::Empty,
             stopped_clock: false,
             new_identity: false,
             gate: Gate::default(),
@@ -96,20 +126,29 @@ impl MachineHost {
 
     /// Before a take-over: whether the disks are still those of the guest's state.
     pub(super) fn check_disks(&self, force: bool) -> Result<(), String> {
-        match &self.machine {
-            Some(machine) if !force => machine.check_disks(),
+        match self.built() {
+            Some(built) if !force => built.machine.check_disks(),
             _ => Ok(()),
         }
     }
 
     /// Its memory.
-    pub(super) const fn sink(&self) -> Option<&Arc<RamSink>> {
-        self.sink.as_ref()
+    pub(super) fn sink(&self) -> Option<&Arc<RamSink>> {
+        self.built().map(|built| &built.sink)
     }
 
     /// The machine, once it is built.
-    pub(crate) const fn machine(&self) -> Option<&Arc<Machine>> {
-        self.machine.as_ref()
+    pub(crate) fn machine(&self) -> Option<&Arc<Machine>> {
+        self.built().map(|built| &built.machine)
+    }
+
+    const fn built(&self) -> Option<&Built> {
+        match &self.phase {
+            Phase::Empty | Phase::Offered(_) => None,
+            Phase::Built(built) | Phase::Restored(built, _) | Phase::Started(built, _) => {
+                Some(built)
+            }
+        }
     }
 }
 
@@ -142,8 +181,10 @@ impl MachineHost {
             );
         }
         let sink = Arc::new(RamSink::new(Arc::clone(machine.ram()), layout));
-        self.machine = Some(Arc::new(machine));
-        self.sink = Some(Arc::clone(&sink));
+        self.phase = Phase::Built(Built {
+            machine: Arc::new(machine),
+            sink: Arc::clone(&sink),
+        });
         Ok(sink)
     }
 }
@@ -163,7 +204,7 @@ impl DestinationVm<StreamLink> for MachineHost {
         if let Some(owner) = &self.owner {
             owner.wants()?;
         }
-        let machine = self.machine.as_ref().ok_or("there is no machine")?;
+        let machine = self.machine().ok_or_else(no_machine)?;
         let (&running, state) = state.split_first().ok_or("the state is empty")?;
         let mut state = MachineState::from_bytes(state)?;
         if self.stopped_clock {
@@ -184,8 +225,12 @@ impl DestinationVm<StreamLink> for MachineHost {
                 "an MSR of the source cannot be set here"
             );
         }
-        self.run_after = running != 0;
         machine.note_disks();
+        let then = if running == 0 { Then::Stand } else { Then::Run };
+        self.phase = match std::mem::replace(&mut self.phase, Phase::Empty) {
+            Phase::Built(built) => Phase::Restored(built, then),
+            other => other,
+        };
         Ok(())
     }
 
@@ -197,10 +242,18 @@ impl DestinationVm<StreamLink> for MachineHost {
     }
 
     fn run(&mut self) -> Result<Option<Duration>, PortError> {
-        let machine = self.machine.as_ref().ok_or("there is no machine")?;
-        self.started = true;
+        // Once more where it could not be started before.
+        let (built, then) = match std::mem::replace(&mut self.phase, Phase::Empty) {
+            Phase::Restored(built, then) | Phase::Started(built, then) => (built, then),
+            other => {
+                self.phase = other;
+                return Err("there is no machine with its state".into());
+            }
+        };
+        let machine = Arc::clone(&built.machine);
+        self.phase = Phase::Started(built, then);
         self.disks.arrived()?;
-        if !self.run_after {
+        if then == Then::Stand {
             return Ok(Some(Duration::ZERO));
         }
         machine.resume()?;
@@ -209,13 +262,13 @@ impl DestinationVm<StreamLink> for MachineHost {
     }
 
     fn discard(&mut self) {
-        if !self.started {
-            // A machine ends only when none of its vCPUs waits for a page.
-            self.end();
-            self.sink = None;
-            self.machine = None;
-            self.disks.remove();
+        if matches!(self.phase, Phase::Started(..)) {
+            return;
         }
+        // A machine ends only when none of its vCPUs waits for a page.
+        self.end();
+        self.phase = Phase::Empty;
+        self.disks.remove();
     }
 
     fn disks(&mut self) -> Option<&mut dyn DestinationDisks> {
@@ -243,11 +296,12 @@ impl AdoptMemory<StreamLink, RamSink> for MachineHost {
         let Some(fd_passing) = link.fd_passing() else {
             return Ok(false);
         };
-        self.memory = fd_passing.take()?;
-        if self.memory.is_some() {
-            fd_passing.expect_files();
-        }
-        Ok(self.memory.is_some())
+        let Some(memory) = fd_passing.take()? else {
+            return Ok(false);
+        };
+        fd_passing.expect_files();
+        self.phase = Phase::Offered(memory);
+        Ok(true)
     }
 
     fn adopt(
@@ -259,9 +313,9 @@ impl AdoptMemory<StreamLink, RamSink> for MachineHost {
         let Some(fd_passing) = link.fd_passing() else {
             return Ok(None);
         };
-        let (memory, taps) = match self.memory.take() {
-            Some(memory) => (Some(memory), fd_passing.take_files()?),
-            None => (fd_passing.take()?, Vec::new()),
+        let (memory, taps) = match std::mem::replace(&mut self.phase, Phase::Empty) {
+            Phase::Offered(memory) => (Some(memory), fd_passing.take_files()?),
+            _ => (fd_passing.take()?, Vec::new()),
         };
         let Some(memory) = memory else {
             return Ok(None);
@@ -291,28 +345,23 @@ impl PostCopyVm for MachineHost {
     }
 
     fn drop_stale(&mut self, pages: &PageSet) -> Result<(), PortError> {
-        let sink = self.sink.as_ref().ok_or("there is no machine")?;
-        sink.drop_stale(pages)
+        self.sink().ok_or_else(no_machine)?.drop_stale(pages)
     }
 
     fn begin(&mut self, missing: &PageSet) -> Result<(), PortError> {
-        let sink = self.sink.as_ref().ok_or("there is no machine")?;
+        let Built { machine, sink } = self.built().ok_or_else(no_machine)?;
         // Pre-copy finds a shortage while the source still has the guest; here it would come too
         // late.
         check_available(missing.len() * PAGE_SIZE as u64)?;
         // A page that the guest gives back would fault again, and the source would be asked for it
         // in vain.
-        if let Some(machine) = &self.machine {
-            machine.keep_free_pages(true);
-        }
+        machine.keep_free_pages(true);
         sink.begin_faults(missing)
     }
 
     fn end(&mut self) {
-        if let Some(sink) = &self.sink {
+        if let Some(Built { machine, sink }) = self.built() {
             sink.end_faults();
-        }
-        if let Some(machine) = &self.machine {
             machine.keep_free_pages(false);
         }
     }

@@ -77,16 +77,41 @@ struct Active {
     secret: Option<Secret>,
     data_channels: Option<DataChannels>,
     missing_pages: Option<Arc<MissingPages<StreamLink, RamSink>>>,
-    state: ReceiveState,
-    /// The source was sent that the guest runs here, and is sent nothing more.
-    told: bool,
+    stage: Stage,
     begun: Instant,
     /// As the source has named it.
     policy: String,
     /// Of [`Shared::received`], what came before.
     received_before: u64,
-    /// The engine, when it has no connection: in doubt or complete.
+    /// The engine, when it has no connection: in doubt or complete. `None` while a thread has it.
     parked: Option<Box<Engine>>,
+}
+
+/// Where a migration stands that has begun. Whom the guest belongs to is the engine's to say: this
+/// follows it, for those who look on and for the connections that come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Receiving,
+    InDoubt,
+    Following,
+    Interrupted,
+    /// The guest is here.
+    Done {
+        /// The source was sent that, and is sent nothing more.
+        told: bool,
+    },
+}
+
+impl From<Stage> for ReceiveState {
+    fn from(stage: Stage) -> Self {
+        match stage {
+            Stage::Receiving => Self::Receiving,
+            Stage::InDoubt => Self::InDoubt,
+            Stage::Following => Self::Following,
+            Stage::Interrupted => Self::Interrupted,
+            Stage::Done { .. } => Self::Done,
+        }
+    }
 }
 
 pub(super) struct Shared {
@@ -213,7 +238,7 @@ impl Receiver {
         self.shared
             .active()
             .as_ref()
-            .map_or(ReceiveState::Waiting, |active| active.state)
+            .map_or(ReceiveState::Waiting, |active| active.stage.into())
     }
 
     /// The session of the migration that arrives, is in doubt or has arrived.
@@ -314,7 +339,7 @@ impl Shared {
         let mut active = self.active();
         loop {
             let parked = active.as_mut();
-            let Some(parked) = parked.filter(|a| a.state == ReceiveState::InDoubt) else {
+            let Some(parked) = parked.filter(|a| a.stage == Stage::InDoubt) else {
                 return Err("no guest is in doubt here".into());
             };
             // The thread that polls it reads what the source has said.
@@ -336,7 +361,7 @@ impl Shared {
         let active = self.active();
         active
             .as_ref()
-            .is_some_and(|a| matches!(a.state, ReceiveState::Done | ReceiveState::Following))
+            .is_some_and(|a| matches!(a.stage, Stage::Done { .. } | Stage::Following))
     }
 }
 
@@ -353,14 +378,14 @@ impl KeepsGuest for Shared {
             Ok(()) => engine.take_over().map_err(|e| e.to_string()),
             Err(why) => Err(why),
         };
-        let state = match &result {
+        let stage = match &result {
             Ok(()) => {
                 self.arrived(&mut engine);
-                ReceiveState::Done
+                Stage::Done { told: false }
             }
-            Err(_) => ReceiveState::InDoubt,
+            Err(_) => Stage::InDoubt,
         };
-        park(&mut self.active(), engine, state);
+        park(&mut self.active(), engine, stage);
         self.changed.notify_all();
         if let Err(why) = &result {
             // The owner may have claimed the guest already: it is in doubt as before.

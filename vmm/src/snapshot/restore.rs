@@ -21,6 +21,7 @@ use crate::migrate::{Awaited, Following, MonotonicClock, SerialFactory, StreamLi
 
 /// How a guest is restored.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct RestoreOptions {
     /// The file.
     pub path: PathBuf,
@@ -33,6 +34,20 @@ pub struct RestoreOptions {
     pub same_identity: bool,
     /// How the pages that the guest dirties are found when it is migrated on.
     pub dirty: Tracking,
+}
+
+impl RestoreOptions {
+    /// Restores this file on demand, as a copy of its guest.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            eager: false,
+            force: false,
+            same_identity: false,
+            dirty: Tracking::Auto,
+        }
+    }
 }
 
 /// Why a guest was not restored.
@@ -95,6 +110,7 @@ pub enum RestoreError {
 
 /// What a restore did.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct RestoreReport {
     /// Version of this object; grows when a field is added.
     pub schema: u32,
@@ -142,6 +158,7 @@ impl RestoreReport {
 
 /// A guest that was restored.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Restored {
     /// Its machine, which runs, or is paused as the guest was when it was saved.
     pub machine: Arc<Machine>,
@@ -332,32 +349,19 @@ fn on_demand(
         sink: Arc::clone(sink),
         path: report.path.clone(),
     });
-    let (ending, failed) = (Arc::clone(&machine), Arc::clone(&machine));
     let (done, reported) = mpsc::channel();
+    let failed = Arc::clone(&machine);
+    let remainder = Remainder {
+        began,
+        machine: Arc::clone(&machine),
+        host,
+        pages,
+        threads,
+        report,
+    };
     let finish = move || {
-        for thread in threads {
-            // It has said why, if it did not get to the end.
-            let _ = thread.join();
-        }
-        if let Some(why) = pages.failed() {
-            // In this order: who waits for a page goes on with zeros, straight out of the guest.
-            let why = format!(
-                "its memory cannot be read from the snapshot {}: {why}",
-                report.path.display()
-            );
-            ending.fail(why.clone());
-            pages.dismiss();
-            report.error = Some(why);
-        }
-        host.end();
-        let filled = pages.filled();
-        report.total_ms = ms(began.elapsed());
-        report.unread_pages = pages.left();
-        report.bytes_read = filled.bytes;
-        report.faults = filled.faults;
-        report.zero_faults = filled.zero_faults;
         // The embedder may not want it.
-        let _ = done.send(report);
+        let _ = done.send(remainder.finish());
         Ok(())
     };
     thread::spawn(
@@ -371,6 +375,53 @@ fn on_demand(
         following: Some(following),
         report: reported,
     })
+}
+
+/// A restore whose guest runs: what is left to do.
+struct Remainder {
+    began: Instant,
+    machine: Arc<Machine>,
+    host: MachineHost,
+    pages: Arc<Pages>,
+    /// Read the pages.
+    threads: Vec<std::thread::JoinHandle<()>>,
+    report: RestoreReport,
+}
+
+impl Remainder {
+    /// Waits until all memory is there, or the guest has ended.
+    fn finish(self) -> RestoreReport {
+        let Self {
+            began,
+            machine,
+            mut host,
+            pages,
+            threads,
+            mut report,
+        } = self;
+        for thread in threads {
+            // It has said why, if it did not get to the end.
+            let _ = thread.join();
+        }
+        if let Some(why) = pages.failed() {
+            // In this order: who waits for a page goes on with zeros, straight out of the guest.
+            let why = format!(
+                "its memory cannot be read from the snapshot {}: {why}",
+                report.path.display()
+            );
+            machine.fail(why.clone());
+            pages.dismiss();
+            report.error = Some(why);
+        }
+        host.end();
+        let filled = pages.filled();
+        report.total_ms = ms(began.elapsed());
+        report.unread_pages = pages.left();
+        report.bytes_read = filled.bytes;
+        report.faults = filled.faults;
+        report.zero_faults = filled.zero_faults;
+        report
+    }
 }
 
 /// The disks that are given here are those of the snapshot, and were not written to since.

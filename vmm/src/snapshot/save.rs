@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ferry_migration::port::Clock;
+use ferry_migration::port::{Clock, PortError};
 use ferry_migration::snapshot::{self as format, SaveError, SaveOptions, SaveSetup};
 
 use super::{Contents, DiskMark, ms, threads};
@@ -101,17 +101,7 @@ pub fn save(
         },
         clock: &clock,
         cancelled: &|| cancelled.load(Ordering::Relaxed),
-        describe: &mut || {
-            // The disks as of this pause belong to the snapshot, and must outlast a crash as it
-            // does.
-            flush(machine)?;
-            let marks = machine.disks().iter().map(|disk| DiskMark::of(disk));
-            let contents = Contents {
-                description: serde_json::to_value(machine.description_to_send().anywhere())?,
-                disks: marks.collect::<io::Result<_>>()?,
-            };
-            Ok(serde_json::to_vec(&contents)?)
-        },
+        describe: &mut || describe(machine),
         resume: request.then == Then::Resume,
         released: &mut |saved| {
             // A guest that did not run before, or is to stand still, has no first instruction.
@@ -149,6 +139,18 @@ pub fn save(
         rounds: saved.rounds,
         codecs: saved.codecs,
     })
+}
+
+/// What the file says of the machine, in the pause.
+fn describe(machine: &Machine) -> Result<Vec<u8>, PortError> {
+    // The disks as of this pause belong to the snapshot, and must outlast a crash as it does.
+    flush(machine)?;
+    let marks = machine.disks().iter().map(|disk| DiskMark::of(disk));
+    let contents = Contents {
+        description: serde_json::to_value(machine.description_to_send().anywhere())?,
+        disks: marks.collect::<io::Result<_>>()?,
+    };
+    Ok(serde_json::to_vec(&contents)?)
 }
 
 /// Writes what the guest's disks hold back.

@@ -2,7 +2,7 @@
 
 use super::recording;
 use super::state::{State, conflict};
-use super::{Inner, Missing, Vmm};
+use super::{Guest, Inner, Missing, Vmm};
 use crate::api::events::{Publisher, Subscription};
 use crate::api::types::{
     BalloonRequest, BalloonStatus, Configuration, MigrateRequest, MigrationRecord, MigrationStatus,
@@ -52,10 +52,12 @@ impl Control for Vmm {
         // What a guest says of itself is asked without the lock: it may take a moment, and a status
         // waits for nothing.
         let guest = self.core.lock().guest.clone();
-        let balloon = guest.as_ref().and_then(|guest| guest.balloon());
+        let balloon = guest.as_deref().and_then(Guest::balloon);
+        let balloon = balloon.map(|balloon| balloon.status());
         let guest = guest.as_ref();
         let serial_output_lost = guest.map_or(0, |guest| guest.serial_output_lost());
-        let console_output_lost = guest.map_or(0, |guest| guest.console_output_lost());
+        let console = guest.and_then(|guest| guest.console());
+        let console_output_lost = console.map_or(0, |console| console.output_lost());
         let inner = self.core.lock();
         let missing = inner.guest.as_ref().and_then(|guest| guest.missing());
         Status {
@@ -356,7 +358,7 @@ impl Control for Vmm {
             return Err(conflict("tell of a balloon", &inner.state));
         };
         drop(inner);
-        guest.balloon().ok_or_else(no_balloon)
+        Ok(guest.balloon().ok_or_else(no_balloon)?.status())
     }
 
     fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal> {
@@ -369,8 +371,8 @@ impl Control for Vmm {
         };
         // The device may be at work for a while; no other request is to wait for it.
         drop(inner);
-        guest.balloon().ok_or_else(no_balloon)?;
-        guest.set_balloon(request).map_err(Refusal::Invalid)
+        let balloon = guest.balloon().ok_or_else(no_balloon)?;
+        balloon.set(request).map_err(Refusal::Invalid)
     }
 }
 

@@ -15,6 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// A guest, as its VMM sees it. Errors are sentences for the user.
+///
+/// What only some guests have is a trait of its own: [`GuestBalloon`], [`GuestConsole`],
+/// [`GuestSnapshots`].
 pub trait Guest: Send + Sync + 'static {
     /// Name and size.
     fn info(&self) -> GuestInfo;
@@ -61,17 +64,6 @@ pub trait Guest: Send + Sync + 'static {
     /// Bytes typed at the guest's console; returns how many of them it took.
     fn input(&self, bytes: &[u8]) -> usize;
 
-    /// Bytes typed at the guest's virtio console; returns how many of them it took. Without one
-    /// they are dropped.
-    fn console_input(&self, bytes: &[u8]) -> usize {
-        bytes.len()
-    }
-
-    /// Says how large the terminal at its virtio console is; whether it heard.
-    fn set_console_size(&self, _columns: u16, _rows: u16) -> bool {
-        false
-    }
-
     /// Prepares a migration to `uri`; nothing has happened yet when this returns.
     ///
     /// # Errors
@@ -96,18 +88,19 @@ pub trait Guest: Send + Sync + 'static {
     /// A sentence.
     fn recording(&self) -> Result<Box<dyn Recording>, String>;
 
-    /// Writes the guest to a file, unless `cancelled` is set meanwhile; blocks. Afterwards it
-    /// stands still if the request says so, and else goes on as before.
-    ///
-    /// # Errors
-    /// A sentence; the guest goes on as before.
-    fn snapshot(
-        &self,
-        request: &SnapshotRequest,
-        cancelled: &AtomicBool,
-    ) -> Result<SnapshotReport, String> {
-        let _ = (request, cancelled);
-        Err("this guest cannot be written to a file".into())
+    /// Its balloon; `None` where it has none.
+    fn balloon(&self) -> Option<&dyn GuestBalloon> {
+        None
+    }
+
+    /// Its virtio console; `None` where it has none.
+    fn console(&self) -> Option<&dyn GuestConsole> {
+        None
+    }
+
+    /// The way to write it to a file; `None` where it cannot be.
+    fn snapshots(&self) -> Option<&dyn GuestSnapshots> {
+        None
     }
 
     /// What has not arrived of a guest that runs already (post-copy); `None` when it is complete.
@@ -129,26 +122,44 @@ pub trait Guest: Send + Sync + 'static {
     fn serial_output_lost(&self) -> u64 {
         0
     }
+}
 
-    /// Bytes of the output on its virtio console that were dropped.
-    fn console_output_lost(&self) -> u64 {
-        0
-    }
+/// A guest's balloon.
+pub trait GuestBalloon {
+    /// What it holds, and what the guest says of its memory; returns at once.
+    fn status(&self) -> BalloonStatus;
 
-    /// Its balloon, if it has one; returns at once.
-    fn balloon(&self) -> Option<BalloonStatus> {
-        None
-    }
-
-    /// Sets its balloon's size, or has it moved automatically.
+    /// Sets its size, or has it moved automatically.
     ///
     /// # Errors
     /// A sentence about the request.
-    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), String> {
-        Err(format!(
-            "the guest has no balloon that could be set to {request:?}"
-        ))
-    }
+    fn set(&self, request: &BalloonRequest) -> Result<(), String>;
+}
+
+/// A guest's virtio console.
+pub trait GuestConsole {
+    /// Bytes typed at it; returns how many of them it took.
+    fn input(&self, bytes: &[u8]) -> usize;
+
+    /// Says how large its terminal is; whether it took that.
+    fn set_size(&self, columns: u16, rows: u16) -> bool;
+
+    /// Bytes of its output that were dropped.
+    fn output_lost(&self) -> u64;
+}
+
+/// Writing a guest to a file.
+pub trait GuestSnapshots {
+    /// Writes it, unless `cancelled` is set meanwhile; blocks. Afterwards the guest stands still if
+    /// the request says so, and else goes on as before.
+    ///
+    /// # Errors
+    /// A sentence; the guest goes on as before.
+    fn save(
+        &self,
+        request: &SnapshotRequest,
+        cancelled: &AtomicBool,
+    ) -> Result<SnapshotReport, String>;
 }
 
 /// A guest that is complete here and was never handed over.

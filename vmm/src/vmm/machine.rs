@@ -1,7 +1,10 @@
 //! A [`Machine`] as a [`SourceVm`].
 
 use super::configuration;
-use super::{Ending, Guest, Migration, MigrationHandle, Missing, Recording, TakeOver, Vmm};
+use super::{
+    Ending, Guest, GuestBalloon, GuestConsole, GuestSnapshots, Migration, MigrationHandle, Missing,
+    Recording, TakeOver, Vmm,
+};
 use crate::api::types::{
     ArrivalOutcome, BalloonRequest, BalloonStatus, Configuration, GuestInfo, IncomingReport,
     MemoryInfo, RecordStatus, Security, SnapshotReport, SnapshotRequest,
@@ -224,42 +227,20 @@ impl Guest for MachineGuest {
         self.machine.exit_reason().and_then(ending)
     }
 
+    fn balloon(&self) -> Option<&dyn GuestBalloon> {
+        self.machine.has_balloon().then_some(self)
+    }
+
+    fn console(&self) -> Option<&dyn GuestConsole> {
+        self.machine.has_console().then_some(self)
+    }
+
+    fn snapshots(&self) -> Option<&dyn GuestSnapshots> {
+        Some(self)
+    }
+
     fn serial_output_lost(&self) -> u64 {
         self.machine.serial_output_lost()
-    }
-
-    fn console_output_lost(&self) -> u64 {
-        self.machine.console_output_lost()
-    }
-
-    fn balloon(&self) -> Option<BalloonStatus> {
-        self.machine.balloon().map(BalloonStatus::from)
-    }
-
-    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), String> {
-        let ram = self.machine.description().memory;
-        match (request.size_bytes, request.auto) {
-            (Some(size), None) if size <= ram => {
-                self.machine.set_balloon(size);
-                Ok(())
-            }
-            (Some(size), None) => Err(format!(
-                "a balloon of {size} bytes was asked for, but the guest has {ram}; give less"
-            )),
-            (None, Some(wish)) => {
-                self.machine.set_balloon_auto(wish.settings(ram)?);
-                Ok(())
-            }
-            _ => Err("a balloon has a size_bytes or is moved by auto; give one of the two".into()),
-        }
-    }
-
-    fn snapshot(
-        &self,
-        request: &SnapshotRequest,
-        cancelled: &AtomicBool,
-    ) -> Result<SnapshotReport, String> {
-        snapshot::save(&self.machine, request, cancelled).map_err(|e| e.to_string())
     }
 
     fn power_button(&self) -> Result<(), String> {
@@ -270,18 +251,6 @@ impl Guest for MachineGuest {
 
     fn input(&self, bytes: &[u8]) -> usize {
         self.machine.serial_input(bytes)
-    }
-
-    fn console_input(&self, bytes: &[u8]) -> usize {
-        // What is typed at a console that the guest does not have waits for nothing.
-        match self.machine.has_console() {
-            true => self.machine.console_input(bytes),
-            false => bytes.len(),
-        }
-    }
-
-    fn set_console_size(&self, columns: u16, rows: u16) -> bool {
-        self.machine.set_console_size(columns, rows)
     }
 
     fn migration(&self, uri: &str, security: &Security) -> Result<Box<dyn Migration>, String> {
@@ -324,6 +293,57 @@ impl Guest for MachineGuest {
     fn recording(&self) -> Result<Box<dyn Recording>, String> {
         let recording = MachineRecording::begin(Arc::clone(&self.machine), self.workload.clone());
         Ok(Box::new(recording.map_err(|e| e.to_string())?))
+    }
+}
+
+impl GuestBalloon for MachineGuest {
+    fn status(&self) -> BalloonStatus {
+        self.machine
+            .balloon()
+            .map(BalloonStatus::from)
+            .unwrap_or_default()
+    }
+
+    fn set(&self, request: &BalloonRequest) -> Result<(), String> {
+        let ram = self.machine.description().memory;
+        match (request.size_bytes, request.auto) {
+            (Some(size), None) if size <= ram => {
+                self.machine.set_balloon(size);
+                Ok(())
+            }
+            (Some(size), None) => Err(format!(
+                "a balloon of {size} bytes was asked for, but the guest has {ram}; give less"
+            )),
+            (None, Some(wish)) => {
+                self.machine.set_balloon_auto(wish.settings(ram)?);
+                Ok(())
+            }
+            _ => Err("a balloon has a size_bytes or is moved by auto; give one of the two".into()),
+        }
+    }
+}
+
+impl GuestConsole for MachineGuest {
+    fn input(&self, bytes: &[u8]) -> usize {
+        self.machine.console_input(bytes)
+    }
+
+    fn set_size(&self, columns: u16, rows: u16) -> bool {
+        self.machine.set_console_size(columns, rows)
+    }
+
+    fn output_lost(&self) -> u64 {
+        self.machine.console_output_lost()
+    }
+}
+
+impl GuestSnapshots for MachineGuest {
+    fn save(
+        &self,
+        request: &SnapshotRequest,
+        cancelled: &AtomicBool,
+    ) -> Result<SnapshotReport, String> {
+        snapshot::save(&self.machine, request, cancelled).map_err(|e| e.to_string())
     }
 }
 

@@ -11,6 +11,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+/// Of a guest without [`GuestSnapshots`](super::GuestSnapshots).
+const NONE: &str = "this guest cannot be written to a file";
+
 /// One sentence: what is, and what can be done.
 pub(super) fn explanation(path: &Path) -> String {
     format!(
@@ -57,10 +60,18 @@ impl Core {
                     missing.pages
                 )));
             }
+            if guest.snapshots().is_none() {
+                return Err(Refusal::Conflict(format!(
+                    "cannot write a snapshot: {NONE}"
+                )));
+            }
             inner.snapshot = Some((request.path.clone(), Arc::clone(&cancelled)));
             guest
         };
-        let run = AssertUnwindSafe(|| guest.snapshot(request, &cancelled));
+        let run = AssertUnwindSafe(|| match guest.snapshots() {
+            Some(snapshots) => snapshots.save(request, &cancelled),
+            None => Err(NONE.into()),
+        });
         let result = catch_unwind(run).unwrap_or_else(|_| {
             Err("writing the snapshot failed inside; the VMM's output says where".into())
         });

@@ -4,6 +4,7 @@ mod busy;
 mod looking_on;
 mod recording;
 mod snapshot;
+mod without;
 
 use super::*;
 use crate::api::events::{Next, Subscription};

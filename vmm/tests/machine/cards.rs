@@ -64,11 +64,7 @@ impl Drop for Tap {
 
 fn with(tap: &Tap) -> Backends {
     Backends {
-        nets: vec![NetOptions {
-            tap: tap.0.clone(),
-            mac: None,
-            open: None,
-        }],
+        nets: vec![NetOptions::new(&tap.0)],
         ..Backends::default()
     }
 }

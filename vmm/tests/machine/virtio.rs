@@ -64,11 +64,7 @@ pub fn disk() -> NamedTempFile {
 
 pub fn backends(path: &Path) -> Backends {
     Backends {
-        disks: vec![DiskOptions {
-            path: path.to_owned(),
-            read_only: false,
-            open: None,
-        }],
+        disks: vec![DiskOptions::new(path, false)],
         ..Backends::default()
     }
 }

@@ -8,7 +8,7 @@ use super::super::events::Publisher;
 use super::super::types::{
     BalloonRequest, BalloonStatus, Configuration, Direction, GuestInfo, MemoryConfiguration,
     MigrateRequest, MigrationRecord, MigrationStatus, Migrations, Notice, RecordRequest,
-    RecordStatus, RecoverRequest, StateName, Status, What,
+    RecordStatus, RecoverRequest, SnapshotReport, SnapshotRequest, StateName, Status, What,
 };
 use super::*;
 use ferry_migration::options::Options;
@@ -158,6 +158,13 @@ impl Control for Fake {
     fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal> {
         self.called(&format!("balloon {request:?}"))
     }
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal> {
+        self.called(&format!("snapshot {}", request.path.display()))?;
+        Ok(SnapshotReport {
+            path: request.path.clone(),
+            ..SnapshotReport::default()
+        })
+    }
 }
 
 pub fn report() -> Report {
@@ -271,7 +278,7 @@ impl Drop for Running {
         if let Some(t) = self.thread.take() {
             let _ = t.join();
         }
-        let faults = lock(&crate::api::openapi::FAULTS).clone();
+        let faults = lock(&crate::api::tests::openapi::FAULTS).clone();
         if !std::thread::panicking() {
             assert!(faults.is_empty(), "{faults:#?}");
         }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// The answer to `GET /v1/migrations`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Migrations {
     /// The newest last; the oldest are dropped beyond [`Migrations::KEPT`].
     pub migrations: Vec<MigrationRecord>,

@@ -61,6 +61,7 @@ pub struct Cpu {
 /// A guest's RAM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct MemoryConfiguration {
     /// Its size.
     pub bytes: u64,

@@ -10,6 +10,7 @@ use crate::memory::GuestRam;
 
 /// What a balloon holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BalloonInfo {
     /// Bytes that the guest was asked for.
     pub target_bytes: u64,

@@ -13,7 +13,7 @@ use ferry_migration::probe;
 use ferry_migration::wire::{AbortCode, Channel, Preamble, Role, SessionId};
 
 use super::engine::{await_source, drive};
-use super::{Active, Engine, POLL, ReceiveState, Shared};
+use super::{Active, Engine, POLL, Shared, Stage};
 use crate::migrate::arrival::Arrival;
 use crate::migrate::host::MachineHost;
 use crate::migrate::listener::Incoming;
@@ -153,15 +153,14 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
         let until = Instant::now() + SETTLING;
         let mut active = shared.active();
         loop {
-            match active.as_ref().map(|a| a.state) {
+            match active.as_ref().map(|a| a.stage) {
                 None => {
                     *active = Some(Active {
                         session: preamble.session,
                         secret,
                         data_channels: None,
                         missing_pages: None,
-                        state: ReceiveState::Receiving,
-                        told: false,
+                        stage: Stage::Receiving,
                         begun: Instant::now(),
                         policy: String::new(),
                         received_before: shared.received.load(Ordering::Relaxed),
@@ -169,17 +168,17 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
                     });
                     break None;
                 }
-                Some(ReceiveState::InDoubt) => {
+                Some(Stage::InDoubt) => {
                     break Some("a guest is in doubt here; end that with ferry recover first");
                 }
-                Some(ReceiveState::Done | ReceiveState::Following | ReceiveState::Interrupted) => {
+                Some(Stage::Done { .. } | Stage::Following | Stage::Interrupted) => {
                     break Some("this receiver has its guest; start another");
                 }
-                Some(_) if Instant::now() < until => {
+                Some(Stage::Receiving) if Instant::now() < until => {
                     let left = until.saturating_duration_since(Instant::now());
                     active = wait_timeout(&shared.changed, active, left);
                 }
-                Some(_) => break Some("another migration is arriving here"),
+                Some(Stage::Receiving) => break Some("another migration is arriving here"),
             }
         }
     };
@@ -289,7 +288,7 @@ fn parked(shared: &Shared, session: SessionId) -> Result<Box<Engine>, (AbortCode
     let until = Instant::now() + HANDSHAKE;
     let mut active = shared.active();
     if let Some(a) = active.as_ref().filter(|a| a.session == session)
-        && a.state == ReceiveState::Following
+        && a.stage == Stage::Following
         && let Some(missing_pages) = &a.missing_pages
     {
         // The source has dropped the old connection.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ferry_migration::destination::{DestinationError, State, Step};
 use ferry_migration::wire::SessionId;
 
-use super::{Active, Engine, POLL, ReceiveState, Shared};
+use super::{Active, Engine, POLL, Shared, Stage};
 use crate::migrate::arrival::Arrival;
 
 /// Waits until the source says that it knows that the guest runs here, and ends the listening: no
@@ -13,12 +13,11 @@ use crate::migrate::arrival::Arrival;
 /// on another.
 pub(super) fn await_source(shared: &Shared, session: SessionId) {
     // Where it is not here, a thread has it that does the same afterwards.
-    let waits = |active: &Active| {
-        active.state == ReceiveState::Done && active.told && active.parked.is_some()
-    };
+    let waits =
+        |active: &Active| active.stage == Stage::Done { told: true } && active.parked.is_some();
     if let Some(mut engine) = next_word(shared, session, waits) {
         let known = engine.take_acknowledgement();
-        park(&mut shared.active(), engine, ReceiveState::Done);
+        park(&mut shared.active(), engine, Stage::Done { told: true });
         shared.changed.notify_all();
         if known {
             shared.stop.set();
@@ -63,12 +62,10 @@ impl Drop for Driving<'_> {
         }
         let mut active = self.0.active();
         if let Some(a) = active.as_mut() {
-            match a.state {
-                ReceiveState::Following => a.state = ReceiveState::Interrupted,
-                ReceiveState::Interrupted | ReceiveState::Done => {}
-                ReceiveState::Waiting | ReceiveState::Receiving | ReceiveState::InDoubt => {
-                    *active = None;
-                }
+            match a.stage {
+                Stage::Following => a.stage = Stage::Interrupted,
+                Stage::Interrupted | Stage::Done { .. } => {}
+                Stage::Receiving | Stage::InDoubt => *active = None,
             }
         }
         self.0.changed.notify_all();
@@ -100,17 +97,17 @@ pub(super) fn drive(shared: &Arc<Shared>, engine: Box<Engine>) {
             }
             Ok(Step::Running) => {
                 let now = match engine.follows() {
-                    true => ReceiveState::Following,
-                    false => ReceiveState::Done,
+                    true => Stage::Following,
+                    false => Stage::Done { told: false },
                 };
                 let known = {
                     let mut guard = shared.active();
-                    let state = guard.as_mut().map(|a| &mut a.state);
-                    state.map(|s| std::mem::replace(s, now))
+                    let stage = guard.as_mut().map(|a| &mut a.stage);
+                    stage.map(|s| std::mem::replace(s, now))
                 };
                 // The source is told by the next step: it must not hear of the guest before its
                 // owner here does.
-                if matches!(known, Some(ReceiveState::Receiving | ReceiveState::InDoubt)) {
+                if matches!(known, Some(Stage::Receiving | Stage::InDoubt)) {
                     shared.arrived(&mut engine);
                 }
                 shared.changed.notify_all();
@@ -124,11 +121,12 @@ pub(super) fn drive(shared: &Arc<Shared>, engine: Box<Engine>) {
 
 fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationError>) {
     let why = error.map_or_else(String::new, |e| e.to_string());
-    let (state, arrival) = match engine.state() {
-        State::Running | State::Complete => {
-            let known = shared.active().as_ref().map(|a| a.state);
-            let followed = known == Some(ReceiveState::Following);
-            (ReceiveState::Done, followed.then_some(Arrival::Complete))
+    let (stage, arrival) = match engine.state() {
+        ended @ (State::Running | State::Complete) => {
+            let known = shared.active().as_ref().map(|a| a.stage);
+            let followed = known == Some(Stage::Following);
+            let told = ended == State::Complete;
+            (Stage::Done { told }, followed.then_some(Arrival::Complete))
         }
         State::Interrupted => {
             let left = engine.missing_pages().map_or(0, |a| a.left());
@@ -136,21 +134,18 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
                 "the guest runs here and lacks {left} pages, for the connection to the source is lost ({why}); it waits where \
                  it needs one; `ferry recover` at the source sends them"
             );
-            (
-                ReceiveState::Interrupted,
-                Some(Arrival::Interrupted(sentence)),
-            )
+            (Stage::Interrupted, Some(Arrival::Interrupted(sentence)))
         }
         State::InDoubt | State::Ready => {
             let why = format!(
                 "the guest is complete here and does not run, for the source fell silent before it handed it over ({why})"
             );
             let guest = shared.guest_in_doubt();
-            (ReceiveState::InDoubt, Some(Arrival::InDoubt { why, guest }))
+            (Stage::InDoubt, Some(Arrival::InDoubt { why, guest }))
         }
         State::Waiting | State::Filling | State::Discarded => {
             // Also after a doubt: the next one waits for this end, and is not refused.
-            enter(shared, ReceiveState::Receiving);
+            enter(shared, Stage::Receiving);
             // The memory of what had arrived goes first: the next migration needs it.
             drop(engine);
             // Heard of before the next may come, and its end with it.
@@ -163,17 +158,14 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
         }
     };
     // Heard of before the engine can be had: what comes of that is heard of later.
-    enter(shared, state);
+    enter(shared, stage);
     if let Some(arrival) = arrival {
         shared.tell(arrival);
     }
     let session = engine.session();
-    if let Some(active) = shared.active().as_mut() {
-        active.told = engine.state() == State::Complete;
-    }
-    park(&mut shared.active(), engine, state);
+    park(&mut shared.active(), engine, stage);
     shared.changed.notify_all();
-    if state == ReceiveState::InDoubt {
+    if stage == Stage::InDoubt {
         poll_parked(shared, session);
     }
 }
@@ -183,22 +175,22 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
 fn poll_parked(shared: &Arc<Shared>, session: SessionId) {
     // Where there is no engine another thread has it: a source that has reconnected, or an
     // operator. It may be parked again, in doubt as before.
-    let waits = |active: &Active| active.state == ReceiveState::InDoubt;
+    let waits = |active: &Active| active.stage == Stage::InDoubt;
     if let Some(engine) = next_word(shared, session, waits) {
         drive(shared, engine);
     }
 }
 
-fn enter(shared: &Shared, state: ReceiveState) {
+fn enter(shared: &Shared, stage: Stage) {
     if let Some(active) = shared.active().as_mut() {
-        active.state = state;
+        active.stage = stage;
     }
 }
 
-pub(super) fn park(active: &mut Option<Active>, engine: Box<Engine>, state: ReceiveState) {
+pub(super) fn park(active: &mut Option<Active>, engine: Box<Engine>, stage: Stage) {
     if let Some(active) = active {
         active.parked = Some(engine);
         active.data_channels = None;
-        active.state = state;
+        active.stage = stage;
     }
 }

@@ -44,10 +44,16 @@ impl Guest for Busy {
     fn recording(&self) -> Result<Box<dyn Recording>, String> {
         Err("none".into())
     }
-    fn balloon(&self) -> Option<BalloonStatus> {
-        Some(BalloonStatus::default())
+    fn balloon(&self) -> Option<&dyn GuestBalloon> {
+        Some(self)
     }
-    fn set_balloon(&self, _: &BalloonRequest) -> Result<(), String> {
+}
+
+impl GuestBalloon for Busy {
+    fn status(&self) -> BalloonStatus {
+        BalloonStatus::default()
+    }
+    fn set(&self, _: &BalloonRequest) -> Result<(), String> {
         self.wait();
         Ok(())
     }

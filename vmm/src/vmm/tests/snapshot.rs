@@ -55,7 +55,16 @@ impl Guest for Slow {
     fn recording(&self) -> Result<Box<dyn Recording>, String> {
         Err("there is none".into())
     }
-    fn snapshot(
+    fn snapshots(&self) -> Option<&dyn GuestSnapshots> {
+        Some(self)
+    }
+    fn missing(&self) -> Option<Missing> {
+        self.missing.clone()
+    }
+}
+
+impl GuestSnapshots for Slow {
+    fn save(
         &self,
         request: &SnapshotRequest,
         cancelled: &AtomicBool,
@@ -72,9 +81,6 @@ impl Guest for Slow {
             path: request.path.clone(),
             ..SnapshotReport::default()
         })
-    }
-    fn missing(&self) -> Option<Missing> {
-        self.missing.clone()
     }
 }
 

@@ -3,8 +3,8 @@
 //! The validator knows the keywords that the file uses and no others. It takes every object as
 //! closed: a field that the file does not describe is a fault, and so is one that no sample has.
 
-use super::routes::TABLE;
-use super::types::*;
+use crate::api::routes::TABLE;
+use crate::api::types::*;
 use crate::machine::{BalloonAuto, STATE_VERSION};
 use ferry_migration::options::{Compress, Handover, OnTimeout, Options, PolicyKind, Tracking};
 use ferry_migration::order::PushOrder;
@@ -19,7 +19,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
 static FILE: LazyLock<Value> =
-    LazyLock::new(|| serde_yaml_ng::from_str(include_str!("openapi.yaml")).unwrap());
+    LazyLock::new(|| serde_yaml_ng::from_str(include_str!("../openapi.yaml")).unwrap());
 
 /// What replies of tests had that the file does not describe.
 pub static FAULTS: Mutex<Vec<String>> = Mutex::new(Vec::new());

@@ -1,0 +1,3 @@
+//! The description of the control socket against what is served.
+
+pub mod openapi;
