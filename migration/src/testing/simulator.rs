@@ -127,39 +127,6 @@ pub struct Outcome {
 }
 
 impl Scenario {
-    /// A quiet migration.
-    #[must_use]
-    pub fn calm(seed: u64) -> Self {
-        Self {
-            seed,
-            pages: 512,
-            write_rate: 2_000.0,
-            working_set: 64,
-            walk: false,
-            zero_share: 0.3,
-            zero_writes: 0.1,
-            given_back: 0.0,
-            disk_blocks: 0,
-            flush_time: Duration::ZERO,
-            bandwidth: 100e6,
-            options: Options {
-                downtime: Duration::from_millis(5),
-                // Bytes are then a matter of pages alone.
-                compress: Compress::None,
-                ..Options::default()
-            },
-            racing_writes: 0.2,
-            shares: false,
-            faults: Vec::new(),
-            port_fault: None,
-            calls: Vec::new(),
-            recoveries: Vec::new(),
-            echoes: 0,
-            forgetful_log: false,
-            forgetful_disk: false,
-        }
-    }
-
     /// A random guest, link, options and faults.
     #[must_use]
     pub fn random(seed: u64) -> Self {
@@ -174,43 +141,7 @@ impl Scenario {
             bandwidth: 10e6 + rng.unit() * 200e6,
             ..Self::calm(seed)
         };
-        scenario.options = Options {
-            downtime: Duration::from_millis(rng.below(20)),
-            timeout: Duration::from_millis(200 + rng.below(2000)),
-            on_timeout: [OnTimeout::Stop, OnTimeout::Cancel, OnTimeout::Postcopy]
-                [usize::try_from(rng.below(3)).unwrap_or(0)],
-            max_rounds: rng
-                .chance(0.3)
-                .then(|| 1 + u32::try_from(rng.below(20)).unwrap_or(1)),
-            bandwidth: rng.chance(0.2).then(|| 5_000_000 + rng.below(50_000_000)),
-            verify: rng.chance(0.5),
-            max_pause: rng
-                .chance(0.3)
-                .then(|| Duration::from_millis(1 + rng.below(100))),
-            policy: [
-                PolicyKind::Precopy,
-                PolicyKind::Stord,
-                PolicyKind::Mplm,
-                PolicyKind::Postcopy,
-                PolicyKind::Hybrid,
-            ][usize::try_from(rng.below(5)).unwrap_or(0)],
-            order: [PushOrder::Demand, PushOrder::Flush, PushOrder::Bubble]
-                [usize::try_from(rng.below(3)).unwrap_or(0)],
-            pivots: 1 + u16::try_from(rng.below(5)).unwrap_or(0),
-            split: 1 + u32::try_from(rng.below(12)).unwrap_or(0),
-            turn_share: u32::try_from(rng.below(300)).unwrap_or(0),
-            sync: Duration::from_millis(rng.below(20)),
-            reorder: Some(rng.chance(0.3)),
-            compress: [
-                Compress::None,
-                Compress::Auto,
-                Compress::Zstd,
-                Compress::Delta,
-                Compress::Adaptive,
-            ][usize::try_from(rng.below(5)).unwrap_or(0)],
-            delta_cache: PAGE_BYTES * (1 + rng.below(2 * pages)),
-            ..Options::default()
-        };
+        scenario.options = random_options(&mut rng, pages);
         // Most faults early, where all messages of short migrations are; some anywhere.
         while rng.chance(if scenario.faults.is_empty() {
             0.85
@@ -263,6 +194,39 @@ impl Scenario {
         }
         scenario.echoes = u32::try_from(rng.below(4)).unwrap_or(0);
         scenario
+    }
+
+    /// A quiet migration.
+    #[must_use]
+    pub fn calm(seed: u64) -> Self {
+        Self {
+            seed,
+            pages: 512,
+            write_rate: 2_000.0,
+            working_set: 64,
+            walk: false,
+            zero_share: 0.3,
+            zero_writes: 0.1,
+            given_back: 0.0,
+            disk_blocks: 0,
+            flush_time: Duration::ZERO,
+            bandwidth: 100e6,
+            options: Options {
+                downtime: Duration::from_millis(5),
+                // Bytes are then a matter of pages alone.
+                compress: Compress::None,
+                ..Options::default()
+            },
+            racing_writes: 0.2,
+            shares: false,
+            faults: Vec::new(),
+            port_fault: None,
+            calls: Vec::new(),
+            recoveries: Vec::new(),
+            echoes: 0,
+            forgetful_log: false,
+            forgetful_disk: false,
+        }
     }
 }
 
@@ -468,6 +432,47 @@ fn operator(world: &Arc<Mutex<World>>, peer: &Arc<Mutex<Peer>>, violations: &mut
         {
             violations.push("an operator could not take over a complete guest".into());
         }
+    }
+}
+
+/// Options of a random scenario, for a guest of so many pages.
+fn random_options(rng: &mut Rng, pages: u64) -> Options {
+    Options {
+        downtime: Duration::from_millis(rng.below(20)),
+        timeout: Duration::from_millis(200 + rng.below(2000)),
+        on_timeout: [OnTimeout::Stop, OnTimeout::Cancel, OnTimeout::Postcopy]
+            [usize::try_from(rng.below(3)).unwrap_or(0)],
+        max_rounds: rng
+            .chance(0.3)
+            .then(|| 1 + u32::try_from(rng.below(20)).unwrap_or(1)),
+        bandwidth: rng.chance(0.2).then(|| 5_000_000 + rng.below(50_000_000)),
+        verify: rng.chance(0.5),
+        max_pause: rng
+            .chance(0.3)
+            .then(|| Duration::from_millis(1 + rng.below(100))),
+        policy: [
+            PolicyKind::Precopy,
+            PolicyKind::Stord,
+            PolicyKind::Mplm,
+            PolicyKind::Postcopy,
+            PolicyKind::Hybrid,
+        ][usize::try_from(rng.below(5)).unwrap_or(0)],
+        order: [PushOrder::Demand, PushOrder::Flush, PushOrder::Bubble]
+            [usize::try_from(rng.below(3)).unwrap_or(0)],
+        pivots: 1 + u16::try_from(rng.below(5)).unwrap_or(0),
+        split: 1 + u32::try_from(rng.below(12)).unwrap_or(0),
+        turn_share: u32::try_from(rng.below(300)).unwrap_or(0),
+        sync: Duration::from_millis(rng.below(20)),
+        reorder: Some(rng.chance(0.3)),
+        compress: [
+            Compress::None,
+            Compress::Auto,
+            Compress::Zstd,
+            Compress::Delta,
+            Compress::Adaptive,
+        ][usize::try_from(rng.below(5)).unwrap_or(0)],
+        delta_cache: PAGE_BYTES * (1 + rng.below(2 * pages)),
+        ..Options::default()
     }
 }
 

@@ -43,67 +43,8 @@ impl World {
             },
             "not all changes that were accepted were made, and no others",
         );
-        match report.status {
-            Status::Completed => {
-                must(
-                    self.destination_runs || self.destination_dead,
-                    "completed, but the destination does not run",
-                );
-                must(!self.source_runs, "completed, but the source runs");
-                must(report.error.is_none(), "completed with an error");
-                must(
-                    self.missing.as_ref().is_none_or(PageSet::is_empty),
-                    "completed, and pages are missing",
-                );
-            }
-            Status::Interrupted => {
-                must(
-                    self.committed && !self.source_runs,
-                    "interrupted, but the source was not committed",
-                );
-                must(
-                    self.destination_runs || self.destination_dead,
-                    "interrupted, but the destination does not run",
-                );
-                must(report.error.is_some(), "interrupted without a reason");
-            }
-            Status::Failed | Status::Cancelled => {
-                must(
-                    self.source_runs,
-                    "not completed, but the source does not run",
-                );
-                must(
-                    !self.destination_runs,
-                    "not completed, but the destination runs",
-                );
-                must(
-                    !self.committed || self.port_fault == Some(PortFault::Commit),
-                    "aborted after the commit",
-                );
-                must(report.error.is_some(), "not completed without a reason");
-            }
-            Status::InDoubt => {
-                must(
-                    self.committed && !self.source_runs,
-                    "in doubt, but the source was not committed",
-                );
-                if !self.destination_dead {
-                    let kept = matches!(
-                        peer.state(),
-                        Some(
-                            DestinationState::Ready
-                                | DestinationState::InDoubt
-                                | DestinationState::Running
-                                | DestinationState::Interrupted
-                                | DestinationState::Complete
-                        )
-                    );
-                    must(
-                        kept,
-                        "in doubt, and the destination has thrown the guest away",
-                    );
-                }
-            }
+        for (truth, what) in self.claims(report, peer) {
+            must(truth, what);
         }
         if !self.destination_dead && peer.state() == Some(DestinationState::Discarded) {
             must(
@@ -112,6 +53,56 @@ impl World {
             );
         }
         wrong
+    }
+
+    /// What the report's status says of both sides.
+    fn claims(&self, report: &Report, peer: &Peer) -> Vec<(bool, &'static str)> {
+        let there = self.destination_runs || self.destination_dead;
+        let failed = report.error.is_some();
+        match report.status {
+            Status::Completed => vec![
+                (there, "completed, but the destination does not run"),
+                (!self.source_runs, "completed, but the source runs"),
+                (!failed, "completed with an error"),
+                (
+                    self.missing.as_ref().is_none_or(PageSet::is_empty),
+                    "completed, and pages are missing",
+                ),
+            ],
+            Status::Interrupted => vec![
+                (
+                    self.committed && !self.source_runs,
+                    "interrupted, but the source was not committed",
+                ),
+                (there, "interrupted, but the destination does not run"),
+                (failed, "interrupted without a reason"),
+            ],
+            Status::Failed | Status::Cancelled => vec![
+                (
+                    self.source_runs,
+                    "not completed, but the source does not run",
+                ),
+                (
+                    !self.destination_runs,
+                    "not completed, but the destination runs",
+                ),
+                (
+                    !self.committed || self.port_fault == Some(PortFault::Commit),
+                    "aborted after the commit",
+                ),
+                (failed, "not completed without a reason"),
+            ],
+            Status::InDoubt => vec![
+                (
+                    self.committed && !self.source_runs,
+                    "in doubt, but the source was not committed",
+                ),
+                (
+                    self.destination_dead || keeps_the_guest(peer),
+                    "in doubt, and the destination has thrown the guest away",
+                ),
+            ],
+        }
     }
 
     pub const fn source_fate(&self) -> Fate {
@@ -135,4 +126,17 @@ impl World {
             Fate::Empty
         }
     }
+}
+
+fn keeps_the_guest(peer: &Peer) -> bool {
+    matches!(
+        peer.state(),
+        Some(
+            DestinationState::Ready
+                | DestinationState::InDoubt
+                | DestinationState::Running
+                | DestinationState::Interrupted
+                | DestinationState::Complete
+        )
+    )
 }

@@ -1,41 +1,25 @@
 //! The state of the simulated world: memories, pipes, time, who runs, and what goes wrong.
 
+mod destination;
+mod transport;
 mod writes;
+
+pub(super) use transport::{Connection, Side, weight_of};
 
 use super::disk::Disks;
 use super::fault::{ApiCall, Call, FaultKind, PortFault};
 use super::{Rng, Scenario};
-use crate::page::{Gfn, PAGE_BYTES, PageSet, RamLayout, Run};
+use crate::page::{Gfn, PageSet, RamLayout, Run};
 use crate::port::FreedPages;
 use crate::rng::Odds;
 use crate::source::Ownership;
 use crate::steering::{Change, Steering};
 use std::collections::VecDeque;
-use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// A connection: bytes on their way, and whether more will come.
-#[derive(Debug, Default)]
-pub(super) struct Connection {
-    pub to_destination: VecDeque<u8>,
-    pub to_source: VecDeque<u8>,
-    pub broken: bool,
-    pub stalled: bool,
-}
-
-/// Which end of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
-    Source,
-    Destination,
-}
-
 /// The machine's state: what must arrive unharmed.
 pub(super) const STATE: &[u8] = b"registers and devices of the simulated machine";
-
-/// What a message takes on a link that trickles.
-const SLOW: Duration = Duration::from_secs(2);
 
 /// What a dropped page shows in the simulated memory.
 const STALE: u64 = u64::MAX;
@@ -124,26 +108,9 @@ fn index(gfn: Gfn) -> usize {
 impl World {
     pub fn new(scenario: &Scenario) -> Self {
         let mut rng = Rng::new(scenario.seed ^ 0x5eed);
-        let low = scenario.pages.div_ceil(2);
-        let runs = if scenario.pages > low {
-            vec![Run::new(0, low), Run::new(low + 70, scenario.pages - low)]
-        } else {
-            vec![Run::new(0, low)]
-        };
-        let layout = RamLayout::new(runs).unwrap_or_else(|error| unreachable_layout(&error));
+        let layout = layout_of(scenario);
         let ram: Vec<Gfn> = layout.all().iter().collect();
-        let mut source_memory = vec![0; index(layout.end())];
-        let mut holes = PageSet::new(layout.end());
-        let mut next_version = 1;
-        for &gfn in &ram {
-            if !rng.chance(scenario.zero_share) {
-                source_memory[index(gfn)] = next_version;
-                next_version += 1;
-            } else if scenario.given_back > 0.0 {
-                // Never written.
-                holes.insert(gfn);
-            }
-        }
+        let (source_memory, holes, next_version) = memory_of(scenario, &layout, &ram, &mut rng);
         let mut hot = ram;
         for at in 0..hot.len() {
             let other = at + index(rng.below((hot.len() - at) as u64));
@@ -291,56 +258,6 @@ impl World {
         self.faults.push(super::Fault { at, ..fault });
     }
 
-    /// Whether the guest, at the destination, has to wait for this page.
-    fn faults_on(&mut self, gfn: Gfn) -> bool {
-        let faults =
-            self.destination_runs && self.missing.as_ref().is_some_and(|set| set.contains(gfn));
-        if faults {
-            self.blocked = Some(gfn);
-            self.faults_heard.push_back(gfn);
-            self.faults_taken += 1;
-        }
-        faults
-    }
-
-    /// What is here of these pages is stale and must not be read.
-    pub fn drop_stale(&mut self, pages: &PageSet) {
-        for gfn in pages.iter() {
-            self.destination_memory[index(gfn)] = STALE;
-        }
-    }
-
-    /// These pages are to follow the guest.
-    pub fn begin_post_copy(&mut self, missing: &PageSet) {
-        for gfn in missing.iter() {
-            if self.destination_memory[index(gfn)] != STALE {
-                self.violations
-                    .push(format!("page {gfn} is missing and was not dropped"));
-            }
-        }
-        self.missing = Some(missing.clone());
-    }
-
-    /// A page that has followed the guest.
-    pub fn place(&mut self, gfn: Gfn, version: u64) {
-        let expected = self.missing.as_mut().is_some_and(|set| set.remove(gfn));
-        if !expected {
-            self.violations.push(format!("page {gfn} was placed twice"));
-            return;
-        }
-        let sent = self.paused_memory[index(gfn)];
-        if sent != version {
-            self.violations.push(format!(
-                "lost write: page {gfn} followed as {version}, should be {sent}"
-            ));
-        }
-        self.destination_memory[index(gfn)] = version;
-        if self.blocked == Some(gfn) {
-            self.blocked = None;
-            self.write(gfn);
-        }
-    }
-
     /// A read of a page of the running or paused source. Without races the engine knows
     /// beforehand that it is empty.
     pub fn read(&mut self, gfn: Gfn) -> u64 {
@@ -436,112 +353,6 @@ impl World {
         self.port_fault == Some(PortFault::Run)
     }
 
-    /// Whether the process at this end has died.
-    pub fn is_dead(&self, side: Side) -> bool {
-        match side {
-            Side::Source => self.source_dead,
-            Side::Destination => self.destination_dead,
-        }
-    }
-
-    /// How long the link is busy with so many bytes.
-    pub fn takes(&self, weight: u64) -> Duration {
-        Duration::from_secs_f64(weight as f64 / self.bandwidth)
-            + Duration::from_micros(20)
-            + self.slow
-    }
-
-    /// Hands over what the link took of a message until its sender's deadline.
-    pub fn send_in_part(&mut self, side: Side, connection: usize, bytes: &[u8]) {
-        if !self.is_dead(side) && !self.connections[connection].broken {
-            let part = index(self.rng.below(bytes.len() as u64));
-            self.deliver(side, connection, &bytes[..part]);
-        }
-    }
-
-    /// Sends bytes; `weight` is how many bytes they stand for.
-    pub fn send(
-        &mut self,
-        side: Side,
-        connection: usize,
-        bytes: &[u8],
-        weight: u64,
-        guarded: usize,
-    ) -> io::Result<()> {
-        self.pass(self.takes(weight));
-        if self.is_dead(side) || self.connections[connection].broken {
-            return Err(io::ErrorKind::ConnectionReset.into());
-        }
-        let at = self.messages;
-        self.messages += 1;
-        let fault = self
-            .faults
-            .iter()
-            .find(|fault| fault.at == at)
-            .map(|fault| fault.kind);
-        match fault {
-            Some(FaultKind::CutBefore) => self.break_all(),
-            Some(FaultKind::LostSilently) => {
-                self.break_all();
-                return Ok(());
-            }
-            Some(FaultKind::CutWithin) => {
-                let keep = index(self.rng.below(bytes.len() as u64));
-                self.deliver(side, connection, &bytes[..keep]);
-                self.break_all();
-            }
-            Some(FaultKind::SourceDies) => {
-                self.source_dead = true;
-                self.source_runs = false;
-                self.break_all();
-            }
-            Some(FaultKind::DestinationDies) => {
-                self.destination_dead = true;
-                self.destination_runs = false;
-                self.break_all();
-            }
-            Some(FaultKind::Flip(bit)) => {
-                let range = if self.verified { bytes.len() } else { guarded };
-                let bit = bit as usize % (range * 8).max(1);
-                let mut bytes = bytes.to_vec();
-                if let Some(byte) = bytes.get_mut(bit / 8) {
-                    *byte ^= 1 << (bit % 8);
-                }
-                self.deliver(side, connection, &bytes);
-                return Ok(());
-            }
-            Some(FaultKind::Slow) => self.slow = SLOW,
-            Some(FaultKind::Stall) => {
-                for connection in &mut self.connections {
-                    connection.stalled = true;
-                }
-            }
-            Some(FaultKind::Cancel) => self.cancel(),
-            Some(FaultKind::CutAfter) => {
-                self.deliver(side, connection, bytes);
-                self.break_all();
-                return Ok(());
-            }
-            None => {}
-        }
-        if self.connections[connection].broken {
-            return Err(io::ErrorKind::ConnectionReset.into());
-        }
-        self.deliver(side, connection, bytes);
-        Ok(())
-    }
-
-    fn deliver(&mut self, from: Side, connection: usize, bytes: &[u8]) {
-        let connection = &mut self.connections[connection];
-        if connection.stalled {
-            return;
-        }
-        match from {
-            Side::Source => connection.to_destination.extend(bytes),
-            Side::Destination => connection.to_source.extend(bytes),
-        }
-    }
-
     /// What the guest may stand still for when the source ends the pause: its deadline, and the
     /// messages under way.
     fn check_pause(&mut self) {
@@ -554,13 +365,6 @@ impl World {
         {
             let wrong = format!("the guest stood still for {stood:?}, and {max:?} were allowed");
             self.violations.push(wrong);
-        }
-    }
-
-    /// Breaks every connection; what was on its way in both directions still arrives.
-    fn break_all(&mut self) {
-        for connection in &mut self.connections {
-            connection.broken = true;
         }
     }
 
@@ -584,86 +388,39 @@ impl World {
         self.source_runs = true;
         self.ran_since_shared |= self.shared;
     }
-
-    /// The destination's claim on shared memory, as the kernel would decide it.
-    pub fn claim(&mut self) -> Result<(), crate::port::PortError> {
-        if self.ran_since_shared {
-            return Err("the guest has run in this memory since".into());
-        }
-        if !(self.committed || self.source_dead) {
-            return Err("the source has the guest's memory".into());
-        }
-        self.destination_memory = self.source_memory.clone();
-        self.ran_since_shared = true;
-        Ok(())
-    }
-
-    /// What the destination has of a page.
-    pub fn at_destination(&self, gfn: Gfn) -> u64 {
-        let memory = if self.shared {
-            &self.source_memory
-        } else {
-            &self.destination_memory
-        };
-        memory[index(gfn)]
-    }
-
-    /// The destination puts a page in place.
-    pub fn fill(&mut self, gfn: Gfn, version: u64) {
-        if self.complete {
-            let wrong = format!("page {gfn} was written into a complete guest");
-            self.violations.push(wrong);
-        } else if self.shared {
-            let wrong = format!("page {gfn} was written into memory that the source's guest has");
-            self.violations.push(wrong);
-        } else {
-            self.destination_memory[index(gfn)] = version;
-        }
-    }
-
-    pub fn destination_starts(&mut self) {
-        if self.source_runs {
-            self.violations
-                .push("two owners: the destination started while the source runs".into());
-        }
-        let layout = self.layout.clone();
-        let mut here = layout.all();
-        if let Some(missing) = &self.missing {
-            here.subtract(missing);
-        }
-        for gfn in here.iter() {
-            let (sent, here) = (
-                self.paused_memory[index(gfn)],
-                self.destination_memory[index(gfn)],
-            );
-            if sent != here {
-                self.violations.push(format!(
-                    "lost write: page {gfn} is {here}, should be {sent}"
-                ));
-            }
-        }
-        self.violations.extend(self.disks.wrong());
-        self.starts += 1;
-        if self.starts > 1 {
-            self.violations
-                .push("the destination started the guest again".into());
-        }
-        if self.cancelled && !self.source_dead {
-            self.violations
-                .push("a guest started whose migration was cancelled".into());
-        }
-        // An operator who takes over from a source that went on and died goes back in time.
-        if self.disks.is_unflushed() && !self.source_dead {
-            let wrong = "the guest started on a disk that the source had not flushed";
-            self.violations.push(wrong.into());
-        }
-        self.destination_runs = true;
-    }
 }
 
-/// What pages weigh on the link.
-pub(super) const fn weight_of(head: usize, pages: u64) -> u64 {
-    head as u64 + pages * PAGE_BYTES
+/// RAM in two pieces where there are pages for that.
+fn layout_of(scenario: &Scenario) -> RamLayout {
+    let low = scenario.pages.div_ceil(2);
+    let runs = if scenario.pages > low {
+        vec![Run::new(0, low), Run::new(low + 70, scenario.pages - low)]
+    } else {
+        vec![Run::new(0, low)]
+    };
+    RamLayout::new(runs).unwrap_or_else(|error| unreachable_layout(&error))
+}
+
+/// What the guest's memory holds at first, which pages of it were never written, and the next
+/// version of a page.
+fn memory_of(
+    scenario: &Scenario,
+    layout: &RamLayout,
+    ram: &[Gfn],
+    rng: &mut Rng,
+) -> (Vec<u64>, PageSet, u64) {
+    let mut memory = vec![0; index(layout.end())];
+    let mut holes = PageSet::new(layout.end());
+    let mut next_version = 1;
+    for &gfn in ram {
+        if !rng.chance(scenario.zero_share) {
+            memory[index(gfn)] = next_version;
+            next_version += 1;
+        } else if scenario.given_back > 0.0 {
+            holes.insert(gfn);
+        }
+    }
+    (memory, holes, next_version)
 }
 
 /// The simulated layout is made above; a wrong one is a mistake in this file.
