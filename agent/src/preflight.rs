@@ -14,7 +14,7 @@ use std::path::Path;
 /// The most disks or network cards of a guest.
 const MOST_DEVICES: usize = 16;
 
-/// Checks a guest that is to come.
+/// Checks whether a guest can come to this host.
 ///
 /// # Errors
 /// All that is wrong, in a sentence each.

@@ -28,7 +28,7 @@ use tokio_rustls::TlsAcceptor;
 const CONNECTIONS: usize = 64;
 /// How long a handshake, and each request's head, may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a client that is refused may take to hear why.
+/// How long a refused client may take to read why.
 const LAST_WORD: Duration = Duration::from_secs(1);
 /// How long a connection may last.
 const LONGEST: Duration = Duration::from_secs(120);
@@ -79,7 +79,7 @@ pub struct Listening {
     pub page: Option<String>,
 }
 
-/// Serves until the process ends; `listening` hears where.
+/// Serves until the process ends; calls `listening` with the address.
 ///
 /// # Errors
 /// [`ServeError`].
@@ -315,7 +315,7 @@ async fn stop_guest(Path(name): Path<String>) -> Result<StatusCode, Failure> {
     .await
 }
 
-/// Checks a guest that is to come, and starts its receiver.
+/// Checks whether a guest can come, and starts its receiver.
 async fn receive(
     State(shared): State<Arc<Shared>>,
     Extension(here): Extension<IpAddr>,

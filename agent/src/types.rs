@@ -21,7 +21,7 @@ pub struct Host {
     pub guests: Vec<String>,
 }
 
-/// The body of `POST /v1/receivers`: a guest that is to come.
+/// The body of `POST /v1/receivers`: the guest to receive.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Wanted {

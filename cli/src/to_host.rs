@@ -90,7 +90,7 @@ pub fn check_version(host: &Host, place: &str) -> Result<(), Failure> {
 }
 
 /// Has a receiver prepared, moves the guest to it, and has it ended where the guest stayed.
-/// `events` hears of the migration.
+/// `events` takes the migration's events.
 pub fn move_to(
     agent: &Agent,
     client: &Client,

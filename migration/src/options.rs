@@ -188,8 +188,8 @@ pub enum Handover {
 
 /// The options of one migration; [`Default`] is what `ferry migrate` does without flags.
 ///
-/// Built by functional update, `Options { …, ..Options::default() }`: a new field has a default and breaks no
-/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
+/// Built by functional update, `Options { …, ..Options::default() }`:
+/// a new field has a default and breaks no caller. `#[non_exhaustive]` would forbid just that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {

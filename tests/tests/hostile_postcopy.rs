@@ -467,7 +467,7 @@ fn keeps_its_pages(name: &str, uri: &str, expected: &str) {
     assert_eq!(source.ends(), Some(0));
 }
 
-/// Destinations that claim to lack what cannot be when the source reconnects.
+/// Destinations that claim that pages are missing which cannot be, when the source reconnects.
 #[test]
 fn a_source_does_not_believe_every_lack() {
     if !guests_run() {
@@ -511,7 +511,7 @@ fn a_source_does_not_believe_every_lack() {
     }
 }
 
-/// A destination that lacks what it had, at a source that has given it back.
+/// A destination that lost what it had, at a source that has given it back.
 #[test]
 fn a_source_sends_nothing_that_it_has_given_back() {
     if !guests_run() {

@@ -91,7 +91,8 @@ fn waits_for_pages(source: &Host, destination: &Host) {
     source.reaches(State::Interrupted);
     let told = source.client().status().unwrap().explanation;
     assert!(
-        told.contains("lacks pages that are only here") && told.contains("`ferry recover`"),
+        told.contains("pages that are only here are missing there")
+            && told.contains("`ferry recover`"),
         "{told}"
     );
     blocked(destination);
@@ -104,7 +105,7 @@ fn waits_for_pages(source: &Host, destination: &Host) {
     assert_eq!(source.state(), State::Interrupted);
 }
 
-/// The destination says that it lacks pages and that none comes, and a processor of the guest waits
+/// The destination says that pages are missing and that none comes; a processor of the guest waits
 /// for one.
 fn blocked(destination: &Host) {
     until("the guest waits for a page that does not come", || {
@@ -120,7 +121,7 @@ fn blocked(destination: &Host) {
     assert_eq!(status.state, State::Running);
     let told = &status.explanation;
     assert!(
-        told.contains("lacks") && told.contains("`ferry recover` at the source"),
+        told.contains("of its pages are missing") && told.contains("`ferry recover` at the source"),
         "{told}"
     );
     let before = missing(destination).unwrap();
@@ -358,7 +359,7 @@ fn a_killed_destination_takes_the_guest_with_it() {
     assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
 }
 
-/// The source dies with the pages: the destination says what it lacks, and can be ended although
+/// The source dies with the pages: the destination says what is missing, and can be ended although
 /// its processors wait.
 #[test]
 fn a_killed_source_leaves_the_guest_waiting() {

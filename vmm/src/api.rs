@@ -111,7 +111,7 @@ pub trait Control: Send + Sync + 'static {
     /// [`Refusal`] when the guest does not run here.
     fn power_button(&self) -> Result<(), Refusal>;
 
-    /// Asks the running migration to give up.
+    /// Cancels the running migration.
     ///
     /// # Errors
     /// [`Refusal`] when none runs.

@@ -291,7 +291,7 @@ impl Machine {
         (0..self.virtio.len()).filter_map(devices::place).collect()
     }
 
-    /// Flushes the disks and gives up their locks: the guest goes on elsewhere. To be called while
+    /// Flushes and unlocks the disks: the guest goes on elsewhere. To be called while
     /// it is paused; a resume takes the locks again, or fails.
     ///
     /// # Errors
@@ -413,7 +413,7 @@ impl Machine {
         self.virtio.console_input(bytes)
     }
 
-    /// Says how large the console's terminal is. Whether that was heard: a machine that has no
+    /// Says how large the console's terminal is. Whether the console took it: a machine that has no
     /// console, is paused, or whose console is at work does not.
     pub fn set_console_size(&self, columns: u16, rows: u16) -> bool {
         self.virtio.set_console_size(columns, rows)

@@ -76,7 +76,7 @@ use crate::memory::{UserfaultError, available_memory};
 use guest::{CommittedMachine, MachineGuest};
 use link::Dial;
 
-/// Shared with the thread that migrates: others look on and cancel.
+/// Shared with the thread that migrates, for progress and cancelling.
 #[derive(Clone, Debug, Default)]
 pub struct Handle {
     inner: Arc<HandleInner>,

@@ -1,4 +1,4 @@
-//! What a break-in reaches: the calling process gives up what a VMM does not need.
+//! What a break-in reaches: the calling process drops the rights that a VMM does not need.
 //!
 //! [`enter`] is the process's own step, before it starts its first thread:
 //!

@@ -19,7 +19,7 @@
 //! ```
 //!
 //! `Moved` and `InDoubt` have no way back by `resume`: there may be a second copy of the guest that
-//! runs. In `Interrupted` there is one: it lacks pages that only this side has. Only an operator
+//! runs. In `Interrupted` there is one: pages that only this side has are missing there. Only an operator
 //! who says so (`take_over`) lets a guest in doubt run here; the same holds for `ArrivalInDoubt`,
 //! which is what the destination has of the same doubt.
 //!
@@ -244,7 +244,7 @@ impl Vmm {
         console.map_or(bytes.len(), |console| console.input(bytes))
     }
 
-    /// Says how large the terminal at the guest's virtio console is; whether that was heard.
+    /// Says how large the terminal at the guest's virtio console is; whether the console took it.
     pub fn set_console_size(&self, columns: u16, rows: u16) -> bool {
         let guest = self.core.lock().guest.clone();
         let console = guest.as_deref().and_then(Guest::console);
@@ -275,9 +275,8 @@ impl Vmm {
         &self.core.finished
     }
 
-    /// The guest has moved, and this VMM lingers: gives up what it holds of the guest here, and
-    /// hears of a further [finish](Self::finished_event) once it is [asked to
-    /// end](Self::is_released).
+    /// The guest has moved, and this VMM lingers: drops what it holds of the guest here. The
+    /// [event](Self::finished_event) is set again once it is [asked to end](Self::is_released).
     pub fn linger(&self) {
         let guest = self.core.lock().guest.take();
         // Outside the lock, as a machine's threads are waited for when the last holder drops it.
@@ -304,7 +303,7 @@ impl Vmm {
 }
 
 impl Inner {
-    /// Every change of state goes through here: listeners hear of it.
+    /// Every change of state goes through here: listeners are told.
     fn enter(&mut self, state: State) {
         self.state = state;
         let event = self.state_event();
@@ -356,7 +355,7 @@ impl Core {
             }
             State::Migrating { to, handle, .. } => {
                 if !handle.cancel() {
-                    // What is here may be the only copy of pages that the guest lacks there.
+                    // This side may have the only copy of pages that are missing there.
                     return Err(format!(
                         "cannot end the guest: it was just handed over to {to}; this VMM ends by itself when the guest \
                          has all of its memory there"

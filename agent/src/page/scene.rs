@@ -1,5 +1,4 @@
-//! What the page shows: guests, their migrations and the peers, as the threads that watch them have
-//! heard last.
+//! What the page shows: guests, their migrations and the peers, as their watchers last saw them.
 
 use super::View;
 use crate::types::Host;

@@ -77,7 +77,7 @@ fn look(scene: &Arc<Scene>) -> Result<(), String> {
                 }
             }
         }
-        // The folder may not be there yet, and inotify tells nothing of one that is to come.
+        // The folder may not exist yet, and inotify reports nothing for a missing one.
         std::thread::sleep(LOOK);
     }
 }
@@ -153,7 +153,7 @@ fn silent(name: &str, error: &ClientError) -> Guest {
 fn ask(scene: &Scene, at: usize, place: &str, tls: &Path) -> Result<(), String> {
     loop {
         if !scene.is_looked_at() {
-            // The folder may not be there yet, and inotify tells nothing of one that is to come.
+            // The folder may not exist yet, and inotify reports nothing for a missing one.
             std::thread::sleep(LOOK);
             continue;
         }

@@ -10,7 +10,7 @@ pub const BLOCK: u64 = 64 << 10;
 
 /// A bitmap of written blocks of 64 KiB, off at first.
 ///
-/// A write is marked when it is done and before the guest hears of it. So a caller that
+/// A write is marked when it is done and before the guest sees its completion. So a caller that
 /// [takes](Self::take) the bits and then copies the blocks has the newest bytes, or finds the bit
 /// set again.
 #[derive(Debug, Default)]

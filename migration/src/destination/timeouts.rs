@@ -7,8 +7,8 @@ pub(super) const TICK: Duration = Duration::from_millis(100);
 
 /// How long the destination waits for the source.
 ///
-/// Built by functional update, `Timeouts { …, ..Timeouts::default() }`: a new field has a default and breaks no
-/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
+/// Built by functional update, `Timeouts { …, ..Timeouts::default() }`:
+/// a new field has a default and breaks no caller. `#[non_exhaustive]` would forbid just that.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
     /// For all of the handshake, until the machine is built.

@@ -56,8 +56,8 @@ impl WriteAt for Mutex<Vec<u8>> {
 
 /// How a snapshot is written.
 ///
-/// Built by functional update, `SaveOptions { …, ..SaveOptions::default() }`: a new field has a default and breaks no
-/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
+/// Built by functional update, `SaveOptions { …, ..SaveOptions::default() }`:
+/// a new field has a default and breaks no caller. `#[non_exhaustive]` would forbid just that.
 #[derive(Clone, Copy, Debug)]
 pub struct SaveOptions {
     /// How pages are made smaller. Differences are never used.

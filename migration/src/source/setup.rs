@@ -11,8 +11,8 @@ use std::time::Duration;
 
 /// How long the engine waits for a peer.
 ///
-/// Built by functional update, `Timeouts { …, ..Timeouts::default() }`: a new field has a default and breaks no
-/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
+/// Built by functional update, `Timeouts { …, ..Timeouts::default() }`:
+/// a new field has a default and breaks no caller. `#[non_exhaustive]` would forbid just that.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
     /// For the whole handshake: the destination builds the machine meanwhile.
@@ -51,7 +51,7 @@ impl Default for Timeouts {
 
 /// What the engine works with.
 ///
-/// Not `#[non_exhaustive]`: no field has a default, and a migration runs without none of them.
+/// Not `#[non_exhaustive]`: a migration needs every field, and none has a default.
 pub struct Setup<'a, L: Link> {
     /// Opens a channel: the role and its index.
     pub connect: &'a mut dyn FnMut(Role, u16) -> io::Result<L>,

@@ -203,7 +203,7 @@ impl Client {
     /// [`ClientError`].
     pub fn recover(&self, request: &RecoverRequest) -> Result<(), ClientError> {
         let body = self.to_json(request)?;
-        // No timeout: what the destination lacks is sent before the answer comes.
+        // No timeout: missing pages are sent before the answer comes.
         self.request("PUT", "/v1/recover", Some(body), None)
             .map(drop)
     }

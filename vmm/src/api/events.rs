@@ -114,7 +114,7 @@ impl<T> Publisher<T> {
         self.subscribe_after(None)
     }
 
-    /// One more listener, which hears `first` and then what comes.
+    /// One more listener: it gets `first`, then every later event.
     pub fn subscribe_after(&mut self, first: Option<T>) -> Subscription<T> {
         let shared = Shared::new(first.into_iter().collect(), false);
         self.listeners.push(Arc::clone(&shared));

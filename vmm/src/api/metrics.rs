@@ -292,7 +292,7 @@ fn running(page: &mut Page, status: &Status, dirty_rate: Option<f64>) {
     );
     page.gauge(
         "ferry_migration_pending_bytes",
-        "RAM that the destination lacks or has stale.",
+        "RAM that is missing or stale at the destination.",
         progress.pending_pages.saturating_mul(PAGE_BYTES),
     );
     page.gauge(

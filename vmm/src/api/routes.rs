@@ -258,7 +258,7 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
     })
 }
 
-/// A JSON answer, newline-terminated for those who read it in a terminal.
+/// A JSON answer, newline-terminated for terminals.
 pub fn json<T: Serialize>(status: u16, value: &T) -> Answer {
     match serde_json::to_vec(value) {
         Ok(mut body) => {

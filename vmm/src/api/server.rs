@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 
 /// How many and how long.
 ///
-/// Built by functional update, `Limits { …, ..Limits::default() }`: a new field has a default and breaks no
-/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
+/// Built by functional update, `Limits { …, ..Limits::default() }`:
+/// a new field has a default and breaks no caller. `#[non_exhaustive]` would forbid just that.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// Connections at a time. A further one takes the place of the one that has been without a

@@ -39,7 +39,7 @@ pub enum StateName {
     /// The guest was handed over and not confirmed, or is complete here and was not handed over: it
     /// does not run here.
     InDoubt,
-    /// The guest runs at the destination and lacks pages that are only here.
+    /// The guest runs at the destination; pages that only this side has are missing there.
     Interrupted,
     /// The guest has ended.
     Ended,
@@ -200,8 +200,8 @@ pub struct TlsFiles {
 
 /// The body of `PUT /v1/migrate`.
 ///
-/// Built by functional update, `MigrateRequest { …, ..MigrateRequest::default() }`: a new field has a default and breaks no
-/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
+/// Built by functional update, `MigrateRequest { …, ..MigrateRequest::default() }`:
+/// a new field has a default and breaks no caller. `#[non_exhaustive]` would forbid just that.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateRequest {

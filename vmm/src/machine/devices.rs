@@ -123,8 +123,8 @@ impl NetOptions {
 
 /// What is behind the guest's memory and virtio devices on this host.
 ///
-/// Built by functional update, `Backends { …, ..Backends::default() }`: a new field has a default and breaks no
-/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
+/// Built by functional update, `Backends { …, ..Backends::default() }`:
+/// a new field has a default and breaks no caller. `#[non_exhaustive]` would forbid just that.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Backends {
     /// What its memory is made of.

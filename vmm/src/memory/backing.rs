@@ -69,8 +69,8 @@ impl FromStr for Backing {
 
 /// How guest memory is made on this host.
 ///
-/// Built by functional update, `MemoryOptions { …, ..MemoryOptions::default() }`: a new field has a default and breaks no
-/// caller. `#[non_exhaustive]` would forbid just that outside this crate.
+/// Built by functional update, `MemoryOptions { …, ..MemoryOptions::default() }`:
+/// a new field has a default and breaks no caller. `#[non_exhaustive]` would forbid just that.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryOptions {
     /// What it is made of.

@@ -342,7 +342,7 @@ impl Userfault {
         error.map_or(Ok(result), Err)
     }
 
-    /// Lets those who wait for pages of one region look again: for pages that came another way than
+    /// Wakes threads that wait for pages of one region: for pages that came another way than
     /// by [`place`](Self::place). Who finds the page absent still is reported again.
     ///
     /// # Errors

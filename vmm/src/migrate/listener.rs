@@ -229,7 +229,7 @@ impl<F: Fn(Incoming)> MutEventSubscriber for Accepting<'_, F> {
         }
     }
 
-    /// The loop adds what there is to wait for, and hears where that fails.
+    /// Adds what the loop waits for; returns why that fails.
     fn init(&mut self, _: &mut EventOps) {}
 }
 

@@ -61,7 +61,7 @@ pub enum ReceiveState {
     InDoubt,
     /// A guest runs here, and its pages follow.
     Following,
-    /// A guest runs here and lacks pages: the connection to the source is lost.
+    /// A guest runs here, pages are missing, and the connection to the source is lost.
     Interrupted,
     /// A guest has arrived.
     Done,
@@ -87,8 +87,8 @@ struct Active {
     parked: Option<Box<Engine>>,
 }
 
-/// Where a migration stands that has begun. Whom the guest belongs to is the engine's to say: this
-/// follows it, for those who look on and for the connections that come.
+/// Where a migration stands that has begun. The engine's phase says who owns the guest; this follows
+/// it, for status requests and new connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Receiving,
@@ -135,7 +135,7 @@ pub(super) struct Shared {
 /// Listens for migrations until it is dropped.
 pub struct Receiver {
     shared: Arc<Shared>,
-    /// Where no owner hears of arrivals.
+    /// Where the receiver has no owner.
     arrivals: Option<Mutex<mpsc::Receiver<Arrival>>>,
     uri: Uri,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -143,7 +143,7 @@ pub struct Receiver {
 
 impl Receiver {
     /// Listens on `uri` for a guest without disks and network cards; `serial` makes its console.
-    /// What happens is heard by [`wait`](Self::wait).
+    /// [`wait`](Self::wait) returns what happens.
     ///
     /// # Errors
     /// [`ReceiveError`].
@@ -225,8 +225,8 @@ impl Receiver {
         &self.uri
     }
 
-    /// Waits for the next thing to happen; `None` when nothing did in time, and where an owner
-    /// hears of it instead.
+    /// Waits for the next thing to happen; `None` when nothing did in time, and where an owner is
+    /// told instead.
     #[must_use]
     pub fn wait(&self, timeout: Duration) -> Option<Arrival> {
         lock(self.arrivals.as_ref()?).recv_timeout(timeout).ok()

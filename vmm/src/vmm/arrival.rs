@@ -74,7 +74,7 @@ impl Vmm {
         }
     }
 
-    /// News of the migration `session` that arrives, for those who look on.
+    /// News of the migration `session` that arrives, for the feed.
     pub fn incoming(
         &self,
         session: &str,
@@ -96,7 +96,7 @@ impl Vmm {
         inner.history.arrives(session, policy, status, incoming);
     }
 
-    /// What became of a connection, or of a migration that arrives, for those who look on.
+    /// What became of a connection, or of a migration that arrives, for the feed.
     pub fn tell_arrival(&self, outcome: ArrivalOutcome, explanation: String) {
         self.core.feed.tell(|| What::Arrival {
             outcome,

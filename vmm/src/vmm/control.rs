@@ -40,8 +40,8 @@ pub(super) fn explanation(state: &State, missing: Option<&Missing>) -> String {
                 ..
             }),
         ) => format!(
-            "the guest runs here and lacks {pages} pages ({waiting} waits for one), for the connection to the source is \
-             lost ({why}); `ferry recover` at the source sends them"
+            "the guest runs here and {pages} of its pages are missing ({waiting} waits for one): the connection to the source \
+             is lost ({why}); `ferry recover` at the source sends them"
         ),
         (state, _) => state.explanation(),
     }
@@ -195,7 +195,7 @@ impl Control for Vmm {
         // A panic of the engine is caught below it, where its report is made.
         let failure = |why| tracing::error!("the end of a migration could not be booked: {why}");
         let before = inner.migration.replace(id.clone());
-        // Listeners hear of the state before they hear of the migration.
+        // Listeners are told of the state before the migration.
         inner.enter(State::Migrating {
             to: request.uri.clone(),
             handle,

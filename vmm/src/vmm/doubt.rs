@@ -44,8 +44,8 @@ impl Core {
             }
             (State::Interrupted(Lost { to, .. }), _) => {
                 return Err(Refusal::Conflict(format!(
-                    "the guest runs at {to}: a second copy would destroy its data; `ferry recover` sends it the pages that \
-                     it lacks"
+                    "the guest runs at {to}: a second copy would destroy its data; `ferry recover` sends it the pages \
+                     that are missing there"
                 )));
             }
             (State::InDoubt(Lost { session, .. }), Some(guest)) => {
@@ -73,7 +73,7 @@ impl Core {
         Ok(())
     }
 
-    /// Without the lock while the destination is asked and sent what it lacks: that may take long.
+    /// Without the lock while the destination is asked and sent missing pages: that may take long.
     pub(super) fn ask_again(&self, request: &RecoverRequest) -> Result<(), Refusal> {
         drop(self.answered());
         let Some(question) = self.begin_asking(request, false)? else {

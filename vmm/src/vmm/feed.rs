@@ -58,7 +58,7 @@ impl Feed {
         *lock(&self.publisher) = None;
     }
 
-    /// One more listener, which hears `first` first.
+    /// One more listener: it gets `first`, then every later event.
     pub(super) fn subscribe(&self, first: What) -> Result<Subscription<Notice>, Refusal> {
         let first = Some(Notice::now(first));
         let mut publisher = lock(&self.publisher);

@@ -71,7 +71,7 @@ pub trait Guest: Send + Sync + 'static {
     fn migration(&self, uri: &str, security: &Security) -> Result<Box<dyn Migration>, String>;
 
     /// Prepares to tell the destination of a migration in doubt once more that the guest is its
-    /// own, and to send what it lacks.
+    /// own, and to send the missing pages.
     ///
     /// # Errors
     /// A sentence about the URI or its security. Without any given it is that of the migration.
@@ -174,7 +174,7 @@ pub trait TakeOver: Send + Sync {
 
 /// A migration that has not begun.
 pub trait Migration: Send {
-    /// For others to look on and cancel, before it begins and while it runs.
+    /// For progress and cancelling, before it begins and while it runs.
     fn handle(&self) -> Arc<dyn MigrationHandle>;
 
     /// Migrates; blocks until the end. Afterwards the guest runs on here as before, unless the
@@ -185,7 +185,7 @@ pub trait Migration: Send {
 
 /// A running migration, for others.
 pub trait MigrationHandle: Send + Sync {
-    /// Asks it to give up; false, and without effect, after the commit.
+    /// Cancels it; false, and without effect, after the commit.
     fn cancel(&self) -> bool;
     /// Changes what its options say.
     ///

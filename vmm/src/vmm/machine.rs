@@ -121,7 +121,7 @@ impl MachineGuest {
         }
     }
 
-    /// From now on the VMM hears of the guest's own end.
+    /// From now on the VMM is told when the guest ends by itself.
     ///
     /// # Errors
     /// No thread can be started.
@@ -171,7 +171,7 @@ impl Guest for MachineGuest {
     fn pause(&self) -> Result<(), String> {
         if let Some(missing) = self.missing().filter(|missing| missing.lost.is_some()) {
             return Err(format!(
-                "the guest lacks {} pages and may be waiting for one, which a pause cannot end; \
+                "{} pages of the guest are missing here; it may be waiting for one, which a pause cannot end; \
                  `ferry recover` at the source brings them",
                 missing.pages
             ));

@@ -75,7 +75,7 @@ pub(super) enum State {
     },
     /// Handed over, and the destination did not confirm.
     InDoubt(Lost),
-    /// The guest runs at the destination and lacks pages that are here.
+    /// The guest runs at the destination; pages that this side has are missing there.
     Interrupted(Lost),
     Ended(Ending),
 }
@@ -163,7 +163,7 @@ impl State {
                 format!("the guest was migrated to {to} and never runs here again")
             }
             Self::Interrupted(Lost { to, .. }) => format!(
-                "the guest runs at {to} and lacks pages that are only here, for the connection was lost; \
+                "the guest runs at {to}, and pages that are only here are missing there: the connection was lost; \
                  `ferry recover` sends them (give it the address if the destination has moved)"
             ),
             Self::InDoubt(Lost { to, .. }) => format!(

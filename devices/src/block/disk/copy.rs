@@ -1,9 +1,9 @@
 //! A disk that is copied to another host, or arrives as a copy.
 //!
 //! The source reads it past the device while the guest uses it: every write is marked in
-//! [`WrittenBlocks`] when it is done and before the guest hears of it, so what was read too early,
-//! or half, is found marked later and read again; a pause waits for the requests that have begun,
-//! and with them for their marks.
+//! [`WrittenBlocks`] when it is done and before the guest sees its completion. So what was read too
+//! early, or half, is found marked later and read again; a pause waits for the requests that have
+//! begun, and with them for their marks.
 //!
 //! The destination's file is made where there is none. One that is there must have exactly the
 //! disk's size and is overwritten; its lock is held from the first moment, so that the source's own

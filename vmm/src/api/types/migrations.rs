@@ -102,7 +102,7 @@ pub enum RecordStatus {
     Cancelled,
     /// Neither side runs the guest by itself.
     InDoubt,
-    /// The guest runs at the destination and lacks pages that are only at the source.
+    /// The guest runs at the destination; pages that only the source has are missing there.
     Interrupted,
 }
 

@@ -64,7 +64,7 @@ impl BalloonInfo {
 /// then, is either what the page still holds in the end or is followed by 2 or by 4, which make it
 /// dirty again: contents that were read before 1 are overwritten by zeros, zeros that were read
 /// before 4 by what the guest wrote. The order of 1 and 2 matters: were the mark first, a sender
-/// could clear it, read the old contents, and never hear of the hole.
+/// could clear it, read the old contents, and never notice the hole.
 ///
 /// The pause stops the vCPUs, then the device, then collects dirt for the last time: so a request
 /// has either come through to 3, and its marks are collected, or it lies in the queue untouched and

@@ -31,7 +31,7 @@ struct Shared {
     ram: u64,
     news: Mutex<News>,
     changed: Condvar,
-    /// What was last known of the balloon, for those who ask while the device is at work.
+    /// The balloon as last seen: a status reads it while the device is at work.
     known: Mutex<BalloonInfo>,
 }
 

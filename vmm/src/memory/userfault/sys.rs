@@ -262,7 +262,7 @@ pub(super) fn unregister(fd: &OwnedFd, start: u64, len: u64) -> io::Result<()> {
     done(unsafe { ioctl_with_ref(fd, UFFDIO_UNREGISTER(), &range) })
 }
 
-/// Lets those who wait for a page of a range look again.
+/// Wakes threads that wait for a page of a range, so that they look again.
 pub(super) fn wake(fd: &OwnedFd, start: u64, len: u64) -> io::Result<()> {
     let range = uffdio_range { start, len };
     // SAFETY: the ioctl reads one uffdio_range, whose layout is asserted above, and changes no byte

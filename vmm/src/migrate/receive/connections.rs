@@ -148,8 +148,8 @@ fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Pr
         Err(error) => return refuse(channel, AbortCode::GaveUp, &error.to_string()),
     };
     let busy = {
-        // A migration that failed is heard of at its source before its memory here is freed:
-        // a source that retries at once waits for that instead of being refused.
+        // A source learns that its migration failed before its memory here is freed: one that
+        // retries at once waits for that instead of being refused.
         let until = Instant::now() + SETTLING;
         let mut active = shared.active();
         loop {

@@ -131,8 +131,8 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
         State::Interrupted => {
             let left = engine.missing_pages().map_or(0, |a| a.left());
             let sentence = format!(
-                "the guest runs here and lacks {left} pages, for the connection to the source is lost ({why}); it waits where \
-                 it needs one; `ferry recover` at the source sends them"
+                "the guest runs here and {left} of its pages are missing: the connection to the source is lost ({why}); it waits \
+                 where it needs one; `ferry recover` at the source sends them"
             );
             (Stage::Interrupted, Some(Arrival::Interrupted(sentence)))
         }
@@ -148,7 +148,7 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
             enter(shared, Stage::Receiving);
             // The memory of what had arrived goes first: the next migration needs it.
             drop(engine);
-            // Heard of before the next may come, and its end with it.
+            // The owner is told before the next migration may come, and report its own end.
             shared.tell(Arrival::Failed(format!(
                 "a migration ended and the source keeps its guest: {why}"
             )));
@@ -157,7 +157,7 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
             return;
         }
     };
-    // Heard of before the engine can be had: what comes of that is heard of later.
+    // The owner is told before another thread can take the engine: what that thread reports follows.
     enter(shared, stage);
     if let Some(arrival) = arrival {
         shared.tell(arrival);
@@ -170,7 +170,7 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
     }
 }
 
-/// A source that was only slow commits, or gives up, on the connection that it has: polls the
+/// A source that was only slow commits, or aborts, on the connection that it has: polls the
 /// parked engine's connection until the guest is no longer in doubt or the connection is gone.
 fn poll_parked(shared: &Arc<Shared>, session: SessionId) {
     // Where there is no engine another thread has it: a source that has reconnected, or an
