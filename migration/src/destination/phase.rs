@@ -40,9 +40,12 @@ pub(super) enum Phase<L, S> {
 
 /// Connected; the machine is not built.
 #[derive(Default)]
-pub(super) struct Waiting {
-    /// What is coming, while the files that go with it are asked for.
-    pub offer: Option<Hello>,
+pub(super) enum Waiting {
+    /// The handshake is the next frame.
+    #[default]
+    Handshake,
+    /// This is coming, and the files that go with it were asked for.
+    Files(Box<Hello>),
 }
 
 /// The machine stands; its memory arrives.

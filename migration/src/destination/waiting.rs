@@ -37,15 +37,16 @@ impl Waiting {
     ) -> Result<Phase<L, H::Sink>, DestinationError> {
         let channel = &mut parts.session.channel;
         let header = channel.recv_header()?;
-        let hello = match (self.offer, header.kind) {
-            (Some(offer), FrameType::Files) => return accept(offer, parts).map(Phase::Filling),
-            (None, FrameType::Hello) => read(&header, parts)?,
-            (Some(_), _) => {
-                return Err(channel
-                    .refuse(&header, "the files of the guest's devices")
-                    .into());
+        let hello = match (self, header.kind) {
+            (Self::Files(hello), FrameType::Files) => {
+                return accept(*hello, parts).map(Phase::Filling);
             }
-            (None, _) => return Err(channel.refuse(&header, "a handshake").into()),
+            (Self::Handshake, FrameType::Hello) => read(&header, parts)?,
+            (Self::Files(_), _) => {
+                let expected = "the files of the guest's devices";
+                return Err(channel.refuse(&header, expected).into());
+            }
+            (Self::Handshake, _) => return Err(channel.refuse(&header, "a handshake").into()),
         };
         // No other source knows the question.
         let files = Features::SHARED_MEMORY.or(Features::SHARED_FILES);
@@ -56,7 +57,7 @@ impl Waiting {
         };
         if wanted.map_err(DestinationError::Unfit)? {
             channel.send(Header::bare(FrameType::FilesWanted, 0), &[])?;
-            return Ok(Phase::Waiting(Self { offer: Some(hello) }));
+            return Ok(Phase::Waiting(Self::Files(Box::new(hello))));
         }
         accept(hello, parts).map(Phase::Filling)
     }
