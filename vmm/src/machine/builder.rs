@@ -21,10 +21,12 @@ use super::description::{DescriptionError, MachineDescription, OLDEST_FORMAT};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
 use super::fit::{self, HostCpu, Misfit};
+use super::nodes::Nodes;
 use super::run_state::Exit;
 use super::{Devices, Machine};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
 use crate::memory::{GuestRam, RamError, ShareError, SharedRam};
+use crate::numa::{PlacementError, Topology, TopologyError};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,12 @@ pub enum BuildError {
     /// A description that cannot be true.
     #[error(transparent)]
     Description(#[from] DescriptionError),
+    /// NUMA nodes that cannot be the guest's.
+    #[error(transparent)]
+    Numa(#[from] TopologyError),
+    /// NUMA nodes that cannot be where they should.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// A virtio device cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -90,6 +98,7 @@ pub struct Builder {
     cpu: CpuModel,
     /// Whether the guest's RAM came from a pool where it arrives from.
     hugepages: bool,
+    numa: Option<Topology>,
     name: String,
     serial: Box<dyn Write + Send>,
     backends: Backends,
@@ -110,6 +119,7 @@ impl Default for Builder {
             cpus: 1,
             cpu: CpuModel::default(),
             hugepages: false,
+            numa: None,
             name: "ferry".to_owned(),
             serial: Box::new(io::sink()),
             backends: Backends::default(),
@@ -154,6 +164,14 @@ impl Builder {
     #[must_use]
     pub fn cpu(mut self, model: CpuModel) -> Self {
         self.cpu = model;
+        self
+    }
+
+    /// The NUMA nodes of a new machine: they add up to its memory and its vCPUs. Where they are on
+    /// this host [`devices`](Self::devices) may say.
+    #[must_use]
+    pub fn numa(mut self, topology: Option<Topology>) -> Self {
+        self.numa = topology;
         self
     }
 
@@ -213,6 +231,7 @@ impl Builder {
         self.cpus = description.cpus;
         self.hugepages = description.hugepages;
         self.name.clone_from(&description.name);
+        self.numa.clone_from(&description.numa);
         self.description = Some(description.clone());
         self
     }
@@ -251,16 +270,24 @@ impl Builder {
                 max,
             });
         }
+        if let Some(numa) = &self.numa {
+            numa.check(self.memory, self.cpus)?;
+        }
         let offered = host.guest_cpuid().map_err(BuildError::Cpuid)?;
         let host_vendor = vendor(&offered);
         let cpuid = match &self.description {
             Some(d) => d.cpuid.clone(),
             None => self.cpu.cpuid(offered)?,
         };
-        let ram = Arc::new(match self.shared {
-            Some(shared) => GuestRam::adopt(self.memory, self.hugepages, shared)?,
-            None => GuestRam::arriving(self.memory, self.hugepages, self.backends.memory)?,
-        });
+        let nodes = Nodes::place(self.numa, &self.backends, self.shared.is_some())?;
+        let per_package = nodes.package(self.cpus);
+        let (bytes, pool, options) = (self.memory, self.hugepages, self.backends.memory);
+        let mut ram = match self.shared {
+            Some(shared) => GuestRam::adopt(bytes, pool, shared)?,
+            None => GuestRam::on_nodes(bytes, pool, options, &nodes.parts())?,
+        };
+        nodes.settle(&mut ram)?;
+        let ram = Arc::new(ram);
         if let Some(note) = ram.note() {
             tracing::info!(note, "the guest's memory");
         }
@@ -304,7 +331,7 @@ impl Builder {
         let buses = Arc::new((pio, mmio));
 
         let vcpus: Vec<Vcpu> = (0..self.cpus)
-            .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
+            .map(|id| vm.create_vcpu(id, per_package, &cpuid))
             .collect::<Result<_, _>>()?;
         let here = HostCpu {
             vendor: host_vendor,
@@ -335,7 +362,9 @@ impl Builder {
             tsc_khz,
             arch_capabilities,
             devices,
+            numa: None,
         };
+        let description = description.with_numa(nodes.topology().cloned());
         // A name that is too long is found here for a new machine.
         description.validate()?;
 
@@ -378,7 +407,10 @@ impl Builder {
                 Ok(())
             };
             let failure = move |why| failed.end(Exit::Failure(why));
-            let thread = thread::spawn(thread::Kind::Vcpu, &format!("vcpu{index}"), work, failure)
+            let name = format!("vcpu{index}");
+            let spawn = || thread::spawn(thread::Kind::Vcpu, &name, work, failure);
+            let thread = nodes
+                .near(index, spawn)
                 .map_err(io_error("a thread for a vCPU"))?;
             lock(&machine.threads).push(thread);
         }
