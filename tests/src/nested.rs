@@ -74,11 +74,12 @@ impl NestedHost {
     }
 
     /// One by itself with two NUMA nodes, of a processor and half of the memory each, and a third
-    /// that has a processor only.
-    pub fn start_with_nodes() -> Self {
+    /// that has a processor only; and so many pages of 2 MiB in their pools together.
+    pub fn start_with_nodes(huge_pages: u32) -> Self {
         Self::start_with(Config {
             nodes: 2,
             cpus: 3,
+            huge_pages,
             ..Config::default()
         })
     }
