@@ -13,6 +13,7 @@ use ferry_migration::net::tls::{Credentials, ServerTls, TlsError};
 use ferry_terminal::names::GuestName;
 use ferry_vmm::api::types::ErrorBody;
 use ferry_vmm::memory::available_memory;
+use ferry_vmm::numa::HostNodes;
 use ferry_vmm::sync::lock;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -235,11 +236,12 @@ pub(crate) fn host_name() -> String {
 pub(crate) fn this_host(guests: Vec<String>) -> Host {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     Host {
-        schema: 1,
+        schema: 2,
         name: host_name(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         processors: u32::try_from(processors).unwrap_or(u32::MAX),
         memory_available_bytes: available_memory().unwrap_or(0),
+        numa_nodes: HostNodes::read().with_memory(),
         guests,
     }
 }

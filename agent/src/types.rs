@@ -17,6 +17,8 @@ pub struct Host {
     pub processors: u32,
     /// Memory that a guest could have, in bytes; 0 where the host does not tell.
     pub memory_available_bytes: u64,
+    /// Its NUMA nodes with memory; 0 where its ferry does not say.
+    pub numa_nodes: usize,
     /// The names of the guests there.
     pub guests: Vec<String>,
 }

@@ -21,6 +21,7 @@ mod manage;
 mod memory;
 mod migrate;
 mod nas;
+mod numa;
 mod observe;
 mod outcome;
 mod passed;
@@ -165,7 +166,10 @@ fn tell(Ended { outcome, sentence }: Ended) -> ExitCode {
 
 fn run_command(command: Command) -> Result<ExitCode, Ended> {
     Ok(match command {
-        Command::Run(args) => run::run(&args)?,
+        Command::Run(args) => {
+            args.check()?;
+            run::run(&args)?
+        }
         Command::Receive(args) => receive::run(&args)?,
         Command::Migrate(args) => migrate::run(&args)?,
         Command::Advise(args) => advise::run(&args)?,

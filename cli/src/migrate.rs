@@ -269,11 +269,17 @@ fn to_agent(args: &Args, client: &Client, request: MigrateRequest) -> Result<Exi
         args.certificates.name(),
     )?;
     let name = to_host::name_of(&args.target.guest, client)?;
+    let guest = client.configuration()?;
+    let nodes = guest.memory.nodes.len();
     let wanted = Wanted {
         copy_disk: request.options.copy_disk,
-        ..to_host::wanted(client.configuration()?, &name)?
+        ..to_host::wanted(guest, &name)?
     };
-    to_host::check_version(&agent.host()?, agent.host_name())?;
+    let host = agent.host()?;
+    to_host::check_version(&host, agent.host_name())?;
+    if let Some(note) = to_host::nodes_note(&host, agent.host_name(), nodes) {
+        say(&note);
+    }
     watched(args, client, |events| {
         to_host::move_to(&agent, client, &wanted, request, events)
     })

@@ -4,7 +4,9 @@ use super::balloon::Setting;
 use super::devices::{self, VsockFile};
 use super::lines::Opened;
 use super::memory::Memory;
+use super::numa::{self, NodeOption};
 use super::observe;
+use super::outcome::Ended;
 use super::passed::Api;
 use super::sandbox;
 use super::serial::Serial;
@@ -112,6 +114,16 @@ pub struct Args {
     /// Virtual processors.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Machine")]
     cpus: u32,
+    /// A NUMA node of the guest, for each node once: its processors and its memory, which add up to
+    /// --cpus and --memory. With host= it is on that node of this host and nowhere else; otherwise
+    /// on one that is chosen by free memory and load. distance= is how far it is from each node, as
+    /// the guest is told; without it, 10 from itself and 20 from the others.
+    #[arg(
+        long,
+        value_name = "cpus=A-B,memory=SIZE[,host=N][,distance=D:D…]",
+        help_heading = "Machine"
+    )]
+    numa: Vec<NodeOption>,
     /// The CPU that the guest sees: the host's, x86-64-v2, -v3 or -v4, or that of a file of
     /// `ferry doctor --baseline`; without the features that follow, such as host,-avx512f. It keeps
     /// it for good, and moves only to hosts that have all of it.
@@ -186,6 +198,20 @@ fn interval(text: &str, ms: &RangeInclusive<u64>, refusal: &str) -> Result<Durat
     }
 }
 
+impl Args {
+    /// What of the command line does not fit together.
+    pub fn check(&self) -> Result<(), Ended> {
+        numa::check(&self.numa, self.memory, self.cpus)
+    }
+
+    /// RAM that was asked for: with --numa the nodes say it, too.
+    fn memory(&self) -> Option<u64> {
+        let nodes = numa::topology(&self.numa);
+        let nodes = nodes.map(|nodes| nodes.memory());
+        self.memory.map(Memory::ram).or(nodes)
+    }
+}
+
 pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let mut timeline = Timeline::new(args.timeline.as_deref());
     timeline.mark("start");
@@ -214,6 +240,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         console: lines.console(),
         // The built-in guest has no use for random numbers.
         rng: args.nas.is_none(),
+        numa_map: numa::map(&args.numa),
         ..backends
     };
     if args.hugepages {
@@ -224,6 +251,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
         .memory(memory)
         .cpus(args.cpus)
         .cpu(cpu)
+        .numa(numa::topology(&args.numa))
         .dirty(args.dirty)
         .devices(backends)
         .serial((lines.serial())()?);
@@ -233,6 +261,9 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     let machine = Arc::new(builder.build()?);
     if unhidden {
         say(UNHIDDEN);
+    }
+    if let Some(note) = machine.ram().note().filter(|_| !args.numa.is_empty()) {
+        say(note);
     }
     timeline.mark("machine");
     load(args, linux, &machine, &mut timeline)?;
@@ -314,8 +345,7 @@ fn balloon(args: &Args, ram: u64) -> Result<Option<BalloonRequest>, Failure> {
 fn ram(args: &Args) -> Result<u64, Failure> {
     let Some(workload) = &args.nas else {
         return args
-            .memory
-            .map(|memory| memory.ram())
+            .memory()
             .or(args.linux.then_some(LINUX_MEMORY))
             .ok_or_else(|| Failure("--kernel needs --memory, such as --memory 512M".into()));
     };
@@ -327,7 +357,7 @@ fn ram(args: &Args) -> Result<u64, Failure> {
     }
     // Huge pages are of 2 MiB; what the workload needs is whole ones.
     let needed = workload.memory_needed(cpus);
-    match args.memory.map(|memory| memory.ram()) {
+    match args.memory() {
         Some(given) if given < needed => Err(Failure(format!(
             "{workload} needs {} of memory on {cpus} processors, --memory gives {}; give it more or leave it out",
             memory(needed),

@@ -18,6 +18,7 @@ use ferry_vmm::api::server::Server;
 use ferry_vmm::api::types::Setup;
 use ferry_vmm::machine::Backends;
 use ferry_vmm::migrate::SerialFactory;
+use ferry_vmm::numa::{HostNodes, NumaMap};
 use ferry_vmm::priority::in_background;
 use ferry_vmm::sandbox::Files;
 use ferry_vmm::vmm::{Outcome, Vmm};
@@ -104,6 +105,10 @@ pub struct Place {
     /// rings, or auto.
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = choice::<Tracking>(), help_heading = "Machine")]
     pub dirty: Tracking,
+    /// Which NUMA node of this host each of the guest's nodes goes to. Nodes that it leaves out go
+    /// where memory is free and little is done; without it all do.
+    #[arg(long, value_name = "GUEST=HOST,…", help_heading = "Machine")]
+    pub numa_map: Option<NumaMap>,
     #[command(flatten)]
     pub devices: devices::Args,
     #[command(flatten)]
@@ -125,7 +130,13 @@ impl Place {
         socket: &ControlSocket,
         more: impl FnOnce(&mut Files),
     ) -> Result<Console<'_>, Failure> {
-        let backends = self.devices.backends()?;
+        let numa_map = self.numa_map.clone().unwrap_or_default();
+        // Said now: a guest may come much later.
+        numa_map.check(&HostNodes::read())?;
+        let backends = Backends {
+            numa_map,
+            ..self.devices.backends()?
+        };
         let scraping = self.observe.bind()?;
         let setup = setup(&backends, &self.sandbox, &scraping);
         let opened = Opened::open(&self.serial, self.devices.console())?;

@@ -89,6 +89,20 @@ pub fn check_version(host: &Host, place: &str) -> Result<(), Failure> {
     )))
 }
 
+/// What becomes there of a guest with so many NUMA nodes, where they have less room than they
+/// should: a sentence.
+pub fn nodes_note(host: &Host, place: &str, nodes: usize) -> Option<String> {
+    // An agent that does not say has 0.
+    let fewer = host.numa_nodes > 0 && host.numa_nodes < nodes;
+    fewer.then(|| {
+        format!(
+            "the guest has {nodes} NUMA nodes and {place} has {}: some will share one there, and the guest goes on believing that \
+             they are apart",
+            host.numa_nodes
+        )
+    })
+}
+
 /// Has a receiver prepared, moves the guest to it, and has it ended where the guest stayed.
 /// `events` takes the migration's events.
 pub fn move_to(
@@ -130,6 +144,19 @@ mod tests {
         }
         for uri in ["tcp:hostb:1", "unix:link", "file:x", "/tmp/link", "./link"] {
             assert!(!is_host(uri), "{uri}");
+        }
+    }
+
+    #[test]
+    fn fewer_nodes_are_told_and_nothing_else_is() {
+        let host = |numa_nodes| Host {
+            numa_nodes,
+            ..Host::default()
+        };
+        let note = nodes_note(&host(1), "b", 2).unwrap();
+        assert!(note.contains("2 NUMA nodes and b has 1"), "{note}");
+        for (there, guest) in [(0, 2), (2, 2), (4, 2), (1, 0), (1, 1)] {
+            assert_eq!(nodes_note(&host(there), "b", guest), None);
         }
     }
 

@@ -113,6 +113,9 @@ pub struct Config {
     pub cable: Option<Cable>,
     /// Pages of 2 MiB in its pool of huge pages, of its RAM.
     pub huge_pages: u32,
+    /// NUMA nodes, among which RAM and processors are shared out evenly; processors that are left
+    /// over are a node without memory. 0 says nothing of nodes.
+    pub nodes: u32,
 }
 
 impl Default for Config {
@@ -124,6 +127,7 @@ impl Default for Config {
             files: Vec::new(),
             cable: None,
             huge_pages: 0,
+            nodes: 0,
         }
     }
 }
@@ -341,6 +345,23 @@ fn qemu(config: &Config, kernel: &Path, initrd: &Path, console: &Path, report_to
         .arg(config.cpus.to_string())
         .arg("-m")
         .arg(config.memory_mib.to_string());
+    for node in 0..config.nodes {
+        let (mib, cpus) = (config.memory_mib / config.nodes, config.cpus / config.nodes);
+        let (first, last) = (node * cpus, (node + 1) * cpus - 1);
+        command.args([
+            "-object",
+            &format!("memory-backend-ram,id=node{node},size={mib}M"),
+        ]);
+        command.args([
+            "-numa",
+            &format!("node,nodeid={node},cpus={first}-{last},memdev=node{node}"),
+        ]);
+    }
+    if config.nodes > 0 && !config.cpus.is_multiple_of(config.nodes) {
+        let (node, last) = (config.nodes, config.cpus - 1);
+        let first = config.cpus / node * node;
+        command.args(["-numa", &format!("node,nodeid={node},cpus={first}-{last}")]);
+    }
     command
         .arg("-kernel")
         .arg(kernel)

@@ -73,6 +73,17 @@ impl NestedHost {
         })
     }
 
+    /// One by itself with two NUMA nodes, of a processor and half of the memory each, and a third
+    /// that has a processor only; and so many pages of 2 MiB in their pools together.
+    pub fn start_with_nodes(huge_pages: u32) -> Self {
+        Self::start_with(Config {
+            nodes: 2,
+            cpus: 3,
+            huge_pages,
+            ..Config::default()
+        })
+    }
+
     /// One by itself, with further files.
     pub fn start_with_files(files: Vec<(PathBuf, Vec<u8>)>) -> Self {
         Self::start_with(Config {
@@ -384,6 +395,16 @@ impl<'a> NestedVmm<'a> {
     /// prints there from then on is stdout.
     pub fn console(&self) -> Process {
         self.host.program(&["ferry", "console", "--api", &self.api])
+    }
+
+    /// Its process in its host.
+    pub fn pid(&self) -> u32 {
+        let status = self.command(&["status", "--json"]);
+        let status: serde_json::Value = serde_json::from_str(&status.stdout).unwrap();
+        status["pid"]
+            .as_u64()
+            .and_then(|pid| pid.try_into().ok())
+            .unwrap()
     }
 
     /// A command about this VMM, to its end.

@@ -46,6 +46,7 @@ pub use mmio_device::MmioDevice;
 pub use tables::Gdt;
 
 use crate::memory::RamLayout;
+use crate::numa::Topology;
 use file::Source;
 
 /// Size of the command line's place in guest memory, in bytes with its NUL.
@@ -75,6 +76,8 @@ pub struct Platform {
     pub mmio: Vec<MmioDevice>,
     /// The guest's first generation id.
     pub generation: GenerationId,
+    /// Its NUMA nodes, if it has some.
+    pub numa: Option<Topology>,
 }
 
 /// How the boot processor enters the kernel.

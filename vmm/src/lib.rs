@@ -35,6 +35,7 @@ pub mod machine;
 pub mod memory;
 pub mod migrate;
 pub mod new_file;
+pub mod numa;
 pub mod priority;
 pub mod record;
 pub mod sandbox;

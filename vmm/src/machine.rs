@@ -43,6 +43,7 @@ mod features;
 mod fit;
 mod identity;
 mod load;
+mod nodes;
 mod paused;
 mod requires;
 mod run_state;

@@ -25,6 +25,7 @@ mod holes;
 mod huge_mount;
 mod layout;
 mod memfd;
+mod nodes;
 mod shared;
 mod transfer;
 mod userfault;
@@ -49,6 +50,7 @@ pub use bitmap::DirtyBitmap;
 pub use error::{RamError, RangeError};
 pub(crate) use huge_mount::root as private_mount;
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, RamLayout, RamRegion};
+pub use nodes::NodeMemory;
 pub use shared::{ClaimError, ShareError, SharedRam};
 pub use transfer::SplicePipe;
 pub use userfault::{
@@ -130,7 +132,13 @@ impl GuestRam {
     /// # Errors
     /// As there, and [`RamError::Prealloc`].
     pub fn with_options(bytes: u64, options: MemoryOptions) -> Result<Self, RamError> {
+        Self::bound(bytes, options, &[])
+    }
+
+    /// As [`with_options`](Self::with_options), of the host's nodes.
+    fn bound(bytes: u64, options: MemoryOptions, parts: &[NodeMemory]) -> Result<Self, RamError> {
         let mut ram = Self::new(bytes, options.backing)?;
+        ram.bind(parts)?;
         if options.prealloc {
             ram.prealloc()?;
         }
@@ -144,18 +152,31 @@ impl GuestRam {
     /// # Errors
     /// As for [`with_options`](Self::with_options).
     pub fn arriving(bytes: u64, hugepages: bool, options: MemoryOptions) -> Result<Self, RamError> {
+        Self::on_nodes(bytes, hugepages, options, &[])
+    }
+
+    /// As [`arriving`](Self::arriving); parts of it come from nodes of the host.
+    ///
+    /// # Errors
+    /// As there, and [`RamError::Node`].
+    pub fn on_nodes(
+        bytes: u64,
+        hugepages: bool,
+        options: MemoryOptions,
+        parts: &[NodeMemory],
+    ) -> Result<Self, RamError> {
         if !hugepages || options.backing != Backing::Auto {
-            return Self::with_options(bytes, options);
+            return Self::bound(bytes, options, parts);
         }
         let pool = MemoryOptions {
             backing: Backing::Hugetlb,
             ..options
         };
-        match Self::with_options(bytes, pool) {
+        match Self::bound(bytes, pool, parts) {
             // A kernel without pools says so otherwise.
             Err(error @ (RamError::PoolTooSmall { .. } | RamError::Memfd { .. })) => {
-                let mut ram = Self::with_options(bytes, options)?;
-                ram.pages.note = Some(format!(
+                let mut ram = Self::bound(bytes, options, parts)?;
+                ram.add_note(&format!(
                     "the guest had pages of a hugetlb pool, and has none here: {error}"
                 ));
                 Ok(ram)

@@ -11,7 +11,7 @@ use ferry_nas::line::Line;
 
 use crate::machine::{power_off, reset, time_line, uptime_ms};
 use crate::options::Options;
-use crate::{http, identity, work};
+use crate::{http, identity, nodes, work};
 
 /// The virtio console, where there is one.
 const CONSOLE: &str = "/dev/hvc0";
@@ -21,7 +21,7 @@ const NO_CONTROLLING_TERMINAL: i32 = 0o400;
 /// This program, which is the first process.
 const SELF: &str = "/init";
 
-const HELP: &str = "commands: status, flags (of the processor), identity, meminfo, time MARK, run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
+const HELP: &str = "commands: status, flags (of the processor), identity, nodes, meminfo, time MARK, run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
 
 /// Works until the guest is told to end.
 pub fn serve(options: &Options) {
@@ -151,6 +151,7 @@ fn console(working: &Mutex<Option<Child>>, input: impl BufRead, output: &mut imp
             ["meminfo"] => say(&meminfo()),
             ["time", mark] => say(&time_line(mark)),
             ["identity"] => say(&identity::line()),
+            ["nodes"] => say(&nodes::line()),
             ["poweroff"] => power_off(),
             ["reboot"] => reset(),
             ["q"] => {

@@ -34,6 +34,7 @@ mod http;
 mod identity;
 mod machine;
 mod memory;
+mod nodes;
 mod options;
 mod rng;
 mod sys;

@@ -168,9 +168,14 @@ pub fn tasks() -> Result<(), String> {
                 .lines()
                 .filter_map(|l| Some(l.split_once("] ")?.1.to_owned()))
                 .collect();
+            let status = read("status");
+            let cpus = status
+                .lines()
+                .find_map(|l| l.strip_prefix("Cpus_allowed_list:"));
             println!(
-                "  {thread} {}: system call {}; {}",
+                "  {thread} {}: on {}; system call {}; {}",
                 read("comm").trim(),
+                cpus.unwrap_or_default().trim(),
                 read("syscall").trim(),
                 stack.join(" < ")
             );

@@ -11,8 +11,8 @@ pub use memory::{MemoryRequest, MemoryStatus};
 pub use migrations::{Direction, IncomingReport, MigrationRecord, Migrations, RecordStatus};
 pub use notices::{ArrivalOutcome, Notice, What, unix_ms};
 pub use vm::{
-    Boot, Configuration, Cpu, DiskConfiguration, MemoryConfiguration, NetworkConfiguration, Setup,
-    VsockConfiguration,
+    Boot, Configuration, Cpu, DiskConfiguration, MemoryConfiguration, NetworkConfiguration,
+    NodeConfiguration, Setup, VsockConfiguration,
 };
 
 use crate::memory::GuestRam;

@@ -1,15 +1,18 @@
 //! ACPI tables: how an unmodified kernel finds processors, interrupt controllers, the serial port,
-//! virtio devices, the VM generation id, and the way to switch the machine off. ACPI specification
-//! 6.5, chapter 5.
+//! virtio devices, the VM generation id, NUMA nodes, and the way to switch the machine off. ACPI
+//! specification 6.5, chapter 5.
 //!
 //! ```text
 //! RSDP ─▶ XSDT ─┬▶ FADT ─┬▶ DSDT   serial port, virtio devices, generation id, \_S5
 //!               │        └▶ FACS
-//!               └▶ MADT            local APICs, IOAPIC
+//!               ├▶ MADT            local APICs, IOAPIC
+//!               └▶ SRAT, SLIT      which processors and memory are a node, and distances
 //! ```
 //!
 //! All lie one after the other from [`TABLES`] on, where a kernel that was not told where to look
 //! finds them too.
+
+mod nodes;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -30,6 +33,7 @@ use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN};
 
 use super::mmio_device::MmioDevice;
 use super::{GENERATION_GSI, GENERATION_ID, Platform};
+use crate::memory::RamLayout;
 
 /// Where the tables are.
 pub(super) const TABLES: u64 = 0xe_0000;
@@ -54,7 +58,7 @@ const PC_AT_COMPATIBLE: u32 = 1;
 const EDGE_HIGH: u16 = 1 | 1 << 2;
 
 /// The tables, to be put at [`TABLES`].
-pub(super) fn tables(platform: &Platform) -> Vec<u8> {
+pub(super) fn tables(platform: &Platform, ram: &RamLayout) -> Vec<u8> {
     // The root comes first and is written last.
     let mut all = Tables(vec![0; Rsdp::len()]);
     // The FACS must be aligned to 64 bytes.
@@ -65,6 +69,10 @@ pub(super) fn tables(platform: &Platform) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Some(topology) = &platform.numa {
+        xsdt.add_entry(all.put(&nodes::srat(topology, ram)));
+        xsdt.add_entry(all.put(&nodes::slit(topology)));
+    }
     let xsdt = all.put(&xsdt);
     let mut root = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut root);
@@ -279,7 +287,7 @@ mod tests {
             mmio: (0..16).map(mmio).collect(),
             ..Platform::default()
         };
-        let all = tables(&platform);
+        let all = tables(&platform, &RamLayout::new(1 << 30, false).unwrap());
         let end = TABLES + u64::try_from(all.len()).unwrap();
         assert!(end <= GENERATION_PAGE, "they end at {end:#x}");
         assert_eq!(&all[..8], b"RSD PTR ");

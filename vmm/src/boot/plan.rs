@@ -139,7 +139,7 @@ impl<'a> Plan<'a> {
 
     /// Puts the ACPI tables and what they point to; returns where their root is.
     pub(super) fn acpi(&mut self, platform: &Platform) -> u64 {
-        self.bytes(acpi::TABLES, acpi::tables(platform));
+        self.bytes(acpi::TABLES, acpi::tables(platform, self.ram));
         self.bytes(GENERATION_PAGE, platform.generation.page());
         acpi::TABLES
     }

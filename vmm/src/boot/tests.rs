@@ -94,6 +94,7 @@ fn load(k: &Kernel, ram: &RamLayout) -> Result<BootImage, LoadError> {
             gsi: 16,
         }],
         generation: GENERATION.into(),
+        numa: None,
     };
     super::load(k, ram, &platform)
 }

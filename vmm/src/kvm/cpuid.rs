@@ -101,7 +101,9 @@ pub(super) fn for_guest(mut supported: Vec<CpuidEntry>, tsc_deadline: bool) -> V
     supported
 }
 
-/// The list of vCPU number `id` of `count`: one socket, a core of its own for each vCPU.
+/// The list of vCPU number `id`: packages of `count` vCPUs each, a core of its own for each vCPU.
+/// Where there is more than one package, `count` is a power of two: packages are told apart by the
+/// upper bits of the APIC id.
 pub(super) fn for_vcpu(list: &[CpuidEntry], id: u32, count: u32) -> Option<CpuId> {
     let mut entries: Vec<CpuidEntry> = list
         .iter()
@@ -219,6 +221,49 @@ mod tests {
             (3, 6, 0x201)
         );
         assert_eq!(find(0x8000_001e, 0).eax, 5);
+    }
+
+    /// As a kernel tells them (SDM vol. 3A, 9.9): the APIC id without the package's own bits.
+    #[test]
+    fn packages_are_told_apart() {
+        let mut zero = entry(0, 0);
+        zero.eax = 0x10;
+        let mut cache = entry(4, 3);
+        cache.eax = 3 << 5 | 1;
+        let list = [
+            zero,
+            entry(1, 0),
+            cache,
+            entry(0xb, 0),
+            entry(0x8000_0008, 0),
+        ];
+        let package = |id, count| {
+            let cpuid = for_vcpu(&list, id, count).unwrap();
+            let find = |f, i| {
+                let entries = cpuid.as_slice().iter();
+                *entries
+                    .clone()
+                    .find(|e| e.function == f && e.index == i)
+                    .unwrap()
+            };
+            let (core, amd) = (find(0xb, 1), find(0x8000_0008, 0));
+            assert_eq!(core.eax, amd.ecx >> 12 & 0xf);
+            assert_eq!(
+                (core.edx, core.ebx, (amd.ecx & 0xff) + 1),
+                (id, count, count)
+            );
+            let sharers = (find(4, 3).eax >> 14 & 0xfff) + 1;
+            (id >> core.eax, id / sharers.next_power_of_two())
+        };
+        for (count, wanted) in [
+            (1, [0, 1, 2, 3, 4, 5]),
+            (2, [0, 0, 1, 1, 2, 2]),
+            (6, [0; 6]),
+        ] {
+            for (id, wanted) in (0..).zip(wanted) {
+                assert_eq!(package(id, count), (wanted, wanted), "{id} of {count}");
+            }
+        }
     }
 
     #[test]

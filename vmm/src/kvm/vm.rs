@@ -177,19 +177,19 @@ impl Vm {
         &self.caps
     }
 
-    /// Makes vCPU number `id` of `count`, as it is after reset: number 0 can run, the others wait
-    /// for INIT and SIPI.
+    /// Makes vCPU number `id`, of which `per_package` share a package, as it is after reset: number
+    /// 0 can run, the others wait for INIT and SIPI.
     ///
     /// # Errors
     /// [`VmError`].
     pub fn create_vcpu(
         self: &Arc<Self>,
         id: u32,
-        count: u32,
+        per_package: u32,
         cpuid: &[CpuidEntry],
     ) -> Result<Vcpu, VmError> {
         let fd = self.fd.create_vcpu(id.into()).named("KVM_CREATE_VCPU")?;
-        let list = cpuid::for_vcpu(cpuid, id, count).ok_or(VmError::Cpuid(cpuid.len()))?;
+        let list = cpuid::for_vcpu(cpuid, id, per_package).ok_or(VmError::Cpuid(cpuid.len()))?;
         fd.set_cpuid2(&list).named("KVM_SET_CPUID2")?;
         let ring = match &self.rings {
             Some(rings) => Some(rings.add(fd.as_raw_fd()).map_err(|source| VmError::Io {

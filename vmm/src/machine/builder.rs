@@ -21,10 +21,12 @@ use super::description::{DescriptionError, MachineDescription, OLDEST_FORMAT};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
 use super::fit::{self, HostCpu, Misfit};
+use super::nodes::Nodes;
 use super::run_state::Exit;
 use super::{Devices, Machine};
 use crate::kvm::{DirtyLog, Host, IoctlError, MAX_CPUS, OpenError, Vcpu, Vm, VmError};
 use crate::memory::{GuestRam, MemoryOptions, RamError, ShareError, SharedRam};
+use crate::numa::{PlacementError, Topology, TopologyError};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,12 @@ pub enum BuildError {
     /// A description that cannot be true.
     #[error(transparent)]
     Description(#[from] DescriptionError),
+    /// NUMA nodes that cannot be the guest's.
+    #[error(transparent)]
+    Numa(#[from] TopologyError),
+    /// NUMA nodes that cannot be where they should.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// A virtio device cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -90,6 +98,7 @@ pub struct Builder {
     cpu: CpuModel,
     /// Whether the guest's RAM came from a pool where it arrives from.
     hugepages: bool,
+    numa: Option<Topology>,
     name: String,
     serial: Box<dyn Write + Send>,
     backends: Backends,
@@ -110,6 +119,7 @@ impl Default for Builder {
             cpus: 1,
             cpu: CpuModel::default(),
             hugepages: false,
+            numa: None,
             name: "ferry".to_owned(),
             serial: Box::new(io::sink()),
             backends: Backends::default(),
@@ -154,6 +164,14 @@ impl Builder {
     #[must_use]
     pub fn cpu(mut self, model: CpuModel) -> Self {
         self.cpu = model;
+        self
+    }
+
+    /// The NUMA nodes of a new machine: they add up to its memory and its vCPUs. Where they are on
+    /// this host [`devices`](Self::devices) may say.
+    #[must_use]
+    pub fn numa(mut self, topology: Option<Topology>) -> Self {
+        self.numa = topology;
         self
     }
 
@@ -213,6 +231,7 @@ impl Builder {
         self.cpus = description.cpus;
         self.hugepages = description.hugepages;
         self.name.clone_from(&description.name);
+        self.numa.clone_from(&description.numa);
         self.description = Some(description.clone());
         self
     }
@@ -245,14 +264,19 @@ impl Builder {
         }
         let host = Host::open()?;
         check_cpus(self.cpus, &host)?;
+        if let Some(numa) = &self.numa {
+            numa.check(self.memory, self.cpus)?;
+        }
         let offered = host.guest_cpuid().map_err(BuildError::Cpuid)?;
         let host_vendor = vendor(&offered);
         let cpuid = match &self.description {
             Some(d) => d.cpuid.clone(),
             None => self.cpu.cpuid(offered)?,
         };
+        let nodes = Nodes::place(self.numa, &self.backends, self.shared.is_some())?;
+        let per_package = nodes.package(self.cpus);
         let bytes = (self.memory, self.hugepages);
-        let ram = guest_ram(bytes, self.shared, self.backends.memory)?;
+        let ram = guest_ram(bytes, self.shared, self.backends.memory, &nodes)?;
         let hugepages = ram.hugepages();
         let entries = ring_entries(self.dirty, self.ring_entries, self.cpus, &host)?;
         let vm = Arc::new(Vm::with_dirty_rings(&host, Arc::new(ram), entries)?);
@@ -274,7 +298,7 @@ impl Builder {
         let buses = Arc::new((pio, mmio));
 
         let vcpus: Vec<Vcpu> = (0..self.cpus)
-            .map(|id| vm.create_vcpu(id, self.cpus, &cpuid))
+            .map(|id| vm.create_vcpu(id, per_package, &cpuid))
             .collect::<Result<_, _>>()?;
         let here = host_cpu(&host, host_vendor, &vcpus);
         let (tsc_khz, arch_capabilities) = match &self.description {
@@ -295,7 +319,9 @@ impl Builder {
             tsc_khz,
             arch_capabilities,
             devices,
+            numa: None,
         };
+        let description = description.with_numa(nodes.topology().cloned());
         // A name that is too long is found here for a new machine.
         description.validate()?;
 
@@ -315,7 +341,7 @@ impl Builder {
             description,
         };
         // From here on dropping `machine` stops and joins the threads there are.
-        start_vcpus(&machine, &buses)?;
+        start_vcpus(&machine, &buses, &nodes)?;
         Ok(machine)
     }
 }
@@ -336,11 +362,13 @@ fn guest_ram(
     (bytes, hugepages): (u64, bool),
     shared: Option<SharedRam>,
     options: MemoryOptions,
+    nodes: &Nodes,
 ) -> Result<GuestRam, BuildError> {
-    let ram = match shared {
+    let mut ram = match shared {
         Some(shared) => GuestRam::adopt(bytes, hugepages, shared)?,
-        None => GuestRam::arriving(bytes, hugepages, options)?,
+        None => GuestRam::on_nodes(bytes, hugepages, options, &nodes.parts())?,
     };
+    nodes.settle(&mut ram)?;
     if let Some(note) = ram.note() {
         tracing::info!(note, "the guest's memory");
     }
@@ -432,7 +460,11 @@ fn control(
 }
 
 /// Starts a thread for each vCPU; it waits for the machine to be resumed.
-fn start_vcpus(machine: &Machine, buses: &Arc<(Bus, Bus)>) -> Result<(), BuildError> {
+fn start_vcpus(
+    machine: &Machine,
+    buses: &Arc<(Bus, Bus)>,
+    nodes: &Nodes,
+) -> Result<(), BuildError> {
     for (index, vcpu) in machine.vcpus.iter().enumerate() {
         let (vcpu, buses) = (vcpu.clone(), buses.clone());
         let (control, failed) = (machine.control.clone(), machine.control.clone());
@@ -441,7 +473,10 @@ fn start_vcpus(machine: &Machine, buses: &Arc<(Bus, Bus)>) -> Result<(), BuildEr
             Ok(())
         };
         let failure = move |why| failed.end(Exit::Failure(why));
-        let thread = thread::spawn(thread::Kind::Vcpu, &format!("vcpu{index}"), work, failure)
+        let name = format!("vcpu{index}");
+        let spawn = || thread::spawn(thread::Kind::Vcpu, &name, work, failure);
+        let thread = nodes
+            .near(index, spawn)
             .map_err(io_error("a thread for a vCPU"))?;
         lock(&machine.threads).push(thread);
     }

@@ -7,6 +7,7 @@ use super::features;
 use super::requires::{quoted, unknown};
 use crate::kvm::{CpuidEntry, Host, IoctlError, MAX_CPUID_ENTRIES, MAX_CPUS, OpenError};
 use crate::memory::{RamError, RamLayout};
+use crate::numa::{Topology, TopologyError};
 
 /// Newest format of [`MachineDescription`] that is read: since 3 a description may require things.
 pub(super) const FORMAT: u32 = 3;
@@ -14,7 +15,7 @@ pub(super) const FORMAT: u32 = 3;
 /// description goes first, before it is known what the other side reads.
 pub(super) const OLDEST_FORMAT: u32 = FORMAT - 1;
 /// The fields that a description may require to be understood.
-const FIELDS: [&str; 8] = [
+const FIELDS: [&str; 9] = [
     "name",
     "memory",
     "cpus",
@@ -23,7 +24,10 @@ const FIELDS: [&str; 8] = [
     "tsc_khz",
     "arch_capabilities",
     "devices",
+    NUMA,
 ];
+/// A ferry that does not know it would lose the guest's nodes for good.
+const NUMA: &str = "numa";
 /// The longest name, in bytes.
 const MAX_NAME: usize = 255;
 
@@ -55,6 +59,9 @@ pub struct MachineDescription {
     pub arch_capabilities: Option<u64>,
     /// The virtio devices, in the order of their places.
     pub devices: Vec<DeviceDescription>,
+    /// The guest's NUMA nodes, if it has some. They are required.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa: Option<Topology>,
 }
 
 /// Why a description cannot be of a machine.
@@ -100,6 +107,9 @@ pub enum DescriptionError {
     /// A memory size that cannot be.
     #[error(transparent)]
     Memory(#[from] RamError),
+    /// NUMA nodes that cannot be.
+    #[error(transparent)]
+    Numa(#[from] TopologyError),
 }
 
 /// Why this host cannot run a machine.
@@ -151,11 +161,24 @@ impl MachineDescription {
         serde_json::from_slice(bytes).map_err(json)
     }
 
+    /// With these NUMA nodes, which its readers must know.
+    pub(super) fn with_numa(mut self, numa: Option<Topology>) -> Self {
+        if numa.is_some() {
+            self.format = FORMAT;
+            self.requires.push(NUMA.into());
+        }
+        self.numa = numa;
+        self
+    }
+
     /// Without what is true within one boot of one kernel: for a file that may be read anywhere.
     #[must_use]
     pub fn anywhere(mut self) -> Self {
         for backing in devices::backings(&mut self.devices).flatten() {
             backing.boot = None;
+        }
+        for node in self.numa.iter_mut().flat_map(|numa| &mut numa.nodes) {
+            node.host = None;
         }
         self
     }
@@ -179,6 +202,9 @@ impl MachineDescription {
             return Err(DescriptionError::Devices(self.devices.len()));
         }
         RamLayout::new(self.memory, self.hugepages)?;
+        if let Some(numa) = &self.numa {
+            numa.check(self.memory, self.cpus)?;
+        }
         Ok(())
     }
 
@@ -263,6 +289,7 @@ mod tests {
                 DeviceDescription::Balloon,
                 DeviceDescription::Rng,
             ],
+            numa: None,
         };
         assert_eq!(read, wanted);
         // What an older ferry is sent is what it would have written itself.
@@ -295,6 +322,42 @@ mod tests {
         assert!(text.contains("`sound?`"), "{text}");
     }
 
+    /// Today's reader without the nodes stands for an older one: it refuses them by name.
+    #[test]
+    fn nodes_are_required_and_their_place_is_not_written_to_files() {
+        let node = |cpu, host| crate::numa::Node {
+            cpus: vec![cpu],
+            memory: 32 << 20,
+            host: Some(host),
+        };
+        let mut read = MachineDescription::from_json(RECORDED.as_bytes()).unwrap();
+        read.cpus = 2;
+        let numa = Topology::even(vec![node(0, 1), node(1, 0)]);
+        let with = read.clone().with_numa(Some(numa));
+        let json = serde_json::to_string(&with).unwrap();
+        assert!(
+            json.starts_with(r#"{"format":3,"requires":["numa"],"#),
+            "{json}"
+        );
+        let end = r#""numa":{"nodes":[{"cpus":[0],"memory":33554432,"host":1},{"cpus":[1],"memory":33554432,"host":0}],"distances":[[10,20],[20,10]]}}"#;
+        assert!(json.ends_with(end), "{json}");
+        assert_eq!(
+            MachineDescription::from_json(json.as_bytes()).unwrap(),
+            with
+        );
+        with.validate().unwrap();
+        let older = unknown(&with.requires, &FIELDS[..FIELDS.len() - 1]);
+        assert_eq!(older.as_deref(), Some("numa"));
+        let file = with.anywhere().numa.unwrap();
+        assert!(file.nodes.iter().all(|node| node.host.is_none()));
+        // A guest without them is described as ever.
+        assert_eq!(read.clone().with_numa(None), read);
+        let mut odd = read.with_numa(Some(Topology::even(vec![node(0, 0)])));
+        assert!(matches!(odd.validate(), Err(DescriptionError::Numa(_))));
+        odd.numa = None;
+        odd.validate().unwrap();
+    }
+
     #[test]
     fn impossible_descriptions_are_refused() {
         let good = MachineDescription {
@@ -308,6 +371,7 @@ mod tests {
             tsc_khz: None,
             arch_capabilities: None,
             devices: Vec::new(),
+            numa: None,
         };
         good.validate().unwrap();
         let entry = CpuidEntry::uniform(0, 0, 0);
@@ -346,6 +410,10 @@ mod tests {
             },
             MachineDescription {
                 devices: vec![DeviceDescription::Balloon; MAX_DEVICES + 1],
+                ..good.clone()
+            },
+            MachineDescription {
+                numa: Some(Topology::even(Vec::new())),
                 ..good.clone()
             },
         ] {

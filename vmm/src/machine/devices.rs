@@ -47,6 +47,7 @@ pub use sockets::{VsockError, VsockOptions};
 use super::builder::BuildError;
 use crate::kvm::Vm;
 use crate::memory::{GuestMemory, MemoryOptions};
+use crate::numa::NumaMap;
 use crate::sandbox::Descriptor;
 use announcing::Announcing;
 use balloon::HostPages;
@@ -129,6 +130,8 @@ impl NetOptions {
 pub struct Backends {
     /// What its memory is made of.
     pub memory: MemoryOptions,
+    /// Which of this host's NUMA nodes the guest's go to, as far as that is said.
+    pub numa_map: NumaMap,
     /// The disks, in the order in which the guest sees them.
     pub disks: Vec<DiskOptions>,
     /// The network cards, in the order in which the guest sees them.

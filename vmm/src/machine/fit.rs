@@ -164,6 +164,7 @@ mod tests {
             tsc_khz,
             arch_capabilities,
             devices: Vec::new(),
+            numa: None,
         }
     }
 

@@ -58,6 +58,7 @@ impl Machine {
             cpus: self.description.cpus,
             mmio: self.mmio_devices(),
             generation: GenerationId::random().map_err(ApplyError::Random)?,
+            numa: self.description.numa.clone(),
         };
         self.apply(&boot::load(kernel, self.ram().layout(), &platform)?)
     }

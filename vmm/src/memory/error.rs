@@ -89,6 +89,16 @@ pub enum RamError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// It cannot be kept on a node of the host.
+    #[error(
+        "the guest's memory cannot be kept on this host's NUMA node {node}: {source}; choose another node, or none"
+    )]
+    Node {
+        /// The node.
+        node: u32,
+        /// The kernel's reason.
+        source: io::Error,
+    },
     /// The memfd could not be mapped.
     #[error("the guest's {bytes} bytes of memory could not be mapped: {source}")]
     Map {

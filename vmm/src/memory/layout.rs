@@ -115,6 +115,17 @@ impl RamLayout {
         self.size.min(LOW_RAM_END)
     }
 
+    /// Where `bytes` bytes of RAM from `first` on lie, which counts without the hole: address and
+    /// length of each piece.
+    pub fn pieces(&self, first: u64, bytes: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let last = first.saturating_add(bytes);
+        self.regions.iter().filter_map(move |region| {
+            let from = first.max(region.file_offset);
+            let to = last.min(region.file_offset + region.bytes());
+            (from < to).then(|| (region.address() + from - region.file_offset, to - from))
+        })
+    }
+
     /// Whether the bytes `address..address + len` are all RAM of one region.
     #[must_use]
     pub fn contains(&self, address: u64, len: u64) -> bool {

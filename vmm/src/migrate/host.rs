@@ -23,6 +23,7 @@ use crate::machine::{
 use crate::memory::{
     Backing, ShareError, SharedRam, UserfaultError, check_available, check_userfault,
 };
+use crate::numa::PlacementError;
 
 /// Makes the serial console's output for an arriving machine.
 pub type SerialFactory = Arc<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Send + Sync>;
@@ -326,7 +327,7 @@ impl AdoptMemory<StreamLink, RamSink> for MachineHost {
         match self.build(layout, machine, Some((memory, taps))) {
             Ok(sink) => Ok(Some(sink)),
             // The source takes this for an answer, unless it was told not to copy.
-            Err(error) if is_unsealed(&error) => {
+            Err(error) if is_to_be_copied(&error) => {
                 tracing::info!(%error, "the guest's memory is copied");
                 Ok(None)
             }
@@ -367,11 +368,15 @@ impl PostCopyVm for MachineHost {
     }
 }
 
-/// Whether shared memory is not taken because its source could cut it.
-fn is_unsealed(error: &PortError) -> bool {
+/// Whether shared memory is not taken because its source could cut it, or because it is not where
+/// it should be.
+fn is_to_be_copied(error: &PortError) -> bool {
     matches!(
         error.downcast_ref(),
-        Some(BuildError::Shared(ShareError::Unsealed))
+        Some(
+            BuildError::Shared(ShareError::Unsealed)
+                | BuildError::Placement(PlacementError::Stays { .. })
+        )
     )
 }
 

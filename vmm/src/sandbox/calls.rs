@@ -19,7 +19,7 @@ use libc::{
     SYS_getpriority, SYS_getrandom, SYS_getresgid, SYS_getresuid, SYS_getrusage, SYS_getsid,
     SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_gettimeofday, SYS_getuid, SYS_getxattr,
     SYS_inotify_add_watch, SYS_inotify_init1, SYS_inotify_rm_watch, SYS_ioctl, SYS_lgetxattr,
-    SYS_link, SYS_linkat, SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_membarrier,
+    SYS_link, SYS_linkat, SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_mbind, SYS_membarrier,
     SYS_memfd_create, SYS_mincore, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_msync, SYS_munmap,
     SYS_nanosleep, SYS_newfstatat, SYS_open, SYS_openat, SYS_pipe, SYS_pipe2, SYS_poll, SYS_ppoll,
     SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_prlimit64, SYS_pselect6, SYS_pwrite64,
@@ -27,10 +27,10 @@ use libc::{
     SYS_recvmmsg, SYS_recvmsg, SYS_rename, SYS_renameat, SYS_renameat2, SYS_restart_syscall,
     SYS_rseq, SYS_rt_sigaction, SYS_rt_sigpending, SYS_rt_sigprocmask, SYS_rt_sigreturn,
     SYS_rt_sigtimedwait, SYS_sched_getaffinity, SYS_sched_getparam, SYS_sched_getscheduler,
-    SYS_sched_yield, SYS_seccomp, SYS_select, SYS_sendfile, SYS_sendmmsg, SYS_sendmsg, SYS_sendto,
-    SYS_set_robust_list, SYS_setpriority, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack,
-    SYS_signalfd4, SYS_socket, SYS_socketpair, SYS_splice, SYS_stat, SYS_statfs, SYS_statx,
-    SYS_sysinfo, SYS_tgkill, SYS_time, SYS_timerfd_create, SYS_timerfd_gettime,
+    SYS_sched_setaffinity, SYS_sched_yield, SYS_seccomp, SYS_select, SYS_sendfile, SYS_sendmmsg,
+    SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setpriority, SYS_setsockopt, SYS_shutdown,
+    SYS_sigaltstack, SYS_signalfd4, SYS_socket, SYS_socketpair, SYS_splice, SYS_stat, SYS_statfs,
+    SYS_statx, SYS_sysinfo, SYS_tgkill, SYS_time, SYS_timerfd_create, SYS_timerfd_gettime,
     SYS_timerfd_settime, SYS_times, SYS_umask, SYS_uname, SYS_unlink, SYS_unlinkat,
     SYS_userfaultfd, SYS_vmsplice, SYS_write, SYS_writev,
 };
@@ -144,6 +144,9 @@ const MIGRATION: &[i64] = &[
     SYS_dup3,
     SYS_eventfd2,
     SYS_memfd_create,
+    // A guest with NUMA nodes: its memory, and its vCPU threads, which inherit their processors.
+    SYS_mbind,
+    SYS_sched_setaffinity,
     SYS_pipe2,
     // Pages go to and come from a socket without a copy.
     SYS_splice,

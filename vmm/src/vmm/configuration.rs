@@ -2,10 +2,11 @@
 
 use crate::api::types::{
     Configuration, Cpu, DiskConfiguration, MemoryConfiguration, NetworkConfiguration,
-    VsockConfiguration,
+    NodeConfiguration, VsockConfiguration,
 };
 use crate::kvm::CpuidEntry;
 use crate::machine::{DeviceDescription, Machine};
+use crate::numa::{Node, Topology};
 
 pub(super) fn of(machine: &Machine) -> Configuration {
     let description = machine.description();
@@ -23,6 +24,7 @@ pub(super) fn of(machine: &Machine) -> Configuration {
             bytes: description.memory,
             backing: ram.backing().name().into(),
             preallocated: ram.is_preallocated(),
+            nodes: description.numa.as_ref().map_or_else(Vec::new, nodes),
         },
         dirty: machine.dirty_log().kind().tracking().name().into(),
         ..Configuration::default()
@@ -56,6 +58,17 @@ pub(super) fn of(machine: &Machine) -> Configuration {
         }
     }
     configuration
+}
+
+fn nodes(topology: &Topology) -> Vec<NodeConfiguration> {
+    let nodes = topology.nodes.iter().zip(&topology.distances);
+    let node = |(node, distances): (&Node, &Vec<u8>)| NodeConfiguration {
+        cpus: node.cpus.clone(),
+        bytes: node.memory,
+        distances: distances.clone(),
+        host: node.host,
+    };
+    nodes.map(node).collect()
 }
 
 /// Registers as the text that their bytes are; a guest's terminal is given no control characters.

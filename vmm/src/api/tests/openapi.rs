@@ -336,6 +336,7 @@ fn samples() -> Vec<(&'static str, Value)> {
     let configuration = Configuration {
         memory: MemoryConfiguration {
             backing: "4k".into(),
+            nodes: vec![NodeConfiguration::default()],
             ..MemoryConfiguration::default()
         },
         boot: Some(Boot {

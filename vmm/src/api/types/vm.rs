@@ -43,7 +43,7 @@ pub struct Configuration {
 
 impl Configuration {
     /// The current value of [`Configuration::schema`].
-    pub const SCHEMA: u32 = 3;
+    pub const SCHEMA: u32 = 4;
 }
 
 /// A guest's processors.
@@ -69,6 +69,22 @@ pub struct MemoryConfiguration {
     pub backing: String,
     /// All of it was taken from the host before the guest ran.
     pub preallocated: bool,
+    /// The guest's NUMA nodes; empty when it has none.
+    pub nodes: Vec<NodeConfiguration>,
+}
+
+/// A guest's NUMA node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NodeConfiguration {
+    /// Its virtual processors.
+    pub cpus: Vec<u32>,
+    /// Its part of the RAM, in bytes.
+    pub bytes: u64,
+    /// Its distance to each node, as the guest is told.
+    pub distances: Vec<u8>,
+    /// The host's node that it is on; `null` where that is not known.
+    pub host: Option<u32>,
 }
 
 /// What a guest was booted from.
