@@ -70,6 +70,10 @@ impl Size {
         let Ok(now) = tcgetwinsize(terminal) else {
             return true;
         };
+        // A new pseudo-terminal has no size: a guest that arrives keeps that of the terminal before.
+        if (now.ws_col, now.ws_row) == (0, 0) {
+            return true;
+        }
         let now = Some((now.ws_col, now.ws_row));
         if let (true, Some((columns, rows))) = (now != self.0, now)
             && vmm.set_console_size(columns, rows)

@@ -2,6 +2,7 @@
 //! them on mutations of good input, `fuzz/` under libFuzzer.
 
 mod api;
+mod console;
 mod destination;
 mod guest;
 mod kernel;
@@ -13,6 +14,7 @@ mod virtio;
 mod vsock;
 
 pub use api::api;
+pub use console::console;
 pub use destination::{data_channels, handshake};
 pub(crate) use guest::StandIn;
 pub use kernel::kernel;

@@ -128,6 +128,18 @@ pub fn virtio() -> Vec<Vec<u8>> {
         .collect()
 }
 
+/// For [`console`](crate::fuzz_bodies::console).
+pub fn console() -> Vec<Vec<u8>> {
+    // More than there is room for, a size, a look, a move, a look.
+    let user = [
+        248, 9, 248, 127, 248, 127, 249, 132, 43, 250, 255, 251, 255, 248, 255,
+    ];
+    let driver = virtio::driver(7, 2);
+    let typed_later = [&driver[1..], &user].concat();
+    let typed_before = [&user, &driver[1..]].concat();
+    vec![user.to_vec(), typed_later, typed_before]
+}
+
 /// For [`vsock`](crate::fuzz_bodies::vsock).
 pub fn vsock() -> Vec<Vec<u8>> {
     // The guest connects to port 5, is answered, sends; the program answers, reads, hangs up.
@@ -333,6 +345,7 @@ pub const TARGETS: &[(&str, Seeds)] = &[
     ("virtio", virtio),
     ("virtio_state", virtio_state),
     ("vsock", vsock),
+    ("console", console),
     ("kernel", kernel),
     ("api", api),
 ];

@@ -90,9 +90,8 @@ fn vsock_connections() {
     mutations(&seeds, 1000, |bytes| drop(fuzz_bodies::vsock(bytes)));
 }
 
-#[test]
-fn virtio_devices() {
-    // A device's thread that panics must fail the test, and not only itself.
+/// A device's thread that panics must fail the test, and not only itself.
+fn fail_with_devices() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         print(info);
@@ -103,7 +102,18 @@ fn virtio_devices() {
             std::process::abort();
         }
     }));
+}
+
+#[test]
+fn virtio_devices() {
+    fail_with_devices();
     mutations(&fuzz_seeds::virtio(), 1500, fuzz_bodies::virtio);
+}
+
+#[test]
+fn consoles() {
+    fail_with_devices();
+    mutations(&fuzz_seeds::console(), 1500, fuzz_bodies::console);
 }
 
 #[test]

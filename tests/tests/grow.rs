@@ -10,6 +10,7 @@ use std::path::Path;
 use ferry_guest_images::nested::Process;
 use ferry_migration::options::{Handover, Options, PolicyKind};
 use ferry_migration::report::Status;
+use ferry_migration::snapshot::Snapshot;
 use ferry_tests::{
     Host, NESTED_TIMEOUT, NestedHost, NestedVmm, State, guests_run, nested_hosts, run, until,
 };
@@ -126,8 +127,9 @@ fn state_has(host: &Host, dir: &Path, number: u32, words: &[&[u8]]) -> bool {
     let (path, api) = (path.to_str().unwrap(), api.to_str().unwrap());
     let saved = run(&["snapshot", path, "--api", api]);
     assert_eq!(saved.code, Some(0), "{saved:?}");
-    let bytes = std::fs::read(path).unwrap();
-    let has = |word: &&[u8]| bytes.windows(word.len()).any(|part| part == *word);
+    let snapshot = Snapshot::open(File::open(path).unwrap()).unwrap();
+    let state = snapshot.state();
+    let has = |word: &&[u8]| state.windows(word.len()).any(|part| part == *word);
     words.iter().all(has)
 }
 
@@ -153,7 +155,7 @@ fn hand_over_post_copy_and_a_snapshot_keep_all_of_it() {
         1,
         &["--console", "pty", "--vsock", &first],
     );
-    let word = b"typed in flight";
+    let mut typed = b"typed in flight".to_vec();
     let mut terminal = Terminal::of(&guest);
     // The size of the terminal goes with the keys that are typed in it.
     let size = Winsize {
@@ -163,15 +165,17 @@ fn hand_over_post_copy_and_a_snapshot_keep_all_of_it() {
         ws_ypixel: 0,
     };
     tcsetwinsize(&terminal.0, size).unwrap();
-    terminal.0.write_all(word).unwrap();
+    terminal.0.write_all(&typed).unwrap();
     let mut snapshots = 0..;
-    let mut in_state = |host: &Host| {
+    let mut in_state = |host: &Host, word: &[u8]| {
         let number = snapshots.next().unwrap();
         // As CBOR has them: 132 and 43 take a byte behind their type.
         let size = b"gcolumns\x18\x84drows\x18\x2b";
         state_has(host, dir.path(), number, &[word, size])
     };
-    until("the console has what was typed", || in_state(&guest));
+    until("the console has what was typed", || {
+        in_state(&guest, &typed)
+    });
     set(&guest, 96 * MIB).unwrap();
 
     for (number, policy) in [
@@ -208,7 +212,13 @@ fn hand_over_post_copy_and_a_snapshot_keep_all_of_it() {
         let shown = destination.client().configuration().unwrap();
         assert_eq!(shown.vsock.unwrap().cid, 42);
         assert!(shown.console.unwrap().starts_with("pty:/dev/"));
-        assert!(in_state(&destination), "what was typed is lost");
+        assert!(in_state(&destination, &typed), "what was typed is lost");
+        // With a key the guest is told of the terminal's size; the new one has none.
+        Terminal::of(&destination).0.write_all(b".").unwrap();
+        typed.push(b'.');
+        until("the console has a further key", || {
+            in_state(&destination, &typed)
+        });
         guest = destination;
     }
     // The size can be set there, and after a restore it is what it was.
@@ -234,7 +244,7 @@ fn hand_over_post_copy_and_a_snapshot_keep_all_of_it() {
     // Without a place for it the guest keeps its console, and what it prints there is dropped.
     let shown = restored.client().configuration().unwrap();
     assert_eq!(shown.console.as_deref(), Some("null"));
-    assert!(in_state(&restored));
+    assert!(in_state(&restored, &typed));
 }
 
 /// A size that is set while the guest moves goes along.

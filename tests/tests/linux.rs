@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ferry_guest_images::Line;
-use ferry_guest_images::linux::RamDisk;
-use ferry_tests::{CONFINED, NestedHost, NestedVmm, nested_hosts};
+use ferry_guest_images::nested::Process;
+use ferry_tests::{CONFINED, NESTED_TIMEOUT, NestedHost, NestedVmm, nested_hosts};
 use std::path::Path;
 
 /// What a guest of these tests does: it writes memory and verifies what it wrote.
@@ -357,99 +357,68 @@ fn ms(us: impl TryInto<i32, Error: std::fmt::Debug>) -> f64 {
     f64::from(us.try_into().unwrap()) / 1e3
 }
 
-/// What a Linux guest says of its identity: its VM generation id, how often it was told of a new
-/// one, and how often that changed its random numbers.
-fn identity(guest: &NestedVmm<'_>) -> (String, u64, u64) {
-    guest.types("identity");
-    let line = guest.line_with(|line| line.contains("end-of-identity"));
-    let value = |name: &str| {
-        let words = line.split_ascii_whitespace();
-        let value = words
-            .filter_map(|word| word.split_once('='))
-            .find(|w| w.0 == name);
-        value.unwrap_or_else(|| panic!("no {name} in {line}")).1
-    };
-    let id = value("generation");
-    assert!(id.len() == 32 && id.contains(|c| c != '0'), "{line}");
-    (
-        id.to_owned(),
-        value("told").parse().unwrap(),
-        value("reseeded").parse().unwrap(),
-    )
+/// Types a line at a virtio console, and waits for a line of the answer that has this part.
+fn asks(console: &Process, line: &str, part: &str) -> String {
+    let before = console.stdout().len();
+    console.input(format!("{line}\n").as_bytes()).unwrap();
+    let answer = console.until(NESTED_TIMEOUT, |out, _| {
+        let mut lines = out.get(before..)?.split_inclusive('\n');
+        let line = lines.find(|line| line.ends_with('\n') && line.contains(part))?;
+        Some(line.trim_end().to_owned())
+    });
+    let (out, said) = (console.stdout(), console.stderr());
+    answer.unwrap_or_else(|| panic!("never {part:?} for {line:?}; {out} {said}"))
 }
 
-/// A guest sees its generation id, is interrupted for a new one when it is a copy, and neither when
-/// it moves nor when it keeps its identity. With a kernel that has the driver, its random numbers
-/// change with it.
-fn copies_of(host: &NestedHost, guest: NestedVmm<'_>, has_driver: bool) {
-    let (id, told, reseeded) = identity(&guest);
-    assert_eq!((told, reseeded), (0, 0), "{}", guest.all());
-    let there = host.receive();
-    guest.migrate(there.uri(), &[]);
+/// The terminal that is a guest's virtio console in its host gets this size; the guest sees it.
+fn resize(
+    host: &NestedHost,
+    guest: &NestedVmm<'_>,
+    console: &Process,
+    (columns, rows): (u16, u16),
+) {
+    let status = guest.command(&["status", "--json"]).stdout;
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let path = status["console"].as_str().unwrap().strip_prefix("pty:");
+    let path = path.unwrap_or_else(|| panic!("{status}"));
+    let (columns, rows) = (columns.to_string(), rows.to_string());
+    host.run_well(&["/init", "resize", path, &columns, &rows]);
+    let size = format!("columns={columns} rows={rows}");
+    let seen = || asks(console, "terminal", "ferry-linux: terminal ").contains(&size);
+    assert!((0..100).any(|_| seen()), "never {size}: {}", guest.all());
+}
+
+/// A stock driver's virtio console in post-copy, where its queues are in pages that are still
+/// missing: it answers there, both ways, and the terminal is as large as it was.
+#[test]
+fn a_virtio_console_and_its_size_go_along_in_post_copy() {
+    let Some(_turn) = nested_hosts() else { return };
+    let (first, second, _cable) = NestedHost::pair();
+    let pty = ["--console", "pty"];
+    let guest = first.guest(&[&["--linux", "--memory", "128M"], &pty[..]].concat());
+    guest.prints("ferry-guest: ready");
+    let console = guest.console();
+    asks(&console, "status", "ferry-linux: kernel=");
+    resize(&first, &guest, &console, (132, 43));
+    // More than one buffer.
+    let long = "x".repeat(3000);
+    let mut here = (guest, &first);
+    for (there, policy) in [(&second, "postcopy"), (&first, "hybrid")] {
+        let destination = there.receive_with(&pty);
+        let report = here
+            .0
+            .migrate(destination.uri(), &["--policy", policy, "--verify"]);
+        assert!(policy == "hybrid" || report.faults.count > 0, "{report:#?}");
+        assert_eq!(here.0.ends().code, 0);
+        let console = destination.console();
+        let size = asks(&console, "terminal", "ferry-linux: terminal ");
+        assert!(size.ends_with("columns=132 rows=43"), "{size}");
+        asks(&console, &long, "commands: status");
+        here = (destination, there);
+    }
+    let (guest, host) = here;
+    let console = guest.console();
+    resize(host, &guest, &console, (80, 25));
+    console.input(b"poweroff\n").unwrap();
     assert_eq!(guest.ends().code, 0);
-    assert_eq!(identity(&there), (id.clone(), 0, 0), "{}", there.all());
-    let saved = there.command(&["snapshot", "/tmp/copied.snap", "--then", "stop"]);
-    assert_eq!(saved.code, 0, "{saved:?}");
-    assert_eq!(there.ends().code, 0);
-
-    let copy = host.restore("/tmp/copied.snap");
-    let (other, told, reseeded) = identity(&copy);
-    assert_ne!(other, id);
-    assert_eq!(
-        (told, reseeded),
-        (1, u64::from(has_driver)),
-        "{}",
-        copy.all()
-    );
-    copy.types("poweroff");
-    assert_eq!(copy.ends().code, 0);
-
-    let same = host.restore_with("/tmp/copied.snap", &["--same-identity"]);
-    assert_eq!(identity(&same), (id, 0, 0), "{}", same.all());
-    same.types("poweroff");
-    assert_eq!(same.ends().code, 0);
-}
-
-/// Debian's kernel for clouds lacks the driver of the generation id; its ACPI has the event.
-#[test]
-fn a_restored_linux_is_told_that_it_is_a_copy() {
-    let Some(_turn) = nested_hosts() else { return };
-    let host = NestedHost::start();
-    let guest = host.guest(&["--linux", "--memory", "128M"]);
-    guest.prints("ferry-guest: ready");
-    copies_of(&host, guest, false);
-}
-
-/// Debian's kernel for all machines has the driver. It is 70 MB to download, so who
-/// wants this test brings the image.
-#[test]
-#[ignore = "wants Debian's generic kernel: tests/run --long with FERRY_VMGENID_KERNEL"]
-fn a_restored_linux_with_the_driver_makes_new_random_numbers() {
-    let Some(_turn) = nested_hosts() else { return };
-    let Some(image) = std::env::var_os("FERRY_VMGENID_KERNEL") else {
-        eprintln!(
-            "NOT RUN: Linux's driver of the generation id (FERRY_VMGENID_KERNEL names no kernel: the vmlinuz of Debian's \
-             linux-image-amd64 has it)"
-        );
-        return;
-    };
-    // It needs no module to boot.
-    let initrd = RamDisk::new(&[]).unwrap().finish();
-    let files = vec![
-        ("generic/vmlinuz".into(), std::fs::read(image).unwrap()),
-        ("generic/initrd".into(), initrd),
-    ];
-    let host = NestedHost::start_with_files(files);
-    let guest = host.guest(&[
-        "--kernel",
-        "/generic/vmlinuz",
-        "--initrd",
-        "/generic/initrd",
-        "--cmdline",
-        "console=ttyS0 quiet mitigations=off random.trust_cpu=on",
-        "--memory",
-        "256M",
-    ]);
-    guest.prints("ferry-guest: ready");
-    copies_of(&host, guest, true);
 }

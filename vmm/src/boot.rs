@@ -16,6 +16,7 @@
 //! 0x06000  hvm_start_info      0x20000  command line
 //! 0x07000  boot_params or      0x9fc00  end of usable low memory
 //!          memory map, modules 0xe0000  ACPI tables
+//!                              0xee000  VMClock
 //!                              0xef000  VM generation id
 //! ```
 //!
@@ -34,6 +35,7 @@ mod mmio_device;
 mod plan;
 mod pvh;
 mod tables;
+mod vmclock;
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -44,6 +46,10 @@ pub use generation::GenerationId;
 pub(crate) use generation::{GENERATION_GSI, GENERATION_ID, GENERATION_MARK, GENERATION_PAGE};
 pub use mmio_device::MmioDevice;
 pub use tables::Gdt;
+pub(crate) use vmclock::{
+    DISRUPTION_MARKER, SEQ_COUNT, VM_GENERATION_COUNTER, VMCLOCK_GSI, VMCLOCK_PAGE,
+    head as vmclock_head,
+};
 
 use crate::memory::RamLayout;
 use crate::numa::Topology;

@@ -49,6 +49,7 @@ mod requires;
 mod run_state;
 mod state;
 mod throttle;
+mod vmclock;
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -81,6 +82,7 @@ pub use run_state::{Exit, PauseError, ResumeError, RunState};
 pub use state::{
     DevicesState, MachineState, OLDEST_STATE_VERSION, STATE_VERSION, StateError, version_for,
 };
+pub use vmclock::{Disruption, DisruptionError, VmClock};
 
 use crate::kvm::{DirtyLog, IrqLine, Vcpu, Vm};
 use crate::memory::GuestRam;

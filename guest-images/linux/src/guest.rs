@@ -2,26 +2,23 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_nas::line::Line;
 
-use crate::machine::{power_off, reset, time_line, uptime_ms};
+use crate::machine::{power_off, reset, size_line, terminal, time_line, uptime_ms};
 use crate::options::Options;
 use crate::{http, identity, nodes, work};
 
 /// The virtio console, where there is one.
 const CONSOLE: &str = "/dev/hvc0";
-/// `O_NOCTTY` of `fcntl.h`.
-const NO_CONTROLLING_TERMINAL: i32 = 0o400;
 
 /// This program, which is the first process.
 const SELF: &str = "/init";
 
-const HELP: &str = "commands: status, flags (of the processor), identity, nodes, meminfo, time MARK, run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
+const HELP: &str = "commands: status, flags (of the processor), identity, vmclock, terminal, nodes, meminfo, time MARK, run WORK (such as run mg.S), disk PATH, vsock PORT (of the host), vsock-serve PORT, memory KEEP FREE (fills as many MiB, and frees the latter), q (ends the work, then the guest), poweroff, reboot";
 
 /// Works until the guest is told to end.
 pub fn serve(options: &Options) {
@@ -121,10 +118,7 @@ fn end_after(working: &Mutex<Option<Child>>) {
 
 /// Takes commands at the virtio console as well, where there is one.
 fn fast_console(working: &Arc<Mutex<Option<Child>>>) {
-    let mut options = fs::OpenOptions::new();
-    options.read(true).write(true);
-    options.custom_flags(NO_CONTROLLING_TERMINAL);
-    let Ok(input) = options.open(CONSOLE) else {
+    let Ok(input) = terminal(CONSOLE) else {
         return;
     };
     let working = Arc::clone(working);
@@ -152,6 +146,8 @@ fn console(working: &Mutex<Option<Child>>, input: impl BufRead, output: &mut imp
             ["time", mark] => say(&time_line(mark)),
             ["identity"] => say(&identity::line()),
             ["nodes"] => say(&nodes::line()),
+            ["vmclock"] => say(&identity::vmclock_line()),
+            ["terminal"] => say(&size_line(CONSOLE)),
             ["poweroff"] => power_off(),
             ["reboot"] => reset(),
             ["q"] => {

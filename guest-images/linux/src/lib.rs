@@ -72,10 +72,11 @@ pub fn main() {
         ["write", path] => machine::write(path),
         ["truncate", path, bytes] => machine::truncate(path, bytes),
         ["tasks"] => machine::tasks(),
+        ["resize", path, columns, rows] => machine::resize(path, columns, rows),
         ["tap", name] => machine::tap(name),
         ["bridge", network, ports @ ..] => machine::bridge(network, ports),
         _ => Err(
-            "init is the first process; its parts are work, disk, memory, rng, get, client, vsock, vsock-serve, unix-serve, unix-ask, unix-hold, clock, cat, write, truncate, tasks, tap and bridge"
+            "init is the first process; its parts are work, disk, memory, rng, get, client, vsock, vsock-serve, unix-serve, unix-ask, unix-hold, clock, cat, write, truncate, tasks, resize, tap and bridge"
                 .to_owned(),
         ),
     };

@@ -148,6 +148,39 @@ pub fn write(path: &str) -> Result<(), String> {
         .map_err(|e| format!("{path} cannot be written ({e})"))
 }
 
+/// `O_NOCTTY` of `fcntl.h`.
+const NO_CONTROLLING_TERMINAL: i32 = 0o400;
+
+/// A terminal by its path, which becomes no process's controlling terminal.
+pub fn terminal(path: &str) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true);
+    options.custom_flags(NO_CONTROLLING_TERMINAL).open(path)
+}
+
+/// `init resize PATH COLUMNS ROWS`: makes a terminal so large.
+pub fn resize(path: &str, columns: &str, rows: &str) -> Result<(), String> {
+    let number = |text: &str| {
+        let number = text.parse::<u16>();
+        number.map_err(|_| format!("`{text}` is no number of characters"))
+    };
+    let (columns, rows) = (number(columns)?, number(rows)?);
+    terminal(path)
+        .and_then(|terminal| sys::set_terminal_size(&terminal, columns, rows))
+        .map_err(|e| format!("{path} cannot be resized ({e})"))
+}
+
+/// How large the terminal at `path` is, on one line.
+pub fn size_line(path: &str) -> String {
+    match terminal(path).and_then(|terminal| sys::terminal_size(&terminal)) {
+        Ok(size) => format!(
+            "ferry-linux: terminal columns={} rows={}",
+            size.columns, size.rows
+        ),
+        Err(e) => format!("ferry-linux: terminal {path} has no size ({e})"),
+    }
+}
+
 /// `init tasks`: what every thread of every program is doing, by the kernel's own account, for
 /// the analysis of a hang.
 pub fn tasks() -> Result<(), String> {

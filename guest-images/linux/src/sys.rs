@@ -337,6 +337,39 @@ impl VsockListener {
     }
 }
 
+const TIOCGWINSZ: c_ulong = 0x5413;
+const TIOCSWINSZ: c_ulong = 0x5414;
+
+/// `struct winsize`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters of a line.
+    pub columns: u16,
+    pixels: [u16; 2],
+}
+
+/// How large the terminal is.
+pub fn terminal_size(terminal: &File) -> io::Result<TerminalSize> {
+    let mut size = TerminalSize::default();
+    // SAFETY: TIOCGWINSZ fills a `struct winsize`, which this is.
+    checked(unsafe { c::ioctl(terminal.as_raw_fd(), TIOCGWINSZ, &raw mut size) })?;
+    Ok(size)
+}
+
+/// Says how large the terminal is.
+pub fn set_terminal_size(terminal: &File, columns: u16, rows: u16) -> io::Result<()> {
+    let size = TerminalSize {
+        rows,
+        columns,
+        ..TerminalSize::default()
+    };
+    // SAFETY: TIOCSWINSZ takes a `struct winsize`, which this is, and only reads it.
+    checked(unsafe { c::ioctl(terminal.as_raw_fd(), TIOCSWINSZ, &raw const size) })
+}
+
 /// The time-stamp counter.
 pub fn tsc() -> u64 {
     // SAFETY: RDTSC is in every x86-64 processor, and Linux allows it to processes.

@@ -20,7 +20,7 @@ const RAM: u64 = 1 << 20;
 /// Sectors of the disk.
 const SECTORS: u64 = 64;
 
-type Memory = GuestMemoryMmap<()>;
+pub(super) type Memory = GuestMemoryMmap<()>;
 
 /// Bytes are a device and then what its guest does: disks to registers, disks to memory,
 /// notifications, pauses, moves.
@@ -109,6 +109,16 @@ fn play<D: Device<Memory>>(
     state: Option<&VirtioState>,
     make: impl Fn(Arc<Memory>) -> D,
 ) -> bool {
+    play_with(script, state, make, |_, _| {})
+}
+
+/// As [`play`], with a host that does something now and then, by the script, and in the end.
+pub(super) fn play_with<D: Device<Memory>>(
+    script: &[u8],
+    state: Option<&VirtioState>,
+    make: impl Fn(Arc<Memory>) -> D,
+    mut host: impl FnMut(&VirtioDevice<D, Memory>, &mut Script<'_>),
+) -> bool {
     let memory = memory();
     let mut device = plug(make(Arc::clone(&memory)), &memory);
     let taken = state.is_some_and(|state| device.restore(state).is_ok());
@@ -155,6 +165,7 @@ fn play<D: Device<Memory>>(
                 device.pause().unwrap();
                 device.resume();
             }
+            248..=251 => host(&device, &mut script),
             // On to another host; the memory stays.
             _ => {
                 device.pause().unwrap();
@@ -167,6 +178,7 @@ fn play<D: Device<Memory>>(
             }
         }
     }
+    host(&device, &mut script);
     device.pause().unwrap();
     // A worker that panicked would have left the lock poisoned and its thread dead; a reset finds
     // it alive.
@@ -175,16 +187,16 @@ fn play<D: Device<Memory>>(
     taken
 }
 
-struct Script<'a>(&'a [u8]);
+pub(super) struct Script<'a>(&'a [u8]);
 
 impl<'a> Script<'a> {
-    fn take(&mut self, n: usize) -> &'a [u8] {
+    pub(super) fn take(&mut self, n: usize) -> &'a [u8] {
         let (now, later) = self.0.split_at(n.min(self.0.len()));
         self.0 = later;
         now
     }
 
-    fn byte(&mut self) -> Option<u8> {
+    pub(super) fn byte(&mut self) -> Option<u8> {
         self.take(1).first().copied()
     }
 
@@ -205,7 +217,7 @@ impl Trigger for Nothing {
 }
 
 /// Takes output as a slow terminal does: in part.
-struct Screen;
+pub(super) struct Screen;
 
 impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -1,9 +1,9 @@
 //! ACPI tables: how an unmodified kernel finds processors, interrupt controllers, the serial port,
-//! virtio devices, the VM generation id, NUMA nodes, and the way to switch the machine off. ACPI
+//! virtio devices, the VM generation id, VMClock, NUMA nodes, and the way to switch the machine off. ACPI
 //! specification 6.5, chapter 5.
 //!
 //! ```text
-//! RSDP ─▶ XSDT ─┬▶ FADT ─┬▶ DSDT   serial port, virtio devices, generation id, \_S5
+//! RSDP ─▶ XSDT ─┬▶ FADT ─┬▶ DSDT   serial port, virtio devices, generation id, VMClock, \_S5
 //!               │        └▶ FACS
 //!               ├▶ MADT            local APICs, IOAPIC
 //!               └▶ SRAT, SLIT      which processors and memory are a node, and distances
@@ -16,8 +16,8 @@ mod nodes;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
-    ResourceTemplate, Scope,
+    Arg, Device, EISAName, Else, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify,
+    Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -32,7 +32,8 @@ use ferry_devices::i8042::I8042_BASE;
 use ferry_devices::serial::{COM1_BASE, COM1_IRQ, COM1_LEN};
 
 use super::mmio_device::MmioDevice;
-use super::{GENERATION_GSI, GENERATION_ID, Platform};
+use super::vmclock::VMCLOCK_BYTES;
+use super::{GENERATION_GSI, GENERATION_ID, Platform, VMCLOCK_GSI, VMCLOCK_PAGE};
 use crate::memory::RamLayout;
 
 /// Where the tables are.
@@ -50,7 +51,7 @@ const RESET_COMMAND: u8 = 0xfe;
 
 /// FADT IA-PC boot flags: there is no VGA, and no CMOS clock.
 const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
-/// The notification of a generation id that has changed.
+/// The notification of a generation id, or of a VMClock, that has changed.
 const CHANGED: u8 = 0x80;
 /// MADT: there are 8259s beside the APICs.
 const PC_AT_COMPATIBLE: u32 = 1;
@@ -155,6 +156,8 @@ fn dsdt(platform: &Platform) -> Sdt {
         virtio(number, device, &mut devices);
     }
     generation(&mut devices);
+    vmclock(&mut devices);
+    events(&mut devices);
     let mut body = Scope::raw(Path::new("\\_SB_"), devices);
     Name::new(
         Path::new("_S5_"),
@@ -207,8 +210,7 @@ fn virtio(number: usize, device: &MmioDevice, to: &mut Vec<u8>) {
     .to_aml_bytes(to);
 }
 
-/// What Microsoft's specification calls VGEN, and what tells its driver of a new id: a generic
-/// event device (ACPI 6.5, 5.6.9), which needs no register that a guest could lose on the way.
+/// What Microsoft's specification calls VGEN.
 fn generation(to: &mut Vec<u8>) {
     let (low, high) = (
         u32::try_from(GENERATION_ID & 0xffff_ffff).unwrap_or(0),
@@ -224,6 +226,30 @@ fn generation(to: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(to);
+}
+
+/// By the name that Linux knows it by (`drivers/ptp/ptp_vmclock.c`).
+fn vmclock(to: &mut Vec<u8>) {
+    let base = u32::try_from(VMCLOCK_PAGE).unwrap_or(0);
+    Device::new(
+        Path::new("VCLK"),
+        vec![
+            &Name::new(Path::new("_HID"), &"AMZNC10C"),
+            &Name::new(Path::new("_CID"), &"VMCLOCK"),
+            &Name::new(Path::new("_DDN"), &"VMCLOCK"),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&Memory32Fixed::new(false, base, VMCLOCK_BYTES)]),
+            ),
+        ],
+    )
+    .to_aml_bytes(to);
+}
+
+/// What tells the drivers of both: a generic event device (ACPI 6.5, 5.6.9), which needs no
+/// register that a guest could lose on the way.
+fn events(to: &mut Vec<u8>) {
+    let line = |gsi| Interrupt::new(true, true, false, false, gsi);
     Device::new(
         Path::new("GED_"),
         vec![
@@ -231,20 +257,20 @@ fn generation(to: &mut Vec<u8>) {
             &Name::new(Path::new("_UID"), &0u8),
             &Name::new(
                 Path::new("_CRS"),
-                &ResourceTemplate::new(vec![&Interrupt::new(
-                    true,
-                    true,
-                    false,
-                    false,
-                    GENERATION_GSI,
-                )]),
+                &ResourceTemplate::new(vec![&line(VMCLOCK_GSI), &line(GENERATION_GSI)]),
             ),
-            // One line, one event: its number need not be looked at.
+            // Its argument is the line.
             &Method::new(
                 Path::new("_EVT"),
                 1,
                 true,
-                vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &CHANGED)],
+                vec![
+                    &If::new(
+                        &Equal::new(&Arg(0), &VMCLOCK_GSI),
+                        vec![&Notify::new(&Path::new("\\_SB_.VCLK"), &CHANGED)],
+                    ),
+                    &Else::new(vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &CHANGED)]),
+                ],
             ),
         ],
     )
@@ -253,7 +279,6 @@ fn generation(to: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::GENERATION_PAGE;
     use super::*;
 
     fn word(bytes: &[u8], at: usize, len: usize) -> usize {
@@ -289,7 +314,7 @@ mod tests {
         };
         let all = tables(&platform, &RamLayout::new(1 << 30, false).unwrap());
         let end = TABLES + u64::try_from(all.len()).unwrap();
-        assert!(end <= GENERATION_PAGE, "they end at {end:#x}");
+        assert!(end <= VMCLOCK_PAGE, "they end at {end:#x}");
         assert_eq!(&all[..8], b"RSD PTR ");
         assert_eq!((sum(&all[..20]), sum(&all[..36])), (0, 0));
         let xsdt = table(&all, word(&all, 24, 8));
@@ -324,9 +349,11 @@ mod tests {
 
     /// Decoded by hand after ACPI 6.5, 20.2: what a driver evaluates.
     #[test]
-    fn the_generation_id_is_a_device_with_an_address_and_an_event() {
+    fn generation_id_and_vmclock_are_devices_with_addresses_and_events() {
         let mut aml = Vec::new();
         generation(&mut aml);
+        vmclock(&mut aml);
+        events(&mut aml);
         let find = |what: &[u8]| {
             let found = aml.windows(what.len()).position(|w| w == what);
             found.unwrap_or_else(|| panic!("{what:x?} in {aml:x?}"))
@@ -346,10 +373,19 @@ mod tests {
         let halves = [&[0x0c][..], &low, &[0x00]].concat();
         assert_eq!(package[2..length], halves);
         assert_eq!((GENERATION_ID % 8, GENERATION_ID / 0x1000), (0, 0xef));
-        // The extended interrupt: a consumer's, an edge, active high, one, its number.
+        // 32-bit fixed memory, read-only.
+        assert!(find(b"VCLK") < find(b"\x08_HID\x0dAMZNC10C\0"));
+        find(b"\x08_CID\x0dVMCLOCK\0");
+        find(&[0x86, 9, 0, 0, 0x00, 0xe0, 0x0e, 0, 0x00, 0x10, 0, 0]);
+        // Extended interrupts: a consumer's, an edge, active high, one, its number.
         find(b"\x08_HID\x0dACPI0013\0");
+        find(&[0x89, 6, 0, 0b0011, 1, 14, 0, 0, 0]);
         find(&[0x89, 6, 0, 0b0011, 1, 15, 0, 0, 0]);
-        // _EVT, serialized, of one argument: Notify (\_SB.VGEN, 0x80).
-        find(b"_EVT\x09\x86\\\x2e_SB_VGEN\x0a\x80");
+        // _EVT, serialized, of one argument: if it is 14, Notify (\_SB.VCLK, 0x80), else
+        // Notify (\_SB.VGEN, 0x80).
+        find(
+            b"_EVT\x09\xa0\x12\x93\x68\x0a\x0e\x86\\\x2e_SB_VCLK\x0a\x80\
+              \xa1\x0e\x86\\\x2e_SB_VGEN\x0a\x80",
+        );
     }
 }

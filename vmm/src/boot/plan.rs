@@ -5,7 +5,7 @@ use super::file::Source;
 use super::memory_map::{HIGH_START, LOW_END};
 use super::tables::{self, Gdt};
 use super::{BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, MemoryWrite, START_INFO, WriteData};
-use super::{GENERATION_PAGE, Platform, acpi};
+use super::{GENERATION_PAGE, Platform, VMCLOCK_PAGE, acpi, vmclock};
 use crate::memory::{PAGE_SIZE, RamLayout};
 
 /// What the loader itself puts below 1 MiB, for any protocol.
@@ -140,6 +140,7 @@ impl<'a> Plan<'a> {
     /// Puts the ACPI tables and what they point to; returns where their root is.
     pub(super) fn acpi(&mut self, platform: &Platform) -> u64 {
         self.bytes(acpi::TABLES, acpi::tables(platform, self.ram));
+        self.bytes(VMCLOCK_PAGE, vmclock::page());
         self.bytes(GENERATION_PAGE, platform.generation.page());
         acpi::TABLES
     }

@@ -18,7 +18,8 @@ use super::gate::Gate;
 use super::sink::RamSink;
 use super::{StreamLink, engine_layout};
 use crate::machine::{
-    Backends, BuildError, Machine, MachineDescription, MachineState, STATE_VERSION,
+    Backends, BuildError, Disruption, Machine, MachineDescription, MachineState, PausedMachine,
+    STATE_VERSION,
 };
 use crate::memory::{
     Backing, ShareError, SharedRam, UserfaultError, check_available, check_userfault,
@@ -188,6 +189,18 @@ impl MachineHost {
         });
         Ok(sink)
     }
+
+    /// Tells the guest what it cannot see: that it was moved, or copied.
+    fn tell(&self, paused: &PausedMachine<'_>) -> Result<(), PortError> {
+        let what = if self.new_identity {
+            paused.renew_identity()?;
+            Disruption::Copied
+        } else {
+            Disruption::Moved
+        };
+        paused.disrupt_clock(what)?;
+        Ok(())
+    }
 }
 
 impl DestinationVm<StreamLink> for MachineHost {
@@ -213,12 +226,12 @@ impl DestinationVm<StreamLink> for MachineHost {
         }
         let paused = machine.pause()?;
         let restored = paused.restore(&state);
-        let renewed = match (&restored, self.new_identity) {
-            (Ok(_), true) => paused.renew_identity().map(drop),
-            _ => Ok(()),
+        let told = match &restored {
+            Ok(_) => self.tell(&paused),
+            Err(_) => Ok(()),
         };
         paused.keep_paused();
-        renewed?;
+        told?;
         for skipped in restored?.skipped_msrs {
             tracing::info!(
                 name = skipped.name(),
