@@ -67,7 +67,15 @@ fn synchronise(hosts: [&NestedHost; 2]) {
 
 fn boot<'a>(host: &'a NestedHost, work: &str) -> NestedVmm<'a> {
     let cmdline = format!("clocksource=tsc tsc=reliable {work}");
-    let guest = host.guest(&["--linux", "--memory", "128M", "--cmdline", &cmdline]);
+    let guest = host.guest(&[
+        "--linux",
+        "--cpus",
+        "2",
+        "--memory",
+        "128M",
+        "--cmdline",
+        &cmdline,
+    ]);
     guest.prints("ferry-guest: ready");
     guest.prints("clocksource=tsc");
     guest

@@ -377,8 +377,20 @@ fn damaged_files_make_no_guest() {
         let at = usize::try_from(*frame).unwrap() + 50;
         file.write_all_at(&[!whole[at]], at as u64).unwrap();
     }
-    for more in [&["--eager"][..], &[]] {
-        let mut restored = restore(&pages, more);
+    // The one that is needed before the guest runs: it is told of its new identity there.
+    let first = opened.frame_of(0xef).unwrap();
+    let identity = with("identity", &|bytes| {
+        let at = usize::try_from(first).unwrap() + 50;
+        bytes[at] = !bytes[at];
+    });
+    for (pages, more) in [
+        (&pages, &["--eager"][..]),
+        (&pages, &[]),
+        (&identity, &["--eager"]),
+        (&identity, &[]),
+        (&identity, &["--same-identity"]),
+    ] {
+        let mut restored = restore(pages, more);
         assert_eq!(restored.ends(), Some(1), "{:#?}", restored.said());
         let line = restored.says("cannot be re");
         assert!(

@@ -28,6 +28,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cancel;
 mod restore;
 mod save;
 

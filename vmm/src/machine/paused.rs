@@ -150,10 +150,10 @@ impl<'a> PausedMachine<'a> {
             restored.skipped_msrs.extend(lock(vcpu).restore(state)?);
         }
         self.machine.vm.restore(&state.vm)?;
-        let moment = vcpus.first().map(|first| lock(first).moment(&state.vm));
-        if let Some(moment) = moment.transpose().map_err(RestoreError::Vm)? {
+        if let (Some(vcpu), Some(first)) = (vcpus.first(), state.vcpus.first()) {
+            let moment = lock(vcpu).moment(&state.vm).map_err(RestoreError::Vm)?;
             for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
-                let skipped = lock(vcpu).restore_tsc(state, &moment)?;
+                let skipped = lock(vcpu).restore_tsc(state, first, &moment)?;
                 restored.skipped_msrs.extend(skipped);
             }
         }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
@@ -13,6 +14,7 @@ use ferry_migration::report::Faults;
 use ferry_migration::snapshot::{Filling, Snapshot, SnapshotError as FormatError, fill_all};
 use serde::{Deserialize, Serialize};
 
+use super::cancel::unless;
 use super::{Contents, modified, ms, threads};
 use crate::machine::{Backends, Machine, RunState};
 use crate::migrate::host::MachineHost;
@@ -216,7 +218,8 @@ impl Awaited for FromFile {
 /// all is read first, and the report says why. If the file turns out to be damaged later the
 /// machine [fails](Machine::fail), before the guest has seen any of that.
 ///
-/// Reading all of it first ends when `cancelled` says so.
+/// Reading all of it first, and waiting for what is needed before the guest runs, end when
+/// `cancelled` says so.
 ///
 /// # Errors
 /// [`RestoreError`]; nothing runs.
@@ -276,7 +279,11 @@ pub fn restore(
         match host.begin(&snapshot.data()) {
             Ok(()) => {
                 report.eager = false;
-                return on_demand(began, host, snapshot, &sink, machine, report).map_err(refused);
+                let restored = on_demand(began, host, snapshot, &sink, machine, report, cancelled);
+                return restored.map_err(|error| match error.downcast() {
+                    Ok(error) => format(*error),
+                    Err(error) => refused(error),
+                });
             }
             Err(error) => report.why_eager = Some(error.to_string()),
         }
@@ -308,40 +315,50 @@ fn on_demand(
     sink: &Arc<RamSink>,
     machine: Arc<Machine>,
     mut report: RestoreReport,
+    cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Restored, PortError> {
     let state = snapshot.state().to_vec();
     let clock = Arc::new(MonotonicClock::new());
     let pages = Arc::new(Pages::new(snapshot, Arc::clone(sink), clock));
     let servers = usize::try_from(machine.description().cpus).map_or(1, |cpus| cpus.clamp(1, 8));
     let mut threads = Vec::new();
-    let thread = |name: &str, work: fn(&Pages) -> Result<(), FormatError>| {
-        let (pages, failed) = (Arc::clone(&pages), Arc::clone(&pages));
-        // It has noted its error itself.
-        let work = move || work(&pages).or(Ok(()));
-        // A thread that did not say that it ended would be waited for.
-        thread::spawn(thread::Kind::Migration, name, work, move |why| {
-            failed.fail(&why)
-        })
+    let reading = Reading {
+        pages: &pages,
+        machine: &machine,
+        sink,
+        path: &report.path.clone(),
     };
-    let started = (|| {
-        // KVM itself may touch memory when it takes the state: faults are served from here on.
+    let stopped = AtomicBool::new(false);
+    let stop = || {
+        stopped.store(true, Ordering::Relaxed);
+        pages.dismiss();
+        machine.stop();
+        sink.end_faults();
+    };
+    let started = unless(cancelled, &stop, || {
+        // KVM itself may touch memory when it takes the state, and so may the identity: faults are
+        // served from here on.
         for _ in 0..servers {
-            threads.push(thread("ferry-faults", Pages::serve)?);
+            threads.push(reading.thread("ferry-faults", Pages::serve)?);
         }
         host.restore(&state)?;
         report.note_identity(&machine)?;
         let ran_for = host.run()?;
         report.start_ms = ms(began.elapsed().saturating_sub(ran_for.unwrap_or_default()));
-        threads.push(thread("ferry-push", Pages::push)?);
+        threads.push(reading.thread("ferry-push", Pages::push)?);
         Ok(())
-    })();
+    });
+    let started = match pages.failed() {
+        _ if stopped.into_inner() => Err(FormatError::Cancelled.into()),
+        // What was restored after that was restored over zeros.
+        Some(why) => Err(format!("its memory cannot be read: {why}").into()),
+        None => started,
+    };
     if let Err(error) = started {
         pages.dismiss();
         machine.stop();
+        // The threads end by themselves, unless their file stalls: that is not waited for.
         host.end();
-        for thread in threads {
-            let _ = thread.join();
-        }
         return Err(error);
     }
     let following = Following::new(FromFile {
@@ -377,6 +394,35 @@ fn on_demand(
     })
 }
 
+/// A snapshot whose pages are read while its guest runs.
+struct Reading<'a> {
+    pages: &'a Arc<Pages>,
+    machine: &'a Arc<Machine>,
+    sink: &'a Arc<RamSink>,
+    path: &'a Path,
+}
+
+impl Reading<'_> {
+    /// Starts a thread that reads pages.
+    fn thread(
+        &self,
+        name: &str,
+        work: fn(&Pages) -> Result<(), FormatError>,
+    ) -> Result<std::thread::JoinHandle<()>, PortError> {
+        let (pages, failed) = (Arc::clone(self.pages), Arc::clone(self.pages));
+        let (machine, sink) = (Arc::clone(self.machine), Arc::clone(self.sink));
+        let path = self.path.to_owned();
+        let work = move || work(&pages).map_err(|error| error.to_string());
+        // Who waits for a page, the thread that restores among them, would wait for ever.
+        let failure = move |why: String| {
+            failed.fail(&why);
+            machine.fail(unreadable(&path, &why));
+            sink.end_faults();
+        };
+        Ok(thread::spawn(thread::Kind::Migration, name, work, failure)?)
+    }
+}
+
 /// A restore whose guest runs: what is left to do.
 struct Remainder {
     began: Instant,
@@ -405,10 +451,7 @@ impl Remainder {
         }
         if let Some(why) = pages.failed() {
             // In this order: who waits for a page goes on with zeros, straight out of the guest.
-            let why = format!(
-                "its memory cannot be read from the snapshot {}: {why}",
-                report.path.display()
-            );
+            let why = unreadable(&report.path, &why);
             machine.fail(why.clone());
             pages.dismiss();
             report.error = Some(why);
@@ -422,6 +465,12 @@ impl Remainder {
         report.zero_faults = filled.zero_faults;
         report
     }
+}
+
+/// Why the guest of the snapshot at `path` was ended.
+fn unreadable(path: &Path, why: &str) -> String {
+    let path = path.display();
+    format!("its memory cannot be read from the snapshot {path}: {why}")
 }
 
 /// The disks that are given here are those of the snapshot, and were not written to since.

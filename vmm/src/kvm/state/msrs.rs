@@ -16,6 +16,7 @@ use crate::kvm::vcpu::Vcpu;
 pub const MAX_MSRS: usize = 512;
 
 pub(super) const IA32_TSC: u32 = 0x10;
+pub(super) const IA32_TSC_ADJUST: u32 = 0x3b;
 pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 pub(in crate::kvm) const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 
