@@ -143,10 +143,7 @@ fn refuse(mut channel: Channel<StreamLink>, code: AbortCode, why: &str) {
 
 /// A migration's control channel: runs the engine until it ends.
 fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Preamble) {
-    let secret = match channel.link().secret() {
-        Ok(secret) => secret,
-        Err(error) => return refuse(channel, AbortCode::GaveUp, &error.to_string()),
-    };
+    let secret = channel.link().secret();
     let busy = {
         // A migration that failed is heard of at its source before its memory here is freed:
         // a source that retries at once waits for that instead of being refused.
