@@ -106,7 +106,8 @@ pub fn sentence(error: &rustls::Error) -> String {
              `ferry pki host`"
                 .into()
         }
-        Error::AlertReceived(Alert::UnknownCA) => {
+        // Authorities of one name: the signature of the certificate does not fit.
+        Error::AlertReceived(Alert::UnknownCA | Alert::DecryptError) => {
             "the peer's ca-cert.pem is of another authority than this host's certificate".into()
         }
         Error::AlertReceived(alert) => {
