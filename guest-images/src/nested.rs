@@ -37,7 +37,8 @@ use crate::linux::{CONSOLE_MODULES, GUEST_MODULES, Kernel, LinuxError, RamDisk, 
 /// The emulator.
 pub const QEMU: &str = "qemu-system-x86_64";
 
-/// What the nested host's kernel needs: KVM, network, and what tests shape networks with.
+/// What the nested host's kernel needs: KVM, network, what tests shape networks with, and what codes
+/// the records of TLS: it has no modprobe.
 const HOST_MODULES: &[&str] = &[
     "kvm-amd",
     "virtio_pci",
@@ -47,6 +48,10 @@ const HOST_MODULES: &[&str] = &[
     "bridge",
     "sch_netem",
     "sch_tbf",
+    "tls",
+    "gcm",
+    "ctr",
+    "ghash-generic",
 ];
 
 /// How long it may take until the agent reports. Seven seconds are usual; this is for machines that

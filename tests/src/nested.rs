@@ -227,7 +227,9 @@ impl NestedHost {
     /// `ferry receive` at `uri` with these devices, once it listens.
     pub fn receive_at(&self, uri: &str, devices: &[&str]) -> NestedVmm<'_> {
         let scheme = uri.split_inclusive(':').next().unwrap_or_default();
-        let mut vmm = NestedVmm::start(self, &[&["receive", uri, "--insecure"], devices].concat());
+        let secured = devices.contains(&"--tls");
+        let open: &[&str] = if secured { &[] } else { &["--insecure"] };
+        let mut vmm = NestedVmm::start(self, &[&["receive", uri], open, devices].concat());
         let uri = vmm.process.until(NESTED_TIMEOUT, |_, said| {
             said.split_ascii_whitespace()
                 .find(|w| w.starts_with(scheme))

@@ -28,9 +28,8 @@ type Cancelled = Arc<dyn Fn() -> bool + Send + Sync>;
 /// A stream socket that carries one channel of a migration.
 pub struct StreamLink<S = Stream> {
     socket: S,
-    /// All bytes go through it.
     #[cfg(feature = "tls")]
-    tls: Option<Box<super::tls::TlsSession>>,
+    tls: Option<Box<secured::Secured>>,
     bounds: Bounds,
 }
 
@@ -198,13 +197,53 @@ impl<S: Socket> StreamLink<S> {
         self.bounds.wait(None)
     }
 
-    /// Whether all bytes go through TLS: the socket itself must not be read or written then.
+    /// Whether the connection has TLS.
     #[must_use]
     pub const fn is_secured(&self) -> bool {
         #[cfg(feature = "tls")]
         return self.tls.is_some();
         #[cfg(not(feature = "tls"))]
         false
+    }
+
+    /// Whether bytes are coded before they go to the socket: it must not be read or written by
+    /// itself then.
+    #[must_use]
+    pub const fn is_coded_here(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return self.has_session();
+        #[cfg(not(feature = "tls"))]
+        false
+    }
+
+    /// Called before so many bytes are written to the socket itself by one call.
+    ///
+    /// # Errors
+    /// A secured connection must not carry more.
+    pub fn will_send(&mut self, bytes: u64) -> io::Result<()> {
+        #[cfg(feature = "tls")]
+        return self.will_send_by_kernel(bytes);
+        #[cfg(not(feature = "tls"))]
+        {
+            let _ = bytes;
+            Ok(())
+        }
+    }
+
+    /// What an error of the socket itself means: a peer may have said why it ends the connection.
+    #[must_use]
+    pub fn explain(&self, error: io::Error) -> io::Error {
+        #[cfg(feature = "tls")]
+        return self.explain_by_kernel(error);
+        #[cfg(not(feature = "tls"))]
+        error
+    }
+}
+
+impl<S: Socket> StreamLink<S> {
+    fn retry(&self, since: Option<Instant>, error: io::Error) -> io::Result<Option<Instant>> {
+        let retried = self.bounds.wait(since).retry(error);
+        retried.map_err(|error| self.explain(error))
     }
 }
 
@@ -218,9 +257,10 @@ fn closed() -> io::Error {
 impl<S: Socket> Link for StreamLink<S> {
     fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
         #[cfg(feature = "tls")]
-        if self.is_secured() {
-            return self.send_secured(head, body);
+        if self.is_coded_here() {
+            return self.send_coded(head, body);
         }
+        self.will_send((head.len() + body.len()) as u64)?;
         let mut slices = [IoSlice::new(head), IoSlice::new(body)];
         let mut left = &mut slices[..];
         IoSlice::advance_slices(&mut left, 0);
@@ -235,7 +275,7 @@ impl<S: Socket> Link for StreamLink<S> {
                         self.bounds.wait(None).tick(true)?;
                     }
                 }
-                Err(error) => since = self.bounds.wait(since).retry(error)?,
+                Err(error) => since = self.retry(since, error)?,
             }
         }
         Ok(())
@@ -243,8 +283,8 @@ impl<S: Socket> Link for StreamLink<S> {
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<()> {
         #[cfg(feature = "tls")]
-        if self.is_secured() {
-            return self.recv_secured(buf);
+        if self.is_coded_here() {
+            return self.recv_coded(buf);
         }
         let mut since = None;
         let mut done = 0;
@@ -258,7 +298,7 @@ impl<S: Socket> Link for StreamLink<S> {
                         self.bounds.wait(None).tick(true)?;
                     }
                 }
-                Err(error) => since = self.bounds.wait(since).retry(error)?,
+                Err(error) => since = self.retry(since, error)?,
             }
         }
         Ok(())
@@ -266,8 +306,8 @@ impl<S: Socket> Link for StreamLink<S> {
 
     fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
         #[cfg(feature = "tls")]
-        if self.is_secured() {
-            return self.wait_readable_secured(timeout);
+        if self.is_coded_here() {
+            return self.wait_readable_coded(timeout);
         }
         self.socket.wait_readable(timeout)
     }

@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -34,6 +35,12 @@ pub trait Socket: Send {
     /// # Errors
     /// When the connection is gone.
     fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool>;
+
+    /// The TCP connection, where the kernel may code the records of its TLS (kTLS): all reads and
+    /// writes then go to it unchanged. `None`: what is read and written is coded before.
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// As [`Link::bound_queue`](crate::port::Link::bound_queue).
     fn bound_queue(&mut self, bytes: u32) {
@@ -120,6 +127,10 @@ impl Socket for TcpSocket {
             self.slice,
             || self.stream.peek(&mut [0]).map(|_| true),
         )
+    }
+
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.stream.as_fd())
     }
 }
 
@@ -221,5 +232,12 @@ impl Socket for Stream {
 
     fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool> {
         self.socket().wait_readable(timeout)
+    }
+
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Tcp(socket) => socket.tcp(),
+            Self::Unix(_) => None,
+        }
     }
 }

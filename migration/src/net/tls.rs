@@ -14,6 +14,7 @@
 //! (RFC 8446 §7.5), so only the two ends of the control channel know it.
 
 mod credentials;
+pub(super) mod kernel;
 mod names;
 mod pairing;
 mod session;
@@ -21,6 +22,7 @@ mod session;
 pub use credentials::{
     CA_CERT, CLIENT_CERT, CLIENT_KEY, Credentials, SERVER_CERT, SERVER_KEY, TlsError,
 };
+pub use kernel::codes_in_kernel;
 pub use names::identity_of;
 pub use pairing::{Pairing, PairingError, PairingLine};
 pub(super) use session::TlsSession;
@@ -162,6 +164,8 @@ impl ClientTls {
     fn new(mut config: ClientConfig, name: ServerName<'static>, admission: Admission) -> Self {
         // Every channel makes a full handshake: a resumed one would skip the certificates.
         config.resumption = rustls::client::Resumption::disabled();
+        // For the kernel, where it codes the records.
+        config.enable_secret_extraction = true;
         Self {
             config: Arc::new(config),
             name,
@@ -247,6 +251,7 @@ impl ServerTls {
     fn new(mut config: ServerConfig, allowed: Arc<[Name]>, pairing: Option<Arc<Pairing>>) -> Self {
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        config.enable_secret_extraction = true;
         Self {
             config: Arc::new(config),
             allowed,
@@ -287,10 +292,10 @@ impl ServerTls {
     /// [`TlsError::Refused`], with the reason.
     pub(super) fn admit(
         &self,
-        session: &TlsSession,
+        certificate: Option<&CertificateDer<'_>>,
         admission: &Admission,
     ) -> Result<(), TlsError> {
-        self.permits(session.peer_certificate())?;
+        self.permits(certificate)?;
         match (admission, &self.pairing) {
             (Admission::Certificate, None) | (Admission::Session(_), _) => Ok(()),
             (Admission::Token(token), Some(pairing)) if pairing.spend(token) => Ok(()),

@@ -7,6 +7,7 @@ use crate::memory::{
     check_userfault,
 };
 use crate::sandbox::{Support, support};
+use ferry_migration::net::tls::codes_in_kernel;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::io;
 
@@ -53,6 +54,7 @@ pub fn all(files: &Files) -> Vec<Check> {
         guest_pages(GuestRam::new(PROBE, Backing::Auto)),
         hugepages(files),
         clocksource(files),
+        kernel_tls(codes_in_kernel()),
         confinement(support()),
     ]);
     checks.extend(tools());
@@ -424,6 +426,21 @@ fn clocksource(files: &Files) -> Check {
             "the kernel's log says why the TSC was rejected (`dmesg | grep -i tsc`)",
         ),
     }
+}
+
+fn kernel_tls(codes: bool) -> Check {
+    let name = "kernel TLS";
+    if codes {
+        let found = "the kernel codes TLS records: pages of secured migrations are not copied";
+        return good(name, Need::Useful, found);
+    }
+    bad(
+        name,
+        Need::Useful,
+        "the kernel does not code TLS records: pages of secured migrations are copied and cost \
+         more processor time",
+        "load the module, where the kernel has it: `sudo modprobe tls`",
+    )
 }
 
 fn tools() -> Vec<Check> {

@@ -110,13 +110,15 @@ impl CommittedVm for CommittedMachine<'_> {
 
 impl PageSource<StreamLink> for MachineGuest<'_> {
     fn transmit(&self, link: &mut StreamLink, head: &[u8], runs: &[Run]) -> io::Result<()> {
-        if link.is_secured() {
-            return copied::send(self.machine.ram(), link, head, runs);
+        let ram = self.machine.ram();
+        if link.is_coded_here() {
+            return copied::send(ram, link, head, runs);
         }
-        let (fd, mut timeout) = link.parts();
-        self.machine
-            .ram()
-            .write_pages(fd, head, runs, |progress| timeout.tick(progress))
+        let pages: u64 = runs.iter().map(|run| run.count).sum();
+        let bytes = head.len() as u64 + pages * PAGE_BYTES;
+        link.send_directly(bytes, |fd, mut wait| {
+            ram.write_pages(fd, head, runs, |progress| wait.tick(progress))
+        })
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_SIZE]) -> Result<(), PortError> {

@@ -99,6 +99,13 @@ impl net::Socket for Socket {
         }
     }
 
+    fn tcp(&self) -> Option<BorrowedFd<'_>> {
+        match &self.stream {
+            Stream::Tcp(s) => Some(s.as_fd()),
+            Stream::Unix(_) => None,
+        }
+    }
+
     fn bound_queue(&mut self, bytes: u32) {
         let result = match &self.stream {
             // Bytes sent and not acknowledged belong to the congestion window: a bound on them
@@ -227,16 +234,31 @@ impl StreamLink {
     }
 
     /// What only the two ends of a secured connection know.
-    ///
-    /// # Errors
-    /// See [`net::StreamLink::secret`].
-    pub fn secret(&self) -> io::Result<Option<Secret>> {
+    #[must_use]
+    pub fn secret(&self) -> Option<Secret> {
         self.inner.secret()
     }
 
     /// Whether pages must be copied to be coded.
-    pub(super) const fn is_secured(&self) -> bool {
-        self.inner.is_secured()
+    pub(super) const fn is_coded_here(&self) -> bool {
+        self.inner.is_coded_here()
+    }
+
+    /// Sends to the socket itself, which is not [coded here](Self::is_coded_here), by `send`: so
+    /// many bytes.
+    pub(super) fn send_directly(
+        &mut self,
+        bytes: u64,
+        send: impl FnOnce(BorrowedFd<'_>, Wait<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.inner.will_send(bytes)?;
+        let (fd, wait) = self.parts();
+        send(fd, wait).map_err(|error| self.inner.explain(error))
+    }
+
+    /// What an error of the socket itself means.
+    pub(super) fn explain(&self, error: io::Error) -> io::Error {
+        self.inner.explain(error)
     }
 
     /// A buffer of so many bytes, to be [kept](Self::keep_copy) for the next time.
@@ -250,7 +272,8 @@ impl StreamLink {
         self.copy = copy;
     }
 
-    /// The socket of a link that is not secured, and how long to wait on it.
+    /// The socket of a link that is not [coded here](Self::is_coded_here), and how long to wait on
+    /// it.
     pub(super) fn parts(&self) -> (BorrowedFd<'_>, Wait<'_>) {
         (self.inner.socket().fd(), self.inner.wait())
     }
@@ -362,7 +385,7 @@ impl Dial {
             link.secure_as_source(tls, session.filter(|_| !first))
                 .map_err(error)?;
             if first {
-                self.peer.began(link.secret().map_err(error)?);
+                self.peer.began(link.secret());
             }
         }
         Ok(link)

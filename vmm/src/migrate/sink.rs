@@ -102,6 +102,7 @@ impl RamSink {
         let (fd, mut timeout) = link.parts();
         self.ram
             .read_pages(fd, runs, |progress| timeout.tick(progress))
+            .map_err(|error| link.explain(error))
     }
 
     /// Whether nothing was written to any page of a run. What was, is remembered: to ask the memory
@@ -123,7 +124,7 @@ impl PageSink<StreamLink> for RamSink {
             for run in now {
                 self.filled.insert_run(*run);
             }
-            if link.is_secured() {
+            if link.is_coded_here() {
                 for run in now {
                     copied::receive(&self.ram, link, *run, fresh)?;
                 }
@@ -133,7 +134,8 @@ impl PageSink<StreamLink> for RamSink {
             match link.splice_pipe() {
                 Some((fd, mut timeout, pipe)) if fresh => {
                     self.ram
-                        .splice_pages(fd, pipe, now, |progress| timeout.tick(progress))?;
+                        .splice_pages(fd, pipe, now, |progress| timeout.tick(progress))
+                        .map_err(|error| link.explain(error))?;
                 }
                 _ => self.read_direct(link, now)?,
             }

@@ -1,9 +1,12 @@
 //! A [`StreamLink`] through TLS.
 
 use super::{Socket, StreamLink, closed};
+use crate::net::tls::kernel::{self, KernelRecords};
+use crate::net::tls::pki_types::CertificateDer;
 use crate::net::tls::{Admission, ClientTls, Secret, ServerTls, TlsError, TlsSession};
 use crate::port::Link;
 use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 /// How long a handshake may take: two round trips and the signatures of a busy host.
@@ -29,6 +32,37 @@ impl<S: Socket> Write for Stream<'_, S> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// A connection whose handshake is done.
+pub(super) struct Secured {
+    /// What only its two ends know.
+    secret: Secret,
+    /// The certificate that the peer has shown.
+    certificate: Option<CertificateDer<'static>>,
+    records: Records,
+}
+
+/// What codes the records.
+enum Records {
+    /// rustls: all bytes go through the session.
+    Here(TlsSession),
+    /// The socket.
+    Kernel(KernelRecords),
+}
+
+impl Secured {
+    /// After the handshake; `socket` is one that can code records.
+    fn new(session: TlsSession, socket: Option<BorrowedFd<'_>>) -> io::Result<Self> {
+        Ok(Self {
+            secret: session.secret()?,
+            certificate: session.peer_certificate().cloned(),
+            records: match socket {
+                Some(socket) => Records::Kernel(session.into_kernel(socket)?),
+                None => Records::Here(session),
+            },
+        })
     }
 }
 
@@ -68,20 +102,48 @@ impl<S: Socket> StreamLink<S> {
             let mut bytes = [0; Admission::BYTES];
             link.recv(&mut bytes)?;
             let refused = |why| Unsecured::Refused(TlsError::Refused(why));
-            let session = link.tls.as_ref().ok_or_else(closed)?;
+            let secured = link.tls.as_ref().ok_or_else(closed)?;
             let admission = Admission::decode(&bytes)
                 .ok_or_else(|| refused("its admission is of a later ferry"))?;
-            tls.admit(session, &admission).map_err(Unsecured::Refused)?;
+            tls.admit(secured.certificate.as_ref(), &admission)
+                .map_err(Unsecured::Refused)?;
             Ok(admission)
         })
     }
 
     /// What only the two ends of this connection know; `None` where it is not secured.
-    ///
-    /// # Errors
-    /// rustls has none.
-    pub fn secret(&self) -> io::Result<Option<Secret>> {
-        self.tls.as_ref().map(|tls| tls.secret()).transpose()
+    #[must_use]
+    pub fn secret(&self) -> Option<Secret> {
+        self.tls.as_ref().map(|secured| secured.secret)
+    }
+
+    pub(super) const fn has_session(&self) -> bool {
+        match &self.tls {
+            Some(secured) => matches!(secured.records, Records::Here(_)),
+            None => false,
+        }
+    }
+
+    fn session(tls: &mut Option<Box<Secured>>) -> io::Result<&mut TlsSession> {
+        match tls.as_mut().map(|secured| &mut secured.records) {
+            Some(Records::Here(session)) => Ok(session),
+            _ => Err(closed()),
+        }
+    }
+
+    pub(super) fn will_send_by_kernel(&mut self, bytes: u64) -> io::Result<()> {
+        match self.tls.as_mut().map(|secured| &mut secured.records) {
+            Some(Records::Kernel(records)) => records.will_send(bytes),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn explain_by_kernel(&self, error: io::Error) -> io::Error {
+        let records = self.tls.as_ref().map(|secured| &secured.records);
+        match (records, self.socket.tcp()) {
+            (Some(Records::Kernel(_)), Some(socket)) => kernel::explain(socket, error),
+            _ => error,
+        }
     }
 
     /// A peer that trickles bytes holds no thread longer than this.
@@ -109,12 +171,14 @@ impl<S: Socket> StreamLink<S> {
                 Err(error) => since = self.bounds.wait(since).retry(error)?,
             }
         }
-        self.tls = Some(Box::new(session));
+        let socket = self.socket.tcp().filter(|_| session.suits_kernel());
+        let socket = socket.filter(|socket| kernel::prepare(*socket));
+        self.tls = Some(Box::new(Secured::new(session, socket)?));
         Ok(())
     }
 
-    pub(super) fn send_secured(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
-        let tls = self.tls.as_mut().ok_or_else(closed)?;
+    pub(super) fn send_coded(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        let tls = Self::session(&mut self.tls)?;
         let mut slices = [IoSlice::new(head), IoSlice::new(body)];
         let mut left = &mut slices[..];
         IoSlice::advance_slices(&mut left, 0);
@@ -138,8 +202,8 @@ impl<S: Socket> StreamLink<S> {
         Ok(())
     }
 
-    pub(super) fn recv_secured(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        let tls = self.tls.as_mut().ok_or_else(closed)?;
+    pub(super) fn recv_coded(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        let tls = Self::session(&mut self.tls)?;
         let mut since = None;
         let mut done = 0;
         while done < buf.len() {
@@ -158,8 +222,8 @@ impl<S: Socket> StreamLink<S> {
         Ok(())
     }
 
-    pub(super) fn wait_readable_secured(&mut self, timeout: Duration) -> io::Result<bool> {
-        let tls = self.tls.as_mut().ok_or_else(closed)?;
+    pub(super) fn wait_readable_coded(&mut self, timeout: Duration) -> io::Result<bool> {
+        let tls = Self::session(&mut self.tls)?;
         let until = Instant::now().checked_add(timeout);
         let mut left = Some(timeout);
         loop {

@@ -1,13 +1,17 @@
 //! One connection's TLS: plain bytes in and out over a socket whose calls end by themselves.
 
+use super::kernel::KernelRecords;
 use super::{ClientTls, SECRET_BYTES, Secret, ServerTls};
 use rustls::pki_types::CertificateDer;
 use rustls::{ClientConnection, Connection, ServerConnection};
 use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// Coded bytes that may wait in the session: 16 records of 16 KiB, what one call to a socket takes.
 const BUFFERED: usize = 256 << 10;
+/// Bytes of a record's header: its type, a version, and its length (RFC 8446 §5.1).
+const HEADER: usize = 5;
 /// The label of the session's secret (RFC 8446 §7.5; ours begins with EXPORTER as RFC 5705 asks).
 const LABEL: &[u8] = b"EXPORTER-ferry-session";
 
@@ -18,6 +22,8 @@ pub struct TlsSession {
     coded: Vec<u8>,
     /// Where in `coded` the bytes are that rustls has not seen.
     unseen: std::ops::Range<usize>,
+    /// Where the handshake's next byte is.
+    place: Place,
     /// The peer has closed the connection.
     ended: bool,
 }
@@ -25,6 +31,41 @@ pub struct TlsSession {
 impl std::fmt::Debug for TlsSession {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TlsSession").finish_non_exhaustive()
+    }
+}
+
+/// Where in a record a reader is that must not read beyond the record's end.
+#[derive(Debug, Default)]
+struct Place {
+    header: [u8; HEADER],
+    /// Bytes of the header that were read.
+    known: usize,
+    /// Bytes of the record that follow, once the header is whole.
+    rest: usize,
+}
+
+impl Place {
+    /// Bytes that can be read without reading beyond the record, or beyond its header: not 0.
+    const fn left(&self) -> usize {
+        match HEADER - self.known {
+            0 => self.rest,
+            left => left,
+        }
+    }
+
+    /// After reading no more than what was [left](Self::left).
+    fn pass(&mut self, bytes: &[u8]) {
+        if self.known < HEADER {
+            let known = self.known + bytes.len();
+            self.header[self.known..known].copy_from_slice(bytes);
+            self.known = known;
+            self.rest = usize::from(u16::from_be_bytes([self.header[3], self.header[4]]));
+        } else {
+            self.rest -= bytes.len();
+        }
+        if self.known == HEADER && self.rest == 0 {
+            *self = Self::default();
+        }
     }
 }
 
@@ -65,7 +106,8 @@ pub fn sentence(error: &rustls::Error) -> String {
              `ferry pki host`"
                 .into()
         }
-        Error::AlertReceived(Alert::UnknownCA) => {
+        // Authorities of one name: the signature of the certificate does not fit.
+        Error::AlertReceived(Alert::UnknownCA | Alert::DecryptError) => {
             "the peer's ca-cert.pem is of another authority than this host's certificate".into()
         }
         Error::AlertReceived(alert) => {
@@ -100,8 +142,23 @@ impl TlsSession {
             connection,
             coded: Vec::new(),
             unseen: 0..0,
+            place: Place::default(),
             ended: false,
         }
+    }
+
+    /// Hands the connection, whose handshake is done, to a [prepared](super::kernel::prepare) socket.
+    ///
+    /// # Errors
+    /// The connection cannot be used any more.
+    pub(in crate::net) fn into_kernel(self, socket: BorrowedFd<'_>) -> io::Result<KernelRecords> {
+        KernelRecords::begin(socket, self.connection)
+    }
+
+    /// Whether the kernel could code this connection's records from here on.
+    pub(in crate::net) fn suits_kernel(&self) -> bool {
+        // Bytes of later records would be lost.
+        self.unseen.is_empty() && KernelRecords::can_take(&self.connection)
     }
 
     /// Takes the handshake a step on: `true` when it is done.
@@ -205,7 +262,16 @@ impl TlsSession {
     pub fn pull(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
         if self.unseen.is_empty() {
             self.coded.resize(BUFFERED, 0);
-            let read = socket.read(&mut self.coded)?;
+            let handshake = self.connection.is_handshaking();
+            let most = if handshake {
+                self.place.left()
+            } else {
+                BUFFERED
+            };
+            let read = socket.read(&mut self.coded[..most])?;
+            if handshake {
+                self.place.pass(&self.coded[..read]);
+            }
             self.unseen = 0..read;
             self.ended = read == 0;
         }

@@ -101,7 +101,7 @@ fn refusal(near: Near) -> String {
 }
 
 fn secret(link: &StreamLink) -> Secret {
-    link.secret().unwrap().unwrap()
+    link.secret().unwrap()
 }
 
 #[test]

@@ -143,10 +143,7 @@ fn refuse(mut channel: Channel<StreamLink>, code: AbortCode, why: &str) {
 
 /// A migration's control channel: runs the engine until it ends.
 fn control(shared: &Arc<Shared>, mut channel: Channel<StreamLink>, preamble: &Preamble) {
-    let secret = match channel.link().secret() {
-        Ok(secret) => secret,
-        Err(error) => return refuse(channel, AbortCode::GaveUp, &error.to_string()),
-    };
+    let secret = channel.link().secret();
     let busy = {
         // A source learns that its migration failed before its memory here is freed: one that
         // retries at once waits for that instead of being refused.
