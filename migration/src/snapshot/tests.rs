@@ -1,3 +1,5 @@
+mod recorded;
+
 use super::*;
 use crate::codec::content::{self, Content};
 use crate::options::Compress;
