@@ -239,7 +239,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     timeline.mark("load");
     let guest = MachineGuest::with_workload(Arc::clone(&machine), workload(args));
     if let Some(setting) = balloon {
-        guest.set_balloon(&setting).map_err(Failure)?;
+        guest.set_balloon(&setting)?;
     }
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;

@@ -2,6 +2,7 @@
 //! doubt stand.
 
 use super::{Ending, Recording};
+use crate::api::Refusal;
 use crate::api::types::{
     BalloonRequest, BalloonStatus, Configuration, GuestInfo, Missing, Security, SnapshotReport,
     SnapshotRequest,
@@ -143,11 +144,11 @@ pub trait Guest: Send + Sync + 'static {
     /// Sets its balloon's size, or has it moved automatically.
     ///
     /// # Errors
-    /// A sentence about the request.
-    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), String> {
-        Err(format!(
+    /// [`Refusal`]: of the request, or because the guest is not here any more.
+    fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal> {
+        Err(Refusal::Invalid(format!(
             "the guest has no balloon that could be set to {request:?}"
-        ))
+        )))
     }
 }
 

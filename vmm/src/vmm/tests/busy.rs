@@ -47,7 +47,7 @@ impl Guest for Busy {
     fn balloon(&self) -> Option<BalloonStatus> {
         Some(BalloonStatus::default())
     }
-    fn set_balloon(&self, _: &BalloonRequest) -> Result<(), String> {
+    fn set_balloon(&self, _: &BalloonRequest) -> Result<(), Refusal> {
         self.wait();
         Ok(())
     }
