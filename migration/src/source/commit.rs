@@ -10,7 +10,7 @@ use super::phases::{End, Moved};
 use super::post_copy::FaultChannel;
 use super::{Setup, Source, SourceError, Timeouts, stop::silent};
 use crate::page::PageSet;
-use crate::port::{Committed, Link, SourceVm};
+use crate::port::{Committed, Link, SourceVm, TakeBackError};
 use crate::report::{Phase, Report, Status};
 use crate::wire::{Channel, FrameType, Header, Role, Running, SessionId, WireError, recv_set};
 use std::io;
@@ -82,10 +82,18 @@ fn refused<'g, L: Link, G: SourceVm<L>>(
             source.session.setup.owner.take_back();
             End::Here(error)
         }
-        Err(error) => End::InDoubt {
+        Err(TakeBackError::StandsStill(reason)) => {
+            source.session.setup.owner.take_back();
+            let what = "resuming the guest, which the destination did not start,";
+            End::Here(SourceError::guest(
+                what,
+                format!("{reason} (at the destination: {error})").into(),
+            ))
+        }
+        Err(TakeBackError::Lost(reason)) => End::InDoubt {
             error: SourceError::guest(
-                "resuming the guest that the destination did not start",
-                error,
+                "resuming the guest, which the destination did not start,",
+                reason,
             ),
             committed: None,
         },
