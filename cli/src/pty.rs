@@ -66,20 +66,20 @@ impl Pty {
         let feed = move || {
             let mut bytes = [0; 1024];
             let mut size = Size::default();
+            let mut again = 0;
             loop {
+                // A console is busy for moments, or as long as a snapshot or a migration has the
+                // guest paused; where it waits for a page to come, it may be for longer.
+                if again > 0 && !has_input(&master).map_err(|e| e.to_string())? {
+                    let known = size.update(&vmm, line, &master);
+                    again = if known { 0 } else { again - 1 };
+                    continue;
+                }
                 match master.read(&mut bytes) {
                     Ok(n) if n > 0 => {
-                        let mut known = size.update(&vmm, line, &master);
+                        let known = size.update(&vmm, line, &master);
+                        again = if known { 0 } else { AGAIN };
                         super::console::hand_over(&vmm, line, &bytes[..n]);
-                        // A console is busy for moments, or as long as a snapshot or a migration has
-                        // the guest paused; where it waits for a page to come, it may be for longer.
-                        for _ in 0..AGAIN {
-                            if known {
-                                break;
-                            }
-                            std::thread::sleep(MOMENT);
-                            known = size.update(&vmm, line, &master);
-                        }
                     }
                     // Nothing is attached.
                     Ok(_) => std::thread::sleep(LOOK),
@@ -93,6 +93,19 @@ impl Pty {
         };
         let failure = |why: String| say(&format!("the guest gets no more input: {why}"));
         thread::spawn(thread::Kind::Vmm, "ferry-pty", feed, failure).map(drop)
+    }
+}
+
+/// Whether reading returns at once: input, or the end of it, came before a moment was over.
+fn has_input(master: &File) -> io::Result<bool> {
+    let mut fds = [PollFd::new(master, PollFlags::IN)];
+    let moment = Timespec {
+        tv_sec: 0,
+        tv_nsec: MOMENT.subsec_nanos().into(),
+    };
+    match poll(&mut fds, Some(&moment)) {
+        Err(Errno::INTR) => Ok(false),
+        ready => Ok(ready? > 0),
     }
 }
 

@@ -270,7 +270,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failure> {
     timeline.mark("load");
     let guest = MachineGuest::with_workload(Arc::clone(&machine), workload(args));
     if let Some(setting) = balloon {
-        GuestBalloon::set(&*guest, &setting).map_err(Failure)?;
+        GuestBalloon::set(&*guest, &setting)?;
     }
     let vmm = Vmm::new(Arc::clone(&guest) as _, false)?;
     guest.watch(&vmm)?;

@@ -32,7 +32,7 @@ pub use simple::SimpleVm;
 pub(crate) use source::holes;
 pub use source::{
     Committed, CommittedVm, NotStarted, PageSource, Paused, PausedVm, ShareMemory, SourceDisks,
-    SourceVm,
+    SourceVm, TakeBackError,
 };
 pub use throttle::Throttle;
 

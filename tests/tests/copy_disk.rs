@@ -208,3 +208,27 @@ fn a_disk_that_cannot_be_read_to_its_end_keeps_the_guest_here() {
     assert!(!place.path("copy.img").exists());
     assert!(source.verdict().writes > 0);
 }
+
+/// The destination has read COMMIT and cannot start the guest: it is asked until it can.
+#[test]
+fn a_disk_that_is_locked_where_the_guest_goes_is_waited_for() {
+    if !guests_run() {
+        return;
+    }
+    let place = Place::new();
+    std::fs::copy(place.path("disk.img"), place.path("other.img")).unwrap();
+    let mut source = place.source();
+    let other = place.text("other.img");
+    let destination = Host::receive_with(&["--disk", &other, "--force"]);
+    let locked = Disk::open(&place.path("other.img"), false).unwrap();
+    locked.lock().unwrap();
+    let report = source.migrate(destination.uri(), &Host::options());
+    assert_eq!(report.status, Status::InDoubt, "{report:#?}");
+    let error = report.error.unwrap();
+    assert!(error.contains("could not be started"), "{error}");
+    assert_eq!(source.state(), State::InDoubt);
+    locked.unlock().unwrap();
+    destination.reaches(State::Running);
+    assert_eq!(source.ends(), Some(0), "{:#?}", source.said());
+    destination.proves_running();
+}

@@ -269,6 +269,42 @@ fn a_size_that_is_set_during_a_migration_goes_along() {
     assert!(refused.is_err(), "it is not here any more: {refused:?}");
 }
 
+/// A size that is set at the source while the rest of the memory follows would be set in what is
+/// left of the guest there.
+#[test]
+fn a_size_that_is_set_where_the_guest_was_is_refused() {
+    if !guests_run() {
+        return;
+    }
+    let guest = Host::run_with("dirty:wss=24M,rate=2000", "64M,max=128M", 1, &[]);
+    let destination = Host::receive();
+    let slow = Options {
+        policy: PolicyKind::Postcopy,
+        bandwidth: Some(4_000_000),
+        ..Host::options()
+    };
+    let migration = guest.begin_migration(destination.uri(), &slow);
+    destination.reaches(State::Running);
+    let auto = BalloonRequest {
+        size_bytes: None,
+        auto: Some(Default::default()),
+    };
+    let auto = guest.client().set_balloon(&auto);
+    for refused in [
+        set(&guest, 80 * MIB).unwrap_err(),
+        auto.unwrap_err().to_string(),
+    ] {
+        assert!(
+            refused.contains("handed over to") && refused.contains(destination.uri()),
+            "{refused}"
+        );
+    }
+    assert_eq!(sizes(&set(&destination, 72 * MIB).unwrap()), (72, 128));
+    let report = migration.report();
+    assert_eq!(report.status, Status::Completed, "{report:#?}");
+    assert_eq!(sizes(&memory(&destination)), (72, 128));
+}
+
 #[test]
 fn consoles_are_given_and_refused_with_a_sentence() {
     if !guests_run() {

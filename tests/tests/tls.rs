@@ -182,7 +182,7 @@ fn session_of(text: &str) -> ferry_migration::wire::SessionId {
 fn secret_of(client: &ClientTls, to: SocketAddr) -> Secret {
     let mut link = StreamLink::connect_tcp(to).unwrap();
     link.secure_as_source(client, None).unwrap();
-    link.secret().unwrap().unwrap()
+    link.secret().unwrap()
 }
 
 /// Opens a channel with a good certificate; why it is refused.

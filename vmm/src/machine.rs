@@ -78,7 +78,7 @@ pub use fit::Misfit;
 pub use identity::IdentityError;
 pub use load::ApplyError;
 pub use paused::{PausedMachine, RestoreMachineError, Restored, SaveError};
-pub use run_state::{Exit, PauseError, ResumeError, RunState};
+pub use run_state::{ChangeError, Exit, PauseError, ResumeError, RunState};
 pub use state::{
     DevicesState, MachineState, OLDEST_STATE_VERSION, STATE_VERSION, StateError, version_for,
 };
@@ -331,22 +331,43 @@ impl Machine {
     /// that it runs nowhere else. If it does, there are two of it.
     ///
     /// # Errors
-    /// [`ResumeError::NotCommitted`], or why it cannot run: nothing is changed then.
+    /// [`ResumeError::NotCommitted`], [`ResumeError::Asked`] while a migration or
+    /// [`recover`](crate::migrate::recover) is under way, or why it cannot run: nothing is changed
+    /// then.
     pub fn take_over(&self) -> Result<(), ResumeError> {
         self.control.take_over()
     }
 
+    /// Books that the destination is asked about the guest that was given to it: until
+    /// [`end_asking`](Self::end_asking) it cannot be taken over. `false` when it was not given away,
+    /// or is being asked about already.
+    pub(crate) fn begin_asking(&self) -> bool {
+        self.control.begin_asking()
+    }
+
+    pub(crate) fn end_asking(&self) {
+        self.control.end_asking();
+    }
+
     /// Asks the guest to keep `bytes` of its memory unused, so that the host can have them; it
     /// gives them as it can, and the size is not moved automatically any more. `false` when it has
-    /// no balloon.
-    pub fn set_balloon(&self, bytes: u64) -> bool {
-        self.virtio.set_balloon(bytes)
+    /// no balloon. Waits while a [`PausedMachine`] exists.
+    ///
+    /// # Errors
+    /// [`ChangeError`]: the guest is not here any more, or its state is being read.
+    pub fn set_balloon(&self, bytes: u64) -> Result<bool, ChangeError> {
+        self.control.change(|| self.virtio.set_balloon(bytes))
     }
 
     /// From now on the balloon takes what the guest does not use (dynamic self-ballooning), here
-    /// and wherever the guest goes. `false` when it has no balloon.
-    pub fn set_balloon_auto(&self, settings: BalloonAuto) -> bool {
-        self.virtio.set_balloon_auto(settings)
+    /// and wherever the guest goes. `false` when it has no balloon. Waits while a [`PausedMachine`]
+    /// exists.
+    ///
+    /// # Errors
+    /// [`ChangeError`]: the guest is not here any more, or its state is being read.
+    pub fn set_balloon_auto(&self, settings: BalloonAuto) -> Result<bool, ChangeError> {
+        self.control
+            .change(|| self.virtio.set_balloon_auto(settings))
     }
 
     /// What the balloon holds and what the guest last said of its memory, if it has a balloon. Asks
@@ -404,10 +425,12 @@ impl Machine {
     /// Gives the guest's serial port bytes to receive; returns how many it took. While the machine
     /// is paused it takes none: they would be missing from a state that is being saved.
     pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        // The port first: a pause that comes now reads its state after this.
+        let mut serial = lock(&self.devices.serial);
         if self.run_state() != RunState::Running {
             return 0;
         }
-        lock(&self.devices.serial).input(bytes)
+        serial.input(bytes)
     }
 
     /// Gives the guest's console bytes to read; returns how many it took. It takes none while the

@@ -71,7 +71,7 @@ use ferry_migration::source::{self, AbortTold, Owner as GuestOwner, Ownership, S
 use ferry_migration::steering::{Change, Steering, SteeringError};
 use ferry_migration::wire::SessionId;
 
-use crate::machine::Machine;
+use crate::machine::{Machine, RunState};
 use crate::memory::{UserfaultError, available_memory};
 use guest::{CommittedMachine, MachineGuest};
 use link::Dial;
@@ -334,11 +334,17 @@ pub fn recover(
         );
     };
     let Some(committed) = CommittedMachine::of(machine) else {
-        return Report::broken(
-            &handle.progress(),
-            GuestOwner::Source,
-            "there is nothing to recover: the guest was not handed over",
-        );
+        let (owner, why) = match machine.run_state() {
+            RunState::Committed => (
+                GuestOwner::InDoubt,
+                "the destination is being asked about the guest already: wait for the answer",
+            ),
+            _ => (
+                GuestOwner::Source,
+                "there is nothing to recover: the guest was not handed over",
+            ),
+        };
+        return Report::broken(&handle.progress(), owner, why);
     };
     engine(
         machine,

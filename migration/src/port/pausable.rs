@@ -11,7 +11,9 @@
 
 #[cfg(doc)]
 use super::SourceVm;
-use super::{Committed, CommittedVm, NotStarted, Paused, PausedVm, PortError, SessionId};
+use super::{
+    Committed, CommittedVm, NotStarted, Paused, PausedVm, PortError, SessionId, TakeBackError,
+};
 
 /// A guest that is stopped and resumed by a call each.
 pub trait Pausable: Sync {
@@ -99,8 +101,8 @@ impl<V: Pausable> CommittedVm for Given<'_, V> {
         self.0.release();
     }
 
-    fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), PortError> {
-        self.0.take_back(word)
+    fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), TakeBackError> {
+        self.0.take_back(word).map_err(TakeBackError::StandsStill)
     }
 }
 

@@ -182,8 +182,20 @@ pub trait CommittedVm {
     /// The destination has not started the guest and never will: it runs here again.
     ///
     /// # Errors
-    /// Why it cannot: the guest stands still.
-    fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), PortError>;
+    /// Why it cannot, and whether the guest is here.
+    fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), TakeBackError>;
+}
+
+/// Why a guest that the destination did not start does not run at the source.
+#[derive(Debug, thiserror::Error)]
+// Exhaustive: the engine decides by it who owns the guest, and must decide for every value.
+pub enum TakeBackError {
+    /// The guest is the source's, and stands still: it can be resumed once the reason is gone.
+    #[error("{0}; the guest is here, and paused")]
+    StandsStill(#[source] PortError),
+    /// The guest is not whole here any more.
+    #[error(transparent)]
+    Lost(PortError),
 }
 
 /// The destination's word that it did not start the guest and never will. Only an engine that has

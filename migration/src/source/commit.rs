@@ -11,7 +11,7 @@ use super::freeing::freed;
 use super::page_server::FaultChannel;
 use super::phases::{End, Moved};
 use crate::page::PageSet;
-use crate::port::{Committed, Link, SourceVm};
+use crate::port::{Committed, Link, SourceVm, TakeBackError};
 use crate::report::Phase;
 use crate::wire::{FrameType, Header, Role, Running, recv_set};
 use std::time::Duration;
@@ -82,10 +82,18 @@ fn refused<'g, L: Link, G: SourceVm<L>>(
             source.session.setup.owner.take_back();
             End::Here(error)
         }
-        Err(error) => End::InDoubt {
+        Err(TakeBackError::StandsStill(reason)) => {
+            source.session.setup.owner.take_back();
+            let what = "resuming the guest, which the destination did not start,";
+            End::Here(SourceError::guest(
+                what,
+                format!("{reason} (at the destination: {error})").into(),
+            ))
+        }
+        Err(TakeBackError::Lost(reason)) => End::InDoubt {
             error: SourceError::guest(
-                "resuming the guest that the destination did not start",
-                error,
+                "resuming the guest, which the destination did not start,",
+                reason,
             ),
             committed: None,
         },

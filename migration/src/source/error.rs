@@ -106,11 +106,15 @@ impl SourceError {
         Self::Guest { what, error }
     }
 
-    /// Whether asking again may bring another answer.
+    /// Whether COMMIT, said again, may bring another answer. A destination that gave up at it keeps
+    /// the guest, and may be able to start it the next time.
     pub(super) const fn may_retry(&self) -> bool {
         match self {
             Self::Connect(_) | Self::Silent(_) => true,
-            Self::Wire(error) => !error.is_from_peer() || matches!(error, WireError::Busy(_)),
+            Self::Wire(error) => !matches!(
+                error,
+                WireError::NotStarted(_) | WireError::UnknownSession(_)
+            ),
             _ => false,
         }
     }

@@ -20,6 +20,8 @@ use super::throttle::Throttle;
 use crate::kvm::{Kicker, Vcpu, VmExit};
 use crate::memory::GuestRam;
 
+mod change;
+
 /// How long a pause waits for a vCPU. It takes microseconds; the only thing that can take long is a
 /// device whose output blocks.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
@@ -38,6 +40,8 @@ enum Mode {
     Committed {
         /// It ran before the pause in which it was handed over.
         ran: bool,
+        /// COMMIT is being said to the destination, which may start the guest at any moment.
+        asked: bool,
     },
     Ended,
 }
@@ -200,7 +204,7 @@ impl Control {
         let mut inner = self.lock();
         inner.guarded = false;
         if inner.mode == Mode::Paused {
-            inner.mode = Mode::Committed { ran };
+            inner.mode = Mode::Committed { ran, asked: false };
         }
         self.changed.notify_all();
     }
@@ -217,11 +221,14 @@ impl Control {
     /// The guest runs here, whatever became of it elsewhere.
     pub(super) fn take_over(&self) -> Result<(), ResumeError> {
         let mut inner = self.lock();
+        if let Mode::Committed { asked: true, .. } = inner.mode {
+            return Err(ResumeError::Asked);
+        }
         let ran = self.reclaim(&mut inner)?;
         let started = self.start(&mut inner);
         if started.is_err() {
             // Its memory or its disks are another's: so is the guest, then.
-            inner.mode = Mode::Committed { ran };
+            inner.mode = Mode::Committed { ran, asked: false };
         }
         started
     }
@@ -231,7 +238,7 @@ impl Control {
         if let Some(exit) = &inner.exit {
             return Err(ResumeError::Ended(exit.clone()));
         }
-        let Mode::Committed { ran } = inner.mode else {
+        let Mode::Committed { ran, .. } = inner.mode else {
             return Err(ResumeError::NotCommitted);
         };
         inner.mode = Mode::Paused;

@@ -81,10 +81,32 @@ pub enum ResumeError {
     /// Its guest is its own.
     #[error("there is no guest to take back: the machine was not handed over to a destination")]
     NotCommitted,
+    /// COMMIT is on its way.
+    #[error(
+        "the guest cannot be taken over: the destination is being asked about it; wait for the answer"
+    )]
+    Asked,
     /// Its disk is not its own; a sentence.
     #[error("the machine cannot be resumed: {0}")]
     Disk(String),
     /// Its memory is not its own; a sentence.
     #[error("the machine cannot be resumed: {0}")]
     Memory(String),
+}
+
+/// Why a machine's guest was not changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChangeError {
+    /// It has ended.
+    #[error("the guest cannot be changed since it has ended: {0}")]
+    Ended(Exit),
+    /// Its guest is another's.
+    #[error("the guest cannot be changed here: {COMMITTED}")]
+    Committed,
+    /// A guard holds it paused, whose holder may have read its state already.
+    #[error(
+        "the guest cannot be changed while its state is read, which has taken {TIMEOUT:?} so far; try again later"
+    )]
+    Busy,
 }

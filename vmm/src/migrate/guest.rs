@@ -8,13 +8,13 @@ use ferry_devices::sync::lock;
 use ferry_migration::page::{Gfn, PAGE_BYTES, PAGE_SIZE, PageSet, RamLayout, Run};
 use ferry_migration::port::{
     BlockSource, Committed, CommittedVm, FreeMemory, FreedPages, NotStarted, PageSource, Paused,
-    PausedVm, PortError, ShareMemory, SourceDisks, SourceVm, Throttle,
+    PausedVm, PortError, ShareMemory, SourceDisks, SourceVm, TakeBackError, Throttle,
 };
 use ferry_migration::wire::SessionId;
 
 use super::disks::DiskCopy;
 use super::{StreamLink, copied, engine_layout};
-use crate::machine::{Machine, PausedMachine, RunState, version_for};
+use crate::machine::{Machine, PausedMachine, version_for};
 use crate::memory::{HUGE_PAGE_SIZE, ShareError};
 
 /// The guest of a machine while it is migrated away.
@@ -51,13 +51,21 @@ struct StoppedMachine<'a> {
     ran: Instant,
 }
 
-/// A machine whose guest was given to the destination. It stands still.
+/// A machine whose guest was given to the destination. It stands still, and cannot be taken over
+/// while this exists: COMMIT is on its way.
 pub(crate) struct CommittedMachine<'a>(&'a Arc<Machine>);
 
 impl<'a> CommittedMachine<'a> {
-    /// The machine, if its guest was given away: there is nothing to recover otherwise.
+    /// The machine, if its guest was given away and no other question about it is under way: there
+    /// is nothing to recover otherwise.
     pub(crate) fn of(machine: &'a Arc<Machine>) -> Option<Self> {
-        (machine.run_state() == RunState::Committed).then_some(Self(machine))
+        machine.begin_asking().then(|| Self(machine))
+    }
+}
+
+impl Drop for CommittedMachine<'_> {
+    fn drop(&mut self) {
+        self.0.end_asking();
     }
 }
 
@@ -83,7 +91,8 @@ impl<'g> PausedVm<'g> for StoppedMachine<'g> {
         self.machine.close_connections();
         tracing::info!(%session, "the guest is handed over");
         self.paused.commit();
-        Ok(Box::new(CommittedMachine(self.machine)))
+        let committed = CommittedMachine::of(self.machine);
+        Ok(Box::new(committed.ok_or("the guest was taken over")?))
     }
 
     fn keep(self: Box<Self>) {
@@ -96,15 +105,17 @@ impl CommittedVm for CommittedMachine<'_> {
         self.0.stop();
     }
 
-    fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), PortError> {
+    fn take_back(self: Box<Self>, word: NotStarted) -> Result<(), TakeBackError> {
         tracing::warn!(
             why = word.why(),
             "the destination did not start the guest: it is here again, as it was"
         );
         if !lock(self.0.freed()).is_empty() {
-            return Err("the guest's memory was given back to this host while it ran there".into());
+            let why = "the guest's memory was given back to this host while it ran there";
+            return Err(TakeBackError::Lost(why.into()));
         }
-        Ok(self.0.take_back(&word)?)
+        let taken = self.0.take_back(&word);
+        taken.map_err(|error| TakeBackError::StandsStill(error.into()))
     }
 }
 

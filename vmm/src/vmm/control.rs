@@ -364,15 +364,20 @@ impl Control for Vmm {
     fn set_balloon(&self, request: &BalloonRequest) -> Result<(), Refusal> {
         let inner = self.core.lock();
         let guest = match (&inner.state, &inner.guest) {
-            (State::Running | State::Paused | State::Migrating { .. }, Some(guest)) => {
-                Arc::clone(guest)
-            }
+            (state, Some(guest)) if state.keeps_changes() => Arc::clone(guest),
             (state, _) => return Err(conflict("set a balloon", state)),
         };
         // The device may be at work for a while; no other request is to wait for it.
         drop(inner);
         let balloon = guest.balloon().ok_or_else(no_balloon)?;
-        balloon.set(request).map_err(Refusal::Invalid)
+        balloon.set(request).map_err(|refused| {
+            let state = &self.core.lock().state;
+            match refused {
+                // It was handed over meanwhile: the state says where to.
+                Refusal::Conflict(_) if !state.keeps_changes() => conflict("set a balloon", state),
+                refused => refused,
+            }
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 //! doubt stand.
 
 use super::{Ending, Recording};
+use crate::api::Refusal;
 use crate::api::types::{
     BalloonRequest, BalloonStatus, Configuration, GuestInfo, Missing, Security, SnapshotReport,
     SnapshotRequest,
@@ -132,8 +133,8 @@ pub trait GuestBalloon {
     /// Sets its size, or has it moved automatically.
     ///
     /// # Errors
-    /// A sentence about the request.
-    fn set(&self, request: &BalloonRequest) -> Result<(), String>;
+    /// [`Refusal`]: of the request, or because the guest is not here any more.
+    fn set(&self, request: &BalloonRequest) -> Result<(), Refusal>;
 }
 
 /// A guest's virtio console.

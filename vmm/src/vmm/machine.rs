@@ -5,6 +5,7 @@ use super::{
     Ending, Guest, GuestBalloon, GuestConsole, GuestSnapshots, Migration, MigrationHandle, Missing,
     Recording, TakeOver, Vmm,
 };
+use crate::api::Refusal;
 use crate::api::types::{
     ArrivalOutcome, BalloonRequest, BalloonStatus, Configuration, GuestInfo, IncomingReport,
     MemoryInfo, RecordStatus, Security, SnapshotReport, SnapshotRequest,
@@ -304,22 +305,26 @@ impl GuestBalloon for MachineGuest {
             .unwrap_or_default()
     }
 
-    fn set(&self, request: &BalloonRequest) -> Result<(), String> {
+    fn set(&self, request: &BalloonRequest) -> Result<(), Refusal> {
         let ram = self.machine.description().memory;
-        match (request.size_bytes, request.auto) {
-            (Some(size), None) if size <= ram => {
-                self.machine.set_balloon(size);
-                Ok(())
+        let set = match (request.size_bytes, request.auto) {
+            (Some(size), None) if size <= ram => self.machine.set_balloon(size),
+            (Some(size), None) => {
+                return Err(Refusal::Invalid(format!(
+                    "a balloon of {size} bytes was asked for, but the guest has {ram}; give less"
+                )));
             }
-            (Some(size), None) => Err(format!(
-                "a balloon of {size} bytes was asked for, but the guest has {ram}; give less"
-            )),
             (None, Some(wish)) => {
-                self.machine.set_balloon_auto(wish.settings(ram)?);
-                Ok(())
+                let settings = wish.settings(ram).map_err(Refusal::Invalid)?;
+                self.machine.set_balloon_auto(settings)
             }
-            _ => Err("a balloon has a size_bytes or is moved by auto; give one of the two".into()),
-        }
+            _ => {
+                return Err(Refusal::Invalid(
+                    "a balloon has a size_bytes or is moved by auto; give one of the two".into(),
+                ));
+            }
+        };
+        set.map(drop).map_err(|e| Refusal::Conflict(e.to_string()))
     }
 }
 

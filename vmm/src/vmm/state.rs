@@ -128,6 +128,15 @@ impl State {
         }
     }
 
+    /// Whether the guest here is the one that goes on, so that a change of it is not lost.
+    pub(super) fn keeps_changes(&self) -> bool {
+        match self {
+            Self::Running | Self::Paused => true,
+            Self::Migrating { handle, .. } => handle.owner() == Owner::Source,
+            _ => false,
+        }
+    }
+
     /// Where the guest goes, or went.
     pub(super) fn to(&self) -> Option<&str> {
         match self {

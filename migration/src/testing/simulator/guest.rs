@@ -9,7 +9,7 @@ use crate::codec::content::{self, Content};
 use crate::page::{Gfn, PAGE_SIZE, PageSet, RamLayout, Run};
 use crate::port::{
     BlockSource, Committed, CommittedVm, FreeMemory, FreedPages, NotStarted, PageSource, Paused,
-    PausedVm, PortError, ShareMemory, SourceDisks, SourceVm, Throttle,
+    PausedVm, PortError, ShareMemory, SourceDisks, SourceVm, TakeBackError, Throttle,
 };
 use crate::wire::SessionId;
 use std::io;
@@ -254,7 +254,7 @@ impl CommittedVm for SimCommitted {
         }
     }
 
-    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), PortError> {
+    fn take_back(self: Box<Self>, _: NotStarted) -> Result<(), TakeBackError> {
         let mut world = lock(&self.0);
         world.committed = false;
         world.source_resumes();

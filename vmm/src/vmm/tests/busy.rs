@@ -53,7 +53,7 @@ impl GuestBalloon for Busy {
     fn status(&self) -> BalloonStatus {
         BalloonStatus::default()
     }
-    fn set(&self, _: &BalloonRequest) -> Result<(), String> {
+    fn set(&self, _: &BalloonRequest) -> Result<(), Refusal> {
         self.wait();
         Ok(())
     }
