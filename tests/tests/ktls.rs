@@ -133,10 +133,10 @@ fn shake(source: &Certificates, receiver: &Certificates, kernel: [bool; 2]) -> [
     [near, far.join().unwrap()]
 }
 
-/// Bytes of every size arrive as they were sent, both ways, whichever end's kernel codes them.
+/// Bytes of every size arrive as they were sent, both ways, where the kernel of either end codes them.
 #[test]
 #[ignore = "runs in the nested host of guests_move_and_each_side_codes_where_it_can"]
-fn inside_records_are_the_same_whoever_codes_them() {
+fn inside_records_are_the_same_from_both_coders() {
     let own = Authority::default().host_of(&[HERE], FAR);
     for kernel in [[true, true], [true, false], [false, true], [false, false]] {
         let [near, far] = shake(&own, &own, kernel).map(Result::unwrap);
@@ -147,7 +147,7 @@ fn inside_records_are_the_same_whoever_codes_them() {
         assert!(near.secret().is_some() && near.secret() == far.secret());
         for (mut from, mut to) in [(near, far)] {
             for bytes in [1_usize, 5, 4096, 16 << 10, (16 << 10) + 1, 1 << 20] {
-                let body: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
+                let body: Vec<u8> = (0..bytes).map(|n| u8::try_from(n % 251).unwrap()).collect();
                 let sent = body.clone();
                 let sending = thread::spawn(move || {
                     from.send(&[7; 3], &sent).unwrap();

@@ -29,7 +29,7 @@ type Cancelled = Arc<dyn Fn() -> bool + Send + Sync>;
 pub struct StreamLink<S = Stream> {
     socket: S,
     #[cfg(feature = "tls")]
-    tls: Option<Box<secured::Secured>>,
+    tls: Option<secured::Secured>,
     bounds: Bounds,
 }
 

@@ -264,9 +264,7 @@ impl Builder {
         }
         let host = Host::open()?;
         check_cpus(self.cpus, &host)?;
-        if let Some(numa) = &self.numa {
-            numa.check(self.memory, self.cpus)?;
-        }
+        check_nodes(self.numa.as_ref(), self.memory, self.cpus)?;
         let offered = host.guest_cpuid().map_err(BuildError::Cpuid)?;
         let host_vendor = vendor(&offered);
         let cpuid = match &self.description {
@@ -301,13 +299,9 @@ impl Builder {
             .map(|id| vm.create_vcpu(id, per_package, &cpuid))
             .collect::<Result<_, _>>()?;
         let here = host_cpu(&host, host_vendor, &vcpus);
-        let (tsc_khz, arch_capabilities) = match &self.description {
-            Some(d) => {
-                check_fit(d, &here, self.backends.insist)?;
-                (d.tsc_khz, d.arch_capabilities)
-            }
-            None => (here.tsc_khz, self.cpu.tell(&vcpus, here.arch_capabilities)?),
-        };
+        let described = self.description.as_ref();
+        let insist = self.backends.insist;
+        let (tsc_khz, arch_capabilities) = cpu_facts(described, &self.cpu, &here, &vcpus, insist)?;
         let description = MachineDescription {
             format: OLDEST_FORMAT,
             requires: Vec::new(),
@@ -354,6 +348,32 @@ fn check_cpus(asked: u32, host: &Host) -> Result<(), BuildError> {
         0 => Err(BuildError::Cpus { asked, max }),
         _ if asked > max => Err(BuildError::Cpus { asked, max }),
         _ => Ok(()),
+    }
+}
+
+/// # Errors
+/// [`BuildError`]: nodes that do not come to this memory and these processors.
+fn check_nodes(numa: Option<&Topology>, memory: u64, cpus: u32) -> Result<(), BuildError> {
+    match numa {
+        Some(numa) => Ok(numa.check(memory, cpus)?),
+        None => Ok(()),
+    }
+}
+
+/// What a guest that is new here or arrives has of its host's CPU.
+fn cpu_facts(
+    description: Option<&MachineDescription>,
+    model: &CpuModel,
+    here: &HostCpu,
+    vcpus: &[Vcpu],
+    insist: bool,
+) -> Result<(Option<u32>, Option<u64>), BuildError> {
+    match description {
+        Some(d) => {
+            check_fit(d, here, insist)?;
+            Ok((d.tsc_khz, d.arch_capabilities))
+        }
+        None => Ok((here.tsc_khz, model.tell(vcpus, here.arch_capabilities)?)),
     }
 }
 

@@ -47,7 +47,7 @@ pub(super) struct Secured {
 /// What codes the records.
 enum Records {
     /// rustls: all bytes go through the session.
-    Here(TlsSession),
+    Here(Box<TlsSession>),
     /// The socket.
     Kernel(KernelRecords),
 }
@@ -60,7 +60,7 @@ impl Secured {
             certificate: session.peer_certificate().cloned(),
             records: match socket {
                 Some(socket) => Records::Kernel(session.into_kernel(socket)?),
-                None => Records::Here(session),
+                None => Records::Here(Box::new(session)),
             },
         })
     }
@@ -124,7 +124,7 @@ impl<S: Socket> StreamLink<S> {
         }
     }
 
-    fn session(tls: &mut Option<Box<Secured>>) -> io::Result<&mut TlsSession> {
+    fn session(tls: &mut Option<Secured>) -> io::Result<&mut TlsSession> {
         match tls.as_mut().map(|secured| &mut secured.records) {
             Some(Records::Here(session)) => Ok(session),
             _ => Err(closed()),
@@ -173,7 +173,7 @@ impl<S: Socket> StreamLink<S> {
         }
         let socket = self.socket.tcp().filter(|_| session.suits_kernel());
         let socket = socket.filter(|socket| kernel::prepare(*socket));
-        self.tls = Some(Box::new(Secured::new(session, socket)?));
+        self.tls = Some(Secured::new(session, socket)?);
         Ok(())
     }
 
