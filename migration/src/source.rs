@@ -12,7 +12,7 @@
 //!
 //! Every box is a type, in the file of its phase, that consumes itself and owns what it needs: the
 //! started log, the [`Paused`](crate::port::Paused) guest, the
-//! [`Committed`](crate::port::Committed) guest. What it drops on an error is undone: up to and
+//! [`Committed`] guest. What it drops on an error is undone: up to and
 //! including Stopped, every failure leaves the guest running at the source. From CommitSent on the
 //! source never runs the guest by itself; [`Ownership`] says so to everybody else.
 //!
@@ -90,10 +90,11 @@ pub fn migrate<L: Link, G: SourceVm<L>>(guest: &G, setup: Setup<'_, L>) -> Repor
 /// the report's status is `Completed` or `Interrupted` (it runs at the destination) or `InDoubt`
 /// (it runs nowhere).
 ///
-/// Of the options the engine itself uses all but [`Options::policy`] and what only a policy reads.
+/// Of the options the engine itself uses all but
+/// [`Options::policy`](crate::options::Options::policy) and what only a policy reads.
 /// A user who [steers](crate::steering) to another policy gets the one that the options name.
 /// Post-copy ([`Decision::HandOver`](crate::policy::Decision::HandOver)) must be agreed on in the
-/// handshake: it is where [`Options::may_post_copy`] holds.
+/// handshake: it is where [`Options::may_post_copy`](crate::options::Options::may_post_copy) holds.
 ///
 /// ```
 /// use ferry_migration::net::{self, MonotonicClock};

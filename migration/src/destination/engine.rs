@@ -50,7 +50,8 @@ pub struct Destination<L: Link, H: DestinationVm<L>> {
 }
 
 impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
-    /// Takes a control channel whose preamble was answered by [`exchange_preamble`].
+    /// Takes a control channel whose preamble was answered by
+    /// [`exchange_preamble`](super::exchange_preamble).
     pub fn new(
         mut channel: Channel<L>,
         preamble: &Preamble,
