@@ -82,12 +82,12 @@ fn refused<'g, L: Link, G: SourceVm<L>>(
             source.session.setup.owner.take_back();
             End::Here(error)
         }
-        Err(TakeBackError::StandsStill(reason)) => {
+        Err(stands @ TakeBackError::StandsStill(_)) => {
             source.session.setup.owner.take_back();
             let what = "resuming the guest, which the destination did not start,";
             End::Here(SourceError::guest(
                 what,
-                format!("{reason} (at the destination: {error})").into(),
+                format!("{stands} (at the destination: {error})").into(),
             ))
         }
         Err(TakeBackError::Lost(reason)) => End::InDoubt {

@@ -141,9 +141,9 @@ fn what_was_paused_before_a_migration_is_paused_after_its_recovery() {
     }
 }
 
-/// A session's name; the receivers here answer for any.
+/// A session's name, not that of zeros, which is no session: the receivers here answer for any.
 fn session() -> String {
-    "00".repeat(16)
+    "5a".repeat(16)
 }
 
 /// Another program has the source's disk by the time the destination gives the guest back.
