@@ -1,5 +1,7 @@
 //! Building a machine.
 
+mod facts;
+
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -14,13 +16,14 @@ use ferry_devices::thread;
 use ferry_migration::options::Tracking;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::facts::{cpu_facts, host_cpu};
 use super::alarm::Alarm;
 use super::control::{Control, EndWish};
 use super::cpu::{CpuError, CpuModel, vendor};
 use super::description::{DescriptionError, MachineDescription, OLDEST_FORMAT};
 use super::devices::{Backends, DeviceError, VirtioSet};
 use super::disk_marks::DiskMarks;
-use super::fit::{self, HostCpu, Misfit};
+use super::fit::Misfit;
 use super::nodes::Nodes;
 use super::run_state::Exit;
 use super::{Devices, Machine};
@@ -360,23 +363,6 @@ fn check_nodes(numa: Option<&Topology>, memory: u64, cpus: u32) -> Result<(), Bu
     }
 }
 
-/// What a guest that is new here or arrives has of its host's CPU.
-fn cpu_facts(
-    description: Option<&MachineDescription>,
-    model: &CpuModel,
-    here: &HostCpu,
-    vcpus: &[Vcpu],
-    insist: bool,
-) -> Result<(Option<u32>, Option<u64>), BuildError> {
-    match description {
-        Some(d) => {
-            check_fit(d, here, insist)?;
-            Ok((d.tsc_khz, d.arch_capabilities))
-        }
-        None => Ok((here.tsc_khz, model.tell(vcpus, here.arch_capabilities)?)),
-    }
-}
-
 /// The guest's memory: its own, or what was shared.
 fn guest_ram(
     (bytes, hugepages): (u64, bool),
@@ -393,31 +379,6 @@ fn guest_ram(
         tracing::info!(note, "the guest's memory");
     }
     Ok(ram)
-}
-
-/// What the guest's CPU is here.
-fn host_cpu(host: &Host, vendor: String, vcpus: &[Vcpu]) -> HostCpu {
-    HostCpu {
-        vendor,
-        tsc_khz: vcpus.first().and_then(Vcpu::tsc_khz),
-        scales: host.capabilities().tsc_control,
-        arch_capabilities: vcpus.first().and_then(Vcpu::arch_capabilities),
-    }
-}
-
-/// Whether the guest can run on this host's CPU, which an operator may insist on.
-fn check_fit(
-    description: &MachineDescription,
-    here: &HostCpu,
-    insist: bool,
-) -> Result<(), BuildError> {
-    match fit::check(description, here) {
-        Err(misfit) if insist => {
-            tracing::warn!(%misfit, "the guest runs here all the same");
-            Ok(())
-        }
-        other => Ok(other?),
-    }
 }
 
 /// Entries of each vCPU's dirty ring; 0 where the guest is logged by bitmap.
