@@ -29,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 mod cancel;
+mod reading;
 mod restore;
 mod save;
 

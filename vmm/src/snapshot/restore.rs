@@ -11,15 +11,16 @@ use ferry_devices::thread;
 use ferry_migration::options::Tracking;
 use ferry_migration::port::{DestinationVm, PortError, PostCopyVm};
 use ferry_migration::report::Faults;
-use ferry_migration::snapshot::{Filling, Snapshot, SnapshotError as FormatError, fill_all};
+use ferry_migration::snapshot::{Snapshot, SnapshotError as FormatError, fill_all};
 use serde::{Deserialize, Serialize};
 
 use super::cancel::unless;
+use super::reading::{Pages, Reading, unreadable};
 use super::{Contents, modified, ms, threads};
 use crate::machine::{Backends, Machine, RunState};
 use crate::migrate::host::MachineHost;
 use crate::migrate::sink::RamSink;
-use crate::migrate::{Awaited, Following, MonotonicClock, SerialFactory, StreamLink};
+use crate::migrate::{Awaited, Following, MonotonicClock, SerialFactory};
 
 /// How a guest is restored.
 #[derive(Debug, Clone)]
@@ -178,8 +179,6 @@ impl Restored {
         self.machine.run_state() == RunState::Running
     }
 }
-
-type Pages = Filling<StreamLink, RamSink, File>;
 
 /// Pages that are read from a file.
 struct FromFile {
@@ -394,35 +393,6 @@ fn on_demand(
     })
 }
 
-/// A snapshot whose pages are read while its guest runs.
-struct Reading<'a> {
-    pages: &'a Arc<Pages>,
-    machine: &'a Arc<Machine>,
-    sink: &'a Arc<RamSink>,
-    path: &'a Path,
-}
-
-impl Reading<'_> {
-    /// Starts a thread that reads pages.
-    fn thread(
-        &self,
-        name: &str,
-        work: fn(&Pages) -> Result<(), FormatError>,
-    ) -> Result<std::thread::JoinHandle<()>, PortError> {
-        let (pages, failed) = (Arc::clone(self.pages), Arc::clone(self.pages));
-        let (machine, sink) = (Arc::clone(self.machine), Arc::clone(self.sink));
-        let path = self.path.to_owned();
-        let work = move || work(&pages).map_err(|error| error.to_string());
-        // Who waits for a page, the thread that restores among them, would wait for ever.
-        let failure = move |why: String| {
-            failed.fail(&why);
-            machine.fail(unreadable(&path, &why));
-            sink.end_faults();
-        };
-        Ok(thread::spawn(thread::Kind::Migration, name, work, failure)?)
-    }
-}
-
 /// A restore whose guest runs: what is left to do.
 struct Remainder {
     began: Instant,
@@ -465,12 +435,6 @@ impl Remainder {
         report.zero_faults = filled.zero_faults;
         report
     }
-}
-
-/// Why the guest of the snapshot at `path` was ended.
-fn unreadable(path: &Path, why: &str) -> String {
-    let path = path.display();
-    format!("its memory cannot be read from the snapshot {path}: {why}")
 }
 
 /// The disks that are given here are those of the snapshot, and were not written to since.
