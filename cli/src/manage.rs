@@ -227,15 +227,7 @@ fn machine(configuration: &Configuration) -> String {
         "memory",
         format!("{size}, {}{taken}", clean(&c.memory.backing)),
     );
-    for (number, node) in c.memory.nodes.iter().enumerate() {
-        let host = node.host.map_or("unknown".into(), |host| host.to_string());
-        let cpus: Vec<String> = node.cpus.iter().map(u32::to_string).collect();
-        let (cpus, size) = (cpus.join(","), memory(node.bytes));
-        rows.add(
-            &format!("node {number}"),
-            format!("{size}, CPUs {cpus}, on host node {host}"),
-        );
-    }
+    nodes(configuration, &mut rows);
     if let Some(boot) = &c.boot {
         let parts = [
             boot.path.as_ref().map(|path| path.display().to_string()),
@@ -291,6 +283,19 @@ fn machine(configuration: &Configuration) -> String {
         }
     }
     rows.text()
+}
+
+/// The guest's NUMA nodes.
+fn nodes(configuration: &Configuration, rows: &mut Rows) {
+    for (number, node) in configuration.memory.nodes.iter().enumerate() {
+        let host = node.host.map_or("unknown".into(), |host| host.to_string());
+        let cpus: Vec<String> = node.cpus.iter().map(u32::to_string).collect();
+        let (cpus, size) = (cpus.join(","), memory(node.bytes));
+        rows.add(
+            &format!("node {number}"),
+            format!("{size}, CPUs {cpus}, on host node {host}"),
+        );
+    }
 }
 
 /// What the RAM is made of.

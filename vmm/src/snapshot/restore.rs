@@ -264,16 +264,7 @@ pub fn restore(
         .map_err(refused)?;
     let machine = host.machine().cloned();
     let machine = machine.ok_or_else(|| refused("there is no machine".into()))?;
-    let mut report = RestoreReport {
-        schema: 2,
-        path: path.clone(),
-        new_identity: !options.same_identity,
-        session: snapshot.session().to_string(),
-        pages: snapshot.layout().pages(),
-        data_pages: snapshot.data_pages(),
-        eager: true,
-        ..RestoreReport::default()
-    };
+    let mut report = of_file(options, &snapshot);
     if !options.eager {
         match host.begin(&snapshot.data()) {
             Ok(()) => {
@@ -304,6 +295,29 @@ pub fn restore(
         following: None,
         report: reported,
     })
+}
+
+/// What a report says of its file.
+fn of_file(options: &RestoreOptions, snapshot: &Snapshot<File>) -> RestoreReport {
+    RestoreReport {
+        schema: 2,
+        path: options.path.clone(),
+        new_identity: !options.same_identity,
+        session: snapshot.session().to_string(),
+        pages: snapshot.layout().pages(),
+        data_pages: snapshot.data_pages(),
+        eager: true,
+        ..RestoreReport::default()
+    }
+}
+
+/// Whether a start counts: what was restored after a page could not be read was restored over zeros.
+fn counts(started: Result<(), PortError>, stopped: bool, pages: &Pages) -> Result<(), PortError> {
+    match pages.failed() {
+        _ if stopped => Err(FormatError::Cancelled.into()),
+        Some(why) => Err(format!("its memory cannot be read: {why}").into()),
+        None => started,
+    }
 }
 
 /// The guest runs; its pages follow.
@@ -347,12 +361,7 @@ fn on_demand(
         threads.push(reading.thread("ferry-push", Pages::push)?);
         Ok(())
     });
-    let started = match pages.failed() {
-        _ if stopped.into_inner() => Err(FormatError::Cancelled.into()),
-        // What was restored after that was restored over zeros.
-        Some(why) => Err(format!("its memory cannot be read: {why}").into()),
-        None => started,
-    };
+    let started = counts(started, stopped.into_inner(), &pages);
     if let Err(error) = started {
         pages.dismiss();
         machine.stop();
