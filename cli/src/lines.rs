@@ -70,7 +70,8 @@ impl Size {
         let Ok(now) = tcgetwinsize(terminal) else {
             return true;
         };
-        // A new pseudo-terminal has no size: a guest that arrives keeps that of the terminal before.
+        // A new pseudo-terminal has no size: a guest that arrives keeps that of the terminal
+        // before.
         if (now.ws_col, now.ws_row) == (0, 0) {
             return true;
         }

@@ -99,11 +99,8 @@ impl Pty {
 /// Whether reading returns at once: input, or the end of it, came before a moment was over.
 fn has_input(master: &File) -> io::Result<bool> {
     let mut fds = [PollFd::new(master, PollFlags::IN)];
-    let moment = Timespec {
-        tv_sec: 0,
-        tv_nsec: MOMENT.subsec_nanos().into(),
-    };
-    match poll(&mut fds, Some(&moment)) {
+    let moment = Timespec::try_from(MOMENT).ok();
+    match poll(&mut fds, moment.as_ref()) {
         Err(Errno::INTR) => Ok(false),
         ready => Ok(ready? > 0),
     }

@@ -37,8 +37,8 @@ use crate::linux::{CONSOLE_MODULES, GUEST_MODULES, Kernel, LinuxError, RamDisk, 
 /// The emulator.
 pub const QEMU: &str = "qemu-system-x86_64";
 
-/// What the nested host's kernel needs: KVM, network, what tests shape networks with, and what codes
-/// the records of TLS: it has no modprobe.
+/// What the nested host's kernel needs: KVM, network, what tests shape networks with, and what
+/// codes the records of TLS: it has no modprobe.
 const HOST_MODULES: &[&str] = &[
     "kvm-amd",
     "virtio_pci",

@@ -43,7 +43,7 @@ refused list /
 
 pub use ferry::{Ran, can_pretend, ferry, guests_run, run, run_by};
 pub use host::{Host, Migration, State};
-pub use nested::{NESTED_TIMEOUT, NestedClient, NestedHost, NestedVmm, Turn, nested_hosts};
+pub use nested::{NESTED_TIMEOUT, NestedClient, NestedHost, NestedVmm, Turn, asks, nested_hosts};
 pub use proxy::{Action, Proxy, Way};
 pub use relay::{Relay, UnixLink};
 pub use wire::{Moment, Strike, Wire};

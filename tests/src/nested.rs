@@ -240,6 +240,21 @@ impl NestedHost {
     }
 }
 
+/// Types a line at a guest's [console](NestedVmm::console), and waits for a line of the answer that
+/// has this part.
+pub fn asks(console: &Process, line: &str, part: &str) -> String {
+    let before = console.stdout().len();
+    console.input(format!("{line}\n").as_bytes()).unwrap();
+    let answer = console.until(NESTED_TIMEOUT, |out, _| {
+        // Whole lines only; a terminal ends them with a carriage return, too.
+        let mut lines = out.get(before..)?.split_inclusive('\n');
+        let line = lines.find(|line| line.ends_with('\n') && line.contains(part))?;
+        Some(line.trim_end().to_owned())
+    });
+    let (out, said) = (console.stdout(), console.stderr());
+    answer.unwrap_or_else(|| panic!("never {part:?} for {line:?}; {out} {said}"))
+}
+
 /// A client in a nested host; see `ferry_linux_init::client`.
 #[derive(Debug)]
 pub struct NestedClient<'a> {

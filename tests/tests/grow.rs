@@ -11,9 +11,7 @@ use ferry_guest_images::nested::Process;
 use ferry_migration::options::{Handover, Options, PolicyKind};
 use ferry_migration::report::Status;
 use ferry_migration::snapshot::Snapshot;
-use ferry_tests::{
-    Host, NESTED_TIMEOUT, NestedHost, NestedVmm, State, guests_run, nested_hosts, run, until,
-};
+use ferry_tests::{Host, NestedHost, NestedVmm, State, asks, guests_run, nested_hosts, run, until};
 use ferry_vmm::api::types::{BalloonRequest, MemoryRequest, MemoryStatus};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -329,20 +327,6 @@ fn consoles_are_given_and_refused_with_a_sentence() {
         assert!(matches!(ran.code, Some(1 | 2)), "{ran:?}");
         assert!(ran.stderr.contains(part), "{ran:?}");
     }
-}
-
-/// Types a line, and waits for an answer on the console.
-fn asks(console: &Process, line: &str, part: &str) -> String {
-    let before = console.stdout().len();
-    console.input(format!("{line}\n").as_bytes()).unwrap();
-    let answer = console.until(NESTED_TIMEOUT, |out, _| {
-        // Whole lines only; a terminal ends them with a carriage return, too.
-        let mut lines = out.get(before..)?.split_inclusive('\n');
-        let line = lines.find(|line| line.ends_with('\n') && line.contains(part))?;
-        Some(line.trim_end().to_owned())
-    });
-    let (out, said) = (console.stdout(), console.stderr());
-    answer.unwrap_or_else(|| panic!("never {part:?} for {line:?}; {out} {said}"))
 }
 
 /// MemAvailable in MiB, by the guest's own word on its console.

@@ -159,8 +159,8 @@ fn a_restored_linux_with_the_driver_makes_new_random_numbers() {
         "console=ttyS0 quiet mitigations=off random.trust_cpu=on",
         "--memory",
         "256M",
-        // The nested host has AVX without XSAVE: a newer kernel's ciphers would fault. RDRAND stays,
-        // or the random numbers are not ready to be made anew.
+        // The nested host has AVX without XSAVE: a newer kernel's ciphers would fault. RDRAND
+        // stays, or the random numbers are not ready to be made anew.
         "--cpu",
         "host,-avx",
     ]);

@@ -133,7 +133,8 @@ fn shake(source: &Certificates, receiver: &Certificates, kernel: [bool; 2]) -> [
     [near, far.join().unwrap()]
 }
 
-/// Bytes of every size arrive as they were sent, both ways, where the kernel of either end codes them.
+/// Bytes of every size arrive as they were sent, both ways, where the kernel of either end codes
+/// them.
 #[test]
 #[ignore = "runs in the nested host of guests_move_and_each_side_codes_where_it_can"]
 fn inside_records_are_the_same_from_both_coders() {

@@ -4,7 +4,7 @@
 
 use ferry_guest_images::Line;
 use ferry_guest_images::nested::Process;
-use ferry_tests::{CONFINED, NESTED_TIMEOUT, NestedHost, NestedVmm, nested_hosts};
+use ferry_tests::{CONFINED, NestedHost, NestedVmm, asks, nested_hosts};
 use std::path::Path;
 
 /// What a guest of these tests does: it writes memory and verifies what it wrote.
@@ -355,19 +355,6 @@ fn a_guest_of_huge_pages_goes_all_ways_but_one() {
 /// Microseconds in milliseconds, exact far beyond any test.
 fn ms(us: impl TryInto<i32, Error: std::fmt::Debug>) -> f64 {
     f64::from(us.try_into().unwrap()) / 1e3
-}
-
-/// Types a line at a virtio console, and waits for a line of the answer that has this part.
-fn asks(console: &Process, line: &str, part: &str) -> String {
-    let before = console.stdout().len();
-    console.input(format!("{line}\n").as_bytes()).unwrap();
-    let answer = console.until(NESTED_TIMEOUT, |out, _| {
-        let mut lines = out.get(before..)?.split_inclusive('\n');
-        let line = lines.find(|line| line.ends_with('\n') && line.contains(part))?;
-        Some(line.trim_end().to_owned())
-    });
-    let (out, said) = (console.stdout(), console.stderr());
-    answer.unwrap_or_else(|| panic!("never {part:?} for {line:?}; {out} {said}"))
 }
 
 /// The terminal that is a guest's virtio console in its host gets this size; the guest sees it.

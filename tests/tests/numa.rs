@@ -11,8 +11,8 @@ use ferry_vmm::api::types::Configuration;
 const MIB: u64 = 1 << 20;
 /// Memory of the guest's nodes in MiB: unlike, so that the counts tell which is where.
 const SIZES: [u64; 2] = [48, 32];
-/// Memory that the writer fills, in MiB, from the beginning on but for what its kernel has; how much
-/// of it is at least on each node.
+/// Memory that the writer fills, in MiB, from the beginning on but for what its kernel has; how
+/// much of it is at least on each node.
 const WSS: u64 = 64;
 const WRITTEN: [u64; 2] = [SIZES[0] - 12, WSS - SIZES[0]];
 
@@ -203,8 +203,8 @@ fn refuses(host: &NestedHost, guest: &NestedVmm<'_>) {
 /// Pages of 2 MiB in the pools of both nodes together.
 const POOL: u32 = 80;
 
-/// A guest whose memory is of the nodes' pools: there the policy is of the mapping, and is made anew
-/// where the memory is handed over to.
+/// A guest whose memory is of the nodes' pools: there the policy is of the mapping, and is made
+/// anew where the memory is handed over to.
 fn pools_are_used(host: &NestedHost) {
     let mut guest = boot(
         host,

@@ -339,8 +339,8 @@ impl Machine {
     }
 
     /// Books that the destination is asked about the guest that was given to it: until
-    /// [`end_asking`](Self::end_asking) it cannot be taken over. `false` when it was not given away,
-    /// or is being asked about already.
+    /// [`end_asking`](Self::end_asking) it cannot be taken over. `false` when it was not given
+    /// away, or is being asked about already.
     pub(crate) fn begin_asking(&self) -> bool {
         self.control.begin_asking()
     }

@@ -44,6 +44,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 pub use available::available_memory;
 pub(crate) use available::check_available;
+pub(crate) use available::field as meminfo_field;
 pub use backing::{Backing, MemoryOptions, Resident};
 use backing::{PageKind, Pages};
 pub use bitmap::DirtyBitmap;

@@ -19,9 +19,9 @@
 //! ```
 //!
 //! `Moved` and `InDoubt` have no way back by `resume`: there may be a second copy of the guest that
-//! runs. In `Interrupted` there is one: pages that only this side has are missing there. Only an operator
-//! who says so (`take_over`) lets a guest in doubt run here; the same holds for `ArrivalInDoubt`,
-//! which is what the destination has of the same doubt.
+//! runs. In `Interrupted` there is one: pages that only this side has are missing there. Only an
+//! operator who says so (`take_over`) lets a guest in doubt run here; the same holds for
+//! `ArrivalInDoubt`, which is what the destination has of the same doubt.
 //!
 //! ```no_run
 //! use ferry_vmm::api::server::{Limits, Server};
@@ -237,7 +237,8 @@ impl Vmm {
         guest.map_or(bytes.len(), |guest| guest.input(bytes))
     }
 
-    /// As [`input`](Self::input), at the guest's virtio console. Where it has none they are dropped.
+    /// As [`input`](Self::input), at the guest's virtio console. Where it has none they are
+    /// dropped.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         let guest = self.core.lock().guest.clone();
         let console = guest.as_deref().and_then(Guest::console);

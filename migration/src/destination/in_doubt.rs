@@ -49,8 +49,9 @@ impl<L: Link, H: DestinationVm<L>> Destination<L, H> {
     }
 
     /// Takes the source's last word on the present connection, after
-    /// [`Step::Complete`](super::state::Step::Complete) and where it [has one](Destination::has_word):
-    /// whether it knows that the guest runs here. A source that does not asks again.
+    /// [`Step::Complete`](super::state::Step::Complete) and where it [has
+    /// one](Destination::has_word): whether it knows that the guest runs here. A source that does
+    /// not asks again.
     pub fn take_acknowledgement(&mut self) -> bool {
         let link = self.session.channel.link();
         link.set_timeout(Some(self.session.timeouts.handshake));

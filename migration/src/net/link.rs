@@ -238,9 +238,7 @@ impl<S: Socket> StreamLink<S> {
         #[cfg(not(feature = "tls"))]
         error
     }
-}
 
-impl<S: Socket> StreamLink<S> {
     fn retry(&self, since: Option<Instant>, error: io::Error) -> io::Result<Option<Instant>> {
         let retried = self.bounds.wait(since).retry(error);
         retried.map_err(|error| self.explain(error))

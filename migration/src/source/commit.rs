@@ -2,8 +2,8 @@
 //! answered.
 //!
 //! COMMIT is idempotent, so the source repeats it on new connections ([`Role::Recover`]): for
-//! [`Timeouts::doubt`](super::setup::Timeouts::doubt) before [`migrate`](super::migrate) returns, and then whenever the VMM calls
-//! [`recover`](super::recover).
+//! [`Timeouts::doubt`](super::setup::Timeouts::doubt) before [`migrate`](super::migrate) returns,
+//! and then whenever the VMM calls [`recover`](super::recover).
 
 use super::engine::Source;
 use super::error::SourceError;
@@ -194,7 +194,8 @@ impl<'g, L: Link, G: SourceVm<L>> Source<'_, 'g, L, G> {
         Ok(())
     }
 
-    /// Repeats the commit on new connections until it is answered, or [`Timeouts::doubt`](super::setup::Timeouts::doubt) is over.
+    /// Repeats the commit on new connections until it is answered, or
+    /// [`Timeouts::doubt`](super::setup::Timeouts::doubt) is over.
     pub(super) fn resolve(
         &mut self,
         mut result: Result<Moved<'g>, End<'g>>,

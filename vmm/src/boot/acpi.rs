@@ -1,6 +1,6 @@
 //! ACPI tables: how an unmodified kernel finds processors, interrupt controllers, the serial port,
-//! virtio devices, the VM generation id, VMClock, NUMA nodes, and the way to switch the machine off. ACPI
-//! specification 6.5, chapter 5.
+//! virtio devices, the VM generation id, VMClock, NUMA nodes, and the way to switch the machine
+//! off. ACPI specification 6.5, chapter 5.
 //!
 //! ```text
 //! RSDP ─▶ XSDT ─┬▶ FADT ─┬▶ DSDT   serial port, virtio devices, generation id, VMClock, \_S5

@@ -347,10 +347,9 @@ impl Builder {
 /// [`BuildError::Cpus`].
 fn check_cpus(asked: u32, host: &Host) -> Result<(), BuildError> {
     let max = host.capabilities().max_vcpus.min(MAX_CPUS);
-    match asked {
-        0 => Err(BuildError::Cpus { asked, max }),
-        _ if asked > max => Err(BuildError::Cpus { asked, max }),
-        _ => Ok(()),
+    match (1..=max).contains(&asked) {
+        true => Ok(()),
+        false => Err(BuildError::Cpus { asked, max }),
     }
 }
 

@@ -1,7 +1,5 @@
 //! What a guest is told of its clock: that it was disrupted, in its own memory.
 
-use std::sync::atomic::{Ordering, fence};
-
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::{Machine, PausedMachine};
@@ -89,20 +87,15 @@ impl PausedMachine<'_> {
             return Ok(false);
         };
         let memory = machine.ram().memory();
-        let seq_count = |value: u32| memory.write_slice(&value.to_le_bytes(), at(SEQ_COUNT));
-        // The guest may have written anything there.
-        let odd = clock.seq_count | 1;
-        seq_count(odd)?;
-        // Paired with the guest's barriers between its readings of the count.
-        fence(Ordering::Release);
         let marker = clock.disruption_marker.wrapping_add(1);
         memory.write_slice(&marker.to_le_bytes(), at(DISRUPTION_MARKER))?;
         if what == Disruption::Copied {
             let copy = clock.vm_generation_counter.wrapping_add(1);
             memory.write_slice(&copy.to_le_bytes(), at(VM_GENERATION_COUNTER))?;
         }
-        fence(Ordering::Release);
-        seq_count(odd.wrapping_add(1))?;
+        // The guest stands still, and never sees it odd; it may have written anything there.
+        let even = (clock.seq_count | 1).wrapping_add(1);
+        memory.write_slice(&even.to_le_bytes(), at(SEQ_COUNT))?;
         machine.vm().raise_if_heard(VMCLOCK_GSI)?;
         Ok(true)
     }

@@ -43,12 +43,15 @@ fn least(root: &Path) -> Option<Available> {
         .min_by_key(|found| found.bytes)
 }
 
-/// `MemAvailable` in bytes; the file has it in KiB.
 fn host(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    field(meminfo, "MemAvailable:")
+}
+
+/// What a line of meminfo says, the host's or a node's (`Node 0 MemTotal:  5 kB`), in bytes; the
+/// file has it in KiB.
+pub(crate) fn field(meminfo: &str, name: &str) -> Option<u64> {
+    let (_, value) = meminfo.lines().find_map(|line| line.split_once(name))?;
+    let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
 

@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
-use super::{GuestRam, PageKind, RamError};
+use super::{GuestRam, PAGE_SIZE, PageKind, RamError};
 
 /// Where a part of the memory is to come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,19 +77,10 @@ impl GuestRam {
     }
 
     fn bind_mapped(&self, part: &NodeMemory) -> io::Result<()> {
-        let end = part.first.saturating_add(part.bytes);
-        for (region, base) in self.layout.regions().iter().zip(&self.bases) {
-            let first = part.first.max(region.file_offset);
-            let last = end.min(region.file_offset + region.bytes());
-            if first >= last {
-                continue;
-            }
-            let at = usize::try_from(first - region.file_offset).map_err(io::Error::other)?;
-            let size = usize::try_from(last - first).map_err(io::Error::other)?;
-            // SAFETY: `first..last` was cut to the region, whose mapping of `region.bytes()` bytes
-            // begins at this base and lives as long as `self`.
-            let base = unsafe { base.add(at) };
-            mbind(base, size, part.node, false)?;
+        for (address, bytes) in self.layout.pieces(part.first, part.bytes) {
+            let base = self.host_address(address / PAGE_SIZE, bytes / PAGE_SIZE);
+            let size = usize::try_from(bytes).map_err(io::Error::other)?;
+            mbind(base.map_err(io::Error::other)?, size, part.node, false)?;
         }
         Ok(())
     }

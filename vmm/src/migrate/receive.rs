@@ -87,8 +87,8 @@ struct Active {
     parked: Option<Box<Engine>>,
 }
 
-/// Where a migration stands that has begun. The engine's phase says who owns the guest; this follows
-/// it, for status requests and new connections.
+/// Where a migration stands that has begun. The engine's phase says who owns the guest; this
+/// follows it, for status requests and new connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Receiving,

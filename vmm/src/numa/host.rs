@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use rustix::thread::{CpuSet, sched_getaffinity};
 
+use crate::memory::meminfo_field;
+
 /// How long the processors are watched to know their load: ten ticks of `/proc/stat`.
 const WATCH: Duration = Duration::from_millis(100);
 /// The most numbers that a list of the kernel's is believed to have.
@@ -163,13 +165,9 @@ fn list(text: &str) -> Vec<u32> {
     text.trim().split(',').filter_map(range).flatten().collect()
 }
 
-/// A line of a node's meminfo, `Node 0 MemTotal:  5 kB`, in bytes.
+/// A line of a node's meminfo in bytes; 0 where it is not there.
 fn field(meminfo: &str, name: &str) -> u64 {
-    let value = |line: &str| {
-        let (_, value) = line.split_once(name)?;
-        value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    };
-    meminfo.lines().find_map(value).unwrap_or(0) << 10
+    meminfo_field(meminfo, name).unwrap_or(0)
 }
 
 /// What of a node's memory is free, or a cache that can be dropped.

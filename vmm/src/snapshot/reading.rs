@@ -36,6 +36,7 @@ impl Reading<'_> {
         // Who waits for a page, the thread that restores among them, would wait for ever.
         let failure = move |why: String| {
             failed.fail(&why);
+            // In this order: it goes on with zeros, straight out of the guest.
             machine.fail(unreadable(&path, &why));
             sink.end_faults();
         };

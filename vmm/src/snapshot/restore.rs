@@ -311,7 +311,8 @@ fn of_file(options: &RestoreOptions, snapshot: &Snapshot<File>) -> RestoreReport
     }
 }
 
-/// Whether a start counts: what was restored after a page could not be read was restored over zeros.
+/// Whether a start counts: what was restored after a page could not be read was restored over
+/// zeros.
 fn counts(started: Result<(), PortError>, stopped: bool, pages: &Pages) -> Result<(), PortError> {
     match pages.failed() {
         _ if stopped => Err(FormatError::Cancelled.into()),
@@ -378,7 +379,6 @@ fn on_demand(
     let failed = Arc::clone(&machine);
     let remainder = Remainder {
         began,
-        machine: Arc::clone(&machine),
         host,
         pages,
         threads,
@@ -405,7 +405,6 @@ fn on_demand(
 /// A restore whose guest runs: what is left to do.
 struct Remainder {
     began: Instant,
-    machine: Arc<Machine>,
     host: MachineHost,
     pages: Arc<Pages>,
     /// Read the pages.
@@ -418,22 +417,18 @@ impl Remainder {
     fn finish(self) -> RestoreReport {
         let Self {
             began,
-            machine,
             mut host,
             pages,
             threads,
             mut report,
         } = self;
         for thread in threads {
-            // It has said why, if it did not get to the end.
+            // It has said why, if it did not get to the end, and ended the guest.
             let _ = thread.join();
         }
         if let Some(why) = pages.failed() {
-            // In this order: who waits for a page goes on with zeros, straight out of the guest.
-            let why = unreadable(&report.path, &why);
-            machine.fail(why.clone());
             pages.dismiss();
-            report.error = Some(why);
+            report.error = Some(unreadable(&report.path, &why));
         }
         host.end();
         let filled = pages.filled();

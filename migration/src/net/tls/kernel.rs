@@ -1,7 +1,7 @@
 //! TLS records that the kernel codes (kTLS, Documentation/networking/tls.rst).
 //!
-//! rustls shakes hands; from then on the socket itself takes and gives plain bytes, so that pages go
-//! between it and guest memory as they do on a connection in clear.
+//! rustls shakes hands; from then on the socket itself takes and gives plain bytes, so that pages
+//! go between it and guest memory as they do on a connection in clear.
 
 use super::session::sentence;
 use nix::errno::Errno;
@@ -29,9 +29,9 @@ pub(in crate::net) fn prepare(socket: BorrowedFd<'_>) -> bool {
     codes_in_kernel() && setsockopt(&socket, TcpUlp::default(), b"tls").is_ok()
 }
 
-/// Whether this host's kernel codes the TLS records of secured connections (kTLS), so that pages are
-/// not copied. It is asked once: a module that is loaded later is for processes that start later.
-/// Only a process with CAP_NET_ADMIN has the kernel load it (`modprobe tls`).
+/// Whether this host's kernel codes the TLS records of secured connections (kTLS), so that pages
+/// are not copied. It is asked once: a module that is loaded later is for processes that start
+/// later. Only a process with CAP_NET_ADMIN has the kernel load it (`modprobe tls`).
 pub fn codes_in_kernel() -> bool {
     static WHOLE: OnceLock<bool> = OnceLock::new();
     *WHOLE.get_or_init(|| {

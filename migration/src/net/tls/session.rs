@@ -147,7 +147,8 @@ impl TlsSession {
         }
     }
 
-    /// Hands the connection, whose handshake is done, to a [prepared](super::kernel::prepare) socket.
+    /// Hands the connection, whose handshake is done, to a [prepared](super::kernel::prepare)
+    /// socket.
     ///
     /// # Errors
     /// The connection cannot be used any more.

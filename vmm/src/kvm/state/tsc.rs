@@ -13,15 +13,15 @@
 //!  offset[i] = saved[i] + ticks(clock here - saved clock) - S here
 //! ```
 //!
-//! So what passed is in either exactly once. S is what KVM_GET_CLOCK tells; where the TSC is scaled,
-//! or KVM does not tell, it is measured by a reading of the first vCPU's TSC between two of the clock.
-//! A KVM without offsets (KVM_VCPU_TSC_OFFSET, Linux 5.16) gets the value itself, and guesses which
-//! vCPUs belong together. IA32_TSC_ADJUST counts what the guest wrote, and neither way changes it. The
-//! deadline is a value of the guest's TSC and stays.
+//! So what passed is in either exactly once. S is what KVM_GET_CLOCK tells; where the TSC is
+//! scaled, or KVM does not tell, it is measured by a reading of the first vCPU's TSC between two of
+//! the clock. A KVM without offsets (KVM_VCPU_TSC_OFFSET, Linux 5.16) gets the value itself, and
+//! guesses which vCPUs belong together. IA32_TSC_ADJUST counts what the guest wrote, and neither
+//! way changes it. The deadline is a value of the guest's TSC and stays.
 //!
-//! A source without offsets, or of an older version, reads one TSC after the other, so saved TSCs are
-//! apart although the vCPUs have one offset. Without what the guest wrote, counters less than a second
-//! apart are one counter, which is KVM's own rule:
+//! A source without offsets, or of an older version, reads one TSC after the other, so saved TSCs
+//! are apart although the vCPUs have one offset. Without what the guest wrote, counters less than a
+//! second apart are one counter, which is KVM's own rule:
 //!
 //! ```text
 //!  |(saved[i] - adjust[i]) - (saved[0] - adjust[0])| < 1 s:  saved[i] = saved[0] - adjust[0] + adjust[i]

@@ -157,7 +157,8 @@ fn settle(shared: &Arc<Shared>, engine: Box<Engine>, error: Option<DestinationEr
             return;
         }
     };
-    // The owner is told before another thread can take the engine: what that thread reports follows.
+    // The owner is told before another thread can take the engine: what that thread reports
+    // follows.
     enter(shared, stage);
     if let Some(arrival) = arrival {
         shared.tell(arrival);
